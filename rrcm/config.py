@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rrcm.errors import RRCMError
 
@@ -234,6 +234,13 @@ class Config(Section):
     certify: Certify
     latency: Latency
     report: Report
+
+    @field_validator("sigmas", mode="before")
+    @classmethod
+    def sigmas_are_floats(cls, values: object) -> object:
+        if isinstance(values, list) and any(isinstance(value, int) for value in values):
+            raise ValueError("write whole numbers as 1.0; the text names files and stages")
+        return values
 
     @model_validator(mode="after")
     def parts_fit(self) -> Self:

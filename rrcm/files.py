@@ -1,6 +1,8 @@
 """Writing files so that a killed process never leaves half of one, and hashing them."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -58,6 +60,15 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: object) -> None:
     """Write `value` as indented JSON with a final newline, atomically. Key order is kept as given."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path | str, rows: list[dict]) -> None:
+    """Write `rows` as CSV atomically; the columns are the keys of the first row, None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path: Path | str) -> dict:

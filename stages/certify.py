@@ -1,0 +1,27 @@
+"""Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv."""
+
+from pathlib import Path
+
+from rrcm.certify import certify_split
+from rrcm.cli import run
+from rrcm.config import load_config
+from rrcm.results import sigma_name
+
+
+def main(
+    method: str,
+    sigma: float,
+    params: Path = Path("params.yaml"),
+    shards: str = "data/shards",
+    models: Path = Path("models"),
+    certificates: Path = Path("certificates"),
+    timings: Path = Path("timings/certify"),
+) -> None:
+    """Certify METHOD at smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
+    name = f"{method}/{sigma_name(sigma)}"
+    config = load_config(params)
+    certify_split(config, sigma, shards, models / name, certificates / f"{name}.tsv", timings / f"{name}.json")
+
+
+if __name__ == "__main__":
+    run(main)

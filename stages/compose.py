@@ -1,0 +1,34 @@
+"""Compose conf/ into params.yaml, as `dvc exp run -S ...` does, and check it."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import typer
+import yaml
+from dvc.exceptions import DvcException
+from dvc.utils.hydra import compose_and_dump
+from hydra.errors import HydraException
+
+from rrcm.cli import run
+from rrcm.config import parse_config
+from rrcm.errors import RRCMError
+
+
+def compose(overrides: list[str] = typer.Argument(None), output: Path = Path("params.yaml")) -> None:
+    """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10 or certify.n=2000."""
+    conf = Path(__file__).resolve().parent.parent / "conf"
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        draft = Path(folder) / "params.yaml"
+        try:
+            compose_and_dump(draft, str(conf), None, "config", None, overrides or [])
+        except (DvcException, HydraException) as error:
+            profiles = ", ".join(sorted(file.stem for file in (conf / "profile").glob("*.yaml")))
+            raise RRCMError(f"{str(error.__cause__ or error).splitlines()[0]}; profiles are {profiles}") from None
+        config = parse_config(yaml.safe_load(draft.read_text()), "conf")
+        draft.replace(output)
+    print(f"{output}: profile {config.profile}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(compose)

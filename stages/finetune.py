@@ -1,0 +1,30 @@
+"""Train one classifier: models/METHOD/sigma_SIGMA. Run it as it is, or under torchrun for many processes."""
+
+from pathlib import Path
+
+from rrcm.cli import run
+from rrcm.config import load_config
+from rrcm.errors import RRCMError
+from rrcm.finetune import finetune
+from rrcm.results import sigma_name
+
+
+def main(
+    method: str,
+    sigma: float,
+    params: Path = Path("params.yaml"),
+    shards: str = "data/shards",
+    pretrained: Path = Path("models/pretrain"),
+    models: Path = Path("models"),
+    timings: Path = Path("timings/finetune"),
+) -> None:
+    """Fine-tune METHOD for smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
+    config = load_config(params)
+    if method not in config.methods or sigma not in config.sigmas:
+        raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
+    name = f"{method}/{sigma_name(sigma)}"
+    finetune(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,25 @@
+"""Measure the seconds that one image's certificate takes: latency/METHOD.json."""
+
+from pathlib import Path
+
+from rrcm.cli import run
+from rrcm.config import load_config
+from rrcm.latency import measure_latency
+from rrcm.results import sigma_name
+
+
+def main(
+    method: str,
+    params: Path = Path("params.yaml"),
+    shards: str = "data/shards",
+    models: Path = Path("models"),
+    latency: Path = Path("latency"),
+) -> None:
+    """Time METHOD's classifier for the first sigma of params.yaml."""
+    config = load_config(params)
+    folder = models / method / sigma_name(config.sigmas[0])
+    measure_latency(config, method, shards, folder, latency / f"{method}.json")
+
+
+if __name__ == "__main__":
+    run(main)

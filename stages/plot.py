@@ -1,0 +1,17 @@
+"""Draw every figure and table: reports/PROFILE."""
+
+from pathlib import Path
+
+from rrcm.cli import run
+from rrcm.config import load_config
+from rrcm.report import write_report
+
+
+def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) -> None:
+    """Turn certificates, histories and timings into the report of this profile."""
+    config = load_config(params)
+    write_report(config, Path(), reports / config.profile)
+
+
+if __name__ == "__main__":
+    run(plot)

@@ -1,0 +1,17 @@
+"""Write the data set as WebDataset shards: data/shards."""
+
+from pathlib import Path
+
+from rrcm.cli import run
+from rrcm.config import load_config
+from rrcm.shards import write_shards
+
+
+def shard_data(params: Path = Path("params.yaml"), output: Path = Path("data/shards")) -> None:
+    """Read the source of params.yaml and write train, val and test shards with their manifest."""
+    config = load_config(params)
+    write_shards(config.data, config.seed, output)
+
+
+if __name__ == "__main__":
+    run(shard_data)
