@@ -25,12 +25,11 @@ from rrcm.environment import environment
 from rrcm.errors import RRCMError
 from rrcm.files import sha256_file, write_json
 from rrcm.progress import Progress
-from rrcm.results import write_certificates
+from rrcm.results import ABSTAIN, write_certificates
 from rrcm.rng import torch_rng
 from rrcm.runs import Run, fingerprint
 from rrcm.shards import ShardedImages, read_split
 
-ABSTAIN = -1
 BLOCK = 100  # noisy samples drawn from one random stream
 
 CODE = (model, rng, shards)  # what decides the result, with this file
@@ -124,7 +123,7 @@ def vote(
 def _noise(
     image: torch.Tensor, n: int, blocks_a_batch: int, seed: int, purpose: str, index: int
 ) -> Iterator[torch.Tensor]:
-    """Batches of standard normal noise, n samples in all; a block is a function of (seed, purpose, index, its number)."""
+    """Batches of standard normal noise, n samples in all; block b is a function of (seed, purpose, index, b)."""
     step = blocks_a_batch * BLOCK
     for start in range(0, n, step):
         noise = torch.empty((step, *image.shape), device=image.device)

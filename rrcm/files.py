@@ -21,7 +21,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     large, no permission) raises `RRCMError` naming `path`.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process left is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -38,8 +38,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Like `atomic_path` for a whole directory: yield an empty one beside `path`, then swap it into place."""
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process left is overwritten
     try:
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         yield scratch
         if path.exists():

@@ -160,11 +160,11 @@ def _train(
 
     batches = loader.batches(
         images,
+        augment.FinetuneTransform(settings.augmentation, config.data.image_size),
         batch_size=settings.batch_size,
         seed=derive_seed(seed, "finetune batches"),
         first_step=first,
         last_step=total_steps,
-        transform=augment.FinetuneTransform(settings.augmentation, config.data.image_size),
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,
@@ -300,11 +300,11 @@ def probe_head(
     steps = settings.probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
     batches = loader.batches(
         images,
+        augment.FinetuneTransform("none", config.data.image_size),
         batch_size=settings.batch_size,
         seed=derive_seed(config.seed, "probe batches"),
         first_step=0,
         last_step=steps,
-        transform=augment.FinetuneTransform("none", config.data.image_size),
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,

@@ -82,11 +82,11 @@ def _train(
 
     batches = loader.batches(
         images,
+        augment.PretrainTransform(settings.views, config.data.image_size),
         batch_size=settings.batch_size,
         seed=seed,
         first_step=first,
         last_step=settings.steps,
-        transform=augment.PretrainTransform(settings.views, config.data.image_size),
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,
@@ -94,7 +94,7 @@ def _train(
     start = tick = time.monotonic()
     with Progress(settings.steps, "pretrain", "steps", done=first, quiet=not process.is_main) as progress:
         for step, batch in enumerate(batches, start=first):
-            image, view1, view2 = augment.model_space_views(batch, settings.views, device)
+            image, view1, view2 = _model_space(batch, device)
             noise = normal_per_sample(image.shape[1:], seed, "noise", step, positions=batch["position"], device=device)
             levels = karras_levels(
                 num_levels(step, settings.steps, start=settings.start_levels, end=settings.end_levels),
@@ -193,6 +193,13 @@ def _train(
         )
         run.finish()
     barrier()
+
+
+def _model_space(batch: loader.Batch, device: torch.device) -> list[torch.Tensor]:
+    """The image itself and its two views, each (B, C, H, W) float32 in [-1, 1]."""
+    image = batch["image"].to(device).float() / 255
+    views = [augment.photometric(batch[f"view{i}"].to(device), batch[f"photometric{i}"]) for i in (1, 2)]
+    return [2 * pixels - 1 for pixels in (image, *views)]
 
 
 def _stop_if_not_finite(bad_step: torch.Tensor, run: Run) -> None:

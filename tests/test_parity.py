@@ -127,7 +127,6 @@ def test_karras_levels_run_from_loud_to_quiet():
     levels = karras_levels(81)
     assert levels[0] == pytest.approx(80) and levels[-1] == pytest.approx(0.002)
     assert (levels.diff() < 0).all()
-    assert (levels > 2).double().mean() == pytest.approx(0.52, abs=0.005)  # the share louder than sigma = 1 ever needs
 
 
 def test_info_nce_against_its_definition():

@@ -1,0 +1,134 @@
+"""A small project in a temporary folder: the real stages on the real digits, at a size that takes seconds."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from dvc.utils.hydra import compose_and_dump
+
+from rrcm.config import load_config
+from rrcm.shards import write_shards
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = [
+    "sigmas=[0.25,0.5]",
+    "methods=[rrcm,gaussian_matched]",
+    "model.patch_size=4",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.projector_hidden=32",
+    "model.projection=16",
+    "pretrain.batch_size=64",
+    "pretrain.steps=30",
+    "pretrain.warmup_steps=4",
+    "pretrain.log_every=3",
+    "pretrain.checkpoint_every=5",
+    "finetune.epochs=3",
+    "finetune.warmup_epochs=1",
+    "finetune.batch_size=256",
+    "finetune.checkpoint_every=1",
+    "certify.n=200",
+    "certify.batch_size=200",
+    "certify.every=40",
+    "latency.n=[200,400]",
+    "latency.batch_size=200",
+]
+
+
+def compose(path: Path, *overrides: str) -> Path:
+    """Write the tiny settings, with overrides, as `path`."""
+    compose_and_dump(path, str(REPOSITORY / "conf"), None, "config", None, [*TINY, *overrides])
+    return path
+
+
+class Answer(NamedTuple):
+    """What a finished stage left: its exit status (negative: the signal that ended it) and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+# Stages run in real processes of their own, forked off a server that has the heavy imports behind it.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["rrcm.pretrain", "rrcm.finetune", "rrcm.certify", "rrcm.latency", "rrcm.report"])
+
+
+def _run_stage(folder: Path, name: str, arguments: tuple[str, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # tests may run side by side
+    os.chdir(folder)
+    os.environ["RRCM_RUNS"] = str(folder / "runs")
+    for descriptor, log in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = [f"{name}.py", *arguments]
+    runpy.run_path(str(REPOSITORY / "stages" / f"{name}.py"), run_name="__main__")
+
+
+def start(folder: Path, name: str, *arguments: str) -> multiprocessing.Process:
+    """Start a stage as its users do, in `folder`, where its output goes to the files stdout and stderr."""
+    process = server.Process(target=_run_stage, args=(folder, name, arguments))
+    process.start()
+    return process
+
+
+def stage(folder: Path, name: str, *arguments: str) -> Answer:
+    """Run a stage to its end."""
+    process = start(folder, name, *arguments)
+    process.join()
+    return Answer(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """The digits as shards; read-only, shared by all tests."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = load_config(compose(folder / "params.yaml"))
+    write_shards(config.data, config.seed, folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture
+def project(tmp_path, tiny_shards) -> Path:
+    """A folder with params.yaml and data/shards."""
+    compose(tmp_path / "params.yaml")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shards").symlink_to(tiny_shards)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny_shards) -> Path:
+    """A project whose rrcm classifier at sigma 0.5 is trained and certified; read-only, shared by all tests."""
+    folder = tmp_path_factory.mktemp("trained")
+    compose(folder / "params.yaml")
+    (folder / "data").mkdir()
+    (folder / "data" / "shards").symlink_to(tiny_shards)
+    for command in (["pretrain"], ["finetune", "rrcm", "0.5"], ["certify", "rrcm", "0.5"]):
+        answer = stage(folder, *command)
+        assert answer.returncode == 0, answer.stderr
+    return folder
+
+
+def change(project: Path, **settings: object) -> None:
+    """Change settings of params.yaml, named with __ for the dots."""
+    values = yaml.safe_load((project / "params.yaml").read_text())
+    for name, value in settings.items():
+        *parents, key = name.split("__")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    (project / "params.yaml").write_text(yaml.safe_dump(values))

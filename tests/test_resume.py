@@ -1,0 +1,129 @@
+"""Stages killed with SIGKILL and run again: the same bytes as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from conftest import Answer, change, files_of, stage, start
+
+from rrcm.checkpoint import save_tensors
+
+
+def kill_when(folder: Path, name: str, arguments: list[str], pattern: str, count: int = 1, later: int = 0) -> bool:
+    """Start a stage and SIGKILL it when `count` files match `pattern` in `folder`, `later` polls (2 ms) after that.
+
+    Returns whether it was killed (it may have ended before)."""
+    process = start(folder, name, *arguments)
+    while process.is_alive():
+        if len(list(folder.glob(pattern))) >= count:
+            later -= 1
+        if later < 0:
+            process.kill()
+        wait([process.sentinel], timeout=0.002)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def finished(answer: Answer) -> str:
+    assert answer.returncode == 0, answer.stderr
+    return answer.stderr
+
+
+def test_pretrain(project, trained):
+    checkpoints = "runs/pretrain-*/*.safetensors"
+    assert kill_when(project, "pretrain", [], "runs/pretrain-*/lock")  # before the first checkpoint
+    assert kill_when(project, "pretrain", [], checkpoints)  # right after one
+    assert kill_when(project, "pretrain", [], checkpoints, count=2, later=20)  # between two
+    assert kill_when(project, "pretrain", [], "runs/pretrain-*/.*.tmp")  # while one is being written
+    kill_when(project, "pretrain", [], "models/.pretrain.tmp")  # while the output is being written
+    assert not (project / "models/pretrain").exists()
+    assert "resuming" in finished(stage(project, "pretrain"))
+    assert files_of(project / "models/pretrain") == files_of(trained / "models/pretrain")
+    assert [p.name for p in (project / "models").iterdir()] == ["pretrain"]  # nothing half-done is left
+    assert not list((project / "runs").glob("*"))
+
+
+def test_finetune_and_certify(project, trained):
+    (project / "models").mkdir()
+    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    for _ in range(2):
+        kill_when(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/*.safetensors", later=3)
+    assert kill_when(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/.*.tmp")
+    finished(stage(project, "finetune", "rrcm", "0.5"))
+    assert files_of(project / "models/rrcm") == files_of(trained / "models/rrcm")
+
+    assert kill_when(project, "certify", ["rrcm", "0.5"], "runs/certify-*/journal.jsonl", later=5)
+    assert kill_when(project, "certify", ["rrcm", "0.5"], "runs/certify-*/journal.jsonl", later=10)
+    (journal,) = project.glob("runs/certify-*/journal.jsonl")
+    with journal.open("a") as file:
+        file.write('{"idx": 1, "lab')  # a line cut short by the kill
+    finished(stage(project, "certify", "rrcm", "0.5"))
+    assert files_of(project / "certificates") == files_of(trained / "certificates")
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_older(project, trained):
+    assert kill_when(project, "pretrain", [], "runs/pretrain-*/*.safetensors", count=2, later=2)
+    *_, newest = sorted(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said = finished(stage(project, "pretrain"))
+    assert f"{newest.name}: damaged checkpoint skipped" in said and "resuming" in said
+    assert files_of(project / "models/pretrain") == files_of(trained / "models/pretrain")
+
+
+def test_state_is_not_resumed_under_changed_settings_or_data(project, tmp_path):
+    assert kill_when(project, "pretrain", [], "runs/pretrain-*/*.safetensors")
+    change(project, pretrain__lr=5e-4)
+    assert "resuming" not in finished(stage(project, "pretrain"))
+    change(project, pretrain__lr=1e-3)
+    shards = project / "data/shards"
+    shards.unlink()
+    change(project, data__shard_size=300)
+    finished(stage(project, "shard_data"))
+    assert "resuming" not in finished(stage(project, "pretrain"))
+
+
+def test_one_run_is_not_done_twice_at_once(project):
+    first = start(project, "pretrain")
+    while not list(project.glob("runs/pretrain-*/lock")):
+        assert first.is_alive()
+    os.kill(first.pid, signal.SIGSTOP)
+    second = stage(project, "pretrain")
+    first.kill()
+    first.join()
+    assert second.returncode == 1 and "another process is doing this very run" in second.stderr
+
+
+def test_the_place_of_runs(monkeypatch, tmp_path):
+    from rrcm.runs import runs_directory
+
+    monkeypatch.delenv("RRCM_RUNS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert runs_directory() == tmp_path / "runs"
+    queued = tmp_path / ".dvc/tmp/exps/tmpabc"
+    queued.mkdir(parents=True)
+    monkeypatch.chdir(queued)
+    assert runs_directory() == tmp_path / "runs"
+    monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "elsewhere"))
+    assert runs_directory() == tmp_path / "elsewhere"
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    """A real refused write: the file-size limit of the process is below what it wants to write."""
+    import torch
+
+    path = tmp_path / "model.safetensors"
+    save_tensors(path, {"a": torch.zeros(4)})
+    before = path.read_bytes()
+    code = (
+        "import resource, torch; from pathlib import Path; from rrcm.checkpoint import save_tensors;"
+        "from rrcm.errors import RRCMError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: save_tensors(Path('model.safetensors'), {'a': torch.zeros(100_000)})\n"
+        "except RRCMError as error: print(error)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "model.safetensors: cannot write it" in answer.stdout and answer.returncode == 0, answer.stderr
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
