@@ -119,6 +119,9 @@ def test_photometric_frequencies():
         assert frequency_is(rows[:, augment.GRAY] == 1, 0.2)
         assert frequency_is(rows[:, augment.BLUR] > 0, (1.0, 0.1)[view])
         assert frequency_is(rows[:, augment.SOLARIZE] == 1, (0.0, 0.2)[view])
+        both = (rows[:, augment.BLUR] > 0) & (rows[:, augment.SOLARIZE] == 1)
+        assert frequency_is(both, (0.0, 0.02)[view])  # choices are independent
+        assert frequency_is(jittered & (rows[:, augment.GRAY] == 1), 0.16)
         for number in range(24):
             assert frequency_is(rows[:, augment.ORDER] == number, 1 / 24)
         blurred = rows[rows[:, augment.BLUR] > 0, augment.BLUR]
@@ -152,6 +155,7 @@ def test_crop_equals_torchvision_and_has_its_statistics(monkeypatch: pytest.Monk
     assert frequency_is(area < 0.4, (0.4 - 0.08) / 0.92 / _fits(120, 100, 0.08)[0])
     assert frequency_is(aspect < 1, _fits(120, 100, 0.08)[1])
     small = area < 0.3  # these have room: the place must be uniform
+    assert left[small].min() == top[small].min() == 0 and right[small].max() == 120 and bottom[small].max() == 100
     place = left[small] / (120 - (right - left)[small])
     assert abs(place.mean() - 0.5) < 5 * math.sqrt(1 / 12 / small.sum())
 

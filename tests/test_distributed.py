@@ -1,0 +1,106 @@
+"""Two real processes (gloo) with half the batch each take the same step as one process with all of it."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import compose
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from rrcm.config import load_config
+from rrcm.distributed import GlobalBatchNorm1d, all_sum, processes
+from rrcm.finetune import finetune
+from rrcm.losses import pretraining_loss
+from rrcm.model import NoiseConditionedViT, ProjectedViT
+from rrcm.pretrain import pretrain
+
+
+def together(target, *arguments: object, world: int = 2) -> None:
+    """Run target(*arguments) in `world` processes that find each other as torchrun's do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    crew = [context.Process(target=_enter, args=(rank, world, port, target, arguments)) for rank in range(world)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join()
+    assert [process.exitcode for process in crew] == [0] * world
+
+
+def _enter(rank: int, world: int, port: int, target, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    target(*arguments)
+
+
+def one_step(folder: Path) -> None:
+    """A step of pre-training on this process's part of a fixed batch of 12; rank 0 writes what came out."""
+    torch.manual_seed(0)
+    student = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
+    teacher = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
+    teacher.requires_grad_(False)
+    batch = torch.randn(4, 12, 3, 16, 16)
+    with processes("cpu") as process:
+        size = 12 // process.world
+        part = batch[:, process.rank * size : (process.rank + 1) * size]
+        forward = DistributedDataParallel(student, broadcast_buffers=False) if process.world > 1 else student
+        terms = pretraining_loss(forward, teacher, *part, t=1.7, t_next=1.1)
+        terms.total.mean().backward()
+        found = {f"grad.{name}": p.grad for name, p in student.named_parameters()}
+        found |= {f"student.{name}": b.float() for name, b in student.named_buffers()}
+        found |= {f"teacher.{name}": b.float() for name, b in teacher.named_buffers()}
+        found["loss"] = all_sum(terms.total.mean().detach()) / process.world
+        if process.is_main:
+            save_file(found, folder / f"{process.world}.safetensors")
+
+
+def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
+    together(one_step, tmp_path, world=1)
+    together(one_step, tmp_path, world=2)
+    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    assert one.keys() == two.keys() and sum("running" in name for name in one) == 8
+    for name in one:
+        scale = one[name].abs().max().clamp_min(1e-6)
+        assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
+
+
+def test_batch_norm_of_one_process_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm1d(5), torch.nn.BatchNorm1d(5)
+    for _ in range(3):
+        x = torch.randn(7, 5) * 3 + 2
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        weights = torch.randn(7, 5)
+        (ours(a) * weights).sum().backward()
+        (theirs(b) * weights).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def train(folder: Path, shards: Path, world: int) -> None:
+    os.environ["RRCM_RUNS"] = str(folder / "runs")
+    config = load_config(folder / "params.yaml")
+    pretrain(config, shards, folder / f"pretrain{world}", folder / "timing.json")
+    finetune(config, "rrcm", 0.5, shards, folder / f"pretrain{world}", folder / f"tuned{world}", folder / "timing.json")
+
+
+def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
+    """Ten steps each: the same images, augmentation and noise, so only the order of sums differs."""
+    compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")
+    for world in (1, 2):
+        together(train, tmp_path, tiny_shards, world, world=world)
+    for name in ("pretrain", "tuned"):
+        one = load_file(tmp_path / f"{name}1/model.safetensors")
+        two = load_file(tmp_path / f"{name}2/model.safetensors")
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=2e-3, rtol=0, msg=f"{name} {key}")
+    assert not dist.is_initialized()
