@@ -58,7 +58,9 @@ class Data(Section):
     channels: Literal[1, 3]
     val_fraction: Annotated[float, Field(gt=0, le=0.5)]  # share of train carved out, stratified by class
     shard_size: Count  # samples a shard
-    workers: Annotated[int, Field(ge=0)]  # processes that read data; 0: the main one reads
+    workers: Annotated[
+        int, Field(ge=0)
+    ]  # reading processes of a training (0: it reads by itself); threads of shard-data
 
 
 class Model(Section):

@@ -156,7 +156,8 @@ def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: 
         colour, point = _line(method)["color"], (seconds[method], 100 * accuracy[method])
         parameters = latency[method]["parameters"]
         face = "none" if METHODS[method].matched else colour
-        axes.scatter(*point, 90 * parameters / largest, facecolor=face, edgecolor=colour, linewidth=1.6, zorder=3)
+        area = 90 * parameters / largest
+        axes.scatter(*point, area, facecolor=face, edgecolor=colour, linewidth=1.6, zorder=3, clip_on=False)
         axes.annotate(
             f"{METHODS[method].label}: {point[1]:.1f} %, {parameters / 1e6:.3g} M",
             point,

@@ -95,7 +95,9 @@ def _train(
     with Progress(settings.steps, "pretrain", "steps", done=first, quiet=not process.is_main) as progress:
         for step, batch in enumerate(batches, start=first):
             image, view1, view2 = _model_space(batch, device)
-            noise = normal_per_sample(image.shape[1:], seed, "noise", step, positions=batch["position"], device=device)
+            noise = normal_per_sample(
+                image.shape[1:], seed, "noise", step, positions=batch["position"].tolist(), device=device
+            )
             levels = karras_levels(
                 num_levels(step, settings.steps, start=settings.start_levels, end=settings.end_levels),
                 t_min=settings.t_min,

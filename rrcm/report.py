@@ -37,7 +37,7 @@ def write_report(config: Config, root: Path, output: Path) -> None:
     """Read certificates, models/*/*.{json,csv}, timings and latency under `root`; write the whole folder `output`.
 
     Raises `RRCMError` naming a missing file and the command that makes it, and when certificates of different runs are
-    mixed. The latency figure and table are left out when no method was timed.
+    mixed. Without a `latency.n` there is no latency figure or table, and nothing under latency/ is read.
     """
     root = Path(root)
     inputs = _inputs(config, root)

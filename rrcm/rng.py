@@ -2,7 +2,7 @@
 process count or where a run was resumed."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,12 +25,11 @@ def torch_rng(device: torch.device | str, seed: int, *key: str | int) -> torch.G
 
 
 def normal_per_sample(
-    shape: tuple[int, ...], seed: int, *key: str | int, positions: Iterable[int], device: torch.device | str
+    shape: tuple[int, ...], seed: int, *key: str | int, positions: Sequence[int | str], device: torch.device | str
 ) -> torch.Tensor:
     """Standard normal float32 noise of shape (len(positions), *shape). Row i depends on (seed, key, positions[i])
     alone, so any split of a batch over processes draws the same noise."""
     generator = torch.Generator(device)
-    positions = list(positions)
     noise = torch.empty((len(positions), *shape), device=device)
     for row, position in zip(noise, positions, strict=True):
         generator.manual_seed(derive_seed(seed, *key, position))

@@ -214,9 +214,7 @@ def _base(data: Data) -> Path:
     """Where a source that can be downloaded lies: data.root, which must exist, or RAW/<source>."""
     if data.root and not Path(data.root).is_dir():
         raise RRCMError(f"data.root {data.root}: no such dataset folder; create it to download there, or set null")
-    folder = Path(data.root) if data.root else RAW / data.source
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Path(data.root) if data.root else RAW / data.source
 
 
 def _find(places: Iterable[Path], name: str) -> Path | None:

@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import typer
 import yaml
@@ -15,7 +16,9 @@ from rrcm.config import parse_config
 from rrcm.errors import RRCMError
 
 
-def compose(overrides: list[str] = typer.Argument(None), output: Path = Path("params.yaml")) -> None:
+def compose(
+    overrides: Annotated[list[str] | None, typer.Argument()] = None, output: Path = Path("params.yaml")
+) -> None:
     """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10 or certify.n=2000."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

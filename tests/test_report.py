@@ -98,7 +98,7 @@ def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
     values = config.model_dump(mode="json") | {"device": "cpu", "launcher": "torchrun --nproc-per-node 8"}
     values["data"] |= {"root": "/home/someone", "workers": 3}  # nor do settings matter that change no result
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nsavefig.dpi: 30\n")  # a user's own style
+    (tmp_path / "matplotlibrc").write_text("xtick.labelsize: 20\naxes.facecolor: pink\n")  # a user's own style
     code = (
         "import sys; from pathlib import Path; from rrcm.config import load_config; import rrcm.report;"
         "rrcm.report.write_report(load_config('config.yaml'), Path(sys.argv[1]), Path('elsewhere'))"

@@ -141,6 +141,7 @@ def test_fashion_mnist_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert np.bincount(source.train.labels).tolist() == [6000] * 10
     assert np.bincount(source.test.labels).tolist() == [1000] * 10
     assert source.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,114 @@
+"""The whole DAG through DVC at smoke size, in a repository of its own: rebuild, verify from a remote, experiment."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TINY, compose, files_of
+
+SMOKE = [override for override in TINY if not override.startswith("sigmas=")] + ["sigmas=[0.5]"]
+STAGES = ["shard-data", "pretrain", "plot"] + [
+    f"{kind}@{method}" for method in ("rrcm", "gaussian_matched") for kind in ("finetune", "certify", "latency")
+]
+
+
+def run(folder: Path, *command: str, fails: bool = False) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),  # the copy's code, not the installed one
+        "OMP_NUM_THREADS": "1",
+        "GIT_AUTHOR_NAME": "t",
+        "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t",
+        "GIT_COMMITTER_EMAIL": "t@example.org",
+        "COLUMNS": "400",
+    }
+    answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (answer.returncode != 0) == fails, f"{command}\n{answer.stdout[-3000:]}\n{answer.stderr[-3000:]}"
+    return answer.stdout + answer.stderr
+
+
+def ran(output: str) -> set[str]:
+    """Stages that DVC says it ran, without their sigma."""
+    lines = [line for line in output.splitlines() if line.startswith("Running stage '")]
+    return {line.split("'")[1].removesuffix("-0.5") for line in lines}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A repository with this working tree's code in which `dvc repro` and `dvc push` have been run and committed."""
+    folder = tmp_path_factory.mktemp("built") / "repository"
+    for name in run(REPOSITORY, "git", "ls-files", "-co", "--exclude-standard").splitlines():
+        if not name.startswith(("artifacts/", "reports/", "dvc.lock")) and (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    profile = folder / "conf/profile/digits.yaml"  # experiments compose from conf/: the small size must be there too
+    compose(folder / "params.yaml", "sigmas=[0.5]")
+    profile.write_text("# @package _global_\n" + (folder / "params.yaml").read_text())
+    run(folder, "git", "init", "-q")
+    output = run(folder, "dvc", "repro")
+    assert ran(output) == set(STAGES)
+    run(folder, "dvc", "push")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "built")
+    return folder
+
+
+def test_a_second_repro_runs_nothing(built):
+    assert "up to date" in run(built, "dvc", "status")
+    assert not ran(run(built, "dvc", "repro"))
+
+
+def test_metrics_and_plots_show_something(built):
+    metrics = run(built, "dvc", "metrics", "show")
+    assert "reports/digits/metrics.json" in metrics and "acr" in metrics
+    assert "index.html" in run(built, "dvc", "plots", "show")
+
+
+@pytest.fixture(scope="module")
+def cloned(built, tmp_path_factory) -> Path:
+    """A fresh clone whose artifacts came through a real HTTP server."""
+    folder = tmp_path_factory.mktemp("cloned") / "repository"
+    run(built, "git", "clone", "-q", str(built), str(folder))
+    shutil.move(folder / "artifacts", folder.parent / "served")
+    handler = partial(SimpleHTTPRequestHandler, directory=folder.parent / "served")
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run(folder, "dvc", "remote", "add", "--local", "web", f"http://127.0.0.1:{server.server_port}")
+        run(folder, "dvc", "pull", "-r", "web")
+        server.shutdown()
+    return folder
+
+
+def test_a_reviewer_verifies_without_training(built, cloned):
+    assert "up to date" in run(cloned, "dvc", "status")
+    assert not ran(run(cloned, "dvc", "repro"))
+    published = files_of(cloned / "reports")
+    assert any(name.endswith("report.md") for name in published)
+    shutil.rmtree(cloned / "reports")
+    assert ran(run(cloned, "dvc", "repro", "--force", "--single-item", "plot")) == {"plot"}
+    assert files_of(cloned / "reports") == published
+    assert not run(cloned, "git", "status", "--porcelain", "reports", "dvc.lock")
+
+
+def test_experiments_rerun_only_what_they_touch(cloned):
+    output = run(cloned, "dvc", "exp", "run", "--name", "more", "-S", "certify.n=300", "-S", "sigmas=[0.5]")
+    assert ran(output) == {"certify@rrcm", "certify@gaussian_matched", "plot"}
+    run(cloned, "dvc", "exp", "run", "--queue", "--name", "queued", "-S", "certify.n=250")
+    run(cloned, "dvc", "queue", "start")
+    run(cloned, "dvc", "queue", "logs", "queued", "-f")
+    shown = run(cloned, "dvc", "exp", "show", "--csv")
+    for name, n in (("more", "300"), ("queued", "250")):
+        row = next(line for line in shown.splitlines() if f",{name}," in line)
+        assert f",{n}," in row, row
+
+
+def test_an_unknown_profile_is_refused(cloned):
+    assert "profile/nope" in run(cloned, "dvc", "exp", "run", "-S", "profile=nope", fails=True)
