@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -84,7 +85,25 @@ class NoiseConditionedViT(VisionTransformer):
         time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
         class_token = self.cls_token.expand(len(images), -1, -1).to(patches.dtype)
         tokens = torch.cat([class_token, time_token[:, None], patches], dim=1) + self.pos_embed
-        return self.norm(self.blocks(tokens)[:, 0])
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        return self.norm(class_token_of_block(last, tokens))
+
+
+def class_token_of_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """What timm's pre-norm `Block` makes of the class token alone: tokens (B, L, D) -> (B, D).
+
+    Nothing reads the other tokens of the last block, so their queries, projections and MLPs need not be computed.
+    """
+    attention, normed = block.attn, block.norm1(tokens)
+    query, key_value = attention.qkv.weight.tensor_split([tokens.shape[-1]])
+    q = F.linear(normed[:, :1], query)
+    k, v = F.linear(normed, key_value).chunk(2, dim=-1)
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = tokens[:, 0] + attention.proj(attended)[:, 0]
+    return x + block.mlp(block.norm2(x))
 
 
 def projector(width: int, hidden: int, out: int) -> nn.Sequential:
