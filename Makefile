@@ -1,5 +1,6 @@
 # make repro   everything: environment, then the whole pipeline (dvc repro)
 # make test    everything: environment, then lint and tests
+# make install  the environment alone
 # make params  compose conf/ into params.yaml; PROFILE=cifar10 for another profile
 
 PYTHON ?= python3
@@ -14,6 +15,8 @@ test: $(VENV)/.installed-test
 	ruff check .
 	ruff format --check .
 	python -m pytest
+
+install: $(VENV)/.installed
 
 params: $(VENV)/.installed
 	python stages/compose.py profile=$(PROFILE)
@@ -30,4 +33,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-.PHONY: repro test params
+.PHONY: repro test install params

@@ -1,0 +1,321 @@
+"""Fine-tuning: a classifier for one method and one smoothing sigma (Lei et al. 2025, section 3.3)."""
+
+import copy
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch.nn.parallel import DistributedDataParallel
+
+from rrcm import augment, distributed, loader, losses, model, rng, schedules, shards
+from rrcm.checkpoint import ARCHITECTURE, load_encoder, save_model
+from rrcm.config import METHODS, Config, FinetuneSettings
+from rrcm.distributed import Process, all_sum, autocast, barrier, processes
+from rrcm.environment import environment
+from rrcm.errors import RRCMError
+from rrcm.files import atomic_directory, read_json, sha256_file, write_csv, write_json
+from rrcm.losses import consistency_regularizer
+from rrcm.model import Classifier, build_encoder, parameter_count
+from rrcm.progress import Progress
+from rrcm.rng import derive_seed, normal_per_sample
+from rrcm.runs import Run, fingerprint, pack_state, unpack_state
+from rrcm.schedules import warmup_cosine
+from rrcm.shards import ShardedImages, read_split
+
+VALIDATION_COPIES = 4  # noisy copies of each validation image
+
+CODE = (augment, distributed, loader, losses, model, rng, schedules, shards)  # what decides the result, with this file
+
+
+def finetune(
+    config: Config, method: str, sigma: float, shard_folder: Path | str, pretrained: Path, output: Path, timing: Path
+) -> None:
+    """Train one classifier and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
+
+    `pretrained` is what pre-training wrote; scratch methods do not read its weights, and the *_matched ones only its
+    compute. The weights kept are those with the best accuracy on noisy images of the `val` split. Killed and started
+    again it continues from its last checkpoint and ends with the same bytes.
+    """
+    with processes(config.device) as process:
+        images, validation = ShardedImages(shard_folder, "train"), ShardedImages(shard_folder, "val")
+        if process.is_main:
+            images.verify()
+            validation.verify()
+        _train(config, method, sigma, images, validation, Path(shard_folder), pretrained, process, output, timing)
+
+
+def layer_rates(classifier: Classifier, decay: float) -> dict[str, float]:
+    """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
+
+    Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.
+    """
+    last = len(classifier.encoder.blocks) + 1
+    factors = {}
+    for name, parameter in classifier.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
+            layer = 0
+        elif name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        else:
+            layer = last
+        factors[name] = decay ** (last - layer)
+    return factors
+
+
+def matched_epochs(epochs: int, pretrain_compute: float, shared_by: int, epoch_compute: float) -> int:
+    """Epochs that give a scratch method rRCM's total compute: its fine-tuning plus its share of the pre-training."""
+    return epochs + round(pretrain_compute / shared_by / epoch_compute)
+
+
+def _train(
+    config: Config,
+    method: str,
+    sigma: float,
+    images: ShardedImages,
+    validation: ShardedImages,
+    shard_folder: Path,
+    pretrained: Path,
+    process: Process,
+    output: Path,
+    timing: Path,
+) -> None:
+    kind, settings, seed, device = METHODS[method], config.finetune.settings(method, sigma), config.seed, process.device
+    if settings.mixup > 0 or settings.cutmix > 0:
+        if settings.batch_size // process.world % 2:
+            raise RRCMError(f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process")
+        mix = Mixup(
+            settings.mixup,
+            settings.cutmix,
+            switch_prob=settings.mixup_switch,
+            label_smoothing=settings.label_smoothing,
+            num_classes=len(images.classes),
+        )
+    else:
+        mix = None
+    epoch_steps = loader.steps_per_epoch(len(images), settings.batch_size)
+    epoch_compute = 3 * settings.copies * epoch_steps * settings.batch_size  # encoder forwards; a backward counts two
+    epochs, looks_every, share = settings.epochs, config.finetune.evaluate_every, 0.0
+    if kind.matched or kind.pretrained:
+        share = read_json(pretrained / "config.json")["compute"]["pretrain"] / config.finetune.pretraining_shared_by
+    if kind.matched:
+        epochs = matched_epochs(settings.epochs, share, 1, epoch_compute)
+        looks_every = math.ceil(looks_every * epochs / settings.epochs)  # as many looks at the validation split
+        share = 0.0
+    total_steps = epochs * epoch_steps
+
+    torch.manual_seed(derive_seed(seed, "finetune"))  # initial weights: the same for every scratch method and sigma
+    encoder = build_encoder(config.model, config.data)
+    if kind.pretrained:
+        sizes = config.data.model_dump() | config.model.model_dump()
+        encoder = load_encoder(pretrained, {name: sizes[name] for name in ARCHITECTURE})
+        encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
+    classifier = Classifier(encoder, len(images.classes), t=2 * sigma).to(device).train()
+    rates = layer_rates(classifier, settings.layer_decay)
+    groups: dict[float, list[torch.Tensor]] = {}
+    for name, parameter in classifier.named_parameters():
+        if name in rates:
+            groups.setdefault(rates[name], []).append(parameter)
+    peak = settings.lr * settings.batch_size / 256
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
+        lr=peak,
+        betas=(0.9, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.finetune.precision == "fp16")
+    best = copy.deepcopy(classifier).requires_grad_(False)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of the metrics since the epoch began
+    history, selected, seconds, first = [], {"epoch": 0, "val_accuracy": -1.0}, 0.0, 0
+
+    inputs = {"shards": sha256_file(shard_folder / "manifest.json")}
+    if kind.matched or kind.pretrained:
+        inputs["pretrained"] = sha256_file(pretrained / "config.json")
+    if kind.pretrained:
+        inputs["weights"] = sha256_file(pretrained / "model.safetensors")
+    described = config.model_dump(mode="json", include={"seed", "data", "model", "finetune"})
+    mark = fingerprint([described, method, sigma], inputs, [*CODE, sys.modules[__name__]])
+    run = Run(f"finetune-{method}-{sigma}", mark)
+    if process.is_main:
+        run.lock()
+    modules = {"classifier": classifier, "best": best}
+    if (state := run.load()) is not None:
+        first, tensors, notes = state
+        unpack_state(tensors, modules, optimizer)
+        scaler.load_state_dict(notes["scaler"])
+        history, selected, seconds = notes["history"], notes["selected"], notes["seconds"]
+    elif settings.probe_epochs and kind.pretrained:
+        probe_head(classifier, images, config, settings, process)
+    forward = classifier
+    if process.world > 1:
+        forward = DistributedDataParallel(classifier, broadcast_buffers=False)
+    pixels, labels, _ = read_split(validation, config.data.image_size)
+
+    batches = loader.batches(
+        images,
+        augment.FinetuneTransform(settings.augmentation, config.data.image_size),
+        batch_size=settings.batch_size,
+        seed=derive_seed(seed, "finetune batches"),
+        first_step=first,
+        last_step=total_steps,
+        rank=process.rank,
+        world=process.world,
+        workers=config.data.workers,
+    )
+    start = time.monotonic()
+    label = f"finetune {method} sigma {sigma:g}"
+    with Progress(total_steps, label, "steps", done=first, quiet=not process.is_main) as progress:
+        for step, batch in enumerate(batches, start=first):
+            factor = warmup_cosine(step / epoch_steps, settings.warmup_epochs, epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor * group["factor"]
+            clean, target = batch["image"].to(device), batch["label"].to(device)
+            if mix is not None:
+                np.random.seed(derive_seed(seed, "mixup", step, process.rank) % 2**32)  # timm draws from numpy's global
+                clean, soft = mix(clean.float(), target)
+            else:
+                soft = F.one_hot(target, len(images.classes)).float()
+                soft = soft * (1 - settings.label_smoothing) + settings.label_smoothing / len(images.classes)
+            copies = (clean.float() / 255).repeat(settings.copies, 1, 1, 1)
+            positions = [f"{copy} {p}" for copy in range(settings.copies) for p in batch["position"].tolist()]
+            noise = normal_per_sample(
+                copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device
+            )
+            with autocast(device, config.finetune.precision):
+                logits = forward(copies + sigma * noise).float().unflatten(0, (settings.copies, -1))
+            cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+            regularizer = torch.zeros((), device=device)
+            if kind.regularized:
+                regularizer = consistency_regularizer(
+                    logits, settings.consistency_weight, settings.entropy_weight
+                ).mean()
+            loss = cross_entropy + regularizer
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            sums += torch.stack([loss, cross_entropy, regularizer]).detach().double()
+            progress.update(1)
+
+            epoch, into_epoch = divmod(step + 1, epoch_steps)
+            if into_epoch:
+                continue
+            mean = (all_sum(sums) / (process.world * epoch_steps)).tolist()
+            sums.zero_()
+            if not math.isfinite(mean[0]):
+                raise RRCMError(
+                    f"{label}: the loss is not finite in epoch {epoch}; lower the learning rate or use fp32. "
+                    f"The last good state is kept in {run.folder}"
+                )
+            accuracy = None
+            if epoch % looks_every == 0 or epoch == epochs:
+                accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, config.finetune.precision, process)
+                if accuracy > selected["val_accuracy"]:
+                    selected = {"epoch": epoch, "val_accuracy": accuracy}
+                    best.load_state_dict(classifier.state_dict())
+                progress.update(0, loss=f"{mean[0]:.3f}", val_accuracy=f"{100 * accuracy:.1f} %")
+            row = dict(zip(["loss", "cross_entropy", "regularizer"], mean, strict=True))
+            history.append({"epoch": epoch, **row, "val_accuracy": accuracy, "lr": peak * factor})
+            if epoch % config.finetune.checkpoint_every == 0 and epoch < epochs:
+                if process.is_main:
+                    notes = {
+                        "scaler": scaler.state_dict(),
+                        "history": history,
+                        "selected": selected,
+                        "seconds": seconds + time.monotonic() - start,
+                    }
+                    run.save(step + 1, pack_state(modules, optimizer), notes)
+                barrier()
+
+    if process.is_main:
+        seconds += time.monotonic() - start
+        with atomic_directory(output) as folder:
+            save_model(
+                folder,
+                best,
+                method=method,
+                sigma=sigma,
+                seed=seed,
+                parameters=parameter_count(best),
+                training={"profile": config.profile, "epochs": epochs, **settings.model_dump(exclude={"epochs"})},
+                selected=selected,
+                compute={"finetune": epochs * epoch_compute, "pretrain_share": share},
+            )
+            write_csv(folder / "history.csv", history)
+        seen = total_steps * settings.batch_size
+        write_json(
+            timing,
+            {
+                "seconds": seconds,
+                "images_per_second": seen / seconds,
+                "processes": process.world,
+                "environment": environment(device),
+            },
+        )
+        run.finish()
+    barrier()
+
+
+@torch.no_grad()
+def noisy_accuracy(
+    classifier: Classifier,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    sigma: float,
+    seed: int,
+    precision: str,
+    process: Process,
+    batch_size: int = 256,
+) -> float:
+    """Accuracy on images with Gaussian noise of pixel `sigma`, the same noise at every look.
+
+    pixels (N, C, H, W) uint8, labels (N,). The images are shared out over the processes.
+    """
+    classifier.eval()
+    right = torch.zeros((), dtype=torch.float64, device=process.device)
+    for rows in torch.arange(process.rank, len(pixels), process.world).split(batch_size):
+        clean, target = pixels[rows].to(process.device).float() / 255, labels[rows].to(process.device)
+        for copy_index in range(VALIDATION_COPIES):
+            noise = normal_per_sample(
+                clean.shape[1:], seed, "validation", copy_index, positions=rows.tolist(), device=process.device
+            )
+            with autocast(process.device, precision):
+                right += (classifier(clean + sigma * noise).argmax(1) == target).sum()
+    classifier.train()
+    return float(all_sum(right)) / (VALIDATION_COPIES * len(pixels))
+
+
+def probe_head(
+    classifier: Classifier, images: ShardedImages, config: Config, settings: FinetuneSettings, process: Process
+) -> None:
+    """Linear-probe start: fit the head alone on clean training images at the quietest noise level."""
+    optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=1e-2, weight_decay=0.0)
+    steps = settings.probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
+    batches = loader.batches(
+        images,
+        augment.FinetuneTransform("none", config.data.image_size),
+        batch_size=settings.batch_size,
+        seed=derive_seed(config.seed, "probe batches"),
+        first_step=0,
+        last_step=steps,
+        rank=process.rank,
+        world=process.world,
+        workers=config.data.workers,
+    )
+    for batch in batches:
+        with torch.no_grad():
+            clean = 2 * (batch["image"].to(process.device).float() / 255) - 1
+            representation = classifier.encoder(clean, config.pretrain.t_min)
+        loss = F.cross_entropy(classifier.head(representation), batch["label"].to(process.device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter in classifier.head.parameters():
+            parameter.grad = all_sum(parameter.grad) / process.world
+        optimizer.step()

@@ -1,0 +1,174 @@
+"""The networks: a ViT that is told the noise level, its projector for pre-training, its head for classification."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from rrcm import config
+from rrcm.distributed import GlobalBatchNorm1d
+
+SIGMA_DATA = 0.5  # standard deviation of the data in model space, as Karras et al. 2022 set it
+
+
+def time_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoids of 250 ln(t): cosines, then sines, max period 10000. t (B,) in model space -> (B, width) float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 250 * t.float().log()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class NoiseConditionedViT(VisionTransformer):
+    """timm's ViT with a time token between the class token and the patches; one position embedding over all of them.
+
+    Pre-norm blocks, LayerNorm eps 1e-5, no qkv bias, MLP ratio 4, GELU. Layers keep torch's own initialisation
+    (`init="torch"`) or take MoCo-v3's (`init="moco_v3"`, Chen et al. 2021).
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        channels: int = 3,
+        patch_size: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        init: str = "torch",
+        freeze_patch_embed: bool = False,
+    ):
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch_size,
+            in_chans=channels,
+            num_classes=0,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            qkv_bias=False,
+            reg_tokens=1,  # reserves the time token's place in the position embedding
+            norm_layer=nn.LayerNorm,  # timm's own default has eps 1e-6
+            weight_init="skip",
+        )
+        del self.reg_token
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if init == "moco_v3":
+            self.init_moco_v3()
+        self.patch_embed.requires_grad_(not freeze_patch_embed)
+
+    def init_moco_v3(self) -> None:
+        """Xavier-uniform layers with zero biases, q, k and v as three matrices, uniform patch embedding."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear):
+                fan_out = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
+                bound = math.sqrt(6 / (fan_out + layer.in_features))
+                nn.init.uniform_(layer.weight, -bound, bound)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        bound = math.sqrt(6 / (3 * math.prod(self.patch_embed.patch_size) + self.embed_dim))
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+
+    def forward(self, images: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """Representation of noisy images.
+
+        images (B, C, H, W) float in model space (pixels scaled to [-1, 1], plus noise of standard deviation t);
+        t: one noise level or one per image (B,), model space (2 * pixel sigma), > 0 -> (B, width).
+        """
+        t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(len(images))
+        c_in = (t.square() + SIGMA_DATA**2).rsqrt()
+        patches = self.patch_embed((c_in[:, None, None, None] * images).to(self.patch_embed.proj.weight.dtype))
+        time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
+        class_token = self.cls_token.expand(len(images), -1, -1).to(patches.dtype)
+        tokens = torch.cat([class_token, time_token[:, None], patches], dim=1) + self.pos_embed
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        return self.norm(class_token_of_block(last, tokens))
+
+
+def class_token_of_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """What timm's pre-norm `Block` makes of the class token alone: tokens (B, L, D) -> (B, D).
+
+    Nothing reads the other tokens of the last block, so their queries, projections and MLPs need not be computed.
+    """
+    attention, normed = block.attn, block.norm1(tokens)
+    query, key_value = attention.qkv.weight.tensor_split([tokens.shape[-1]])
+    q = F.linear(normed[:, :1], query)
+    k, v = F.linear(normed, key_value).chunk(2, dim=-1)
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = tokens[:, 0] + attention.proj(attended)[:, 0]
+    return x + block.mlp(block.norm2(x))
+
+
+def projector(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Linear-BN-ReLU, Linear-BN-ReLU, Linear, no biases, no last BatchNorm: (B, width) -> (B, out)."""
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        GlobalBatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden, bias=False),
+        GlobalBatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, out, bias=False),
+    )
+
+
+class ProjectedViT(nn.Module):
+    """The network of pre-training: encoder and projector."""
+
+    def __init__(self, encoder: NoiseConditionedViT, hidden: int, out: int):
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector(encoder.embed_dim, hidden, out)
+
+    def forward(self, batches: Sequence[torch.Tensor], levels: Sequence[float], project: int) -> list[torch.Tensor]:
+        """One encoder pass over several batches (each (B, C, H, W), model space), batch i at noise level levels[i].
+
+        Returns a tensor a batch: projections (B, out) of the first `project` batches, each seen by BatchNorm as a
+        batch of its own, and representations (B, width) of the rest.
+        """
+        size = len(batches[0])
+        t = torch.tensor(levels, dtype=torch.float32, device=batches[0].device).repeat_interleave(size)
+        representations = self.encoder(torch.cat(list(batches)), t).split(size)
+        return [self.projector(r) for r in representations[:project]] + list(representations[project:])
+
+
+class Classifier(nn.Module):
+    """Encoder and linear head at one fixed noise level: noisy pixels in, logits out. This is what gets certified."""
+
+    def __init__(self, encoder: NoiseConditionedViT, num_classes: int, t: float):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+        self.t = t
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K)."""
+        return self.head(self.encoder(2 * pixels - 1, self.t))
+
+
+def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:
+    """The encoder that the settings describe."""
+    return NoiseConditionedViT(
+        image_size=data.image_size,
+        channels=data.channels,
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        init=model.init,
+        freeze_patch_embed=model.freeze_patch_embed,
+    )
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,408 @@
+"""reports/PROFILE: figures, tables, metrics and report.md, made from what the other stages left.
+
+The same inputs give the same bytes, wherever and whenever: git revision, hardware and versions are those in the records
+of the stages that made the artifacts, never those of the machine that draws.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from rrcm import figures
+from rrcm.config import METHODS, Config
+from rrcm.errors import RRCMError
+from rrcm.figures import Tile
+from rrcm.files import atomic_directory, read_json, sha256_file, write_json, write_text
+from rrcm.results import (
+    Certificates,
+    acr_difference,
+    average_certified_radius,
+    best_sigma_table,
+    certified_accuracy,
+    per_sigma_table,
+    read_certificates,
+    sigma_name,
+)
+
+REFERENCE_RADIUS = 0.5  # where the latency figure compares accuracy; the nearest radius of the report is taken
+NOT_RESULTS = {"device": True, "launcher": True, "data": {"root", "workers"}}  # settings that change no result
+
+
+def write_report(config: Config, root: Path, output: Path) -> None:
+    """Read certificates, models/*/*.{json,csv}, timings and latency under `root`; write the whole folder `output`.
+
+    Raises `RRCMError` naming a missing file and the command that makes it, and when certificates of different runs are
+    mixed. Without a `latency.n` there is no latency figure or table, and nothing under latency/ is read.
+    """
+    root = Path(root)
+    inputs = _inputs(config, root)
+    runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
+    certificates = {run: read_certificates(root / _certificate(*run)) for run in runs}
+    first = certificates[runs[0]]
+    for run, frame in certificates.items():
+        if not frame[["idx", "label"]].equals(first[["idx", "label"]]):
+            path = root / _certificate(*run)
+            raise RRCMError(f"{path}: certifies other images than {_certificate(*runs[0])}; run `dvc repro` again")
+    models = {run: read_json(root / _model(*run) / "config.json") for run in runs}
+    latency = {name: read_json(root / f"latency/{name}.json") for name in config.methods if config.latency.n}
+    radii = config.report.radii
+    finetuning = pd.concat([_history(root, models[run], *run) for run in runs], ignore_index=True)
+    pretraining = _read_csv(root / "models/pretrain/history.csv") if _needs_pretraining(config) else None
+    budgets = _budgets(config, root, models)
+    tables = _tables(certificates, radii, budgets, latency)
+
+    with atomic_directory(output) as folder:
+        drawn = {
+            "certified_accuracy": figures.draw_certified_accuracy(certificates),
+            "envelope": figures.draw_envelope(certificates),
+            "training": figures.draw_training(pretraining, finetuning),
+            "sheet": _sheet(config, root, certificates),
+        }
+        if latency:
+            radius = min(radii, key=lambda r: (abs(r - REFERENCE_RADIUS), r))
+            best = best_sigma_table(certificates, [radius]).set_index("method")["certified_accuracy"]
+            drawn["latency"] = figures.draw_latency(latency, best, max(config.latency.n), radius)
+        for name, figure in drawn.items():
+            figures.save(figure, folder, name)
+        for name, (numbers, shown) in tables.items():
+            _write_csv(folder / f"{name}.csv", numbers)
+            write_text(folder / f"{name}.md", _markdown(shown))
+            write_text(folder / f"{name}.tex", _latex(shown))
+        _write_csv(folder / "curves.csv", _curves(certificates))
+        _write_csv(folder / "training.csv", finetuning.dropna(subset="val_accuracy"))  # DVC draws a gap as 0
+        if pretraining is not None:
+            _write_csv(folder / "pretraining.csv", pretraining)
+        write_json(folder / "metrics.json", _metrics(certificates, models, radii))
+        shown = {name: shown for name, (_, shown) in tables.items()}
+        write_text(folder / "report.md", _report(config, root, inputs, certificates, shown, list(drawn)))
+
+
+def _certificate(method: str, sigma: float) -> str:
+    return f"certificates/{method}/{sigma_name(sigma)}.tsv"
+
+
+def _model(method: str, sigma: float) -> str:
+    return f"models/{method}/{sigma_name(sigma)}"
+
+
+def _needs_pretraining(config: Config) -> bool:
+    return any(METHODS[name].pretrained or METHODS[name].matched for name in config.methods)
+
+
+def _inputs(config: Config, root: Path) -> list[str]:
+    """Every file the report is made from, relative to root. Raises `RRCMError` at the first that is missing."""
+    stages = {"data/shards/manifest.json": "shard-data"}
+    if _needs_pretraining(config):
+        files = ["models/pretrain/config.json", "models/pretrain/history.csv", "timings/pretrain.json"]
+        stages |= dict.fromkeys(files, "pretrain")
+    for method in config.methods:
+        for sigma in config.sigmas:
+            files = [f"{_model(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
+            files += [f"timings/finetune/{method}/{sigma_name(sigma)}.json"]
+            stages |= dict.fromkeys(files, f"finetune@{method}-{sigma}")
+            files = [_certificate(method, sigma), f"timings/certify/{method}/{sigma_name(sigma)}.json"]
+            stages |= dict.fromkeys(files, f"certify@{method}-{sigma}")
+        if config.latency.n:
+            stages[f"latency/{method}.json"] = f"latency@{method}"
+    for path, stage in stages.items():
+        if not (root / path).is_file():
+            raise RRCMError(
+                f"{root / path}: no such file; make it with `dvc repro {stage}`, or fetch it with `dvc pull`"
+            )
+    return list(stages)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:  # pandas' own errors are ValueErrors
+        raise RRCMError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from None
+
+
+def _history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
+    """Fine-tuning by epoch, with the compute spent: encoder forward passes, the share of the pre-training included."""
+    history = _read_csv(root / _model(method, sigma) / "history.csv")
+    compute = model["compute"]["pretrain_share"] + model["compute"]["finetune"] * history["epoch"] / len(history)
+    return pd.DataFrame(
+        {
+            "method": method,
+            "sigma": sigma,
+            "epoch": history["epoch"],
+            "compute": compute,
+            "loss": history["loss"],
+            "val_accuracy": history["val_accuracy"],
+            "selected": history["epoch"] == model["selected"]["epoch"],
+        }
+    )
+
+
+def _budgets(config: Config, root: Path, models: Mapping[tuple[str, float], Mapping]) -> pd.DataFrame:
+    """Compute (encoder forward passes) and time (seconds) of each model."""
+    rows = []
+    for (method, sigma), model in models.items():
+        place, kind = f"{method}/{sigma_name(sigma)}.json", METHODS[method]
+        share = 0.0
+        if kind.pretrained:
+            share = read_json(root / "timings/pretrain.json")["seconds"] / config.finetune.pretraining_shared_by
+        rows.append(
+            {
+                "method": method,
+                "sigma": sigma,
+                "finetune_passes": model["compute"]["finetune"],
+                "pretrain_share_passes": model["compute"]["pretrain_share"],
+                "total_passes": model["compute"]["finetune"] + model["compute"]["pretrain_share"],
+                "finetune_seconds": read_json(root / "timings/finetune" / place)["seconds"],
+                "pretrain_share_seconds": share,
+                "certify_seconds": read_json(root / "timings/certify" / place)["seconds"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _tables(
+    certificates: Certificates, radii: list[float], budgets: pd.DataFrame, latency: Mapping[str, dict]
+) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Each table twice: full numbers under names for machines, and text for people."""
+    best = best_sigma_table(certificates, radii)
+    cells = best.assign(
+        cell=[f"{100 * row.certified_accuracy:.1f} ({100 * row.at_zero:.1f})" for row in best.itertuples()],
+        column=[f"r = {radius:g}" for radius in best["radius"]],
+        method=_labels(best["method"]),
+    )
+    best_shown = cells.pivot(index="method", columns="column", values="cell")
+    best_shown = best_shown.loc[cells["method"].unique(), cells["column"].unique()].reset_index()
+
+    sigmas = per_sigma_table(certificates, radii)
+    sigmas_shown = sigmas.assign(method=_labels(sigmas["method"]), acr=[f"{acr:.3f}" for acr in sigmas["acr"]])
+    for radius in radii:
+        sigmas_shown[radius] = [f"{100 * share:.1f}" for share in sigmas[radius]]
+    sigmas_shown = sigmas_shown.rename(columns={"acr": "ACR"} | {radius: f"r = {radius:g}" for radius in radii})
+    sigmas = sigmas.rename(columns={radius: f"r_{radius:g}" for radius in radii})
+
+    passes = {
+        "fine-tuning": "finetune_passes",
+        "pre-training share": "pretrain_share_passes",
+        "total": "total_passes",
+    }
+    seconds = {
+        "fine-tuning (s)": "finetune_seconds",
+        "pre-training share (s)": "pretrain_share_seconds",
+        "certification (s)": "certify_seconds",
+    }
+    budgets_shown = pd.DataFrame(
+        {"method": _labels(budgets["method"]), "sigma": budgets["sigma"]}
+        | {f"{name} (M passes)": [f"{value / 1e6:,.2f}" for value in budgets[key]] for name, key in passes.items()}
+        | {name: [f"{value:,.0f}" for value in budgets[key]] for name, key in seconds.items()}
+    )
+    tables = {
+        "best_sigma": (best, best_shown),
+        "per_sigma": (sigmas, sigmas_shown),
+        "budgets": (budgets, budgets_shown),
+    }
+    if latency:
+        numbers = pd.DataFrame(
+            {name: record[name] for name in ("method", "parameters", "device", "dtype", "batch_size")}
+            | {f"seconds_n_{n}": seconds for n, seconds in record["seconds"].items()}
+            for record in latency.values()
+        )
+        shown = numbers.assign(
+            method=_labels(numbers["method"]), parameters=[f"{count:,}" for count in numbers["parameters"]]
+        )
+        for name in numbers.columns[5:]:
+            shown[name] = [f"{value:.3g}" for value in numbers[name]]
+        tables["latency"] = (
+            numbers,
+            shown.rename(
+                columns=lambda name: (
+                    f"n = {int(name[10:]):,} (s)" if name[:10] == "seconds_n_" else name.replace("_", " ")
+                )
+            ),
+        )
+    return tables
+
+
+def _labels(methods: pd.Series) -> list[str]:
+    return [METHODS[name].label for name in methods]
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_text(path, frame.round(6).to_csv(index=False, lineterminator="\n"))
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    return _tabulate(frame, "github") + "\n"
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    """A booktabs table; special characters are escaped."""
+    return _tabulate(frame, "latex_booktabs").replace("sigma", r"$\sigma$") + "\n"
+
+
+def _tabulate(frame: pd.DataFrame, style: str) -> str:
+    names, align = list(frame.columns), ["left"] + ["right"] * (len(frame.columns) - 1)
+    rows = frame.astype(str).values.tolist()
+    return tabulate(rows, names, tablefmt=style, colalign=align, disable_numparse=True)
+
+
+def _curves(certificates: Certificates) -> pd.DataFrame:
+    """Certified accuracy on a grid of radii that depends on sigma alone, so that experiments compare."""
+    grids = []
+    for (method, sigma), frame in certificates.items():
+        radii = sigma * np.arange(81) / 20  # 4 sigma: beyond what 100,000 samples can certify
+        accuracy = certified_accuracy(frame, radii)
+        grids.append(pd.DataFrame({"method": method, "sigma": sigma, "radius": radii, "certified_accuracy": accuracy}))
+    return pd.concat(grids)
+
+
+def _metrics(certificates: Certificates, models: Mapping, radii: list[float]) -> dict:
+    """For `dvc metrics` and `dvc exp show`: metric, method, sigma. DVC joins keys by dots, so none has one inside."""
+    metrics: dict[str, dict] = {}
+    for (method, sigma), frame in certificates.items():
+        values = {
+            "acr": average_certified_radius(frame),
+            "val_accuracy": models[method, sigma]["selected"]["val_accuracy"],
+        }
+        for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
+            values[f"certified_r_{radius:g}".replace(".", "_")] = share
+        for name, value in values.items():
+            of_method = metrics.setdefault(name, {}).setdefault(method, {})
+            of_method[sigma_name(sigma).replace(".", "_")] = round(value, 6)
+    return metrics
+
+
+def _sheet(config: Config, root: Path, certificates: Certificates) -> Figure:
+    """Test images spread evenly over the certified ones, and what the first method says of each."""
+    from rrcm.augment import centre_crop  # these import torch, which takes seconds
+    from rrcm.rng import numpy_rng
+    from rrcm.shards import ShardedImages
+
+    images = ShardedImages(root / "data/shards", "test")
+    method, size = config.methods[0], config.data.image_size
+    frames = {sigma: certificates[method, sigma] for sigma in config.sigmas}
+    count = min(config.report.sheet_images, len(frames[config.sigmas[0]]))
+    rows = np.linspace(0, len(frames[config.sigmas[0]]) - 1, count).round().astype(int)
+    clean, noisy = [], {sigma: [] for sigma in frames}
+    for row in rows.tolist():
+        idx, label = (int(value) for value in frames[config.sigmas[0]].loc[row, ["idx", "label"]])
+        if idx >= len(images) or images.read(idx)[1] != label:
+            path = root / _certificate(method, config.sigmas[0])
+            raise RRCMError(f"{path}: image {idx} is not the one in data/shards; run `dvc repro` again")
+        pixels = np.asarray(centre_crop(images.read(idx)[0], size), np.float32) / 255
+        noise = numpy_rng(config.seed, "sheet", idx).standard_normal(pixels.shape, np.float32)
+        clean.append(pixels)
+        for sigma, frame in frames.items():
+            answer = frame.loc[row]
+            verdict = figures.verdict(answer["predict"], label)
+            predict = "" if verdict == "abstains" else images.classes[int(answer["predict"])]
+            shown = (pixels + sigma * noise).clip(0, 1)
+            noisy[sigma].append(Tile(shown, images.classes[label][:14], predict[:14], answer["radius"], verdict))
+    return figures.draw_sheet(clean, noisy, METHODS[method].label)
+
+
+CAPTIONS = {
+    "certified_accuracy": "Certified accuracy against L2 radius, a panel for each smoothing noise σ. Bands are 95 % "
+    "Wilson intervals over test images; methods share the images, so their differences are known better than that.",
+    "envelope": "Certified accuracy with the best σ at each radius.",
+    "latency": "Certified accuracy (with the n of the certificates) against the time one takes with the n of the axis.",
+    "training": "Accuracy on noisy validation images against the compute spent: a pre-trained method starts at its "
+    "share of the pre-training, the dot is the epoch that was kept. On the left, the pre-training where there is one.",
+    "sheet": "Test images, clean and noisy (clipped to [0, 1] for display), spread evenly over those certified.",
+}
+TITLES = {
+    "best_sigma": "Certified accuracy in %, best σ at each radius (in parentheses: that model's at r = 0)",
+    "per_sigma": "ACR and certified accuracy in % at each radius",
+    "latency": "Seconds to certify one image",
+    "budgets": "Compute in million encoder forward passes over one image (a backward pass counts two), and seconds",
+}
+BUDGETS = (
+    "*Equal fine-tuning budget* compares rRCM with methods trained from scratch for as many epochs as rRCM is "
+    "fine-tuned, its pre-training coming on top. *Equal total compute* compares it with the scratch methods marked "
+    "*matched compute*, which train longer: for as many encoder passes as rRCM's fine-tuning and its share of the "
+    "pre-training together (one part in {shared_by}, the number of models that use it)."
+)
+
+
+def _report(
+    config: Config,
+    root: Path,
+    inputs: list[str],
+    certificates: Certificates,
+    tables: Mapping[str, pd.DataFrame],
+    drawn: list[str],
+) -> str:
+    """report.md."""
+    sections = [f"# {config.profile}", _finding(config, certificates)]
+    sections += [BUDGETS.format(shared_by=config.finetune.pretraining_shared_by)]
+    sections += ["## Figures"] + [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}" for name in CAPTIONS if name in drawn]
+    sections += ["## Tables"] + [
+        f"### {TITLES[name]}\n\n{_markdown(tables[name])}" for name in TITLES if name in tables
+    ]
+    params = config.model_dump(mode="json", exclude=NOT_RESULTS)
+    hashes = [f"{sha256_file(root / path)}  {path}" for path in inputs]
+    sections += [
+        "## Provenance",
+        _details("Parameters", "yaml", yaml.safe_dump(params, sort_keys=False)),
+        _details(f"Artifacts this report was made from ({len(inputs)} files, SHA-256)", "text", "\n".join(hashes)),
+        *_environments(root, [path for path in inputs if path.startswith(("timings/", "latency/"))]),
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def _finding(config: Config, certificates: Certificates) -> str:
+    """One paragraph, from the numbers: who has the highest ACR at each sigma, in both comparisons."""
+    settings, images = config.certify, len(next(iter(certificates.values())))
+    equal_budget = [name for name in config.methods if not METHODS[name].matched]
+    equal_compute = [name for name in config.methods if METHODS[name].pretrained or METHODS[name].matched]
+    sentences = [
+        f"{images} test images of {config.data.source}, n = {settings.n:,}, alpha = {settings.alpha:g}, training seed "
+        f"{config.seed}."
+    ]
+    for comparison, methods in (("fine-tuning budget", equal_budget), ("total compute", equal_compute)):
+        if len(methods) > 1:
+            leaders = [_leader(sigma, {name: certificates[name, sigma] for name in methods}) for sigma in config.sigmas]
+            sentences.append(f"**At equal {comparison}**, {'; '.join(leaders)}.")
+    if len(sentences) > 1:
+        sentences.append("(± is the 95 % interval of the difference over these test images, for this one training.)")
+    else:
+        acr = (
+            f"{METHODS[method].label} at σ = {sigma:g}: {average_certified_radius(frame):.3f}"
+            for (method, sigma), frame in certificates.items()
+        )
+        sentences.append(f"No two methods to compare; ACR of {'; '.join(acr)}.")
+    return " ".join(sentences)
+
+
+def _leader(sigma: float, frames: Mapping[str, pd.DataFrame]) -> str:
+    ranked = sorted(frames, key=lambda name: -average_certified_radius(frames[name]))
+    best, second = ranked[:2]
+    lead, half = acr_difference(frames[best], frames[second])
+    how = "has the highest ACR" if lead > half else "is level with the next best"
+    return (
+        f"at σ = {sigma:g} {METHODS[best].label} {how} ({average_certified_radius(frames[best]):.3f}, "
+        f"{lead:.3f} ± {half:.3f} above {METHODS[second].label})"
+    )
+
+
+def _environments(root: Path, records: list[str]) -> list[str]:
+    """A block for each distinct environment with the records that name it."""
+    made: dict[str, list[str]] = {}
+    for path in records:
+        text = yaml.safe_dump(read_json(root / path)["environment"], sort_keys=False)
+        made.setdefault(text, []).append(path)
+    return [
+        _details(
+            f"Environment of {len(paths)} of {len(records)} stages",
+            "yaml",
+            f"{text}made:\n" + "\n".join(f"- {p}" for p in paths),
+        )
+        for text, paths in made.items()
+    ]
+
+
+def _details(title: str, language: str, text: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n```{language}\n{text.strip()}\n```\n\n</details>"

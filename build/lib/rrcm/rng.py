@@ -1,0 +1,37 @@
+"""Randomness as a pure function of (seed, what it is for, where): no global state, so nothing depends on batch size,
+process count or where a run was resumed."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, *key: str | int) -> int:
+    """A 63-bit seed for the stream named by `key`, e.g. derive_seed(0, "noise", step, position)."""
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def numpy_rng(seed: int, *key: str | int) -> np.random.Generator:
+    """A numpy generator for the stream named by `key`."""
+    return np.random.Generator(np.random.SFC64(derive_seed(seed, *key)))
+
+
+def torch_rng(device: torch.device | str, seed: int, *key: str | int) -> torch.Generator:
+    """A torch generator on `device` for the stream named by `key`. CPU and CUDA streams differ."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, *key))
+
+
+def normal_per_sample(
+    shape: tuple[int, ...], seed: int, *key: str | int, positions: Sequence[int | str], device: torch.device | str
+) -> torch.Tensor:
+    """Standard normal float32 noise of shape (len(positions), *shape). Row i depends on (seed, key, positions[i])
+    alone, so any split of a batch over processes draws the same noise."""
+    generator = torch.Generator(device)
+    noise = torch.empty((len(positions), *shape), device=device)
+    for row, position in zip(noise, positions, strict=True):
+        generator.manual_seed(derive_seed(seed, *key, position))
+        torch.randn(shape, generator=generator, device=device, out=row)
+    return noise
