@@ -14,7 +14,7 @@ repro: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	ruff check .
 	ruff format --check .
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile
 
 install: $(VENV)/.installed
 

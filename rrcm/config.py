@@ -156,8 +156,8 @@ class FinetuneSettings(Section):
 class Finetune(FinetuneSettings):
     """Fine-tuning, with what differs per sigma or for networks trained from scratch."""
 
-    scratch: dict[str, float | int | str] = {}  # settings replaced when training from scratch
-    per_sigma: list[dict[str, float | int | str]] = []  # entries {sigma: s, setting: value, ...}
+    scratch: dict[str, float | int | str]  # settings replaced when training from scratch
+    per_sigma: list[dict[str, float | int | str]]  # entries {sigma: s, setting: value, ...}
     pretraining_shared_by: Count  # number of fine-tuned models that share the pre-training compute
     precision: Precision
     evaluate_every: Count  # epochs between looks at the validation split

@@ -88,7 +88,7 @@ def test_params_yaml_is_the_composed_default(tmp_path):
 
 
 def test_overrides_reach_their_run(tmp_path):
-    config = load_config(compose(tmp_path / "params.yaml", "+finetune.per_sigma=[{sigma: 0.5, lr: 7.0e-4}]"))
+    config = load_config(compose(tmp_path / "params.yaml", "finetune.per_sigma=[{sigma: 0.5, lr: 7.0e-4}]"))
     assert config.finetune.settings("rrcm", 0.5).lr == 7e-4 != config.finetune.settings("rrcm", 0.25).lr
     assert config.finetune.settings("gaussian", 0.5).layer_decay == 1.0
 

@@ -32,7 +32,7 @@ def run(folder: Path, *command: str, fails: bool = False) -> str:
     }
     answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert (answer.returncode != 0) == fails, f"{command}\n{answer.stdout[-3000:]}\n{answer.stderr[-3000:]}"
-    return answer.stdout if answer.stdout.startswith('Experiment,') else answer.stdout + answer.stderr
+    return answer.stdout if answer.stdout.startswith("Experiment,") else answer.stdout + answer.stderr
 
 
 def ran(output: str) -> set[str]:
