@@ -30,6 +30,18 @@ def test_clopper_pearson_at_a_hundred_thousand(k):
         assert clopper_pearson_lower(k, k, 0.001) == pytest.approx(0.001 ** (1 / k), rel=1e-12)
 
 
+def split_vote(share: int):
+    """A classifier that answers class 1 for exactly `share` of each 100 samples, whatever they are."""
+    return lambda pixels: torch.stack([torch.zeros(100), torch.arange(100) < share], dim=1) - 0.5
+
+
+@pytest.mark.parametrize("share", [50, 60, 64, 65, 66, 67, 68, 70, 100])
+@pytest.mark.parametrize("alpha", [0.001, 0.01])
+def test_predict_is_the_binomial_test(share, alpha):
+    answer = predict(split_vote(share), torch.zeros(1, 2, 2), sigma=1.0, num_classes=2, n=100, alpha=alpha)
+    assert (answer == 1) == (binomtest(share, 100, 0.5).pvalue <= alpha)
+
+
 def half_space(pixels: torch.Tensor) -> torch.Tensor:
     """A linear classifier: class 1 where the pixels' mean is above 0.5. Its smoothed radius is known exactly."""
     score = pixels.flatten(1).mean(1) - 0.5
