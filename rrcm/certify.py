@@ -156,7 +156,7 @@ def certify_split(
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
 
     inputs = {
-        "shards": sha256_file(Path(shard_folder) / "manifest.json"),
+        "shards": images.fingerprint,
         "model": sha256_file(model_folder / "model.safetensors"),
         "network": sha256_file(model_folder / "config.json"),
     }

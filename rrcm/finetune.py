@@ -46,7 +46,7 @@ def finetune(
         if process.is_main:
             images.verify()
             validation.verify()
-        _train(config, method, sigma, images, validation, Path(shard_folder), pretrained, process, output, timing)
+        _train(config, method, sigma, images, validation, pretrained, process, output, timing)
 
 
 def layer_rates(classifier: Classifier, decay: float) -> dict[str, float]:
@@ -80,7 +80,6 @@ def _train(
     sigma: float,
     images: ShardedImages,
     validation: ShardedImages,
-    shard_folder: Path,
     pretrained: Path,
     process: Process,
     output: Path,
@@ -135,7 +134,7 @@ def _train(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of the metrics since the epoch began
     history, selected, seconds, first = [], {"epoch": 0, "val_accuracy": -1.0}, 0.0, 0
 
-    inputs = {"shards": sha256_file(shard_folder / "manifest.json")}
+    inputs = {"shards": images.fingerprint}
     if kind.matched or kind.pretrained:
         inputs["pretrained"] = sha256_file(pretrained / "config.json")
     if kind.pretrained:

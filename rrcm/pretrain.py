@@ -14,7 +14,7 @@ from rrcm.config import Config
 from rrcm.distributed import Process, all_sum, autocast, barrier, processes
 from rrcm.environment import environment
 from rrcm.errors import RRCMError
-from rrcm.files import atomic_directory, sha256_file, write_csv, write_json
+from rrcm.files import atomic_directory, write_csv, write_json
 from rrcm.losses import pretraining_loss
 from rrcm.model import ProjectedViT, build_encoder
 from rrcm.progress import Progress
@@ -40,12 +40,10 @@ def pretrain(config: Config, shard_folder: Path | str, output: Path, timing: Pat
         images = ShardedImages(shard_folder, "train")
         if process.is_main:
             images.verify()
-        _train(config, images, Path(shard_folder), process, output, timing)
+        _train(config, images, process, output, timing)
 
 
-def _train(
-    config: Config, images: ShardedImages, shard_folder: Path, process: Process, output: Path, timing: Path
-) -> None:
+def _train(config: Config, images: ShardedImages, process: Process, output: Path, timing: Path) -> None:
     settings, seed, device = config.pretrain, config.seed, process.device
     torch.manual_seed(derive_seed(seed, "pretrain"))  # initial weights
     student = ProjectedViT(
@@ -63,7 +61,7 @@ def _train(
 
     mark = fingerprint(
         config.model_dump(mode="json", include={"seed", "data", "model", "pretrain"}),
-        {"shards": sha256_file(shard_folder / "manifest.json")},
+        {"shards": images.fingerprint},
         [*CODE, sys.modules[__name__]],
     )
     run = Run("pretrain", mark)

@@ -66,7 +66,7 @@ def _run_stage(folder: Path, name: str, arguments: tuple[str, ...]) -> None:
 
     torch.set_num_threads(1)  # tests may run side by side
     os.chdir(folder)
-    os.environ["RRCM_RUNS"] = str(folder / "runs")
+    os.environ |= {"RRCM_RUNS": str(folder / "runs"), "XDG_CACHE_HOME": str(folder / ".cache")}
     for descriptor, log in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [f"{name}.py", *arguments]

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -130,3 +133,16 @@ def test_torchrun_starts_a_stage(project):
     answer = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     assert read_json(project / "timings/pretrain.json")["processes"] == 2
+
+
+def test_shards_behind_a_url(project, trained):
+    """Training from shards on a real HTTP server gives the same weights; what was downloaded is checked."""
+    handler = partial(SimpleHTTPRequestHandler, directory=project / "data/shards")
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done(stage(project, "pretrain", "--shards", f"http://127.0.0.1:{server.server_port}"))
+        server.shutdown()
+    ours, theirs = files_of(project / "models/pretrain"), files_of(trained / "models/pretrain")
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert list(project.glob(".cache/rrcm/*.tar"))
