@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from rrcm.app import run
 from rrcm.certify import certify_split
-from rrcm.cli import run
 from rrcm.config import load_config
 from rrcm.results import sigma_name
 

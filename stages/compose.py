@@ -11,7 +11,7 @@ from dvc.exceptions import DvcException
 from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException
 
-from rrcm.cli import run
+from rrcm.app import run
 from rrcm.config import parse_config
 from rrcm.errors import RRCMError
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rrcm.cli import run
+from rrcm.app import run
 from rrcm.config import load_config
 from rrcm.errors import RRCMError
 from rrcm.finetune import finetune

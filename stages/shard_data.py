@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rrcm.cli import run
+from rrcm.app import run
 from rrcm.config import load_config
 from rrcm.shards import write_shards
 
