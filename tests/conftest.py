@@ -34,9 +34,9 @@ TINY = [
     "finetune.warmup_epochs=1",
     "finetune.batch_size=128",
     "finetune.checkpoint_every=1",
-    "certify.n=200",
+    "certify.n=1000",
     "certify.batch_size=200",
-    "certify.every=40",
+    "certify.every=10",
     "latency.n=[200,400]",
     "latency.batch_size=200",
 ]
