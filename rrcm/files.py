@@ -39,14 +39,19 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Like `atomic_path` for a whole directory: yield an empty one beside `path`, then swap it into place."""
     path = Path(path)
     scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process left is overwritten
+    aside = path.with_name(f".{path.name}.old.tmp")  # the old folder, until the new one is in place
     try:
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         scratch.mkdir(parents=True)
         yield scratch
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(aside)
         scratch.replace(path)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
+        if aside.exists() and not path.exists():
+            aside.replace(path)
         raise RRCMError(f"{path}: cannot write it ({error.strerror or error}); nothing was overwritten") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
