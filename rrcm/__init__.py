@@ -7,7 +7,9 @@ loaded on first use: torch and timm take seconds to import, and stages that only
 from importlib import import_module
 
 _HOMES = {
+    "Certificate": "rrcm.smoothing",
     "NoiseConditionedViT": "rrcm.model",
+    "SmoothedClassifier": "rrcm.smoothing",
     "consistency_regularizer": "rrcm.losses",
     "info_nce": "rrcm.losses",
     "karras_levels": "rrcm.schedules",

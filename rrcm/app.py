@@ -13,11 +13,13 @@ gc.disable()
 
 import typer  # noqa: E402
 
+from rrcm.environment import keep_freed_memory  # noqa: E402
 from rrcm.errors import RRCMError  # noqa: E402
 
 
 def run(command: Callable[..., None]) -> None:
     """Run `command` as a Typer application. An `RRCMError` is printed without a traceback; exit status 1."""
+    keep_freed_memory()
     gc.freeze()  # what is imported stays: never walk it again
     gc.enable()
 

@@ -1,159 +1,99 @@
-"""Randomized smoothing: CERTIFY and PREDICT of Cohen et al. 2019, for any classifier of noisy images.
+"""Certify a classifier on the test split: on one process or many, which share the images through torchrun's store.
 
-The noise of an image is a function of (seed, image index) alone, drawn in blocks of fixed size: the same bits whatever
-the batch size, the order of the images or where a killed run was resumed. The network's own rounding depends on the
-shape of a batch, so votes can differ in the last bits between batch sizes, thread counts and devices.
+What happens to an image depends on it alone (rrcm.smoothing), so any number of processes, in any order, killed and
+started again, writes the same bytes. Every process appends what it has counted to a journal of its own.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple
+from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
-import torch
-from scipy.special import bdtr, betaincinv, ndtri  # scipy.stats takes a second to import
+import torch.distributed as dist
 
-from rrcm import model, rng, shards
+from rrcm import model, noise, procedures, rng, shards, smoothing
 from rrcm.checkpoint import load_classifier
-from rrcm.config import Config
+from rrcm.config import Certify, Config
 from rrcm.distributed import pick_device
 from rrcm.environment import environment
-from rrcm.errors import RRCMError
 from rrcm.files import sha256_file, write_json
+from rrcm.procedures import Procedure, fixed, sequential
 from rrcm.progress import Progress
-from rrcm.results import ABSTAIN, write_certificates
-from rrcm.rng import torch_rng
+from rrcm.results import COLUMNS, write_certificates, write_samples
 from rrcm.runs import Run, fingerprint
 from rrcm.shards import ShardedImages, read_split
+from rrcm.smoothing import Candidate, SmoothedClassifier, certificate
 
-BLOCK = 100  # noisy samples drawn from one random stream
-
-CODE = (model, rng, shards)  # what decides the result, with this file
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """`predict` is the smoothed classifier's class within the L2 `radius` (pixel units) of the image, or ABSTAIN."""
-
-    predict: int
-    radius: float
+CODE = (model, noise, procedures, rng, shards, smoothing)  # what decides the result, with this file
 
 
-def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
-    """One-sided lower confidence bound of a binomial proportion: it is above the truth with probability <= alpha."""
-    return 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, alpha))
+class Team:
+    """The processes that torchrun started, on one node or several, or this one alone; they share a list of images."""
 
+    def __init__(self) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._store = next(dist.rendezvous("env://"))[0] if self.world > 1 else dist.HashStore()
 
-def certify(
-    classifier: Callable[[torch.Tensor], torch.Tensor],
-    image: torch.Tensor,
-    *,
-    sigma: float,
-    num_classes: int,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
-    batch_size: int = 1000,
-    seed: int = 0,
-    index: int = 0,
-) -> Certificate:
-    """CERTIFY: n0 samples choose the class, n fresh ones bound its probability below by p; radius sigma Phi^-1(p).
+    def take(self) -> int:
+        """The place of the next image in the list: no two processes get the same."""
+        return self._store.add("taken", 1) - 1
 
-    `classifier` maps noisy pixels (B, C, H, W) float32 to logits (B, num_classes) and is in eval mode; `image` is
-    (C, H, W) float32 in [0, 1] on the device to compute on; `sigma` in pixel units. The answer is wrong with
-    probability at most alpha. `index` names the image's noise under `seed`.
-    """
-    _check(n0, n, alpha, sigma)
-    guess = vote(classifier, image, n0, sigma, num_classes, batch_size, seed, "select", index)
-    top = int(guess.argmax())
-    votes = vote(classifier, image, n, sigma, num_classes, batch_size, seed, "estimate", index)
-    bound = clopper_pearson_lower(int(votes[top]), n, alpha)
-    if bound < 0.5:
-        return Certificate(ABSTAIN, 0.0)
-    return Certificate(top, sigma * float(ndtri(bound)))
+    def finished(self, more: int = 0) -> int:
+        """How many images all processes have finished, after this one finished `more`."""
+        return self._store.add("finished", more)
 
+    def start(self) -> None:
+        """Called by the first process when the others may go on, and by those to wait for it."""
+        if self.rank == 0:
+            self._store.set("started", "")
+        self._store.wait(["started"], timedelta(hours=1))
 
-def predict(
-    classifier: Callable[[torch.Tensor], torch.Tensor],
-    image: torch.Tensor,
-    *,
-    sigma: float,
-    num_classes: int,
-    n: int = 1000,
-    alpha: float = 0.001,
-    batch_size: int = 1000,
-    seed: int = 0,
-    index: int = 0,
-) -> int:
-    """PREDICT: the smoothed classifier's class, or ABSTAIN. Not its class with probability at most alpha."""
-    _check(1, n, alpha, sigma)
-    votes = vote(classifier, image, n, sigma, num_classes, batch_size, seed, "predict", index)
-    first, second = votes.topk(2).values.tolist()
-    p_value = 2 * bdtr(second, first + second, 0.5)  # two-sided binomial test of a fair coin
-    return int(votes.argmax()) if p_value <= alpha else ABSTAIN
-
-
-@torch.inference_mode()
-def vote(
-    classifier: Callable[[torch.Tensor], torch.Tensor],
-    image: torch.Tensor,
-    n: int,
-    sigma: float,
-    num_classes: int,
-    batch_size: int,
-    seed: int,
-    purpose: str,
-    index: int,
-) -> torch.Tensor:
-    """SAMPLEUNDERNOISE: how often each class is answered on n noisy copies of the image, (num_classes,) int64, CPU.
-
-    Noise is drawn and added in float32, whatever precision the classifier computes in.
-    """
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=image.device)
-    for noise in _noise(image, n, max(1, batch_size // BLOCK), seed, purpose, index):
-        answers = classifier(image + sigma * noise).argmax(1)
-        counts += torch.bincount(answers, minlength=num_classes)
-    return counts.cpu()
-
-
-def _noise(
-    image: torch.Tensor, n: int, blocks_a_batch: int, seed: int, purpose: str, index: int
-) -> Iterator[torch.Tensor]:
-    """Batches of standard normal noise, n samples in all; block b is a function of (seed, purpose, index, b)."""
-    step = blocks_a_batch * BLOCK
-    for start in range(0, n, step):
-        noise = torch.empty((step, *image.shape), device=image.device)
-        for row in range(0, min(step, n - start), BLOCK):
-            block = (start + row) // BLOCK
-            noise[row : row + BLOCK].normal_(generator=torch_rng(image.device, seed, purpose, index, block))
-        yield noise[: n - start]
-
-
-def _check(n0: int, n: int, alpha: float, sigma: float) -> None:
-    if sigma <= 0:
-        raise RRCMError(f"sigma = {sigma}: must be above 0")
-    if not 0 < n0 <= n:
-        raise RRCMError(f"n0 = {n0}, n = {n}: must be 0 < n0 <= n")
-    if not 0 < alpha < 1:
-        raise RRCMError(f"alpha = {alpha}: must be between 0 and 1")
+    def end(self) -> Iterator[None]:
+        """This process is done. The first one waits for the others and yields now and then; should one of them die,
+        torchrun ends this one too."""
+        self._store.set(f"ended {self.rank}", "")
+        for rank in range(self.world if self.rank == 0 else 0):
+            while not self._store.check([f"ended {rank}"]):
+                yield
+                with contextlib.suppress(RuntimeError):  # not yet
+                    self._store.wait([f"ended {rank}"], timedelta(seconds=5))
 
 
 def certify_split(
     config: Config, sigma: float, shard_folder: Path | str, model_folder: Path, output: Path, timing: Path
 ) -> None:
-    """Certify every k-th test image and write `output` in the field's format (time 0: it would differ from run to run);
-    `timing` (JSON) has the true seconds an image. A killed run continues after its last finished image."""
-    settings, device = config.certify, pick_device(config.device)
+    """Certify every k-th test image and write `output` in the field's format (time 0: it would differ from run to run),
+    beside it OUTPUT.samples.tsv with the samples used and why sampling stopped; `timing` (JSON) has the true seconds.
+
+    Under torchrun all processes share the images. A killed run continues after the last samples it counted, on any
+    number of processes.
+    """
+    settings, device, team = config.certify, pick_device(config.device), Team()
     images = ShardedImages(shard_folder, "test")
-    images.verify()
-    classifier = load_classifier(model_folder).to(device)
-    if settings.precision == "bf16":
-        classifier.bfloat16()
+    if team.rank == 0:
+        images.verify()
+    smoothed = SmoothedClassifier(
+        load_classifier(model_folder).to(device),
+        sigma,
+        len(images.classes),
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        memory_gib=settings.memory_gib,
+        precision=settings.precision,
+        compile=settings.compile,
+    )
+    plan = procedure(settings, sigma)
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
+    pixels = pixels.to(device).float() / 255
+    candidates = [Candidate(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
     inputs = {
         "shards": images.fingerprint,
@@ -161,62 +101,100 @@ def certify_split(
         "network": sha256_file(model_folder / "config.json"),
     }
     described = [settings.model_dump(mode="json"), config.seed, config.data.image_size, sigma, device.type]
-    run = Run(f"certify-{sigma}", fingerprint(described, inputs, [*CODE, sys.modules[__name__]]))
-    run.lock()
-    journal = run.folder / "journal.jsonl"
-    rows = _read_journal(journal)
-    with (
-        journal.open("a") as file,
-        Progress(len(indices), f"certify {model_folder}", "images", done=len(rows)) as progress,
-    ):
-        for image, label, index in list(zip(pixels, labels.tolist(), indices, strict=True))[len(rows) :]:
-            start = time.monotonic()
-            certificate = certify(
-                classifier,
-                image.to(device).float() / 255,
-                sigma=sigma,
-                num_classes=len(images.classes),
-                n0=settings.n0,
-                n=settings.n,
-                alpha=settings.alpha,
-                batch_size=settings.batch_size,
-                seed=config.seed,
-                index=index,
-            )
-            rows.append(
-                {
-                    "idx": index,
-                    "label": label,
-                    "predict": certificate.predict,
-                    "radius": certificate.radius,
-                    "correct": int(certificate.predict == label),
-                    "time": time.monotonic() - start,
-                }
-            )
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            progress.update(1)
-    frame = pd.DataFrame(rows)
-    write_certificates(output, frame.assign(time=0))
+    batch_size = smoothed.find_batch_size(pixels[0])
+    run = Run(f"certify-{sigma}", fingerprint([*described, batch_size], inputs, [*CODE, sys.modules[__name__]]))
+    if team.rank == 0:
+        run.lock()
+    team.start()
+    _count_votes(smoothed, candidates, plan, team, run.folder, f"certify {model_folder}")
+    if team.rank > 0:
+        return
+
+    _restore(candidates, run.folder)  # what the other processes did
+    write_certificates(output, _frame(candidates, plan))
+    write_samples(output.with_suffix(".samples.tsv"), _frame(candidates, plan))
+    seconds, samples = sum(c.seconds for c in candidates), sum(c.samples for c in candidates)
     write_json(
         timing,
         {
-            "seconds": float(frame["time"].sum()),
-            "samples_per_second": len(frame) * (settings.n0 + settings.n) / float(frame["time"].sum()),
-            "seconds_by_image": dict(zip(frame["idx"].astype(str), frame["time"], strict=True)),
+            "seconds": seconds,
+            "samples": samples,
+            "samples_per_second": samples / seconds,
+            "batch_size": batch_size,
+            "processes": team.world,
+            "seconds_by_image": {str(candidate.index): candidate.seconds for candidate in candidates},
             "environment": environment(device),
         },
     )
     run.finish()
 
 
-def _read_journal(path: Path) -> list[dict]:
-    """Finished images of an earlier, killed run; a half-written last line is cut off."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+def procedure(settings: Certify, sigma: float) -> Procedure:
+    """The procedure that the settings name."""
+    numbers = {"n0": settings.n0, "n": settings.n, "alpha": settings.alpha}
+    if settings.procedure == "fixed":
+        return fixed(sigma, **numbers)
+    return sequential(sigma, **numbers, grid_step=settings.grid_step)
+
+
+def _count_votes(
+    smoothed: SmoothedClassifier, candidates: list[Candidate], plan: Procedure, team: Team, folder: Path, label: str
+) -> None:
+    """Certify this process's share of the candidates, after what the journals in `folder` say was done before."""
+    _restore(candidates, folder)
+    done = sum(candidate.stopped != "" for candidate in candidates)
+    before, start = sum(candidate.samples for candidate in candidates), time.monotonic()
+
+    def share() -> Iterator[Candidate]:
+        while (place := team.take()) < len(candidates):
+            yield candidates[place]
+
+    at_once = None if team.world == 1 else max(8, len(candidates) // (4 * team.world))
+    with (
+        Progress(len(candidates), label, "images", done=done, quiet=team.rank > 0) as progress,
+        (folder / f"journal-{team.rank}.txt").open("a", encoding="utf-8") as journal,
+    ):
+        journal.write("\n")  # ends the half line that a killed process may have left
+        for moved in smoothed.run(share(), plan, at_once=at_once):
+            _append(journal, moved)
+            finished = done + team.finished(sum(candidate.stopped != "" for candidate in moved))
+            rate = (sum(candidate.samples for candidate in candidates) - before) / (time.monotonic() - start)
+            progress.update(finished - progress.done, samples=f"{rate:,.0f}/s")
+        journal.close()  # before the others are told: on a network file system they see it now
+        for _ in team.end():
+            progress.update(done + team.finished() - progress.done)
+        progress.update(done + team.finished() - progress.done)
+
+
+def _append(journal: TextIO, candidates: Iterable[Candidate]) -> None:
+    """A line a candidate: checksum and state."""
+    for candidate in candidates:
+        state = {name: value for name, value in vars(candidate).items() if name != "image"}
+        text = json.dumps(state)
+        journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _restore(candidates: Iterable[Candidate], folder: Path) -> None:
+    """Put candidates into the furthest state that any process's journal has of them. Half-written and damaged lines
+    count for nothing: what they would say is drawn again."""
+    by_index = {candidate.index: candidate for candidate in candidates}
+    for path in sorted(folder.glob("journal-*.txt")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            checksum, _, text = line.partition(" ")
+            if checksum != f"{zlib.crc32(text.encode()):08x}":
+                continue
+            state = json.loads(text)
+            candidate = by_index[state["index"]]
+            if state["samples"] > candidate.samples:
+                vars(candidate).update(state)
+
+
+def _frame(candidates: Iterable[Candidate], plan: Procedure) -> pd.DataFrame:
+    rows = []
+    for candidate in candidates:
+        answer = certificate(candidate, plan)
+        correct = int(answer.predict == candidate.label)
+        rows.append((candidate.index, candidate.label, answer.predict, answer.radius, correct, 0, *astuple(answer)[2:]))
+    return pd.DataFrame(rows, columns=[*COLUMNS, "samples", "stopped"])

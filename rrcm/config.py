@@ -188,28 +188,26 @@ class Finetune(FinetuneSettings):
 
 
 class Certify(Section):
-    """Randomized smoothing, Cohen et al. 2019, algorithm CERTIFY."""
+    """Randomized smoothing: CERTIFY of Cohen et al. 2019, as it is or group-sequentially."""
 
+    procedure: Literal["sequential", "fixed"]
     n0: Count  # samples that choose the class
-    n: Count  # samples that bound its probability
+    n: Count  # samples that bound its probability; `sequential` stops earlier where it can
     alpha: Annotated[float, Field(gt=0, lt=1)]
-    batch_size: Count  # noisy samples a forward pass
+    grid_step: Positive  # `sequential` certifies multiples of this radius, pixel L2 units
+    batch_size: Count | None  # noisy samples a forward pass; null: found by itself within memory_gib
+    memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
     every: Count  # certify every k-th test image
     max_images: Count | None
     precision: Literal["fp32", "bf16"]
-
-    @model_validator(mode="after")
-    def counts_fit(self) -> Self:
-        if self.n < self.n0:
-            raise ValueError(f"n {self.n} must be at least n0 {self.n0}")
-        return self
+    compile: bool  # torch.compile, on a GPU with CUDA graphs
 
 
 class Latency(Section):
     """Time to certify one image."""
 
     n: list[Count]
-    batch_size: Count
+    batch_size: Count | None  # null: found by itself
     precision: Literal["fp32", "bf16"]
 
 
@@ -252,6 +250,12 @@ class Config(Section):
         if self.data.image_size % self.model.patch_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
+            )
+        step = self.certify.grid_step
+        off_grid = [radius for radius in self.report.radii if abs(radius / step - round(radius / step)) > 1e-9]
+        if self.certify.procedure == "sequential" and off_grid:
+            raise ValueError(
+                f"report.radii {off_grid[0]} must be a multiple of certify.grid_step {step}, or certify.procedure fixed"
             )
         return self
 

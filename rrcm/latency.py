@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from rrcm.certify import certify
 from rrcm.checkpoint import load_classifier
 from rrcm.config import Config
 from rrcm.distributed import pick_device
@@ -13,29 +12,28 @@ from rrcm.environment import environment
 from rrcm.files import write_json
 from rrcm.model import parameter_count
 from rrcm.shards import ShardedImages, read_split
+from rrcm.smoothing import SmoothedClassifier
 
 
 def measure_latency(config: Config, method: str, shard_folder: Path | str, model_folder: Path, output: Path) -> None:
     """Certify one test image with each n of the settings, after a warm-up, and write the seconds to `output` (JSON)."""
     settings, device = config.latency, pick_device(config.device)
     classifier = load_classifier(model_folder).to(device)
-    if settings.precision == "bf16":
-        classifier.bfloat16()
+    smoothed = SmoothedClassifier(
+        classifier,
+        classifier.t / 2,
+        classifier.head.out_features,
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        precision=settings.precision,
+    )
     pixels, _, _ = read_split(ShardedImages(shard_folder, "test"), config.data.image_size, limit=1)
-    image = pixels[0].to(device).float() / 255
+    images = pixels.to(device).float() / 255
 
     def seconds(n: int) -> float:
         start = time.perf_counter()
-        certify(  # ends with the counts on the CPU, so the device is done when it returns
-            classifier,
-            image,
-            sigma=classifier.t / 2,
-            num_classes=classifier.head.out_features,
-            n0=min(n, config.certify.n0),
-            n=n,
-            alpha=config.certify.alpha,
-            batch_size=settings.batch_size,
-            seed=config.seed,
+        smoothed.certify(  # ends with the counts on the CPU, so the device is done when it returns
+            images, procedure="fixed", n0=min(n, config.certify.n0), n=n, alpha=config.certify.alpha
         )
         return time.perf_counter() - start
 
@@ -47,7 +45,7 @@ def measure_latency(config: Config, method: str, shard_folder: Path | str, model
             "parameters": parameter_count(classifier),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "dtype": settings.precision,
-            "batch_size": settings.batch_size,
+            "batch_size": smoothed.find_batch_size(images[0]),
             "seconds": {str(n): seconds(n) for n in settings.n},
             "environment": environment(device),
         },

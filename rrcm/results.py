@@ -16,6 +16,7 @@ from rrcm.errors import RRCMError
 from rrcm.files import atomic_path
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
+SAMPLES = ["idx", "samples", "stopped"]
 ABSTAIN = -1
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -85,6 +86,12 @@ def write_certificates(path: Path | str, frame: pd.DataFrame) -> None:
     """Write a certificate frame in the field's format, atomically. Reading it gives the same numbers, bit for bit."""
     with atomic_path(path) as scratch:
         frame[COLUMNS].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
+
+
+def write_samples(path: Path | str, frame: pd.DataFrame) -> None:
+    """Write what the field's format has no place for, atomically: idx, samples used, why sampling stopped."""
+    with atomic_path(path) as scratch:
+        frame[SAMPLES].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
 
 
 def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv."""
+"""Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv. Run it as it is, or under torchrun."""
 
 from pathlib import Path
 

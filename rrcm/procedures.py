@@ -1,0 +1,175 @@
+"""The statistics of a certificate: binomial bounds, and when to stop sampling. Pure functions of counts.
+
+p_A is the probability that the classifier gives the chosen class to a noisy copy of the image; the certified radius is
+sigma Phi^-1 of a lower bound on it (Cohen et al. 2019, theorem 1). Radii and sigma are L2 in pixel units.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import bdtr, bdtrc, betaincinv, ndtr, ndtri  # scipy.stats takes a second to import
+
+from rrcm.errors import RRCMError
+
+# Why sampling stopped.
+ALL_SAMPLES = "all samples"
+WHOLE_GRID = "whole grid"
+HOPELESS = "hopeless"  # the next radius of the grid is out of reach
+WRONG_CLASS = "wrong class"  # of an evaluation: the chosen class is not the label
+
+FUTILITY = 0.001  # a radius whose chance, seen optimistically, is below this is given up
+
+
+def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
+    """One-sided lower confidence bound of a binomial proportion: it is above the truth with probability <= alpha."""
+    return 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, alpha))
+
+
+def binomial_test(successes: int, trials: int) -> float:
+    """Two-sided p-value of `successes` >= trials / 2 under a fair coin: PREDICT's test."""
+    return min(1.0, 2 * float(bdtr(trials - successes, trials, 0.5)))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """CERTIFY of Cohen et al. 2019: n0 samples choose the class, n fresh ones give the exact bound."""
+
+    sigma: float
+    n0: int
+    n: int
+    alpha: float
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """How many samples have been drawn when counts are looked at."""
+        return (self.n,)
+
+    def judge(self, look: int, count: int, level: int) -> tuple[int, str]:
+        """There is one look, and after it nothing more to draw."""
+        return level, ALL_SAMPLES
+
+    def radius(self, count: int, level: int) -> float | None:
+        """The certified radius for `count` votes of n; None: nothing is certified."""
+        bound = clopper_pearson_lower(count, self.n, self.alpha)
+        return None if bound < 0.5 else self.sigma * float(ndtri(bound))
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Group-sequential CERTIFY: looks at growing sample sizes, alpha split over them, radii of a grid one by one.
+
+    A radius r is certified at look j when the count has a chance of at most alphas[j] under p_A = Phi(r / sigma), and
+    only after all smaller radii of the grid. For the smallest radius above the true one that happens, at any look, with
+    probability at most the sum of alphas = alpha, and no larger one can follow without it: so an image's certificate is
+    false with probability at most alpha, whatever stops the sampling.
+    """
+
+    sigma: float
+    n0: int
+    looks: tuple[int, ...]  # samples drawn at each look, J of them
+    alphas: tuple[float, ...]  # chance of error spent at each look
+    radii: tuple[float, ...]  # the grid, G of them from 0 on
+    needed: np.ndarray  # (J, G) int64, the smallest count that certifies radius g at look j (may be above the look)
+    hope: np.ndarray  # (J, G) int64, the smallest count that leaves a chance to certify radius g later
+
+    def judge(
+        self, look: int, count: int | np.ndarray, level: int | np.ndarray
+    ) -> tuple[int | np.ndarray, str | np.ndarray]:
+        """After the look: how many radii of the grid are certified now, and why to stop, or "". Vectorised over
+        `count` and `level` of shape (B,)."""
+        level = np.maximum(level, np.searchsorted(self.needed[look], count, side="right"))
+        out_of_reach = count < np.append(self.hope[look], 0)[level]
+        last = look == len(self.looks) - 1
+        stopped = np.select([level == len(self.radii), last, out_of_reach], [WHOLE_GRID, ALL_SAMPLES, HOPELESS], "")
+        return (level, stopped) if np.ndim(count) else (int(level), str(stopped))
+
+    def radius(self, count: int, level: int) -> float | None:
+        """The largest certified radius of the grid; None: nothing is certified."""
+        return self.radii[level - 1] if level else None
+
+
+Procedure = Fixed | Sequential
+
+
+def fixed(sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001) -> Fixed:
+    """Cohen's CERTIFY. Raises `RRCMError` for impossible settings."""
+    check(sigma, n0, n, alpha)
+    return Fixed(sigma, n0, n, alpha)
+
+
+def sequential(
+    sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001, grid_step: float = 0.25
+) -> Sequential:
+    """Group-sequential CERTIFY with at most n samples, for radii 0, grid_step, 2 grid_step, ... as far as n can reach.
+
+    Looks are at 100, 150, 225, ... samples; 80 % of alpha is kept for the last, the rest split evenly over the others.
+    Raises `RRCMError` for impossible settings.
+    """
+    check(sigma, n0, n, alpha)
+    if not 0 < grid_step < np.inf:
+        raise RRCMError(f"grid_step = {grid_step}: must be above 0, in pixel units")
+    looks = growing_looks(n)
+    alphas = spend(alpha, len(looks))
+    reach = sigma * ndtri(alphas[-1] ** (1 / n))  # the radius of n votes out of n
+    steps = int(max(reach, 0) / grid_step)
+    if steps > 10_000:
+        raise RRCMError(f"grid_step = {grid_step}: {steps:,} radii up to {reach:.3g}; take a coarser one")
+    radii = np.array([float(f"{grid_step * k:.12g}") for k in range(1 + steps)])  # 0.6, not 0.6000000000000001
+    m = np.array(looks)[:, None]
+    threshold = ndtr(radii / sigma)
+    needed = smallest(lambda k: bdtrc(k - 1, m, threshold) <= np.array(alphas)[:, None], m, len(radii))
+
+    def hopeful(count: np.ndarray) -> np.ndarray:
+        """Conditional power: the chance to have enough at n if p_A is at the upper end of what the count allows."""
+        optimistic = betaincinv(count + 1, np.maximum(m - count, 1e-9), 1 - FUTILITY)
+        missing = needed[-1] - count
+        return _tail(missing, looks[-1] - m, optimistic) >= FUTILITY
+
+    hope = smallest(hopeful, m, len(radii))
+    return Sequential(sigma, n0, looks, alphas, tuple(radii.tolist()), needed, hope)
+
+
+def growing_looks(n: int) -> tuple[int, ...]:
+    """Sample sizes 100, 150, 225, ... that end with n; none within a quarter below it, where it would gain nothing."""
+    looks, size = [], 100.0
+    while 1.25 * size < n:
+        looks.append(int(size))
+        size *= 1.5
+    return (*looks, n)
+
+
+def spend(alpha: float, looks: int) -> tuple[float, ...]:
+    """80 % of alpha for the last look, the rest evenly for the others."""
+    return (*[0.2 * alpha / max(looks - 1, 1)] * (looks - 1), 0.8 * alpha if looks > 1 else alpha)
+
+
+def smallest(holds: Callable[[np.ndarray], np.ndarray], m: np.ndarray, columns: int) -> np.ndarray:
+    """The smallest count k in 0..m + 1 for which `holds`, which must be monotone: m (J, 1) -> (J, columns) int64.
+
+    m + 1 stands for never.
+    """
+    low = np.zeros((len(m), columns), np.int64)
+    high = np.broadcast_to(m + 1, low.shape).copy()
+    while (low < high).any():
+        middle = (low + high) // 2
+        true = holds(np.minimum(middle, m)) & (middle <= m)
+        high = np.where(true, middle, high)
+        low = np.where(true, low, np.minimum(middle + 1, high))
+    return high
+
+
+def _tail(k: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """P(Bin(n, p) >= k) for any integer k, also below 0 and above n."""
+    inside = bdtrc(np.clip(k - 1, 0, n), n, p)
+    return np.select([k <= 0, k > n], [1.0, 0.0], inside)
+
+
+def check(sigma: float, n0: int, n: int, alpha: float) -> None:
+    """Raises `RRCMError` for settings that no certificate can be made with."""
+    if not 0 < sigma < np.inf:
+        raise RRCMError(f"sigma = {sigma}: must be above 0 and finite, in pixel units")
+    if not (0 < n0 < 2**31 and 0 < n < 2**31):
+        raise RRCMError(f"n0 = {n0}, n = {n}: must be above 0 and below 2^31 samples")
+    if not 0 < alpha < 1:
+        raise RRCMError(f"alpha = {alpha}: must be between 0 and 1")
