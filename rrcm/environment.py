@@ -43,8 +43,8 @@ def environment(device: object) -> dict:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor instead of giving it back to the kernel at once.
 
-    Else every large tensor on a CPU is paged in anew: networks run up to three times slower. The process holds on to the
-    most it has ever used at a time. Does nothing with another C library.
+    Else every large tensor on a CPU is paged in anew, and networks run up to three times slower. The process holds on
+    to the most it has ever used at a time. Does nothing with another C library.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

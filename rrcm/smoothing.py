@@ -82,8 +82,8 @@ class SmoothedClassifier(nn.Module):
             print(certificate.predict, certificate.radius)
 
     `model` stays in eval mode (under batch statistics votes would depend on their company), on its device. With
-    `precision="bf16"` a copy of it computes in bfloat16; noise is always drawn and added in float32, so a certificate is
-    one of the function that was run.
+    `precision="bf16"` a copy of it computes in bfloat16; noise is always drawn and added in float32, and a certificate
+    is one of the function that was run.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SmoothedClassifier(nn.Module):
         *,
         seed: int = 0,
         samples: int = 16,  # noisy copies a forward pass as a module
-        batch_size: int | None = None,  # noisy copies a forward pass of the votes; None: by memory, see `find_batch_size`
+        batch_size: int | None = None,  # noisy copies a forward pass of the votes; None: `find_batch_size`
         memory_gib: float | None = None,  # bound for that; None: 1/16 on a CPU (its caches), half the memory of a GPU
         precision: str = "fp32",  # or bf16
         compile: bool = False,  # torch.compile; with CUDA graphs on a GPU, with frozen weights on a CPU
@@ -126,13 +126,11 @@ class SmoothedClassifier(nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """log of the mean softmax over noisy copies, (B, K) float32; differentiable. Image i has noise i of the seed."""
+        """log of the mean softmax over noisy copies, (B, K) float32; differentiable. Image i has noise i."""
         place = torch.arange(len(images), device=images.device)
         sample = torch.arange(self.samples, device=images.device)
         rows = place.repeat_interleave(self.samples)
-        noise = gaussian(
-            images.shape[1:], self.seed, torch.full_like(rows, FORWARD), rows, sample.repeat(len(images))
-        )
+        noise = gaussian(images.shape[1:], self.seed, torch.full_like(rows, FORWARD), rows, sample.repeat(len(images)))
         noisy = images.repeat_interleave(self.samples, 0) + self.sigma * noise
         logits = self._logits(noisy, self.model).float().log_softmax(-1)
         return logits.unflatten(0, (len(images), self.samples)).logsumexp(1) - math.log(self.samples)
@@ -153,8 +151,8 @@ class SmoothedClassifier(nn.Module):
 
         images (B, C, H, W) float in [0, 1]. `procedure` "fixed" is Cohen's CERTIFY with its exact bound; "sequential"
         draws as many of the n samples as it takes to know which multiples of `grid_step` (pixel units) are certified.
-        With labels "sequential" is done as soon as the chosen class is wrong: for evaluations. `indices` (default 0, 1, ...)
-        name the images' noise under the seed. Raises `RRCMError` for impossible settings and images.
+        With labels "sequential" is done as soon as the chosen class is wrong: for evaluations. `indices` (default 0, 1,
+        ...) name the images' noise under the seed. Raises `RRCMError` for impossible settings and images.
         """
         if procedure not in ("fixed", "sequential"):
             raise RRCMError(f"procedure = {procedure!r}: must be fixed or sequential")
@@ -208,9 +206,7 @@ class SmoothedClassifier(nn.Module):
             while room is None or room > 0:
                 if waiting:
                     candidate, waiting = active.popleft(), waiting - 1
-                elif at_once is not None and len(chosen) >= at_once:
-                    break
-                elif (candidate := next(source, None)) is None:
+                elif (at_once is not None and len(chosen) >= at_once) or (candidate := next(source, None)) is None:
                     break
                 elif candidate.stopped:
                     continue
