@@ -113,7 +113,7 @@ class SmoothedClassifier(nn.Module):
         self.model = (copy.deepcopy(model).bfloat16() if precision == "bf16" else model).eval()
         self.sigma, self.num_classes, self.seed, self.samples = sigma, num_classes, seed, samples
         self.batch_size, self.memory_gib, self.precision = batch_size, memory_gib, precision
-        self._compiled = _compile(self.model, self.device) if compile else self.model
+        self._network = (_compile(self.model, self.device) if compile else self.model,)  # a tuple: no second submodule
         self._batch_size: dict[tuple[int, ...], int] = {}
 
     @property
@@ -255,7 +255,7 @@ class SmoothedClassifier(nn.Module):
         for batch in range(0, padded, size):
             of, purpose, index, number = rows[:, batch : batch + size]
             noise = gaussian(shape, self.seed, purpose, index, number)
-            logits = self._logits(images[of].add_(noise, alpha=self.sigma), self._compiled)
+            logits = self._logits(images[of].add_(noise, alpha=self.sigma), self._network[0])
             if logits.shape != (size, self.num_classes):
                 raise RRCMError(
                     f"the model answers {tuple(logits.shape)} to a batch of {size}: must be {(size, self.num_classes)}"
