@@ -1,7 +1,7 @@
-"""How a stage becomes a command: it starts fast, and bad input ends in one line on stderr and a non-zero exit status.
+"""How a function becomes a command: it starts fast, and bad input ends in one line on stderr, exit status 1.
 
-Stages import this module first. The garbage collector is off until `run`: it would walk the growing pile of torch's
-modules again and again while they load, and once more at exit, which is two fifths of the start-up of a stage.
+Commands import this module first. The garbage collector is off until `imported`: it would walk the growing pile of
+torch's modules again and again while they load, and once more at exit, which is two fifths of the start-up of a stage.
 """
 
 import functools
@@ -16,24 +16,49 @@ import typer  # noqa: E402
 from rrcm.environment import keep_freed_memory  # noqa: E402
 from rrcm.errors import RRCMError  # noqa: E402
 
+INTERRUPTED = 130  # the exit status that shells give Ctrl-C
 
-def run(command: Callable[..., None]) -> None:
-    """Run `command` as a Typer application. An `RRCMError` is printed without a traceback; exit status 1."""
-    keep_freed_memory()
-    gc.freeze()  # what is imported stays: never walk it again
-    gc.enable()
+
+def application() -> typer.Typer:
+    """A Typer application whose tracebacks, should there be any, are Python's own."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, but an `RRCMError` is printed without a traceback and gives exit status 1, and Ctrl-C gives 130."""
 
     @functools.wraps(command)
-    def guarded(*args: object, **options: object) -> None:
+    def guard(*args: object, **options: object) -> None:
         try:
             command(*args, **options)
         except RRCMError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt as interruption:
+            print(f"interrupted{interruption}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
 
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(guarded)
+    return guard
+
+
+def imported() -> None:
+    """To be called when all imports are done: what is there stays, so it is never walked again."""
+    gc.freeze()
+    gc.enable()
+
+
+def start(app: typer.Typer) -> None:
+    """Run the application with the arguments of this process, and exit."""
+    keep_freed_memory()
     try:
         app()
     finally:
         gc.freeze()  # nor at exit
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run `command` as an application of its own, everything being imported."""
+    imported()
+    app = application()
+    app.command()(guarded(command))
+    start(app)

@@ -1,6 +1,7 @@
 """Trained networks on disk: a folder with model.safetensors and config.json; and the authors' released format."""
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import TypeVar
@@ -174,8 +175,9 @@ def _read_authors_file(path: Path) -> dict[str, torch.Tensor]:
         raise RRCMError(
             f"{path}: a pickle that holds more than tensors, or is damaged; refused, nothing in it was run"
         ) from None
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise RRCMError(f"{path}: truncated or not a torch checkpoint ({str(error).splitlines()[0]})") from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise RRCMError(f"{path}: truncated or not a torch checkpoint ({reason})") from None
     if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise RRCMError(f"{path}: not a state dict of tensors")
     return weights

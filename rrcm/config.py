@@ -7,8 +7,8 @@ Units: `sigma` is the smoothing noise in pixel units (pixels in [0, 1]); `t` is 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -193,7 +193,7 @@ class Certify(Section):
     procedure: Literal["sequential", "fixed"]
     n0: Count  # samples that choose the class
     n: Count  # samples that bound its probability; `sequential` stops earlier where it can
-    alpha: Annotated[float, Field(gt=0, lt=1)]
+    alpha: Annotated[float, Field(gt=0, le=0.5)]
     grid_step: Positive  # `sequential` certifies multiples of this radius, pixel L2 units
     batch_size: Count | None  # noisy samples a forward pass; null: found by itself within memory_gib
     memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
@@ -211,11 +211,56 @@ class Latency(Section):
     precision: Literal["fp32", "bf16"]
 
 
+class OthersFile(Section):
+    """Another group's certificates, in the field's format, at one smoothing noise."""
+
+    label: Annotated[str, Field(pattern=r"^[^|\n]+$")]  # it becomes a cell of Markdown tables
+    sigma: Positive  # pixel units
+    path: str
+
+    @field_validator("label")
+    @classmethod
+    def not_ours(cls, label: str) -> str:
+        if label in {method.label for method in METHODS.values()}:
+            raise ValueError("is what a method of ours is called; add whose it is")
+        return label
+
+    @field_validator("path")
+    @classmethod
+    def dvc_sees_it(cls, path: str) -> str:
+        folder, *rest = PurePosixPath(path).parts or [""]
+        if folder != "others" or not rest or ".." in rest:
+            raise ValueError("must be a file below others/, the folder that DVC watches for the report")
+        return path
+
+
+class Attack(Section):
+    """PGD of Salman et al. 2019 on the smoothed classifier."""
+
+    methods: list[MethodName]  # whose classifiers are attacked; []: none
+    steps: Count
+    samples: Count  # noisy copies that a step's gradient is of
+    n: Count  # samples of PREDICT, which answers to the attacked image
+    alpha: Annotated[float, Field(gt=0, le=0.5)]  # of PREDICT
+    max_images: Count | None  # of the certified ones, evenly spread
+    batch: Count  # images at once: `samples` times as many noisy copies go forward and back
+
+
 class Report(Section):
-    """What the tables show."""
+    """What the tables and figures show."""
 
     radii: Annotated[list[NonNegative], Field(min_length=1)]  # pixel L2 units
     sheet_images: Count
+    others: list[OthersFile]  # drawn and listed beside ours
+
+    @field_validator("others")
+    @classmethod
+    def others_differ(cls, others: list[OthersFile]) -> list[OthersFile]:
+        runs = [(other.label, other.sigma) for other in others]
+        for label, sigma in runs:
+            if runs.count((label, sigma)) > 1:
+                raise ValueError(f"{label!r} at sigma {sigma} is there twice; labels tell them apart")
+        return others
 
 
 class Config(Section):
@@ -233,6 +278,7 @@ class Config(Section):
     finetune: Finetune
     certify: Certify
     latency: Latency
+    attack: Attack
     report: Report
 
     @field_validator("sigmas", mode="before")
@@ -247,6 +293,9 @@ class Config(Section):
         for name in ("sigmas", "methods"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must not repeat an entry")
+        attacked = self.attack.methods
+        if len(set(attacked)) != len(attacked) or not set(attacked) <= set(self.methods):
+            raise ValueError(f"attack.methods {attacked} must be among methods {self.methods}, each at most once")
         if self.data.image_size % self.model.patch_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
@@ -280,8 +329,8 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        model = model.model_fields[part].annotation
+    for part in path:  # a key, or the place of a list's entry
+        model = get_args(model)[0] if part.isdigit() else model.model_fields[part].annotation
     return list(model.model_fields)
 
 

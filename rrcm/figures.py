@@ -5,8 +5,11 @@ apart by colour-blind readers; a method keeps its colour in every figure and rep
 dashed in the colour of their base method.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import ROUND_DOWN, Decimal
+from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +18,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rrcm.config import METHODS
+from rrcm.files import atomic_path
 from rrcm.results import ABSTAIN, Certificates, envelope, wilson_interval
 
 STYLE = {
@@ -41,6 +47,8 @@ STYLE = {
 }
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 BASES = list(dict.fromkeys(name.removesuffix("_matched") for name in METHODS))
+OTHERS = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # line styles of other groups' curves
+FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # and what not to write into them
 RADIUS = "L2 radius r (pixels in [0, 1])"
 INK = "#404040"
 
@@ -74,10 +82,10 @@ def house_style() -> Iterator[None]:
 
 
 @house_style()
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write folder/name.png and folder/name.svg, without date or version inside."""
-    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+def save(figure: Figure, path: Path) -> None:
+    """Write a file of `FORMATS`, named by the suffix, atomically and without date or version inside."""
+    with atomic_path(path) as scratch:
+        figure.savefig(scratch, format=path.suffix[1:], metadata=FORMATS[path.suffix])
 
 
 def _line(method: str) -> dict:
@@ -87,23 +95,63 @@ def _line(method: str) -> dict:
     return {"color": colour, "linestyle": (0, (4, 1.5)) if kind.matched else "-", "label": kind.label}
 
 
-def _legend(figure: Figure, axes: Axes, columns: int) -> None:
-    """One legend for all panels, below them."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, handlelength=2.4)
+def _plain(text: str) -> str:
+    """A label that somebody gave, as it is: nothing in it is mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _draw_curve(axes: Axes, frames: Iterable[pd.DataFrame], **style: object) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the envelope of `frames`, each value up to and with its radius; return it: radii and accuracy.
+
+    Where it falls at 0, as it does when radii are multiples of a step, a dot shows the value at r = 0 itself.
+    """
+    radii, accuracy = envelope(frames)
+    axes.plot(radii, 100 * accuracy, drawstyle="steps-pre", **style)
+    if accuracy[1] < accuracy[0]:
+        face = style["color"] if style["linestyle"] == "-" else "white"
+        dot = {"color": style["color"], "markerfacecolor": face, "markersize": 4, "markeredgewidth": 1.2}
+        axes.plot(0, 100 * accuracy[0], "o", clip_on=False, zorder=3, **dot)
+    return radii, accuracy
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels, below them, read row by row, with as many columns as there is room for.
+
+    The figure grows by its second and further rows.
+    """
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    labels = [label for label in lines if not label.startswith("_child")]  # that is one without a label
+    widths = [TextPath((0, 0), label, size=9).get_extents().width / 72 + 0.7 for label in labels]  # inches, with line
+
+    def fit(columns: int) -> bool:
+        return sum(max(widths[column::columns]) for column in range(columns)) < figure.get_figwidth()
+
+    columns = max((n for n in range(1, 1 + len(labels)) if fit(n)), default=1)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(labels) / columns) - 1))
+    labels = [label for column in range(columns) for label in labels[column::columns]]  # matplotlib fills down columns
+    handles = [lines[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.4)
 
 
 @house_style()
-def draw_certified_accuracy(certificates: Certificates) -> Figure:
-    """Certified accuracy against radius, exact: a panel a sigma, all methods. Bands: 95 % intervals, unmatched only."""
+def draw_certified_accuracy(certificates: Certificates, others: Certificates) -> Figure:
+    """Certified accuracy against radius, exact: a panel a sigma, all methods. Bands: 95 % intervals, unmatched only.
+
+    `others` are certificates of other groups by (label, sigma), drawn where there is a panel of their sigma.
+    """
     sigmas = sorted({sigma for _, sigma in certificates})
     figure = Figure(figsize=(max(3.4 * len(sigmas), 4.2), 3.6))
     panels = figure.subplots(1, len(sigmas), sharey=True, squeeze=False)[0]
+    labels = dict.fromkeys(label for label, _ in others)
+    looks = {
+        label: {"color": colour, "linestyle": style, "label": _plain(label)}
+        for label, (style, colour) in zip(labels, cycle(OTHERS), strict=False)
+    }
     for panel, sigma in zip(panels, sigmas, strict=True):
         reach = 0.0
         for (method, its_sigma), frame in certificates.items():
             if its_sigma == sigma:
-                radii, accuracy = envelope([frame])
-                panel.plot(radii, 100 * accuracy, drawstyle="steps-pre", **_line(method))
+                radii, accuracy = _draw_curve(panel, [frame], **_line(method))
                 if not METHODS[method].matched:
                     low, high = wilson_interval(accuracy[:-1], len(frame))
                     colour = _line(method)["color"]
@@ -111,9 +159,13 @@ def draw_certified_accuracy(certificates: Certificates) -> Figure:
                         radii[:-1], 100 * low, 100 * high, step="pre", color=colour, alpha=0.12, linewidth=0
                     )
                 reach = max(reach, radii[-1])
+        for (label, its_sigma), frame in others.items():
+            if its_sigma == sigma:
+                radii, _ = _draw_curve(panel, [frame], **looks[label])
+                reach = max(reach, radii[-1])
         panel.set(title=f"σ = {sigma:g}", xlabel=RADIUS, xlim=(0, 1.03 * (reach or sigma)), ylim=(0, 102))
     panels[0].set_ylabel("certified accuracy (%)")
-    _legend(figure, panels[0], columns=5 if len(panels) > 2 else 2)
+    _legend(figure, panels)
     return figure
 
 
@@ -124,12 +176,57 @@ def draw_envelope(certificates: Certificates) -> Figure:
     axes = figure.subplots()
     reach = 0.0
     for method in dict.fromkeys(method for method, _ in certificates):
-        radii, accuracy = envelope(frame for (name, _), frame in certificates.items() if name == method)
-        axes.plot(radii, 100 * accuracy, drawstyle="steps-pre", **_line(method))
+        frames = (frame for (name, _), frame in certificates.items() if name == method)
+        radii, _ = _draw_curve(axes, frames, **_line(method))
         reach = max(reach, radii[-1])
     axes.set(xlabel=RADIUS, ylabel="certified accuracy, best σ at each r (%)", xlim=(0, 1.03 * (reach or 1)))
     axes.set_ylim(0, 102)
-    _legend(figure, axes, columns=2)
+    _legend(figure, [axes])
+    return figure
+
+
+@house_style()
+def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
+    """Certified accuracy against radius, exact, of certificates by name."""
+    figure = Figure(figsize=(5.6, 4.2))
+    axes = figure.subplots()
+    reach = 0.0
+    looks = cycle(product(["-", "--", ":"], OKABE_ITO))
+    for (name, frame), (style, colour) in zip(certificates.items(), looks, strict=False):
+        radii, _ = _draw_curve(axes, [frame], linestyle=style, color=colour, label=_plain(name))
+        reach = max(reach, radii[-1])
+    axes.set(xlabel=RADIUS, ylabel="certified accuracy (%)", xlim=(0, 1.03 * (reach or 1)), ylim=(0, 102))
+    _legend(figure, [axes])
+    return figure
+
+
+@house_style()
+def draw_attack(
+    method: str,
+    certificates: Mapping[float, pd.DataFrame],
+    radii: Sequence[float],
+    summaries: Mapping[float, Mapping[str, Sequence[float]]],
+) -> Figure:
+    """Certified accuracy and accuracy under attack within each of `radii`, a panel a sigma.
+
+    `summaries` by sigma are those of `rrcm.attack.summarise`. Between the markers and the dotted line PREDICT abstains.
+    """
+    figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))
+    panels = figure.subplots(1, len(certificates), sharey=True, squeeze=False)[0]
+    for panel, (sigma, frame) in zip(panels, sorted(certificates.items()), strict=True):
+        found = summaries[sigma]
+        right, either, unsmoothed = (
+            100 * np.array(found[name]) for name in ("accuracy", "not_wrong", "unsmoothed_accuracy")
+        )
+        reach, _ = _draw_curve(panel, [frame], **_line(method) | {"label": f"{METHODS[method].label}: certified"})
+        panel.plot(radii, right, "o-", color="black", markersize=4, label="right under attack", clip_on=False)
+        panel.plot(radii, either, ":", color="black", label="right or abstains under attack")
+        panel.fill_between(radii, right, either, color="black", alpha=0.08, linewidth=0)
+        panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label="not smoothed, right under attack")
+        panel.set_title(f"σ = {sigma:g}: {found['broken']} of {found['certificates']} certificates broken")
+        panel.set(xlabel=RADIUS, xlim=(0, 1.03 * max(radii[-1], reach[-1])), ylim=(0, 102))
+    panels[0].set_ylabel("accuracy (%)")
+    _legend(figure, panels)
     return figure
 
 
@@ -234,7 +331,7 @@ def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) ->
         panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.tick_params(labelleft=sigma == sigmas[0])
     panels[f"{sigmas[0]}"].set_ylabel("validation accuracy under noise (%)")
-    _legend(figure, panels[f"{sigmas[0]}"], columns=5 if columns > 2 else 2)
+    _legend(figure, [panels[f"{sigmas[0]}"]])
     return figure
 
 
@@ -258,9 +355,59 @@ def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Tile]
             sign, colour, style = VERDICTS[tile.verdict]
             axes.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1)
             axes.spines[:].set(color=colour, linestyle=style, linewidth=2)
-            answer = "abstains\n" if tile.verdict == "abstains" else f"{tile.predict}\nr = {tile.radius:.2f}"
-            axes.set_xlabel(f"{sign} {answer}", fontsize=7.5, color=colour, labelpad=3)
+            claims_nothing = tile.verdict == "abstains" or (tile.verdict == "wrong" and tile.radius == 0)
+            radius = "" if claims_nothing else f"r = {tile.radius:.2f}"
+            answer = f"{sign} {tile.predict or tile.verdict}\n{radius}"
+            axes.set_xlabel(answer, fontsize=7.5, color=colour, labelpad=3)
     key = [Line2D([], [], color=c, linestyle=s, linewidth=2, label=f"{v} ({g})") for v, (g, c, s) in VERDICTS.items()]
     figure.legend(handles=key, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{label}: predicted class and certified L2 radius r (pixels in [0, 1])", fontsize=9)
     return figure
+
+
+def rounded_down(radius: float) -> str:
+    """Three decimals: never more than is certified."""
+    return str(Decimal(str(radius)).quantize(Decimal("0.001"), ROUND_DOWN))
+
+
+@house_style()
+def draw_certified_images(tiles: Sequence[Tile], settings: str) -> Figure:
+    """Images with class and certified radius below and `label` (here: where the image is from) above; `settings` is
+    part of the title. A verdict may also be "certified": then it is not known which class is right."""
+    columns = min(len(tiles), 8)
+    rows = -(-len(tiles) // columns)
+    figure = Figure(figsize=(max(1.25 * columns, 4.2), 1.62 * rows + 0.55))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    looks = {"certified": ("", INK, "-")} | VERDICTS
+    for axes in grid.flat[len(tiles) :]:
+        axes.set_axis_off()
+    for axes, tile in zip(grid.flat, tiles, strict=False):
+        sign, colour, style = looks[tile.verdict]
+        axes.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=2)
+        axes.set_title(_fitted(tile.label, 80, 6.5), fontsize=6.5, color=INK, pad=3)
+        answer = _fitted(f"{sign} {tile.predict or tile.verdict}".strip(), 80, 7.5)
+        radius = f"r = {rounded_down(tile.radius)}" if tile.predict else ""
+        axes.set_xlabel(f"{answer}\n{radius}", fontsize=7.5, color=colour, labelpad=3)
+    figure.suptitle(f"{settings}\nclass and certified L2 radius r (pixels in [0, 1])", fontsize=9)
+    return figure
+
+
+def _fitted(text: str, width: float, size: float) -> str:
+    """`text` without mathematics, its middle left out as far as it must be to be `width` points wide at most. Signs
+    that the font lacks (it has no Chinese, for one) become boxes."""
+    font = get_font(findfont("DejaVu Sans"))
+    font.set_size(size, 7200)  # a hundred pixels to the point
+    glyphs = font.get_charmap()
+
+    def points(text: str) -> float:
+        font.set_text(text)
+        return font.get_width_height()[0] / 6400  # it counts in 64ths of a pixel
+
+    text = short = "".join(sign if ord(sign) in glyphs else "□" for sign in text)
+    kept = len(text)
+    while points(short) > width:
+        kept -= 1
+        short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+    return _plain(short)

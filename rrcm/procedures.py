@@ -6,6 +6,7 @@ sigma Phi^-1 of a lower bound on it (Cohen et al. 2019, theorem 1). Radii and si
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from scipy.special import bdtr, bdtrc, betaincinv, ndtr, ndtri  # scipy.stats takes a second to import
@@ -111,11 +112,11 @@ def sequential(
         raise RRCMError(f"grid_step = {grid_step}: must be above 0, in pixel units")
     looks = growing_looks(n)
     alphas = spend(alpha, len(looks))
-    reach = sigma * ndtri(alphas[-1] ** (1 / n))  # the radius of n votes out of n
-    steps = int(max(reach, 0) / grid_step)
+    reach = sigma * float(ndtri(alphas[-1] ** (1 / n)))  # the radius of n votes out of n
+    steps = max(reach, 0.0) / grid_step
     if steps > 10_000:
-        raise RRCMError(f"grid_step = {grid_step}: {steps:,} radii up to {reach:.3g}; take a coarser one")
-    radii = np.array([float(f"{grid_step * k:.12g}") for k in range(1 + steps)])  # 0.6, not 0.6000000000000001
+        raise RRCMError(f"grid_step = {grid_step}: {steps:.3g} radii up to {reach:.3g}; take a coarser one")
+    radii = np.array([float(f"{grid_step * k:.12g}") for k in range(1 + int(steps))])  # 0.6, not 0.6000000000000001
     m = np.array(looks)[:, None]
     threshold = ndtr(radii / sigma)
     needed = smallest(lambda k: bdtrc(k - 1, m, threshold) <= np.array(alphas)[:, None], m, len(radii))
@@ -153,7 +154,7 @@ def smallest(holds: Callable[[np.ndarray], np.ndarray], m: np.ndarray, columns: 
     high = np.broadcast_to(m + 1, low.shape).copy()
     while (low < high).any():
         middle = (low + high) // 2
-        true = holds(np.minimum(middle, m)) & (middle <= m)
+        true = holds(np.minimum(middle, m))  # middle is m + 1 only where never is the answer already
         high = np.where(true, middle, high)
         low = np.where(true, low, np.minimum(middle + 1, high))
     return high
@@ -169,7 +170,8 @@ def check(sigma: float, n0: int, n: int, alpha: float) -> None:
     """Raises `RRCMError` for settings that no certificate can be made with."""
     if not 0 < sigma < np.inf:
         raise RRCMError(f"sigma = {sigma}: must be above 0 and finite, in pixel units")
-    if not (0 < n0 < 2**31 and 0 < n < 2**31):
-        raise RRCMError(f"n0 = {n0}, n = {n}: must be above 0 and below 2^31 samples")
-    if not 0 < alpha < 1:
-        raise RRCMError(f"alpha = {alpha}: must be between 0 and 1")
+    for name, samples in (("n0", n0), ("n", n)):
+        if not (isinstance(samples, Integral) and 0 < samples < 2**31):
+            raise RRCMError(f"{name} = {samples}: must be a whole number of samples, above 0 and below 2^31")
+    if not 0 < alpha <= 0.5:
+        raise RRCMError(f"alpha = {alpha}: must be above 0 and at most 0.5")

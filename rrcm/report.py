@@ -24,25 +24,29 @@ from rrcm.results import (
     average_certified_radius,
     best_sigma_table,
     certified_accuracy,
+    mean_samples,
     per_sigma_table,
     read_certificates,
+    read_samples,
     sigma_name,
 )
 
 REFERENCE_RADIUS = 0.5  # where the latency figure compares accuracy; the nearest radius of the report is taken
-NOT_RESULTS = {"device": True, "launcher": True, "data": {"root", "workers"}}  # settings that change no result
+NOT_RESULTS = {"device": True, "launcher": True, "attack": True, "data": {"root", "workers"}}  # settings without effect
 
 
 def write_report(config: Config, root: Path, output: Path) -> None:
     """Read certificates, models/*/*.{json,csv}, timings and latency under `root`; write the whole folder `output`.
 
-    Raises `RRCMError` naming a missing file and the command that makes it, and when certificates of different runs are
-    mixed. Without a `latency.n` there is no latency figure or table, and nothing under latency/ is read.
+    Also reads the files of other groups that `report.others` names. Raises `RRCMError` naming a missing file and the
+    command that makes it, and when certificates of different runs are mixed. Without a `latency.n` there is no latency
+    figure or table, and nothing under latency/ is read.
     """
     root = Path(root)
     inputs = _inputs(config, root)
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
-    certificates = {run: read_certificates(root / _certificate(*run)) for run in runs}
+    certificates = {run: _read_run(root, *run) for run in runs}
+    others = {(other.label, other.sigma): read_certificates(root / other.path) for other in config.report.others}
     first = certificates[runs[0]]
     for run, frame in certificates.items():
         if not frame[["idx", "label"]].equals(first[["idx", "label"]]):
@@ -54,11 +58,11 @@ def write_report(config: Config, root: Path, output: Path) -> None:
     finetuning = pd.concat([_history(root, models[run], *run) for run in runs], ignore_index=True)
     pretraining = _read_csv(root / "models/pretrain/history.csv") if _needs_pretraining(config) else None
     budgets = _budgets(config, root, models)
-    tables = _tables(certificates, radii, budgets, latency)
+    tables = _tables(certificates, others, radii, budgets, latency)
 
     with atomic_directory(output) as folder:
         drawn = {
-            "certified_accuracy": figures.draw_certified_accuracy(certificates),
+            "certified_accuracy": figures.draw_certified_accuracy(certificates, others),
             "envelope": figures.draw_envelope(certificates),
             "training": figures.draw_training(pretraining, finetuning),
             "sheet": _sheet(config, root, certificates),
@@ -68,7 +72,8 @@ def write_report(config: Config, root: Path, output: Path) -> None:
             best = best_sigma_table(certificates, [radius]).set_index("method")["certified_accuracy"]
             drawn["latency"] = figures.draw_latency(latency, best, max(config.latency.n), radius)
         for name, figure in drawn.items():
-            figures.save(figure, folder, name)
+            for suffix in figures.FORMATS:
+                figures.save(figure, folder / f"{name}{suffix}")
         for name, (numbers, shown) in tables.items():
             _write_csv(folder / f"{name}.csv", numbers)
             write_text(folder / f"{name}.md", _markdown(shown))
@@ -84,6 +89,22 @@ def write_report(config: Config, root: Path, output: Path) -> None:
 
 def _certificate(method: str, sigma: float) -> str:
     return f"certificates/{method}/{sigma_name(sigma)}.tsv"
+
+
+def _samples(method: str, sigma: float) -> str:
+    return f"certificates/{method}/{sigma_name(sigma)}.samples.tsv"
+
+
+def _read_run(root: Path, method: str, sigma: float) -> pd.DataFrame:
+    """Certificates of ours with the samples that they took."""
+    frame = read_certificates(root / _certificate(method, sigma))
+    samples = read_samples(root / _samples(method, sigma))
+    if not samples["idx"].equals(frame["idx"]):
+        path = root / _samples(method, sigma)
+        raise RRCMError(
+            f"{path}: is of other images than the certificates beside it; run `dvc repro certify@{method}-{sigma}`"
+        )
+    return frame.join(samples[["samples", "stopped"]])
 
 
 def _model(method: str, sigma: float) -> str:
@@ -105,7 +126,8 @@ def _inputs(config: Config, root: Path) -> list[str]:
             files = [f"{_model(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
             files += [f"timings/finetune/{method}/{sigma_name(sigma)}.json"]
             stages |= dict.fromkeys(files, f"finetune@{method}-{sigma}")
-            files = [_certificate(method, sigma), f"timings/certify/{method}/{sigma_name(sigma)}.json"]
+            files = [_certificate(method, sigma), _samples(method, sigma)]
+            files += [f"timings/certify/{method}/{sigma_name(sigma)}.json"]
             stages |= dict.fromkeys(files, f"certify@{method}-{sigma}")
         if config.latency.n:
             stages[f"latency/{method}.json"] = f"latency@{method}"
@@ -114,7 +136,12 @@ def _inputs(config: Config, root: Path) -> list[str]:
             raise RRCMError(
                 f"{root / path}: no such file; make it with `dvc repro {stage}`, or fetch it with `dvc pull`"
             )
-    return list(stages)
+    for place, other in enumerate(config.report.others):
+        if not (root / other.path).is_file():
+            raise RRCMError(
+                f"report.others.{place}.path: {root / other.path}: no such file; put it there or take the entry out"
+            )
+    return [*stages, *(other.path for other in config.report.others)]
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -165,7 +192,11 @@ def _budgets(config: Config, root: Path, models: Mapping[tuple[str, float], Mapp
 
 
 def _tables(
-    certificates: Certificates, radii: list[float], budgets: pd.DataFrame, latency: Mapping[str, dict]
+    certificates: Certificates,
+    others: Certificates,
+    radii: list[float],
+    budgets: pd.DataFrame,
+    latency: Mapping[str, dict],
 ) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """Each table twice: full numbers under names for machines, and text for people."""
     best = best_sigma_table(certificates, radii)
@@ -177,8 +208,13 @@ def _tables(
     best_shown = cells.pivot(index="method", columns="column", values="cell")
     best_shown = best_shown.loc[cells["method"].unique(), cells["column"].unique()].reset_index()
 
-    sigmas = per_sigma_table(certificates, radii)
-    sigmas_shown = sigmas.assign(method=_labels(sigmas["method"]), acr=[f"{acr:.3f}" for acr in sigmas["acr"]])
+    marked = {(f"{label} (others' file)", sigma): frame for (label, sigma), frame in others.items()}
+    sigmas = per_sigma_table({**certificates, **marked}, radii)
+    sigmas_shown = sigmas.assign(
+        method=_labels(sigmas["method"]),
+        samples=["" if np.isnan(mean) else f"{mean:,.0f}" for mean in sigmas["samples"]],
+        acr=[f"{acr:.3f}" for acr in sigmas["acr"]],
+    )
     for radius in radii:
         sigmas_shown[radius] = [f"{100 * share:.1f}" for share in sigmas[radius]]
     sigmas_shown = sigmas_shown.rename(columns={"acr": "ACR"} | {radius: f"r = {radius:g}" for radius in radii})
@@ -227,7 +263,7 @@ def _tables(
 
 
 def _labels(methods: pd.Series) -> list[str]:
-    return [METHODS[name].label for name in methods]
+    return [METHODS[name].label if name in METHODS else name for name in methods]
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -265,6 +301,7 @@ def _metrics(certificates: Certificates, models: Mapping, radii: list[float]) ->
     for (method, sigma), frame in certificates.items():
         values = {
             "acr": average_certified_radius(frame),
+            "samples": mean_samples(frame),
             "val_accuracy": models[method, sigma]["selected"]["val_accuracy"],
         }
         for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
@@ -306,7 +343,8 @@ def _sheet(config: Config, root: Path, certificates: Certificates) -> Figure:
 
 CAPTIONS = {
     "certified_accuracy": "Certified accuracy against L2 radius, a panel for each smoothing noise σ. Bands are 95 % "
-    "Wilson intervals over test images; methods share the images, so their differences are known better than that.",
+    "Wilson intervals over test images; methods share the images, so their differences are known better than that. "
+    "A dot is the value at r = 0 where the curve falls right after it.",
     "envelope": "Certified accuracy with the best σ at each radius.",
     "latency": "Certified accuracy (with the n of the certificates) against the time one takes with the n of the axis.",
     "training": "Accuracy on noisy validation images against the compute spent: a pre-trained method starts at its "
@@ -315,10 +353,20 @@ CAPTIONS = {
 }
 TITLES = {
     "best_sigma": "Certified accuracy in %, best σ at each radius (in parentheses: that model's at r = 0)",
-    "per_sigma": "ACR and certified accuracy in % at each radius",
+    "per_sigma": "Samples drawn for an image (mean), ACR, and certified accuracy in % at each radius",
     "latency": "Seconds to certify one image",
     "budgets": "Compute in million encoder forward passes over one image (a backward pass counts two), and seconds",
 }
+PROCEDURES = {
+    "fixed": "*Certificates* are those of Cohen et al. 2019 (`certify.procedure: fixed`): {n0:,} samples choose an "
+    "image's class, and {n:,} more bound its probability.",
+    "sequential": "*Certificates* are group-sequential (`certify.procedure: sequential`): {n0:,} samples choose an "
+    "image's class, and at most {n:,} more are drawn, no longer than it takes to know which radii of a grid are "
+    "certified. Radii are rounded down to multiples of {grid_step:g} (`certify.grid_step`), so that ACR is a lower "
+    "bound: it loses less than one step. An image whose chosen class is wrong is done with at once: its row "
+    "has that class as `predict`, and radius 0.",
+}
+OTHERS = " Dotted in black and grey: files of other groups, over the images and with the n and alpha of their own."
 BUDGETS = (
     "*Equal fine-tuning budget* compares rRCM with methods trained from scratch for as many epochs as rRCM is "
     "fine-tuned, its pre-training coming on top. *Equal total compute* compares it with the scratch methods marked "
@@ -337,8 +385,11 @@ def _report(
 ) -> str:
     """report.md."""
     sections = [f"# {config.profile}", _finding(config, certificates)]
+    sections += [PROCEDURES[config.certify.procedure].format(**config.certify.model_dump())]
     sections += [BUDGETS.format(shared_by=config.finetune.pretraining_shared_by)]
-    sections += ["## Figures"] + [f"![{name}]({name}.png)\n\n{CAPTIONS[name]}" for name in CAPTIONS if name in drawn]
+    accuracy = CAPTIONS["certified_accuracy"] + (OTHERS if config.report.others else "")
+    captions = CAPTIONS | {"certified_accuracy": accuracy}
+    sections += ["## Figures"] + [f"![{name}]({name}.png)\n\n{captions[name]}" for name in captions if name in drawn]
     sections += ["## Tables"] + [
         f"### {TITLES[name]}\n\n{_markdown(tables[name])}" for name in TITLES if name in tables
     ]

@@ -1,12 +1,13 @@
 """Certificates on disk and the numbers made from them: certified accuracy, ACR, and the two tables of the paper.
 
 A certificate frame has a row an image: `idx` (its place in the test split), `label`, `predict` (-1: abstained),
-`radius` (L2, pixel units), `correct` (0 or 1), `time` (seconds). Everything but the two file functions is pure.
+`radius` (L2, pixel units), `correct` (0 or 1), `time` (seconds); ours also have `samples` (noisy copies drawn) and
+`stopped` (why no more were). Everything but the four file functions is pure.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ import pandas as pd
 
 from rrcm.errors import RRCMError
 from rrcm.files import atomic_path
+from rrcm.procedures import ALL_SAMPLES, HOPELESS, WHOLE_GRID, WRONG_CLASS
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stopped"]
+STOPPED = (ALL_SAMPLES, WHOLE_GRID, HOPELESS, WRONG_CLASS)
 ABSTAIN = -1
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -29,41 +32,54 @@ def sigma_name(sigma: float) -> str:
 
 
 def read_certificates(path: Path | str) -> pd.DataFrame:
-    """Read a file in the format of Cohen et al. 2019. `time` may be seconds or h:mm:ss.ffffff; it becomes seconds.
+    """Read a file in the format of Cohen et al. 2019, by any group.
 
+    `time` may be seconds or h:mm:ss.ffffff; it becomes seconds. Columns are found by name, others are left out; blank
+    lines may follow the last row. An image without a label or in two rows is refused: what it counts is not known.
     Raises `RRCMError` naming the file, the line and what is wrong with it.
     """
+    return pd.DataFrame(_read_rows(path, COLUMNS, _parse_certificate), columns=COLUMNS)
+
+
+def read_samples(path: Path | str) -> pd.DataFrame:
+    """Read what `write_samples` wrote: idx, samples, stopped. Raises `RRCMError` as `read_certificates` does."""
+    return pd.DataFrame(_read_rows(path, SAMPLES, _parse_samples), columns=SAMPLES)
+
+
+def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
+    """Rows of a tab-separated file with a header. `parse` takes a row's fields in the order of `columns`, idx first,
+    and raises ValueError for bad ones."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n").splitlines()
     except FileNotFoundError:
-        raise RRCMError(
-            f"{path}: no such file; make it with `dvc repro certify`, or fetch it with `dvc pull`"
-        ) from None
+        raise RRCMError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RRCMError(f"{path}: cannot be read as text ({error}); certify again") from None
-    header = "\t".join(COLUMNS)
-    if not lines or lines[0] != header:
-        raise RRCMError(f"{path}, line 1: must be the tab-separated header {header!r}")
-    rows: dict[int, tuple] = {}
+    header = lines[0].split("\t") if lines else []
+    if any(header.count(name) != 1 for name in columns):
+        raise RRCMError(f"{path}, line 1: must be a tab-separated header that has each of {' '.join(columns)} once")
+    places, rows = [header.index(name) for name in columns], {}
     for number, line in enumerate(lines[1:], start=2):
+        fields = line.split("\t")
         try:
-            row = _parse_row(line)
+            if len(fields) != len(header):
+                raise ValueError(f"has {len(fields)} tab-separated fields, must have {len(header)}")
+            row = parse(*(fields[place] for place in places))
             if row[0] in rows:
                 raise ValueError(f"idx {row[0]} is there twice")
         except ValueError as error:
             raise RRCMError(f"{path}, line {number}: {error}; correct it or certify again") from None
         rows[row[0]] = row
     if not rows:
-        raise RRCMError(f"{path}: holds no certificates, only the header; certify again")
-    return pd.DataFrame(list(rows.values()), columns=COLUMNS)
+        raise RRCMError(f"{path}: holds no rows, only the header; certify again")
+    return list(rows.values())
 
 
-def _parse_row(line: str) -> tuple[int, int, int, float, int, float]:
-    fields = line.split("\t")
-    if len(fields) != len(COLUMNS):
-        raise ValueError(f"has {len(fields)} tab-separated fields, must have {len(COLUMNS)}")
+def _parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
     idx, label, predict, correct = (int(fields[i]) for i in (0, 1, 2, 4))
     radius, time = float(fields[3]), _seconds(fields[5])
+    if label == -1:
+        raise ValueError("label -1: the true class is unknown, and with it the accuracy")
     if idx < 0 or label < 0 or predict < ABSTAIN:
         raise ValueError(f"idx {idx}, label {label}, predict {predict}: must be classes and places, or predict -1")
     if not (math.isfinite(radius) and radius >= 0) or (predict == ABSTAIN and radius > 0):
@@ -71,6 +87,15 @@ def _parse_row(line: str) -> tuple[int, int, int, float, int, float]:
     if correct != (predict == label):
         raise ValueError(f"correct {correct} does not fit label {label} and predict {predict}")
     return idx, label, predict, radius, correct, time
+
+
+def _parse_samples(*fields: str) -> tuple[int, int, str]:
+    idx, samples, stopped = int(fields[0]), int(fields[1]), fields[2]
+    if idx < 0 or samples < 1:
+        raise ValueError(f"idx {idx}, samples {samples}: must be a place, and at least 1")
+    if stopped not in STOPPED:
+        raise ValueError(f"stopped {stopped!r}: must be {' or '.join(STOPPED)}")
+    return idx, samples, stopped
 
 
 def _seconds(text: str) -> float:
@@ -137,11 +162,20 @@ def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
     return np.append(radii, radii[-1]), np.append(accuracy, 0.0)
 
 
+def summary(frame: pd.DataFrame, radii: Sequence[float]) -> dict:
+    """The end of a table's row: `acr`, then certified accuracy (a share) in columns named by r."""
+    return {"acr": average_certified_radius(frame)} | dict(zip(radii, certified_accuracy(frame, radii), strict=True))
+
+
+def mean_samples(frame: pd.DataFrame) -> float:
+    """Noisy copies drawn for an image, in the mean; NaN where the file does not say."""
+    return float(frame["samples"].mean()) if "samples" in frame else math.nan
+
+
 def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:
-    """A row a method and sigma: `method`, `sigma`, `images`, `acr`, then certified accuracy in columns named by r."""
+    """A row a method and sigma: `method`, `sigma`, `images`, `samples` (their mean), and the columns of `summary`."""
     rows = [
-        {"method": method, "sigma": sigma, "images": len(frame), "acr": average_certified_radius(frame)}
-        | dict(zip(radii, certified_accuracy(frame, radii), strict=True))
+        {"method": method, "sigma": sigma, "images": len(frame), "samples": mean_samples(frame)} | summary(frame, radii)
         for (method, sigma), frame in certificates.items()
     ]
     return pd.DataFrame(rows)

@@ -8,6 +8,7 @@ few votes that were almost ties.
 
 import copy
 import math
+import operator
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,12 +103,14 @@ class SmoothedClassifier(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise RRCMError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
-        if not 0 < sigma < math.inf:
-            raise RRCMError(f"sigma = {sigma}: must be above 0 and finite, in pixel units")
+        if not torch.finfo(torch.float32).tiny <= sigma <= torch.finfo(torch.float32).max:
+            raise RRCMError(f"sigma = {sigma}: must be above 0 and finite in float32, in pixel units")
         if num_classes < 2:
             raise RRCMError(f"num_classes = {num_classes}: must be at least 2")
         if samples < 1 or (batch_size is not None and batch_size < 1):
             raise RRCMError(f"samples = {samples}, batch_size = {batch_size}: must be at least 1")
+        if memory_gib is not None and not 0 < memory_gib < math.inf:
+            raise RRCMError(f"memory_gib = {memory_gib}: must be above 0 and finite")
         if precision not in ("fp32", "bf16"):
             raise RRCMError(f"precision = {precision!r}: must be fp32 or bf16")
         self.model = (copy.deepcopy(model).bfloat16() if precision == "bf16" else model).eval()
@@ -127,6 +130,8 @@ class SmoothedClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """log of the mean softmax over noisy copies, (B, K) float32; differentiable. Image i has noise i."""
+        check_layout(images)
+        images = images.float()
         place = torch.arange(len(images), device=images.device)
         sample = torch.arange(self.samples, device=images.device)
         rows = place.repeat_interleave(self.samples)
@@ -256,10 +261,6 @@ class SmoothedClassifier(nn.Module):
             of, purpose, index, number = rows[:, batch : batch + size]
             noise = gaussian(shape, self.seed, purpose, index, number)
             logits = self._logits(images[of].add_(noise, alpha=self.sigma), self._network[0])
-            if logits.shape != (size, self.num_classes):
-                raise RRCMError(
-                    f"the model answers {tuple(logits.shape)} to a batch of {size}: must be {(size, self.num_classes)}"
-                )
             counts.index_add_(0, of * self.num_classes + logits.argmax(1), real[batch : batch + size])
             broken |= logits.isnan().any()
         if broken:
@@ -307,25 +308,32 @@ class SmoothedClassifier(nn.Module):
         return min(LARGEST_BATCH, 1 << (fits.bit_length() - 1))
 
     def _logits(self, noisy: torch.Tensor, model: nn.Module) -> torch.Tensor:
-        """Our own classifiers round their input themselves, after scaling it."""
+        """(B, K) of (B, C, H, W). Our own classifiers round their input themselves, after scaling it."""
         if self.precision == "bf16" and not isinstance(self.model, Classifier):
             noisy = noisy.bfloat16()
-        return model(noisy)
+        logits = model(noisy)
+        if getattr(logits, "shape", None) != (len(noisy), self.num_classes):
+            answer = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+            must = (len(noisy), self.num_classes)
+            raise RRCMError(f"the model answers {answer} to a batch of {len(noisy)}: must be a tensor {must}")
+        return logits
 
     def _candidates(
         self, images: torch.Tensor, labels: Sequence[int] | torch.Tensor | None, indices: Sequence[int] | None
     ) -> list[Candidate]:
         check_images(images)
-        names = list(range(len(images))) if indices is None else [int(index) for index in indices]
+        names = list(range(len(images))) if indices is None else whole_numbers("indices", indices)
         if len(names) != len(images) or len(set(names)) != len(names):
             raise RRCMError(f"indices: {len(names)} for {len(images)} images; must be one an image, all different")
         if names and not (min(names) >= 0 and max(names) < 2**32):
             raise RRCMError(f"indices from {min(names)} to {max(names)}: must be in [0, 2^32)")
         if labels is None:
             return [Candidate(name, image) for name, image in zip(names, images, strict=True)]
-        known = [int(label) for label in labels]
+        known = whole_numbers("labels", labels)
         if len(known) != len(images):
             raise RRCMError(f"labels: {len(known)} for {len(images)} images; must be one an image")
+        if known and not (min(known) >= 0 and max(known) < self.num_classes):
+            raise RRCMError(f"labels from {min(known)} to {max(known)}: must be in [0, {self.num_classes})")
         return [Candidate(name, image, label) for name, image, label in zip(names, images, known, strict=True)]
 
 
@@ -365,8 +373,16 @@ def _advance(candidate: Candidate, request: Request, votes: np.ndarray, plan: Pr
         candidate.look += 1
 
 
-def check_images(images: torch.Tensor) -> None:
-    """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor of finite values in [0, 1]."""
+def whole_numbers(name: str, numbers: Iterable[int] | torch.Tensor) -> list[int]:
+    """As a list. Raises `RRCMError` for anything but whole numbers."""
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError:
+        raise RRCMError(f"{name}: must be whole numbers, one an image") from None
+
+
+def check_layout(images: torch.Tensor) -> None:
+    """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor."""
     if not isinstance(images, torch.Tensor):
         raise RRCMError(f"images are a {type(images).__name__}: must be a torch tensor (B, C, H, W)")
     if images.ndim != 4 or 0 in images.shape[1:]:
@@ -375,6 +391,11 @@ def check_images(images: torch.Tensor) -> None:
     if not images.is_floating_point():
         hint = "; divide by 255" if images.dtype == torch.uint8 else ""
         raise RRCMError(f"images are {images.dtype}: must be float, in [0, 1]{hint}")
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor of finite values in [0, 1]."""
+    check_layout(images)
     if len(images):
         low, high = images.min().item(), images.max().item()
         if not (low >= 0 and high <= 1):  # NaN is neither

@@ -58,24 +58,26 @@ class Answer(NamedTuple):
 
 # Stages run in real processes of their own, forked off a server that has the heavy imports behind it.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["rrcm.pretrain", "rrcm.finetune", "rrcm.certify", "rrcm.latency", "rrcm.report"])
+server.set_forkserver_preload(
+    ["rrcm.pretrain", "rrcm.finetune", "rrcm.certify", "rrcm.latency", "rrcm.report", "rrcm.attack"]
+)
 
 
-def _run_stage(folder: Path, name: str, arguments: tuple[str, ...]) -> None:
+def _run_stage(folder: Path, name: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     import torch
 
     torch.set_num_threads(1)  # tests may run side by side
     os.chdir(folder)
-    os.environ |= {"RRCM_RUNS": str(folder / "runs"), "XDG_CACHE_HOME": str(folder / ".cache")}
+    os.environ |= {"RRCM_RUNS": str(folder / "runs"), "XDG_CACHE_HOME": str(folder / ".cache")} | environment
     for descriptor, log in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [f"{name}.py", *arguments]
     runpy.run_path(str(REPOSITORY / "stages" / f"{name}.py"), run_name="__main__")
 
 
-def start(folder: Path, name: str, *arguments: str) -> multiprocessing.Process:
+def start(folder: Path, name: str, *arguments: str, **environment: str) -> multiprocessing.Process:
     """Start a stage as its users do, in `folder`, where its output goes to the files stdout and stderr."""
-    process = server.Process(target=_run_stage, args=(folder, name, arguments))
+    process = server.Process(target=_run_stage, args=(folder, name, arguments, environment))
     process.start()
     return process
 

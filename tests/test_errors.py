@@ -30,9 +30,9 @@ def test_unknown_profile_or_key(tmp_path):
 
 @pytest.mark.parametrize("name", ["shard_data", "pretrain", "plot"])
 def test_every_stage_checks_all_settings_first(project, name):
-    change(project, certify__n=50)
-    refused(stage(project, name), "params.yaml", "n 50 must be at least n0 100")
-    change(project, certify__n=200, sigmas=[-1.0])
+    change(project, report__radii=[0.333])
+    refused(stage(project, name), "params.yaml", "report.radii 0.333 must be a multiple of certify.grid_step")
+    change(project, report__radii=[0.5], sigmas=[-1.0])
     refused(stage(project, name), "sigmas.0 = -1.0", "greater than 0")
 
 
@@ -168,7 +168,7 @@ def _starved(folder, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from conftest import _run_stage
 
-    _run_stage(folder, "pretrain", ())
+    _run_stage(folder, "pretrain", (), {})
 
 
 def test_a_full_disk_while_an_output_is_written(project, trained):

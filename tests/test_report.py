@@ -12,24 +12,51 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.cbook import pts_to_prestep
 from PIL import Image
 
+from rrcm import figures
 from rrcm.config import METHODS, Config, parse_config
 from rrcm.errors import RRCMError
-from rrcm.files import write_csv, write_json
+from rrcm.figures import Tile
+from rrcm.files import sha256_file, write_csv, write_json
+from rrcm.procedures import ALL_SAMPLES, HOPELESS, WRONG_CLASS
 from rrcm.report import _latex, write_report
-from rrcm.results import average_certified_radius, certified_accuracy, read_certificates, sigma_name, write_certificates
+from rrcm.results import (
+    average_certified_radius,
+    certified_accuracy,
+    read_certificates,
+    read_samples,
+    sigma_name,
+    write_certificates,
+    write_samples,
+)
 from rrcm.shards import ShardedImages, write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"git": {"revision": "0" * 40, "dirty": False}, "hardware": {"cpu": "a CPU"}, "software": {"torch": "2"}}
 
 
-def make_config(**changes: object) -> Config:
+OTHERS = [  # the second is at a sigma of which there is no panel
+    {"label": "Cohen et al. 2019", "sigma": 1.0, "path": "others/cohen_1.0.tsv"},
+    {"label": "50 % more $_$", "sigma": 0.5, "path": "others/more_0.5.tsv"},
+]
+
+
+def make_config(others: list[dict] = OTHERS, **changes: object) -> Config:
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    values["report"]["others"] = others
     return parse_config(
         values | {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
     )
+
+
+def refused(*others: dict) -> str:
+    """The one line that says why."""
+    with pytest.raises(RRCMError) as error:
+        make_config(list(others))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def make_inputs(config: Config, root: Path) -> None:
@@ -54,12 +81,14 @@ def make_inputs(config: Config, root: Path) -> None:
             label = labels[idx]
             predict = np.where(z > 0, label, (label + 3) % 10)
             predict[abs(z) < 0.1] = -1
-            radius = np.where(predict < 0, 0.0, sigma * abs(z))
-            frame = {"idx": idx, "label": label, "predict": predict, "radius": radius}
-            write_certificates(
-                root / f"certificates/{place}.tsv",
-                pd.DataFrame(frame).assign(correct=(predict == label).astype(int), time=0),
-            )
+            step, correct = config.certify.grid_step, predict == label
+            radius = np.where(correct, step * (sigma * abs(z) // step), 0.0)
+            stopped = np.select([correct, predict < 0], [ALL_SAMPLES, HOPELESS], WRONG_CLASS)
+            samples = np.select([correct, predict < 0], [1100, 325], 100)
+            frame = pd.DataFrame({"idx": idx, "label": label, "predict": predict, "radius": radius})
+            frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stopped=stopped)
+            write_certificates(root / f"certificates/{place}.tsv", frame)
+            write_samples(root / f"certificates/{place}.samples.tsv", frame)
             accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill[method]) * np.arange(1, epochs + 1) / 9))
             history = [
                 {"epoch": e, "loss": 2 / e, "cross_entropy": 1 / e, "regularizer": 1 / e, "val_accuracy": a, "lr": 0.1}
@@ -79,6 +108,11 @@ def make_inputs(config: Config, root: Path) -> None:
         record = {"method": method, "parameters": 208_000, "device": "cpu", "dtype": "fp32", "batch_size": 1000}
         seconds = {"10000": 0.21, "100000": 2.0 + 0.1 * skill[method]}
         write_json(root / f"latency/{method}.json", record | {"seconds": seconds, "environment": ENVIRONMENT})
+
+    for place, other in enumerate(config.report.others):
+        rows = [f"{i}\t{i % 10}\t{i % 9}\t{0.01 * i}\t{int(i % 10 == i % 9)}\t0:00:17.5" for i in range(50 + place)]
+        (root / other.path).parent.mkdir(exist_ok=True)
+        (root / other.path).write_text("\r\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows, ""]))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +176,10 @@ def test_numbers_agree_with_the_certificates(made):
             key = f"sigma_{sigma}".replace(".", "_")
             assert metrics["acr"][method][key] == pytest.approx(acr, abs=1e-6)
             assert metrics["certified_r_0_25"][method][key] == pytest.approx(accuracy[1], abs=1e-6)
+            samples = read_samples(root / f"certificates/{method}/{sigma_name(sigma)}.samples.tsv")["samples"].mean()
+            assert metrics["samples"][method][key] == pytest.approx(samples, abs=1e-6)
             row = table.loc[(method, sigma)]
+            assert row["samples"] == pytest.approx(samples, abs=1e-6)
             assert row["acr"] == pytest.approx(acr, abs=1e-6)
             assert [row[f"r_{radius:g}"] for radius in radii] == pytest.approx(list(accuracy), abs=1e-6)
             drawn = curves[(curves["method"] == method) & (curves["sigma"] == sigma)]
@@ -181,7 +218,99 @@ def test_report_says_what_the_numbers_say(made):
     assert "0" * 40 in text
     assert "cpu: a CPU" in text
     assert "timings/certify/rrcm/sigma_1.0.json" in text
-    assert re.search(r"^[0-9a-f]{64}  certificates/rrcm/sigma_0.25.tsv$", text, re.MULTILINE)
+    for name in ("certificates/rrcm/sigma_0.25.tsv", "certificates/rrcm/sigma_0.25.samples.tsv", OTHERS[0]["path"]):
+        assert f"\n{sha256_file(root / name)}  {name}\n" in text
+    assert "120 test images of digits, n = 1,000, alpha = 0.001" in finding
+
+
+def test_report_says_how_certificates_were_made(made, tmp_path: Path):
+    config, root = made
+    text = (root / "reports/digits/report.md").read_text()
+    assert "`certify.procedure: sequential`" in text
+    assert "100 samples choose" in text and "at most 1,000 more" in text
+    assert "multiples of 0.05 (`certify.grid_step`), so that ACR is a lower bound" in text
+    fixed = config.certify.model_copy(update={"procedure": "fixed"})
+    write_report(config.model_copy(update={"certify": fixed}), root, tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "`certify.procedure: fixed`" in text and "sequential" not in text.split("## Figures")[0]
+
+
+def test_other_groups_stay_apart(made, tmp_path: Path):
+    _, root = made
+    report = root / "reports/digits"
+    table = pd.read_csv(report / "per_sigma.csv").set_index(["method", "sigma"])
+    for other in OTHERS:
+        frame = read_certificates(root / other["path"])
+        row = table.loc[(f"{other['label']} (others' file)", other["sigma"])]
+        assert row["images"] == len(frame)
+        assert row["acr"] == pytest.approx(average_certified_radius(frame), abs=1e-6)
+        assert np.isnan(row["samples"])
+    assert len(table) == 6 + len(OTHERS)
+    write_report(make_config(others=[]), root, tmp_path / "out")
+    without, same = tmp_path / "out", ["best_sigma.md", "metrics.json", "curves.csv", "budgets.md", "envelope.svg"]
+    assert all((without / name).read_bytes() == (report / name).read_bytes() for name in same)
+    assert len(pd.read_csv(without / "per_sigma.csv")) == 6
+    finding, finding_without = ((f / "report.md").read_text().split("\n\n")[1] for f in (report, without))
+    assert finding == finding_without
+    assert "other groups" in (report / "report.md").read_text()
+    assert "other groups" not in (without / "report.md").read_text()
+
+
+def frame_of(*radii: float) -> pd.DataFrame:
+    """Correct images with these radii."""
+    return pd.DataFrame({"radius": radii, "correct": 1})
+
+
+def test_a_step_holds_up_to_and_with_its_radius():
+    ours = {("rrcm", 0.5): frame_of(0.0, 0.25, 0.25, 0.5), ("gaussian", 0.5): frame_of(0.1)}
+    others = {("A", 0.5): frame_of(0.5, 0.75), ("B", 0.5): frame_of(0.3), ("B", 1.0): frame_of(9.0)}
+    (panel,) = figures.draw_certified_accuracy(ours, others).axes
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    for label, frame in {"rRCM": ours["rrcm", 0.5], "Gaussian": ours["gaussian", 0.5], "A": others["A", 0.5]}.items():
+        x, y = pts_to_prestep(*lines[label].get_data())
+        assert lines[label].get_drawstyle() == "steps-pre"
+        for r in (0.05, 0.1, 0.15, 0.2499, 0.2501, 0.3, 0.4999, 0.5001, 0.7):
+            k = np.flatnonzero((x[:-1] < r) & (r <= x[1:]))  # level pieces are the ones with width
+            assert (y[k[0]] if len(k) else 0) == pytest.approx(100 * certified_accuracy(frame, [r])[0])
+    dots = [line for line in panel.get_lines() if line.get_marker() == "o"]
+    assert [dot.get_data() for dot in dots] == [([0], [100])]  # only rRCM's has a step at 0
+    assert panel.get_xlim()[1] == pytest.approx(1.03 * 0.75)
+    assert len({(lines[name].get_color(), str(lines[name].get_linestyle())) for name in ("A", "B")}) == 2
+
+
+def test_legend_names_every_line_once_and_fits():
+    methods = {(method, sigma): frame_of(0.2, 0.4) for method in METHODS for sigma in (0.25, 0.5, 1.0)}
+    others = {("Salman et al. 2019", 1.0): frame_of(0.1), ("_$ by a group with quite a long name", 0.5): frame_of(0.3)}
+    for sigmas in ((0.25, 0.5, 1.0), (0.5, 1.0), (0.5,)):
+        figure = figures.draw_certified_accuracy({run: f for run, f in methods.items() if run[1] in sigmas}, others)
+        (legend,) = figure.legends
+        names = [text.get_text() for text in legend.get_texts()]
+        shown = {label.replace("$", r"\$") for label, sigma in others if sigma in sigmas}
+        assert sorted(names) == sorted({kind.label for kind in METHODS.values()} | shown)
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+        assert box.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes)
+
+
+def test_sheet_claims_no_radius_for_a_wrong_image():
+    answers = [("correct", "3", 0.0), ("wrong", "7", 0.0), ("wrong", "7", 0.25), ("abstains", "", 0.0)]
+    tiles = [Tile(np.zeros((2, 2, 1)), "3", predict, radius, verdict) for verdict, predict, radius in answers]
+    figure = figures.draw_sheet([tile.pixels for tile in tiles], {0.5: tiles}, "rRCM")
+    below = [axes.get_xlabel() for axes in figure.axes[4:]]
+    assert below == ["✓ 3\nr = 0.00", "✗ 7\n", "✗ 7\nr = 0.25", "? abstains\n"]
+
+
+def test_others_are_checked_before_any_work():
+    good = OTHERS[0]
+    for path in ("cohen.tsv", "/others/cohen.tsv", "others", "others/../data/x.tsv", ""):
+        assert "must be a file below others/" in refused(good | {"path": path})
+    assert refused(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 is there twice; labels tell them apart")
+    assert "report.others.0.label = 'rRCM': is what a method of ours is called" in refused(good | {"label": "rRCM"})
+    assert "report.others.0.sigma = -1" in refused(good | {"sigma": -1})
+    assert "report.others.1.label = 'a|b'" in refused(good, good | {"label": "a|b"})
+    assert "report.others.0.file: unknown key" in refused(good | {"file": "x"})
+    assert "allowed here: label, sigma, path" in refused(good | {"zzz": "x"})
 
 
 def test_latex_is_a_booktabs_table_with_escapes(made):
@@ -200,7 +329,7 @@ def test_latex_is_a_booktabs_table_with_escapes(made):
 
 
 def test_one_method_one_sigma_no_latency(tmp_path: Path):
-    config = make_config(methods=["gaussian"], sigmas=[0.5])
+    config = make_config(others=[], methods=["gaussian"], sigmas=[0.5])
     config = config.model_copy(update={"latency": config.latency.model_copy(update={"n": []})})
     make_inputs(config, tmp_path)
     for unused in ("models/pretrain", "timings/pretrain.json", "latency"):
@@ -220,6 +349,7 @@ def test_one_method_one_sigma_no_latency(tmp_path: Path):
         ("models/pretrain/history.csv", "dvc repro pretrain"),
         ("models/rrcm/sigma_1.0/history.csv", "dvc repro finetune@rrcm-1.0"),
         ("certificates/consistency/sigma_0.25.tsv", "dvc repro certify@consistency-0.25"),
+        ("certificates/consistency/sigma_0.25.samples.tsv", "dvc repro certify@consistency-0.25"),
         ("latency/rrcm.json", "dvc repro latency@rrcm"),
     ],
 )
@@ -237,22 +367,56 @@ def test_missing_input_names_file_and_command(made, tmp_path: Path, path: str, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", ["other images", "other labels"])
+def test_missing_or_bad_file_of_others_is_named(made, tmp_path: Path):
+    _, root = made
+    missing = OTHERS[1] | {"path": "others/none.tsv"}
+    message = r"report\.others\.1\.path: .*others/none\.tsv: no such file"
+    with pytest.raises(RRCMError, match=message):
+        write_report(make_config(others=[OTHERS[0], missing]), root, tmp_path / "out")
+    (root / "others/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
+    try:
+        with pytest.raises(RRCMError, match=r"others/none\.tsv, line 2: has 4 tab-separated fields"):
+            write_report(make_config(others=[missing]), root, tmp_path / "out")
+    finally:
+        (root / "others/none.tsv").unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_other_images_are_refused(made, tmp_path: Path):
+    config, root = made
+    path = root / "certificates/rrcm/sigma_1.0.samples.tsv"
+    kept = path.read_bytes()
+    try:
+        write_samples(path, read_samples(path).iloc[1:])
+        with pytest.raises(
+            RRCMError, match=r"sigma_1.0.samples.tsv: is of other images .*`dvc repro certify@rrcm-1.0`"
+        ):
+            write_report(config, root, tmp_path / "out")
+    finally:
+        path.write_bytes(kept)
+
+
+MIXED = {"other images": r"sigma_1.0.tsv: certifies other images than", "other labels": "is not the one in data/shards"}
+
+
+@pytest.mark.parametrize("change", MIXED)
 def test_mixed_certificates_are_refused(made, tmp_path: Path, change: str):
     config, root = made
     changed = root / "certificates/consistency/sigma_1.0.tsv"
-    everything = sorted(root.glob("certificates/*/*.tsv"))
-    kept = {path: path.read_bytes() for path in everything}
+    samples = changed.with_suffix(".samples.tsv")
+    everything = sorted(root.glob("certificates/*/*[0-9].tsv"))
+    kept = {path: path.read_bytes() for path in [*everything, samples]}
     try:
         for path in [changed] if change == "other images" else everything:
             frame = read_certificates(path)
             if change == "other images":
                 frame["idx"] += 1
+                write_samples(samples, read_samples(samples).assign(idx=frame["idx"]))
             else:  # as from another data set: consistent among themselves, not with the shards
                 frame["label"] = (frame["label"] + 1) % 10
                 frame["correct"] = (frame["label"] == frame["predict"]).astype(int)
             write_certificates(path, frame)
-        with pytest.raises(RRCMError, match=r"sigma_.*other images|is not the one in data/shards"):
+        with pytest.raises(RRCMError, match=MIXED[change]):
             write_report(config, root, tmp_path / "out")
     finally:
         for path, content in kept.items():

@@ -23,9 +23,11 @@ from rrcm.results import (
     envelope,
     per_sigma_table,
     read_certificates,
+    read_samples,
     sigma_name,
     wilson_interval,
     write_certificates,
+    write_samples,
 )
 
 HEADER = "\t".join(COLUMNS)
@@ -55,6 +57,53 @@ def test_reads_the_published_format(tmp_path: Path):
     assert average_certified_radius(frame) == pytest.approx((0.536 + 0.25) / 4)
 
 
+def test_reads_what_other_groups_write(tmp_path: Path):
+    """Windows line ends, a byte order mark, blank lines at the end, further columns in any place."""
+    (tmp_path / "plain.tsv").write_text(COHEN)
+    plain = read_certificates(tmp_path / "plain.tsv")
+    lines = COHEN.splitlines()
+    wide = [f"{'method' if i == 0 else 'x y'}\t{line}\t{'sigma' if i == 0 else ''}" for i, line in enumerate(lines)]
+    backwards = ["\t".join(reversed(line.split("\t"))) for line in lines]
+    variants = {
+        "windows": "\r\n".join([*lines, "", ""]),
+        "unfinished": "\n".join(lines),
+        "blank": COHEN + "\n\n",
+        "mark": "\ufeff" + COHEN,
+        "wide": "\n".join(wide),
+        "backwards": "\n".join(backwards),
+    }
+    for name, text in variants.items():
+        (tmp_path / name).write_bytes(text.encode())
+        pd.testing.assert_frame_equal(read_certificates(tmp_path / name), plain, check_exact=True)
+
+
+def test_samples_read_back_as_written(tmp_path: Path):
+    rows = [(3, 200, "hopeless"), (0, 100, "wrong class"), (6, 1100, "all samples"), (9, 850, "whole grid")]
+    frame = pd.DataFrame(rows, columns=["idx", "samples", "stopped"])
+    write_samples(tmp_path / "samples.tsv", frame.assign(label=0))
+    pd.testing.assert_frame_equal(read_samples(tmp_path / "samples.tsv"), frame)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("3\t100", "has 2 tab-separated fields, must have 3"),
+        ("3\tmany\thopeless", "invalid literal for int"),
+        ("3\t0\thopeless", "idx 3, samples 0: must be a place, and at least 1"),
+        ("-3\t100\thopeless", "idx -3, samples 100: must be a place"),
+        ("3\t100\tbored", "stopped 'bored': must be all samples or whole grid or hopeless or wrong class"),
+        ("0\t100\thopeless", "idx 0 is there twice"),
+    ],
+)
+def test_malformed_samples_name_file_and_line(tmp_path: Path, row: str, message: str):
+    path = tmp_path / "bad.samples.tsv"
+    path.write_text(f"idx\tsamples\tstopped\n0\t100\thopeless\n{row}\n")
+    with pytest.raises(RRCMError) as error:
+        read_samples(path)
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert message in str(error.value)
+
+
 @given(st.lists(st.floats(0, 10, allow_subnormal=True), min_size=1, max_size=20))
 @settings(max_examples=25, deadline=None)
 def test_written_certificates_read_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, radii: list[float]):
@@ -80,7 +129,8 @@ def test_written_certificates_read_back_bit_for_bit(tmp_path_factory: pytest.Tem
         ("1\t1\t-1\t0.5\t0\t0", "radius 0.5: must be a finite number >= 0, and 0 when abstained"),
         ("1\t1\t2\t0.5\t1\t0", "correct 1 does not fit label 1 and predict 2"),
         ("1\t1\t1\t0.5\t0\t0", "correct 0 does not fit"),
-        ("1\t-1\t-1\t0\t1\t0", "must be classes and places"),
+        ("1\t-1\t-1\t0\t0\t0", "label -1: the true class is unknown"),
+        ("1\t-2\t-1\t0\t0\t0", "must be classes and places"),
         ("1\t1\t-2\t0\t0\t0", "or predict -1"),
         ("0\t1\t1\t0.5\t1\t0", "idx 0 is there twice"),
         ("1\t1\t1\t0.5\t1\tsoon", "could not convert string to float: 'soon'"),
@@ -100,9 +150,11 @@ def test_malformed_row_names_file_and_line(tmp_path: Path, row: str, message: st
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"", "line 1: must be the tab-separated header"),
-        (b"idx,label\n", "line 1: must be the tab-separated header"),
-        (HEADER.encode() + b"\n", "holds no certificates"),
+        (b"", "line 1: must be a tab-separated header"),
+        (HEADER.replace("\t", ",").encode(), "line 1: must be a tab-separated header that has each of idx label"),
+        (HEADER.replace("radius\t", "").encode(), "line 1: must be a tab-separated header"),  # as of Cohen's PREDICT
+        (f"{HEADER}\tradius".encode(), "line 1: .* once"),
+        (HEADER.encode() + b"\n", "holds no rows"),
         (b"\xff\xfe", "cannot be read as text"),
     ],
 )
@@ -150,6 +202,9 @@ def test_tables_by_hand():
     assert table["at_zero"].tolist() == [0.75, 0.75, 0.75, 0.5, 0.75]
     rows = per_sigma_table({("rrcm", 0.25): quiet, ("gaussian", 1.0): loud}, [0.0, 0.5])
     assert rows[["method", "sigma", "images"]].values.tolist() == [["rrcm", 0.25, 4], ["gaussian", 1.0, 4]]
+    assert rows["samples"].isna().all()
+    drawn = per_sigma_table({("rrcm", 0.25): quiet.assign(samples=[100, 100, 1100, 300])}, [0.0])
+    assert drawn["samples"].tolist() == [400]
     assert rows["acr"].tolist() == pytest.approx([0.2125, 0.5625])
     assert rows[[0.0, 0.5]].values.tolist() == [[0.75, 0.25], [0.5, 0.25]]
 

@@ -53,7 +53,7 @@ def test_pretrain(project, trained):
     assert not list((project / "runs").glob("*"))
 
 
-def test_finetune_and_certify(project, trained):
+def test_finetune(project, trained):
     (project / "models").mkdir()
     (project / "models/pretrain").symlink_to(trained / "models/pretrain")
     output = project / "models/rrcm"
@@ -62,14 +62,6 @@ def test_finetune_and_certify(project, trained):
         assert kill_when(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/*.safetensors", count=count)
     assert "resuming" in finished(stage(project, "finetune", "rrcm", "0.5"))
     assert files_of(output) == files_of(trained / "models/rrcm")
-
-    assert kill_when(project, "certify", ["rrcm", "0.5"], "runs/certify-*/journal.jsonl", later=5)
-    assert kill_when(project, "certify", ["rrcm", "0.5"], "runs/certify-*/journal.jsonl", later=10)
-    (journal,) = project.glob("runs/certify-*/journal.jsonl")
-    with journal.open("a") as file:
-        file.write('{"idx": 1, "lab')  # a line cut short by the kill
-    finished(stage(project, "certify", "rrcm", "0.5"))
-    assert files_of(project / "certificates") == files_of(trained / "certificates")
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_older(project, trained):

@@ -1,0 +1,78 @@
+"""How many of a million votes change with the batch size, the number of threads, the precision, compilation.
+
+The noise is the same bits throughout; what differs is the network's own rounding, and a vote changes where two classes
+were almost tied. The first row is run twice, in another order of images: what is promised to be the same.
+
+    python benchmarks/votes.py models/rrcm/sigma_0.5 data/shards
+"""
+
+from pathlib import Path
+
+import torch
+import typer
+from tabulate import tabulate
+from torch import nn
+
+from rrcm.checkpoint import load_classifier
+from rrcm.environment import environment, keep_freed_memory
+from rrcm.noise import ESTIMATE
+from rrcm.shards import ShardedImages, read_split
+from rrcm.smoothing import Request, SmoothedClassifier
+
+
+class Recorder(nn.Module):
+    """Keeps every answer that the model gives."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.answers = model, []
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        logits = self.model(pixels)
+        self.answers.append(logits.argmax(1))
+        return logits
+
+
+def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20) -> None:
+    """Compare the votes of a classifier with those of float32, batches of 1024, two threads."""
+    keep_freed_memory()
+    classifier = load_classifier(model)
+    split = ShardedImages(shards, "test")
+    pixels, _, indices = read_split(split, classifier.encoder.patch_embed.img_size[0], len(split) // images, images)
+    each = votes // len(pixels)
+
+    def answers(precision: str, batch_size: int, threads: int, backwards: bool = False) -> torch.Tensor:
+        """(images, samples) classes."""
+        torch.set_num_threads(threads)
+        recorder = Recorder(classifier)
+        smoothed = SmoothedClassifier(recorder, classifier.t / 2, 10, batch_size=batch_size)
+        if precision == "bf16":
+            recorder.model = SmoothedClassifier(classifier, classifier.t / 2, 10, precision="bf16").model
+        requests = [
+            Request(image.float() / 255, index, ESTIMATE, 0, each) for image, index in zip(pixels, indices, strict=True)
+        ]
+        smoothed.vote(requests[::-1] if backwards else requests)
+        found = torch.cat(recorder.answers)[: each * len(pixels)].view(len(pixels), each)
+        return found.flip(0) if backwards else found
+
+    rows = []
+    for precision in ("fp32", "bf16"):
+        first = answers(precision, 1024, 2)
+        if precision == "fp32":
+            exact = first
+        for what, (batch_size, threads, backwards) in {
+            "images in another order": (1024, 2, True),
+            "batch 64": (64, 2, False),
+            "batch 1000": (1000, 2, False),
+            "one thread": (1024, 1, False),
+        }.items():
+            changed = int((answers(precision, batch_size, threads, backwards) != first).sum())
+            rows.append([f"{precision}, batch 1024, two threads", what, changed])
+        if precision == "bf16":
+            rows.append(["fp32, batch 1024, two threads", "bf16", int((first != exact).sum())])
+    print(f"{model}: changed votes of {first.numel():,}; {environment('cpu')['hardware']['cpu']}\n")
+    print(tabulate(rows, ["votes of", "changed to", "changed"], tablefmt="github"))
+
+
+if __name__ == "__main__":
+    typer.run(measure)

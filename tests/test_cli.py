@@ -1,0 +1,394 @@
+"""`rrcm certify` as its users run it: every kind of model, odd images, and bad input, which ends in one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from rrcm.checkpoint import load_authors_checkpoint, save_model
+from rrcm.cli import app
+from rrcm.figures import Tile, draw_certified_images, rounded_down
+from rrcm.folder import find_images, read_image
+from rrcm.model import Classifier, NoiseConditionedViT
+from rrcm.results import read_certificates
+from rrcm.smoothing import SmoothedClassifier
+from rrcm.subject import Subject, class_folders, load_subject
+
+SMALL = ["--n", "300", "--n0", "20", "--batch-size", "64"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ours() -> nn.Module:
+    """A classifier of ours in the folder `model`: 3 classes, 8 pixels grey. Its head answers by brightness."""
+    torch.manual_seed(0)
+    model = Classifier(NoiseConditionedViT(8, 1, 4, width=32, depth=1, heads=2), 3, t=0.5).eval()
+    nn.init.normal_(model.head.weight)
+    save_model("model", model)
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Four grey images in class folders of the folder `images`, in the order of their names: (4, 1, 8, 8) in [0, 1]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8)
+    for name, image in zip(["0/a.png", "1/a.png", "1/b.png", "other/a.png"], pixels, strict=True):
+        path = Path("images", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return torch.from_numpy(pixels)[:, None].float() / 255
+
+
+def rrcm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["certify", *map(str, arguments)])
+
+
+def certified(*arguments: object) -> pd.DataFrame:
+    """What is in the file that a run writes."""
+    answer = rrcm(*arguments, *SMALL)
+    assert answer.exit_code == 0, answer.output
+    return pd.read_csv("certificates.tsv", sep="\t")
+
+
+def refused(answer: Result, *said: str) -> None:
+    assert answer.exit_code == 1 and answer.stdout == ""
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1, answer.stderr
+    for text in said:
+        assert text in answer.stderr
+
+
+@pytest.mark.parametrize("procedure", ["fixed", "sequential"])
+def test_it_writes_and_prints_what_the_engine_certifies(ours, images, procedure):
+    answer = rrcm("images", "--model", "model", "--procedure", procedure, *SMALL)
+    assert answer.exit_code == 0, answer.output
+    smoothed = SmoothedClassifier(ours, 0.25, 3, batch_size=64)
+    expected = smoothed.certify(images, procedure=procedure, n0=20, n=300)
+    frame = pd.read_csv("certificates.tsv", sep="\t")
+    assert list(frame) == ["idx", "label", "predict", "radius", "correct", "time"]
+    assert frame["label"].tolist() == [0, 1, 1, -1] and frame["idx"].tolist() == [0, 1, 2, 3]
+    assert frame["predict"].tolist() == [c.predict for c in expected]
+    assert frame["radius"].tolist() == [c.radius for c in expected]
+    assert frame["correct"].tolist() == [int(c.predict == y) for c, y in zip(expected, [0, 1, 1, None], strict=True)]
+    assert (frame["time"] > 0).all()
+
+    files = pd.read_csv("certificates.files.tsv", sep="\t", dtype=str, keep_default_na=False)
+    assert files["file"].tolist() == ["0/a.png", "1/a.png", "1/b.png", "other/a.png"]
+    assert files["class"].tolist() == ["" if c.predict < 0 else str(c.predict) for c in expected]
+    assert files["samples"].tolist() == [str(c.samples) for c in expected]
+    assert files["stopped"].tolist() == [c.stopped for c in expected]
+
+    rows = [line.split() for line in answer.stdout.splitlines()[2:6]]
+    assert [row[0] for row in rows] == files["file"].tolist()
+    shown = ["abstains" if c.predict < 0 else rounded_down(c.radius) for c in expected]
+    assert [row[2] for row in rows] == shown
+    abstained = shown.count("abstains")
+    assert f"{4 - abstained} certified" in answer.stdout and f"{abstained} abstained" in answer.stdout
+    assert "wrong with probability at most 0.001" in answer.stdout
+    assert Image.open("sheet.png").format == "PNG"
+    assert "4/4 images" in answer.stderr
+
+
+def test_the_file_reads_back_where_labels_are_known(ours, images):
+    shutil.rmtree("images/other")
+    frame = certified("images", "--model", "model")
+    pd.testing.assert_frame_equal(read_certificates("certificates.tsv"), frame, check_exact=True)
+
+
+def test_an_abstention_of_unknown_label_is_not_correct(ours, images):
+    """Both are written as -1. 300 votes of 300 say nothing at this alpha."""
+    frame = certified("images", "--model", "model", "--alpha", "1e-99", "--procedure", "fixed")
+    assert (frame["predict"] == -1).all() and (frame["correct"] == 0).all() and (frame["label"] == -1).sum() == 1
+
+
+def test_seed_limit_and_another_sigma(ours, images):
+    whole = certified("images", "--model", "model", "--procedure", "fixed")
+    some = certified("images", "--model", "model", "--procedure", "fixed", "--limit", "2")
+    columns = ["idx", "label", "predict", "radius", "correct"]
+    pd.testing.assert_frame_equal(some[columns], whole[columns][:2])
+    other = certified("images", "--model", "model", "--procedure", "fixed", "--seed", "1")
+    assert other["radius"].tolist() != whole["radius"].tolist()
+    answer = rrcm("images", "--model", "model", "--sigma", "0.3", *SMALL)
+    assert answer.exit_code == 0 and answer.stderr.startswith("note: model was tuned for sigma 0.25")
+
+
+def test_images_are_found_as_people_sort_them():
+    for name in [
+        "img10.png",
+        "img2.PNG",
+        "b/1.jpg",
+        "a 1/c.gif",
+        "x.txt",
+        "x.h5",
+        ".hidden/a.png",
+        ".a.png",
+        "sheet.png",
+    ]:
+        path = Path("images", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    Path("images/folder.png").mkdir()
+    found = [str(path.relative_to("images")) for path in find_images(Path("images"), but=Path("images/sheet.png"))]
+    assert found == ["a 1/c.gif", "b/1.jpg", "img2.PNG", "img10.png"]
+
+
+def subject(size: int, channels: int, names: list[str] | None = None, synsets: list[str] | None = None) -> Subject:
+    return Subject(nn.Identity(), size, channels, None, names or ["a", "b"], synsets or [])
+
+
+def test_class_folders():
+    named = subject(8, 1, ["crane", "2", "crane", "dog"], ["n01", "n02", "n03", "n04"])
+    assert class_folders(named) == {"0": 0, "1": 1, "2": 1, "3": 3, "n01": 0, "n02": 1, "n03": 2, "n04": 3, "dog": 3}
+
+
+def odd_images() -> dict[str, tuple[Image.Image, int, tuple[int, int, int]]]:
+    """Images, the grey value and the colour that they should be read as."""
+    clear = Image.new("P", (4, 4), 1)
+    clear.putpalette([255, 0, 0, 0, 0, 255])
+    clear.info["transparency"] = 1
+    blue = clear.copy()
+    del blue.info["transparency"]
+    return {
+        "sixteen.png": (Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)), 100, (100, 100, 100)),
+        "sixteen.tif": (Image.fromarray(np.full((4, 4), 257 * 100, np.int32)), 100, (100, 100, 100)),
+        "clear.png": (clear, 255, (255, 255, 255)),
+        "blue.gif": (blue, 29, (0, 0, 255)),
+        "half.png": (Image.new("LA", (4, 4), (0, 51)), 204, (204, 204, 204)),
+        "rgba.png": (Image.new("RGBA", (4, 4), (0, 0, 255, 255)), 29, (0, 0, 255)),
+        "bit.png": (Image.new("1", (4, 4), 1), 255, (255, 255, 255)),
+        "cmyk.tif": (Image.new("CMYK", (4, 4), (255, 255, 0, 0)), 29, (0, 0, 255)),
+    }
+
+
+@pytest.mark.parametrize("name", odd_images())
+def test_odd_images(name):
+    image, grey, colour = odd_images()[name]
+    image.save(name)
+    assert read_image(Path(name), subject(4, 1)).tolist() == [[[grey] * 4] * 4]
+    assert read_image(Path(name), subject(4, 3))[:, 0, 0].tolist() == list(colour)
+
+
+def test_a_wide_image_is_cut_as_in_the_pipeline():
+    """The middle of 4 x 12, enlarged twice: of three squares the grey one."""
+    wide = np.concatenate([np.zeros((4, 4)), np.full((4, 4), 90), np.full((4, 4), 255)], axis=1).astype(np.uint8)
+    Image.fromarray(wide).save("wide.png")
+    pixels = read_image(Path("wide.png"), subject(8, 1))
+    assert pixels.shape == (1, 8, 8) and (pixels[:, :, 2:6] == 90).mean() > 0.4 and abs(pixels[0, 4, 4] - 90.0) < 3
+
+
+def authors_checkpoint(path: str, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A fine-tuned checkpoint with the names that the authors give."""
+    torch.manual_seed(1)
+    trunk = NoiseConditionedViT(8, 1, 4, width=64, depth=1, heads=1).state_dict()
+    head = {"linear_head.weight": torch.randn(3, 64), "linear_head.bias": torch.randn(3)}
+    torch.save({f"module.base_model.{name}": t for name, t in trunk.items()} | head | extra, path)
+    return trunk
+
+
+@pytest.mark.parametrize("flag", ["--final-norm", "--no-final-norm"])
+def test_a_checkpoint_of_the_authors(images, flag):
+    authors_checkpoint("theirs.pth")
+    frame = certified("images", "--model", "theirs.pth", "--sigma", "0.5", "--procedure", "fixed", flag)
+    model = load_authors_checkpoint("theirs.pth", sigma=0.5, final_norm=flag == "--final-norm")
+    expected = SmoothedClassifier(model, 0.5, 3, batch_size=64).certify(images, procedure="fixed", n0=20, n=300)
+    assert frame["radius"].tolist() == [c.radius for c in expected]
+    refused(rrcm("images", "--model", "theirs.pth"), "theirs.pth", "give sigma")
+
+
+def test_a_pretrained_checkpoint_of_the_authors_has_no_classes(images):
+    trunk = NoiseConditionedViT(8, 1, 4, width=64, depth=1, heads=1).state_dict()
+    trunk |= {f"projection_head.{i}.weight": torch.zeros(8, n) for i, n in ((0, 64), (3, 8), (6, 8))}
+    for i in (1, 4):
+        trunk |= {f"projection_head.{i}.{name}": torch.zeros(8) for name in ("weight", "bias", "running_mean")}
+        trunk |= {f"projection_head.{i}.running_var": torch.ones(8)}
+        trunk |= {f"projection_head.{i}.num_batches_tracked": torch.tensor(0)}
+    torch.save(trunk, "theirs.pth")
+    refused(rrcm("images", "--model", "theirs.pth", "--sigma", "0.5"), "pre-trained network has no classes")
+
+
+def test_a_timm_model_with_weights_of_a_file(images):
+    """Five classes are read off the weights; pixels are normalised as its configuration has it."""
+    torch.manual_seed(2)
+    network = timm.create_model("test_vit", num_classes=5).eval()
+    nn.init.normal_(network.head.weight)
+    save_file(network.state_dict(), "weights.safetensors")
+    few = ["--n", "100", "--n0", "10", "--batch-size", "55", "--limit", "2"]
+    answer = rrcm(
+        "images",
+        "--model",
+        "test_vit",
+        "--weights",
+        "weights.safetensors",
+        "--sigma",
+        "1",
+        *few,
+        "--procedure",
+        "fixed",
+    )
+    assert answer.exit_code == 0, answer.output
+
+    class Pixels(nn.Module):
+        def forward(self, pixels):
+            return network((pixels - 0.5) / 0.5)
+
+    pixels = [read_image(path, subject(160, 3)) for path in find_images(Path("images"))[:2]]
+    inputs = torch.from_numpy(np.stack(pixels)).float() / 255
+    expected = SmoothedClassifier(Pixels(), 1.0, 5, batch_size=55).certify(inputs, procedure="fixed", n0=10, n=100)
+    frame = pd.read_csv("certificates.tsv", sep="\t")
+    assert frame["predict"].tolist() == [c.predict for c in expected]
+    assert frame["radius"].tolist() == [c.radius for c in expected]
+
+    refused(
+        rrcm("images", "--model", "test_resnet", "--weights", "weights.safetensors", "--sigma", "1"),
+        "weights.safetensors: not the weights of timm's test_resnet",
+    )
+    refused(rrcm("images", "--model", "test_vit", "--weights", "weights.safetensors"), "give --sigma")
+
+
+def test_imagenets_classes_have_names():
+    save_file(timm.create_model("test_vit").state_dict(), "weights.safetensors")
+    known = load_subject("test_vit", weights=Path("weights.safetensors"))
+    assert (known.names[0], known.synsets[0], len(known.names)) == ("tench", "n01440764", 1000)
+    assert class_folders(known)["n01440764"] == class_folders(known)["tench"] == 0
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_mambaout"])  # the second one was never uploaded
+def test_weights_that_cannot_be_downloaded(images, model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(Path("empty").absolute()))
+    refused(rrcm("images", "--model", model, "--sigma", "1"), f"{model}: no pre-trained weights to be had")
+
+
+def test_class_names_of_a_file(ours, images):
+    Path("names.txt").write_text("cat\ndog\nfox\n")
+    assert load_subject("model", classes=Path("names.txt")).names == ["cat", "dog", "fox"]
+    Path("images/other").rename("images/fox")
+    assert certified("images", "--model", "model", "--classes", "names.txt")["label"].tolist() == [0, 1, 1, 2]
+    Path("names.txt").write_text("cat\n")
+    refused(rrcm("images", "--model", "model", "--classes", "names.txt"), "names.txt", "1 class names", "3 classes")
+    refused(rrcm("images", "--model", "model", "--classes", "none.txt"), "none.txt", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["images", "--model", "vit_tiny_patch16_225", "--sigma", "1"], "did you mean vit_tiny_patch16_224"),
+        (["images", "--model", "test_vit.none", "--sigma", "1"], "Invalid pretrained tag"),
+        (["images", "--model", "model", "--sigma", "0"], "sigma = 0.0: must be above 0"),
+        (["images", "--model", "model", "--sigma", "nan"], "sigma = nan"),
+        (["images", "--model", "model", "--n", "0"], "n = 0"),
+        (["images", "--model", "model", "--alpha", "1"], "alpha = 1.0"),
+        (["images", "--model", "model", "--grid-step", "0"], "grid_step = 0.0"),
+        (["images", "--model", "model", "--procedure", "adaptive"], "must be fixed or sequential"),
+        (["images", "--model", "model", "--precision", "fp8"], "must be fp32 or bf16"),
+        (["images", "--model", "model", "--batch-size", "0"], "batch_size = 0"),
+        (["images", "--model", "model", "--limit", "0"], "limit = 0"),
+        (["images", "--model", "model", "--device", "gpu"], "device = 'gpu'"),
+        (["images", "--model", "model", "--device", "cuda:99"], "cuda:99"),
+        (["images", "--model", "images"], "images/config.json: no such file"),
+        (["images", "--model", "junk.pth", "--sigma", "1"], "junk.pth"),
+        (["images", "--model", "model", "--weights", "junk.pth"], "weights are for a timm model"),
+        (["images", "--model", "model", "--no-final-norm"], "only a checkpoint file of the authors"),
+        (["nowhere", "--model", "model"], "nowhere: no such folder"),
+        (["empty", "--model", "model"], "empty: no images"),
+        (["broken", "--model", "model"], "broken/2.png: cannot be decoded"),
+        (["float", "--model", "model"], "float/a.tif: cannot be decoded (pixels of mode F"),
+        (["images", "--model", "model", "--sheet", "sheet.jpg"], "must end in .png or .svg"),
+        (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),
+        (["images", "--model", "model", "--output", "junk.pth/a.tsv"], "junk.pth/a.tsv: no file can be written"),
+        (["images", "--model", "model", "--output", "sheet.png"], "sheet.png: is to hold both"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_nothing_is_written(ours, images, arguments, said):
+    for folder in ("empty", "broken", "float"):
+        Path(folder).mkdir()
+    Path("empty/notes.txt").write_text("no image")
+    Image.new("L", (8, 8)).save("broken/1.png")
+    Path("broken/2.png").write_bytes(Path("broken/1.png").read_bytes()[:40])
+    Image.fromarray(np.zeros((4, 4), np.float32)).save("float/a.tif")
+    Path("junk.pth").write_bytes(b"not a checkpoint")
+    for name in ("certificates.tsv", "certificates.files.tsv", "sheet.png"):
+        Path(name).write_text("of an earlier run")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    refused(rrcm(*arguments), said)
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_run_says_how_far_it_came(ours, images, monkeypatch):
+    run = SmoothedClassifier.run
+
+    def interrupted(self, candidates, plan):
+        for moved in run(self, candidates, plan, at_once=1):
+            yield moved
+            if moved[0].index == 1 and moved[0].stopped:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(SmoothedClassifier, "run", interrupted)
+    answer = rrcm("images", "--model", "model", *SMALL)
+    assert answer.exit_code == 130 and not list(Path().glob("*.tsv")) and not Path("sheet.png").exists()
+    assert answer.stderr == "interrupted: 2 of 4 images were finished, nothing was written\n"
+
+
+def test_radii_are_never_shown_larger_than_they_are():
+    assert [rounded_down(r) for r in (0.0, 0.0625, 0.57, 0.6789, 1.2499999, 1e-9)] == [
+        *("0.000", "0.062", "0.570", "0.678", "1.249", "0.000")
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 5, 24])
+def test_no_two_texts_of_the_sheet_touch(count):
+    """Names of all kinds: wide, long, with mathematics in them, with signs that the font lacks (which warns)."""
+    names = ["W" * 60, "a/b.png", r"$\frac{1}{2}$ " + "long " * 20, "图像" * 30]
+    kinds = ["certified", "correct", "wrong", "abstains"]
+    tiles = [
+        Tile(
+            np.zeros((8, 8, 3)),
+            names[i % 4],
+            "" if kinds[i % 4] == "abstains" else names[-1 - i % 4],
+            0.5,
+            kinds[i % 4],
+        )
+        for i in range(count)
+    ]
+    figure = draw_certified_images(tiles, "σ = 0.5, n = 100,000, α = 0.001, the first 48 of 12,345 images")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [figure._suptitle] + [text for axes in figure.axes for text in (axes.title, axes.xaxis.label)]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts if text.get_text()]
+    assert len(boxes) == 1 + 2 * count
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 for box in boxes)
+
+
+def test_the_installed_command(ours, images):
+    """In a process of its own; and asking for help does not import torch."""
+    installed = Path(sys.executable).with_name("rrcm")
+    command = [str(installed)] if installed.exists() else [sys.executable, "-m", "rrcm.cli"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+
+    done = run("certify", "images", "--model", "model", *SMALL)
+    assert done.returncode == 0 and "other/a.png" in done.stdout and Path("sheet.png").exists(), done.stderr
+    failed = run("certify", "nowhere", "--model", "model")
+    assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
+    code = "import sys; from rrcm.cli import app; app(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "certify" in helped.stdout and "'typer'" in helped.stdout
+    assert not any(f"'{module}'" in helped.stdout for module in ("torch", "timm"))
