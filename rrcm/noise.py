@@ -13,7 +13,7 @@ from rrcm.rng import derive_seed
 
 SELECT, ESTIMATE, PREDICT, FORWARD = range(4)  # what samples are for: no noise is ever used for two of them
 
-PIECE = 1 << 14  # counters at a time on a CPU, so that the ten rounds stay in its cache
+PIECE = 1 << 16  # counters at a time on a CPU, so that the ten rounds stay in its cache
 WORD = 0xFFFFFFFF
 
 
