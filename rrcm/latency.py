@@ -37,7 +37,7 @@ def measure_latency(config: Config, method: str, shard_folder: Path | str, model
         )
         return time.perf_counter() - start
 
-    seconds(settings.batch_size)  # warm-up
+    seconds(smoothed.find_batch_size(images[0]))  # warm-up
     write_json(
         output,
         {

@@ -38,7 +38,6 @@ TINY = [
     "certify.batch_size=200",
     "certify.every=10",
     "latency.n=[200,400]",
-    "latency.batch_size=200",
 ]
 
 
