@@ -1,8 +1,8 @@
 """How fast certification is: the procedure of Cohen's and the authors' code, our engine, a second library, the limit.
 
-All run in this process, in turn, on blocks of the same test images and the same weights, so that a machine whose speed
-drifts slows them alike; the ratios of a block are compared, and their median is what counts. What has been measured is
-kept in OUTPUT after each block, and a killed run goes on there.
+All run in this process on the same weights and test images: the sequential procedure on all images at once, as it is
+used, the others in turn on blocks of them, so that a machine whose speed drifts slows them alike; medians over blocks
+are what counts. What has been measured is kept in OUTPUT after each block, and a killed run goes on there.
 
     python benchmarks/certify.py models/rrcm/sigma_0.5 data/shards --output digits_0.5.json
     python benchmarks/certify.py --show digits_0.25.json digits_0.5.json digits_1.0.json
@@ -25,6 +25,7 @@ from scipy.special import ndtri
 from tabulate import tabulate
 from torch import nn
 
+from rrcm.app import guarded
 from rrcm.checkpoint import load_classifier
 from rrcm.environment import environment, keep_freed_memory
 from rrcm.errors import RRCMError
@@ -131,7 +132,6 @@ def art(model: nn.Module, images: torch.Tensor, sigma: float, n: int) -> Answers
         scale=sigma,
         alpha=ALPHA,
         device_type="cpu",
-        verbose=False,
     )
     classes, radii = theirs.certify(images.numpy(), n=n, batch_size=THEIR_BATCH)
     return [(int(c), float(r), N0 + n) for c, r in zip(classes, radii, strict=True)]
@@ -204,32 +204,39 @@ def measure(
         "freed_memory_kept": not plain_allocator,
         "reference": "the authors' core.py" if reference_code else "our own lines",
     }
-    record = described | {"environment": environment("cpu"), "blocks": []}
+    record = described | {"environment": environment("cpu"), "whole": {}, "blocks": []}
     if output.is_file() and {key: read_json(output)[key] for key in described} == json.loads(json.dumps(described)):
         record = read_json(output)
+
+    def timed(name: str, part: slice, count: int) -> dict:
+        start = time.perf_counter()
+        if name in engines:
+            answers = engines[name](labels[part], pixels[part], sigma, count, indices[part])
+        else:
+            answers = (art if name == "art" else theirs)(whole, pixels[part], sigma, count)
+        seconds = time.perf_counter() - start
+        rate = sum(answer[2] for answer in answers) / seconds
+        return {"n": count, "seconds": seconds, "samples_per_second": rate, "answers": answers}
+
+    for name in names:
+        if name.startswith("sequential") and name not in record["whole"]:
+            engines[name](labels[:1], pixels[:1], sigma, 100, indices[:1])  # warm-up, compilation
+            record["whole"][name] = timed(name, slice(None), n)
+            write_json(output, record)
     work = len(pixels) // block
     with Progress(work, f"benchmark {models[0]}", "blocks", done=len(record["blocks"])) as progress:
         for place in range(len(record["blocks"]), work):
             some = slice(place * block, (place + 1) * block)
-            found = {"labels": labels[some], "indices": indices[some]}
+            found: dict[str, object] = {"labels": labels[some]}
             for name in names:
-                few = sampled > 0 and not name.startswith("sequential")
-                part = slice(some.start, some.start + sampled) if few else some
-                count = sampled_n if few else n
                 if name.startswith("limit"):
                     precision = name.removeprefix("limit_")
                     network = whole if precision == "fp32" else WholeBlocks(rounded.model)
                     rate = bare_forward(network, pixels[some.start], batches[precision], 20 * batches[precision])
                     found[name] = {"samples_per_second": rate}
-                    continue
-                start = time.perf_counter()
-                if name in engines:
-                    answers = engines[name](labels[part], pixels[part], sigma, count, indices[part])
-                else:
-                    answers = (art if name == "art" else theirs)(whole, pixels[part], sigma, count)
-                seconds = time.perf_counter() - start
-                found[name] = {"seconds": seconds, "n": count, "answers": answers}
-                found[name]["samples_per_second"] = sum(answer[2] for answer in answers) / seconds
+                elif not name.startswith("sequential"):
+                    part = slice(some.start, some.start + sampled) if sampled else some
+                    found[name] = timed(name, part, sampled_n if sampled else n)
             record["blocks"].append(found)
             write_json(output, record)
             progress.update(1)
@@ -237,26 +244,29 @@ def measure(
 
 
 def summary(record: dict) -> str:
-    """Rates (median over blocks, range), ratios to the first variant and to the limit block by block, and the table."""
-    blocks = record["blocks"]
-    names = [name for name in LABELS if all(name in found for found in blocks)]
-    rows, n, images = [], record["n"], sum(len(found["labels"]) for found in blocks)
-    for name in names:
-        rates = [found[name]["samples_per_second"] for found in blocks]
-        row = {"variant": LABELS[name], "samples/s": f"{median(rates):,.0f} ({min(rates):,.0f} - {max(rates):,.0f})"}
+    """Rates (median over blocks, range), shares of the limit, times for the whole table, and the table."""
+    blocks, whole, n = record["blocks"], record["whole"], record["n"]
+    images = sum(len(found["labels"]) for found in blocks)
+    rows, table = [], []
+    for name, label in LABELS.items():
+        runs = [whole[name]] if name in whole else [found[name] for found in blocks if name in found]
+        if not runs:
+            continue
+        rates = [run["samples_per_second"] for run in runs]
+        spread = f" ({min(rates):,.0f} - {max(rates):,.0f})" if len(rates) > 1 else ""
+        row = {"variant": label, "samples/s": f"{median(rates):,.0f}{spread}"}
         limit = f"limit_{'bf16' if 'bf16' in name else 'fp32'}"
-        if limit in names and name != limit:
-            ratios = [found[name]["samples_per_second"] / found[limit]["samples_per_second"] for found in blocks]
-            row["of the limit"] = f"{median(ratios):.2f}"
         if not name.startswith("limit"):
-            each = [_seconds_an_image(found, name, n) for found in blocks]
-            row["s an image"] = f"{median(each):.3g}"
-            row[f"s for {images} images"] = f"{sum(each) * images / len(blocks):,.0f}"
-            if "plain" in names:
-                speedups = [_seconds_an_image(found, "plain", n) / s for found, s in zip(blocks, each, strict=True)]
-                total = sum(_seconds_an_image(found, "plain", n) for found in blocks) / sum(each)
-                row["faster than (a)"] = f"{total:.1f}x ({min(speedups):.1f} - {max(speedups):.1f})"
-            row["mean samples"] = f"{_mean_samples(blocks, name, n):,.0f}"
+            if limits := [found[limit]["samples_per_second"] for found in blocks if limit in found]:
+                row["of the limit"] = f"{median(rates) / median(limits):.2f}"
+            seconds = _seconds(runs, n, images)
+            row["mean samples"] = f"{_mean_samples(runs, n):,.0f}"
+            row["s an image"], row[f"s for {images}"] = f"{seconds / images:.3g}", f"{seconds:,.0f}"
+            if plain_runs := [found["plain"] for found in blocks if "plain" in found]:
+                row["faster than (a)"] = f"{_seconds(plain_runs, n, images) / seconds:.1f}x"
+            answers = [answer for run in runs if run["n"] == n for answer in run["answers"]]
+            if len(answers) == images:
+                table.append({"certified accuracy (%)": label.strip()} | _shares(answers, blocks))
         rows.append(row)
     where = record["environment"]["hardware"]
     title = (
@@ -264,47 +274,31 @@ def summary(record: dict) -> str:
         f"threads, batches {record['batch_size']}, freed memory {'' if record['freed_memory_kept'] else 'not '}kept; "
         f"(a) is {record['reference']}"
     )
-    table = [row for name in names if (row := _table_row(blocks, name, n, images))]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = tabulate([[row.get(key, "") for key in columns] for row in rows], columns, tablefmt="github")
-    if table:
-        text += "\n\n" + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
-    return f"{title}\n\n{text}"
+    return f"{title}\n\n{text}\n\n" + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _seconds_an_image(found: dict, name: str, n: int) -> float:
-    """Measured, or where fewer samples an image were drawn, computed from the rate."""
-    measured = found[name]
-    if measured["n"] == n:
-        return measured["seconds"] / len(measured["answers"])
-    return (N0 + n) / measured["samples_per_second"]
+def _seconds(runs: list[dict], n: int, images: int) -> float:
+    """For all images: measured, or where fewer samples were drawn, computed from the median rate."""
+    if sum(len(run["answers"]) for run in runs) == images and all(run["n"] == n for run in runs):
+        return sum(run["seconds"] for run in runs)
+    return images * (N0 + n) / median(run["samples_per_second"] for run in runs)
 
 
-def _mean_samples(blocks: list[dict], name: str, n: int) -> float:
-    if any(found[name]["n"] != n for found in blocks):
-        return N0 + n
-    return float(np.mean([answer[2] for found in blocks for answer in found[name]["answers"]]))
+def _mean_samples(runs: list[dict], n: int) -> float:
+    return float(np.mean([answer[2] if run["n"] == n else N0 + n for run in runs for answer in run["answers"]]))
 
 
-def _table_row(blocks: list[dict], name: str, n: int, images: int) -> dict | None:
-    """Certified accuracy in percent, where all images were certified with all n."""
-    if name.startswith("limit") or any(found[name]["n"] != n for found in blocks):
-        return None
-    answers = [answer for found in blocks for answer in found[name]["answers"]]
+def _shares(answers: Answers, blocks: list[dict]) -> dict[str, str]:
+    """Certified accuracy in percent."""
     labels = [label for found in blocks for label in found["labels"]]
-    if len(answers) != images:
-        return None
-    frame = pd.DataFrame(
-        {
-            "correct": [int(a[0] == label) for a, label in zip(answers, labels, strict=True)],
-            "radius": [a[1] for a in answers],
-        }
-    )
-    shares = certified_accuracy(frame, RADII)
-    return {"certified accuracy (%)": LABELS[name].strip()} | {
-        f"r = {r:g}": f"{100 * share:.1f}" for r, share in zip(RADII, shares, strict=True)
-    }
+    correct = [int(answer[0] == label) for answer, label in zip(answers, labels, strict=True)]
+    frame = pd.DataFrame({"correct": correct, "radius": [answer[1] for answer in answers]})
+    return {f"r = {r:g}": f"{100 * s:.1f}" for r, s in zip(RADII, certified_accuracy(frame, RADII), strict=True)}
 
 
 if __name__ == "__main__":
-    typer.run(measure)  # not rrcm.app.run, which keeps freed memory
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # rrcm.app.run would keep freed memory
+    app.command()(guarded(measure))
+    app()
