@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from matplotlib.figure import Figure
 from scipy.special import ndtri
 from tabulate import tabulate
 from torch import nn
@@ -29,6 +30,7 @@ from rrcm.app import guarded
 from rrcm.checkpoint import load_classifier
 from rrcm.environment import environment, keep_freed_memory
 from rrcm.errors import RRCMError
+from rrcm.figures import OKABE_ITO, house_style, save
 from rrcm.files import read_json, write_json
 from rrcm.model import Classifier
 from rrcm.procedures import clopper_pearson_lower
@@ -164,11 +166,15 @@ def measure(
     plain_allocator: Annotated[bool, typer.Option(help="leave the memory allocator as it is")] = False,
     reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
     show: bool = False,
+    figure: Annotated[Path | None, typer.Option(help="with --show: draw the times for whole tables")] = None,
 ) -> None:
     """Measure one classifier and keep the figures in OUTPUT, or `--show` those of earlier runs."""
     if show:
-        for path in models or []:
-            print(summary(read_json(path)), end="\n\n")
+        records = [read_json(path) for path in models or []]
+        for record in records:
+            print(summary(record), end="\n\n")
+        if figure:
+            save(draw(records), figure)
         return
     if models is None or len(models) != 2:
         raise RRCMError("give the folder of a classifier and the folder of its shards")
@@ -277,6 +283,33 @@ def summary(record: dict) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = tabulate([[row.get(key, "") for key in columns] for row in rows], columns, tablefmt="github")
     return f"{title}\n\n{text}\n\n" + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+@house_style()
+def draw(records: list[dict]) -> Figure:
+    """The time for a whole table by each variant, a panel a record, logarithmic."""
+    figure = Figure(figsize=(7.2, 0.5 + 1.9 * len(records)))
+    for axes, record in zip(figure.subplots(len(records), squeeze=False).flat, records, strict=True):
+        images = sum(len(found["labels"]) for found in record["blocks"])
+        bars = []
+        for name, label in LABELS.items():
+            runs = [record["whole"].get(name)] if name in record["whole"] else [f.get(name) for f in record["blocks"]]
+            if None not in runs and not name.startswith("limit"):
+                drawn = sum(len(run["answers"]) for run in runs) == images and runs[0]["n"] == record["n"]
+                bars.append((label.strip(), _seconds(runs, record["n"], images) / 60, drawn))
+        names, minutes, real = zip(*bars, strict=True)
+        hatches = ["" if measured else "///" for measured in real]
+        shown = axes.barh(names, minutes, color=OKABE_ITO[0], height=0.62, edgecolor="white", hatch=hatches)
+        texts = [f"{m:,.3g}{'' if measured else ' (from its rate)'}" for m, measured in zip(minutes, real, strict=True)]
+        axes.bar_label(shown, texts, padding=4, fontsize=8)
+        axes.set(xscale="log", xlim=(min(minutes) / 3, 8 * max(minutes)), xlabel="minutes for the whole table")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_title(
+            f"{Path(record['model']).parent.name}, σ = {record['sigma']:g}, {images} images, n = {record['n']:,}",
+            loc="left",
+        )
+    return figure
 
 
 def _seconds(runs: list[dict], n: int, images: int) -> float:
