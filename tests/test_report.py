@@ -228,7 +228,7 @@ def test_report_says_how_certificates_were_made(made, tmp_path: Path):
     text = (root / "reports/digits/report.md").read_text()
     assert "`certify.procedure: sequential`" in text
     assert "100 samples choose" in text and "at most 1,000 more" in text
-    assert "multiples of 0.05 (`certify.grid_step`), so that ACR is a lower bound" in text
+    assert "multiples of 0.01 (`certify.grid_step`), so that ACR is a lower bound" in text
     fixed = config.certify.model_copy(update={"procedure": "fixed"})
     write_report(config.model_copy(update={"certify": fixed}), root, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()

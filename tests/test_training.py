@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, change, files_of, stage
 
-from rrcm.certify import certify
 from rrcm.checkpoint import load_classifier, load_encoder
 from rrcm.files import read_json
+from rrcm.smoothing import SmoothedClassifier
 
 
 def done(answer):
@@ -120,7 +120,7 @@ def test_colour_images_from_start_to_certificate(project):
     done(stage(project, "plot"))
     classifier = load_classifier(project / "models/rrcm/sigma_0.25")
     red = torch.zeros(3, 16, 16) + torch.tensor([0.7, 0.25, 0.25])[:, None, None]
-    answer = certify(classifier, red, sigma=0.25, num_classes=2, n=500)
+    (answer,) = SmoothedClassifier(classifier, 0.25, 2).certify(red[None], n=500)
     classes = read_json(project / "data/shards/manifest.json")["classes"]
     assert classes[answer.predict] == "red" and answer.radius > 0.1
 
