@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rrcm.certify import smooth
 from rrcm.checkpoint import load_classifier
 from rrcm.config import Attack, Config
 from rrcm.distributed import pick_device
@@ -135,18 +136,8 @@ def attack_classifier(
     what was certified; NA where no radius was), `broken` (0 or 1) when that is another class, and `r=R` and
     `unsmoothed_r=R` within each radius R of the report (the truth being the label).
     """
-    settings, certify = config.attack, config.certify
-    smoothed = SmoothedClassifier(
-        network,
-        sigma,
-        network.head.out_features,
-        seed=config.seed,
-        samples=settings.samples,
-        batch_size=certify.batch_size,
-        memory_gib=certify.memory_gib,
-        precision=certify.precision,
-        compile=certify.compile,
-    )
+    settings = config.attack
+    smoothed = smooth(network, sigma, config, samples=settings.samples)
     victims = {"": smoothed_victim(smoothed, settings.n, settings.alpha), "unsmoothed_": unsmoothed_victim(network)}
     table = certificates[COLUMNS[:-1]].copy()
     idx, label, predict, radius = (table[name].to_numpy() for name in ("idx", "label", "predict", "radius"))

@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from rrcm import model, noise, procedures, rng, shards, smoothing
 from rrcm.checkpoint import load_classifier
-from rrcm.config import Certify, Config
+from rrcm.config import Config
 from rrcm.distributed import pick_device
 from rrcm.environment import environment
 from rrcm.files import sha256_file, write_json
-from rrcm.procedures import Procedure, fixed, sequential
+from rrcm.model import Classifier
+from rrcm.procedures import Procedure, planned
 from rrcm.progress import Progress
 from rrcm.results import COLUMNS, write_certificates, write_samples
 from rrcm.runs import Run, fingerprint
@@ -80,17 +81,9 @@ def certify_split(
     images = ShardedImages(shard_folder, "test")
     if team.rank == 0:
         images.verify()
-    smoothed = SmoothedClassifier(
-        load_classifier(model_folder).to(device),
-        sigma,
-        len(images.classes),
-        seed=config.seed,
-        batch_size=settings.batch_size,
-        memory_gib=settings.memory_gib,
-        precision=settings.precision,
-        compile=settings.compile,
-    )
-    plan = procedure(settings, sigma)
+    smoothed = smooth(load_classifier(model_folder).to(device), sigma, config)
+    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "grid_step")}
+    plan = planned(settings.procedure, sigma, **numbers)
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
     pixels = pixels.to(device).float() / 255
     candidates = [Candidate(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
@@ -111,8 +104,9 @@ def certify_split(
         return
 
     _restore(candidates, run.folder)  # what the other processes did
-    write_certificates(output, _frame(candidates, plan))
-    write_samples(output.with_suffix(".samples.tsv"), _frame(candidates, plan))
+    frame = _frame(candidates, plan)
+    write_certificates(output, frame)
+    write_samples(output.with_suffix(".samples.tsv"), frame)
     seconds, samples = sum(c.seconds for c in candidates), sum(c.samples for c in candidates)
     write_json(
         timing,
@@ -129,12 +123,10 @@ def certify_split(
     run.finish()
 
 
-def procedure(settings: Certify, sigma: float) -> Procedure:
-    """The procedure that the settings name."""
-    numbers = {"n0": settings.n0, "n": settings.n, "alpha": settings.alpha}
-    if settings.procedure == "fixed":
-        return fixed(sigma, **numbers)
-    return sequential(sigma, **numbers, grid_step=settings.grid_step)
+def smooth(network: Classifier, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
+    """The smoothed classifier that the settings certify, with further `options` of it."""
+    settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
+    return SmoothedClassifier(network, sigma, network.head.out_features, seed=config.seed, **settings, **options)
 
 
 def _count_votes(

@@ -61,19 +61,16 @@ def certify(
 ) -> None:
     """Certify the images of FOLDER: the class of each, and the L2 radius within which nothing can change it."""
     from rrcm.folder import certify_folder, find_images
-    from rrcm.procedures import fixed, sequential
+    from rrcm.procedures import planned
     from rrcm.subject import load_subject
 
     imported()
-    if procedure not in ("fixed", "sequential"):
-        raise RRCMError(f"procedure = {procedure!r}: must be fixed or sequential")
     find_images(folder)  # complains before a model is downloaded
     subject = load_subject(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
     if sigma is None and subject.sigma is None:
         raise RRCMError(f"{model}: any noise may be certified with; give --sigma, in pixel units")
     noise = subject.sigma if sigma is None else sigma
-    settings = {"n0": n0, "n": n, "alpha": alpha}
-    plan = fixed(noise, **settings) if procedure == "fixed" else sequential(noise, **settings, grid_step=grid_step)
+    plan = planned(procedure, noise, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
     if subject.sigma not in (None, noise):
         print(
             f"note: {model} was tuned for sigma {subject.sigma:g}; certificates at {noise:g} are as sound, but "

@@ -17,14 +17,13 @@ from rrcm.distributed import pick_device
 from rrcm.errors import RRCMError
 from rrcm.figures import FORMATS, Tile, draw_certified_images, rounded_down, save, verdict
 from rrcm.files import atomic_path
-from rrcm.procedures import Fixed, Procedure
+from rrcm.procedures import Procedure
 from rrcm.progress import Progress
-from rrcm.results import ABSTAIN, COLUMNS, write_certificates
+from rrcm.results import ABSTAIN, COLUMNS, UNKNOWN, write_certificates
 from rrcm.smoothing import Candidate, SmoothedClassifier, certificate
 from rrcm.subject import Subject, class_folders
 
 UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that PIL knows but cannot decode by itself
-UNKNOWN = -1  # label of an image that no class folder tells
 ON_A_SHEET = 48
 FILES = ["idx", "file", "class", "samples", "stopped"]
 
@@ -127,7 +126,7 @@ def certify_folder(
         frame[FILES].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
     tiles = [_tile(frame.loc[i], path, subject) for i, path in enumerate(images[:ON_A_SHEET])]
     some = f", the first {ON_A_SHEET} of {len(images):,} images" if len(images) > ON_A_SHEET else ""
-    save(draw_certified_images(tiles, f"σ = {plan.sigma:g}, n = {plan.looks[-1]:,}, α = {_alpha(plan):g}{some}"), sheet)
+    save(draw_certified_images(tiles, f"σ = {plan.sigma:g}, n = {plan.looks[-1]:,}, α = {plan.alpha:g}{some}"), sheet)
     return f"{_table(frame)}\n\n{_summary(frame, plan, seconds)}\nwritten: {output}, {files}, {sheet}"
 
 
@@ -214,9 +213,5 @@ def _summary(frame: pd.DataFrame, plan: Procedure, seconds: float) -> str:
     return (
         f"{len(frame) - abstained:,} certified{correct}, {abstained:,} abstained; {seconds:.1f} s, "
         f"{frame['samples'].sum() / seconds:,.0f} samples/s; each certificate is wrong with probability at most "
-        f"{_alpha(plan):g}"
+        f"{plan.alpha:g}"
     )
-
-
-def _alpha(plan: Procedure) -> float:
-    return plan.alpha if isinstance(plan, Fixed) else sum(plan.alphas)

@@ -4,6 +4,7 @@ p_A is the probability that the classifier gives the chosen class to a noisy cop
 sigma Phi^-1 of a lower bound on it (Cohen et al. 2019, theorem 1). Radii and sigma are L2 in pixel units.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -19,6 +20,7 @@ WHOLE_GRID = "whole grid"
 HOPELESS = "hopeless"  # the next radius of the grid is out of reach
 WRONG_CLASS = "wrong class"  # of an evaluation: the chosen class is not the label
 
+ABSTAIN = -1  # the class of an image of which nothing is certified
 FUTILITY = 0.001  # a radius whose chance, seen optimistically, is below this is given up
 
 
@@ -73,6 +75,11 @@ class Sequential:
     radii: tuple[float, ...]  # the grid, G of them from 0 on
     needed: np.ndarray  # (J, G) int64, the smallest count that certifies radius g at look j (may be above the look)
     hope: np.ndarray  # (J, G) int64, the smallest count that leaves a chance to certify radius g later
+
+    @property
+    def alpha(self) -> float:
+        """Chance of error of all looks together."""
+        return math.fsum(self.alphas)
 
     def judge(
         self, look: int, count: int | np.ndarray, level: int | np.ndarray
@@ -129,6 +136,15 @@ def sequential(
 
     hope = smallest(hopeful, m, len(radii))
     return Sequential(sigma, n0, looks, alphas, tuple(radii.tolist()), needed, hope)
+
+
+def planned(procedure: str, sigma: float, *, n0: int, n: int, alpha: float, grid_step: float) -> Procedure:
+    """`fixed` or `sequential`, by name; the first has no use for `grid_step`. Raises `RRCMError`."""
+    if procedure == "fixed":
+        return fixed(sigma, n0=n0, n=n, alpha=alpha)
+    if procedure == "sequential":
+        return sequential(sigma, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
+    raise RRCMError(f"procedure = {procedure!r}: must be fixed or sequential")
 
 
 def growing_looks(n: int) -> tuple[int, ...]:

@@ -15,12 +15,12 @@ import pandas as pd
 
 from rrcm.errors import RRCMError
 from rrcm.files import atomic_path
-from rrcm.procedures import ALL_SAMPLES, HOPELESS, WHOLE_GRID, WRONG_CLASS
+from rrcm.procedures import ABSTAIN, ALL_SAMPLES, HOPELESS, WHOLE_GRID, WRONG_CLASS
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stopped"]
 STOPPED = (ALL_SAMPLES, WHOLE_GRID, HOPELESS, WRONG_CLASS)
-ABSTAIN = -1
+UNKNOWN = -1  # label of an image whose class nobody has said
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 Certificates = Mapping[tuple[str, float], pd.DataFrame]  # (method, sigma) -> frame
@@ -78,7 +78,7 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
 def _parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
     idx, label, predict, correct = (int(fields[i]) for i in (0, 1, 2, 4))
     radius, time = float(fields[3]), _seconds(fields[5])
-    if label == -1:
+    if label == UNKNOWN:
         raise ValueError("label -1: the true class is unknown, and with it the accuracy")
     if idx < 0 or label < 0 or predict < ABSTAIN:
         raise ValueError(f"idx {idx}, label {label}, predict {predict}: must be classes and places, or predict -1")

@@ -21,9 +21,8 @@ from torch import nn
 from rrcm.errors import RRCMError
 from rrcm.model import Classifier
 from rrcm.noise import ESTIMATE, FORWARD, PREDICT, SELECT, gaussian
-from rrcm.procedures import WRONG_CLASS, Procedure, Sequential, binomial_test, check, fixed, sequential
+from rrcm.procedures import ABSTAIN, WRONG_CLASS, Procedure, Sequential, binomial_test, check, planned
 
-ABSTAIN = -1
 PASSES = 16  # batches between two looks at the counts: the device is waited for once in so many
 LARGEST_BATCH = 1024
 
@@ -159,13 +158,7 @@ class SmoothedClassifier(nn.Module):
         With labels "sequential" is done as soon as the chosen class is wrong: for evaluations. `indices` (default 0, 1,
         ...) name the images' noise under the seed. Raises `RRCMError` for impossible settings and images.
         """
-        if procedure not in ("fixed", "sequential"):
-            raise RRCMError(f"procedure = {procedure!r}: must be fixed or sequential")
-        settings = {"n0": n0, "n": n, "alpha": alpha}
-        if procedure == "fixed":
-            plan = fixed(self.sigma, **settings)
-        else:
-            plan = sequential(self.sigma, **settings, grid_step=grid_step)
+        plan = planned(procedure, self.sigma, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
         candidates = self._candidates(images, labels, indices)
         for _ in self.run(candidates, plan):
             pass
