@@ -7,6 +7,7 @@ sigma Phi^-1 of a lower bound on it (Cohen et al. 2019, theorem 1). Radii and si
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -21,7 +22,9 @@ HOPELESS = "hopeless"  # the next radius of the grid is out of reach
 WRONG_CLASS = "wrong class"  # of an evaluation: the chosen class is not the label
 
 ABSTAIN = -1  # the class of an image of which nothing is certified
-FUTILITY = 0.001  # a radius whose chance, seen optimistically, is below this is given up
+OPTIMISM = 0.9  # confidence of the upper bound on p_A under which the chances of a radius are seen
+FUTILITY = 0.001  # a radius whose chance, seen so, is below this is given up
+GROWTH = 1.2  # of the samples from look to look
 
 
 def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
@@ -62,16 +65,17 @@ class Fixed:
 class Sequential:
     """Group-sequential CERTIFY: looks at growing sample sizes, alpha split over them, radii of a grid one by one.
 
-    A radius r is certified at look j when the count has a chance of at most alphas[j] under p_A = Phi(r / sigma), and
-    only after all smaller radii of the grid. For the smallest radius above the true one that happens, at any look, with
-    probability at most the sum of alphas = alpha, and no larger one can follow without it: so an image's certificate is
-    false with probability at most alpha, whatever stops the sampling.
+    A radius r is certified at look j when the count has a chance under p_A = Phi(r / sigma) that is at most alphas[j]
+    and what earlier looks left unspent for r (few samples can say nothing of a large radius: 100 votes of 100 have a
+    chance of 98 % there), and only after all smaller radii of the grid. For the smallest radius above the true one that
+    happens, at any look, with probability at most the sum of alphas = alpha, and no larger one can follow without it:
+    so an image's certificate is false with probability at most alpha, whatever stops the sampling.
     """
 
     sigma: float
     n0: int
     looks: tuple[int, ...]  # samples drawn at each look, J of them
-    alphas: tuple[float, ...]  # chance of error spent at each look
+    alphas: tuple[float, ...]  # chance of error granted at each look, for every radius
     radii: tuple[float, ...]  # the grid, G of them from 0 on
     needed: np.ndarray  # (J, G) int64, the smallest count that certifies radius g at look j (may be above the look)
     hope: np.ndarray  # (J, G) int64, the smallest count that leaves a chance to certify radius g later
@@ -86,7 +90,9 @@ class Sequential:
     ) -> tuple[int | np.ndarray, str | np.ndarray]:
         """After the look: how many radii of the grid are certified now, and why to stop, or "". Vectorised over
         `count` and `level` of shape (B,)."""
-        level = np.maximum(level, np.searchsorted(self.needed[look], count, side="right"))
+        enough = np.asarray(count)[..., None] >= self.needed[look]
+        certified = enough | (np.arange(len(self.radii)) < np.asarray(level)[..., None])
+        level = np.logical_and.accumulate(certified, axis=-1).sum(-1)  # none before all smaller ones
         out_of_reach = count < np.append(self.hope[look], 0)[level]
         last = look == len(self.looks) - 1
         stopped = np.select([level == len(self.radii), last, out_of_reach], [WHOLE_GRID, ALL_SAMPLES, HOPELESS], "")
@@ -111,26 +117,27 @@ def sequential(
 ) -> Sequential:
     """Group-sequential CERTIFY with at most n samples, for radii 0, grid_step, 2 grid_step, ... as far as n can reach.
 
-    Looks are at 100, 150, 225, ... samples; 80 % of alpha is kept for the last, the rest split evenly over the others.
-    Raises `RRCMError` for impossible settings.
+    Looks are at 100, 120, 144, ... samples; half of alpha is kept for the last, the rest split evenly over the others,
+    and what a look cannot spend on a radius is carried on. Raises `RRCMError` for impossible settings.
     """
     check(sigma, n0, n, alpha)
     if not 0 < grid_step < np.inf:
         raise RRCMError(f"grid_step = {grid_step}: must be above 0, in pixel units")
     looks = growing_looks(n)
     alphas = spend(alpha, len(looks))
-    reach = sigma * float(ndtri(alphas[-1] ** (1 / n)))  # the radius of n votes out of n
-    steps = max(reach, 0.0) / grid_step
-    if steps > 10_000:
-        raise RRCMError(f"grid_step = {grid_step}: {steps:.3g} radii up to {reach:.3g}; take a coarser one")
-    radii = np.array([float(f"{grid_step * k:.12g}") for k in range(1 + int(steps))])  # 0.6, not 0.6000000000000001
+    reach = max(sigma * float(ndtri(alpha ** (1 / n))), 0.0)  # the radius of n votes out of n
+    if reach / grid_step > 10_000:
+        raise RRCMError(f"grid_step = {grid_step}: {reach / grid_step:.3g} radii up to {reach:.3g}; take a coarser one")
+    steps = 1 + int(reach / grid_step)
+    radii = np.array([float(f"{grid_step * k:.12g}") for k in range(steps)])  # 0.6, not 0.6000000000000001
+    needed = boundaries(looks, alphas, ndtr(radii / sigma))
+    kept = max(1, int((needed[-1] <= n).sum()))  # not one that is out of reach by a rounding error
+    radii, needed = radii[:kept], needed[:, :kept]
     m = np.array(looks)[:, None]
-    threshold = ndtr(radii / sigma)
-    needed = smallest(lambda k: bdtrc(k - 1, m, threshold) <= np.array(alphas)[:, None], m, len(radii))
 
     def hopeful(count: np.ndarray) -> np.ndarray:
         """Conditional power: the chance to have enough at n if p_A is at the upper end of what the count allows."""
-        optimistic = betaincinv(count + 1, np.maximum(m - count, 1e-9), 1 - FUTILITY)
+        optimistic = betaincinv(count + 1, np.maximum(m - count, 1e-9), OPTIMISM)
         missing = needed[-1] - count
         return _tail(missing, looks[-1] - m, optimistic) >= FUTILITY
 
@@ -148,17 +155,33 @@ def planned(procedure: str, sigma: float, *, n0: int, n: int, alpha: float, grid
 
 
 def growing_looks(n: int) -> tuple[int, ...]:
-    """Sample sizes 100, 150, 225, ... that end with n; none within a quarter below it, where it would gain nothing."""
+    """Sample sizes 100, 120, 144, ... that end with n; none within a tenth below it, where it would gain nothing."""
     looks, size = [], 100.0
-    while 1.25 * size < n:
+    while 1.1 * size < n:
         looks.append(int(size))
-        size *= 1.5
+        size *= GROWTH
     return (*looks, n)
 
 
 def spend(alpha: float, looks: int) -> tuple[float, ...]:
-    """80 % of alpha for the last look, the rest evenly for the others."""
-    return (*[0.2 * alpha / max(looks - 1, 1)] * (looks - 1), 0.8 * alpha if looks > 1 else alpha)
+    """Half of alpha for the last look, the rest evenly for the others."""
+    return (*[0.5 * alpha / max(looks - 1, 1)] * (looks - 1), 0.5 * alpha if looks > 1 else alpha)
+
+
+def boundaries(looks: tuple[int, ...], alphas: tuple[float, ...], thresholds: np.ndarray) -> np.ndarray:
+    """(J, G) int64: the smallest count at look j whose chance under p_A = thresholds[g] (G of them, rising) is at most
+    alphas[j] and what the looks before left unspent; look + 1 where no count is."""
+    needed, unspent = [], np.zeros(len(thresholds))
+    for m, granted in zip(looks, alphas, strict=True):
+        unspent += granted
+        least = smallest(partial(_improbable, m, thresholds, unspent), np.array([[m]]), len(thresholds))[0]
+        unspent -= _tail(least, m, thresholds)
+        needed.append(least)
+    return np.array(needed)
+
+
+def _improbable(m: int, p: np.ndarray, alpha: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return bdtrc(k - 1, m, p) <= alpha
 
 
 def smallest(holds: Callable[[np.ndarray], np.ndarray], m: np.ndarray, columns: int) -> np.ndarray:

@@ -1,14 +1,17 @@
 """The certification engine against closed forms, a page of plain CERTIFY, statistics with a stated error rate, a second
 library, killed processes and many processes."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import zlib
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +107,9 @@ def test_sequential_certifies_what_its_counts_allow():
         passed = [
             int(smoothed.vote([Request(image, index, ESTIMATE, 0, look)])[0].max()) for look in plan.looks if look <= m
         ]
-        bounds = [
-            clopper_pearson_lower(count, look, alpha)
-            for count, look, alpha in zip(passed, plan.looks, plan.alphas, strict=False)
-        ]
-        reach = 0.5 * norm.ppf(max(bounds))
-        assert (answer.radius if answer.predict != ABSTAIN else -0.1) == pytest.approx(
-            max([r for r in plan.radii if r <= reach], default=-0.1)
-        )
+        enough = (np.array(passed)[:, None] >= plan.needed[: len(passed)]).any(axis=0)
+        certified = [radius for radius, _ in takewhile(lambda each: each[1], zip(plan.radii, enough, strict=True))]
+        assert (answer.radius if answer.predict != ABSTAIN else None) == (certified[-1] if certified else None)
         assert answer.predict in (ABSTAIN, int(votes.argmax()))
 
 
@@ -143,7 +141,7 @@ def test_abstains_on_the_boundary_and_radius_is_capped_by_n():
     (answer,) = half_space().certify(far, procedure="fixed", n=500)
     assert answer.radius == pytest.approx(0.5 * norm.ppf(0.001 ** (1 / 500)), rel=1e-9)
     (answer,) = half_space().certify(far, n=500, grid_step=0.1)
-    assert (answer.radius, answer.stopped) == (1.0, WHOLE_GRID)
+    assert (answer.radius, answer.stopped) == (1.1, WHOLE_GRID)  # 500 of 500 have a chance below alpha there
     assert half_space().predict(far, n=500) == [1]
 
 
@@ -468,17 +466,24 @@ def test_what_the_journal_has_is_not_done_again(certified):
 
 
 def test_the_death_of_a_worker_is_reported_and_loses_nothing(certified, trained):
-    """Under the real torchrun: one of two workers is killed; the launcher says so, and running again continues."""
+    """Under the real torchrun: one of two workers is killed; the launcher says so, and running again continues.
+
+    The victim is stopped as soon as it exists, so that the other one must do the work and cannot end without it."""
     command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", REPOSITORY / "stages/certify.py"]
     environment = os.environ | {"RRCM_RUNS": str(certified / "runs"), "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(
         [*command, "rrcm", "0.5"], cwd=certified, env=environment, stderr=subprocess.PIPE, text=True
     )
-    while not any(path.stat().st_size > 500 for path in certified.glob("runs/certify-*/journal-1.txt")):
+    victims = []
+    while not victims:
         assert launcher.poll() is None
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    (victim,) = [pid for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
-    os.kill(int(victim), 9)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a child that is gone meanwhile
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            victims = [int(pid) for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()]
+    os.kill(victims[0], signal.SIGSTOP)
+    while not any(path.stat().st_size > 500 for path in certified.glob("runs/certify-*/journal-0.txt")):
+        assert launcher.poll() is None
+    os.kill(victims[0], signal.SIGKILL)
     said = launcher.communicate()[1]
     assert launcher.returncode != 0 and "SIGKILL" in said
     assert not (certified / "certificates").exists()

@@ -19,6 +19,7 @@ from rrcm.procedures import (
     ALL_SAMPLES,
     FUTILITY,
     HOPELESS,
+    OPTIMISM,
     WHOLE_GRID,
     Fixed,
     Sequential,
@@ -75,20 +76,24 @@ def test_looks_grow_and_alpha_is_spent_once(n: int, alpha: float):
 
 
 def test_looks_of_a_hundred_thousand():
-    assert growing_looks(125) == (125,)
-    assert growing_looks(126) == (100, 126)
-    assert growing_looks(1000) == (100, 150, 225, 337, 506, 759, 1000)
-    assert len(growing_looks(100_000)) == 18
+    assert growing_looks(110) == (110,)
+    assert growing_looks(111) == (100, 111)
+    assert growing_looks(500) == (100, 120, 144, 172, 207, 248, 298, 358, 429, 500)
+    assert len(growing_looks(100_000)) == 39
 
 
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.5), (99, 0.001), (126, 0.05), (1000, 0.001), (100_000, 0.001)])
 def test_needed_is_the_binomial_quantile(sigma: float, n: int, alpha: float):
-    """P(count >= needed) <= alphas[j] under p_A = Phi(r / sigma), and one vote less would not do."""
+    """P(count >= needed) <= alphas[j] and what was left under p_A = Phi(r / sigma); one vote less would not do."""
     plan = sequential(sigma, n=n, alpha=alpha)
-    m, threshold = np.array(plan.looks)[:, None], ndtr(np.array(plan.radii) / sigma)
-    assert (plan.needed == binom.isf(np.array(plan.alphas)[:, None], m, threshold) + 1).all()
-    assert (np.diff(plan.needed, axis=1) >= 0).all()  # a radius is never certified before a smaller one
+    threshold = ndtr(np.array(plan.radii) / sigma)
+    unspent = np.zeros(len(plan.radii))
+    for m, share, needed in zip(plan.looks, plan.alphas, plan.needed, strict=True):
+        unspent += share
+        assert (needed == binom.isf(unspent, m, threshold) + 1).all()
+        unspent -= binom.sf(needed - 1, m, threshold)
+        assert (unspent >= 0).all()
 
 
 @pytest.mark.parametrize("n", [100_000, 12_345])
@@ -97,7 +102,7 @@ def test_the_grid_ends_with_the_last_radius_in_reach(sigma: float, n: int):
     plan = sequential(sigma, n=n)
     assert plan.radii == tuple(0.25 * k for k in range(len(plan.radii)))
     assert plan.needed[-1, -1] <= n
-    assert binom.sf(n - 1, n, ndtr((plan.radii[-1] + 0.25) / sigma)) > plan.alphas[-1]
+    assert binom.sf(n - 1, n, ndtr((plan.radii[-1] + 0.25) / sigma)) > plan.alpha
 
 
 def test_radii_are_decimal_numbers():
@@ -110,7 +115,7 @@ def test_hope_by_brute_force(sigma: float, n: int):
     plan = sequential(sigma, n=n, alpha=0.01)
     for j, m in enumerate(plan.looks):
         count = np.arange(m + 1)
-        optimistic = np.append(beta.ppf(1 - FUTILITY, count[:-1] + 1, m - count[:-1]), 1.0)
+        optimistic = np.append(beta.ppf(OPTIMISM, count[:-1] + 1, m - count[:-1]), 1.0)
         for g in range(len(plan.radii)):
             hopeful = binom.sf(plan.needed[-1, g] - count - 1, n - m, optimistic) >= FUTILITY
             assert (hopeful == (count >= plan.hope[j, g])).all()
@@ -118,13 +123,16 @@ def test_hope_by_brute_force(sigma: float, n: int):
 
 @pytest.mark.parametrize(("sigma", "n", "alpha"), [(0.5, 1000, 0.001), (0.25, 150, 0.05), (1.0, 600, 0.3)])
 def test_a_radius_is_certified_when_the_exact_bound_reaches_it(sigma: float, n: int, alpha: float):
-    """Of every count at every look: the same radii as by the Clopper-Pearson bound at that look's alpha."""
+    """Of every count at every look: the radii that the Clopper-Pearson bounds at the alphas left for them reach."""
     plan = sequential(sigma, n=n, alpha=alpha)
     threshold = ndtr(np.array(plan.radii) / sigma)
+    left = np.zeros(len(threshold))
     for look, m in enumerate(plan.looks):
-        bounds = np.array([clopper_pearson_lower(count, m, plan.alphas[look]) for count in range(m + 1)])
+        left += plan.alphas[look]
+        reached = [[clopper_pearson_lower(k, m, a) for a in left] >= threshold for k in range(m + 1)]
         levels, _ = plan.judge(look, np.arange(m + 1), np.zeros(m + 1, int))
-        assert (levels == np.searchsorted(threshold, bounds, side="right")).all()
+        assert (levels == np.logical_and.accumulate(reached, axis=1).sum(1)).all()
+        left -= binom.sf(plan.needed[look] - 1, m, threshold)
 
 
 def test_judge_gives_a_reason_to_stop():
@@ -134,7 +142,7 @@ def test_judge_gives_a_reason_to_stop():
     assert plan.judge(0, 20, 0) == (0, HOPELESS)
     assert plan.judge(last, 20, 0) == (0, ALL_SAMPLES)
     assert plan.judge(last, 1000, 0) == (all_radii, WHOLE_GRID)
-    assert plan.judge(2, 150, 3)[0] == 3  # what is certified stays so
+    assert plan.judge(2, 100, 3)[0] == 3  # what is certified stays so
     levels, stopped = plan.judge(0, np.array([60, 20]), np.array([0, 0]))
     assert (levels.tolist(), stopped.tolist()) == ([0, 0], ["", HOPELESS])
 

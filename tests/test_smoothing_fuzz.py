@@ -1,7 +1,7 @@
 """Any settings and images: the right answer, or an error of one line.
 
 The models read pixels without rounding, so that batch size cannot change a vote; the right answers come from closed
-forms, from scipy, or from `fixed` run once for each look of `sequential`.
+forms, from scipy, or from votes counted again.
 """
 
 import math
@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import ndtri
-from scipy.stats import binomtest
+from scipy.special import ndtr, ndtri
+from scipy.stats import binom, binomtest
 from torch import nn
 
 from rrcm.errors import RRCMError
-from rrcm.noise import PREDICT, gaussian
-from rrcm.procedures import ALL_SAMPLES, HOPELESS, WHOLE_GRID, WRONG_CLASS, sequential
+from rrcm.noise import ESTIMATE, PREDICT, SELECT, gaussian
+from rrcm.procedures import ALL_SAMPLES, HOPELESS, WHOLE_GRID, WRONG_CLASS, clopper_pearson_lower, sequential
 from rrcm.smoothing import ABSTAIN, Certificate, Request, SmoothedClassifier
 
 QUICK = settings(derandomize=True, deadline=None, max_examples=100)
@@ -105,7 +105,7 @@ def answered(call: Callable, *args, **options) -> object | None:
 @given(CLASSES, st.data(), SIGMAS, ALPHAS, SAMPLES, st.integers(1, 50), BATCH_SIZES)
 @QUICK
 def test_a_constant_classifier_has_the_radius_of_n_votes_out_of_n(classes, data, sigma, alpha, n, n0, batch_size):
-    """Its bound is alpha^(1/n), under `sequential` that of the last look; the radius is the last of the grid in it."""
+    """Its bound is alpha^(1/n); under `sequential` the radius is the last of the grid in it, found at whatever look."""
     answer = data.draw(st.integers(0, classes - 1))
     grid_step = sigma * data.draw(st.floats(0.01, 5))
     smoothed = SmoothedClassifier(Constant(classes, answer), sigma, classes, batch_size=batch_size)
@@ -117,7 +117,7 @@ def test_a_constant_classifier_has_the_radius_of_n_votes_out_of_n(classes, data,
         assert (certificate.predict, certificate.radius) == right
         assert (certificate.samples, certificate.stopped) == (n0 + n, ALL_SAMPLES)
 
-    reach = sigma * ndtri(sequential(sigma, **numbers, grid_step=grid_step).alphas[-1] ** (1 / n))
+    reach = sigma * ndtri(bound)
     answers = smoothed.certify(images, grid_step=grid_step, **numbers)
     check_sane(answers, 2, classes, n0, n)
     for certificate in answers:
@@ -158,23 +158,26 @@ def test_an_image_has_one_answer(case, procedure, n, n0, alpha, step, batch_size
 @given(cases(), SAMPLES, st.integers(1, 50), ALPHAS, st.floats(0.1, 3))
 @QUICK
 def test_sequential_is_fixed_at_each_look(case, n, n0, alpha, step):
-    """The same samples: its radius is the largest of the grid that `fixed` reaches at a look with that look's alpha."""
+    """Counted again, sample by sample: the radii are certified one by one, each when the exact bound of `fixed` at a
+    look, with the alpha that is left for that radius there, reaches it."""
     smoothed, images = case
-    grid_step = step * smoothed.sigma
-    plan = sequential(smoothed.sigma, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
-    answers = smoothed.certify(images, n=n, n0=n0, alpha=alpha, grid_step=grid_step)
-    at_looks = [
-        smoothed.certify(images, procedure="fixed", n=look, n0=n0, alpha=spent)
-        for look, spent in zip(plan.looks, plan.alphas, strict=True)
-    ]
-    for image, answer in enumerate(answers):
-        assert answer.samples - n0 in plan.looks
-        reached = [fixed[image] for fixed in at_looks if fixed[image].samples <= answer.samples]
-        certified = [fixed for fixed in reached if fixed.predict != ABSTAIN]
-        assert answer.predict == (certified[0].predict if certified else ABSTAIN)
-        largest = max((fixed.radius for fixed in certified), default=0.0)
-        assert answer.radius == pytest.approx(grid_step * (largest // grid_step), rel=1e-9)
-        assert answer.stopped == HOPELESS or answer.samples == n0 + n or answer.radius == plan.radii[-1]
+    plan = sequential(smoothed.sigma, n0=n0, n=n, alpha=alpha, grid_step=step * smoothed.sigma)
+    answers = smoothed.certify(images, n=n, n0=n0, alpha=alpha, grid_step=step * smoothed.sigma)
+    spent = binom.sf(plan.needed - 1, np.array(plan.looks)[:, None], ndtr(np.array(plan.radii) / smoothed.sigma))
+    left = np.cumsum(plan.alphas)[:, None] - np.cumsum(spent, axis=0) + spent  # (looks, radii)
+    for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
+        top = smoothed.vote([Request(image, index, SELECT, 0, n0)])[0].argmax()
+        level, seen = 0, [look for look in plan.looks if look <= answer.samples - n0]
+        assert seen[-1] == answer.samples - n0
+        for look, alphas in zip(seen, left[: len(seen)], strict=True):
+            count = int(smoothed.vote([Request(image, index, ESTIMATE, 0, look)])[0][top])
+            while level < len(plan.radii):
+                bound = clopper_pearson_lower(count, look, alphas[level])
+                if bound < ndtr(plan.radii[level] / smoothed.sigma) * (1 - 1e-12):
+                    break
+                level += 1
+        assert (answer.predict, answer.radius) == ((top, plan.radii[level - 1]) if level else (ABSTAIN, 0.0))
+        assert answer.stopped == HOPELESS or answer.samples == n0 + n or level == len(plan.radii)
 
 
 @given(cases(), SAMPLES, ALPHAS, BATCH_SIZES)
