@@ -1,34 +1,44 @@
-"""Trained networks on disk: a folder with model.safetensors and config.json; and the authors' released format."""
+"""Trained networks on disk: a folder with model.safetensors and config.json; the authors' released format; timm's."""
 
+import difflib
+import hashlib
+import logging
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from rrcm.errors import RRCMError
+from rrcm.errors import RRCMError, one_line
 from rrcm.files import atomic_path, read_json, write_json
 from rrcm.model import Classifier, NoiseConditionedViT, ProjectedViT
-from rrcm.schedules import karras_levels
+from rrcm.schedules import karras_levels, nearest_level
 
 Network = TypeVar("Network", bound=nn.Module)
 ARCHITECTURE = ("image_size", "channels", "patch_size", "width", "depth", "heads")
+DETAILS = ("mlp_width", "qkv_bias", "norm_eps")  # files from before there was a choice lack them: the paper's
 
 
-def architecture(encoder: NoiseConditionedViT) -> dict[str, int]:
+def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
     """What must be known to build the encoder again, as keyword arguments of `NoiseConditionedViT`."""
+    block = encoder.blocks[0]
     return {
         "image_size": encoder.patch_embed.img_size[0],
         "channels": encoder.in_chans,
         "patch_size": encoder.patch_embed.patch_size[0],
         "width": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "heads": encoder.blocks[0].attn.num_heads,
+        "heads": block.attn.num_heads,
+        "mlp_width": block.mlp.fc1.out_features,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "norm_eps": block.norm1.eps,
     }
 
 
@@ -51,6 +61,11 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise RRCMError(f"{path}: truncated or not a safetensors file ({error}); make it again or dvc pull") from None
 
 
+def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hexadecimal SHA-256 of tensors with their names, shapes and dtypes, whatever their order and device."""
+    return hashlib.sha256(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})).hexdigest()
+
+
 def save_model(folder: Path | str, model: NoiseConditionedViT | Classifier, **facts: object) -> None:
     """Write `model` into `folder`: weights (float32) and config.json with its architecture and `facts` (JSON-able)."""
     folder = Path(folder)
@@ -62,39 +77,53 @@ def save_model(folder: Path | str, model: NoiseConditionedViT | Classifier, **fa
     write_json(folder / "config.json", described | facts)
 
 
-def load_encoder(folder: Path | str, expected: dict[str, int] | None = None) -> NoiseConditionedViT:
-    """Load a pre-trained encoder. With `expected` (see `architecture`) another architecture is refused."""
-    folder = Path(folder)
-    described = _read_config(folder, expected)
-    return _fill(NoiseConditionedViT(**described["architecture"]), load_tensors(folder / "model.safetensors"), folder)
+def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) -> NoiseConditionedViT:
+    """Load the encoder of a folder of ours or of a file of the authors, with or without a head or projector on it.
+
+    With `expected`, which has ARCHITECTURE, other sizes are refused, and the authors' heads are as many as it says.
+    """
+    path = Path(path)
+    if path.is_file():
+        heads = None if expected is None else expected["heads"]
+        encoder = load_authors_checkpoint(path, heads=heads, sigma=1.0).encoder  # any sigma: it is for the head
+        _check_sizes(architecture(encoder), expected, path)
+        return encoder
+    described = _read_config(path)
+    _check_sizes(described["architecture"], expected, path)
+    if "classes" in described:
+        return load_classifier(path).train().encoder
+    return fill(NoiseConditionedViT(**described["architecture"]), load_tensors(path / "model.safetensors"), path)
 
 
 def load_classifier(folder: Path | str) -> Classifier:
     """Load a fine-tuned classifier, in eval mode."""
     folder = Path(folder)
-    described = _read_config(folder, None)
+    described = _read_config(folder)
     if "classes" not in described:
         raise RRCMError(f"{folder}/config.json: this is an encoder without a head; fine-tune it first")
     model = Classifier(NoiseConditionedViT(**described["architecture"]), described["classes"], described["t"])
-    return _fill(model, load_tensors(folder / "model.safetensors"), folder).eval()
+    return fill(model, load_tensors(folder / "model.safetensors"), folder).eval()
 
 
-def _read_config(folder: Path, expected: dict[str, int] | None) -> dict:
+def _read_config(folder: Path) -> dict:
     described = read_json(folder / "config.json")
     found = described.get("architecture")
-    if not isinstance(found, dict) or set(found) != set(ARCHITECTURE):
+    if not isinstance(found, dict) or not set(ARCHITECTURE) <= set(found) <= {*ARCHITECTURE, *DETAILS}:
         raise RRCMError(f"{folder}/config.json: does not describe a network of rrcm; it must have `architecture`")
-    if expected is not None:
-        for name in ARCHITECTURE:
-            if found[name] != expected[name]:
-                raise RRCMError(
-                    f"{folder}: checkpoint of another architecture: {name} is {found[name]}, "
-                    f"the settings want {expected[name]}; pre-train again or change the settings"
-                )
     return described
 
 
-def _fill(model: Network, tensors: dict[str, torch.Tensor], origin: Path) -> Network:
+def _check_sizes(found: Mapping, expected: Mapping | None, origin: Path) -> None:
+    for name in ARCHITECTURE if expected is not None else ():
+        if found[name] != expected[name]:
+            raise RRCMError(
+                f"{origin}: checkpoint of another architecture: {name} is {found[name]}, "
+                f"the settings want {expected[name]}; pre-train again or change the settings"
+            )
+
+
+def fill(model: Network, tensors: Mapping[str, torch.Tensor], origin: Path | str) -> Network:
+    """Put weights into a model. Raises `RRCMError` naming one that does not fit; `origin` is theirs."""
     own = model.state_dict()
     for name in own.keys() | tensors.keys():
         if name not in own or name not in tensors:
@@ -145,22 +174,21 @@ def load_authors_checkpoint(
         raise RRCMError(f"{path}: width {width} cannot be split over {heads} heads; pass heads=")
     encoder = NoiseConditionedViT(grid * patch_size, channels, patch_size, width, depth, heads)
     trunk = {name: tensor for name, tensor in trunk.items() if not name.startswith("linear_head.")}
-    _fill(encoder, trunk, path)
+    fill(encoder, trunk, path)
     if not final_norm:
         encoder.norm = nn.Identity()
     if not fine_tuned:
         if not projector:
             raise RRCMError(f"{path}: has no projection_head; a pre-trained checkpoint of the authors has one")
         model = ProjectedViT(encoder, hidden=len(projector["0.weight"]), out=len(projector["6.weight"]))
-        _fill(model.projector, projector, path)
+        fill(model.projector, projector, path)
         return model
     if sigma is None:
         raise RRCMError(f"{path}: a fine-tuned checkpoint needs sigma=, the pixel noise it was tuned for")
-    grid_levels = karras_levels(levels)
-    nearest = float(grid_levels[(grid_levels - 2 * sigma).abs().argmin()])
+    nearest = nearest_level(karras_levels(levels), 2 * sigma)
     head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
     classifier = Classifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
-    _fill(classifier.head, head, path)
+    fill(classifier.head, head, path)
     return classifier
 
 
@@ -181,3 +209,39 @@ def _read_authors_file(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise RRCMError(f"{path}: not a state dict of tensors")
     return weights
+
+
+def unknown_to_timm(name: str) -> str | None:
+    """What is wrong with the name of a model of timm's, and what may be meant; None when there is such a model."""
+    if timm.is_model(name):
+        return None
+    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has them all"
+    return f"timm has no model of that name; {hint}"
+
+
+def load_timm(name: str, weights: Path | str | None = None) -> nn.Module:
+    """timm's model, trained: with the weights that timm downloads, or those of a safetensors file and as many classes
+    as they have. Raises `RRCMError` for an unknown name, and for weights that are not to be had or of another model.
+    """
+    if complaint := unknown_to_timm(name):
+        raise RRCMError(f"{name}: {complaint}")
+    if weights is not None:
+        return _fill_timm(name, Path(weights))
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # hub, protocols and timm have their own
+        raise RRCMError(f"{name}: no pre-trained weights to be had ({one_line(error)}); give a file of them") from None
+
+
+def _fill_timm(name: str, weights: Path) -> nn.Module:
+    tensors = load_tensors(weights)
+    try:
+        config = timm.get_pretrained_cfg(name)
+        head = tensors.get(f"{config.classifier}.weight") if config else None
+        classes = config.num_classes if head is None else len(head)
+        overlay = {"file": str(weights), "num_classes": classes}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes)
+    except Exception as error:  # each of timm's loaders has its own
+        raise RRCMError(f"{weights}: not the weights of timm's {name} ({one_line(error)})") from None

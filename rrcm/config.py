@@ -31,22 +31,21 @@ class Section(BaseModel):
 class Method:
     """How a classifier is trained. `matched` gives a scratch method rRCM's total compute (pre-training included)."""
 
-    pretrained: bool
+    start: Literal["pretrain", "timm"] | None  # the weights of our pre-training, those of a ViT of timm's, or random
     regularized: bool
     matched: bool
     label: str
 
 
 METHODS = {
-    "rrcm": Method(pretrained=True, regularized=True, matched=False, label="rRCM"),
-    "consistency": Method(pretrained=False, regularized=True, matched=False, label="Consistency"),
-    "gaussian": Method(pretrained=False, regularized=False, matched=False, label="Gaussian"),
-    "consistency_matched": Method(
-        pretrained=False, regularized=True, matched=True, label="Consistency, matched compute"
-    ),
-    "gaussian_matched": Method(pretrained=False, regularized=False, matched=True, label="Gaussian, matched compute"),
+    "rrcm": Method(start="pretrain", regularized=True, matched=False, label="rRCM"),
+    "consistency": Method(start=None, regularized=True, matched=False, label="Consistency"),
+    "gaussian": Method(start=None, regularized=False, matched=False, label="Gaussian"),
+    "consistency_matched": Method(start=None, regularized=True, matched=True, label="Consistency, matched compute"),
+    "gaussian_matched": Method(start=None, regularized=False, matched=True, label="Gaussian, matched compute"),
+    "timm": Method(start="timm", regularized=True, matched=False, label="timm ViT"),
 }
-MethodName = Literal["rrcm", "consistency", "gaussian", "consistency_matched", "gaussian_matched"]
+MethodName = Literal["rrcm", "consistency", "gaussian", "consistency_matched", "gaussian_matched", "timm"]
 
 
 class Data(Section):
@@ -153,9 +152,19 @@ class FinetuneSettings(Section):
     probe_epochs: Annotated[int, Field(ge=0)]  # linear-probe start: epochs on the head alone, clean images
 
 
-class Finetune(FinetuneSettings):
-    """Fine-tuning, with what differs per sigma or for networks trained from scratch."""
+class TimmViT(Section):
+    """The ViT of timm's that method `timm` starts from."""
 
+    model: str | None  # its name; null where nobody asks for it
+    weights: str | None  # a safetensors file of its weights; null: timm downloads them
+
+
+class Finetune(FinetuneSettings):
+    """Fine-tuning, with where it starts and what differs per sigma or for networks trained from scratch."""
+
+    start: str | None  # of `rrcm`: a folder of ours or a file of the authors, null: models/pretrain
+    time: Literal["exact", "grid"]  # of `rrcm`: t = 2 sigma, or the nearest of the levels of pre-training
+    timm: TimmViT
     scratch: dict[str, float | int | str]  # settings replaced when training from scratch
     per_sigma: list[dict[str, float | int | str]]  # entries {sigma: s, setting: value, ...}
     pretraining_shared_by: Count  # number of fine-tuned models that share the pre-training compute
@@ -169,9 +178,18 @@ class Finetune(FinetuneSettings):
         for entry in self.per_sigma:
             if entry.get("sigma") == sigma:
                 merged |= {name: value for name, value in entry.items() if name != "sigma"}
-        if not METHODS[method].pretrained:
+        if METHODS[method].start is None:
             merged |= self.scratch
         return FinetuneSettings.model_validate(merged)
+
+    def origin(self, method: str) -> str:
+        """What a method starts from: `scratch`, a folder, a file, or the name of a ViT of timm's."""
+        names = {None: "scratch", "pretrain": self.start or "models/pretrain", "timm": self.timm.model}
+        return names[METHODS[method].start]
+
+    def uses_pretraining(self, method: str) -> bool:
+        """Whether a method starts from models/pretrain: its compute then counts."""
+        return METHODS[method].start == "pretrain" and self.start is None
 
     @model_validator(mode="after")
     def overrides_fit(self) -> Self:
@@ -293,6 +311,8 @@ class Config(Section):
         for name in ("sigmas", "methods"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must not repeat an entry")
+        if "timm" in self.methods and self.finetune.timm.model is None:
+            raise ValueError("finetune.timm.model null must be the name of a ViT of timm's, or methods without timm")
         attacked = self.attack.methods
         if len(set(attacked)) != len(attacked) or not set(attacked) <= set(self.methods):
             raise ValueError(f"attack.methods {attacked} must be among methods {self.methods}, each at most once")

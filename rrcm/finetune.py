@@ -12,24 +12,25 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch.nn.parallel import DistributedDataParallel
 
-from rrcm import augment, distributed, loader, losses, model, rng, schedules, shards
-from rrcm.checkpoint import ARCHITECTURE, load_encoder, save_model
+from rrcm import augment, distributed, loader, losses, model, rng, schedules, shards, transplant
+from rrcm.checkpoint import ARCHITECTURE, architecture, load_encoder, load_timm, save_model, sha256_tensors
 from rrcm.config import METHODS, Config, FinetuneSettings
 from rrcm.distributed import Process, all_sum, autocast, barrier, processes
 from rrcm.environment import environment
 from rrcm.errors import RRCMError
 from rrcm.files import atomic_directory, read_json, sha256_file, write_csv, write_json
 from rrcm.losses import consistency_regularizer
-from rrcm.model import Classifier, build_encoder, parameter_count
+from rrcm.model import Classifier, NoiseConditionedViT, build_encoder, parameter_count
 from rrcm.progress import Progress
 from rrcm.rng import derive_seed, normal_per_sample
 from rrcm.runs import Run, fingerprint, pack_state, unpack_state
-from rrcm.schedules import warmup_cosine
+from rrcm.schedules import karras_levels, nearest_level, warmup_cosine
 from rrcm.shards import ShardedImages, read_split
 
 VALIDATION_COPIES = 4  # noisy copies of each validation image
 
-CODE = (augment, distributed, loader, losses, model, rng, schedules, shards)  # what decides the result, with this file
+# what decides the result, with this file
+CODE = (augment, distributed, loader, losses, model, rng, schedules, shards, transplant)
 
 
 def finetune(
@@ -37,9 +38,9 @@ def finetune(
 ) -> None:
     """Train one classifier and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
 
-    `pretrained` is what pre-training wrote; scratch methods do not read its weights, and the *_matched ones only its
-    compute. The weights kept are those with the best accuracy on noisy images of the `val` split. Killed and started
-    again it continues from its last checkpoint and ends with the same bytes.
+    `pretrained` is what pre-training wrote: the start of some methods, and the compute of the *_matched ones. The
+    weights kept are those with the best accuracy on noisy images of the `val` split. Killed and started again it
+    continues from its last checkpoint and ends with the same bytes.
     """
     with processes(config.device) as process:
         images, validation = ShardedImages(shard_folder, "train"), ShardedImages(shard_folder, "val")
@@ -74,6 +75,34 @@ def matched_epochs(epochs: int, pretrain_compute: float, shared_by: int, epoch_c
     return epochs + round(pretrain_compute / shared_by / epoch_compute)
 
 
+def noise_level(config: Config, method: str, sigma: float) -> float:
+    """The t that a classifier for pixel `sigma` is told: 2 sigma, or the nearest level of the grid of pre-training."""
+    if config.finetune.time == "exact" or METHODS[method].start != "pretrain":
+        return 2 * sigma
+    grid = config.pretrain
+    levels = karras_levels(grid.end_levels + 1, t_min=grid.t_min, t_max=grid.t_max, rho=grid.rho)
+    return nearest_level(levels, 2 * sigma)
+
+
+def starting_encoder(config: Config, method: str, t: float, pretrained: Path) -> NoiseConditionedViT:
+    """What a method's fine-tuning for noise level t starts from; random weights are of torch's global generator.
+
+    Raises `RRCMError` for weights that are missing, damaged, or of another network than the settings describe.
+    """
+    kind, settings, sizes = METHODS[method], config.finetune, config.data.model_dump() | config.model.model_dump()
+    encoder = build_encoder(config.model, config.data)
+    if kind.start == "timm":
+        network = load_timm(settings.timm.model, settings.timm.weights)
+        place = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
+        encoder = transplant.transplant(network, settings.timm.model, **place, t=t)
+    elif kind.start == "pretrain":
+        if settings.start is not None and not Path(settings.start).exists():
+            raise RRCMError(f"finetune.start = {settings.start!r}: no such folder or file")
+        encoder = load_encoder(settings.start or pretrained, {name: sizes[name] for name in ARCHITECTURE})
+    encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
+    return encoder
+
+
 def _train(
     config: Config,
     method: str,
@@ -86,6 +115,7 @@ def _train(
     timing: Path,
 ) -> None:
     kind, settings, seed, device = METHODS[method], config.finetune.settings(method, sigma), config.seed, process.device
+    t, uses_pretraining = noise_level(config, method, sigma), config.finetune.uses_pretraining(method)
     if settings.mixup > 0 or settings.cutmix > 0:
         if settings.batch_size // process.world % 2:
             raise RRCMError(f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process")
@@ -101,7 +131,7 @@ def _train(
     epoch_steps = loader.steps_per_epoch(len(images), settings.batch_size)
     epoch_compute = 3 * settings.copies * epoch_steps * settings.batch_size  # encoder forwards; a backward counts two
     epochs, looks_every, share = settings.epochs, config.finetune.evaluate_every, 0.0
-    if kind.matched or kind.pretrained:
+    if kind.matched or uses_pretraining:
         share = read_json(pretrained / "config.json")["compute"]["pretrain"] / config.finetune.pretraining_shared_by
     if kind.matched:
         epochs = matched_epochs(settings.epochs, share, 1, epoch_compute)
@@ -110,12 +140,8 @@ def _train(
     total_steps = epochs * epoch_steps
 
     torch.manual_seed(derive_seed(seed, "finetune"))  # initial weights: the same for every scratch method and sigma
-    encoder = build_encoder(config.model, config.data)
-    if kind.pretrained:
-        sizes = config.data.model_dump() | config.model.model_dump()
-        encoder = load_encoder(pretrained, {name: sizes[name] for name in ARCHITECTURE})
-        encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
-    classifier = Classifier(encoder, len(images.classes), t=2 * sigma).to(device).train()
+    encoder = starting_encoder(config, method, t, pretrained)
+    classifier = Classifier(encoder, len(images.classes), t).to(device).train()
     rates = layer_rates(classifier, settings.layer_decay)
     groups: dict[float, list[torch.Tensor]] = {}
     for name, parameter in classifier.named_parameters():
@@ -134,13 +160,12 @@ def _train(
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # of the metrics since the epoch began
     history, selected, seconds, first = [], {"epoch": 0, "val_accuracy": -1.0}, 0.0, 0
 
-    inputs = {"shards": images.fingerprint}
-    if kind.matched or kind.pretrained:
+    inputs = {"shards": images.fingerprint, "start": sha256_tensors(encoder.state_dict())}
+    if kind.matched or uses_pretraining:
         inputs["pretrained"] = sha256_file(pretrained / "config.json")
-    if kind.pretrained:
-        inputs["weights"] = sha256_file(pretrained / "model.safetensors")
     described = config.model_dump(mode="json", include={"seed", "data", "model", "finetune"})
-    mark = fingerprint([described, method, sigma], inputs, [*CODE, sys.modules[__name__]])
+    described |= {"method": method, "sigma": sigma, "t": t, "architecture": architecture(encoder)}
+    mark = fingerprint(described, inputs, [*CODE, sys.modules[__name__]])
     run = Run(f"finetune-{method}-{sigma}", mark)
     if process.is_main:
         run.lock()
@@ -150,8 +175,9 @@ def _train(
         unpack_state(tensors, modules, optimizer)
         scaler.load_state_dict(notes["scaler"])
         history, selected, seconds = notes["history"], notes["selected"], notes["seconds"]
-    elif settings.probe_epochs and kind.pretrained:
-        probe_head(classifier, images, config, settings, process)
+    elif settings.probe_epochs and kind.start is not None:
+        quietest = config.pretrain.t_min if kind.start == "pretrain" else t  # timm's weights are put in place for one t
+        probe_head(classifier, images, config, settings, process, quietest)
     forward = classifier
     if process.world > 1:
         forward = DistributedDataParallel(classifier, broadcast_buffers=False)
@@ -243,6 +269,7 @@ def _train(
                 sigma=sigma,
                 seed=seed,
                 parameters=parameter_count(best),
+                start=config.finetune.origin(method),
                 training={"profile": config.profile, "epochs": epochs, **settings.model_dump(exclude={"epochs"})},
                 selected=selected,
                 compute={"finetune": epochs * epoch_compute, "pretrain_share": share},
@@ -292,9 +319,14 @@ def noisy_accuracy(
 
 
 def probe_head(
-    classifier: Classifier, images: ShardedImages, config: Config, settings: FinetuneSettings, process: Process
+    classifier: Classifier,
+    images: ShardedImages,
+    config: Config,
+    settings: FinetuneSettings,
+    process: Process,
+    t: float,
 ) -> None:
-    """Linear-probe start: fit the head alone on clean training images at the quietest noise level."""
+    """Linear-probe start: fit the head alone on clean training images at noise level t."""
     optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=1e-2, weight_decay=0.0)
     steps = settings.probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
     batches = loader.batches(
@@ -311,7 +343,7 @@ def probe_head(
     for batch in batches:
         with torch.no_grad():
             clean = 2 * (batch["image"].to(process.device).float() / 255) - 1
-            representation = classifier.encoder(clean, config.pretrain.t_min)
+            representation = classifier.encoder(clean, t)
         loss = F.cross_entropy(classifier.head(representation), batch["label"].to(process.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ def time_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 class NoiseConditionedViT(VisionTransformer):
     """timm's ViT with a time token between the class token and the patches; one position embedding over all of them.
 
-    Pre-norm blocks, LayerNorm eps 1e-5, no qkv bias, MLP ratio 4, GELU. Layers keep torch's own initialisation
-    (`init="torch"`) or take MoCo-v3's (`init="moco_v3"`, Chen et al. 2021).
+    Pre-norm blocks, GELU. By default LayerNorm eps 1e-5, no qkv bias and an MLP of 4 * width, as in the paper; other
+    people's ViTs differ there. Layers keep torch's own initialisation (`init="torch"`) or take MoCo-v3's
+    (`init="moco_v3"`, Chen et al. 2021).
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class NoiseConditionedViT(VisionTransformer):
         heads: int = 12,
         init: str = "torch",
         freeze_patch_embed: bool = False,
+        mlp_width: int | None = None,  # None: 4 * width
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__(
             img_size=image_size,
@@ -48,9 +53,10 @@ class NoiseConditionedViT(VisionTransformer):
             embed_dim=width,
             depth=depth,
             num_heads=heads,
-            qkv_bias=False,
+            mlp_ratio=4 if mlp_width is None else (mlp_width + 0.5) / width,  # timm rounds the product down
+            qkv_bias=qkv_bias,
             reg_tokens=1,  # reserves the time token's place in the position embedding
-            norm_layer=nn.LayerNorm,  # timm's own default has eps 1e-6
+            norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             weight_init="skip",
         )
         del self.reg_token
@@ -98,8 +104,11 @@ def class_token_of_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor
     """
     attention, normed = block.attn, block.norm1(tokens)
     query, key_value = attention.qkv.weight.tensor_split([tokens.shape[-1]])
-    q = F.linear(normed[:, :1], query)
-    k, v = F.linear(normed, key_value).chunk(2, dim=-1)
+    query_bias, key_value_bias = None, None
+    if attention.qkv.bias is not None:
+        query_bias, key_value_bias = attention.qkv.bias.tensor_split([tokens.shape[-1]])
+    q = F.linear(normed[:, :1], query, query_bias)
+    k, v = F.linear(normed, key_value, key_value_bias).chunk(2, dim=-1)
     q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = tokens[:, 0] + attention.proj(attended)[:, 0]

@@ -112,7 +112,7 @@ def _model(method: str, sigma: float) -> str:
 
 
 def _needs_pretraining(config: Config) -> bool:
-    return any(METHODS[name].pretrained or METHODS[name].matched for name in config.methods)
+    return any(config.finetune.uses_pretraining(name) or METHODS[name].matched for name in config.methods)
 
 
 def _inputs(config: Config, root: Path) -> list[str]:
@@ -172,9 +172,8 @@ def _budgets(config: Config, root: Path, models: Mapping[tuple[str, float], Mapp
     """Compute (encoder forward passes) and time (seconds) of each model."""
     rows = []
     for (method, sigma), model in models.items():
-        place, kind = f"{method}/{sigma_name(sigma)}.json", METHODS[method]
-        share = 0.0
-        if kind.pretrained:
+        place, share = f"{method}/{sigma_name(sigma)}.json", 0.0
+        if config.finetune.uses_pretraining(method):
             share = read_json(root / "timings/pretrain.json")["seconds"] / config.finetune.pretraining_shared_by
         rows.append(
             {
@@ -373,6 +372,11 @@ BUDGETS = (
     "*matched compute*, which train longer: for as many encoder passes as rRCM's fine-tuning and its share of the "
     "pre-training together (one part in {shared_by}, the number of models that use it)."
 )
+ELSEWHERE = (
+    " {label} starts from weights that were pre-trained elsewhere (`{origin}`): what that took is not known and not "
+    "counted, so its compute is that of fine-tuning alone, in passes of its own network, and it has no part in the "
+    "comparison at equal total compute."
+)
 
 
 def _report(
@@ -386,7 +390,12 @@ def _report(
     """report.md."""
     sections = [f"# {config.profile}", _finding(config, certificates)]
     sections += [PROCEDURES[config.certify.procedure].format(**config.certify.model_dump())]
-    sections += [BUDGETS.format(shared_by=config.finetune.pretraining_shared_by)]
+    elsewhere = [
+        ELSEWHERE.format(label=METHODS[name].label, origin=config.finetune.origin(name))
+        for name in config.methods
+        if METHODS[name].start is not None and not config.finetune.uses_pretraining(name)
+    ]
+    sections += ["".join([BUDGETS.format(shared_by=config.finetune.pretraining_shared_by), *elsewhere])]
     accuracy = CAPTIONS["certified_accuracy"] + (OTHERS if config.report.others else "")
     captions = CAPTIONS | {"certified_accuracy": accuracy}
     sections += ["## Figures"] + [f"![{name}]({name}.png)\n\n{captions[name]}" for name in captions if name in drawn]
@@ -408,7 +417,7 @@ def _finding(config: Config, certificates: Certificates) -> str:
     """One paragraph, from the numbers: who has the highest ACR at each sigma, in both comparisons."""
     settings, images = config.certify, len(next(iter(certificates.values())))
     equal_budget = [name for name in config.methods if not METHODS[name].matched]
-    equal_compute = [name for name in config.methods if METHODS[name].pretrained or METHODS[name].matched]
+    equal_compute = [name for name in config.methods if config.finetune.uses_pretraining(name) or METHODS[name].matched]
     sentences = [
         f"{images} test images of {config.data.source}, n = {settings.n:,}, alpha = {settings.alpha:g}, training seed "
         f"{config.seed}."

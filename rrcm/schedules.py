@@ -16,6 +16,11 @@ def karras_levels(
     return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
+def nearest_level(levels: torch.Tensor, t: float) -> float:
+    """The one of the noise levels (N,) that is nearest to t: what stands in for t in the authors' fine-tuning."""
+    return float(levels[(levels - t).abs().argmin()])
+
+
 def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -> int:
     """Grid size N(k) = min(s0 * 2^ceil(k / K'), s1) + 1 with K' = ceil(K / log2(ceil(s1 / s0) + 1))."""
     doubling_steps = math.ceil(total_steps / math.log2(math.ceil(end / start) + 1))

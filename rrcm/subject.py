@@ -1,21 +1,18 @@
 """Whatever a person means by a model, as a classifier of pixels in [0, 1] that can be certified: a folder of ours, a
 file of the authors', or a name of timm's."""
 
-import difflib
-import logging
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from rrcm.checkpoint import load_authors_checkpoint, load_classifier, load_tensors
-from rrcm.errors import RRCMError
+from rrcm.checkpoint import load_authors_checkpoint, load_classifier, load_timm, unknown_to_timm
+from rrcm.errors import RRCMError, one_line
+from rrcm.files import read_json
 from rrcm.model import Classifier
 
 
@@ -63,8 +60,11 @@ def load_subject(
         raise RRCMError(f"{model}: only a checkpoint file of the authors can skip the final norm; leave that out")
     if path.is_dir():
         subject = _of_classifier(load_classifier(path))
+        subject = subject._replace(sigma=read_json(path / "config.json").get("sigma", subject.sigma))
     elif path.exists():
         subject = _of_authors(path, sigma, final_norm)
+    elif complaint := unknown_to_timm(model):
+        raise RRCMError(f"{model}: no such folder or file, and {complaint}")
     else:
         subject = _of_timm(model, weights)
     return subject if classes is None else subject._replace(names=_read_names(classes, len(subject.names)))
@@ -94,11 +94,7 @@ def _of_authors(path: Path, sigma: float | None, final_norm: bool) -> Subject:
 
 
 def _of_timm(name: str, weights: Path | None) -> Subject:
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has them all"
-        raise RRCMError(f"{name}: no such folder or file, and timm has no model of that name; {hint}")
-    network = _download(name) if weights is None else _fill(name, weights)
+    network = load_timm(name, weights)
     config = resolve_model_data_config(network)
     channels, height, width = config["input_size"]
     if channels not in (1, 3) or height != width:
@@ -108,26 +104,6 @@ def _of_timm(name: str, weights: Path | None) -> Subject:
     subject = Subject(normalized, height, channels, None, numbers, [])
     subset = infer_imagenet_subset(network)
     return _named_by_imagenet(subject, subset) if subset else subject
-
-
-def _download(name: str) -> nn.Module:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
-    try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:  # hub, protocols and timm have their own
-        raise RRCMError(f"{name}: no pre-trained weights to be had ({_line(error)}); give a file of them") from None
-
-
-def _fill(name: str, weights: Path) -> nn.Module:
-    """timm's model with the weights of a file, and as many classes as those have."""
-    tensors, config = load_tensors(weights), timm.get_pretrained_cfg(name)
-    head = tensors.get(f"{config.classifier}.weight") if config else None
-    try:
-        classes = config.num_classes if head is None else len(head)
-        overlay = {"file": str(weights), "num_classes": classes}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes)
-    except Exception as error:  # each of timm's loaders has its own
-        raise RRCMError(f"{weights}: not the weights of timm's {name} ({_line(error)})") from None
 
 
 def _named_by_imagenet(subject: Subject, subset: str) -> Subject:
@@ -140,12 +116,8 @@ def _read_names(path: Path, count: int) -> list[str]:
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RRCMError(f"{path}: cannot be read as text ({_line(error)})") from None
+        raise RRCMError(f"{path}: cannot be read as text ({one_line(error)})") from None
     names = [name.strip() for name in names if name.strip()]
     if len(names) != count:
         raise RRCMError(f"{path}: has {len(names)} class names, the model {count} classes; give one a line, in order")
     return names
-
-
-def _line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -19,9 +19,12 @@ def small(**changes) -> NoiseConditionedViT:
     )
 
 
-def test_the_last_blocks_class_token_is_timms():
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_the_last_blocks_class_token_is_timms(qkv_bias):
     """Values and every gradient equal those of the whole block, of which only the class token is used."""
-    block = small().blocks[-1]
+    block = small(qkv_bias=qkv_bias).blocks[-1]
+    if qkv_bias:
+        torch.nn.init.normal_(block.attn.qkv.bias)
     tokens = torch.randn(5, 6, 32)
     one, two = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
     ours, theirs = class_token_of_block(block, one), block(two)[:, 0]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -72,7 +73,7 @@ def make_inputs(config: Config, root: Path) -> None:
     write_csv(root / "models/pretrain/history.csv", pretraining.to_dict("records"))
     write_json(root / "models/pretrain/config.json", {"compute": {"pretrain": 1.2e6}})
     write_json(root / "timings/pretrain.json", {"seconds": 90.0, "environment": ENVIRONMENT})
-    skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1], strict=True))
+    skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4], strict=True))
     for method in config.methods:
         epochs = 68 if METHODS[method].matched else 20
         for sigma in config.sigmas:
@@ -96,7 +97,7 @@ def make_inputs(config: Config, root: Path) -> None:
             ]
             history[0]["val_accuracy"] = None
             write_csv(root / f"models/{place}/history.csv", history)
-            share = 4e5 if METHODS[method].pretrained else 0.0
+            share = 4e5 if config.finetune.uses_pretraining(method) else 0.0
             details = {"method": method, "sigma": sigma, "seed": 0, "parameters": 208_000}
             details |= {"selected": {"epoch": epochs - 1, "val_accuracy": float(accuracy[-2])}}
             write_json(
@@ -221,6 +222,23 @@ def test_report_says_what_the_numbers_say(made):
     for name in ("certificates/rrcm/sigma_0.25.tsv", "certificates/rrcm/sigma_0.25.samples.tsv", OTHERS[0]["path"]):
         assert f"\n{sha256_file(root / name)}  {name}\n" in text
     assert "120 test images of digits, n = 1,000, alpha = 0.001" in finding
+
+
+def test_what_was_pretrained_elsewhere_is_counted_and_compared_for_what_is_known(tmp_path: Path):
+    finetune = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["finetune"]
+    finetune |= {"start": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
+    config = make_config(methods=["rrcm", "timm", "consistency"], finetune=finetune, sigmas=[0.25])
+    make_inputs(config, tmp_path)
+    shutil.rmtree(tmp_path / "models/pretrain")  # nobody needs it
+    (tmp_path / "timings/pretrain.json").unlink()
+    write_report(config, tmp_path, tmp_path / "out")
+    budgets = pd.read_csv(tmp_path / "out/budgets.csv").set_index("method")
+    assert not budgets[["pretrain_share_passes", "pretrain_share_seconds"]].to_numpy().any()
+    assert (budgets["total_passes"] == budgets["finetune_passes"]).all()
+    text = (tmp_path / "out/report.md").read_text()
+    assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text
+    assert "timm ViT starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
+    assert "At equal fine-tuning budget" in text and "At equal total compute**" not in text
 
 
 def test_report_says_how_certificates_were_made(made, tmp_path: Path):
