@@ -32,7 +32,7 @@ from rrcm.environment import environment, keep_freed_memory
 from rrcm.errors import RRCMError
 from rrcm.figures import OKABE_ITO, house_style, save
 from rrcm.files import read_json, write_json
-from rrcm.model import Classifier
+from rrcm.model import Block, Classifier
 from rrcm.procedures import clopper_pearson_lower
 from rrcm.progress import Progress
 from rrcm.results import certified_accuracy
@@ -63,7 +63,7 @@ class WholeBlocks(nn.Module):
         self.classifier = classifier
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        with mock.patch("rrcm.model.class_token_of_block", lambda block, tokens: block(tokens)[:, 0]):
+        with mock.patch.object(Block, "class_token", lambda block, tokens: block(tokens)[:, 0]):
             return self.classifier(pixels)
 
 

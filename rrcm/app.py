@@ -14,9 +14,10 @@ gc.disable()
 import typer  # noqa: E402
 
 from rrcm.environment import keep_freed_memory  # noqa: E402
-from rrcm.errors import RRCMError  # noqa: E402
+from rrcm.errors import RRCMError, Stopped  # noqa: E402
 
 INTERRUPTED = 130  # the exit status that shells give Ctrl-C
+TERMINATED = 143  # and SIGTERM
 
 
 def application() -> typer.Typer:
@@ -25,12 +26,16 @@ def application() -> typer.Typer:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, but an `RRCMError` is printed without a traceback and gives exit status 1, and Ctrl-C gives 130."""
+    """`command`, but an `RRCMError` is printed without a traceback and gives exit status 1,
+    Ctrl-C gives 130, and work that SIGTERM stopped 143."""
 
     @functools.wraps(command)
     def guard(*args: object, **options: object) -> None:
         try:
             command(*args, **options)
+        except Stopped as stop:
+            print(stop, file=sys.stderr)
+            raise typer.Exit(TERMINATED) from None
         except RRCMError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None

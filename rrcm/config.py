@@ -73,6 +73,7 @@ class Model(Section):
     projection: Count
     init: Literal["torch", "moco_v3"]
     freeze_patch_embed: bool
+    checkpoint_blocks: bool  # recompute each block's insides in the backward pass: less memory, a third more time
 
     @model_validator(mode="after")
     def shapes_fit(self) -> Self:
@@ -96,6 +97,7 @@ class Views(Section):
 class Pretrain(Section):
     """Pre-training: losses, curriculum and schedules of the paper, section 4."""
 
+    objective: Literal["rrcm", "moco_noise"]  # moco_noise: the contrastive term alone, noise as one more augmentation
     batch_size: Annotated[int, Field(ge=2)]  # images a step over all processes
     steps: Count
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -114,7 +116,12 @@ class Pretrain(Section):
     student_ema: Rate
     views: Views
     precision: Precision
+    parts: Count  # that the networks see a batch in, to save memory; the gradient stays that of the whole batch
+    compile: bool  # torch.compile
     log_every: Count  # steps
+    evaluate_every: Count  # steps between looks at the representations of the validation split
+    evaluate_sigmas: Annotated[list[Positive], Field(min_length=1)]  # at these noises, pixel units
+    evaluate_images: Count  # at most so many, of the validation split and of the training split (the neighbours)
     checkpoint_every: Count  # steps
 
     @model_validator(mode="after")
@@ -169,6 +176,8 @@ class Finetune(FinetuneSettings):
     per_sigma: list[dict[str, float | int | str]]  # entries {sigma: s, setting: value, ...}
     pretraining_shared_by: Count  # number of fine-tuned models that share the pre-training compute
     precision: Precision
+    parts: Count  # as in pre-training
+    compile: bool  # torch.compile
     evaluate_every: Count  # epochs between looks at the validation split
     checkpoint_every: Count  # epochs
 

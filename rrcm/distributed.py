@@ -49,7 +49,7 @@ def processes(device: str) -> Iterator[Process]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Process(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
@@ -86,6 +86,19 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def all_min(x: torch.Tensor) -> torch.Tensor:
+    """Minimum over processes, without gradient."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process. On the CPU: no device is waited for."""
+    return bool(all_min(torch.tensor(int(not flag))) == 0)
+
+
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -114,6 +127,13 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+def available_precision(device: torch.device, precision: str) -> str:
+    """`precision`, but fp16 for the bf16 that an older GPU does not have."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return precision
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -336,6 +336,34 @@ def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) ->
 
 
 @house_style()
+def draw_representation(looks: pd.DataFrame) -> Figure:
+    """What pre-training does to the representations of held-out images: k-NN accuracy, and how still they stay along a
+    noise trajectory, over steps, a line a noise.
+
+    A row of `looks` is a step and pixel sigma (0: clean) with knn, cosine (to the same image at t_min), similarity
+    (cosine of different images).
+    """
+    figure = Figure(figsize=(7.2, 3.0))
+    accuracy, stillness = figure.subplots(1, 2)
+    noises = sorted(looks["sigma"].unique())
+    for sigma, shade, marker in zip(noises, np.linspace(0.75, 0.0, len(noises)), cycle("osD^v"), strict=False):
+        rows = looks[looks["sigma"] == sigma]
+        style = {"color": matplotlib.colormaps["cividis"](shade), "marker": marker, "markersize": 3.5}
+        label = f"σ = {sigma:g}" if sigma else "clean"
+        accuracy.plot(rows["step"], 100 * rows["knn"], label=label, **style)
+        if sigma:
+            stillness.plot(rows["step"], rows["cosine"], **style)
+            stillness.plot(rows["step"], rows["similarity"], linestyle=":", linewidth=1, **style)
+    accuracy.set(xlabel="step", ylabel="k-NN accuracy (%)", ylim=(0, 102), title="before any fine-tuning")
+    stillness.set(xlabel="step", ylabel="mean cosine", ylim=(None, 1.02), title="representations under noise")
+    stillness.plot([], [], "-", color=INK, label="with the same image at t_min")
+    stillness.plot([], [], ":", color=INK, linewidth=1, label="of different images")
+    stillness.legend(loc="best")
+    _legend(figure, [accuracy])
+    return figure
+
+
+@house_style()
 def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Tile]], label: str) -> Figure:
     """Test images (columns) clean and with noise of each sigma (rows), with the answer of the method called `label`."""
     sigmas = sorted(noisy)

@@ -3,16 +3,14 @@
 import copy
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch.nn.parallel import DistributedDataParallel
 
-from rrcm import augment, distributed, loader, losses, model, rng, schedules, shards, transplant
+from rrcm import augment, distributed, loader, losses, model, rng, schedules, shards, trainer, transplant
 from rrcm.checkpoint import ARCHITECTURE, architecture, load_encoder, load_timm, save_model, sha256_tensors
 from rrcm.config import METHODS, Config, FinetuneSettings
 from rrcm.distributed import Process, all_sum, autocast, barrier, processes
@@ -21,16 +19,16 @@ from rrcm.errors import RRCMError
 from rrcm.files import atomic_directory, read_json, sha256_file, write_csv, write_json
 from rrcm.losses import consistency_regularizer
 from rrcm.model import Classifier, NoiseConditionedViT, build_encoder, parameter_count
-from rrcm.progress import Progress
 from rrcm.rng import derive_seed, normal_per_sample
-from rrcm.runs import Run, fingerprint, pack_state, unpack_state
+from rrcm.runs import Run, fingerprint
 from rrcm.schedules import karras_levels, nearest_level, warmup_cosine
 from rrcm.shards import ShardedImages, read_split
+from rrcm.trainer import Trainer
 
 VALIDATION_COPIES = 4  # noisy copies of each validation image
 
-# what decides the result, with this file
-CODE = (augment, distributed, loader, losses, model, rng, schedules, shards, transplant)
+# What decides the result, with this file.
+CODE = (augment, distributed, loader, losses, model, rng, schedules, shards, trainer, transplant)
 
 
 def finetune(
@@ -100,6 +98,7 @@ def starting_encoder(config: Config, method: str, t: float, pretrained: Path) ->
             raise RRCMError(f"finetune.start = {settings.start!r}: no such folder or file")
         encoder = load_encoder(settings.start or pretrained, {name: sizes[name] for name in ARCHITECTURE})
     encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
+    encoder.checkpoint_blocks = config.model.checkpoint_blocks
     return encoder
 
 
@@ -138,6 +137,7 @@ def _train(
         looks_every = math.ceil(looks_every * epochs / settings.epochs)  # as many looks at the validation split
         share = 0.0
     total_steps = epochs * epoch_steps
+    batch_seed = derive_seed(seed, "finetune batches")
 
     torch.manual_seed(derive_seed(seed, "finetune"))  # initial weights: the same for every scratch method and sigma
     encoder = starting_encoder(config, method, t, pretrained)
@@ -155,112 +155,80 @@ def _train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.finetune.precision == "fp16")
     best = copy.deepcopy(classifier).requires_grad_(False)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of the metrics since the epoch began
-    history, selected, seconds, first = [], {"epoch": 0, "val_accuracy": -1.0}, 0.0, 0
-
     inputs = {"shards": images.fingerprint, "start": sha256_tensors(encoder.state_dict())}
     if kind.matched or uses_pretraining:
         inputs["pretrained"] = sha256_file(pretrained / "config.json")
     described = config.model_dump(mode="json", include={"seed", "data", "model", "finetune"})
     described |= {"method": method, "sigma": sigma, "t": t, "architecture": architecture(encoder)}
     mark = fingerprint(described, inputs, [*CODE, sys.modules[__name__]])
-    run = Run(f"finetune-{method}-{sigma}", mark)
-    if process.is_main:
-        run.lock()
-    modules = {"classifier": classifier, "best": best}
-    if (state := run.load()) is not None:
-        first, tensors, notes = state
-        unpack_state(tensors, modules, optimizer)
-        scaler.load_state_dict(notes["scaler"])
-        history, selected, seconds = notes["history"], notes["selected"], notes["seconds"]
-    elif settings.probe_epochs and kind.start is not None:
+    trainer = Trainer(
+        Run(f"finetune-{method}-{sigma}", mark),
+        process,
+        label=f"finetune {method} sigma {sigma:g}",
+        steps=total_steps,
+        modules={"classifier": classifier, "best": best},
+        optimizer=optimizer,
+        precision=config.finetune.precision,
+        metrics=["loss", "cross_entropy", "regularizer"],
+        checkpoint_every=config.finetune.checkpoint_every * epoch_steps,
+        suspects=lambda step: loader.shards_of_step(images, settings.batch_size, batch_seed, step),
+    )
+    trainer.notes = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
+    if not trainer.resume() and settings.probe_epochs and kind.start is not None:
         quietest = config.pretrain.t_min if kind.start == "pretrain" else t  # timm's weights are put in place for one t
         probe_head(classifier, images, config, settings, process, quietest)
-    forward = classifier
-    if process.world > 1:
-        forward = DistributedDataParallel(classifier, broadcast_buffers=False)
+    if config.finetune.compile:
+        classifier.compile()
+    forward = trainer.parallel(classifier)
     pixels, labels, _ = read_split(validation, config.data.image_size)
 
     batches = loader.batches(
         images,
         augment.FinetuneTransform(settings.augmentation, config.data.image_size),
         batch_size=settings.batch_size,
-        seed=derive_seed(seed, "finetune batches"),
-        first_step=first,
+        seed=batch_seed,
+        first_step=trainer.done,
         last_step=total_steps,
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,
     )
-    start = time.monotonic()
-    label = f"finetune {method} sigma {sigma:g}"
-    with Progress(total_steps, label, "steps", done=first, quiet=not process.is_main) as progress:
-        for step, batch in enumerate(batches, start=first):
-            factor = warmup_cosine(step / epoch_steps, settings.warmup_epochs, epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor * group["factor"]
-            clean, target = batch["image"].to(device), batch["label"].to(device)
-            if mix is not None:
-                np.random.seed(derive_seed(seed, "mixup", step, process.rank) % 2**32)  # timm draws from numpy's global
-                clean, soft = mix(clean.float(), target)
-            else:
-                soft = F.one_hot(target, len(images.classes)).float()
-                soft = soft * (1 - settings.label_smoothing) + settings.label_smoothing / len(images.classes)
-            copies = (clean.float() / 255).repeat(settings.copies, 1, 1, 1)
-            positions = [f"{copy} {p}" for copy in range(settings.copies) for p in batch["position"].tolist()]
-            noise = normal_per_sample(
-                copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device
-            )
-            with autocast(device, config.finetune.precision):
-                logits = forward(copies + sigma * noise).float().unflatten(0, (settings.copies, -1))
-            cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
-            regularizer = torch.zeros((), device=device)
-            if kind.regularized:
-                regularizer = consistency_regularizer(
-                    logits, settings.consistency_weight, settings.entropy_weight
-                ).mean()
-            loss = cross_entropy + regularizer
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            sums += torch.stack([loss, cross_entropy, regularizer]).detach().double()
-            progress.update(1)
+    for step, batch in trainer.steps(batches):
+        rate = peak * warmup_cosine(step / epoch_steps, settings.warmup_epochs, epochs)
+        clean, target = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
+        if mix is not None:
+            clean, soft = mix_pairs(mix, clean, target, derive_seed(seed, "mixup", step))
+        else:
+            soft = F.one_hot(target, len(images.classes)).float()
+            soft = soft * (1 - settings.label_smoothing) + settings.label_smoothing / len(images.classes)
+        copies = (clean.float() / 255).repeat(settings.copies, 1, 1, 1)
+        positions = [f"{copy} {p}" for copy in range(settings.copies) for p in batch["position"].tolist()]
+        noise = normal_per_sample(copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device)
+        with trainer.autocast():
+            logits = forward(copies + sigma * noise, config.finetune.parts)
+        logits = logits.float().unflatten(0, (settings.copies, -1))
+        cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+        regularizer = torch.zeros((), device=device)
+        if kind.regularized:
+            regularizer = consistency_regularizer(logits, settings.consistency_weight, settings.entropy_weight).mean()
+        loss = cross_entropy + regularizer
+        trainer.descend(loss, rate)
+        trainer.count(loss, cross_entropy, regularizer)
 
-            epoch, into_epoch = divmod(step + 1, epoch_steps)
-            if into_epoch:
-                continue
-            mean = (all_sum(sums) / (process.world * epoch_steps)).tolist()
-            sums.zero_()
-            if not math.isfinite(mean[0]):
-                raise RRCMError(
-                    f"{label}: the loss is not finite in epoch {epoch}; lower the learning rate or use fp32. "
-                    f"The last good state is kept in {run.folder}"
-                )
-            accuracy = None
-            if epoch % looks_every == 0 or epoch == epochs:
-                accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, config.finetune.precision, process)
-                if accuracy > selected["val_accuracy"]:
-                    selected = {"epoch": epoch, "val_accuracy": accuracy}
-                    best.load_state_dict(classifier.state_dict())
-                progress.update(0, loss=f"{mean[0]:.3f}", val_accuracy=f"{100 * accuracy:.1f} %")
-            row = dict(zip(["loss", "cross_entropy", "regularizer"], mean, strict=True))
-            history.append({"epoch": epoch, **row, "val_accuracy": accuracy, "lr": peak * factor})
-            if epoch % config.finetune.checkpoint_every == 0 and epoch < epochs:
-                if process.is_main:
-                    notes = {
-                        "scaler": scaler.state_dict(),
-                        "history": history,
-                        "selected": selected,
-                        "seconds": seconds + time.monotonic() - start,
-                    }
-                    run.save(step + 1, pack_state(modules, optimizer), notes)
-                barrier()
+        epoch, into_epoch = divmod(step + 1, epoch_steps)
+        if into_epoch:
+            continue
+        means, accuracy, shown = trainer.averages(epoch_steps), None, {}
+        if epoch % looks_every == 0 or epoch == epochs:
+            accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, trainer.precision, process)
+            if accuracy > trainer.notes["selected"]["val_accuracy"]:
+                trainer.notes["selected"] = {"epoch": epoch, "val_accuracy": accuracy}
+                best.load_state_dict(classifier.state_dict())
+            shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
+        trainer.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": rate}, **shown)
 
     if process.is_main:
-        seconds += time.monotonic() - start
         with atomic_directory(output) as folder:
             save_model(
                 folder,
@@ -271,22 +239,35 @@ def _train(
                 parameters=parameter_count(best),
                 start=config.finetune.origin(method),
                 training={"profile": config.profile, "epochs": epochs, **settings.model_dump(exclude={"epochs"})},
-                selected=selected,
+                selected=trainer.notes["selected"],
                 compute={"finetune": epochs * epoch_compute, "pretrain_share": share},
             )
-            write_csv(folder / "history.csv", history)
-        seen = total_steps * settings.batch_size
+            write_csv(folder / "history.csv", trainer.history)
         write_json(
             timing,
             {
-                "seconds": seconds,
-                "images_per_second": seen / seconds,
+                "seconds": trainer.seconds,
+                "images_per_second": total_steps * settings.batch_size / trainer.seconds,
                 "processes": process.world,
                 "environment": environment(device),
             },
         )
-        run.finish()
+        trainer.run.finish()
     barrier()
+
+
+def mix_pairs(mix: Mixup, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """timm's mixup or cutmix of neighbours: image 0 with 1, 2 with 3, ... So any even share of a global batch is mixed
+    alike, whatever the number of processes. images (B, C, H, W) uint8, labels (B,) -> float images in [0, 255], soft
+    targets (B, K)."""
+    even = torch.arange(0, len(images), 2, device=images.device)
+    order = torch.cat([even, even.flip(0) + 1])  # timm mixes an image with its mirror image in the batch
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
+    mixed, soft = mix(images[order].float(), labels[order])
+    np.random.set_state(state)
+    back = order.argsort()
+    return mixed[back], soft[back]
 
 
 @torch.no_grad()

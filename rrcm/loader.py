@@ -1,7 +1,8 @@
 """The training loader. Which images are in global batch k, and how each is augmented, is a pure function of the data,
 the seed and k: it does not depend on the number of processes or workers, nor on where a run was resumed."""
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def batches(
     world: int = 1,
     workers: int = 0,
     drop_last: bool = True,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """This rank's part of the global batches first_step..last_step-1; step k is of epoch k // steps_per_epoch.
 
     batch_size counts images over all ranks; a rank takes a contiguous slice of every batch. With drop_last=False an
@@ -63,16 +64,32 @@ def batches(
         batch_size=None,  # an item of the dataset is a batch: workers take whole ones
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_sigterm,
         generator=torch.Generator(),  # DataLoader draws a seed: not from the global generator
     )
     return _unwrap(loader)
 
 
-def _unwrap(loader: DataLoader) -> Iterator[Batch]:
+def _unwrap(loader: DataLoader) -> Generator[Batch]:
     for batch in loader:
         if isinstance(batch, RRCMError):
             raise batch
         yield batch
+
+
+def shards_of_step(images: ShardedImages, batch_size: int, seed: int, step: int) -> str:
+    """The shards that the images of a global batch lie in, in words."""
+    epoch, k = divmod(step, steps_per_epoch(len(images), batch_size))
+    rows = epoch_order(images.shard_sizes, seed, epoch)[k * batch_size : (k + 1) * batch_size]
+    shards = np.unique(np.searchsorted(images.starts, rows, side="right") - 1)
+    names = [images.split.shards[shard].name for shard in shards]
+    more = f" and {len(names) - 3} more shards" if len(names) > 3 else ""
+    return f"images of {', '.join(names[:3])}{more}"
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A cluster tells all processes to stop; the training decides when, and its readers must last till then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Steps(Dataset):

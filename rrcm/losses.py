@@ -21,6 +21,12 @@ def info_nce(
     return F.cross_entropy(similarity / temperature, positives, reduction="none")
 
 
+def global_info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`info_nce` of this process's anchors (B, D) against the targets of all processes -> (B,)."""
+    targets, first_positive = all_gather_rows(targets)
+    return info_nce(anchors, targets, temperature, first_positive)
+
+
 class PretrainingLoss(NamedTuple):
     """Per-sample terms, each (B,) float32."""
 
@@ -44,26 +50,51 @@ def pretraining_loss(
     t_next: float,
     t_min: float = 0.002,
     temperature: float = 0.2,
+    parts: int = 1,
 ) -> PretrainingLoss:
     """rRCM's objective (section 3.2): contrastive at the quietest level + consistency along the noise trajectory.
 
     `student` and `teacher` are `ProjectedViT`s (or wrap one). The images and the noise are (B, C, H, W) float32 in
     model space, pixels scaled to [-1, 1]; t > t_next are neighbouring Karras levels, t_min the quietest. Negatives are
     all other targets of the global batch. One noise tensor serves all levels: going from t to t_next along it is a
-    step of the probability-flow ODE.
+    step of the probability-flow ODE. The networks see the batch in `parts`; loss and gradient are those of the whole.
     """
     views = [view1 + t_min * noise, view2 + t_min * noise]
-    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2)
+    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2, parts=parts)
     with torch.no_grad():  # targets carry no graph
-        y1, y2 = teacher(views, [t_min, t_min], project=2)
+        y1, y2 = teacher(views, [t_min, t_min], project=2, parts=parts)
         encode = getattr(student, "module", student)  # no gradient, so past DDP's hooks
-        (quieter,) = encode([image + t_next * noise], [t_next], project=0)
+        (quieter,) = encode([image + t_next * noise], [t_next], project=0, parts=parts)
+    return PretrainingLoss(
+        contrastive=global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature),
+        consistency=global_info_nce(representation, quieter, temperature),
+    )
 
-    def nce(anchors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        targets, first_positive = all_gather_rows(targets)
-        return info_nce(anchors, targets, temperature, first_positive)
 
-    return PretrainingLoss(contrastive=nce(z1, y2) + nce(z2, y1), consistency=nce(representation, quieter))
+def moco_noise_loss(
+    student: Callable[..., list[torch.Tensor]],
+    teacher: Callable[..., list[torch.Tensor]],
+    view1: torch.Tensor,
+    view2: torch.Tensor,
+    noise1: torch.Tensor,
+    noise2: torch.Tensor,
+    *,
+    t1: torch.Tensor,
+    t2: torch.Tensor,
+    temperature: float = 0.2,
+    parts: int = 1,
+) -> PretrainingLoss:
+    """MoCo-v3 (Chen et al. 2021) with Gaussian noise as one more augmentation: what rRCM is compared with.
+
+    As `pretraining_loss`, but each view has a noise of its own, (B, C, H, W), at levels of its own, t1 and t2 (B,) in
+    model space, and there is no consistency term.
+    """
+    views = [view1 + t1.view(-1, 1, 1, 1) * noise1, view2 + t2.view(-1, 1, 1, 1) * noise2]
+    z1, z2 = student(views, [t1, t2], project=2, parts=parts)
+    with torch.no_grad():
+        y1, y2 = teacher(views, [t1, t2], project=2, parts=parts)
+    contrastive = global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature)
+    return PretrainingLoss(contrastive=contrastive, consistency=torch.zeros_like(contrastive))
 
 
 def consistency_regularizer(

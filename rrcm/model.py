@@ -1,13 +1,14 @@
 """The networks: a ViT that is told the noise level, its projector for pre-training, its head for classification."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import vision_transformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rrcm import config
 from rrcm.distributed import GlobalBatchNorm1d
@@ -23,7 +24,46 @@ def time_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class NoiseConditionedViT(VisionTransformer):
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v: q (B, heads, M, d), k and v (B, heads, L, d) -> (B, heads, M, d).
+
+    By torch's fused kernel, but not for training in half precision on a CPU: there its backward pass takes several
+    times as long as that of plain products (benchmarks/README.md).
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad:
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Block(vision_transformer.Block):
+    """timm's pre-norm block; the same layers, but attention by `attend`, and on request for the class token alone."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return self._update(tokens, *self.attn.qkv(self.norm1(tokens)).chunk(3, dim=-1))
+
+    def class_token(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first token of what `forward` gives: (B, L, D) -> (B, D).
+
+        Nothing reads the other tokens of the last block, so their queries, projections and MLPs need not be computed.
+        """
+        normed = self.norm1(tokens)
+        query, key_value = self.attn.qkv.weight.tensor_split([tokens.shape[-1]])
+        query_bias, key_value_bias = None, None
+        if self.attn.qkv.bias is not None:
+            query_bias, key_value_bias = self.attn.qkv.bias.tensor_split([tokens.shape[-1]])
+        q = F.linear(normed[:, :1], query, query_bias)
+        k, v = F.linear(normed, key_value, key_value_bias).chunk(2, dim=-1)
+        return self._update(tokens[:, :1], q, k, v)[:, 0]
+
+    def _update(self, tokens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The tokens that the queries are of, (B, M, D), after attention to all L keys and values and after the MLP."""
+        q, k, v = (x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        tokens = tokens + self.attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class NoiseConditionedViT(vision_transformer.VisionTransformer):
     """timm's ViT with a time token between the class token and the patches; one position embedding over all of them.
 
     Pre-norm blocks, GELU. By default LayerNorm eps 1e-5, no qkv bias and an MLP of 4 * width, as in the paper; other
@@ -41,6 +81,7 @@ class NoiseConditionedViT(VisionTransformer):
         heads: int = 12,
         init: str = "torch",
         freeze_patch_embed: bool = False,
+        checkpoint_blocks: bool = False,
         mlp_width: int | None = None,  # None: 4 * width
         qkv_bias: bool = False,
         norm_eps: float = 1e-5,
@@ -57,6 +98,7 @@ class NoiseConditionedViT(VisionTransformer):
             qkv_bias=qkv_bias,
             reg_tokens=1,  # reserves the time token's place in the position embedding
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+            block_fn=Block,
             weight_init="skip",
         )
         del self.reg_token
@@ -65,6 +107,7 @@ class NoiseConditionedViT(VisionTransformer):
         if init == "moco_v3":
             self.init_moco_v3()
         self.patch_embed.requires_grad_(not freeze_patch_embed)
+        self.checkpoint_blocks = checkpoint_blocks
 
     def init_moco_v3(self) -> None:
         """Xavier-uniform layers with zero biases, q, k and v as three matrices, uniform patch embedding."""
@@ -93,26 +136,27 @@ class NoiseConditionedViT(VisionTransformer):
         tokens = torch.cat([class_token, time_token[:, None], patches], dim=1) + self.pos_embed
         *blocks, last = self.blocks
         for block in blocks:
-            tokens = block(tokens)
-        return self.norm(class_token_of_block(last, tokens))
+            tokens = recomputed(block, tokens) if self.checkpoint_blocks else block(tokens)
+        return self.norm(last.class_token(tokens))
 
 
-def class_token_of_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """What timm's pre-norm `Block` makes of the class token alone: tokens (B, L, D) -> (B, D).
+def recomputed(module: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """module(*inputs), whose insides are not kept for the backward pass but computed once more there."""
+    if not torch.is_grad_enabled():
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    Nothing reads the other tokens of the last block, so their queries, projections and MLPs need not be computed.
+
+def in_parts(module: Callable[..., torch.Tensor], parts: int, *inputs: torch.Tensor) -> torch.Tensor:
+    """module(*inputs) of `parts` slices of the inputs (B, ...) one after the other, -> (B, ...).
+
+    Gradients are those of the whole: the backward pass computes each slice once more (GradCache, Gao et al. 2021), so
+    that memory is needed for the insides of one slice alone.
     """
-    attention, normed = block.attn, block.norm1(tokens)
-    query, key_value = attention.qkv.weight.tensor_split([tokens.shape[-1]])
-    query_bias, key_value_bias = None, None
-    if attention.qkv.bias is not None:
-        query_bias, key_value_bias = attention.qkv.bias.tensor_split([tokens.shape[-1]])
-    q = F.linear(normed[:, :1], query, query_bias)
-    k, v = F.linear(normed, key_value, key_value_bias).chunk(2, dim=-1)
-    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = tokens[:, 0] + attention.proj(attended)[:, 0]
-    return x + block.mlp(block.norm2(x))
+    if parts == 1:
+        return module(*inputs)
+    slices = zip(*(x.chunk(parts) for x in inputs), strict=True)
+    return torch.cat([recomputed(module, *some) for some in slices])
 
 
 def projector(width: int, hidden: int, out: int) -> nn.Sequential:
@@ -136,15 +180,18 @@ class ProjectedViT(nn.Module):
         self.encoder = encoder
         self.projector = projector(encoder.embed_dim, hidden, out)
 
-    def forward(self, batches: Sequence[torch.Tensor], levels: Sequence[float], project: int) -> list[torch.Tensor]:
-        """One encoder pass over several batches (each (B, C, H, W), model space), batch i at noise level levels[i].
+    def forward(
+        self, batches: Sequence[torch.Tensor], levels: Sequence[float | torch.Tensor], project: int, parts: int = 1
+    ) -> list[torch.Tensor]:
+        """One encoder pass, or one in `parts`, over several batches (each (B, C, H, W), model space), batch i at noise
+        level levels[i] (one, or one an image (B,)).
 
         Returns a tensor a batch: projections (B, out) of the first `project` batches, each seen by BatchNorm as a
         batch of its own, and representations (B, width) of the rest.
         """
-        size = len(batches[0])
-        t = torch.tensor(levels, dtype=torch.float32, device=batches[0].device).repeat_interleave(size)
-        representations = self.encoder(torch.cat(list(batches)), t).split(size)
+        size, device = len(batches[0]), batches[0].device
+        t = [torch.as_tensor(level, dtype=torch.float32, device=device).expand(size) for level in levels]
+        representations = in_parts(self.encoder, parts, torch.cat(list(batches)), torch.cat(t)).split(size)
         return [self.projector(r) for r in representations[:project]] + list(representations[project:])
 
 
@@ -159,9 +206,9 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.t = t
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, parts: int = 1) -> torch.Tensor:
         """pixels (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K)."""
-        return self.head(self.encoder(2 * pixels - 1, self.t))
+        return self.head(in_parts(partial(self.encoder, t=self.t), parts, 2 * pixels - 1))
 
 
 def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:
@@ -175,6 +222,7 @@ def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT
         heads=model.heads,
         init=model.init,
         freeze_patch_embed=model.freeze_patch_embed,
+        checkpoint_blocks=model.checkpoint_blocks,
     )
 
 

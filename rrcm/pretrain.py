@@ -3,47 +3,52 @@
 import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from rrcm import augment, distributed, loader, losses, model, rng, schedules, shards
+from rrcm import augment, distributed, loader, losses, model, representation, rng, schedules, shards, trainer
 from rrcm.checkpoint import save_model
 from rrcm.config import Config
-from rrcm.distributed import Process, all_sum, autocast, barrier, processes
+from rrcm.distributed import Process, barrier, processes
 from rrcm.environment import environment
-from rrcm.errors import RRCMError
 from rrcm.files import atomic_directory, write_csv, write_json
-from rrcm.losses import pretraining_loss
+from rrcm.losses import PretrainingLoss, moco_noise_loss, pretraining_loss
 from rrcm.model import ProjectedViT, build_encoder
-from rrcm.progress import Progress
+from rrcm.representation import COLLAPSED, evaluate, read_sample
 from rrcm.rng import derive_seed, normal_per_sample, numpy_rng
-from rrcm.runs import Run, fingerprint, pack_state, unpack_state
+from rrcm.runs import Run, fingerprint
 from rrcm.schedules import karras_levels, num_levels, teacher_ema, warmup_cosine
 from rrcm.shards import ShardedImages
+from rrcm.trainer import Trainer
 
-# Encoder forward passes an image and step: three student views with backward (3 each), the quieter target, two teacher
-# views.
-FORWARDS_PER_IMAGE = 3 * 3 + 1 + 2
+# Encoder forward passes an image and step; a backward counts two. rrcm: three student views, the quieter target, two
+# teacher views. moco_noise: two student views, two teacher views.
+FORWARDS_PER_IMAGE = {"rrcm": 3 * 3 + 1 + 2, "moco_noise": 2 * 3 + 2}
 
-CODE = (augment, distributed, loader, losses, model, rng, schedules, shards)  # what decides the result, with this file
+# What decides the result, with this file.
+CODE = (augment, distributed, loader, losses, model, representation, rng, schedules, shards, trainer)
 
 
 def pretrain(config: Config, shard_folder: Path | str, output: Path, timing: Path) -> None:
-    """Train on the `train` split and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
+    """Train on the `train` split and write `output` (model.safetensors, config.json, history.csv, representation.csv)
+    and `timing` (JSON).
 
     Runs in this process or as one of torchrun's. Killed and started again it continues from its last checkpoint and
-    ends with the same bytes. Raises `RRCMError` when the loss is no longer finite.
+    ends with the same bytes. Raises `RRCMError` when the loss is no longer finite, `Stopped` after SIGTERM.
     """
     with processes(config.device) as process:
-        images = ShardedImages(shard_folder, "train")
+        images, validation = ShardedImages(shard_folder, "train"), ShardedImages(shard_folder, "val")
         if process.is_main:
             images.verify()
-        _train(config, images, process, output, timing)
+            validation.verify()
+        _train(config, images, validation, process, output, timing)
 
 
-def _train(config: Config, images: ShardedImages, process: Process, output: Path, timing: Path) -> None:
+def _train(
+    config: Config, images: ShardedImages, validation: ShardedImages, process: Process, output: Path, timing: Path
+) -> None:
     settings, seed, device = config.pretrain, config.seed, process.device
     torch.manual_seed(derive_seed(seed, "pretrain"))  # initial weights
     student = ProjectedViT(
@@ -53,158 +58,196 @@ def _train(config: Config, images: ShardedImages, process: Process, output: Path
     teacher = copy.deepcopy(student).requires_grad_(False)
     average = copy.deepcopy(student.encoder).requires_grad_(False)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # of the metrics since the last log line
-    bad_step = torch.tensor(-1, device=device)  # first step whose loss was not finite
-    history, rates, seconds, first = [], [], 0.0, 0
-
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "factor": 1.0}], lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+    )
     mark = fingerprint(
         config.model_dump(mode="json", include={"seed", "data", "model", "pretrain"}),
         {"shards": images.fingerprint},
         [*CODE, sys.modules[__name__]],
     )
-    run = Run("pretrain", mark)
-    if process.is_main:
-        run.lock()
-    modules = {"student": student, "teacher": teacher, "average": average}
-    if (state := run.load()) is not None:
-        first, tensors, notes = state
-        unpack_state(tensors, modules, optimizer)
-        sums.copy_(tensors["sums"])
-        scaler.load_state_dict(notes["scaler"])
-        history, rates, seconds = notes["history"], notes["rates"], notes["seconds"]
-    forward = student
-    if process.world > 1:
-        forward = DistributedDataParallel(student, broadcast_buffers=False)
+    trainer = Trainer(
+        Run("pretrain", mark),
+        process,
+        label="pretrain",
+        steps=settings.steps,
+        modules={"student": student, "teacher": teacher, "average": average},
+        optimizer=optimizer,
+        precision=settings.precision,
+        metrics=["loss", "contrastive", "consistency", "grad_norm"],
+        checkpoint_every=settings.checkpoint_every,
+        suspects=lambda step: loader.shards_of_step(images, settings.batch_size, seed, step),
+    )
+    trainer.notes = {"rates": [], "representation": []}
+    trainer.resume()
+    if settings.compile:
+        student.encoder.compile()
+        teacher.encoder.compile()
+    forward = trainer.parallel(student)
+    sizes = config.data.image_size, settings.evaluate_images
+    bank, held_out = (read_sample(split, *sizes, process) for split in (images, validation))
 
+    def look(step: int) -> None:
+        """How good the average's representations are now."""
+        options = {"sigmas": settings.evaluate_sigmas, "t_min": settings.t_min, "seed": seed}
+        rows = evaluate(average, bank, held_out, **options, precision=trainer.precision, process=process)
+        trainer.notes["representation"] += [{"step": step, **row} for row in rows]
+        if process.is_main and rows[0]["similarity"] > COLLAPSED:
+            print(
+                f"pretrain: the representations have collapsed at step {step}: different images have a mean cosine of "
+                f"{rows[0]['similarity']:.4f}; lower the learning rate, or the temperature",
+                file=sys.stderr,
+            )
+
+    if trainer.done == 0:
+        look(0)
     batches = loader.batches(
         images,
         augment.PretrainTransform(settings.views, config.data.image_size),
         batch_size=settings.batch_size,
         seed=seed,
-        first_step=first,
+        first_step=trainer.done,
         last_step=settings.steps,
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,
     )
-    start = tick = time.monotonic()
-    with Progress(settings.steps, "pretrain", "steps", done=first, quiet=not process.is_main) as progress:
-        for step, batch in enumerate(batches, start=first):
-            image, view1, view2 = _model_space(batch, device)
-            noise = normal_per_sample(
-                image.shape[1:], seed, "noise", step, positions=batch["position"].tolist(), device=device
+    tick = time.monotonic()
+    for step, batch in trainer.steps(batches):
+        levels = karras_levels(
+            num_levels(step, settings.steps, start=settings.start_levels, end=settings.end_levels),
+            t_min=settings.t_min,
+            t_max=settings.t_max,
+            rho=settings.rho,
+        ).tolist()
+        rate = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
+        objective = _rrcm if settings.objective == "rrcm" else _moco_noise
+        terms = objective(config, trainer, forward, teacher, batch, step, levels)
+        loss = terms.total.mean()
+        bound = settings.clip_norm if step >= settings.warmup_steps else float("inf")
+        grad_norm = trainer.descend(loss, rate, bound)
+        mu = teacher_ema(
+            step,
+            settings.steps,
+            start=settings.teacher_ema_start,
+            end=settings.teacher_ema_end,
+            steepness=settings.teacher_ema_steepness,
+        )
+        with torch.no_grad():
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - mu)
+            torch._foreach_lerp_(
+                list(average.parameters()), list(student.encoder.parameters()), 1 - settings.student_ema
             )
-            levels = karras_levels(
-                num_levels(step, settings.steps, start=settings.start_levels, end=settings.end_levels),
-                t_min=settings.t_min,
-                t_max=settings.t_max,
-                rho=settings.rho,
-            ).tolist()
-            n = int(numpy_rng(seed, "level", step).integers(len(levels) - 1))  # one for the whole global batch
-            rate = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        trainer.count(loss, terms.contrastive.mean(), terms.consistency.mean(), grad_norm)
 
-            with autocast(device, settings.precision):
-                terms = pretraining_loss(
-                    forward,
-                    teacher,
-                    image,
-                    view1,
-                    view2,
-                    noise,
-                    t=levels[n],
-                    t_next=levels[n + 1],
-                    t_min=levels[-1],
-                    temperature=settings.temperature,
-                )
-            loss = terms.total.mean()
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            bound = settings.clip_norm if step >= settings.warmup_steps else float("inf")
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, bound)
-            scaler.step(optimizer)
-            scaler.update()
-
-            mu = teacher_ema(
-                step,
-                settings.steps,
-                start=settings.teacher_ema_start,
-                end=settings.teacher_ema_end,
-                steepness=settings.teacher_ema_steepness,
-            )
-            with torch.no_grad():
-                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - mu)
-                torch._foreach_lerp_(
-                    list(average.parameters()), list(student.encoder.parameters()), 1 - settings.student_ema
-                )
-                metrics = torch.stack([loss, terms.contrastive.mean(), terms.consistency.mean(), grad_norm]).double()
-                sums += metrics
-                bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
-
-            done = step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
-                _stop_if_not_finite(bad_step, run)
-                count = done % settings.log_every or settings.log_every
-                mean = (all_sum(sums) / (process.world * count)).tolist()
-                sums.zero_()
-                row = dict(zip(["loss", "contrastive", "consistency", "grad_norm"], mean, strict=True))
-                history.append({"step": done, **row, "levels": len(levels), "teacher_ema": mu, "lr": rate})
-                rates.append([done, count * settings.batch_size / (time.monotonic() - tick)])
-                tick = time.monotonic()
-                progress.update(0, loss=f"{row['loss']:.3f}", N=f"{len(levels)}", images_per_s=f"{rates[-1][1]:.0f}")
-            progress.update(1)
-            if done % settings.checkpoint_every == 0 and done < settings.steps:
-                _stop_if_not_finite(bad_step, run)
-                if process.is_main:
-                    notes = {
-                        "scaler": scaler.state_dict(),
-                        "history": history,
-                        "rates": rates,
-                        "seconds": seconds + time.monotonic() - start,
-                    }
-                    run.save(done, pack_state(modules, optimizer) | {"sums": sums}, notes)
-                    write_csv(run.folder / "history.csv", history)
-                barrier()
+        done = step + 1
+        if done % settings.log_every == 0 or done == settings.steps:
+            count = done % settings.log_every or settings.log_every
+            row = {"step": done, **trainer.averages(count), "levels": len(levels), "teacher_ema": mu, "lr": rate}
+            images_per_second = count * settings.batch_size / (time.monotonic() - tick)
+            trainer.notes["rates"].append([done, images_per_second])
+            shown = {name: f"{row[name]:.3f}" for name in ("loss", "contrastive", "consistency", "teacher_ema")}
+            trainer.log(row, **shown, N=f"{len(levels)}", images_per_s=f"{images_per_second:.0f}")
+            tick = time.monotonic()
+        if done % settings.evaluate_every == 0 or done == settings.steps:
+            look(done)
+            tick = time.monotonic()
 
     if process.is_main:
-        seconds += time.monotonic() - start
         seen = settings.steps * settings.batch_size
         with atomic_directory(output) as folder:
             save_model(
                 folder,
                 average,
                 training={"profile": config.profile, "seed": seed, "steps": settings.steps},
-                compute={"pretrain": FORWARDS_PER_IMAGE * seen},
+                compute={"pretrain": FORWARDS_PER_IMAGE[settings.objective] * seen},
             )
-            write_csv(folder / "history.csv", history)
+            write_csv(folder / "history.csv", trainer.history)
+            write_csv(folder / "representation.csv", trainer.notes["representation"])
         write_json(
             timing,
             {
-                "seconds": seconds,
-                "images_per_second": seen / seconds,
+                "seconds": trainer.seconds,
+                "images_per_second": seen / trainer.seconds,
                 "processes": process.world,
-                "throughput": rates,
+                "throughput": trainer.notes["rates"],
                 "environment": environment(device),
             },
         )
-        run.finish()
+        trainer.run.finish()
     barrier()
+
+
+def _rrcm(
+    config: Config,
+    trainer: Trainer,
+    student: Callable,
+    teacher: Callable,
+    batch: loader.Batch,
+    step: int,
+    levels: list[float],
+) -> PretrainingLoss:
+    """The image along its noise trajectory, the views at the quietest level: one noise, one pair of levels a step."""
+    settings = config.pretrain
+    image, view1, view2 = _model_space(batch, trainer.process.device)
+    noise = _noise(image, config.seed, "noise", step, batch)
+    n = int(numpy_rng(config.seed, "level", step).integers(len(levels) - 1))  # one for the whole global batch
+    with trainer.autocast():
+        return pretraining_loss(
+            student,
+            teacher,
+            image,
+            view1,
+            view2,
+            noise,
+            t=levels[n],
+            t_next=levels[n + 1],
+            t_min=levels[-1],
+            temperature=settings.temperature,
+            parts=settings.parts,
+        )
+
+
+def _moco_noise(
+    config: Config,
+    trainer: Trainer,
+    student: Callable,
+    teacher: Callable,
+    batch: loader.Batch,
+    step: int,
+    levels: list[float],
+) -> PretrainingLoss:
+    """Each view with a noise of its own, pixel sigma uniform from 0 to the loudest that is evaluated."""
+    settings = config.pretrain
+    _, view1, view2 = _model_space(batch, trainer.process.device)
+    loudest = 2 * max(settings.evaluate_sigmas)
+    levels = numpy_rng(config.seed, "view levels", step).uniform(settings.t_min, loudest, (2, settings.batch_size))
+    t1, t2 = torch.from_numpy(levels[:, batch["position"].numpy()]).to(view1.device, torch.float32)
+    noise1, noise2 = (_noise(view1, config.seed, f"noise {i}", step, batch) for i in (1, 2))
+    with trainer.autocast():
+        return moco_noise_loss(
+            student,
+            teacher,
+            view1,
+            view2,
+            noise1,
+            noise2,
+            t1=t1,
+            t2=t2,
+            temperature=settings.temperature,
+            parts=settings.parts,
+        )
+
+
+def _noise(images: torch.Tensor, seed: int, name: str, step: int, batch: loader.Batch) -> torch.Tensor:
+    positions = batch["position"].tolist()
+    return normal_per_sample(images.shape[1:], seed, name, step, positions=positions, device=images.device)
 
 
 def _model_space(batch: loader.Batch, device: torch.device) -> list[torch.Tensor]:
     """The image itself and its two views, each (B, C, H, W) float32 in [-1, 1]."""
-    image = batch["image"].to(device).float() / 255
-    views = [augment.photometric(batch[f"view{i}"].to(device), batch[f"photometric{i}"]) for i in (1, 2)]
+    image = batch["image"].to(device, non_blocking=True).float() / 255
+    views = [
+        augment.photometric(batch[f"view{i}"].to(device, non_blocking=True), batch[f"photometric{i}"]) for i in (1, 2)
+    ]
     return [2 * pixels - 1 for pixels in (image, *views)]
-
-
-def _stop_if_not_finite(bad_step: torch.Tensor, run: Run) -> None:
-    if (step := int(bad_step)) >= 0:
-        raise RRCMError(
-            f"the loss is not finite at step {step}; lower the learning rate or use fp32. "
-            f"The last good state is kept in {run.folder}"
-        )

@@ -56,7 +56,10 @@ def write_report(config: Config, root: Path, output: Path) -> None:
     latency = {name: read_json(root / f"latency/{name}.json") for name in config.methods if config.latency.n}
     radii = config.report.radii
     finetuning = pd.concat([_history(root, models[run], *run) for run in runs], ignore_index=True)
-    pretraining = _read_csv(root / "models/pretrain/history.csv") if _needs_pretraining(config) else None
+    pretraining = representation = None
+    if _needs_pretraining(config):
+        pretraining = _read_csv(root / "models/pretrain/history.csv")
+        representation = _read_csv(root / "models/pretrain/representation.csv")
     budgets = _budgets(config, root, models)
     tables = _tables(certificates, others, radii, budgets, latency)
 
@@ -67,6 +70,8 @@ def write_report(config: Config, root: Path, output: Path) -> None:
             "training": figures.draw_training(pretraining, finetuning),
             "sheet": _sheet(config, root, certificates),
         }
+        if representation is not None:
+            drawn["representation"] = figures.draw_representation(representation)
         if latency:
             radius = min(radii, key=lambda r: (abs(r - REFERENCE_RADIUS), r))
             best = best_sigma_table(certificates, [radius]).set_index("method")["certified_accuracy"]
@@ -82,6 +87,7 @@ def write_report(config: Config, root: Path, output: Path) -> None:
         _write_csv(folder / "training.csv", finetuning.dropna(subset="val_accuracy"))  # DVC draws a gap as 0
         if pretraining is not None:
             _write_csv(folder / "pretraining.csv", pretraining)
+            _write_csv(folder / "representation.csv", representation)
         write_json(folder / "metrics.json", _metrics(certificates, models, radii))
         shown = {name: shown for name, (_, shown) in tables.items()}
         write_text(folder / "report.md", _report(config, root, inputs, certificates, shown, list(drawn)))
@@ -119,7 +125,8 @@ def _inputs(config: Config, root: Path) -> list[str]:
     """Every file the report is made from, relative to root. Raises `RRCMError` at the first that is missing."""
     stages = {"data/shards/manifest.json": "shard-data"}
     if _needs_pretraining(config):
-        files = ["models/pretrain/config.json", "models/pretrain/history.csv", "timings/pretrain.json"]
+        names = ("config.json", "history.csv", "representation.csv")
+        files = [*(f"models/pretrain/{name}" for name in names), "timings/pretrain.json"]
         stages |= dict.fromkeys(files, "pretrain")
     for method in config.methods:
         for sigma in config.sigmas:
@@ -348,6 +355,9 @@ CAPTIONS = {
     "latency": "Certified accuracy (with the n of the certificates) against the time one takes with the n of the axis.",
     "training": "Accuracy on noisy validation images against the compute spent: a pre-trained method starts at its "
     "share of the pre-training, the dot is the epoch that was kept. On the left, the pre-training where there is one.",
+    "representation": "Representations of validation images along the pre-training: k-NN accuracy, with clean training "
+    "images as neighbours; and the mean cosine between an image's representations at t = 2σ and at t_min along one "
+    "noise, which the method is to raise, beside that of different images, which tells stillness from collapse.",
     "sheet": "Test images, clean and noisy (clipped to [0, 1] for display), spread evenly over those certified.",
 }
 TITLES = {

@@ -20,6 +20,7 @@ from torch import nn
 
 from rrcm.checkpoint import save_tensors
 from rrcm.errors import RRCMError
+from rrcm.files import atomic_path, sha256_file, write_text
 
 
 def runs_directory() -> Path:
@@ -42,7 +43,7 @@ def fingerprint(settings: object, inputs: Mapping[str, str], code: Sequence[Modu
 
 
 class Run:
-    """The state of one run: a few newest checkpoints, each one safetensors file written atomically."""
+    """The state of one run: the newest checkpoints, each a safetensors file written atomically, and its SHA-256."""
 
     keep = 2  # the older one serves when the newest is damaged
 
@@ -60,14 +61,20 @@ class Run:
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], notes: dict) -> None:
         """Write the state after `step` steps; `notes` is JSON-able."""
-        save_tensors(self.folder / f"{step:09d}.safetensors", tensors, {"notes": json.dumps(notes)})
+        path = self.folder / f"{step:09d}.safetensors"
+        with atomic_path(path) as scratch:
+            save_tensors(scratch, tensors, {"notes": json.dumps(notes)})
+            write_text(path.with_suffix(".sha256"), sha256_file(scratch))  # first: no checkpoint is ever without
         for old in self._checkpoints()[self.keep :]:
+            old.with_suffix(".sha256").unlink(missing_ok=True)
             old.unlink()
 
     def load(self) -> tuple[int, dict[str, torch.Tensor], dict] | None:
         """The newest readable state as (step, tensors, notes), or None. Says so when it skips a damaged one."""
         for path in self._checkpoints():
             try:
+                if sha256_file(path) != path.with_suffix(".sha256").read_text():
+                    raise OSError("it does not match its hash")
                 with safe_open(path, "pt") as file:
                     notes = json.loads(file.metadata()["notes"])
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -77,6 +84,13 @@ class Run:
             print(f"resuming {self.folder.name} after step {int(path.stem)}", file=sys.stderr)
             return int(path.stem), tensors, notes
         return None
+
+    def last_good(self) -> str:
+        """Where the newest checkpoint is, in a sentence."""
+        newest = next(iter(self._checkpoints()), None)
+        if newest is None:
+            return "It had saved no state yet"
+        return f"The last good state, after step {int(newest.stem)}, is {newest}"
 
     def finish(self) -> None:
         """Delete the state; called when the outputs are in place."""

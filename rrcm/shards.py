@@ -14,6 +14,7 @@ import os
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -309,11 +310,16 @@ def read_split(
     images: ShardedImages, size: int, every: int = 1, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Every k-th image of a split, at most `limit`: uint8 (N, C, size, size), int64 labels (N,), their indices."""
-    rows = range(0, len(images), every)[:limit]
+    rows = list(range(0, len(images), every)[:limit])
+    return read_pixels(images, size, rows), torch.from_numpy(images.labels[rows]), rows
+
+
+def read_pixels(images: ShardedImages, size: int, rows: Sequence[int]) -> torch.Tensor:
+    """The central squares of images: uint8 (len(rows), C, size, size)."""
     pixels = torch.empty((len(rows), images.channels, size, size), dtype=torch.uint8)
     for place, row in zip(pixels, rows, strict=True):
         place.copy_(torch.from_numpy(to_array(centre_crop(images.read(row)[0], size)).copy()))
-    return pixels, torch.from_numpy(images.labels[rows]), list(rows)
+    return pixels
 
 
 def _read_manifest(place: str, remote: bool) -> Manifest:

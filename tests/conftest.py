@@ -28,6 +28,7 @@ TINY = [
     "pretrain.steps=30",
     "pretrain.warmup_steps=4",
     "pretrain.log_every=3",
+    "pretrain.evaluate_every=10",
     "pretrain.checkpoint_every=5",
     "finetune.epochs=6",
     "finetune.lr=5e-3",

@@ -40,7 +40,7 @@ def _enter(rank: int, world: int, port: int, target, arguments: tuple) -> None:
     target(*arguments)
 
 
-def one_step(folder: Path) -> None:
+def one_step(folder: Path, parts: int = 1) -> None:
     """A step of pre-training on this process's part of a fixed batch of 12; rank 0 writes what came out."""
     torch.manual_seed(0)
     student = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
@@ -51,24 +51,33 @@ def one_step(folder: Path) -> None:
         size = 12 // process.world
         part = batch[:, process.rank * size : (process.rank + 1) * size]
         forward = DistributedDataParallel(student, broadcast_buffers=False) if process.world > 1 else student
-        terms = pretraining_loss(forward, teacher, *part, t=1.7, t_next=1.1)
+        terms = pretraining_loss(forward, teacher, *part, t=1.7, t_next=1.1, parts=parts)
         terms.total.mean().backward()
         found = {f"grad.{name}": p.grad for name, p in student.named_parameters()}
         found |= {f"student.{name}": b.float() for name, b in student.named_buffers()}
         found |= {f"teacher.{name}": b.float() for name, b in teacher.named_buffers()}
         found["loss"] = all_sum(terms.total.mean().detach()) / process.world
         if process.is_main:
-            save_file(found, folder / f"{process.world}.safetensors")
+            save_file(found, folder / f"{process.world}-{parts}.safetensors")
 
 
 def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
     together(one_step, tmp_path, world=1)
     together(one_step, tmp_path, world=2)
-    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    one, two = load_file(tmp_path / "1-1.safetensors"), load_file(tmp_path / "2-1.safetensors")
     assert one.keys() == two.keys() and sum("running" in name for name in one) == 8
     for name in one:
         scale = one[name].abs().max().clamp_min(1e-6)
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
+
+
+def test_a_step_of_two_processes_in_parts_is_the_undivided_one(tmp_path):
+    together(one_step, tmp_path)
+    whole = load_file(tmp_path / "2-1.safetensors")
+    for parts in (2, 4, 8):
+        together(one_step, tmp_path, parts)
+        for name, value in load_file(tmp_path / f"2-{parts}.safetensors").items():
+            assert (value - whole[name]).norm() <= 1e-5 * whole[name].norm(), (parts, name)
 
 
 def test_batch_norm_of_one_process_is_torchs():

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from timm.models import vision_transformer
 
 from rrcm.checkpoint import architecture, load_classifier, load_encoder, save_model
 from rrcm.errors import RRCMError
 from rrcm.finetune import layer_rates, matched_epochs
-from rrcm.model import Classifier, NoiseConditionedViT, class_token_of_block, time_embedding
+from rrcm.model import Classifier, NoiseConditionedViT, attend, time_embedding
 from rrcm.schedules import warmup_cosine
 
 
@@ -20,20 +21,38 @@ def small(**changes) -> NoiseConditionedViT:
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_the_last_blocks_class_token_is_timms(qkv_bias):
-    """Values and every gradient equal those of the whole block, of which only the class token is used."""
+@pytest.mark.parametrize("tokens_read", [6, 1])
+def test_a_block_is_timms(tokens_read, qkv_bias):
+    """Values and every gradient equal those of timm's own, for all tokens and for the class token alone."""
     block = small(qkv_bias=qkv_bias).blocks[-1]
     if qkv_bias:
         torch.nn.init.normal_(block.attn.qkv.bias)
     tokens = torch.randn(5, 6, 32)
     one, two = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
-    ours, theirs = class_token_of_block(block, one), block(two)[:, 0]
+    ours = block(one) if tokens_read == 6 else block.class_token(one)[:, None]
+    theirs = vision_transformer.Block.forward(block, two)[:, :tokens_read]
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     weights = torch.randn_like(ours)
     gradients = torch.autograd.grad((ours * weights).sum(), [one, *block.parameters()])
     expected = torch.autograd.grad((theirs * weights).sum(), [two, *block.parameters()])
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("queries", [6, 1])
+def test_attention_in_half_precision_is_that_of_float32_up_to_rounding(queries):
+    """Trained (products one by one) or not (torch's fused kernel): values, and the gradients of the trained one."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 2, length, 8).bfloat16() for length in (queries, 6, 6))
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    halves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected, trained = torch.nn.functional.scaled_dot_product_attention(*exact), attend(*halves)
+    for found in (trained, attend(q, k, v)):
+        torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+    weights = torch.randn_like(expected)
+    gradients = torch.autograd.grad((trained.float() * weights).sum(), halves)
+    for a, b in zip(gradients, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        torch.testing.assert_close(a.float(), b, atol=3e-2, rtol=3e-2)
 
 
 def test_time_embedding_is_cosines_then_sines_of_250_log_t():

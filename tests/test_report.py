@@ -71,6 +71,12 @@ def make_inputs(config: Config, root: Path) -> None:
     pretraining["consistency"] = 0.3 + 4 * np.exp(-steps / 60.0)
     pretraining["levels"] = 1 + 20 * 2 ** (steps // 134)
     write_csv(root / "models/pretrain/history.csv", pretraining.to_dict("records"))
+    looks = [
+        {"step": step, "sigma": s, "knn": 0.9 - 0.3 * s, "cosine": 1 - s / (2 + step / 50), "similarity": 0.2 + 0.1 * s}
+        for step in (0, 100, 200, 300)
+        for s in (0.0, 0.25, 0.5, 1.0)
+    ]
+    write_csv(root / "models/pretrain/representation.csv", looks)
     write_json(root / "models/pretrain/config.json", {"compute": {"pretrain": 1.2e6}})
     write_json(root / "timings/pretrain.json", {"seconds": 90.0, "environment": ENVIRONMENT})
     skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4], strict=True))
@@ -149,7 +155,7 @@ def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
 
 def test_figures_are_whole_and_say_nothing_of_when_or_where(made):
     _, root = made
-    names = {"certified_accuracy", "envelope", "latency", "training", "sheet"}
+    names = {"certified_accuracy", "envelope", "latency", "training", "representation", "sheet"}
     report = root / "reports/digits"
     assert {path.stem for path in report.glob("*.png")} == names == {path.stem for path in report.glob("*.svg")}
     for name in names:
@@ -214,7 +220,7 @@ def test_report_says_what_the_numbers_say(made):
             assert clause.startswith(METHODS[best].label + " ")
             assert f"({acr[best]:.3f}, {max(acr.values()) - min(acr.values()):.3f} ± " in clause
     images = re.findall(r"!\[.*?\]\((.+?)\)", text)
-    assert len(images) == 5
+    assert len(images) == 6
     assert all((root / "reports/digits" / image).exists() for image in images)
     assert "0" * 40 in text
     assert "cpu: a CPU" in text

@@ -87,7 +87,7 @@ def test_state_is_not_resumed_under_changed_settings_or_data(project, tmp_path):
 
 def test_one_run_is_not_done_twice_at_once(project):
     first = start(project, "pretrain")
-    while not list(project.glob("runs/pretrain-*/lock")):
+    while not list(project.glob("runs/pretrain-*/[0-9]*.safetensors")):
         assert first.is_alive()
     os.kill(first.pid, signal.SIGSTOP)
     second = stage(project, "pretrain")

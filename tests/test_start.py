@@ -18,7 +18,7 @@ from rrcm.config import Config, load_config
 from rrcm.errors import RRCMError
 from rrcm.files import read_json
 from rrcm.finetune import noise_level, starting_encoder
-from rrcm.model import Classifier, NoiseConditionedViT, class_token_of_block
+from rrcm.model import Classifier, NoiseConditionedViT
 from rrcm.subject import load_subject
 from rrcm.transplant import transplant
 
@@ -58,7 +58,7 @@ def tokens_of(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: float) -> t
 def without_time_token(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: float) -> torch.Tensor:
     tokens = tokens_of(encoder, pixels, t)
     tokens = torch.cat([tokens[:, :1], tokens[:, 2:]], dim=1)
-    return encoder.norm(class_token_of_block(encoder.blocks[-1], encoder.blocks[:-1](tokens)))
+    return encoder.norm(encoder.blocks[-1].class_token(encoder.blocks[:-1](tokens)))
 
 
 @pytest.mark.parametrize("t", [0.5, 2.0])

@@ -1,0 +1,68 @@
+"""k-NN accuracy against scikit-learn, and what the numbers of a trajectory mean in cases with a known answer."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from rrcm.distributed import Process
+from rrcm.representation import Sample, evaluate, knn_accuracy, mean_similarity
+
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def test_knn_accuracy_against_scikit_learn():
+    torch.manual_seed(0)
+    centres = torch.randn(7, 12)
+    bank_labels, labels = torch.randint(7, (400,)), torch.randint(7, (150,))
+    bank, queries = (centres[of] + 2 * torch.randn(len(of), 12) for of in (bank_labels, labels))
+    theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    theirs.fit(bank.numpy(), bank_labels.numpy())
+    expected = theirs.score(queries.numpy(), labels.numpy())
+    assert 0.3 < expected < 0.9
+    assert knn_accuracy(queries, labels, bank, bank_labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_mean_similarity_is_the_mean_over_pairs():
+    torch.manual_seed(0)
+    x = torch.randn(30, 5) + 1
+    cosine = nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
+    assert mean_similarity(x) == pytest.approx(float((cosine.sum() - 30) / (30 * 29)), abs=1e-6)
+    assert mean_similarity(torch.ones(9, 4)) == pytest.approx(1)
+
+
+class Pixels(nn.Module):
+    """What it sees is what it represents; `gain` on the noise level."""
+
+    def __init__(self, gain: float):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, images: torch.Tensor, t: float) -> torch.Tensor:
+        return images.flatten(1) * self.gain if self.gain else torch.ones(len(images), 3)
+
+
+def looks(encoder: nn.Module) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(300) % 10
+    images, options = Sample(pixels, labels), {"t_min": 0.002, "seed": 0, "precision": "fp32", "process": ALONE}
+    return evaluate(encoder, images, images, sigmas=[0.25, 1.0], **options)
+
+
+def test_the_trajectory_of_pixels():
+    """Uniform pixels x in [-1, 1] have variance 1/3, so the cosine of x and x + t e is 1 / sqrt(1 + 3 t^2)."""
+    clean, quiet, loud = looks(Pixels(1.0))
+    assert [row["sigma"] for row in (clean, quiet, loud)] == [0.0, 0.25, 1.0]
+    assert clean["cosine"] == pytest.approx(1) and clean["knn"] > 0.5
+    for row, t in ((quiet, 0.5), (loud, 2.0)):
+        assert row["cosine"] == pytest.approx((1 + 3 * t**2) ** -0.5, abs=0.02)
+        assert abs(row["similarity"]) < 0.01
+    assert looks(Pixels(5.0))[2]["cosine"] == pytest.approx(loud["cosine"], abs=1e-6)
+
+
+def test_a_collapsed_encoder_is_still_and_alike():
+    for row in looks(Pixels(0.0)):
+        assert (row["cosine"], row["similarity"]) == (pytest.approx(1), pytest.approx(1))
+        assert row["knn"] == pytest.approx(0.1, abs=0.05)
