@@ -1,0 +1,465 @@
+"""How fast a step of pre-training is and how much memory it takes: ours, the authors' formulation of it, the limit.
+
+A step is everything between two batches: loss, backward, clipping, AdamW, both moving averages. All variants start
+from the same weights and get the same images, levels and noise; their first losses must agree. They take turns in this
+process, so that a machine whose speed drifts slows them alike; medians over the rounds are what counts. Peak memory is
+that of the first steps of a fresh process, less what it held before them: resident memory on a CPU, allocated on CUDA.
+
+The authors' formulation is six encoder passes one after the other in float32, the target of the consistency term with
+its graph kept, all tokens of the last block, the projector on every pass, attention by explicit products (as their code
+does without xformers; on CUDA torch's fused attention stands for that), AdamW and averages parameter by parameter. It
+is our own lines; `--reference PATH` runs their network and loss instead, from `rrcm/vit.py` and `rrcm/rrcm_denoiser.py`
+of a checkout, which need the package einops. Their `train.py` needs CUDA: what follows the loss stays our own lines.
+
+The limit is a step's matrix products alone: the same shapes, dtype and order, operands in memory, no allocation; three
+for each that has a backward pass.
+
+    python benchmarks/train_step.py --batch 128 --output train_step_128.json
+    python benchmarks/train_step.py --show train_step_128.json train_step_256.json
+"""
+
+import contextlib
+import copy
+import importlib.util
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from types import ModuleType, SimpleNamespace
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from tabulate import tabulate
+from torch import nn
+
+from rrcm.app import application, guarded, imported
+from rrcm.distributed import autocast
+from rrcm.environment import environment, keep_freed_memory
+from rrcm.errors import RRCMError
+from rrcm.files import read_json, write_json
+from rrcm.losses import info_nce, pretraining_loss
+from rrcm.model import NoiseConditionedViT, ProjectedViT, time_embedding
+from rrcm.progress import Progress
+from rrcm.schedules import karras_levels
+
+LEVELS = karras_levels(81).tolist()
+N = 40  # the noise index of every step
+TEMPERATURE, RATE, CLIP, TEACHER_EMA, STUDENT_EMA = 0.2, 1e-4, 2.0, 0.99, 0.9999
+MEMORY_STEPS = 3
+LABELS = {
+    "authors_fp32": "(a) the authors' formulation, float32",
+    "ours_fp32": "(b) ours, float32",
+    "ours_bf16": "(c) ours, bfloat16",
+    "ours_fp32_compiled": "    (b) compiled",
+    "ours_bf16_compiled": "    (c) compiled",
+}
+
+imported()
+Step = Callable[[], float]  # takes one step and returns its loss
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: the network, the batch, the device."""
+
+    image_size: int = 32
+    channels: int = 3
+    patch_size: int = 4
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    hidden: int = 512  # of the projector
+    projection: int = 128
+    batch: int = 128
+    device: str = "cpu"
+    plain_allocator: bool = False
+    reference: str | None = None  # checkout of the authors' code
+
+
+class Inputs(NamedTuple):
+    """(B, C, H, W) float32 each, model space."""
+
+    image: torch.Tensor
+    view1: torch.Tensor
+    view2: torch.Tensor
+    noise: torch.Tensor
+
+
+def build(setting: Setting, variant: str) -> Step:
+    """A fresh network and the step that trains it. The same weights and inputs whatever the variant."""
+    torch.manual_seed(0)
+    encoder = NoiseConditionedViT(
+        setting.image_size, setting.channels, setting.patch_size, setting.width, setting.depth, setting.heads
+    )
+    student = ProjectedViT(encoder, setting.hidden, setting.projection).to(setting.device).train()
+    shape = (setting.batch, setting.channels, setting.image_size, setting.image_size)
+    inputs = Inputs(*(torch.randn(shape).to(setting.device) for _ in Inputs._fields))
+    if variant != "authors_fp32":
+        return our_step(student, inputs, precision=variant.split("_")[1], compiled=variant.endswith("compiled"))
+    if setting.reference:
+        return authors_step(*reference(setting, student, inputs))
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    return authors_step(student, teacher, lambda: formulation(student, teacher, inputs))
+
+
+def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bool) -> Step:
+    """What rrcm.pretrain does with a batch."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    average = copy.deepcopy(student.encoder).requires_grad_(False)
+    parameters = list(student.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    if compiled:
+        student.encoder.compile(dynamic=False)
+        teacher.encoder.compile(dynamic=False)
+
+    def step() -> float:
+        with autocast(inputs.image.device, precision):
+            terms = pretraining_loss(
+                student,
+                teacher,
+                *inputs,
+                t=LEVELS[N],
+                t_next=LEVELS[N + 1],
+                t_min=LEVELS[-1],
+                temperature=TEMPERATURE,
+            )
+        loss = terms.total.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(teacher.parameters()), parameters, 1 - TEACHER_EMA)
+            torch._foreach_lerp_(list(average.parameters()), list(student.encoder.parameters()), 1 - STUDENT_EMA)
+        return loss.item()
+
+    return step
+
+
+def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], torch.Tensor]) -> Step:
+    """Their loop: torch's defaults, and averages of the whole network one parameter after the other."""
+    average = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = losses().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+        for network, rate in ((average, STUDENT_EMA), (teacher, TEACHER_EMA)):
+            for mean, parameter in zip(network.parameters(), student.parameters(), strict=True):
+                mean.detach().mul_(rate).add_(parameter.detach(), alpha=1 - rate)
+        return loss.item()
+
+    return step
+
+
+def formulation(student: ProjectedViT, teacher: ProjectedViT, inputs: Inputs) -> torch.Tensor:
+    """The authors' loss pass by pass, (B,)."""
+    image, view1, view2, noise = inputs
+    quiet1, quiet2 = view1 + LEVELS[-1] * noise, view2 + LEVELS[-1] * noise
+
+    def nce(anchors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return info_nce(anchors, targets.detach(), TEMPERATURE)
+
+    z1, _ = plain_network(student, quiet1, LEVELS[-1])
+    with torch.no_grad():
+        y2, _ = plain_network(teacher, quiet2, LEVELS[-1])
+    z2, _ = plain_network(student, quiet2, LEVELS[-1])
+    with torch.no_grad():
+        y1, _ = plain_network(teacher, quiet1, LEVELS[-1])
+    _, louder = plain_network(student, image + LEVELS[N] * noise, LEVELS[N])
+    _, quieter = plain_network(student, image + LEVELS[N + 1] * noise, LEVELS[N + 1])  # with its graph
+    return nce(z1, y2) + nce(z2, y1) + nce(louder, quieter)
+
+
+def plain_network(network: ProjectedViT, images: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projection (B, E) and representation (B, D), every token of every block computed."""
+    encoder = network.encoder
+    t = torch.full((len(images),), level, device=images.device)
+    patches = encoder.patch_embed.proj(images / (level**2 + 0.5**2) ** 0.5).flatten(2).transpose(1, 2)
+    time_token = time_embedding(t, encoder.embed_dim)[:, None]
+    tokens = torch.cat([encoder.cls_token.expand(len(images), -1, -1), time_token, patches], dim=1) + encoder.pos_embed
+    for block in encoder.blocks:
+        tokens = tokens + plain_attention(block.attn, block.norm1(tokens))
+        tokens = tokens + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(tokens))))
+    representation = encoder.norm(tokens[:, 0])
+    return network.projector(representation), representation
+
+
+def plain_attention(attention: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, L, D) -> (B, L, D)."""
+    q, k, v = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if tokens.is_cuda:
+        attended = F.scaled_dot_product_attention(q, k, v)
+    else:
+        attended = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+    return attention.proj(attended.transpose(1, 2).flatten(2))
+
+
+def reference(
+    setting: Setting, student: ProjectedViT, inputs: Inputs
+) -> tuple[nn.Module, nn.Module, Callable[[], torch.Tensor]]:
+    """The authors' own student, teacher and loss, with the weights of ours."""
+    folder = Path(setting.reference) / "rrcm"
+    with contextlib.redirect_stdout(sys.stderr):  # they print when imported and built
+        import_file("rrcm.resample", folder / "resample.py")  # by this name their loss imports it; we have none
+        denoiser = import_file("authors_denoiser", folder / "rrcm_denoiser.py").RepresentationKarrasDenoiser(
+            tau=TEMPERATURE, num_timesteps=len(LEVELS), device=setting.device
+        )
+        theirs = import_file("authors_vit", folder / "vit.py").rRCMViT(
+            image_size=setting.image_size,
+            patch_size=setting.patch_size,
+            in_channels=setting.channels,
+            embed_dim=setting.width,
+            hidden_dim=setting.hidden,
+            output_dim=setting.projection,
+            depth=setting.depth,
+            num_heads=setting.heads,
+        )
+    weights = student.encoder.state_dict() | student.projector.state_dict(prefix="projection_head.")
+    theirs.load_state_dict(weights)
+    theirs.to(setting.device).train()
+    teacher = copy.deepcopy(theirs).requires_grad_(False)
+    indices = torch.full((setting.batch,), N, device=setting.device)
+
+    def losses() -> torch.Tensor:
+        terms = denoiser.rRCMloss(
+            theirs,
+            inputs.image,
+            len(LEVELS),
+            indices=indices,
+            target_model=teacher,
+            noise=inputs.noise,
+            x_aug=inputs.view1,
+            x_aug2=inputs.view2,
+            accelerator=SimpleNamespace(num_processes=1),
+        )
+        return terms["loss"]
+
+    return theirs, teacher, losses
+
+
+def import_file(name: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RRCMError(f"{path}: no such file; give --reference a checkout of the authors' repository")
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        raise RRCMError(f"{path}: needs the package {error.name}; install it to use --reference") from None
+    return module
+
+
+class Product(NamedTuple):
+    """`count` products of a (rows, inner) with an (inner, columns) matrix, with the two of its backward pass or not."""
+
+    count: int
+    rows: int
+    inner: int
+    columns: int
+    backward: bool
+
+
+def products(setting: Setting, authors: bool) -> list[Product]:
+    """All matrix products of a step."""
+    batch, width, heads = setting.batch, setting.width, setting.heads
+    patches = (setting.image_size // setting.patch_size) ** 2
+    length = patches + 2
+
+    def encoder(images: int, backward: bool) -> list[Product]:
+        def linear(rows: int, inner: int, columns: int) -> Product:
+            return Product(1, rows, inner, columns, backward)
+
+        def block(queries: int) -> list[Product]:
+            """The first `queries` tokens, attending to all."""
+            some, everything = images * queries, images * length
+            qkv = [linear(everything, width, 3 * width)]
+            if queries < length:
+                qkv = [linear(some, width, width), linear(everything, width, 2 * width)]
+            return [
+                *qkv,
+                Product(images * heads, queries, width // heads, length, backward),
+                Product(images * heads, queries, length, width // heads, backward),
+                linear(some, width, width),
+                linear(some, width, 4 * width),
+                linear(some, 4 * width, width),
+            ]
+
+        embedding = linear(images * patches, setting.channels * setting.patch_size**2, width)
+        return [embedding, *block(length) * (setting.depth - 1), *block(length if authors else 1)]
+
+    def projector(backward: bool) -> list[Product]:
+        sizes = (width, setting.hidden, setting.hidden, setting.projection)
+        return [Product(1, batch, sizes[i], sizes[i + 1], backward) for i in range(3)]
+
+    similarities = [Product(1, batch, size, batch, True) for size in (setting.projection,) * 2 + (width,)]
+    if authors:
+        passes = 3 * encoder(batch, True) + 3 * encoder(batch, False) + 2 * projector(True) + 4 * projector(False)
+    else:
+        passes = encoder(3 * batch, True) + encoder(2 * batch, False) + encoder(batch, False)
+        passes += 2 * projector(True) + 2 * projector(False)
+    return passes + similarities
+
+
+def limit(setting: Setting, authors: bool, precision: str) -> Step:
+    """The products of a step, as a step."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    @cache
+    def operands(count: int, rows: int, inner: int, columns: int) -> tuple[torch.Tensor, ...]:
+        outer = () if count == 1 else (count,)
+        shapes = (rows, inner), (columns, inner), (rows, columns), (rows, inner), (columns, inner)
+        return tuple(torch.randn(*outer, *shape, device=setting.device, dtype=dtype) for shape in shapes)
+
+    listed = products(setting, authors)
+
+    def step() -> float:
+        for *shape, backward in listed:
+            x, weight, y, grad_x, grad_weight = operands(*shape)
+            torch.matmul(x, weight.mT, out=y)
+            if backward:
+                torch.matmul(y, weight, out=grad_x)
+                torch.matmul(y.mT, x, out=grad_weight)
+        return y[0, 0].item()  # waits for a GPU
+
+    return step
+
+
+def peak_memory(setting: Setting, variant: str) -> int:
+    """Bytes that the first steps of a fresh process take at most, on top of what it held before them."""
+    if not setting.plain_allocator:
+        keep_freed_memory()
+    step = build(setting, variant)
+    if on_cuda := setting.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        before = pages * os.sysconf("SC_PAGE_SIZE")
+    for _ in range(MEMORY_STEPS):
+        step()
+    peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak - before
+
+
+def measure(
+    show: Annotated[list[Path] | None, typer.Argument(help="with --show: records of earlier runs")] = None,
+    output: Path = Path("train_step.json"),
+    image_size: int = Setting.image_size,
+    channels: int = Setting.channels,
+    patch_size: int = Setting.patch_size,
+    width: int = Setting.width,
+    depth: int = Setting.depth,
+    heads: int = Setting.heads,
+    hidden: int = Setting.hidden,
+    projection: int = Setting.projection,
+    batch: int = Setting.batch,
+    device: str = Setting.device,
+    rounds: int = 7,
+    variants: str = "authors_fp32,ours_fp32,ours_bf16",
+    plain_allocator: Annotated[bool, typer.Option(help="leave the memory allocator as it is")] = False,
+    reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
+    only_show: Annotated[bool, typer.Option("--show", help="measure nothing")] = False,
+) -> None:
+    """Measure one setting and keep the figures in OUTPUT, or `--show` those of earlier runs."""
+    if only_show:
+        print("\n\n".join(summary(read_json(path)) for path in show or []))
+        return
+    names = variants.split(",")
+    if unknown := [name for name in names if name not in LABELS]:
+        raise RRCMError(f"variants {unknown[0]}: unknown; they are {', '.join(LABELS)}")
+    setting = Setting(
+        image_size,
+        channels,
+        patch_size,
+        width,
+        depth,
+        heads,
+        hidden,
+        projection,
+        batch,
+        device,
+        plain_allocator,
+        str(reference_code) if reference_code else None,
+    )
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
+        memory = {name: fresh.submit(peak_memory, setting, name).result() for name in names}
+    if not plain_allocator:
+        keep_freed_memory()
+    steps = {name: build(setting, name) for name in names}
+    losses = {name: step() for name, step in steps.items()}  # warm-up, compilation
+    for name, loss in losses.items():
+        if not abs(loss / losses[names[0]] - 1) < (1e-2 if "bf16" in name else 1e-4):
+            raise RRCMError(f"{name} has a first loss of {loss:.5f}, {names[0]} of {losses[names[0]]:.5f}")
+    steps |= {
+        f"limit_{limit_of(name)}": limit(setting, name.startswith("authors"), name.split("_")[1]) for name in names
+    }
+    seconds = {name: [] for name in steps}
+    with Progress(rounds, f"benchmark batch {batch}", "rounds") as progress:
+        for _ in range(rounds):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+            progress.update(1)
+    described = asdict(setting) | {"reference": "the authors' code" if reference_code else "our own lines"}
+    record = described | {
+        "losses": losses,
+        "seconds": seconds,
+        "memory": memory,
+        "environment": environment(device),
+    }
+    write_json(output, record)
+    print(summary(record))
+
+
+def limit_of(variant: str) -> str:
+    return variant.removesuffix("_compiled")
+
+
+def summary(record: dict) -> str:
+    """Rates (median over the rounds, range), shares of the limit, peak memory."""
+    seconds, memory = record["seconds"], record["memory"]
+    rows = []
+    for name, label in LABELS.items():
+        if name not in seconds:
+            continue
+        times, limits = seconds[name], seconds[f"limit_{limit_of(name)}"]
+        row = {
+            "variant": label,
+            "s a step (range)": f"{median(times):.3f} ({min(times):.3f} - {max(times):.3f})",
+            "images/s": f"{record['batch'] / median(times):,.0f}",
+            "of the limit": f"{median(limits) / median(times):.2f}",
+            "peak memory, MiB": f"{memory[name] / 2**20:,.0f}",
+        }
+        if "authors_fp32" in seconds:
+            row["faster than (a)"] = f"{median(seconds['authors_fp32']) / median(times):.2f}x"
+            row["memory of (a)"] = f"{memory[name] / memory['authors_fp32']:.2f}x"
+        rows.append(row)
+    where = record["environment"]["hardware"]
+    machine = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
+    title = (
+        f"{record['image_size']}x{record['image_size']}x{record['channels']}, patch {record['patch_size']}, "
+        f"D {record['width']}, depth {record['depth']}, projector {record['hidden']} -> {record['projection']}, "
+        f"batch {record['batch']}; {machine}, freed memory {'not ' if record['plain_allocator'] else ''}kept; "
+        f"(a) is {record['reference']}"
+    )
+    return f"{title}\n\n" + tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    app = application()  # rrcm.app.run would keep freed memory
+    app.command()(guarded(measure))
+    app()
