@@ -93,9 +93,10 @@ def certify_split(
         "model": sha256_file(model_folder / "model.safetensors"),
         "network": sha256_file(model_folder / "config.json"),
     }
-    described = [settings.model_dump(mode="json"), config.seed, config.data.image_size, sigma, device.type]
     batch_size = smoothed.find_batch_size(pixels[0])
-    run = Run(f"certify-{sigma}", fingerprint([*described, batch_size], inputs, [*CODE, sys.modules[__name__]]))
+    described = [settings.model_dump(mode="json"), config.seed, config.data.image_size, sigma, device.type]
+    described += [batch_size, smoothed.precision]
+    run = Run(f"certify-{sigma}", fingerprint(described, inputs, [*CODE, sys.modules[__name__]]))
     if team.rank == 0:
         run.lock()
     team.start()
@@ -115,6 +116,7 @@ def certify_split(
             "samples": samples,
             "samples_per_second": samples / seconds,
             "batch_size": batch_size,
+            "dtype": smoothed.precision,
             "processes": team.world,
             "seconds_by_image": {str(candidate.index): candidate.seconds for candidate in candidates},
             "environment": environment(device),

@@ -40,7 +40,7 @@ def certify(
     n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
     alpha: Annotated[float, typer.Option(help="Chance that a certificate is wrong, at most.")] = 0.001,
     grid_step: Annotated[float, typer.Option(help="Sequential: radii are multiples of this, in pixel units.")] = 0.25,
-    precision: Annotated[str, typer.Option(metavar="fp32|bf16", help="What the network computes in.")] = "fp32",
+    precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="What the network computes in.")] = "fp32",
     batch_size: Annotated[int | None, typer.Option(help="Samples a forward pass. Default: found by itself.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,

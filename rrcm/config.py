@@ -20,7 +20,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.distributed.fast_precision`
+CertifiedPrecision = Literal["auto", "fp32", "bf16"]
 
 
 class Section(BaseModel):
@@ -226,7 +227,7 @@ class Certify(Section):
     memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
     every: Count  # certify every k-th test image
     max_images: Count | None
-    precision: Literal["fp32", "bf16"]
+    precision: CertifiedPrecision
     compile: bool  # torch.compile, on a GPU with CUDA graphs
 
 
@@ -235,7 +236,7 @@ class Latency(Section):
 
     n: list[Count]
     batch_size: Count | None  # null: found by itself
-    precision: Literal["fp32", "bf16"]
+    precision: CertifiedPrecision
 
 
 class OthersFile(Section):

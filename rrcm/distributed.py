@@ -129,10 +129,19 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
+def fast_precision(device: torch.device) -> str:
+    """bf16 where the device has instructions for it, fp16 on a GPU that has not, fp32 on a CPU that has not: that would
+    compute in bfloat16 many times as slowly as in float32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+
+
 def available_precision(device: torch.device, precision: str) -> str:
-    """`precision`, but fp16 for the bf16 that an older GPU does not have."""
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "fp16"
+    """What a training computes in: `auto` is what `fast_precision` says, and bf16 is fp16 on a GPU that lacks it."""
+    if precision == "auto" or (precision == "bf16" and device.type == "cuda"):
+        return fast_precision(device)
     return precision
 
 

@@ -162,7 +162,7 @@ def _train(
     described = config.model_dump(mode="json", include={"seed", "data", "model", "finetune"})
     described |= {"method": method, "sigma": sigma, "t": t, "architecture": architecture(encoder)}
     mark = fingerprint(described, inputs, [*CODE, sys.modules[__name__]])
-    trainer = Trainer(
+    training = Trainer(
         Run(f"finetune-{method}-{sigma}", mark),
         process,
         label=f"finetune {method} sigma {sigma:g}",
@@ -174,13 +174,13 @@ def _train(
         checkpoint_every=config.finetune.checkpoint_every * epoch_steps,
         suspects=lambda step: loader.shards_of_step(images, settings.batch_size, batch_seed, step),
     )
-    trainer.notes = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
-    if not trainer.resume() and settings.probe_epochs and kind.start is not None:
+    training.notes = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
+    if not training.resume() and settings.probe_epochs and kind.start is not None:
         quietest = config.pretrain.t_min if kind.start == "pretrain" else t  # timm's weights are put in place for one t
         probe_head(classifier, images, config, settings, process, quietest)
     if config.finetune.compile:
         classifier.compile()
-    forward = trainer.parallel(classifier)
+    forward = training.parallel(classifier)
     pixels, labels, _ = read_split(validation, config.data.image_size)
 
     batches = loader.batches(
@@ -188,13 +188,13 @@ def _train(
         augment.FinetuneTransform(settings.augmentation, config.data.image_size),
         batch_size=settings.batch_size,
         seed=batch_seed,
-        first_step=trainer.done,
+        first_step=training.done,
         last_step=total_steps,
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,
     )
-    for step, batch in trainer.steps(batches):
+    for step, batch in training.steps(batches):
         rate = peak * warmup_cosine(step / epoch_steps, settings.warmup_epochs, epochs)
         clean, target = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
         if mix is not None:
@@ -205,7 +205,7 @@ def _train(
         copies = (clean.float() / 255).repeat(settings.copies, 1, 1, 1)
         positions = [f"{copy} {p}" for copy in range(settings.copies) for p in batch["position"].tolist()]
         noise = normal_per_sample(copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device)
-        with trainer.autocast():
+        with training.autocast():
             logits = forward(copies + sigma * noise, config.finetune.parts)
         logits = logits.float().unflatten(0, (settings.copies, -1))
         cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
@@ -213,20 +213,20 @@ def _train(
         if kind.regularized:
             regularizer = consistency_regularizer(logits, settings.consistency_weight, settings.entropy_weight).mean()
         loss = cross_entropy + regularizer
-        trainer.descend(loss, rate)
-        trainer.count(loss, cross_entropy, regularizer)
+        training.descend(loss, rate)
+        training.count(loss, cross_entropy, regularizer)
 
         epoch, into_epoch = divmod(step + 1, epoch_steps)
         if into_epoch:
             continue
-        means, accuracy, shown = trainer.averages(epoch_steps), None, {}
+        means, accuracy, shown = training.averages(epoch_steps), None, {}
         if epoch % looks_every == 0 or epoch == epochs:
-            accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, trainer.precision, process)
-            if accuracy > trainer.notes["selected"]["val_accuracy"]:
-                trainer.notes["selected"] = {"epoch": epoch, "val_accuracy": accuracy}
+            accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, training.precision, process)
+            if accuracy > training.notes["selected"]["val_accuracy"]:
+                training.notes["selected"] = {"epoch": epoch, "val_accuracy": accuracy}
                 best.load_state_dict(classifier.state_dict())
             shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
-        trainer.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": rate}, **shown)
+        training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": rate}, **shown)
 
     if process.is_main:
         with atomic_directory(output) as folder:
@@ -239,20 +239,20 @@ def _train(
                 parameters=parameter_count(best),
                 start=config.finetune.origin(method),
                 training={"profile": config.profile, "epochs": epochs, **settings.model_dump(exclude={"epochs"})},
-                selected=trainer.notes["selected"],
+                selected=training.notes["selected"],
                 compute={"finetune": epochs * epoch_compute, "pretrain_share": share},
             )
-            write_csv(folder / "history.csv", trainer.history)
+            write_csv(folder / "history.csv", training.history)
         write_json(
             timing,
             {
-                "seconds": trainer.seconds,
-                "images_per_second": total_steps * settings.batch_size / trainer.seconds,
+                "seconds": training.seconds,
+                "images_per_second": total_steps * settings.batch_size / training.seconds,
                 "processes": process.world,
                 "environment": environment(device),
             },
         )
-        trainer.run.finish()
+        training.run.finish()
     barrier()
 
 

@@ -44,7 +44,7 @@ def measure_latency(config: Config, method: str, shard_folder: Path | str, model
             "method": method,
             "parameters": parameter_count(classifier),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": settings.precision,
+            "dtype": smoothed.precision,
             "batch_size": smoothed.find_batch_size(images[0]),
             "seconds": {str(n): seconds(n) for n in settings.n},
             "environment": environment(device),

@@ -66,7 +66,7 @@ def _train(
         {"shards": images.fingerprint},
         [*CODE, sys.modules[__name__]],
     )
-    trainer = Trainer(
+    training = Trainer(
         Run("pretrain", mark),
         process,
         label="pretrain",
@@ -78,20 +78,20 @@ def _train(
         checkpoint_every=settings.checkpoint_every,
         suspects=lambda step: loader.shards_of_step(images, settings.batch_size, seed, step),
     )
-    trainer.notes = {"rates": [], "representation": []}
-    trainer.resume()
+    training.notes = {"rates": [], "representation": []}
+    training.resume()
     if settings.compile:
         student.encoder.compile()
         teacher.encoder.compile()
-    forward = trainer.parallel(student)
+    forward = training.parallel(student)
     sizes = config.data.image_size, settings.evaluate_images
     bank, held_out = (read_sample(split, *sizes, process) for split in (images, validation))
 
     def look(step: int) -> None:
         """How good the average's representations are now."""
         options = {"sigmas": settings.evaluate_sigmas, "t_min": settings.t_min, "seed": seed}
-        rows = evaluate(average, bank, held_out, **options, precision=trainer.precision, process=process)
-        trainer.notes["representation"] += [{"step": step, **row} for row in rows]
+        rows = evaluate(average, bank, held_out, **options, precision=training.precision, process=process)
+        training.notes["representation"] += [{"step": step, **row} for row in rows]
         if process.is_main and rows[0]["similarity"] > COLLAPSED:
             print(
                 f"pretrain: the representations have collapsed at step {step}: different images have a mean cosine of "
@@ -99,21 +99,21 @@ def _train(
                 file=sys.stderr,
             )
 
-    if trainer.done == 0:
+    if training.done == 0:
         look(0)
     batches = loader.batches(
         images,
         augment.PretrainTransform(settings.views, config.data.image_size),
         batch_size=settings.batch_size,
         seed=seed,
-        first_step=trainer.done,
+        first_step=training.done,
         last_step=settings.steps,
         rank=process.rank,
         world=process.world,
         workers=config.data.workers,
     )
     tick = time.monotonic()
-    for step, batch in trainer.steps(batches):
+    for step, batch in training.steps(batches):
         levels = karras_levels(
             num_levels(step, settings.steps, start=settings.start_levels, end=settings.end_levels),
             t_min=settings.t_min,
@@ -121,11 +121,10 @@ def _train(
             rho=settings.rho,
         ).tolist()
         rate = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
-        objective = _rrcm if settings.objective == "rrcm" else _moco_noise
-        terms = objective(config, trainer, forward, teacher, batch, step, levels)
+        terms = _objective(config, training, forward, teacher, batch, step, levels)
         loss = terms.total.mean()
         bound = settings.clip_norm if step >= settings.warmup_steps else float("inf")
-        grad_norm = trainer.descend(loss, rate, bound)
+        grad_norm = training.descend(loss, rate, bound)
         mu = teacher_ema(
             step,
             settings.steps,
@@ -138,16 +137,17 @@ def _train(
             torch._foreach_lerp_(
                 list(average.parameters()), list(student.encoder.parameters()), 1 - settings.student_ema
             )
-        trainer.count(loss, terms.contrastive.mean(), terms.consistency.mean(), grad_norm)
+        training.count(loss, terms.contrastive.mean(), terms.consistency.mean(), grad_norm)
 
         done = step + 1
         if done % settings.log_every == 0 or done == settings.steps:
             count = done % settings.log_every or settings.log_every
-            row = {"step": done, **trainer.averages(count), "levels": len(levels), "teacher_ema": mu, "lr": rate}
+            row = {"step": done, **training.averages(count), "levels": len(levels), "teacher_ema": mu, "lr": rate}
             images_per_second = count * settings.batch_size / (time.monotonic() - tick)
-            trainer.notes["rates"].append([done, images_per_second])
-            shown = {name: f"{row[name]:.3f}" for name in ("loss", "contrastive", "consistency", "teacher_ema")}
-            trainer.log(row, **shown, N=f"{len(levels)}", images_per_s=f"{images_per_second:.0f}")
+            training.notes["rates"].append([done, images_per_second])
+            shown = {name: f"{row[name]:.3f}" for name in ("loss", "contrastive", "consistency")}
+            shown |= {"N": f"{len(levels)}", "EMA": f"{mu:.4f}", "images/s": f"{images_per_second:.0f}"}
+            training.log(row, **shown)
             tick = time.monotonic()
         if done % settings.evaluate_every == 0 or done == settings.steps:
             look(done)
@@ -162,81 +162,52 @@ def _train(
                 training={"profile": config.profile, "seed": seed, "steps": settings.steps},
                 compute={"pretrain": FORWARDS_PER_IMAGE[settings.objective] * seen},
             )
-            write_csv(folder / "history.csv", trainer.history)
-            write_csv(folder / "representation.csv", trainer.notes["representation"])
+            write_csv(folder / "history.csv", training.history)
+            write_csv(folder / "representation.csv", training.notes["representation"])
         write_json(
             timing,
             {
-                "seconds": trainer.seconds,
-                "images_per_second": seen / trainer.seconds,
+                "seconds": training.seconds,
+                "images_per_second": seen / training.seconds,
                 "processes": process.world,
-                "throughput": trainer.notes["rates"],
+                "throughput": training.notes["rates"],
                 "environment": environment(device),
             },
         )
-        trainer.run.finish()
+        training.run.finish()
     barrier()
 
 
-def _rrcm(
+def _objective(
     config: Config,
-    trainer: Trainer,
+    training: Trainer,
     student: Callable,
     teacher: Callable,
     batch: loader.Batch,
     step: int,
     levels: list[float],
 ) -> PretrainingLoss:
-    """The image along its noise trajectory, the views at the quietest level: one noise, one pair of levels a step."""
-    settings = config.pretrain
-    image, view1, view2 = _model_space(batch, trainer.process.device)
-    noise = _noise(image, config.seed, "noise", step, batch)
-    n = int(numpy_rng(config.seed, "level", step).integers(len(levels) - 1))  # one for the whole global batch
-    with trainer.autocast():
-        return pretraining_loss(
-            student,
-            teacher,
-            image,
-            view1,
-            view2,
-            noise,
-            t=levels[n],
-            t_next=levels[n + 1],
-            t_min=levels[-1],
-            temperature=settings.temperature,
-            parts=settings.parts,
-        )
+    """The loss of a batch.
 
-
-def _moco_noise(
-    config: Config,
-    trainer: Trainer,
-    student: Callable,
-    teacher: Callable,
-    batch: loader.Batch,
-    step: int,
-    levels: list[float],
-) -> PretrainingLoss:
-    """Each view with a noise of its own, pixel sigma uniform from 0 to the loudest that is evaluated."""
-    settings = config.pretrain
-    _, view1, view2 = _model_space(batch, trainer.process.device)
+    rrcm: the image along its noise trajectory, the views at the quietest level; one noise an image, one pair of
+    neighbouring levels a step. moco_noise: each view with a noise of its own, pixel sigma uniform from 0 to the loudest
+    that is evaluated.
+    """
+    settings, seed = config.pretrain, config.seed
+    image, view1, view2 = _model_space(batch, training.process.device)
+    common = {"temperature": settings.temperature, "parts": settings.parts}
+    if settings.objective == "rrcm":
+        noise = _noise(image, seed, "noise", step, batch)
+        n = int(numpy_rng(seed, "level", step).integers(len(levels) - 1))  # one for the whole global batch
+        pair = {"t": levels[n], "t_next": levels[n + 1], "t_min": levels[-1]}
+        with training.autocast():
+            return pretraining_loss(student, teacher, image, view1, view2, noise, **pair, **common)
+    noise1, noise2 = (_noise(view1, seed, f"noise {i}", step, batch) for i in (1, 2))
     loudest = 2 * max(settings.evaluate_sigmas)
-    levels = numpy_rng(config.seed, "view levels", step).uniform(settings.t_min, loudest, (2, settings.batch_size))
-    t1, t2 = torch.from_numpy(levels[:, batch["position"].numpy()]).to(view1.device, torch.float32)
-    noise1, noise2 = (_noise(view1, config.seed, f"noise {i}", step, batch) for i in (1, 2))
-    with trainer.autocast():
-        return moco_noise_loss(
-            student,
-            teacher,
-            view1,
-            view2,
-            noise1,
-            noise2,
-            t1=t1,
-            t2=t2,
-            temperature=settings.temperature,
-            parts=settings.parts,
-        )
+    drawn = numpy_rng(seed, "view levels", step).uniform(settings.t_min, loudest, (2, settings.batch_size))
+    t1, t2 = torch.from_numpy(drawn[:, batch["position"].numpy()]).to(view1.device, torch.float32)
+    with training.autocast():
+        return moco_noise_loss(student, teacher, view1, view2, noise1, noise2, t1=t1, t2=t2, **common)
 
 
 def _noise(images: torch.Tensor, seed: int, name: str, step: int, batch: loader.Batch) -> torch.Tensor:

@@ -10,7 +10,8 @@ from tqdm import tqdm
 class Progress:
     """Count `total` units of work. Use as a context manager and call `update`.
 
-    On a terminal this is a tqdm bar; elsewhere (a log file, CI) it prints one plain line every `interval` seconds.
+    On a terminal this is a tqdm bar, with the metrics on a line below it; elsewhere (a log file, CI) it prints one
+    plain line every `interval` seconds.
     `done` is where resumed work starts; the rate counts only what this process did.
     """
 
@@ -20,9 +21,11 @@ class Progress:
         self.total, self.label, self.unit, self.interval = total, label, unit, interval
         self.done = self.start_done = done
         self.quiet = quiet
+        self.metrics: dict[str, str] = {}
         self.start = self.last_print = time.monotonic()
         live = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True) if live else None
+        self.below: tqdm | None = None  # a second line, for the metrics
 
     def __enter__(self) -> "Progress":
         return self
@@ -30,26 +33,36 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.close()
+            if self.below is not None:
+                self.below.close()
         elif not self.quiet and kind is None:
-            self._print(time.monotonic(), "")
+            self._print(time.monotonic())
 
     def update(self, count: int = 1, **metrics: str) -> None:
-        """Add `count` finished units; `metrics` are short texts shown beside them."""
+        """Add `count` finished units; `metrics` are short texts shown beside them until others come."""
         self.done += count
+        self.metrics |= metrics
         if self.bar is not None:
-            self.bar.set_postfix(metrics, refresh=False)
+            if metrics and self.below is None:
+                self.below = tqdm(bar_format="{desc}", position=1, dynamic_ncols=True)
+            if metrics:
+                self.below.set_description_str(self._shown)
             self.bar.update(count)
         elif not self.quiet and time.monotonic() - self.last_print >= self.interval:
-            self._print(time.monotonic(), "  ".join(f"{name} {value}" for name, value in metrics.items()))
+            self._print(time.monotonic())
 
-    def _print(self, now: float, metrics: str) -> None:
+    @property
+    def _shown(self) -> str:
+        return "  ".join(f"{name} {value}" for name, value in self.metrics.items())
+
+    def _print(self, now: float) -> None:
         self.last_print = now
         elapsed = now - self.start
         rate = (self.done - self.start_done) / max(elapsed, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         time_left = f", {left:.0f} s left" if self.done < self.total else f", took {elapsed:.1f} s"
         print(
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s{time_left}  {metrics}".rstrip(),
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s{time_left}  {self._shown}".rstrip(),
             file=sys.stderr,
             flush=True,
         )

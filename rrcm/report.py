@@ -356,8 +356,9 @@ CAPTIONS = {
     "training": "Accuracy on noisy validation images against the compute spent: a pre-trained method starts at its "
     "share of the pre-training, the dot is the epoch that was kept. On the left, the pre-training where there is one.",
     "representation": "Representations of validation images along the pre-training: k-NN accuracy, with clean training "
-    "images as neighbours; and the mean cosine between an image's representations at t = 2σ and at t_min along one "
-    "noise, which the method is to raise, beside that of different images, which tells stillness from collapse.",
+    "images as neighbours; the mean cosine between an image's representation at t = 2σ and its own at t_min along one "
+    "noise, which the method is to raise, and that with other images' at t_min; and the first less the second. An "
+    "encoder that answers much alike to all images, as untrained ones do, has both high and the difference low.",
     "sheet": "Test images, clean and noisy (clipped to [0, 1] for display), spread evenly over those certified.",
 }
 TITLES = {

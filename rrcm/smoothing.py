@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rrcm.distributed import fast_precision
 from rrcm.errors import RRCMError
 from rrcm.model import Classifier
 from rrcm.noise import ESTIMATE, FORWARD, PREDICT, SELECT, gaussian
@@ -96,7 +97,7 @@ class SmoothedClassifier(nn.Module):
         samples: int = 16,  # noisy copies a forward pass as a module
         batch_size: int | None = None,  # noisy copies a forward pass of the votes; None: `find_batch_size`
         memory_gib: float | None = None,  # bound for that; None: 1/16 on a CPU (its caches), half the memory of a GPU
-        precision: str = "fp32",  # or bf16
+        precision: str = "fp32",  # bf16, or auto: bf16 where the model's device has instructions for it
         compile: bool = False,  # torch.compile; with CUDA graphs on a GPU, with frozen weights on a CPU
     ):
         super().__init__()
@@ -110,8 +111,11 @@ class SmoothedClassifier(nn.Module):
             raise RRCMError(f"samples = {samples}, batch_size = {batch_size}: must be at least 1")
         if memory_gib is not None and not 0 < memory_gib < math.inf:
             raise RRCMError(f"memory_gib = {memory_gib}: must be above 0 and finite")
-        if precision not in ("fp32", "bf16"):
-            raise RRCMError(f"precision = {precision!r}: must be fp32 or bf16")
+        if precision not in ("auto", "fp32", "bf16"):
+            raise RRCMError(f"precision = {precision!r}: must be auto, fp32 or bf16")
+        self.model = model
+        if precision == "auto":
+            precision = "bf16" if fast_precision(self.device) == "bf16" else "fp32"
         self.model = (copy.deepcopy(model).bfloat16() if precision == "bf16" else model).eval()
         self.sigma, self.num_classes, self.seed, self.samples = sigma, num_classes, seed, samples
         self.batch_size, self.memory_gib, self.precision = batch_size, memory_gib, precision

@@ -82,7 +82,8 @@ class Trainer:
             return False
         self.done, tensors, notes = state
         unpack_state(tensors, self.modules, self.optimizer)
-        self.scaler.load_state_dict(notes["scaler"])
+        if notes["scaler"]:  # else this device computes in fp16 and the one before did not
+            self.scaler.load_state_dict(notes["scaler"])
         self.history, self.notes, self.before = notes["history"], notes["notes"], notes["seconds"]
         sums, rank = tensors["sums"], self.process.rank  # a row a process
         if len(sums) == self.process.world:

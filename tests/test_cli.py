@@ -295,7 +295,7 @@ def test_class_names_of_a_file(ours, images):
         (["images", "--model", "model", "--alpha", "1"], "alpha = 1.0"),
         (["images", "--model", "model", "--grid-step", "0"], "grid_step = 0.0"),
         (["images", "--model", "model", "--procedure", "adaptive"], "must be fixed or sequential"),
-        (["images", "--model", "model", "--precision", "fp8"], "must be fp32 or bf16"),
+        (["images", "--model", "model", "--precision", "fp8"], "must be auto, fp32 or bf16"),
         (["images", "--model", "model", "--batch-size", "0"], "batch_size = 0"),
         (["images", "--model", "model", "--limit", "0"], "limit = 0"),
         (["images", "--model", "model", "--device", "gpu"], "device = 'gpu'"),

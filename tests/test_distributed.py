@@ -5,6 +5,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import compose
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from rrcm.config import load_config
-from rrcm.distributed import GlobalBatchNorm1d, all_sum, processes
+from rrcm.distributed import GlobalBatchNorm1d, all_sum, available_precision, fast_precision, processes
 from rrcm.finetune import finetune
 from rrcm.losses import pretraining_loss
 from rrcm.model import NoiseConditionedViT, ProjectedViT
 from rrcm.pretrain import pretrain
+from rrcm.smoothing import SmoothedClassifier
 
 
 def together(target, *arguments: object, world: int = 2) -> None:
@@ -113,3 +115,34 @@ def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
         for key in one:
             torch.testing.assert_close(one[key], two[key], atol=2e-3, rtol=0, msg=f"{name} {key}")
     assert not dist.is_initialized()
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "fast", "explicit"),
+    [
+        (CPU, True, "bf16", "bf16"),
+        (CPU, False, "fp32", "bf16"),
+        (GPU, True, "bf16", "bf16"),
+        (GPU, False, "fp16", "fp16"),
+    ],
+)
+def test_the_precision_that_a_device_is_fast_in(monkeypatch, device, bf16, fast, explicit):
+    """A device with or without instructions for bfloat16, whatever this machine has."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": bf16}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    assert fast_precision(device) == available_precision(device, "auto") == fast
+    assert available_precision(device, "bf16") == explicit
+    assert [available_precision(device, name) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
+    if device == CPU:
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+        smoothed = SmoothedClassifier(network, 0.5, 3, precision="auto")
+        assert smoothed.precision == fast
+        assert smoothed.model[1].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_an_older_torch_cannot_tell_and_takes_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert fast_precision(CPU) == "fp32"

@@ -1,6 +1,7 @@
 """The network's pieces against timm's own and against closed forms."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -37,6 +38,22 @@ def test_a_block_is_timms(tokens_read, qkv_bias):
     expected = torch.autograd.grad((theirs * weights).sum(), [two, *block.parameters()])
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_block_keeps_its_mlps_hidden_layer_once():
+    """What goes into GELU is kept for the backward pass, what comes out is not."""
+    block, alive = small().blocks[0], {}
+
+    class Watched(torch.nn.GELU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            alive.update({"in": weakref.ref(x), "out": weakref.ref(y)})
+            return y
+
+    block.mlp.act = Watched()
+    answer = block(torch.randn(5, 6, 32))
+    assert alive["in"]() is not None and alive["out"]() is None
+    answer.sum().backward()
 
 
 @pytest.mark.parametrize("queries", [6, 1])

@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from rrcm.distributed import Process
-from rrcm.representation import Sample, evaluate, knn_accuracy, mean_similarity
+from rrcm.representation import Sample, evaluate, knn_accuracy, own_and_others
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -24,12 +24,16 @@ def test_knn_accuracy_against_scikit_learn():
     assert knn_accuracy(queries, labels, bank, bank_labels) == pytest.approx(expected, abs=1e-9)
 
 
-def test_mean_similarity_is_the_mean_over_pairs():
+def test_own_and_others_are_means_over_pairs():
     torch.manual_seed(0)
-    x = torch.randn(30, 5) + 1
-    cosine = nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
-    assert mean_similarity(x) == pytest.approx(float((cosine.sum() - 30) / (30 * 29)), abs=1e-6)
-    assert mean_similarity(torch.ones(9, 4)) == pytest.approx(1)
+    quiet = torch.randn(30, 5) + 1
+    seen = quiet + torch.randn(30, 5)
+    cosine = nn.functional.cosine_similarity(seen[:, None], quiet[None], dim=-1)
+    own, others = own_and_others(seen, quiet)
+    assert own == pytest.approx(float(cosine.diag().mean()), abs=1e-6)
+    assert others == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-6)
+    assert own > others + 0.1
+    assert own_and_others(torch.ones(9, 4), torch.ones(9, 4)) == (pytest.approx(1), pytest.approx(1))
 
 
 class Pixels(nn.Module):
