@@ -10,8 +10,8 @@ Three kinds of numbers, all images a second of this machine:
   has been read before.
 - `colour and blur`: what the training process makes of a pre-training batch on its device before the step, from 8-bit
   pixels to both views in model space.
-- `need`: images a second of a bare step of pre-training, measured by `train_step.py` (ours, bfloat16, D 192 depth 6,
-  8x8 patches and the loader's batch), or given by `--need` for a step measured elsewhere.
+- `need`: images a second of a bare step of pre-training, measured by `train_step.py` (ours, D 192 depth 6, 8x8
+  patches, the loader's batch, the precision that the device is fast in), or given by `--need` for a step measured elsewhere.
 
     python benchmarks/loader.py data/shards
     python benchmarks/loader.py            # 2,500 synthetic JPEG files of 224 pixels in a temporary folder
@@ -35,6 +35,7 @@ from train_step import Setting, build
 from rrcm.app import application, guarded
 from rrcm.augment import FinetuneTransform, PretrainTransform, photometric
 from rrcm.config import Data, Views
+from rrcm.distributed import fast_precision
 from rrcm.environment import environment, keep_freed_memory
 from rrcm.loader import Batch, batches, steps_per_epoch
 from rrcm.rng import numpy_rng
@@ -116,7 +117,7 @@ def step_rate(images: ShardedImages, batch_size: int, device: torch.device) -> f
             batch=batch_size,
             device=str(device),
         ),
-        "ours_bf16",
+        f"ours_{fast_precision(device)}",
     )
     seconds = []
     for _ in range(6):

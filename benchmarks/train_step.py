@@ -15,6 +15,7 @@ The limit is a step's matrix products alone: the same shapes, dtype and order, o
 for each that has a backward pass.
 
     python benchmarks/train_step.py --batch 128 --output train_step_128.json
+    python benchmarks/train_step.py --variants ours_fp32,ours_fp32_2,ours_fp32_4,ours_fp32_8,ours_fp32_blocks
     python benchmarks/train_step.py --show train_step_128.json train_step_256.json
 """
 
@@ -61,6 +62,10 @@ LABELS = {
     "ours_bf16": "(c) ours, bfloat16",
     "ours_fp32_compiled": "    (b) compiled",
     "ours_bf16_compiled": "    (c) compiled",
+    "ours_fp32_blocks": "    (b) every block recomputed",
+    "ours_fp32_2": "    (b) in 2 parts",
+    "ours_fp32_4": "    (b) in 4 parts",
+    "ours_fp32_8": "    (b) in 8 parts",
 }
 
 imported()
@@ -104,14 +109,17 @@ def build(setting: Setting, variant: str) -> Step:
     shape = (setting.batch, setting.channels, setting.image_size, setting.image_size)
     inputs = Inputs(*(torch.randn(shape).to(setting.device) for _ in Inputs._fields))
     if variant != "authors_fp32":
-        return our_step(student, inputs, precision=variant.split("_")[1], compiled=variant.endswith("compiled"))
+        _, precision, *how = variant.split("_")
+        encoder.checkpoint_blocks = "blocks" in how
+        parts = next((int(number) for number in how if number.isdigit()), 1)
+        return our_step(student, inputs, precision, compiled="compiled" in how, parts=parts)
     if setting.reference:
         return authors_step(*reference(setting, student, inputs))
     teacher = copy.deepcopy(student).requires_grad_(False)
     return authors_step(student, teacher, lambda: formulation(student, teacher, inputs))
 
 
-def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bool) -> Step:
+def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bool, parts: int) -> Step:
     """What rrcm.pretrain does with a batch."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     average = copy.deepcopy(student.encoder).requires_grad_(False)
@@ -131,6 +139,7 @@ def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bo
                 t_next=LEVELS[N + 1],
                 t_min=LEVELS[-1],
                 temperature=TEMPERATURE,
+                parts=parts,
             )
         loss = terms.total.mean()
         optimizer.zero_grad(set_to_none=True)
@@ -426,27 +435,26 @@ def measure(
 
 
 def limit_of(variant: str) -> str:
-    return variant.removesuffix("_compiled")
+    return "_".join(variant.split("_")[:2])
 
 
 def summary(record: dict) -> str:
     """Rates (median over the rounds, range), shares of the limit, peak memory."""
     seconds, memory = record["seconds"], record["memory"]
     rows = []
-    for name, label in LABELS.items():
-        if name not in seconds:
-            continue
+    names = [name for name in LABELS if name in seconds]
+    first = names[0]
+    for name in names:
         times, limits = seconds[name], seconds[f"limit_{limit_of(name)}"]
         row = {
-            "variant": label,
+            "variant": LABELS[name],
             "s a step (range)": f"{median(times):.3f} ({min(times):.3f} - {max(times):.3f})",
             "images/s": f"{record['batch'] / median(times):,.0f}",
             "of the limit": f"{median(limits) / median(times):.2f}",
             "peak memory, MiB": f"{memory[name] / 2**20:,.0f}",
+            "faster than the first": f"{median(seconds[first]) / median(times):.2f}x",
+            "memory of the first": f"{memory[name] / memory[first]:.2f}x",
         }
-        if "authors_fp32" in seconds:
-            row["faster than (a)"] = f"{median(seconds['authors_fp32']) / median(times):.2f}x"
-            row["memory of (a)"] = f"{memory[name] / memory['authors_fp32']:.2f}x"
         rows.append(row)
     where = record["environment"]["hardware"]
     machine = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
