@@ -25,12 +25,12 @@ def time_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v: q (B, heads, M, d), k and v (B, heads, L, d) -> (B, heads, M, d).
+    """softmax(q k^T / sqrt(d)) v, each (B, heads, L, d) -> (B, heads, L, d).
 
-    By torch's fused kernel, but not for training in half precision on a CPU: there its backward pass takes several
-    times as long as that of plain products (benchmarks/README.md).
+    By torch's fused kernel, but not in half precision on a CPU: there plain products take half the time forward and a
+    fraction of it backward (benchmarks/README.md).
     """
-    if q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad:
+    if q.device.type == "cpu" and q.dtype != torch.float32:
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -40,31 +40,37 @@ class Block(vision_transformer.Block):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L, D)."""
-        return self._update(tokens, *self.attn.qkv(self.norm1(tokens)).chunk(3, dim=-1))
+        qkv = self.attn.qkv(self.norm1(tokens)).chunk(3, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in qkv)
+        return self._update(tokens, attend(q, k, v).transpose(1, 2).flatten(2))
 
     def class_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """The first token of what `forward` gives: (B, L, D) -> (B, D).
 
-        Nothing reads the other tokens of the last block, so their queries, projections and MLPs need not be computed.
+        Nothing reads the other tokens of the last block, so it has one query, and q (W x)^T = (q W) x^T: bringing the
+        query to the tokens costs less than a key for each of them. Likewise one value, of the attended mean of tokens.
         """
-        normed = self.norm1(tokens)
-        query, key_value = self.attn.qkv.weight.tensor_split([tokens.shape[-1]])
-        query_bias, key_value_bias = None, None
+        heads, normed = self.attn.num_heads, self.norm1(tokens)
+        query, key, value = self.attn.qkv.weight.unflatten(0, (3, heads, -1))  # (heads, d, D) each
+        q = torch.einsum("bw,hdw->bhd", normed[:, 0], query)
         if self.attn.qkv.bias is not None:
-            query_bias, key_value_bias = self.attn.qkv.bias.tensor_split([tokens.shape[-1]])
-        q = F.linear(normed[:, :1], query, query_bias)
-        k, v = F.linear(normed, key_value, key_value_bias).chunk(2, dim=-1)
-        return self._update(tokens[:, :1], q, k, v)[:, 0]
+            query_bias, _, value_bias = self.attn.qkv.bias.unflatten(0, (3, heads, -1))  # the keys' adds to all alike
+            q = q + query_bias
+        scores = torch.einsum("bhd,hdw->bhw", q, key) @ normed.mT
+        mean = (scores * q.shape[-1] ** -0.5).softmax(-1) @ normed  # (B, heads, D)
+        attended = torch.einsum("bhw,hdw->bhd", mean, value)
+        if self.attn.qkv.bias is not None:
+            attended = attended + value_bias
+        return self._update(tokens[:, 0], attended.flatten(1))
 
-    def _update(self, tokens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The tokens that the queries are of, (B, M, D), after attention to all L keys and values and after the MLP."""
-        q, k, v = (x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        tokens = tokens + self.attn.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+    def _update(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., D) after attention, whose heads' answers are `attended` (..., D), and after the MLP."""
+        tokens = tokens + self.attn.proj(attended)
         hidden = self.mlp.fc1(self.norm2(tokens))
         return tokens + (recomputed(self._contract, hidden) if hidden.requires_grad else self._contract(hidden))
 
     def _contract(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half of the MLP: (B, M, 4 D) -> (B, M, D). GELU's output, as large as any tensor here, is not
+        """The second half of the MLP: (..., 4 D) -> (..., D). GELU's output, as large as any tensor here, is not
         kept for the backward pass: a fifth of a step's memory for a few hundredths of its time."""
         return self.mlp.fc2(self.mlp.act(hidden))
 
