@@ -11,7 +11,8 @@ Three kinds of numbers, all images a second of this machine:
 - `colour and blur`: what the training process makes of a pre-training batch on its device before the step, from 8-bit
   pixels to both views in model space.
 - `need`: images a second of a bare step of pre-training, measured by `train_step.py` (ours, D 192 depth 6, 8x8
-  patches, the loader's batch, the precision that the device is fast in), or given by `--need` for a step measured elsewhere.
+  patches, the loader's batch, the precision that the device is fast in), or given by `--need` for a step measured
+  elsewhere.
 
     python benchmarks/loader.py data/shards
     python benchmarks/loader.py            # 2,500 synthetic JPEG files of 224 pixels in a temporary folder
