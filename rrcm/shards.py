@@ -35,7 +35,7 @@ from rrcm.sources import Records, carve, read_source
 
 OFFSET, SIZE, LABEL, KEY = range(4)  # columns of the index
 BLOCK = 512  # tar's unit
-OPEN_SHARDS = 32  # file handles a reader keeps; twice the shuffle window
+OPEN_SHARDS = 128  # file handles a reader keeps; twice what a training reads from at a time
 DECODED_BYTES = 256 * 2**20  # a split that fits into this is kept decoded, by each process
 DOWNLOAD_PAUSES = (1.0, 5.0)  # seconds before the second and the third try
 EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}

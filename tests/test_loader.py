@@ -13,18 +13,21 @@ import torch
 from rrcm.augment import FinetuneTransform, PretrainTransform
 from rrcm.config import Data, Views
 from rrcm.errors import RRCMError
-from rrcm.loader import batches, epoch_order, steps_per_epoch
+from rrcm.loader import batches, epoch_batches, epoch_order, shards_of_step, steps_per_epoch, stream_count
 from rrcm.shards import ShardedImages, write_shards
 
 VIEWS = Views(crop_min=0.3, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 0.5), solarize=(0.0, 0.2))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("loader") / "shards"
-    data = Data(source="digits", root=None, image_size=8, channels=1, val_fraction=0.1, shard_size=100, workers=0)
+def write(place: Path, shard_size: int) -> Path:
+    data = Data(source="digits", root=None, image_size=8, channels=1, val_fraction=0.1, shard_size=shard_size, workers=0)
     write_shards(data, 0, place)
     return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("loader") / "shards", 100)
 
 
 def name_pixels(image, rng) -> dict[str, np.ndarray]:
@@ -50,10 +53,10 @@ def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> 
 
 @pytest.mark.parametrize("sizes", [[5], [100] * 40, [64, 64, 64, 7], [1, 2, 3]])
 def test_order_is_a_permutation_that_moves(sizes: list[int]):
-    orders = [epoch_order(sizes, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [epoch_order(sizes, seed, epoch, window=16) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(sum(sizes)))
-    assert np.array_equal(orders[0], epoch_order(sizes, 0, 0))
+    assert np.array_equal(orders[0], epoch_order(sizes, 0, 0, window=16))
     assert sum(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2)) == 0
 
 
@@ -66,24 +69,64 @@ def test_order_reads_few_shards_at_a_time():
     assert abs(np.corrcoef(whole, np.arange(200))[0, 1]) < 0.25  # 3.5 standard errors of a full shuffle
 
 
+@pytest.mark.parametrize(
+    ("shards", "batch_size", "streams"), [(16, 64, 1), (17, 64, 16), (1000, 4096, 64), (1000, 96, 32), (1000, 75, 1)]
+)
+def test_batches_are_put_together_from_streams(shards: int, batch_size: int, streams: int):
+    assert stream_count(shards, batch_size) == streams
+    sizes = [10 + i % 3 for i in range(shards)]
+    found = epoch_batches(sizes, batch_size, 0, 0)
+    assert found.shape == (sum(sizes) // batch_size, batch_size)
+    assert len(np.unique(found)) == found.size and found.max() < sum(sizes)  # no sample twice
+    assert not np.array_equal(found, epoch_batches(sizes, batch_size, 0, 1))
+
+
+@pytest.mark.parametrize("world", [2, 4, 16])
+def test_ranks_read_shards_of_their_own(world: int):
+    """Of 320 shards of 20 samples; the two at the ends of a rank's streams may be its neighbours' too."""
+    shard = epoch_batches([20] * 320, 256, 0, 0) // 20
+    ranks = [set(part.flatten().tolist()) for part in np.split(shard, world, axis=1)]
+    assert set.union(*ranks) == set(range(320)) and max(map(len, ranks)) <= 320 // world + 2
+    shared = [len(a & b) for a, b in itertools.combinations(ranks, 2)]
+    assert max(shared) <= 1 and sum(shared) < world
+    at_a_time = [len(set(step.tolist())) for step in shard]
+    assert max(at_a_time) <= 2 * 64  # all ranks together
+
+
 @pytest.mark.parametrize(("world", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
-def test_every_sample_once_an_epoch_and_the_same_batches(folder: Path, world: int, workers: int):
-    images = ShardedImages(folder, "train")
+@pytest.mark.parametrize("shard_size", [100, 10])
+def test_every_sample_once_an_epoch_and_the_same_batches(folder, tmp_path, shard_size: int, world: int, workers: int):
+    images = ShardedImages(folder if shard_size == 100 else write(tmp_path / "shards", shard_size), "train")
     for batch_size in (30, 96, 600):
-        steps = steps_per_epoch(len(images), batch_size, drop_last=False)
-        shared = {"batch_size": batch_size, "last_step": 2 * steps, "drop_last": False}
+        steps = steps_per_epoch(len(images), batch_size)
+        shared = {"batch_size": batch_size, "last_step": 2 * steps}
         alone = collect(images, name_pixels, **shared)
         together = collect(images, name_pixels, world, workers=workers, **shared)
         assert same(alone, together)
+        everything = {np.asarray(images.read(i)[0]).tobytes() for i in range(len(images))}
+        assert len(everything) == len(images)
         for epoch in (together[:steps], together[steps:]):
-            pixels = torch.cat([b["image"] for b in epoch]).flatten(1).numpy()
-            expected = [np.asarray(images.read(i)[0]).tobytes() for i in range(len(images))]
-            assert sorted(map(bytes, pixels)) == sorted(expected)
-            assert torch.bincount(torch.cat([b["label"] for b in epoch])).tolist() == images.split.counts
+            pixels = set(map(bytes, torch.cat([b["image"] for b in epoch]).flatten(1).numpy()))
+            assert len(pixels) == steps * batch_size and pixels <= everything
         for batch in together:
-            assert batch["position"].tolist() == list(range(len(batch["label"])))
+            assert batch["position"].tolist() == list(range(batch_size))
         draws = torch.cat([b["draw"] for b in together])  # two float32 draws: no two alike by chance
-        assert len(set(map(tuple, draws.tolist()))) == 2 * len(images)  # a stream for each sample and epoch
+        assert len(set(map(tuple, draws.tolist()))) == 2 * steps * batch_size  # a stream for each sample and epoch
+
+
+def test_labels_go_with_their_images(folder: Path):
+    images = ShardedImages(folder, "train")
+    label = {np.asarray(image).tobytes(): number for image, number, _ in map(images.read, range(len(images)))}
+    (batch,) = collect(images, name_pixels, batch_size=1200, last_step=1)
+    assert batch["label"].tolist() == [label[bytes(pixels)] for pixels in batch["image"].flatten(1).numpy()]
+
+
+def test_the_shards_of_a_step_are_named(folder: Path):
+    images = ShardedImages(folder, "train")
+    row = epoch_batches(images.shard_sizes, 1, 0, 1)[5, 0]
+    step = len(images) + 5
+    assert shards_of_step(images, 1, 0, step) == f"images of train-{row // 100:05d}.tar"
+    assert shards_of_step(images, 1200, 0, 0).endswith(f" and {len(images.shard_sizes) - 3} more shards")
 
 
 def test_ranks_take_equal_contiguous_parts(folder: Path):
@@ -93,18 +136,6 @@ def test_ranks_take_equal_contiguous_parts(folder: Path):
             images, name_pixels, batch_size=96, seed=0, first_step=0, last_step=20, rank=rank, world=3
         ):
             assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
-
-
-def test_a_rank_without_samples_gets_an_empty_batch(folder: Path):
-    images = ShardedImages(folder, "val")
-    steps, left = steps_per_epoch(len(images), 40, drop_last=False), len(images) % 40
-    assert 0 < left < 40  # so one image or none for each of 40 ranks
-    shared = {"batch_size": 40, "seed": 0, "first_step": steps - 1, "last_step": steps, "drop_last": False}
-    parts = [next(batches(images, name_pixels, rank=rank, world=40, **shared)) for rank in range(40)]
-    assert sum(len(part["label"]) for part in parts) == left
-    empty = next(part for part in parts if not len(part["label"]))
-    assert empty["image"].shape == (0, 8, 8) and empty["image"].dtype == torch.uint8
-    assert empty["position"].shape == empty["label"].shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +176,7 @@ def test_impossible_splits_are_refused(folder: Path):
         batches(images, name_pixels, batch_size=64, world=3, **settings)
     with pytest.raises(RRCMError, match=f"batch_size 512 is more than the {len(images)} images"):
         batches(images, name_pixels, batch_size=512, **settings)
-    assert steps_per_epoch(100, 30) == 3 and steps_per_epoch(100, 30, drop_last=False) == 4
-    assert steps_per_epoch(90, 30) == steps_per_epoch(90, 30, drop_last=False) == 3
+    assert steps_per_epoch(100, 30) == steps_per_epoch(90, 30) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
