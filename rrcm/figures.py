@@ -341,10 +341,10 @@ def draw_representation(looks: pd.DataFrame) -> Figure:
     noise trajectory, over steps, a line a noise.
 
     A row of `looks` is a step and pixel sigma (0: clean) with knn, cosine (to the same image at t_min), similarity
-    (to other images at t_min).
+    (to other images at t_min), centred (as cosine, the mean over the images taken off).
     """
     figure = Figure(figsize=(8.7, 3.0))
-    accuracy, stillness, excess = figure.subplots(1, 3)
+    accuracy, stillness, alone = figure.subplots(1, 3)
     noises = sorted(looks["sigma"].unique())
     for sigma, shade, marker in zip(noises, np.linspace(0.75, 0.0, len(noises)), cycle("osD^v"), strict=False):
         rows = looks[looks["sigma"] == sigma]
@@ -354,14 +354,14 @@ def draw_representation(looks: pd.DataFrame) -> Figure:
         if sigma:
             stillness.plot(rows["step"], rows["cosine"], **style)
             stillness.plot(rows["step"], rows["similarity"], linestyle=":", linewidth=1, **style)
-            excess.plot(rows["step"], rows["cosine"] - rows["similarity"], **style)
+            alone.plot(rows["step"], rows["centred"], **style)
     accuracy.set(xlabel="step", ylabel="k-NN accuracy (%)", ylim=(0, 102), title="before any fine-tuning")
     stillness.set(xlabel="step", ylabel="mean cosine under noise", ylim=(None, 1.02), title="to images at $t_{min}$")
     stillness.plot([], [], "-", color=INK, label="the same image")
     stillness.plot([], [], ":", color=INK, linewidth=1, label="other images")
     stillness.legend(loc="best")
-    excess.set(xlabel="step", ylabel="difference of the cosines", title="the same above others")
-    excess.set_ylim(min(0, excess.get_ylim()[0]), None)
+    alone.set(xlabel="step", ylabel="mean cosine, centred", title="the same image, less the mean of all")
+    alone.set_ylim(min(0, alone.get_ylim()[0]), 1.02)
     _legend(figure, [accuracy])
     return figure
 

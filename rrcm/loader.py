@@ -118,9 +118,7 @@ class _Steps(Dataset):
     """Item k is this rank's part of global batch k, or the RRCMError that kept it from being made: raised in a worker,
     torch would bury its one line in a traceback."""
 
-    def __init__(
-        self, images: ShardedImages, transform: Transform, batch_size: int, seed: int, rank: int, world: int
-    ):
+    def __init__(self, images: ShardedImages, transform: Transform, batch_size: int, seed: int, rank: int, world: int):
         self.images, self.transform, self.batch_size, self.seed = images, transform, batch_size, seed
         self.steps = steps_per_epoch(len(images), batch_size)
         size = batch_size // world

@@ -357,8 +357,9 @@ CAPTIONS = {
     "share of the pre-training, the dot is the epoch that was kept. On the left, the pre-training where there is one.",
     "representation": "Representations of validation images along the pre-training: k-NN accuracy, with clean training "
     "images as neighbours; the mean cosine between an image's representation at t = 2σ and its own at t_min along one "
-    "noise, which the method is to raise, and that with other images' at t_min; and the first less the second. An "
-    "encoder that answers much alike to all images, as untrained ones do, has both high and the difference low.",
+    "noise, and that with other images' at t_min; and the first with the mean representation of each level taken off. "
+    "The method is to raise it. An encoder that answers much alike to all images, as an untrained one does, has high "
+    "cosines with any image; the last panel does not see what all images have in common.",
     "sheet": "Test images, clean and noisy (clipped to [0, 1] for display), spread evenly over those certified.",
 }
 TITLES = {

@@ -20,7 +20,9 @@ VIEWS = Views(crop_min=0.3, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blu
 
 
 def write(place: Path, shard_size: int) -> Path:
-    data = Data(source="digits", root=None, image_size=8, channels=1, val_fraction=0.1, shard_size=shard_size, workers=0)
+    data = Data(
+        source="digits", root=None, image_size=8, channels=1, val_fraction=0.1, shard_size=shard_size, workers=0
+    )
     write_shards(data, 0, place)
     return place
 

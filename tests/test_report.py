@@ -72,7 +72,14 @@ def make_inputs(config: Config, root: Path) -> None:
     pretraining["levels"] = 1 + 20 * 2 ** (steps // 134)
     write_csv(root / "models/pretrain/history.csv", pretraining.to_dict("records"))
     looks = [
-        {"step": step, "sigma": s, "knn": 0.9 - 0.3 * s, "cosine": 1 - s / (2 + step / 50), "similarity": 0.2 + 0.1 * s}
+        {
+            "step": step,
+            "sigma": s,
+            "knn": 0.9 - 0.3 * s,
+            "cosine": 1 - s / (2 + step / 50),
+            "similarity": 0.2 + 0.1 * s,
+            "centred": 1 - s / (1 + step / 50),
+        }
         for step in (0, 100, 200, 300)
         for s in (0.0, 0.25, 0.5, 1.0)
     ]

@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from rrcm.distributed import Process
-from rrcm.representation import Sample, evaluate, knn_accuracy, own_and_others
+from rrcm.representation import Sample, centred, evaluate, knn_accuracy, own_and_others
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -37,14 +37,14 @@ def test_own_and_others_are_means_over_pairs():
 
 
 class Pixels(nn.Module):
-    """What it sees is what it represents; `gain` on the noise level."""
+    """What it sees, times `gain`, and the same `common` for all images, is what it represents."""
 
-    def __init__(self, gain: float):
+    def __init__(self, gain: float, common: float = 0.0):
         super().__init__()
-        self.gain = gain
+        self.gain, self.common = gain, common
 
     def forward(self, images: torch.Tensor, t: float) -> torch.Tensor:
-        return images.flatten(1) * self.gain if self.gain else torch.ones(len(images), 3)
+        return images.flatten(1) * self.gain + self.common
 
 
 def looks(encoder: nn.Module) -> list[dict]:
@@ -63,10 +63,29 @@ def test_the_trajectory_of_pixels():
     for row, t in ((quiet, 0.5), (loud, 2.0)):
         assert row["cosine"] == pytest.approx((1 + 3 * t**2) ** -0.5, abs=0.02)
         assert abs(row["similarity"]) < 0.01
+        assert row["centred"] == pytest.approx(row["cosine"], abs=0.01)
     assert looks(Pixels(5.0))[2]["cosine"] == pytest.approx(loud["cosine"], abs=1e-6)
 
 
+def test_what_all_images_have_in_common_makes_them_alike_but_not_still():
+    """With a constant c added, cosines rise to (c^2 + 1/3) / sqrt((c^2 + 1/3)(c^2 + 1/3 + t^2)), those with others to
+    c^2 / the same; centred ones stay."""
+    for plain, shifted, t in zip(looks(Pixels(1.0)), looks(Pixels(1.0, common=2.0)), (0.002, 0.5, 2.0), strict=True):
+        expected = (1 + t**2 / (4 + 1 / 3)) ** -0.5
+        assert shifted["cosine"] == pytest.approx(expected, abs=0.02)
+        assert shifted["similarity"] == pytest.approx(expected * 4 / (4 + 1 / 3), abs=0.02)
+        assert shifted["centred"] == pytest.approx(plain["centred"], abs=1e-5)
+
+
+def test_centred_representations_have_no_mean():
+    representations = torch.randn(50, 7) + 3
+    assert centred(representations).mean(0).abs().max() < 1e-12
+    torch.testing.assert_close(
+        centred(representations)[0] - centred(representations)[1], (representations[0] - representations[1]).double()
+    )
+
+
 def test_a_collapsed_encoder_is_still_and_alike():
-    for row in looks(Pixels(0.0)):
+    for row in looks(Pixels(0.0, common=1.0)):
         assert (row["cosine"], row["similarity"]) == (pytest.approx(1), pytest.approx(1))
         assert row["knn"] == pytest.approx(0.1, abs=0.05)
