@@ -1,6 +1,7 @@
 """The training stages with the settings that the default profile does not use, and what they leave."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, change, files_of, stage
+from safetensors.torch import load_file
 
 from rrcm.checkpoint import load_classifier, load_encoder
 from rrcm.files import read_json
@@ -72,6 +74,23 @@ def test_mixed_precision_and_loader_workers(project, precision):
     done(stage(project, "finetune", "rrcm", "0.5"))
     change(project, certify__precision="bf16")
     done(stage(project, "certify", "rrcm", "0.5"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_trainings_are_the_trainings(project):
+    """Fused operations round otherwise, and ten steps of training make that grow."""
+    change(project, pretrain__steps=10, pretrain__end_levels=40, finetune__epochs=1)
+    weights = []
+    for switch in (False, True):
+        change(project, pretrain__compile=switch, finetune__compile=switch)
+        done(stage(project, "pretrain"))
+        done(stage(project, "finetune", "rrcm", "0.5"))
+        names = ("models/pretrain", "models/rrcm/sigma_0.5")
+        weights.append([load_file(project / name / "model.safetensors") for name in names])
+    for plain, compiled in zip(*weights, strict=True):
+        assert plain.keys() == compiled.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(compiled[name], value, atol=2e-3, rtol=0, msg=name)
 
 
 def test_workers_change_no_bit(project, trained):
