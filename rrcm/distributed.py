@@ -146,6 +146,10 @@ def available_precision(device: torch.device, precision: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision: `fp32` (off), `bf16` or `fp16`."""
+    """Mixed precision: `fp32` (off), `bf16` or `fp16`.
+
+    Without autocast's cache of cast weights: before torch 2.11 those that a pass without gradient puts there give the
+    passes after it none either.
+    """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32", cache_enabled=False)

@@ -60,11 +60,11 @@ def pretraining_loss(
     step of the probability-flow ODE. The networks see the batch in `parts`; loss and gradient are those of the whole.
     """
     views = [view1 + t_min * noise, view2 + t_min * noise]
-    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2, parts=parts)
-    with torch.no_grad():  # targets carry no graph
+    with torch.no_grad():  # targets carry no graph, and come first: what they need for a moment is not on top of one
         y1, y2 = teacher(views, [t_min, t_min], project=2, parts=parts)
         encode = getattr(student, "module", student)  # no gradient, so past DDP's hooks
         (quieter,) = encode([image + t_next * noise], [t_next], project=0, parts=parts)
+    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2, parts=parts)
     return PretrainingLoss(
         contrastive=global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature),
         consistency=global_info_nce(representation, quieter, temperature),
@@ -90,9 +90,9 @@ def moco_noise_loss(
     model space, and there is no consistency term.
     """
     views = [view1 + t1.view(-1, 1, 1, 1) * noise1, view2 + t2.view(-1, 1, 1, 1) * noise2]
-    z1, z2 = student(views, [t1, t2], project=2, parts=parts)
     with torch.no_grad():
         y1, y2 = teacher(views, [t1, t2], project=2, parts=parts)
+    z1, z2 = student(views, [t1, t2], project=2, parts=parts)
     contrastive = global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature)
     return PretrainingLoss(contrastive=contrastive, consistency=torch.zeros_like(contrastive))
 
