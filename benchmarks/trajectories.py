@@ -1,7 +1,7 @@
 """What pre-trainings did to the representations of held-out images, side by side: how still they are under noise.
 
 Reads the representation.csv that pre-training leaves: means over the folders given under one name (seeds), and their
-range. `before` is the untrained network of all of them.
+range. `untrained` is the network that all of them start from.
 
     for seed in 0 1 2; do for objective in rrcm moco_noise; do
         python stages/compose.py seed=$seed pretrain.objective=$objective --output $objective-$seed.yaml
@@ -24,12 +24,12 @@ from rrcm.errors import RRCMError
 from rrcm.figures import OKABE_ITO, house_style, save
 
 MEASURES = {
-    "centred": "the same image, less the mean of all",
+    "centred": "the same image, centred",
     "cosine": "the same image",
     "similarity": "other images",
     "knn": "k-NN accuracy",
 }
-BEFORE = "before"
+BEFORE = "untrained"
 
 imported()
 
@@ -50,7 +50,8 @@ def read_looks(folders: list[str]) -> pd.DataFrame:
 
 @house_style()
 def draw(looks: pd.DataFrame) -> Figure:
-    """A panel a measure; a line a name over sigma, the range over its folders as a bar."""
+    """A panel a measure; a line a name over sigma, the range over its folders as a bar. Centred: each level's mean
+    representation taken off."""
     figure = Figure(figsize=(8.7, 2.9))
     colours = ["#808080", *OKABE_ITO]
     for axes, (measure, title) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):

@@ -42,13 +42,18 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
     }
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, to be flushed and renamed by the caller. Raises OSError."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file atomically."""
     with atomic_path(path) as scratch:
-        try:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch, metadata)
-        except SafetensorError as error:
-            raise OSError(None, str(error)) from error
+        write_tensors(scratch, tensors)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from rrcm.checkpoint import save_tensors
+from rrcm.checkpoint import write_tensors
 from rrcm.errors import RRCMError
 from rrcm.files import atomic_path, sha256_file, write_text
 
@@ -63,7 +63,7 @@ class Run:
         """Write the state after `step` steps; `notes` is JSON-able."""
         path = self.folder / f"{step:09d}.safetensors"
         with atomic_path(path) as scratch:
-            save_tensors(scratch, tensors, {"notes": json.dumps(notes)})
+            write_tensors(scratch, tensors, {"notes": json.dumps(notes)})  # the disk is busy with it while it is hashed
             write_text(path.with_suffix(".sha256"), sha256_file(scratch))  # first: no checkpoint is ever without
         for old in self._checkpoints()[self.keep :]:
             old.with_suffix(".sha256").unlink(missing_ok=True)

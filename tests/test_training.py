@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -144,13 +145,21 @@ def test_colour_images_from_start_to_certificate(project):
     assert classes[answer.predict] == "red" and answer.radius > 0.1
 
 
-def test_torchrun_starts_a_stage(project):
-    """The command of the README, two processes."""
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_a_stage(project, nodes):
+    """The commands of the README: two processes on one machine, or one on each of two that share a file system."""
     change(project, pretrain__steps=8, pretrain__end_levels=40)
-    command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", REPOSITORY / "stages/pretrain.py"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    several = ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes)]
+    several += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command = [Path(sys.executable).parent / "torchrun", *several, REPOSITORY / "stages/pretrain.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RRCM_RUNS": str(project / "runs")}
-    answer = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
+    options = {"cwd": project, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    launchers = [subprocess.Popen(command, **options) for _ in range(nodes)]
+    said = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * nodes, said
     assert read_json(project / "timings/pretrain.json")["processes"] == 2
 
 
