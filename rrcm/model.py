@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from rrcm import config
 from rrcm.distributed import GlobalBatchNorm1d
 
+LARGE = 16 * 2**20  # bytes of an activation that are worth computing it again
 SIGMA_DATA = 0.5  # standard deviation of the data in model space, as Karras et al. 2022 set it
 
 
@@ -67,11 +68,12 @@ class Block(vision_transformer.Block):
         """Tokens (..., D) after attention, whose heads' answers are `attended` (..., D), and after the MLP."""
         tokens = tokens + self.attn.proj(attended)
         hidden = self.mlp.fc1(self.norm2(tokens))
-        return tokens + (recomputed(self._contract, hidden) if hidden.requires_grad else self._contract(hidden))
+        large = hidden.requires_grad and hidden.nbytes >= LARGE
+        return tokens + (recomputed(self._contract, hidden) if large else self._contract(hidden))
 
     def _contract(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half of the MLP: (..., 4 D) -> (..., D). GELU's output, as large as any tensor here, is not
-        kept for the backward pass: a fifth of a step's memory for a few hundredths of its time."""
+        """The second half of the MLP: (..., 4 D) -> (..., D). Where GELU's output, as large as any tensor here, is
+        large, it is not kept for the backward pass: a fifth of a step's memory for a few hundredths of its time."""
         return self.mlp.fc2(self.mlp.act(hidden))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from timm.models import vision_transformer
 
+from rrcm import model
 from rrcm.checkpoint import architecture, load_classifier, load_encoder, save_model
 from rrcm.errors import RRCMError
 from rrcm.finetune import layer_rates, matched_epochs
@@ -40,8 +41,10 @@ def test_a_block_is_timms(tokens_read, qkv_bias):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_a_block_keeps_its_mlps_hidden_layer_once():
-    """What goes into GELU is kept for the backward pass, what comes out is not."""
+@pytest.mark.parametrize("large", [1, 5 * 6 * 4 * 32 * 4 + 1])
+def test_a_block_keeps_its_mlps_hidden_layer_once(monkeypatch, large):
+    """What goes into GELU is kept for the backward pass, what comes out only where it is small."""
+    monkeypatch.setattr(model, "LARGE", large)
     block, alive = small().blocks[0], {}
 
     class Watched(torch.nn.GELU):
@@ -52,7 +55,7 @@ def test_a_block_keeps_its_mlps_hidden_layer_once():
 
     block.mlp.act = Watched()
     answer = block(torch.randn(5, 6, 32))
-    assert alive["in"]() is not None and alive["out"]() is None
+    assert alive["in"]() is not None and (alive["out"]() is None) == (large == 1)
     answer.sum().backward()
 
 
