@@ -356,11 +356,11 @@ def draw_representation(looks: pd.DataFrame) -> Figure:
             stillness.plot(rows["step"], rows["similarity"], linestyle=":", linewidth=1, **style)
             alone.plot(rows["step"], rows["centred"], **style)
     accuracy.set(xlabel="step", ylabel="k-NN accuracy (%)", ylim=(0, 102), title="before any fine-tuning")
-    stillness.set(xlabel="step", ylabel="mean cosine under noise", ylim=(None, 1.02), title="to images at $t_{min}$")
+    stillness.set(xlabel="step", ylabel="mean cosine under noise", ylim=(None, 1.3), title="to images at $t_{min}$")
     stillness.plot([], [], "-", color=INK, label="the same image")
     stillness.plot([], [], ":", color=INK, linewidth=1, label="other images")
-    stillness.legend(loc="best")
-    alone.set(xlabel="step", ylabel="mean cosine, centred", title="the same image, less the mean of all")
+    stillness.legend(loc="upper right")  # above 1, where no line can be
+    alone.set(xlabel="step", ylabel="mean cosine, centred", title="the same image, centred")
     alone.set_ylim(min(0, alone.get_ylim()[0]), 1.02)
     _legend(figure, [accuracy])
     return figure
