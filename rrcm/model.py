@@ -68,7 +68,7 @@ class Block(vision_transformer.Block):
         """Tokens (..., D) after attention, whose heads' answers are `attended` (..., D), and after the MLP."""
         tokens = tokens + self.attn.proj(attended)
         hidden = self.mlp.fc1(self.norm2(tokens))
-        large = hidden.requires_grad and hidden.nbytes >= LARGE
+        large = hidden.requires_grad and hidden.numel() * hidden.element_size() >= LARGE  # nbytes does not compile
         return tokens + (recomputed(self._contract, hidden) if large else self._contract(hidden))
 
     def _contract(self, hidden: torch.Tensor) -> torch.Tensor:
