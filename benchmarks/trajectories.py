@@ -5,7 +5,9 @@ range. `untrained` is the network that all of them start from.
 
     for seed in 0 1 2; do for objective in rrcm moco_noise; do
         python stages/compose.py seed=$seed pretrain.objective=$objective --output $objective-$seed.yaml
-        python stages/pretrain.py --params $objective-$seed.yaml --output build/$objective-$seed --timing build/t.json
+        python stages/shard_data.py --params $objective-$seed.yaml --output build/shards-$seed  # the seed splits the data
+        python stages/pretrain.py --params $objective-$seed.yaml --shards build/shards-$seed \\
+            --output build/$objective-$seed --timing build/t.json
     done; done
     python benchmarks/trajectories.py rRCM=build/rrcm-0 rRCM=build/rrcm-1 rRCM=build/rrcm-2 \\
         "MoCo-v3 with noise=build/moco_noise-0" ... --figure trajectories.png
