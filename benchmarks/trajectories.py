@@ -5,7 +5,7 @@ range. `untrained` is the network that all of them start from.
 
     for seed in 0 1 2; do for objective in rrcm moco_noise; do
         python stages/compose.py seed=$seed pretrain.objective=$objective --output $objective-$seed.yaml
-        python stages/shard_data.py --params $objective-$seed.yaml --output build/shards-$seed  # the seed splits the data
+        python stages/shard_data.py --params $objective-$seed.yaml --output build/shards-$seed
         python stages/pretrain.py --params $objective-$seed.yaml --shards build/shards-$seed \\
             --output build/$objective-$seed --timing build/t.json
     done; done
