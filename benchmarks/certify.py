@@ -26,18 +26,19 @@ from scipy.special import ndtri
 from tabulate import tabulate
 from torch import nn
 
-from rrcm.app import guarded
-from rrcm.checkpoint import load_classifier
-from rrcm.environment import environment, keep_freed_memory
-from rrcm.errors import RRCMError
-from rrcm.figures import OKABE_ITO, house_style, save
-from rrcm.files import read_json, write_json
-from rrcm.model import Block, Classifier
-from rrcm.procedures import clopper_pearson_lower
-from rrcm.progress import Progress
-from rrcm.results import certified_accuracy
-from rrcm.shards import ShardedImages, read_split
-from rrcm.smoothing import SmoothedClassifier
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.stopping import clopper_pearson_lower
+from rrcm.data.shards import ShardedImages, read_split
+from rrcm.evaluation.metrics import certified_accuracy
+from rrcm.models.base_classifiers import Classifier
+from rrcm.models.checkpoints import load_classifier
+from rrcm.models.vit import Block
+from rrcm.report.figures import OKABE_ITO, house_style, save
+from rrcm.utils.app import guarded, keep_freed_memory
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json, write_json
+from rrcm.utils.progress import Progress
+from rrcm.utils.provenance import environment
 
 N0, ALPHA, THEIR_BATCH = 100, 0.001, 500  # as in the authors' script
 RADII = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -332,6 +333,6 @@ def _shares(answers: Answers, blocks: list[dict]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # rrcm.app.run would keep freed memory
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # utils.app.run would keep freed memory
     app.command()(guarded(measure))
     app()

@@ -19,13 +19,12 @@ import torch
 import typer
 from tabulate import tabulate
 
-from rrcm.app import application, guarded, imported
 from rrcm.config import Config, load_config
-from rrcm.distributed import Process
-from rrcm.environment import keep_freed_memory
-from rrcm.model import ProjectedViT, build_encoder
-from rrcm.runs import Run
-from rrcm.trainer import Trainer
+from rrcm.models.vit import ProjectedViT, build_encoder
+from rrcm.training.trainer import Trainer
+from rrcm.utils.app import application, guarded, imported, keep_freed_memory
+from rrcm.utils.distributed import Process
+from rrcm.utils.resume import Run
 
 TIMES = 5
 

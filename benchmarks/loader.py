@@ -2,11 +2,11 @@
 
 Three kinds of numbers, all images a second of this machine:
 
-- `read by a loader`: what `rrcm.loader.batches` delivers to a process that does nothing else: reading, decoding, crops,
+- `read by a loader`: what `loader.batches` delivers to a process that does nothing else: reading, decoding, crops,
   flips, stacking. With 0 workers that process does the work itself, so the rate is that of one core; with w workers it
   is what w processes give. On a CPU workers and step share the cores, and what counts is the first: a step that takes s
   seconds an image on all c cores becomes 1 / (rate * c) slower. On a GPU the loader keeps up where the rate is above
-  the need; add workers until it is. A split small enough to be kept decoded (`rrcm.shards`) is measured so: an epoch
+  the need; add workers until it is. A split small enough to be kept decoded (`data.shards`) is measured so: an epoch
   has been read before.
 - `colour and blur`: what the training process makes of a pre-training batch on its device before the step, from 8-bit
   pixels to both views in model space.
@@ -33,14 +33,15 @@ from PIL import Image
 from tabulate import tabulate
 from train_step import Setting, build
 
-from rrcm.app import application, guarded
-from rrcm.augment import FinetuneTransform, PretrainTransform, photometric
 from rrcm.config import Data, Views
-from rrcm.distributed import fast_precision
-from rrcm.environment import environment, keep_freed_memory
-from rrcm.loader import Batch, batches, steps_per_epoch
-from rrcm.rng import numpy_rng
-from rrcm.shards import ShardedImages, write_shards
+from rrcm.data.augment import FinetuneTransform, PretrainTransform, photometric
+from rrcm.data.loader import Batch, batches, steps_per_epoch
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedImages
+from rrcm.utils.app import application, guarded, keep_freed_memory
+from rrcm.utils.distributed import fast_precision
+from rrcm.utils.provenance import environment
+from rrcm.utils.rng import numpy_rng
 
 VIEWS = Views(
     crop_min=0.08, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 2.0), solarize=(0.0, 0.2)

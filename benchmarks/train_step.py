@@ -42,15 +42,16 @@ import typer
 from tabulate import tabulate
 from torch import nn
 
-from rrcm.app import application, guarded, imported
-from rrcm.distributed import autocast
-from rrcm.environment import environment, keep_freed_memory
-from rrcm.errors import RRCMError
-from rrcm.files import read_json, write_json
-from rrcm.losses import info_nce, pretraining_loss
-from rrcm.model import NoiseConditionedViT, ProjectedViT, time_embedding
-from rrcm.progress import Progress
-from rrcm.schedules import karras_levels
+from rrcm.models.noise_levels import karras_levels
+from rrcm.models.vit import NoiseConditionedViT, ProjectedViT, time_embedding
+from rrcm.objectives.contrastive import info_nce
+from rrcm.objectives.rrcm import pretraining_loss
+from rrcm.utils.app import application, guarded, imported, keep_freed_memory
+from rrcm.utils.distributed import autocast
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json, write_json
+from rrcm.utils.progress import Progress
+from rrcm.utils.provenance import environment
 
 LEVELS = karras_levels(81).tolist()
 N = 40  # the noise index of every step
@@ -120,7 +121,7 @@ def build(setting: Setting, variant: str) -> Step:
 
 
 def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bool, parts: int) -> Step:
-    """What rrcm.pretrain does with a batch."""
+    """What rrcm.training.pretrain does with a batch."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     average = copy.deepcopy(student.encoder).requires_grad_(False)
     parameters = list(student.parameters())
@@ -468,6 +469,6 @@ def summary(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    app = application()  # rrcm.app.run would keep freed memory
+    app = application()  # rrcm.utils.app.run would keep freed memory
     app.command()(guarded(measure))
     app()

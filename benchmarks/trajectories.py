@@ -21,9 +21,9 @@ import typer
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from rrcm.app import application, guarded, imported
-from rrcm.errors import RRCMError
-from rrcm.figures import OKABE_ITO, house_style, save
+from rrcm.report.figures import OKABE_ITO, house_style, save
+from rrcm.utils.app import application, guarded, imported
+from rrcm.utils.errors import RRCMError
 
 MEASURES = {
     "centred": "the same image, centred",

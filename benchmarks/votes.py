@@ -13,11 +13,12 @@ import typer
 from tabulate import tabulate
 from torch import nn
 
-from rrcm.checkpoint import load_classifier
-from rrcm.environment import environment, keep_freed_memory
-from rrcm.noise import ESTIMATE
-from rrcm.shards import ShardedImages, read_split
-from rrcm.smoothing import Request, SmoothedClassifier
+from rrcm.certification.noise import ESTIMATE
+from rrcm.certification.smoothing import Request, SmoothedClassifier
+from rrcm.data.shards import ShardedImages, read_split
+from rrcm.models.checkpoints import load_classifier
+from rrcm.utils.app import keep_freed_memory
+from rrcm.utils.provenance import environment
 
 
 class Recorder(nn.Module):

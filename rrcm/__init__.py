@@ -7,16 +7,16 @@ loaded on first use: torch and timm take seconds to import, and stages that only
 from importlib import import_module
 
 _HOMES = {
-    "Certificate": "rrcm.smoothing",
-    "NoiseConditionedViT": "rrcm.model",
-    "SmoothedClassifier": "rrcm.smoothing",
-    "consistency_regularizer": "rrcm.losses",
-    "info_nce": "rrcm.losses",
-    "karras_levels": "rrcm.schedules",
-    "load_authors_checkpoint": "rrcm.checkpoint",
-    "num_levels": "rrcm.schedules",
-    "pretraining_loss": "rrcm.losses",
-    "teacher_ema": "rrcm.schedules",
+    "Certificate": "rrcm.certification.smoothing",
+    "NoiseConditionedViT": "rrcm.models.vit",
+    "SmoothedClassifier": "rrcm.certification.smoothing",
+    "consistency_regularizer": "rrcm.objectives.consistency",
+    "info_nce": "rrcm.objectives.contrastive",
+    "karras_levels": "rrcm.models.noise_levels",
+    "load_authors_checkpoint": "rrcm.models.authors",
+    "num_levels": "rrcm.objectives.rrcm",
+    "pretraining_loss": "rrcm.objectives.rrcm",
+    "teacher_ema": "rrcm.training.optim",
 }
 __all__ = sorted(_HOMES)
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from rrcm.app import application, guarded, imported, start
-from rrcm.errors import RRCMError
+from rrcm.utils.app import application, guarded, imported, start
+from rrcm.utils.errors import RRCMError
 
 app = application()
 
@@ -60,9 +60,9 @@ def certify(
     ),
 ) -> None:
     """Certify the images of FOLDER: the class of each, and the L2 radius within which nothing can change it."""
-    from rrcm.folder import certify_folder, find_images
-    from rrcm.procedures import planned
-    from rrcm.subject import load_subject
+    from rrcm.certification.certify_images import certify_folder, find_images
+    from rrcm.certification.stopping import planned
+    from rrcm.models.load import load_subject
 
     imported()
     find_images(folder)  # complains before a model is downloaded
@@ -105,7 +105,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Picture of the exact curves, .png or .svg.")] = Path("compare.png"),
 ) -> None:
     """Compare certificates of any groups (idx, label, predict, radius, correct, time): ACR and certified accuracy."""
-    from rrcm.compare import compare as draw
+    from rrcm.report.compare import compare as draw
 
     imported()
     draw(files, radii, output)

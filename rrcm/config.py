@@ -13,14 +13,14 @@ from typing import Annotated, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rrcm.errors import RRCMError
+from rrcm.utils.errors import RRCMError
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.distributed.fast_precision`
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.fast_precision`
 CertifiedPrecision = Literal["auto", "fp32", "bf16"]
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rrcm.app import run
-from rrcm.attack import attack_method
 from rrcm.config import load_config
+from rrcm.evaluation.attack import attack_method
+from rrcm.utils.app import run
 
 
 def main(

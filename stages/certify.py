@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from rrcm.app import run
-from rrcm.certify import certify_split
+from rrcm.certification.certify import certify_split
+from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.results import sigma_name
+from rrcm.utils.app import run
 
 
 def main(

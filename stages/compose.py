@@ -11,9 +11,9 @@ from dvc.exceptions import DvcException
 from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException
 
-from rrcm.app import run
 from rrcm.config import parse_config
-from rrcm.errors import RRCMError
+from rrcm.utils.app import run
+from rrcm.utils.errors import RRCMError
 
 
 def compose(

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from rrcm.app import run
+from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.errors import RRCMError
-from rrcm.finetune import finetune
-from rrcm.results import sigma_name
+from rrcm.training.finetune import finetune
+from rrcm.utils.app import run
+from rrcm.utils.errors import RRCMError
 
 
 def main(

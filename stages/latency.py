@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from rrcm.app import run
+from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.latency import measure_latency
-from rrcm.results import sigma_name
+from rrcm.evaluation.latency import measure_latency
+from rrcm.utils.app import run
 
 
 def main(

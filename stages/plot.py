@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rrcm.app import run
 from rrcm.config import load_config
-from rrcm.report import write_report
+from rrcm.report.build import write_report
+from rrcm.utils.app import run
 
 
 def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rrcm.app import run
 from rrcm.config import load_config
-from rrcm.pretrain import pretrain
+from rrcm.training.pretrain import pretrain
+from rrcm.utils.app import run
 
 
 def main(

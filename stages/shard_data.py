@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rrcm.app import run
 from rrcm.config import load_config
-from rrcm.shards import write_shards
+from rrcm.data.sharding import write_shards
+from rrcm.utils.app import run
 
 
 def shard_data(params: Path = Path("params.yaml"), output: Path = Path("data/shards")) -> None:

@@ -12,7 +12,7 @@ import yaml
 from dvc.utils.hydra import compose_and_dump
 
 from rrcm.config import load_config
-from rrcm.shards import write_shards
+from rrcm.data.sharding import write_shards
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
@@ -65,7 +65,14 @@ class Answer(NamedTuple):
 # Stages run in real processes of their own, forked off a server that has the heavy imports behind it.
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["rrcm.pretrain", "rrcm.finetune", "rrcm.certify", "rrcm.latency", "rrcm.report", "rrcm.attack"]
+    [
+        "rrcm.training.pretrain",
+        "rrcm.training.finetune",
+        "rrcm.certification.certify",
+        "rrcm.evaluation.latency",
+        "rrcm.report.build",
+        "rrcm.evaluation.attack",
+    ]
 )
 
 

@@ -17,14 +17,16 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from rrcm.checkpoint import load_authors_checkpoint, save_model
+from rrcm.certification.certify_images import find_images, read_image
+from rrcm.certification.results import read_certificates
+from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
-from rrcm.figures import Tile, draw_certified_images, rounded_down
-from rrcm.folder import find_images, read_image
-from rrcm.model import Classifier, NoiseConditionedViT
-from rrcm.results import read_certificates
-from rrcm.smoothing import SmoothedClassifier
-from rrcm.subject import Subject, class_folders, load_subject
+from rrcm.models.authors import load_authors_checkpoint
+from rrcm.models.base_classifiers import Classifier
+from rrcm.models.checkpoints import save_model
+from rrcm.models.load import Subject, class_folders, load_subject
+from rrcm.models.vit import NoiseConditionedViT
+from rrcm.report.figures import Tile, draw_certified_images, rounded_down
 
 SMALL = ["--n", "300", "--n0", "20", "--batch-size", "64"]
 

@@ -11,7 +11,7 @@ from conftest import Answer, change, files_of, server, stage
 from PIL import Image
 
 from rrcm import load_authors_checkpoint
-from rrcm.errors import RRCMError
+from rrcm.utils.errors import RRCMError
 
 
 def refused(answer: Answer, *said: str) -> None:

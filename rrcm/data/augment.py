@@ -1,0 +1,252 @@
+"""Augmentation. Geometry (crops, flips) is done per image with PIL in the loader; colour and blur run batched on the
+device. All random numbers are drawn per image, so no result depends on batching, workers or processes."""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup
+
+from rrcm.config import Views
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SOLARIZE = range(8)  # columns of photometric parameters
+JITTER = (0.4, 0.4, 0.2, 0.1)  # MoCo-v3's strengths of the first four
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))
+LUMA = (0.2989, 0.587, 0.114)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` (antialiased bicubic), cut the central square; no-op at that size already."""
+    if image.size == (size, size):
+        return image
+    width, height = image.size
+    short = min(width, height)
+    width, height = size * width // short, size * height // short
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, min_area: float, resample: Image.Resampling, rng: np.random.Generator
+) -> Image.Image:
+    """Cut a random rectangle (area share in [min_area, 1], aspect ratio in [3/4, 4/3]) and resize it to size x size.
+
+    After ten rectangles that do not fit: the largest central one within the aspect ratios. As torchvision's
+    RandomResizedCrop.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area, aspect, top, left = rng.random(4).tolist()
+        area = (min_area + (1 - min_area) * area) * width * height
+        aspect = math.exp((2 * aspect - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(left * (width - w + 1)), int(top * (height - h + 1))
+            break
+    else:
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h)).resize((size, size), resample)
+
+
+def flip(image: Image.Image, probability: float, rng: np.random.Generator) -> Image.Image:
+    """Mirror left-right with the given probability."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else image
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Mode L or RGB to uint8 (C, H, W), read-only."""
+    pixels = np.frombuffer(image.tobytes(), np.uint8)  # half the time of np.asarray on small images
+    return pixels.reshape(image.height, image.width, -1).transpose(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class PretrainTransform:
+    """An image to {image, view1, view2: uint8 (C, size, size), photometric1, photometric2: float32 (8,)}.
+
+    `image` is the centre crop, flipped at random. The views are only cut and flipped: `photometric` does the rest.
+    """
+
+    views: Views
+    size: int
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        views, sample = self.views, {}
+        sample["image"] = to_array(flip(centre_crop(image, self.size), views.flip, rng))
+        for i in range(2):
+            view = random_resized_crop(image, self.size, views.crop_min, Image.Resampling.BILINEAR, rng)
+            sample[f"view{i + 1}"] = to_array(flip(view, views.flip, rng))
+            sample[f"photometric{i + 1}"] = draw_photometric(views, i, rng)
+        return sample
+
+
+def draw_photometric(views: Views, view: int, rng: np.random.Generator) -> np.ndarray:
+    """What `photometric` does to view 0 or 1 of an image: float32 (8,). The neutral value of each entry switches it
+    off: factors 1, 1, 1, hue shift 0, (order), gray 0, blur sigma 0, solarize 0."""
+    u = rng.random(12).tolist()
+    jittered = u[0] < views.jitter
+    factors = [(2 * u[i + 1] - 1) * strength * jittered for i, strength in enumerate(JITTER)]
+    low, high = views.blur_sigma
+    return np.array(
+        [
+            1 + factors[BRIGHTNESS],
+            1 + factors[CONTRAST],
+            1 + factors[SATURATION],
+            factors[HUE],  # share of the colour circle
+            int(u[5] * len(ORDERS)),
+            u[6] < views.gray,
+            (low + (high - low) * u[7]) * (u[8] < views.blur[view]),  # pixels
+            u[9] < views.solarize[view],
+        ],
+        np.float32,
+    )
+
+
+def photometric(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Colour jitter in each image's own order, then gray, blur, solarize.
+
+    images (B, C, H, W) uint8, or float32 in [0, 1]; parameters (B, 8) of `draw_photometric`, best left on the CPU: the
+    choice of rows then needs no wait for the GPU. Returns float32 in [0, 1], on the device of `images`.
+    For C = 1 saturation, hue and gray do nothing.
+    """
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.clone()
+    color = images.shape[1] == 3
+    operations = [adjust_brightness, adjust_contrast, *([adjust_saturation, adjust_hue] if color else [])]
+    order = ORDERS.to(parameters.device)[parameters[:, ORDER].long()]
+    jittered = (parameters[:, :4] != parameters.new_tensor([1, 1, 1, 0])).any(1)
+
+    def apply(operation, chosen: torch.Tensor, *columns: int) -> None:
+        rows = chosen.nonzero().flatten()
+        values = [parameters[rows, column].to(images.device) for column in columns]
+        rows = rows.to(images.device)
+        images[rows] = operation(images[rows], *values)
+
+    for slot in range(4):
+        for column, operation in enumerate(operations):
+            apply(operation, jittered & (order[:, slot] == column), column)
+    if color:
+        apply(lambda x: to_gray(x).expand_as(x), parameters[:, GRAY] > 0)
+    apply(gaussian_blur, parameters[:, BLUR] > 0, BLUR)
+    apply(lambda x: torch.where(x >= 0.5, 1 - x, x), parameters[:, SOLARIZE] > 0)
+    return images
+
+
+def to_gray(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) to its luma (B, 1, H, W); (B, 1, H, W) stays."""
+    if images.shape[1] == 1:
+        return images
+    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def blend(images: torch.Tensor, others: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
+    """factor * images + (1 - factor) * others, clipped to [0, 1]; factor (B,)."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (images * factor + others * (1 - factor)).clamp(0, 1)
+
+
+def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return blend(images, 0.0, factor)
+
+
+def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return blend(images, to_gray(images).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return blend(images, to_gray(images), factor)
+
+
+def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Turn the colours of (B, 3, H, W) by `shift` (B,) of the colour circle; value and saturation (HSV) stay."""
+    red, green, blue = images.unbind(1)
+    low, value = images.aminmax(dim=1)
+    chroma = value - low
+    divisor = chroma.clamp_min(1e-12)  # gray pixels: the differences below are 0
+    sector = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sector = sector + 6 * shift.view(-1, 1, 1)
+    turned = torch.stack([sector + 5, sector + 3, sector + 1], 1).remainder(6)
+    ramp = torch.minimum(turned, 4 - turned).clamp(0, 1)
+    return value[:, None] - chroma[:, None] * ramp
+
+
+def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blur (B, C, H, W) by its own sigma (B,), pixels. At the border the weights inside the image are renormalised.
+
+    One matrix per image and axis: faster than a convolution with a kernel per image, and any image size will do.
+    """
+
+    def matrix(size: int) -> torch.Tensor:
+        place = torch.arange(size, device=images.device, dtype=torch.float32)
+        distance = (place[:, None] - place) / sigma.view(-1, 1, 1)
+        return torch.softmax(-0.5 * distance**2, -1)[:, None]  # (B, 1, size, size), rows sum to 1
+
+    return (matrix(images.shape[2]) @ images @ matrix(images.shape[3]).mT).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class FinetuneTransform:
+    """An image to {image: uint8 (C, size, size)} by `FinetuneSettings.augmentation`:
+
+    none: centre crop. flip: the same, mirrored at random. crop_flip: random resized crop from 40 % of the area, and
+    flip. randaugment: random resized crop from 8 %, flip, and timm's rand-m9-mstd0.5-inc1.
+    """
+
+    augmentation: str
+    size: int
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        if self.augmentation in ("none", "flip"):
+            image = centre_crop(image, self.size)
+        else:
+            min_area = 0.4 if self.augmentation == "crop_flip" else 0.08
+            image = random_resized_crop(image, self.size, min_area, Image.Resampling.BICUBIC, rng)
+        if self.augmentation != "none":
+            image = flip(image, 0.5, rng)
+        if self.augmentation == "randaugment":
+            image = self._randaugment(image, rng)
+        return {"image": to_array(image)}
+
+    @cached_property
+    def _policy(self):
+        from timm.data.auto_augment import rand_augment_transform  # seconds of import, for this augmentation alone
+
+        # As timm's create_transform does (the fill is ImageNet's mean colour), but for the bound of the magnitude: at
+        # timm's 10, posterize keeps 0 bits, which Pillow refuses.
+        settings = {"translate_const": int(self.size * 0.45), "img_mean": (124, 116, 104), "magnitude_max": 9.999}
+        return rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
+
+    def _randaugment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """timm draws from the global generators: seed them from ours, and leave them as they were."""
+        states = random.getstate(), np.random.get_state()
+        seeds = rng.integers(2**32, size=2).tolist()
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        try:
+            return self._policy(image.convert("RGB")).convert(image.mode)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def mix_pairs(mix: Mixup, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """timm's mixup or cutmix of neighbours: image 0 with 1, 2 with 3, ... So any even share of a global batch is mixed
+    alike, whatever the number of processes. images (B, C, H, W) uint8, labels (B,) -> float images in [0, 255], soft
+    targets (B, K)."""
+    even = torch.arange(0, len(images), 2, device=images.device)
+    order = torch.cat([even, even.flip(0) + 1])  # timm mixes an image with its mirror image in the batch
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
+    mixed, soft = mix(images[order].float(), labels[order])
+    np.random.set_state(state)
+    back = order.argsort()
+    return mixed[back], soft[back]

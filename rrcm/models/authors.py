@@ -1,0 +1,89 @@
+"""TODO docstring."""
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rrcm.models.base_classifiers import Classifier
+from rrcm.models.noise_levels import karras_levels, nearest_level
+from rrcm.models.vit import NoiseConditionedViT, ProjectedViT
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.tensors import fill, load_tensors
+
+
+def load_authors_checkpoint(
+    path: Path | str,
+    *,
+    heads: int | None = None,
+    sigma: float | None = None,
+    levels: int = 81,
+    final_norm: bool = True,
+) -> ProjectedViT | Classifier:
+    """Load a checkpoint of the paper's authors (a pickled state dict; read with `weights_only=True`, or safetensors).
+
+    A pre-trained one (their names, with or without `module.`) gives a `ProjectedViT`; a fine-tuned one (`base_model.`
+    and `linear_head.`) gives a `Classifier` and needs the pixel `sigma` it was tuned for: its noise level is then the
+    nearest of the `levels` Karras levels to 2 * sigma, as their code has it. `heads` cannot be read off the weights;
+    the default is one per 64 dimensions, as in all their models. `final_norm=False` is for their CIFAR-10 fine-tuned
+    models, which skip the last LayerNorm. Raises `RRCMError` for anything that is not such a checkpoint.
+    """
+    path = Path(path)
+    weights = {name.removeprefix("module."): tensor for name, tensor in _read_authors_file(path).items()}
+    fine_tuned = any(name.startswith("base_model.") for name in weights)
+    prefix = "base_model." if fine_tuned else ""
+    trunk = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    projector = {
+        name.removeprefix("projection_head."): trunk.pop(name)
+        for name in list(trunk)
+        if name.startswith("projection_head.")
+    }
+    try:
+        width, channels, patch_size, _ = trunk["patch_embed.proj.weight"].shape
+        grid = round((trunk["pos_embed"].shape[1] - 2) ** 0.5)
+        depth = 1 + max(int(name.split(".")[1]) for name in trunk if name.startswith("blocks."))
+    except (KeyError, ValueError):
+        raise RRCMError(f"{path}: not a checkpoint of the authors' network (no ViT with a time token in it)") from None
+    heads = heads or width // 64
+    if heads == 0 or width % heads:
+        raise RRCMError(f"{path}: width {width} cannot be split over {heads} heads; pass heads=")
+    encoder = NoiseConditionedViT(grid * patch_size, channels, patch_size, width, depth, heads)
+    trunk = {name: tensor for name, tensor in trunk.items() if not name.startswith("linear_head.")}
+    fill(encoder, trunk, path)
+    if not final_norm:
+        encoder.norm = nn.Identity()
+    if not fine_tuned:
+        if not projector:
+            raise RRCMError(f"{path}: has no projection_head; a pre-trained checkpoint of the authors has one")
+        model = ProjectedViT(encoder, hidden=len(projector["0.weight"]), out=len(projector["6.weight"]))
+        fill(model.projector, projector, path)
+        return model
+    if sigma is None:
+        raise RRCMError(f"{path}: a fine-tuned checkpoint needs sigma=, the pixel noise it was tuned for")
+    nearest = nearest_level(karras_levels(levels), 2 * sigma)
+    head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
+    classifier = Classifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
+    fill(classifier.head, head, path)
+    return classifier
+
+
+def _read_authors_file(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RRCMError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise RRCMError(
+            f"{path}: a pickle that holds more than tensors, or is damaged; refused, nothing in it was run"
+        ) from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise RRCMError(f"{path}: truncated or not a torch checkpoint ({reason})") from None
+    if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
+        raise RRCMError(f"{path}: not a state dict of tensors")
+    return weights

@@ -1,0 +1,19 @@
+"""The curricula of pre-training as pure functions of the step (Lei et al. 2025, section 3; Karras et al. 2022)."""
+
+import torch
+
+
+def karras_levels(
+    count: int, *, t_min: float = 0.002, t_max: float = 80.0, rho: float = 7.0, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Noise levels t_0 > ... > t_{count-1} in model space, float64, shape (count,) (Karras et al. 2022, eq. 5).
+
+    t_i = (t_max^(1/rho) + i / (count - 1) * (t_min^(1/rho) - t_max^(1/rho)))^rho
+    """
+    ramp = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
+    return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
+
+
+def nearest_level(levels: torch.Tensor, t: float) -> float:
+    """The one of the noise levels (N,) that is nearest to t: what stands in for t in the authors' fine-tuning."""
+    return float(levels[(levels - t).abs().argmin()])

@@ -1,0 +1,47 @@
+"""TODO docstring."""
+
+import math
+
+from rrcm.models.base_classifiers import Classifier
+
+
+def teacher_ema(
+    step: int, total_steps: int, *, start: float = 0.99, end: float = 0.9999, steepness: float = 10.0
+) -> float:
+    """Rate mu(k) at which the teacher keeps its own weights.
+
+    e(k) = sqrt(k / K * (m1^2 - m0^2) + m0^2), c = 2 / (1 + exp(-A (e - m0) / (m1 - m0))) - 1, mu = c m1 + (1 - c) m0
+    """
+    reached = end if step >= total_steps else math.sqrt(step / total_steps * (end**2 - start**2) + start**2)
+    share = 2 / (1 + math.exp(-steepness * (reached - start) / (end - start))) - 1
+    return share * end + (1 - share) * start
+
+
+def warmup_cosine(progress: float, warmup: float, total: float) -> float:
+    """Learning-rate factor in [0, 1]: linear from 0 at progress 0 to 1 at `warmup`, then half a cosine to 0 at `total`.
+
+    The unit of the three is free: steps in pre-training, epochs in fine-tuning.
+    """
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (total - warmup)))
+
+
+def layer_rates(classifier: Classifier, decay: float) -> dict[str, float]:
+    """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
+
+    Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.
+    """
+    last = len(classifier.encoder.blocks) + 1
+    factors = {}
+    for name, parameter in classifier.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
+            layer = 0
+        elif name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        else:
+            layer = last
+        factors[name] = decay ** (last - layer)
+    return factors

@@ -1,0 +1,67 @@
+"""This process's surroundings: what something was made with (code revision, hardware, versions; no names of hosts or
+people, no paths), and the memory allocator."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ["rrcm", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "matplotlib", "scikit-learn", "pillow"]
+PACKAGES += ["safetensors", "webdataset", "dvc"]
+
+
+def environment(device: object) -> dict:
+    """A JSON-able record. `device` is the torch device (or its name) computed on: on CUDA the GPUs are named.
+
+    `git` is null when this package is not in a git checkout; `dirty` says that its code (or the stages beside it)
+    differs from the revision.
+    """
+    import torch
+
+    on_gpu = str(device).startswith("cuda")
+    return {
+        "git": _revision(Path(__file__).parent.parent),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu else [],
+        },
+        "software": {
+            "os": platform.platform(),
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda if on_gpu else None,
+            "packages": {name: _version(name) for name in PACKAGES},
+        },
+    }
+
+
+def _revision(folder: Path) -> dict | None:
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    if not git("ls-files", "--error-unmatch", "__init__.py"):  # a checkout around site-packages is not ours
+        return None
+    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", "../stages"))}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,333 @@
+"""Each source in exactly its own format: real data where it is on this machine, else small files written here."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import medmnist
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import FashionMNIST
+
+from rrcm.config import Data
+from rrcm.data import datasets as sources
+from rrcm.data.datasets import read_source
+from rrcm.utils.errors import RRCMError
+
+
+def settings(source: str, root: Path | None = None, size: int = 8, channels: int = 3) -> Data:
+    return Data(
+        source=source,
+        root=None if root is None else str(root),
+        image_size=size,
+        channels=channels,
+        val_fraction=0.1,
+        shard_size=10,
+        workers=0,
+    )
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the loopback address that serves it."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_digits_are_the_real_ones_with_a_fixed_stratified_test_set():
+    from sklearn.datasets import load_digits
+
+    source = read_source(settings("digits", size=8, channels=1))
+    assert source.classes == list("0123456789")
+    assert len(source.train.labels) + len(source.test.labels) == 1797
+    assert source.test.images.shape[1:] == (8, 8) and source.test.images.dtype == np.uint8
+    original = load_digits()
+    every = np.concatenate([source.train.images, source.test.images]).reshape(1797, -1)
+    assert sorted(map(bytes, every)) == sorted(
+        bytes(v) for v in np.round(original.data * 255 / 16).astype(np.uint8)
+    )  # nothing lost, nothing twice
+    total = np.bincount(original.target)
+    assert np.array_equal(np.bincount(source.test.labels), np.round(total * 0.2))
+    assert hashlib.sha256(source.test.images.tobytes()).hexdigest()[:16] == "5419ff5a5f458885"  # never moves
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    return gzip.compress(header + array.tobytes(), mtime=0)
+
+
+def write_fashion(folder: Path) -> dict[str, np.ndarray]:
+    rng, arrays = np.random.default_rng(0), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 20), ("t10k", 10)):
+        arrays[f"{name}-images-idx3-ubyte.gz"] = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        arrays[f"{name}-labels-idx1-ubyte.gz"] = (np.arange(count) % 10).astype(np.uint8)
+    for name, array in arrays.items():
+        (folder / name).write_bytes(idx(array))
+    return arrays
+
+
+def test_fashion_mnist_from_a_folder(tmp_path: Path):
+    arrays = write_fashion(tmp_path)
+    source = read_source(settings("fashion_mnist", tmp_path, 28, 1))
+    assert source.classes[9] == "Ankle boot"
+    assert np.array_equal(source.train.images, arrays["train-images-idx3-ubyte.gz"])
+    assert np.array_equal(source.test.labels, arrays["t10k-labels-idx1-ubyte.gz"])
+
+
+def test_fashion_mnist_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
+    folder, address = web
+    arrays = write_fashion(folder)
+    sums = [(name, hashlib.md5((folder / name).read_bytes()).hexdigest()) for name in arrays]
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}/"])
+    monkeypatch.setattr(FashionMNIST, "resources", sums)
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    source = read_source(settings("fashion_mnist", None, 28, 1))
+    assert np.array_equal(source.test.images, arrays["t10k-images-idx3-ubyte.gz"])
+    for file in folder.iterdir():
+        file.unlink()
+    assert len(read_source(settings("fashion_mnist", None, 28, 1)).train.labels) == 20  # now from data/raw
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "header", "label", "count"])
+def test_fashion_mnist_damaged(tmp_path: Path, damage: str):
+    arrays = write_fashion(tmp_path)
+    images, labels = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
+    content = (tmp_path / images).read_bytes()
+    match damage:
+        case "cut":
+            (tmp_path / images).write_bytes(content[:-100])
+        case "short":
+            (tmp_path / images).write_bytes(gzip.compress(gzip.decompress(content)[:-1]))
+        case "header":
+            (tmp_path / images).write_bytes(idx(arrays[labels]))
+        case "label":
+            (tmp_path / labels).write_bytes(idx(arrays[labels] + 1))
+        case "count":
+            (tmp_path / labels).write_bytes(idx(arrays[labels][:-1]))
+    with pytest.raises(RRCMError, match=str(tmp_path)) as error:
+        read_source(settings("fashion_mnist", tmp_path, 28, 1))
+    assert "download" in one_line(error)
+
+
+@pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not here")
+def test_fashion_mnist_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    source = read_source(settings("fashion_mnist", None, 28, 1))
+    assert source.train.images.shape == (60000, 28, 28) and source.test.images.shape == (10000, 28, 28)
+    assert np.bincount(source.train.labels).tolist() == [6000] * 10
+    assert np.bincount(source.test.labels).tolist() == [1000] * 10
+    assert source.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Six batches of 20 records as the binary version has them; returns all pixels (120, 32, 32, 3) and labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (120, 32, 32, 3), np.uint8), np.arange(120, dtype=np.uint8) % 10
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = range(20 * i, 20 * i + 20)
+        records = (bytes([labels[r], *pixels[r].transpose(2, 0, 1).tobytes()]) for r in rows)
+        (folder / f"{name}.bin").write_bytes(b"".join(records))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta.txt").write_text("\n".join(names) + "\n\n")  # the real one ends with an empty line
+    return pixels, labels
+
+
+def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
+    folder, address = web
+    pixels, labels = write_cifar(tmp_path / "cifar-10-batches-bin")
+    archive = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sources, "CIFAR10_URL", f"{address}/{archive.name}")
+    data = settings("cifar10", None, 32)
+    with pytest.raises(RRCMError, match=r"cifar10: download from http://.* failed .*corrupted") as error:
+        read_source(data)  # the small archive does not have the real checksum
+    one_line(error)
+    assert list(Path("data/raw/cifar10").iterdir()) == []
+    monkeypatch.setattr(sources, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    source = read_source(data)
+    assert source.classes[0] == "airplane" and len(source.classes) == 10
+    assert np.array_equal(source.train.images, pixels[:100]) and np.array_equal(source.train.labels, labels[:100])
+    assert np.array_equal(source.test.images, pixels[100:]) and source.test.labels.dtype == np.int64
+    archive.unlink()
+    assert len(read_source(data).test.labels) == 20  # no second download
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "label"])
+def test_cifar10_damaged(tmp_path: Path, damage: str):
+    write_cifar(tmp_path)
+    path = tmp_path / "data_batch_3.bin"
+    match damage:
+        case "missing":
+            path.unlink()
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "empty":
+            path.write_bytes(b"")
+        case "label":
+            path.write_bytes(b"\x0a" + path.read_bytes()[1:])
+    with pytest.raises(RRCMError, match=str(tmp_path)) as error:
+        read_source(settings("cifar10", tmp_path, 32))
+    assert "download" in one_line(error)
+
+
+def path_mnist(size: int = 28) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 36), ("val", 9), ("test", 18)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count, dtype=np.uint8) % 9)[:, None]
+    return arrays
+
+
+@pytest.mark.parametrize(("size", "name"), [(28, "pathmnist.npz"), (64, "pathmnist_64.npz")])
+def test_kather_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, size: int, name: str):
+    folder, address = web
+    arrays = path_mnist(size)
+    np.savez_compressed(folder / name, **arrays)
+    flag = "" if size == 28 else f"_{size}"
+    monkeypatch.setitem(medmnist.INFO["pathmnist"], f"url{flag}", f"{address}/{name}?download=1")
+    checksum = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(medmnist.INFO["pathmnist"], f"MD5{flag}", checksum)
+    monkeypatch.chdir(tmp_path)
+    source = read_source(settings("kather", None, size))
+    assert len(source.classes) == 9 and source.classes[0] == "adipose"
+    assert np.array_equal(source.train.images, arrays["train_images"])
+    assert np.array_equal(source.test.labels, arrays["test_labels"].ravel())
+    assert (tmp_path / "data/raw/kather" / name).exists()
+
+
+class _Code:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "shape", "label", "key", "npy"])
+def test_kather_damaged(tmp_path: Path, damage: str):
+    path, arrays = tmp_path / "pathmnist.npz", path_mnist()
+    if damage == "pickle":
+        arrays["train_images"] = np.array([_Code(tmp_path / "ran")], object)
+    if damage == "shape":
+        arrays["test_images"] = arrays["test_images"][:, :27]
+    if damage == "label":
+        arrays["test_labels"] = arrays["test_labels"] + 1
+    if damage == "key":
+        del arrays["test_labels"]
+    np.savez(path, **arrays)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+    if damage == "npy":
+        np.save(path.open("wb"), arrays["train_images"])
+    with pytest.raises(RRCMError, match=str(path)) as error:
+        read_source(settings("kather", tmp_path, 28))
+    one_line(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_kather_sizes(tmp_path: Path):
+    with pytest.raises(RRCMError, match="image_size 32"):
+        read_source(settings("kather", tmp_path, 32))
+
+
+def write_folders(root: Path, classes: dict[str, int]) -> None:
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (9, 7), (i, 0, 0)).save(root / name / f"{i:03d}.{('png', 'JPG', 'bmp')[i % 3]}")
+
+
+def test_imagenet_folders(tmp_path: Path):
+    write_folders(tmp_path / "train", {"n02": 3, "n01": 4})
+    write_folders(tmp_path / "val", {"n02": 2})
+    (tmp_path / "train/n01/notes.txt").write_text("not an image")
+    (tmp_path / "train/n01/._000.png").write_text("macOS leaves these")
+    (tmp_path / "train/.cache").mkdir()
+    source = read_source(settings("imagenet", tmp_path))
+    assert source.classes == ["n01", "n02"]
+    assert source.train.labels.tolist() == [0] * 4 + [1] * 3
+    assert [str(p.relative_to(tmp_path)) for p in source.test.images] == ["val/n02/000.png", "val/n02/001.JPG"]
+    assert source.test.labels.tolist() == [1, 1]
+
+
+def test_imagefolder_with_and_without_test(tmp_path: Path):
+    write_folders(tmp_path / "flat", {"a": 10, "b": 5, "single": 1})
+    source = read_source(settings("imagefolder", tmp_path / "flat"))
+    assert np.bincount(source.test.labels, minlength=3).tolist() == [2, 1, 0]  # the last image of a class stays
+    assert len(source.train.labels) == 13
+    assert not set(source.train.images) & set(source.test.images)
+    write_folders(tmp_path / "split/train", {"a": 3, "b": 3})
+    write_folders(tmp_path / "split/test", {"a": 1, "b": 2})
+    assert read_source(settings("imagefolder", tmp_path / "split")).test.labels.tolist() == [0, 1, 1]
+
+
+def test_folder_mistakes(tmp_path: Path):
+    def complaint(source: str, root: Path | None, size: int = 8) -> str:
+        with pytest.raises(RRCMError) as error:
+            read_source(settings(source, root, size))
+        return one_line(error)
+
+    assert f"{tmp_path / 'none'}: no such dataset folder" in complaint("imagefolder", tmp_path / "none")
+    assert f"{tmp_path / 'none' / 'train'}: no such" in complaint("imagenet", tmp_path / "none")
+    for source in ("fashion_mnist", "cifar10", "kather"):
+        assert f"data.root {tmp_path / 'none'}: no such" in complaint(source, tmp_path / "none", 28)
+    assert "data.root: imagenet has no default place" in complaint("imagenet", None)
+    write_folders(tmp_path / "a/train", {"x": 1, "y": 1})
+    write_folders(tmp_path / "a/val", {"x": 1, "z": 1})
+    assert "class folder z is not in" in complaint("imagenet", tmp_path / "a")
+    assert f"{tmp_path / 'a/test'}: no such" in complaint("imagefolder", tmp_path / "a")
+    (tmp_path / "a/train/empty").mkdir()
+    assert f"{tmp_path / 'a/train/empty'}: class folder without images" in complaint(
+        "imagefolder", tmp_path / "a/train"
+    )
+    (tmp_path / "bare").mkdir()
+    assert f"{tmp_path / 'bare'}: holds no class folders" in complaint("imagefolder", tmp_path / "bare")
+
+
+def test_no_network_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "CIFAR10_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    with pytest.raises(RRCMError, match=r"cifar10: download from .* failed") as error:
+        read_source(settings("cifar10", tmp_path, 32))
+    one_line(error)
+
+
+def test_idx_needs_whole_header(tmp_path: Path):
+    write_fashion(tmp_path)
+    stream = io.BytesIO()
+    with gzip.GzipFile(fileobj=stream, mode="wb") as file:
+        file.write(b"\0\0")
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(stream.getvalue())
+    with pytest.raises(RRCMError, match="not an idx file"):
+        read_source(settings("fashion_mnist", tmp_path, 28, 1))

@@ -1,0 +1,213 @@
+"""The loader: every sample exactly once an epoch and the same batches, bit for bit, however the work is split."""
+
+import http.server
+import itertools
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rrcm.config import Data, Views
+from rrcm.data.augment import FinetuneTransform, PretrainTransform
+from rrcm.data.loader import batches, epoch_batches, epoch_order, shards_of_step, steps_per_epoch, stream_count
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedImages
+from rrcm.utils.errors import RRCMError
+
+VIEWS = Views(crop_min=0.3, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 0.5), solarize=(0.0, 0.2))
+
+
+def write(place: Path, shard_size: int) -> Path:
+    data = Data(
+        source="digits", root=None, image_size=8, channels=1, val_fraction=0.1, shard_size=shard_size, workers=0
+    )
+    write_shards(data, 0, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("loader") / "shards", 100)
+
+
+def name_pixels(image, rng) -> dict[str, np.ndarray]:
+    """Enough to tell samples apart, and their random streams."""
+    return {"image": np.asarray(image), "draw": rng.random(2, np.float32)}
+
+
+def collect(images: ShardedImages, transform, world: int = 1, **settings) -> list[dict[str, torch.Tensor]]:
+    """Global batches, put together from the parts of all ranks."""
+    settings = {"seed": 0, "first_step": 0} | settings
+    ranks = [list(batches(images, transform, rank=r, world=world, **settings)) for r in range(world)]
+    return [
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
+    ]
+
+
+def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("sizes", [[5], [100] * 40, [64, 64, 64, 7], [1, 2, 3]])
+def test_order_is_a_permutation_that_moves(sizes: list[int]):
+    orders = [epoch_order(sizes, seed, epoch, window=16) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(sum(sizes)))
+    assert np.array_equal(orders[0], epoch_order(sizes, 0, 0, window=16))
+    assert sum(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2)) == 0
+
+
+def test_order_reads_few_shards_at_a_time():
+    shard = epoch_order([50] * 40, 0, 0, window=4) // 50
+    for start in range(0, 2000, 200):
+        assert len(set(shard[start : start + 200])) == 4  # and all four whole: 200 samples
+    assert len(set(shard[:50])) == 4  # mixed
+    whole = epoch_order([50] * 4, 0, 0, window=4)
+    assert abs(np.corrcoef(whole, np.arange(200))[0, 1]) < 0.25  # 3.5 standard errors of a full shuffle
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch_size", "streams"), [(16, 64, 1), (17, 64, 16), (1000, 4096, 64), (1000, 96, 32), (1000, 75, 1)]
+)
+def test_batches_are_put_together_from_streams(shards: int, batch_size: int, streams: int):
+    assert stream_count(shards, batch_size) == streams
+    sizes = [10 + i % 3 for i in range(shards)]
+    found = epoch_batches(sizes, batch_size, 0, 0)
+    assert found.shape == (sum(sizes) // batch_size, batch_size)
+    assert len(np.unique(found)) == found.size and found.max() < sum(sizes)  # no sample twice
+    assert not np.array_equal(found, epoch_batches(sizes, batch_size, 0, 1))
+
+
+@pytest.mark.parametrize("world", [2, 4, 16])
+def test_ranks_read_shards_of_their_own(world: int):
+    """Of 320 shards of 20 samples; the two at the ends of a rank's streams may be its neighbours' too."""
+    shard = epoch_batches([20] * 320, 256, 0, 0) // 20
+    ranks = [set(part.flatten().tolist()) for part in np.split(shard, world, axis=1)]
+    assert set.union(*ranks) == set(range(320)) and max(map(len, ranks)) <= 320 // world + 2
+    shared = [len(a & b) for a, b in itertools.combinations(ranks, 2)]
+    assert max(shared) <= 1 and sum(shared) < world
+    at_a_time = [len(set(step.tolist())) for step in shard]
+    assert max(at_a_time) <= 2 * 64  # all ranks together
+
+
+@pytest.mark.parametrize(("world", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
+@pytest.mark.parametrize("shard_size", [100, 10])
+def test_every_sample_once_an_epoch_and_the_same_batches(folder, tmp_path, shard_size: int, world: int, workers: int):
+    images = ShardedImages(folder if shard_size == 100 else write(tmp_path / "shards", shard_size), "train")
+    for batch_size in (30, 96, 600):
+        steps = steps_per_epoch(len(images), batch_size)
+        shared = {"batch_size": batch_size, "last_step": 2 * steps}
+        alone = collect(images, name_pixels, **shared)
+        together = collect(images, name_pixels, world, workers=workers, **shared)
+        assert same(alone, together)
+        everything = {np.asarray(images.read(i)[0]).tobytes() for i in range(len(images))}
+        assert len(everything) == len(images)
+        for epoch in (together[:steps], together[steps:]):
+            pixels = set(map(bytes, torch.cat([b["image"] for b in epoch]).flatten(1).numpy()))
+            assert len(pixels) == steps * batch_size and pixels <= everything
+        for batch in together:
+            assert batch["position"].tolist() == list(range(batch_size))
+        draws = torch.cat([b["draw"] for b in together])  # two float32 draws: no two alike by chance
+        assert len(set(map(tuple, draws.tolist()))) == 2 * steps * batch_size  # a stream for each sample and epoch
+
+
+def test_labels_go_with_their_images(folder: Path):
+    images = ShardedImages(folder, "train")
+    label = {np.asarray(image).tobytes(): number for image, number, _ in map(images.read, range(len(images)))}
+    (batch,) = collect(images, name_pixels, batch_size=1200, last_step=1)
+    assert batch["label"].tolist() == [label[bytes(pixels)] for pixels in batch["image"].flatten(1).numpy()]
+
+
+def test_the_shards_of_a_step_are_named(folder: Path):
+    images = ShardedImages(folder, "train")
+    row = epoch_batches(images.shard_sizes, 1, 0, 1)[5, 0]
+    step = len(images) + 5
+    assert shards_of_step(images, 1, 0, step) == f"images of train-{row // 100:05d}.tar"
+    assert shards_of_step(images, 1200, 0, 0).endswith(f" and {len(images.shard_sizes) - 3} more shards")
+
+
+def test_ranks_take_equal_contiguous_parts(folder: Path):
+    images = ShardedImages(folder, "train")
+    for rank in range(3):
+        for batch in batches(
+            images, name_pixels, batch_size=96, seed=0, first_step=0, last_step=20, rank=rank, world=3
+        ):
+            assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
+
+
+@pytest.mark.parametrize(
+    "transform", [PretrainTransform(VIEWS, 8), FinetuneTransform("randaugment", 8)], ids=["pretrain", "randaugment"]
+)
+def test_augmentation_bits_do_not_depend_on_the_split(folder: Path, transform):
+    images = ShardedImages(folder, "train")
+    alone = collect(images, transform, batch_size=60, last_step=30)
+    assert same(alone, collect(images, transform, 3, workers=2, batch_size=60, last_step=30))
+    assert not same(alone, collect(images, transform, batch_size=60, last_step=30, seed=1))
+
+
+def test_resume_gives_the_same_batches(folder: Path):
+    images, transform = ShardedImages(folder, "train"), PretrainTransform(VIEWS, 8)
+    whole = collect(images, transform, batch_size=100, last_step=40)  # 14 steps an epoch
+    for first in (1, 13, 14, 30):
+        assert same(
+            whole[first:], collect(images, transform, batch_size=100, first_step=first, last_step=40, workers=2)
+        )
+    assert collect(images, transform, batch_size=100, first_step=40, last_step=40) == []
+
+
+def test_the_global_generators_are_left_alone(folder: Path):
+    images = ShardedImages(folder, "train")
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    collect(images, FinetuneTransform("randaugment", 8), batch_size=60, last_step=2)
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_impossible_splits_are_refused(folder: Path):
+    images = ShardedImages(folder, "val")
+    settings = {"seed": 0, "first_step": 0, "last_step": 1}
+    with pytest.raises(RRCMError, match="batch_size 64 is not a multiple of the 3 processes"):
+        batches(images, name_pixels, batch_size=64, world=3, **settings)
+    with pytest.raises(RRCMError, match=f"batch_size 512 is more than the {len(images)} images"):
+        batches(images, name_pixels, batch_size=512, **settings)
+    assert steps_per_epoch(100, 30) == steps_per_epoch(90, 30) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_found_in_a_worker_surfaces_as_one_line(folder: Path, tmp_path: Path, workers: int):
+    images = ShardedImages(folder, "train")
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damaged = tmp_path / "train-00003.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(RRCMError) as error:
+        collect(ShardedImages(tmp_path, "train"), name_pixels, batch_size=len(images), last_step=1, workers=workers)
+    assert str(error.value).startswith(f"{damaged}: has ") and "\n" not in str(error.value)
+
+
+def test_workers_read_a_url(folder: Path, tmp_path: Path):
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        images = ShardedImages(f"http://127.0.0.1:{server.server_port}", "train", tmp_path / "cache")
+        got = collect(images, name_pixels, batch_size=100, last_step=14, workers=2)
+        server.shutdown()
+    assert same(got, collect(ShardedImages(folder, "train"), name_pixels, batch_size=100, last_step=14))
+    assert len(asked) == len(set(asked)) == 2 + len(images.shard_sizes)  # once each, though both workers want them

@@ -1,0 +1,341 @@
+"""Shards: the same bytes whatever the workers, read back without loss, and every kind of damage named."""
+
+import http.server
+import io
+import json
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from rrcm.config import Data
+from rrcm.data import shards
+from rrcm.data.datasets import read_source
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedImages, read_split
+from rrcm.utils.errors import RRCMError
+
+
+def settings(**changes: object) -> Data:
+    digits = {"source": "digits", "root": None, "image_size": 8, "channels": 1}
+    return Data(**digits | {"val_fraction": 0.1, "shard_size": 300, "workers": 0} | changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def images_and_labels(folder: Path, split: str) -> dict[str, tuple[bytes, int]]:
+    """What the webdataset library itself reads: key -> (image file, label)."""
+    names = [str(path) for path in sorted(folder.glob(f"{split}-*.tar"))]
+    dataset = webdataset.WebDataset(names, shardshuffle=False)
+    return {s["__key__"]: (s.get("png") or s["jpg"], int(s["cls"])) for s in dataset}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    write_shards(settings(), 0, folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of small images of every kind a folder may hold."""
+    rng, root = np.random.default_rng(0), tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i, suffix in enumerate(["jpg", "jpeg", "JPG", "png", "bmp", "webp", "tif", "tiff"]):
+            pixels = rng.integers(0, 256, (12 + i, 17, 3), np.uint8)
+            options = {"webp": {"lossless": True}, "png": {"compress_level": 1}}.get(suffix, {})
+            Image.fromarray(pixels).save(root / name / f"{i}.{suffix}", **options)
+    Image.new("L", (9, 9), 7).save(root / "cat/gray.png")
+    Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(root / "cat/alpha.png")
+    Image.new("P", (9, 9), 1).save(root / "dog/palette.png")
+    Image.new("CMYK", (9, 9), (10, 20, 30, 40)).save(root / "dog/cmyk.tif")
+    Image.new("CMYK", (9, 9), (10, 20, 30, 40)).save(root / "dog/cmyk.jpg")
+    Image.new("RGB", (9, 9), (5, 6, 7)).save(root / "dog/named_wrongly.jpg", "PNG")
+    return root
+
+
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "shards"))
+
+
+def complaint(action) -> str:
+    with pytest.raises(RRCMError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_bytes_do_not_depend_on_workers_or_the_run(digits: Path, photos: Path, tmp_path: Path, workers: int):
+    write_shards(settings(workers=workers), 0, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(digits)
+    folder = settings(source="imagefolder", root=str(photos), channels=3, shard_size=3)
+    write_shards(folder, 1, tmp_path / "one")
+    write_shards(folder.model_copy(update={"workers": workers}), 1, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_another_seed_moves_val_but_not_test(digits: Path, tmp_path: Path):
+    write_shards(settings(), 1, tmp_path / "other")
+    first, other = contents(digits), contents(tmp_path / "other")
+    assert first["test-00000.tar"] == other["test-00000.tar"]
+    assert first["train-00000.tar"] != other["train-00000.tar"]
+    assert set(images_and_labels(digits, "val")) != set(images_and_labels(tmp_path / "other", "val"))
+
+
+def test_splits_are_complete_disjoint_and_stratified(digits: Path):
+    source = read_source(settings())
+    train, val, test = (images_and_labels(digits, split) for split in ("train", "val", "test"))
+    assert not set(train) & set(val)
+    for samples, records in ((train | val, source.train), (test, source.test)):
+        assert set(samples) == {f"{i:08d}" for i in range(len(records.labels))}
+        for key, (content, label) in samples.items():
+            pixels = np.asarray(Image.open(io.BytesIO(content)))
+            assert np.array_equal(pixels, records.images[int(key)]) and label == records.labels[int(key)]
+    share = np.bincount([y for _, y in val.values()]) / np.bincount(source.train.labels)
+    assert np.all(np.abs(share - 0.1) < 0.005)
+    assert list(test) == sorted(test)  # the source's order
+    assert list(train) != sorted(train)
+    labels = np.array([y for _, y in train.values()])
+    assert len(set(labels[:50])) == 10  # shuffled over classes too
+
+
+def test_manifest(digits: Path):
+    manifest = json.loads((digits / "manifest.json").read_text())
+    assert manifest["classes"] == list("0123456789") and manifest["channels"] == 1 and manifest["seed"] == 0
+    for split, entry in manifest["splits"].items():
+        assert all(shard["samples"] <= 300 for shard in entry["shards"])
+        assert all((digits / shard["name"]).stat().st_size == shard["bytes"] for shard in entry["shards"])
+        samples = images_and_labels(digits, split)
+        assert sum(shard["samples"] for shard in entry["shards"]) == len(samples)
+        assert entry["counts"] == np.bincount([y for _, y in samples.values()]).tolist()
+    assert len(manifest["splits"]["train"]["shards"]) == 5
+
+
+def test_reader_agrees_with_webdataset(digits: Path):
+    for split in ("train", "val", "test"):
+        images, samples = ShardedImages(digits, split), images_and_labels(digits, split)
+        images.verify()
+        assert len(images) == len(samples) == len(images.labels)
+        for i, (key, (content, label)) in enumerate(samples.items()):
+            image, our_label, our_key = images.read(i)
+            assert (our_key, our_label, images.labels[i]) == (key, label, label)
+            assert image.mode == "L" and np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(content))))
+    assert images.labels.dtype == np.int64 and images.image_size == 8
+
+
+def test_files_are_kept_as_they_are_or_without_loss(photos: Path, tmp_path: Path):
+    write_shards(settings(source="imagefolder", root=str(photos), channels=3, shard_size=4), 0, tmp_path / "shards")
+    source = read_source(settings(source="imagefolder", root=str(photos)))
+    seen = 0
+    for split in ("train", "val", "test"):
+        images = ShardedImages(tmp_path / "shards", split)
+        paths = (source.test if split == "test" else source.train).images
+        samples = images_and_labels(tmp_path / "shards", split)
+        for i in range(len(images)):
+            image, _, key = images.read(i)
+            path, content = paths[int(key)], samples[key][0]
+            kind = Image.open(path).format
+            if kind in ("JPEG", "PNG"):
+                assert content == path.read_bytes()
+            assert Image.open(io.BytesIO(content)).format == ("JPEG" if kind == "JPEG" else "PNG")
+            assert image.mode == "RGB" and np.array_equal(
+                np.asarray(image), np.asarray(Image.open(path).convert("RGB"))
+            )
+            seen += 1
+    assert seen == 22
+    tar = b"".join(path.read_bytes() for path in (tmp_path / "shards").glob("*.tar"))
+    assert b".jpg\0" in tar and b".png\0" in tar and b".jpeg\0" not in tar
+
+
+def test_gray_data_from_colour_files(photos: Path, tmp_path: Path):
+    write_shards(settings(source="imagefolder", root=str(photos), channels=1), 0, tmp_path / "shards")
+    pixels, labels, _ = read_split(ShardedImages(tmp_path / "shards", "train"), 6)
+    assert pixels.shape[1:] == (1, 6, 6) and len(labels) == len(pixels)
+
+
+def test_unreadable_images_are_named_and_leave_nothing(photos: Path, tmp_path: Path):
+    data = settings(source="imagefolder", root=str(photos), channels=3, workers=2, shard_size=2)
+    write_shards(data, 0, tmp_path / "shards")
+    before = contents(tmp_path / "shards")
+    cut = photos / "cat/0.jpg"
+    cut.write_bytes(cut.read_bytes()[:-200])  # the header is fine
+    text = complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
+    assert f"{cut}: cannot be decoded" in text and "other" not in text
+    (photos / "dog/3.png").write_bytes(b"")
+    Image.fromarray(np.full((5, 5), 40000, np.uint16)).save(photos / "dog/4.tif")
+    assert "(and 2 other files)" in complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
+    cut.unlink()
+    (photos / "dog/3.png").unlink()
+    assert "4.tif: cannot be decoded (pixels of mode I;16" in complaint(lambda: write_shards(data, 0, tmp_path / "new"))
+    assert contents(tmp_path / "shards") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "shards"]
+
+
+def test_nothing_to_validate_on(tmp_path: Path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (4, 4)).save(tmp_path / split / name / "1.png")
+    data = settings(source="imagefolder", root=str(tmp_path))
+    assert "no class has a second training image" in complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "another run"])
+def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
+    folder = copy(digits, tmp_path)
+    path = folder / "train-00002.tar"
+    content = bytearray(path.read_bytes())
+    match damage:
+        case "truncated":
+            path.write_bytes(content[:-1000])
+        case "flipped":
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        case "missing":
+            path.unlink()
+        case "another run":
+            write_shards(settings(), 1, tmp_path / "other")
+            shutil.copy(tmp_path / "other/train-00002.tar", path)
+    images = ShardedImages(folder, "train")
+    word = {"flipped": "hash", "missing": "missing"}.get(damage, "of another run")
+    text = complaint(images.verify)
+    assert str(path) in text and word in text and "shard-data" in text
+    assert "(and" not in text
+    (folder / "train-00004.tar").unlink()
+    assert "(and 1 other shards)" in complaint(images.verify)
+    if damage in ("truncated", "missing"):
+        assert str(path) in complaint(lambda: images.read(650))
+
+
+def test_reading_unverified_damage_is_named(digits: Path, tmp_path: Path):
+    """A shard of the right size whose bytes are wrong, read without `verify`."""
+    folder = copy(digits, tmp_path)
+    path, images = folder / "train-00001.tar", ShardedImages(folder, "train")
+    offset, size, _, key = images.index[310].tolist()
+    whole = path.read_bytes()
+
+    def read(start: int, content: bytes) -> str:
+        path.write_bytes(whole[:start] + content + whole[start + len(content) :])
+        return complaint(lambda: ShardedImages(folder, "train").read(310))
+
+    assert f"{path}: no tar header at byte {offset}" in read(offset, b"x" * 512)
+    assert f"{path}: sample {key:08d} cannot be decoded" in read(offset + 512 + size // 2, b"\xff\xfe\xfd")
+    other = images.index[311, 0]
+    assert f"where {key:08d} should be: of another run" in read(offset, whole[other : other + 512])
+    path.write_bytes(whole)
+    ShardedImages(folder, "train").read(310)
+
+
+def test_bad_manifest_and_index(digits: Path, tmp_path: Path):
+    folder = copy(digits, tmp_path)
+    path = folder / "manifest.json"
+    good = json.loads(path.read_text())
+
+    def opening(text: str) -> str:
+        path.write_text(text)
+        return complaint(lambda: ShardedImages(folder, "train"))
+
+    assert f"{path}: not a shard manifest" in opening(json.dumps(good)[:-30])
+    assert "splits" in opening(json.dumps({k: v for k, v in good.items() if k != "splits"}))
+    assert "format" in opening(json.dumps(good | {"format": "rrcm-shards-9"}))
+    escape = json.dumps(good).replace("train-00000.tar", "../train-00000.tar")
+    assert "splits.train.shards.0.name" in opening(escape)
+    path.write_text(json.dumps(good))
+    assert "has no split valid; it has train, val, test" in complaint(lambda: ShardedImages(folder, "valid"))
+    index = folder / "train.index.npy"
+    index.write_bytes(index.read_bytes()[:-8])
+    assert f"{index}: " in complaint(lambda: ShardedImages(folder, "train"))
+    shutil.copy(folder / "val.index.npy", index)
+    assert f"{index}: " in complaint(lambda: ShardedImages(folder, "train"))
+    path.unlink()
+    assert f"{path}: cannot be read" in complaint(lambda: ShardedImages(folder, "train"))
+
+
+def test_read_split(digits: Path):
+    images = ShardedImages(digits, "test")
+    pixels, labels, rows = read_split(images, 8, every=7, limit=20)
+    assert rows == list(range(0, 140, 7)) and pixels.shape == (20, 1, 8, 8)
+    assert pixels.dtype == torch.uint8 and labels.dtype == torch.int64
+    source = read_source(settings()).test
+    assert np.array_equal(pixels[:, 0].numpy(), source.images[rows]) and labels.tolist() == source.labels[rows].tolist()
+    assert len(read_split(images, 8)[0]) == len(images)
+    assert read_split(images, 5, limit=2)[0].shape == (2, 1, 5, 5)
+
+
+def test_reader_pickles_and_keeps_few_files_open(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "DECODED_BYTES", 0)
+    images = ShardedImages(digits, "train")
+    for i in range(0, len(images), 100):
+        images.read(i)
+    assert len(images._files) == 2 and not images._decoded
+    copied = pickle.loads(pickle.dumps(images))
+    assert copied.read(5)[2] == images.read(5)[2]
+
+
+@pytest.fixture
+def web(digits: Path, tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
+    """A copy of the digits' shards, the loopback address that serves it, and the paths asked for."""
+    folder, asked = copy(digits, tmp_path), []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if asked.count(self.path) == 1 and self.path.endswith("val-00000.tar"):
+                self.send_error(503)  # overloaded, once
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, address, asked = web
+    monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
+    local = ShardedImages(folder, "val")
+    images = ShardedImages(address, "val", tmp_path / "cache")
+    assert asked == ["/manifest.json", "/val.index.npy"]
+    assert np.array_equal(images.read(3)[0], local.read(3)[0])
+    assert asked.count("/val-00000.tar") == 2  # the first try was refused
+    again = ShardedImages(address + "/", "val", tmp_path / "cache")
+    again.verify()
+    assert [again.read(i)[2] for i in range(len(again))] == [local.read(i)[2] for i in range(len(local))]
+    assert asked.count("/val-00000.tar") == 2 and asked.count("/val.index.npy") == 1
+    assert asked.count("/manifest.json") == 2
+
+
+def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, address, _ = web
+    monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
+    images = ShardedImages(address, "train", tmp_path / "cache")
+    path = folder / "train-00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-512])
+    assert f"{address}/train-00001.tar: does not match manifest.json" in complaint(lambda: images.read(300))
+    path.unlink()
+    assert f"{address}/train-00001.tar: download failed" in complaint(lambda: images.read(300))
+    path.write_bytes(whole)
+    images.read(300)
+    assert "manifest.json: cannot be read" in complaint(lambda: ShardedImages(f"{address}/none", "train", tmp_path))
+    assert "cannot be opened" in complaint(lambda: ShardedImages("nonsense://x", "train", tmp_path))
+    assert not [p for p in (tmp_path / "cache").iterdir() if "tmp" in p.name]

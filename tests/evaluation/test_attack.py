@@ -1,0 +1,236 @@
+"""The attack against closed forms: it must reach the optimum, never leave its ball, and notice a broken certificate."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import compose, files_of, stage
+from torch import nn
+
+from rrcm.certification.results import ABSTAIN, read_certificates, write_certificates
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.config import Attack, load_config
+from rrcm.data.shards import ShardedImages, read_split
+from rrcm.evaluation.attack import evenly, pgd, project, smoothed_victim, worst_answers
+from rrcm.evaluation.metrics import certified_accuracy
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.progress import Progress
+
+SETTINGS = Attack(methods=[], steps=5, samples=4, n=100, alpha=0.001, max_images=None, batch=2)
+
+
+class Linear(nn.Module):
+    """Logits W x of the flattened image."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.flatten(1) - 0.5) @ self.weight.T
+
+
+def half_space(direction: torch.Tensor) -> Linear:
+    """Class 1 where the image is beyond the middle grey along `direction`, a unit vector."""
+    return Linear(torch.stack([-direction, direction]))
+
+
+def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """L2 distances of the very numbers that two float32 batches hold."""
+    return (one.double() - other.double()).flatten(1).norm(dim=1)
+
+
+def test_the_worst_case_of_a_linear_classifier_is_reached():
+    """It moves by the whole radius along the difference of the two classes' weights: an image its own radius."""
+    torch.manual_seed(0)
+    network = Linear(torch.randn(2, 48))
+    images, labels = 0.4 + 0.2 * torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 0, 1, 0])
+    radius = torch.tensor([0.0, 0.01, 0.1, 0.2, 0.3])
+    attacked = pgd(network, images, labels, radius, steps=10)
+    away = nn.functional.normalize(network.weight[1 - labels] - network.weight[labels]).detach()
+    expected = images + (radius[:, None] * away).view_as(images)
+    assert torch.equal(attacked[0], images[0])
+    torch.testing.assert_close(attacked, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
+def test_an_attacked_image_is_in_the_ball_and_in_the_box_exactly(shape):
+    """Also where pixels are black or white, the radius is tiny, and whatever the step was."""
+    torch.manual_seed(1)
+    images = torch.rand(200, *shape).mul(1.4).sub(0.2).clamp(0, 1)
+    radius = 10 ** torch.empty(200).uniform_(-9, 1.5)
+    for scale in (1e-6, 1e-2, 1.0, 1e6):
+        moved = project(images + scale * torch.randn_like(images), images, radius)
+        assert moved.dtype == torch.float32
+        assert moved.min() >= 0 and moved.max() <= 1
+        assert (distances(moved, images) <= radius.double()).all()
+        assert torch.equal(project(images, images, radius), images)
+    network = Linear(torch.randn(10, math.prod(shape)))
+    attacked = pgd(network, images, torch.arange(200) % 10, radius, steps=3)
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    assert (distances(attacked, images) <= radius.double()).all()
+    reachable = (radius > 1e-3) & (radius < 0.5)  # the ball is used, where the box leaves room
+    assert (distances(attacked, images) > 0.5 * radius)[reachable].all()
+
+
+def test_pgd_stays_inside_the_box_against_a_black_and_white_image():
+    """Half of the weights push out of the box: the other half of the pixels take the whole radius."""
+    direction = torch.full((16,), 0.25)
+    images = torch.cat([torch.zeros(8), torch.ones(8)]).view(1, 1, 4, 4)
+    attacked = pgd(half_space(direction), images, torch.tensor([0]), torch.tensor([0.5]), steps=50)
+    assert torch.equal(attacked.flatten()[8:], torch.ones(8))
+    torch.testing.assert_close(attacked.flatten()[:8], torch.full((8,), 0.5 / math.sqrt(8)), atol=1e-3, rtol=0)
+
+
+def test_a_gradient_may_vanish_or_be_tiny():
+    images, labels, radius = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1]), torch.full((2,), 0.1)
+    assert torch.equal(pgd(half_space(torch.zeros(4)), images, labels, radius), images)
+    faint = pgd(half_space(torch.full((4,), 1e-30)), images, labels, radius)  # its square is 0 in float32
+    torch.testing.assert_close(distances(faint, images), radius.double(), atol=1e-5, rtol=0)
+
+
+def test_a_smoothed_half_space_falls_just_above_its_radius_and_not_below():
+    """Smoothed, a half-space is itself: its radius is the distance to the plane. PREDICT errs with chance 1e-6."""
+    torch.manual_seed(2)
+    direction = nn.functional.normalize(torch.randn(16), dim=0)
+    smoothed = SmoothedClassifier(half_space(direction), 0.25, 2, samples=8)
+    images = (0.5 + 0.25 * direction).view(1, 1, 4, 4).repeat(4, 1, 1, 1)
+    labels, radius = torch.ones(4, dtype=torch.int64), 0.25 * torch.tensor([0.0, 0.96, 1.04, 1.3])
+    attacked = pgd(smoothed, images, labels, radius, steps=10)
+    assert smoothed.predict(attacked, n=50_000, alpha=1e-6) == [1, 1, 0, 0]
+
+
+def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
+    """Four images of label 1 and what is answered to them within each radius; None: must not be asked."""
+    answers = {7: [1, 1, 1], 8: [1, ABSTAIN, 1], 9: [ABSTAIN, 0, None], 10: [2, None, None]}
+    asked, radii = dict.fromkeys(answers, 0), [0.0, 0.1, 0.2]
+
+    def answer(images: torch.Tensor, indices: list[int]) -> list[int]:
+        assert len(images) == len(indices) <= SETTINGS.batch
+        found = [answers[index][asked[index]] for index in indices]
+        for index in indices:
+            asked[index] += 1
+        return found
+
+    victim = smoothed_victim(SmoothedClassifier(half_space(torch.ones(4)), 0.5, 2), n=1, alpha=0.5)._replace(
+        answer=answer
+    )
+    with Progress(12, "attack", "attacks") as progress:
+        worst = worst_answers(
+            victim,
+            torch.full((4, 1, 2, 2), 0.5),
+            np.array([7, 8, 9, 10]),
+            np.ones(4, np.int64),
+            np.repeat(np.array(radii)[:, None], 4, axis=1),
+            SETTINGS,
+            progress,
+        )
+    assert worst.T.tolist() == [[1, 1, 1], [1, ABSTAIN, ABSTAIN], [ABSTAIN, 0, 0], [2, 2, 2]]
+    assert progress.done == 12
+
+
+def test_a_part_of_the_images_is_spread_over_all():
+    assert evenly(5, None).tolist() == evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert evenly(101, 5).tolist() == [0, 25, 50, 75, 100]
+    assert evenly(7, 1).tolist() == [0]
+
+
+def test_a_network_without_any_defence_is_broken(tiny_shards):
+    """Trained on clean digits: a step of the report's radii that changes few of rRCM's answers changes most of its."""
+    torch.manual_seed(0)
+    (images, labels), (others, truth) = (
+        (pixels.float() / 255, classes)
+        for pixels, classes, _ in (read_split(ShardedImages(tiny_shards, split), 8) for split in ("train", "test"))
+    )
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+    def accuracy(radius: float) -> float:
+        attacked = pgd(network, others, truth, torch.full((len(others),), radius))
+        return float((network(attacked).argmax(1) == truth).float().mean())
+
+    assert accuracy(0.0) > 0.9
+    assert accuracy(0.5) < 0.5
+    assert accuracy(1.0) < 0.1
+
+
+@pytest.fixture
+def attackable(trained, tmp_path):
+    """The trained project, to write in, with an attack of seconds."""
+    settings = ["sigmas=[0.5]", "attack.methods=[rrcm]", "attack.steps=5", "attack.samples=4", "attack.n=200"]
+    compose(tmp_path / "params.yaml", *settings, "report.radii=[0.5,1.0,2.0]")
+    (tmp_path / "data").symlink_to(trained / "data")
+    (tmp_path / "models").symlink_to(trained / "models")
+    shutil.copytree(trained / "certificates", tmp_path / "certificates")
+    return tmp_path
+
+
+def test_the_stage_breaks_the_network_and_no_certificate(attackable):
+    answer = stage(attackable, "attack", "rrcm")
+    assert answer.returncode == 0, answer.stderr
+    summary = json.loads((attackable / "attack/rrcm/summary.json").read_text())
+    found = summary["sigma_0.5"]
+    table = pd.read_csv(attackable / "attack/rrcm/sigma_0.5.tsv", sep="\t")
+    certificates = read_certificates(attackable / "certificates/rrcm/sigma_0.5.tsv")
+    assert table["idx"].equals(certificates["idx"])
+    claims = certificates["radius"] > 0
+    assert summary["certificates"] == found["certificates"] == claims.sum() == table["attacked"].count() >= 5
+    assert summary["broken"] == table["broken"].sum() == 0
+    assert table.loc[claims, "attacked"].isin([ABSTAIN]).sum() == summary["abstained"]
+    assert "0 of" in answer.stderr and "warning" not in answer.stderr
+
+    radii, label = [0.0, 0.5, 1.0, 2.0], table["label"]
+    assert summary["radii"] == radii
+    assert found["certified_accuracy"] == certified_accuracy(certificates, radii).tolist()
+    assert found["accuracy"] == [(table[f"r={r}"] == label).mean() for r in radii]
+    assert found["not_wrong"] == [table[f"r={r}"].where(lambda x: x != ABSTAIN, label).eq(label).mean() for r in radii]
+    assert all(c <= e for c, e in zip(found["certified_accuracy"], found["not_wrong"], strict=True))
+    for name in ("accuracy", "not_wrong", "unsmoothed_accuracy"):
+        assert found[name] == sorted(found[name], reverse=True), name
+    clean, *_, attacked = found["unsmoothed_accuracy"]
+    assert attacked < clean / 4
+    written = files_of(attackable / "attack/rrcm")
+    assert set(written) == {"attack.png", "attack.svg", "sigma_0.5.tsv", "summary.json"}
+    assert stage(attackable, "attack", "rrcm").returncode == 0
+    assert files_of(attackable / "attack/rrcm") == written
+
+
+def test_a_false_certificate_is_found_and_said(attackable):
+    """Radii that no classifier has are claimed: most fall, in the table, the summary and on stderr."""
+    path = attackable / "certificates/rrcm/sigma_0.5.tsv"
+    certificates = read_certificates(path)
+    claimed = certificates["predict"] != ABSTAIN
+    write_certificates(path, certificates.assign(radius=np.where(claimed, 3.0, 0.0)))
+    answer = stage(attackable, "attack", "rrcm")
+    assert answer.returncode == 0, answer.stderr
+    summary = json.loads((attackable / "attack/rrcm/summary.json").read_text())
+    table = pd.read_csv(attackable / "attack/rrcm/sigma_0.5.tsv", sep="\t")
+    assert summary["certificates"] == claimed.sum()
+    assert summary["broken"] == table["broken"].sum() > claimed.sum() / 2
+    assert f"warning: attack/rrcm: {summary['broken']} of {claimed.sum()} certificates broken" in answer.stderr
+
+
+def test_certificates_that_are_missing_or_of_other_images_are_refused(attackable):
+    path = attackable / "certificates/rrcm/sigma_0.5.tsv"
+    write_certificates(path, read_certificates(path).iloc[1:])
+    for complaint in ("certifies other images than the settings name", "no such file"):
+        answer = stage(attackable, "attack", "rrcm")
+        assert answer.returncode == 1
+        assert answer.stderr.startswith(f"error: certificates/rrcm/sigma_0.5.tsv: {complaint}")
+        assert answer.stderr.count("\n") == 1
+        assert not (attackable / "attack").exists()
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("methods", ["[consistency]", "[rrcm,rrcm]"])
+def test_only_methods_that_are_there_are_attacked(tmp_path, methods):
+    with pytest.raises(RRCMError, match=r"attack\.methods .* must be among methods \['rrcm', 'gaussian_matched'\]"):
+        load_config(compose(tmp_path / "params.yaml", f"attack.methods={methods}"))

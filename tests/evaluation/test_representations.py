@@ -1,0 +1,91 @@
+"""k-NN accuracy against scikit-learn, and what the numbers of a trajectory mean in cases with a known answer."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from rrcm.evaluation.representations import Sample, centred, evaluate, knn_accuracy, own_and_others
+from rrcm.utils.distributed import Process
+
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def test_knn_accuracy_against_scikit_learn():
+    torch.manual_seed(0)
+    centres = torch.randn(7, 12)
+    bank_labels, labels = torch.randint(7, (400,)), torch.randint(7, (150,))
+    bank, queries = (centres[of] + 2 * torch.randn(len(of), 12) for of in (bank_labels, labels))
+    theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    theirs.fit(bank.numpy(), bank_labels.numpy())
+    expected = theirs.score(queries.numpy(), labels.numpy())
+    assert 0.3 < expected < 0.9
+    assert knn_accuracy(queries, labels, bank, bank_labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_own_and_others_are_means_over_pairs():
+    torch.manual_seed(0)
+    quiet = torch.randn(30, 5) + 1
+    seen = quiet + torch.randn(30, 5)
+    cosine = nn.functional.cosine_similarity(seen[:, None], quiet[None], dim=-1)
+    own, others = own_and_others(seen, quiet)
+    assert own == pytest.approx(float(cosine.diag().mean()), abs=1e-6)
+    assert others == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-6)
+    assert own > others + 0.1
+    assert own_and_others(torch.ones(9, 4), torch.ones(9, 4)) == (pytest.approx(1), pytest.approx(1))
+
+
+class Pixels(nn.Module):
+    """What it sees, times `gain`, and the same `common` for all images, is what it represents."""
+
+    def __init__(self, gain: float, common: float = 0.0):
+        super().__init__()
+        self.gain, self.common = gain, common
+
+    def forward(self, images: torch.Tensor, t: float) -> torch.Tensor:
+        return images.flatten(1) * self.gain + self.common
+
+
+def looks(encoder: nn.Module) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(300) % 10
+    images, options = Sample(pixels, labels), {"t_min": 0.002, "seed": 0, "precision": "fp32", "process": ALONE}
+    return evaluate(encoder, images, images, sigmas=[0.25, 1.0], **options)
+
+
+def test_the_trajectory_of_pixels():
+    """Uniform pixels x in [-1, 1] have variance 1/3, so the cosine of x and x + t e is 1 / sqrt(1 + 3 t^2)."""
+    clean, quiet, loud = looks(Pixels(1.0))
+    assert [row["sigma"] for row in (clean, quiet, loud)] == [0.0, 0.25, 1.0]
+    assert clean["cosine"] == pytest.approx(1) and clean["knn"] > 0.5
+    for row, t in ((quiet, 0.5), (loud, 2.0)):
+        assert row["cosine"] == pytest.approx((1 + 3 * t**2) ** -0.5, abs=0.02)
+        assert abs(row["similarity"]) < 0.01
+        assert row["centred"] == pytest.approx(row["cosine"], abs=0.01)
+    assert looks(Pixels(5.0))[2]["cosine"] == pytest.approx(loud["cosine"], abs=1e-6)
+
+
+def test_what_all_images_have_in_common_makes_them_alike_but_not_still():
+    """With a constant c added, cosines rise to (c^2 + 1/3) / sqrt((c^2 + 1/3)(c^2 + 1/3 + t^2)), those with others to
+    c^2 / the same; centred ones stay."""
+    for plain, shifted, t in zip(looks(Pixels(1.0)), looks(Pixels(1.0, common=2.0)), (0.002, 0.5, 2.0), strict=True):
+        expected = (1 + t**2 / (4 + 1 / 3)) ** -0.5
+        assert shifted["cosine"] == pytest.approx(expected, abs=0.02)
+        assert shifted["similarity"] == pytest.approx(expected * 4 / (4 + 1 / 3), abs=0.02)
+        assert shifted["centred"] == pytest.approx(plain["centred"], abs=1e-5)
+
+
+def test_centred_representations_have_no_mean():
+    representations = torch.randn(50, 7) + 3
+    assert centred(representations).mean(0).abs().max() < 1e-12
+    torch.testing.assert_close(
+        centred(representations)[0] - centred(representations)[1], (representations[0] - representations[1]).double()
+    )
+
+
+def test_a_collapsed_encoder_is_still_and_alike():
+    for row in looks(Pixels(0.0, common=1.0)):
+        assert (row["cosine"], row["similarity"]) == (pytest.approx(1), pytest.approx(1))
+        assert row["knn"] == pytest.approx(0.1, abs=0.05)

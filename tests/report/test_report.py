@@ -1,0 +1,455 @@
+"""The report: the same bytes from the same inputs, right numbers in every table, clear words when input is missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from matplotlib.cbook import pts_to_prestep
+from PIL import Image
+
+from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates, write_samples
+from rrcm.certification.stopping import ALL_SAMPLES, HOPELESS, WRONG_CLASS
+from rrcm.config import METHODS, Config, parse_config
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedImages
+from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
+from rrcm.report import figures
+from rrcm.report.build import write_report
+from rrcm.report.figures import Tile
+from rrcm.report.tables import _latex
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import sha256_file, write_csv, write_json
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+ENVIRONMENT = {"git": {"revision": "0" * 40, "dirty": False}, "hardware": {"cpu": "a CPU"}, "software": {"torch": "2"}}
+
+
+OTHERS = [  # the second is at a sigma of which there is no panel
+    {"label": "Cohen et al. 2019", "sigma": 1.0, "path": "others/cohen_1.0.tsv"},
+    {"label": "50 % more $_$", "sigma": 0.5, "path": "others/more_0.5.tsv"},
+]
+
+
+def make_config(others: list[dict] = OTHERS, **changes: object) -> Config:
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    values["report"]["others"] = others
+    return parse_config(
+        values | {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
+    )
+
+
+def refused(*others: dict) -> str:
+    """The one line that says why."""
+    with pytest.raises(RRCMError) as error:
+        make_config(list(others))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def make_inputs(config: Config, root: Path) -> None:
+    """What the other stages would leave under root, with invented but lifelike numbers."""
+    rng = np.random.default_rng(0)
+    write_shards(config.data, 0, root / "data/shards")
+    labels = ShardedImages(root / "data/shards", "test").labels
+    idx = np.arange(len(labels))[:: config.certify.every][: config.certify.max_images]
+    steps = np.arange(10, 401, 10)
+    pretraining = pd.DataFrame({"step": steps, "loss": 0.0, "contrastive": 1 + 9 * np.exp(-steps / 90.0)})
+    pretraining["consistency"] = 0.3 + 4 * np.exp(-steps / 60.0)
+    pretraining["levels"] = 1 + 20 * 2 ** (steps // 134)
+    write_csv(root / "models/pretrain/history.csv", pretraining.to_dict("records"))
+    looks = [
+        {
+            "step": step,
+            "sigma": s,
+            "knn": 0.9 - 0.3 * s,
+            "cosine": 1 - s / (2 + step / 50),
+            "similarity": 0.2 + 0.1 * s,
+            "centred": 1 - s / (1 + step / 50),
+        }
+        for step in (0, 100, 200, 300)
+        for s in (0.0, 0.25, 0.5, 1.0)
+    ]
+    write_csv(root / "models/pretrain/representation.csv", looks)
+    write_json(root / "models/pretrain/config.json", {"compute": {"pretrain": 1.2e6}})
+    write_json(root / "timings/pretrain.json", {"seconds": 90.0, "environment": ENVIRONMENT})
+    skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4], strict=True))
+    for method in config.methods:
+        epochs = 68 if METHODS[method].matched else 20
+        for sigma in config.sigmas:
+            place, environment = f"{method}/{sigma_name(sigma)}", ENVIRONMENT | {"hardware": {"cpu": method[0]}}
+            z = rng.normal(1.3 - 0.9 * sigma + skill[method], 1.2, len(idx)).clip(max=2.46)
+            label = labels[idx]
+            predict = np.where(z > 0, label, (label + 3) % 10)
+            predict[abs(z) < 0.1] = -1
+            step, correct = config.certify.grid_step, predict == label
+            radius = np.where(correct, step * (sigma * abs(z) // step), 0.0)
+            stopped = np.select([correct, predict < 0], [ALL_SAMPLES, HOPELESS], WRONG_CLASS)
+            samples = np.select([correct, predict < 0], [1100, 325], 100)
+            frame = pd.DataFrame({"idx": idx, "label": label, "predict": predict, "radius": radius})
+            frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stopped=stopped)
+            write_certificates(root / f"certificates/{place}.tsv", frame)
+            write_samples(root / f"certificates/{place}.samples.tsv", frame)
+            accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill[method]) * np.arange(1, epochs + 1) / 9))
+            history = [
+                {"epoch": e, "loss": 2 / e, "cross_entropy": 1 / e, "regularizer": 1 / e, "val_accuracy": a, "lr": 0.1}
+                for e, a in enumerate(accuracy.tolist(), start=1)
+            ]
+            history[0]["val_accuracy"] = None
+            write_csv(root / f"models/{place}/history.csv", history)
+            share = 4e5 if config.finetune.uses_pretraining(method) else 0.0
+            details = {"method": method, "sigma": sigma, "seed": 0, "parameters": 208_000}
+            details |= {"selected": {"epoch": epochs - 1, "val_accuracy": float(accuracy[-2])}}
+            write_json(
+                root / f"models/{place}/config.json",
+                details | {"compute": {"finetune": 8448.0 * epochs, "pretrain_share": share}},
+            )
+            for stage in ("finetune", "certify"):
+                write_json(root / f"timings/{stage}/{place}.json", {"seconds": 1.5, "environment": environment})
+        record = {"method": method, "parameters": 208_000, "device": "cpu", "dtype": "fp32", "batch_size": 1000}
+        seconds = {"10000": 0.21, "100000": 2.0 + 0.1 * skill[method]}
+        write_json(root / f"latency/{method}.json", record | {"seconds": seconds, "environment": ENVIRONMENT})
+
+    for place, other in enumerate(config.report.others):
+        rows = [f"{i}\t{i % 10}\t{i % 9}\t{0.01 * i}\t{int(i % 10 == i % 9)}\t0:00:17.5" for i in range(50 + place)]
+        (root / other.path).parent.mkdir(exist_ok=True)
+        (root / other.path).write_text("\r\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows, ""]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    config, root = make_config(), tmp_path_factory.mktemp("made")
+    make_inputs(config, root)
+    write_report(config, root, root / "reports/digits")
+    return config, root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
+    config, root = made
+    values = config.model_dump(mode="json") | {"device": "cpu", "launcher": "torchrun --nproc-per-node 8"}
+    values["data"] |= {"root": "/home/someone", "workers": 3}  # nor do settings matter that change no result
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "matplotlibrc").write_text("xtick.labelsize: 20\naxes.facecolor: pink\n")  # a user's own style
+    code = (
+        "import sys; from pathlib import Path; from rrcm.config import load_config; import rrcm.report.build;"
+        "rrcm.report.build.write_report(load_config('config.yaml'), Path(sys.argv[1]), Path('elsewhere'))"
+    )
+    surroundings = {"TZ": "Asia/Kathmandu", "LANG": "de_DE.UTF-8", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
+    surroundings |= {"SOURCE_DATE_EPOCH": "1", "PYTHONPATH": str(REPOSITORY)}
+    relative = os.path.relpath(root, tmp_path)
+    subprocess.run([sys.executable, "-c", code, relative], cwd=tmp_path, env=os.environ | surroundings, check=True)
+    first, again = files(root / "reports/digits"), files(tmp_path / "elsewhere")
+    assert first.keys() == again.keys()
+    assert [name for name in first if first[name] != again[name]] == []
+
+
+def test_figures_are_whole_and_say_nothing_of_when_or_where(made):
+    _, root = made
+    names = {"certified_accuracy", "envelope", "latency", "training", "representation", "sheet"}
+    report = root / "reports/digits"
+    assert {path.stem for path in report.glob("*.png")} == names == {path.stem for path in report.glob("*.svg")}
+    for name in names:
+        with Image.open(report / f"{name}.png") as image:
+            image.load()
+            assert image.info.keys() <= {"dpi"}
+            assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+            assert len(image.getcolors(2**24)) > 50
+        ET.parse(report / f"{name}.svg")
+        assert b"<dc:date>" not in (report / f"{name}.svg").read_bytes()
+    everything = b"".join(files(report).values())
+    assert str(root).encode() not in everything
+
+
+def test_numbers_agree_with_the_certificates(made):
+    config, root = made
+    report, radii = root / "reports/digits", config.report.radii
+    metrics = json.loads((report / "metrics.json").read_text())
+    table = pd.read_csv(report / "per_sigma.csv").set_index(["method", "sigma"])
+    curves = pd.read_csv(report / "curves.csv")
+    for method in config.methods:
+        for sigma in config.sigmas:
+            frame = read_certificates(root / f"certificates/{method}/{sigma_name(sigma)}.tsv")
+            acr, accuracy = average_certified_radius(frame), certified_accuracy(frame, radii)
+            key = f"sigma_{sigma}".replace(".", "_")
+            assert metrics["acr"][method][key] == pytest.approx(acr, abs=1e-6)
+            assert metrics["certified_r_0_25"][method][key] == pytest.approx(accuracy[1], abs=1e-6)
+            samples = read_samples(root / f"certificates/{method}/{sigma_name(sigma)}.samples.tsv")["samples"].mean()
+            assert metrics["samples"][method][key] == pytest.approx(samples, abs=1e-6)
+            row = table.loc[(method, sigma)]
+            assert row["samples"] == pytest.approx(samples, abs=1e-6)
+            assert row["acr"] == pytest.approx(acr, abs=1e-6)
+            assert [row[f"r_{radius:g}"] for radius in radii] == pytest.approx(list(accuracy), abs=1e-6)
+            drawn = curves[(curves["method"] == method) & (curves["sigma"] == sigma)]
+            expected = certified_accuracy(frame, drawn["radius"].to_numpy())
+            assert list(drawn["certified_accuracy"]) == pytest.approx(list(expected), abs=1e-6)
+    assert not any("." in key for key in re.findall(r'"([^"]+)":', json.dumps(metrics)))
+    budgets = pd.read_csv(report / "budgets.csv").set_index(["method", "sigma"])
+    assert budgets.loc[("rrcm", 0.25), "total_passes"] == 8448 * 20 + 4e5
+    assert budgets.loc[("rrcm", 0.25), "pretrain_share_seconds"] == 30
+    assert budgets.loc[("consistency", 0.25), "pretrain_share_passes"] == 0
+    training = pd.read_csv(report / "training.csv")
+    last = training[(training["method"] == "rrcm") & (training["sigma"] == 1.0)].iloc[-1]
+    assert last["compute"] == budgets.loc[("rrcm", 1.0), "total_passes"]
+    assert training["val_accuracy"].notna().all()
+
+
+def test_report_says_what_the_numbers_say(made):
+    config, root = made
+    text = (root / "reports/digits/report.md").read_text()
+    finding = text.split("\n\n")[1]
+    for group, methods in {
+        "fine-tuning budget": ["rrcm", "consistency"],
+        "total compute": ["rrcm", "consistency_matched"],
+    }.items():
+        sentence = finding.split(f"**At equal {group}**")[1]
+        for sigma in config.sigmas:
+            frames = {m: read_certificates(root / f"certificates/{m}/{sigma_name(sigma)}.tsv") for m in methods}
+            acr = {method: average_certified_radius(frame) for method, frame in frames.items()}
+            best = max(acr, key=acr.get)
+            clause = sentence.split(f"at σ = {sigma:g} ")[1].split(")")[0]
+            assert clause.startswith(METHODS[best].label + " ")
+            assert f"({acr[best]:.3f}, {max(acr.values()) - min(acr.values()):.3f} ± " in clause
+    images = re.findall(r"!\[.*?\]\((.+?)\)", text)
+    assert len(images) == 6
+    assert all((root / "reports/digits" / image).exists() for image in images)
+    assert "0" * 40 in text
+    assert "cpu: a CPU" in text
+    assert "timings/certify/rrcm/sigma_1.0.json" in text
+    for name in ("certificates/rrcm/sigma_0.25.tsv", "certificates/rrcm/sigma_0.25.samples.tsv", OTHERS[0]["path"]):
+        assert f"\n{sha256_file(root / name)}  {name}\n" in text
+    assert "120 test images of digits, n = 1,000, alpha = 0.001" in finding
+
+
+def test_what_was_pretrained_elsewhere_is_counted_and_compared_for_what_is_known(tmp_path: Path):
+    finetune = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["finetune"]
+    finetune |= {"start": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
+    config = make_config(methods=["rrcm", "timm", "consistency"], finetune=finetune, sigmas=[0.25])
+    make_inputs(config, tmp_path)
+    shutil.rmtree(tmp_path / "models/pretrain")  # nobody needs it
+    (tmp_path / "timings/pretrain.json").unlink()
+    write_report(config, tmp_path, tmp_path / "out")
+    budgets = pd.read_csv(tmp_path / "out/budgets.csv").set_index("method")
+    assert not budgets[["pretrain_share_passes", "pretrain_share_seconds"]].to_numpy().any()
+    assert (budgets["total_passes"] == budgets["finetune_passes"]).all()
+    text = (tmp_path / "out/report.md").read_text()
+    assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text
+    assert "timm ViT starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
+    assert "At equal fine-tuning budget" in text and "At equal total compute**" not in text
+
+
+def test_report_says_how_certificates_were_made(made, tmp_path: Path):
+    config, root = made
+    text = (root / "reports/digits/report.md").read_text()
+    assert "`certify.procedure: sequential`" in text
+    assert "100 samples choose" in text and "at most 1,000 more" in text
+    assert "multiples of 0.01 (`certify.grid_step`), so that ACR is a lower bound" in text
+    fixed = config.certify.model_copy(update={"procedure": "fixed"})
+    write_report(config.model_copy(update={"certify": fixed}), root, tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "`certify.procedure: fixed`" in text and "sequential" not in text.split("## Figures")[0]
+
+
+def test_other_groups_stay_apart(made, tmp_path: Path):
+    _, root = made
+    report = root / "reports/digits"
+    table = pd.read_csv(report / "per_sigma.csv").set_index(["method", "sigma"])
+    for other in OTHERS:
+        frame = read_certificates(root / other["path"])
+        row = table.loc[(f"{other['label']} (others' file)", other["sigma"])]
+        assert row["images"] == len(frame)
+        assert row["acr"] == pytest.approx(average_certified_radius(frame), abs=1e-6)
+        assert np.isnan(row["samples"])
+    assert len(table) == 6 + len(OTHERS)
+    write_report(make_config(others=[]), root, tmp_path / "out")
+    without, same = tmp_path / "out", ["best_sigma.md", "metrics.json", "curves.csv", "budgets.md", "envelope.svg"]
+    assert all((without / name).read_bytes() == (report / name).read_bytes() for name in same)
+    assert len(pd.read_csv(without / "per_sigma.csv")) == 6
+    finding, finding_without = ((f / "report.md").read_text().split("\n\n")[1] for f in (report, without))
+    assert finding == finding_without
+    assert "other groups" in (report / "report.md").read_text()
+    assert "other groups" not in (without / "report.md").read_text()
+
+
+def frame_of(*radii: float) -> pd.DataFrame:
+    """Correct images with these radii."""
+    return pd.DataFrame({"radius": radii, "correct": 1})
+
+
+def test_a_step_holds_up_to_and_with_its_radius():
+    ours = {("rrcm", 0.5): frame_of(0.0, 0.25, 0.25, 0.5), ("gaussian", 0.5): frame_of(0.1)}
+    others = {("A", 0.5): frame_of(0.5, 0.75), ("B", 0.5): frame_of(0.3), ("B", 1.0): frame_of(9.0)}
+    (panel,) = figures.draw_certified_accuracy(ours, others).axes
+    lines = {line.get_label(): line for line in panel.get_lines()}
+    for label, frame in {"rRCM": ours["rrcm", 0.5], "Gaussian": ours["gaussian", 0.5], "A": others["A", 0.5]}.items():
+        x, y = pts_to_prestep(*lines[label].get_data())
+        assert lines[label].get_drawstyle() == "steps-pre"
+        for r in (0.05, 0.1, 0.15, 0.2499, 0.2501, 0.3, 0.4999, 0.5001, 0.7):
+            k = np.flatnonzero((x[:-1] < r) & (r <= x[1:]))  # level pieces are the ones with width
+            assert (y[k[0]] if len(k) else 0) == pytest.approx(100 * certified_accuracy(frame, [r])[0])
+    dots = [line for line in panel.get_lines() if line.get_marker() == "o"]
+    assert [dot.get_data() for dot in dots] == [([0], [100])]  # only rRCM's has a step at 0
+    assert panel.get_xlim()[1] == pytest.approx(1.03 * 0.75)
+    assert len({(lines[name].get_color(), str(lines[name].get_linestyle())) for name in ("A", "B")}) == 2
+
+
+def test_legend_names_every_line_once_and_fits():
+    methods = {(method, sigma): frame_of(0.2, 0.4) for method in METHODS for sigma in (0.25, 0.5, 1.0)}
+    others = {("Salman et al. 2019", 1.0): frame_of(0.1), ("_$ by a group with quite a long name", 0.5): frame_of(0.3)}
+    for sigmas in ((0.25, 0.5, 1.0), (0.5, 1.0), (0.5,)):
+        figure = figures.draw_certified_accuracy({run: f for run, f in methods.items() if run[1] in sigmas}, others)
+        (legend,) = figure.legends
+        names = [text.get_text() for text in legend.get_texts()]
+        shown = {label.replace("$", r"\$") for label, sigma in others if sigma in sigmas}
+        assert sorted(names) == sorted({kind.label for kind in METHODS.values()} | shown)
+        figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+        assert box.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes)
+
+
+def test_sheet_claims_no_radius_for_a_wrong_image():
+    answers = [("correct", "3", 0.0), ("wrong", "7", 0.0), ("wrong", "7", 0.25), ("abstains", "", 0.0)]
+    tiles = [Tile(np.zeros((2, 2, 1)), "3", predict, radius, verdict) for verdict, predict, radius in answers]
+    figure = figures.draw_sheet([tile.pixels for tile in tiles], {0.5: tiles}, "rRCM")
+    below = [axes.get_xlabel() for axes in figure.axes[4:]]
+    assert below == ["✓ 3\nr = 0.00", "✗ 7\n", "✗ 7\nr = 0.25", "? abstains\n"]
+
+
+def test_others_are_checked_before_any_work():
+    good = OTHERS[0]
+    for path in ("cohen.tsv", "/others/cohen.tsv", "others", "others/../data/x.tsv", ""):
+        assert "must be a file below others/" in refused(good | {"path": path})
+    assert refused(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 is there twice; labels tell them apart")
+    assert "report.others.0.label = 'rRCM': is what a method of ours is called" in refused(good | {"label": "rRCM"})
+    assert "report.others.0.sigma = -1" in refused(good | {"sigma": -1})
+    assert "report.others.1.label = 'a|b'" in refused(good, good | {"label": "a|b"})
+    assert "report.others.0.file: unknown key" in refused(good | {"file": "x"})
+    assert "allowed here: label, sigma, path" in refused(good | {"zzz": "x"})
+
+
+def test_latex_is_a_booktabs_table_with_escapes(made):
+    _, root = made
+    for name in ("best_sigma", "per_sigma", "budgets", "latency"):
+        text = (root / f"reports/digits/{name}.tex").read_text()
+        lines = text.splitlines()
+        assert lines[0].startswith(r"\begin{tabular}{l")
+        assert lines[-1] == r"\end{tabular}"
+        assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+        assert text.isascii()
+        assert not re.search(r"(?<!\\)[_%#]", text)
+        columns = {line.count("&") for line in lines if line.endswith(r"\\")}
+        assert len(columns) == 1
+    assert r"a\_b \& 50\% \#1 \$" in _latex(pd.DataFrame({"x_y": ["a_b & 50% #1 $"]}))
+
+
+def test_one_method_one_sigma_no_latency(tmp_path: Path):
+    config = make_config(others=[], methods=["gaussian"], sigmas=[0.5])
+    config = config.model_copy(update={"latency": config.latency.model_copy(update={"n": []})})
+    make_inputs(config, tmp_path)
+    for unused in ("models/pretrain", "timings/pretrain.json", "latency"):
+        (tmp_path / unused).rename(tmp_path / f"unused-{Path(unused).name}")
+    write_report(config, tmp_path, tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "No two methods to compare; ACR of Gaussian at σ = 0.5: 0." in text
+    assert not (tmp_path / "out/latency.png").exists()
+    assert not (tmp_path / "out/pretraining.csv").exists()
+    assert "latency" not in text.split("## Provenance")[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("data/shards/manifest.json", "dvc repro shard-data"),
+        ("models/pretrain/history.csv", "dvc repro pretrain"),
+        ("models/rrcm/sigma_1.0/history.csv", "dvc repro finetune@rrcm-1.0"),
+        ("certificates/consistency/sigma_0.25.tsv", "dvc repro certify@consistency-0.25"),
+        ("certificates/consistency/sigma_0.25.samples.tsv", "dvc repro certify@consistency-0.25"),
+        ("latency/rrcm.json", "dvc repro latency@rrcm"),
+    ],
+)
+def test_missing_input_names_file_and_command(made, tmp_path: Path, path: str, command: str):
+    config, root = made
+    (root / path).rename(tmp_path / "away")
+    try:
+        with pytest.raises(RRCMError) as error:
+            write_report(config, root, tmp_path / "out")
+    finally:
+        (tmp_path / "away").rename(root / path)
+    assert path in str(error.value)
+    assert f"`{command}`" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_or_bad_file_of_others_is_named(made, tmp_path: Path):
+    _, root = made
+    missing = OTHERS[1] | {"path": "others/none.tsv"}
+    message = r"report\.others\.1\.path: .*others/none\.tsv: no such file"
+    with pytest.raises(RRCMError, match=message):
+        write_report(make_config(others=[OTHERS[0], missing]), root, tmp_path / "out")
+    (root / "others/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
+    try:
+        with pytest.raises(RRCMError, match=r"others/none\.tsv, line 2: has 4 tab-separated fields"):
+            write_report(make_config(others=[missing]), root, tmp_path / "out")
+    finally:
+        (root / "others/none.tsv").unlink()
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_other_images_are_refused(made, tmp_path: Path):
+    config, root = made
+    path = root / "certificates/rrcm/sigma_1.0.samples.tsv"
+    kept = path.read_bytes()
+    try:
+        write_samples(path, read_samples(path).iloc[1:])
+        with pytest.raises(
+            RRCMError, match=r"sigma_1.0.samples.tsv: is of other images .*`dvc repro certify@rrcm-1.0`"
+        ):
+            write_report(config, root, tmp_path / "out")
+    finally:
+        path.write_bytes(kept)
+
+
+MIXED = {"other images": r"sigma_1.0.tsv: certifies other images than", "other labels": "is not the one in data/shards"}
+
+
+@pytest.mark.parametrize("change", MIXED)
+def test_mixed_certificates_are_refused(made, tmp_path: Path, change: str):
+    config, root = made
+    changed = root / "certificates/consistency/sigma_1.0.tsv"
+    samples = changed.with_suffix(".samples.tsv")
+    everything = sorted(root.glob("certificates/*/*[0-9].tsv"))
+    kept = {path: path.read_bytes() for path in [*everything, samples]}
+    try:
+        for path in [changed] if change == "other images" else everything:
+            frame = read_certificates(path)
+            if change == "other images":
+                frame["idx"] += 1
+                write_samples(samples, read_samples(samples).assign(idx=frame["idx"]))
+            else:  # as from another data set: consistent among themselves, not with the shards
+                frame["label"] = (frame["label"] + 1) % 10
+                frame["correct"] = (frame["label"] == frame["predict"]).astype(int)
+            write_certificates(path, frame)
+        with pytest.raises(RRCMError, match=MIXED[change]):
+            write_report(config, root, tmp_path / "out")
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_the_report_does_not_import_torch():
+    code = "import sys, rrcm.report.build, rrcm.utils.provenance; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

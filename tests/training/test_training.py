@@ -1,0 +1,176 @@
+"""The training stages with the settings that the default profile does not use, and what they leave."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, change, files_of, stage
+from safetensors.torch import load_file
+
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.models.checkpoints import load_classifier, load_encoder
+from rrcm.utils.files import read_json
+
+
+def done(answer):
+    assert answer.returncode == 0, answer.stderr
+    return answer
+
+
+def test_what_pretraining_leaves(trained):
+    history = pd.read_csv(trained / "models/pretrain/history.csv")
+    assert history["step"].tolist() == list(range(3, 31, 3))
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert history["loss"].tolist() == pytest.approx((history["contrastive"] + history["consistency"]).tolist())
+    assert history["levels"].iloc[[0, -1]].tolist() == [41, 81] and history["lr"].iloc[-1] < history["lr"].max() / 50
+    timing = read_json(trained / "timings/pretrain.json")
+    assert timing["images_per_second"] > 0 and len(timing["throughput"]) == len(history)
+    assert timing["environment"]["software"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert read_json(trained / "models/pretrain/config.json")["compute"] == {"pretrain": 12 * 64 * 30}
+
+
+def test_the_average_is_what_fine_tuning_starts_from(trained):
+    """Fine-tuned weights are near the pre-trained ones, whose own initial weights are elsewhere."""
+    before = load_encoder(trained / "models/pretrain").state_dict()
+    after = load_classifier(trained / "models/rrcm/sigma_0.5").encoder.state_dict()
+    name = "blocks.0.attn.qkv.weight"
+    cosine = torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0)
+    assert cosine > 0.8
+
+
+def test_what_fine_tuning_keeps(trained):
+    config = read_json(trained / "models/rrcm/sigma_0.5/config.json")
+    history = pd.read_csv(trained / "models/rrcm/sigma_0.5/history.csv")
+    best = history.loc[history["val_accuracy"].idxmax()]
+    assert config["selected"] == {"epoch": best["epoch"], "val_accuracy": pytest.approx(best["val_accuracy"])}
+    assert config["t"] == 1.0 and config["compute"]["pretrain_share"] == 12 * 64 * 30 / 3
+    assert config["compute"]["finetune"] == 6 * 6 * 128 * (1294 // 128)
+
+
+def test_matched_methods_spend_rrcms_compute(project, trained):
+    (project / "models").mkdir()
+    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    change(project, methods=["consistency_matched", "rrcm"], finetune__pretraining_shared_by=1)
+    done(stage(project, "finetune", "consistency_matched", "0.5"))
+    spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
+    epoch = 6 * 128 * (1294 // 128)
+    assert spent["training"]["epochs"] == 6 + round(12 * 64 * 30 / epoch)
+    assert spent["compute"] == {"finetune": spent["training"]["epochs"] * epoch, "pretrain_share": 0.0}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_and_loader_workers(project, precision):
+    change(project, pretrain__precision=precision, finetune__precision=precision, data__workers=2)
+    change(project, pretrain__steps=8, pretrain__end_levels=40, finetune__epochs=2)
+    done(stage(project, "pretrain"))
+    done(stage(project, "finetune", "rrcm", "0.5"))
+    change(project, certify__precision="bf16")
+    done(stage(project, "certify", "rrcm", "0.5"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_trainings_are_the_trainings(project):
+    """Fused operations round otherwise, and ten steps of training make that grow."""
+    change(project, pretrain__steps=10, pretrain__end_levels=40, finetune__epochs=1)
+    weights = []
+    for switch in (False, True):
+        change(project, pretrain__compile=switch, finetune__compile=switch)
+        done(stage(project, "pretrain"))
+        done(stage(project, "finetune", "rrcm", "0.5"))
+        names = ("models/pretrain", "models/rrcm/sigma_0.5")
+        weights.append([load_file(project / name / "model.safetensors") for name in names])
+    for plain, compiled in zip(*weights, strict=True):
+        assert plain.keys() == compiled.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(compiled[name], value, atol=2e-3, rtol=0, msg=name)
+
+
+def test_workers_change_no_bit(project, trained):
+    change(project, data__workers=2)
+    done(stage(project, "pretrain"))
+    ours, theirs = files_of(project / "models/pretrain"), files_of(trained / "models/pretrain")
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "augmentation": "randaugment"},
+        {"augmentation": "crop_flip", "label_smoothing": 0.1, "copies": 3},
+        {"probe_epochs": 2, "augmentation": "flip", "copies": 1},
+    ],
+)
+def test_fine_tuning_options(project, trained, settings):
+    (project / "models").mkdir()
+    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    change(project, **{f"finetune__{name}": value for name, value in settings.items()}, finetune__epochs=4)
+    done(stage(project, "finetune", "rrcm", "0.25"))
+    history = pd.read_csv(project / "models/rrcm/sigma_0.25/history.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+def test_colour_images_from_start_to_certificate(project):
+    """Made-up colour pictures of two sizes through every stage: the class is the dominant channel."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(("red", "green")):
+        for i in range(60):
+            pixels = rng.integers(0, 120, (20, 16 + 8 * (i % 2), 3), np.uint8)
+            pixels[..., c] += 120
+            (project / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(project / "pictures" / name / f"{i}.jpg")
+    (project / "data/shards").unlink()
+    change(project, data__source="imagefolder", data__root="pictures", data__channels=3, data__image_size=16)
+    change(project, pretrain__batch_size=32, finetune__batch_size=32, methods=["rrcm"], sigmas=[0.25])
+    change(project, certify__every=3, report__sheet_images=3, finetune__copies=2)
+    for command in (["shard_data"], ["pretrain"], ["finetune", "rrcm", "0.25"], ["certify", "rrcm", "0.25"]):
+        done(stage(project, *command))
+    done(stage(project, "latency", "rrcm"))
+    done(stage(project, "plot"))
+    classifier = load_classifier(project / "models/rrcm/sigma_0.25")
+    red = torch.zeros(3, 16, 16) + torch.tensor([0.7, 0.25, 0.25])[:, None, None]
+    (answer,) = SmoothedClassifier(classifier, 0.25, 2).certify(red[None], n=500)
+    classes = read_json(project / "data/shards/manifest.json")["classes"]
+    assert classes[answer.predict] == "red" and answer.radius > 0.1
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_a_stage(project, nodes):
+    """The commands of the README: two processes on one machine, or one on each of two that share a file system."""
+    change(project, pretrain__steps=8, pretrain__end_levels=40)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    several = ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes)]
+    several += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command = [Path(sys.executable).parent / "torchrun", *several, REPOSITORY / "stages/pretrain.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RRCM_RUNS": str(project / "runs")}
+    options = {"cwd": project, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    launchers = [subprocess.Popen(command, **options) for _ in range(nodes)]
+    said = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * nodes, said
+    assert read_json(project / "timings/pretrain.json")["processes"] == 2
+
+
+def test_shards_behind_a_url(project, trained):
+    """Training from shards on a real HTTP server gives the same weights; what was downloaded is checked."""
+    handler = partial(SimpleHTTPRequestHandler, directory=project / "data/shards")
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done(stage(project, "pretrain", "--shards", f"http://127.0.0.1:{server.server_port}"))
+        server.shutdown()
+    ours, theirs = files_of(project / "models/pretrain"), files_of(trained / "models/pretrain")
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert list(project.glob(".cache/rrcm/*.tar"))

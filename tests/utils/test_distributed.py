@@ -1,0 +1,148 @@
+"""Two real processes (gloo) with half the batch each take the same step as one process with all of it."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import compose
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.config import load_config
+from rrcm.models.vit import NoiseConditionedViT, ProjectedViT
+from rrcm.objectives.rrcm import pretraining_loss
+from rrcm.training.finetune import finetune
+from rrcm.training.pretrain import pretrain
+from rrcm.utils.distributed import GlobalBatchNorm1d, all_sum, available_precision, fast_precision, processes
+
+
+def together(target, *arguments: object, world: int = 2) -> None:
+    """Run target(*arguments) in `world` processes that find each other as torchrun's do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    crew = [context.Process(target=_enter, args=(rank, world, port, target, arguments)) for rank in range(world)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join()
+    assert [process.exitcode for process in crew] == [0] * world
+
+
+def _enter(rank: int, world: int, port: int, target, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    target(*arguments)
+
+
+def one_step(folder: Path, parts: int = 1) -> None:
+    """A step of pre-training on this process's part of a fixed batch of 12; rank 0 writes what came out."""
+    torch.manual_seed(0)
+    student = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
+    teacher = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
+    teacher.requires_grad_(False)
+    batch = torch.randn(4, 12, 3, 16, 16)
+    with processes("cpu") as process:
+        size = 12 // process.world
+        part = batch[:, process.rank * size : (process.rank + 1) * size]
+        forward = DistributedDataParallel(student, broadcast_buffers=False) if process.world > 1 else student
+        terms = pretraining_loss(forward, teacher, *part, t=1.7, t_next=1.1, parts=parts)
+        terms.total.mean().backward()
+        found = {f"grad.{name}": p.grad for name, p in student.named_parameters()}
+        found |= {f"student.{name}": b.float() for name, b in student.named_buffers()}
+        found |= {f"teacher.{name}": b.float() for name, b in teacher.named_buffers()}
+        found["loss"] = all_sum(terms.total.mean().detach()) / process.world
+        if process.is_main:
+            save_file(found, folder / f"{process.world}-{parts}.safetensors")
+
+
+def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
+    together(one_step, tmp_path, world=1)
+    together(one_step, tmp_path, world=2)
+    one, two = load_file(tmp_path / "1-1.safetensors"), load_file(tmp_path / "2-1.safetensors")
+    assert one.keys() == two.keys() and sum("running" in name for name in one) == 8
+    for name in one:
+        scale = one[name].abs().max().clamp_min(1e-6)
+        assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
+
+
+def test_a_step_of_two_processes_in_parts_is_the_undivided_one(tmp_path):
+    together(one_step, tmp_path)
+    whole = load_file(tmp_path / "2-1.safetensors")
+    for parts in (2, 4, 8):
+        together(one_step, tmp_path, parts)
+        for name, value in load_file(tmp_path / f"2-{parts}.safetensors").items():
+            assert (value - whole[name]).norm() <= 1e-5 * whole[name].norm(), (parts, name)
+
+
+def test_batch_norm_of_one_process_is_torchs():
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm1d(5), torch.nn.BatchNorm1d(5)
+    for _ in range(3):
+        x = torch.randn(7, 5) * 3 + 2
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        weights = torch.randn(7, 5)
+        (ours(a) * weights).sum().backward()
+        (theirs(b) * weights).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def train(folder: Path, shards: Path, world: int) -> None:
+    os.environ["RRCM_RUNS"] = str(folder / "runs")
+    config = load_config(folder / "params.yaml")
+    pretrain(config, shards, folder / f"pretrain{world}", folder / "timing.json")
+    finetune(config, "rrcm", 0.5, shards, folder / f"pretrain{world}", folder / f"tuned{world}", folder / "timing.json")
+
+
+def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
+    """Ten steps each: the same images, augmentation and noise, so only the order of sums differs."""
+    compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")
+    for world in (1, 2):
+        together(train, tmp_path, tiny_shards, world, world=world)
+    for name in ("pretrain", "tuned"):
+        one = load_file(tmp_path / f"{name}1/model.safetensors")
+        two = load_file(tmp_path / f"{name}2/model.safetensors")
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=2e-3, rtol=0, msg=f"{name} {key}")
+    assert not dist.is_initialized()
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "fast", "explicit"),
+    [
+        (CPU, True, "bf16", "bf16"),
+        (CPU, False, "fp32", "bf16"),
+        (GPU, True, "bf16", "bf16"),
+        (GPU, False, "fp16", "fp16"),
+    ],
+)
+def test_the_precision_that_a_device_is_fast_in(monkeypatch, device, bf16, fast, explicit):
+    """A device with or without instructions for bfloat16, whatever this machine has."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": bf16}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    assert fast_precision(device) == available_precision(device, "auto") == fast
+    assert available_precision(device, "bf16") == explicit
+    assert [available_precision(device, name) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
+    if device == CPU:
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+        smoothed = SmoothedClassifier(network, 0.5, 3, precision="auto")
+        assert smoothed.precision == fast
+        assert smoothed.model[1].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_an_older_torch_cannot_tell_and_takes_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert fast_precision(CPU) == "fp32"

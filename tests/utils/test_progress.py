@@ -1,0 +1,49 @@
+"""What long work says on its way."""
+
+import io
+import sys
+
+import pytest
+
+from rrcm.utils.progress import Progress
+
+
+def test_metrics_stay_until_others_come(capsys):
+    """Training tells its losses now and then, its progress at every step."""
+    with Progress(5, "work", "steps", interval=0.0) as progress:
+        progress.update()
+        progress.update(0, loss="2.50", N="21")
+        progress.update()
+        progress.update(0, loss="1.25")
+        progress.update(3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("  ")[2] for line in lines] == [
+        "",
+        "loss 2.50  N 21",
+        "loss 2.50  N 21",
+        "loss 1.25  N 21",
+        "loss 1.25  N 21",
+        "loss 1.25  N 21",
+    ]
+    assert lines[0].startswith("work: 1/5 steps, ") and " s left" in lines[0]
+    assert lines[-1].startswith("work: 5/5 steps, ") and ", took " in lines[-1]
+
+
+@pytest.mark.parametrize("shown", [{}, {"loss": "2.50"}])
+def test_a_terminal_has_a_line_for_the_metrics(monkeypatch, shown):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Progress(2, "work", "steps") as progress:
+        progress.update(1, **shown)
+        progress.update(1)
+    assert "2/2" in terminal.getvalue()
+    assert ("loss 2.50" in terminal.getvalue()) == bool(shown)
+
+
+def test_other_processes_are_quiet(capsys):
+    with Progress(2, "work", "steps", interval=0.0, quiet=True) as progress:
+        progress.update(2, loss="1")
+    assert capsys.readouterr().err == ""
