@@ -28,13 +28,13 @@ from torch import nn
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import clopper_pearson_lower
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import Block
-from rrcm.report.figures import OKABE_ITO, house_style, save
-from rrcm.utils.app import guarded, keep_freed_memory
+from rrcm.report.figures import OKABE_ITO, figure_style, save
+from rrcm.utils.app import exit_on_error, keep_freed_memory
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
 from rrcm.utils.progress import Progress
@@ -108,7 +108,7 @@ def reference(path: Path) -> Callable[..., Answers]:
     return certify
 
 
-def ours(model: nn.Module, procedure: str, precision: str, batch_size: int | None, compile: bool = False):
+def ours(model: nn.Module, stopping: str, precision: str, batch_size: int | None, compile: bool = False):
     smoothed: dict[float, SmoothedClassifier] = {}
 
     def certify(labels: list[int], images: torch.Tensor, sigma: float, n: int, indices: list[int]) -> Answers:
@@ -116,8 +116,8 @@ def ours(model: nn.Module, procedure: str, precision: str, batch_size: int | Non
             smoothed[sigma] = SmoothedClassifier(
                 model, sigma, 10, batch_size=batch_size, precision=precision, compile=compile
             )
-            smoothed[sigma].certify(images[:1], n=2048, procedure="fixed")  # warm-up, compilation
-        found = smoothed[sigma].certify(images, labels, procedure=procedure, n0=N0, n=n, alpha=ALPHA, indices=indices)
+            smoothed[sigma].certify(images[:1], n=2048, stopping="fixed")  # warm-up, compilation
+        found = smoothed[sigma].certify(images, labels, stopping=stopping, n0=N0, n=n, alpha=ALPHA, indices=indices)
         return [(answer.predict, answer.radius, answer.samples) for answer in found]
 
     return certify
@@ -184,7 +184,7 @@ def measure(
         raise RRCMError(f"variants {unknown[0]}: unknown; they are {', '.join(LABELS)}")
     if not plain_allocator:
         keep_freed_memory()
-    split, classifier = ShardedImages(models[1], "test"), load_classifier(models[0])
+    split, classifier = ShardedDataset(models[1], "test"), load_classifier(models[0])
     size = classifier.encoder.patch_embed.img_size[0]
     pixels, labels, indices = read_split(split, size, every, images)
     pixels, labels, sigma = pixels.float() / 255, labels.tolist(), classifier.t / 2
@@ -286,7 +286,7 @@ def summary(record: dict) -> str:
     return f"{title}\n\n{text}\n\n" + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-@house_style()
+@figure_style()
 def draw(records: list[dict]) -> Figure:
     """The time for a whole table by each variant, a panel a record, logarithmic."""
     figure = Figure(figsize=(7.2, 0.5 + 1.9 * len(records)))
@@ -334,5 +334,5 @@ def _shares(answers: Answers, blocks: list[dict]) -> dict[str, str]:
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # utils.app.run would keep freed memory
-    app.command()(guarded(measure))
+    app.command()(exit_on_error(measure))
     app()

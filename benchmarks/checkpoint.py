@@ -20,21 +20,21 @@ import typer
 from tabulate import tabulate
 
 from rrcm.config import Config, load_config
-from rrcm.models.vit import ProjectedViT, build_encoder
+from rrcm.models.vit import EncoderWithProjector, build_encoder
 from rrcm.training.trainer import Trainer
-from rrcm.utils.app import application, guarded, imported, keep_freed_memory
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.utils.distributed import Process
 from rrcm.utils.resume import Run
 
 TIMES = 5
 
-imported()
+resume_gc()
 
 
 def state_of(config: Config) -> Trainer:
     """A training of this network after one step, with nothing but its state."""
-    student = ProjectedViT(
-        build_encoder(config.model, config.data), config.model.projector_hidden, config.model.projection
+    student = EncoderWithProjector(
+        build_encoder(config.model, config.data), config.model.projector_hidden_dim, config.model.projection_dim
     )
     modules = {
         "student": student,
@@ -86,6 +86,6 @@ def main(
 
 
 if __name__ == "__main__":
-    app = application()
-    app.command()(guarded(main))
+    app = make_app()
+    app.command()(exit_on_error(main))
     app()

@@ -34,17 +34,17 @@ from tabulate import tabulate
 from train_step import Setting, build
 
 from rrcm.config import Data, Views
-from rrcm.data.augment import FinetuneTransform, PretrainTransform, photometric
+from rrcm.data.augment import FinetuneTransform, PretrainTransform, color_blur
 from rrcm.data.loader import Batch, batches, steps_per_epoch
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedImages
-from rrcm.utils.app import application, guarded, keep_freed_memory
-from rrcm.utils.distributed import fast_precision
+from rrcm.data.shards import ShardedDataset
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app
+from rrcm.utils.distributed import native_precision
 from rrcm.utils.provenance import environment
 from rrcm.utils.rng import numpy_rng
 
 VIEWS = Views(
-    crop_min=0.08, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 2.0), solarize=(0.0, 0.2)
+    min_crop_area=0.08, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 2.0), solarize=(0.0, 0.2)
 )
 PIXELS, CLASSES, TEST = 224, 5, 50  # of the synthetic set; test images
 
@@ -81,7 +81,7 @@ def synthetic_jpeg(rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def loading_rate(images: ShardedImages, transform: object, batch_size: int, workers: int, seconds: float) -> float:
+def loading_rate(images: ShardedDataset, transform: object, batch_size: int, workers: int, seconds: float) -> float:
     """Images a second over at least `seconds`, after the first batches or, of a split kept decoded, the first epoch."""
     epoch = steps_per_epoch(len(images), batch_size)
     loader = read(images, transform, batch_size, workers)
@@ -93,7 +93,7 @@ def loading_rate(images: ShardedImages, transform: object, batch_size: int, work
     return done / (time.perf_counter() - start)
 
 
-def read(images: ShardedImages, transform: object, batch_size: int, workers: int) -> Iterator[Batch]:
+def read(images: ShardedDataset, transform: object, batch_size: int, workers: int) -> Iterator[Batch]:
     return batches(images, transform, batch_size=batch_size, seed=0, first_step=0, last_step=10**9, workers=workers)
 
 
@@ -103,13 +103,13 @@ def photometric_rate(batch: Batch, device: torch.device) -> float:
     for _ in range(6):
         start = time.perf_counter()
         for i in (1, 2):
-            views = 2 * photometric(batch[f"view{i}"].to(device), batch[f"photometric{i}"]) - 1
+            views = 2 * color_blur(batch[f"view{i}"].to(device), batch[f"color_blur{i}"]) - 1
         views.sum().item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return len(batch["position"]) / median(seconds[1:])
 
 
-def step_rate(images: ShardedImages, batch_size: int, device: torch.device) -> float:
+def step_rate(images: ShardedDataset, batch_size: int, device: torch.device) -> float:
     """Images a second of a bare step of pre-training."""
     step = build(
         Setting(
@@ -119,7 +119,7 @@ def step_rate(images: ShardedImages, batch_size: int, device: torch.device) -> f
             batch=batch_size,
             device=str(device),
         ),
-        f"ours_{fast_precision(device)}",
+        f"ours_{native_precision(device)}",
     )
     seconds = []
     for _ in range(6):
@@ -141,7 +141,7 @@ def measure(
     keep_freed_memory()
     device = torch.device(device_name)
     with tempfile.TemporaryDirectory() as folder:
-        split = ShardedImages(shards or synthetic_shards(Path(folder), images), "train")
+        split = ShardedDataset(shards or synthetic_shards(Path(folder), images), "train")
         rates = {}
         transforms = {
             "pre-training": PretrainTransform(VIEWS, split.image_size),
@@ -169,6 +169,6 @@ def measure(
 
 
 if __name__ == "__main__":
-    app = application()
-    app.command()(guarded(measure))
+    app = make_app()
+    app.command()(exit_on_error(measure))
     app()

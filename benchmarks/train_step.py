@@ -43,10 +43,10 @@ from tabulate import tabulate
 from torch import nn
 
 from rrcm.models.noise_levels import karras_levels
-from rrcm.models.vit import NoiseConditionedViT, ProjectedViT, time_embedding
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, time_embedding
 from rrcm.objectives.contrastive import info_nce
-from rrcm.objectives.rrcm import pretraining_loss
-from rrcm.utils.app import application, guarded, imported, keep_freed_memory
+from rrcm.objectives.rrcm import rrcm_loss
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.utils.distributed import autocast
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
@@ -69,7 +69,7 @@ LABELS = {
     "ours_fp32_8": "    (b) in 8 parts",
 }
 
-imported()
+resume_gc()
 Step = Callable[[], float]  # takes one step and returns its loss
 
 
@@ -80,9 +80,9 @@ class Setting:
     image_size: int = 32
     channels: int = 3
     patch_size: int = 4
-    width: int = 192
+    embed_dim: int = 192
     depth: int = 6
-    heads: int = 3
+    num_heads: int = 3
     hidden: int = 512  # of the projector
     projection: int = 128
     batch: int = 128
@@ -104,23 +104,23 @@ def build(setting: Setting, variant: str) -> Step:
     """A fresh network and the step that trains it. The same weights and inputs whatever the variant."""
     torch.manual_seed(0)
     encoder = NoiseConditionedViT(
-        setting.image_size, setting.channels, setting.patch_size, setting.width, setting.depth, setting.heads
+        setting.image_size, setting.channels, setting.patch_size, setting.embed_dim, setting.depth, setting.num_heads
     )
-    student = ProjectedViT(encoder, setting.hidden, setting.projection).to(setting.device).train()
+    student = EncoderWithProjector(encoder, setting.hidden, setting.projection).to(setting.device).train()
     shape = (setting.batch, setting.channels, setting.image_size, setting.image_size)
     inputs = Inputs(*(torch.randn(shape).to(setting.device) for _ in Inputs._fields))
     if variant != "authors_fp32":
         _, precision, *how = variant.split("_")
-        encoder.checkpoint_blocks = "blocks" in how
-        parts = next((int(number) for number in how if number.isdigit()), 1)
-        return our_step(student, inputs, precision, compiled="compiled" in how, parts=parts)
+        encoder.grad_checkpointing = "blocks" in how
+        num_chunks = next((int(number) for number in how if number.isdigit()), 1)
+        return our_step(student, inputs, precision, compiled="compiled" in how, num_chunks=num_chunks)
     if setting.reference:
         return authors_step(*reference(setting, student, inputs))
     teacher = copy.deepcopy(student).requires_grad_(False)
     return authors_step(student, teacher, lambda: formulation(student, teacher, inputs))
 
 
-def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bool, parts: int) -> Step:
+def our_step(student: EncoderWithProjector, inputs: Inputs, precision: str, compiled: bool, num_chunks: int) -> Step:
     """What rrcm.training.pretrain does with a batch."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     average = copy.deepcopy(student.encoder).requires_grad_(False)
@@ -132,7 +132,7 @@ def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bo
 
     def step() -> float:
         with autocast(inputs.image.device, precision):
-            terms = pretraining_loss(
+            terms = rrcm_loss(
                 student,
                 teacher,
                 *inputs,
@@ -140,7 +140,7 @@ def our_step(student: ProjectedViT, inputs: Inputs, precision: str, compiled: bo
                 t_next=LEVELS[N + 1],
                 t_min=LEVELS[-1],
                 temperature=TEMPERATURE,
-                parts=parts,
+                num_chunks=num_chunks,
             )
         loss = terms.total.mean()
         optimizer.zero_grad(set_to_none=True)
@@ -174,7 +174,7 @@ def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], to
     return step
 
 
-def formulation(student: ProjectedViT, teacher: ProjectedViT, inputs: Inputs) -> torch.Tensor:
+def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, inputs: Inputs) -> torch.Tensor:
     """The authors' loss pass by pass, (B,)."""
     image, view1, view2, noise = inputs
     quiet1, quiet2 = view1 + LEVELS[-1] * noise, view2 + LEVELS[-1] * noise
@@ -193,7 +193,9 @@ def formulation(student: ProjectedViT, teacher: ProjectedViT, inputs: Inputs) ->
     return nce(z1, y2) + nce(z2, y1) + nce(louder, quieter)
 
 
-def plain_network(network: ProjectedViT, images: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_network(
+    network: EncoderWithProjector, images: torch.Tensor, level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Projection (B, E) and representation (B, D), every token of every block computed."""
     encoder = network.encoder
     t = torch.full((len(images),), level, device=images.device)
@@ -218,7 +220,7 @@ def plain_attention(attention: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def reference(
-    setting: Setting, student: ProjectedViT, inputs: Inputs
+    setting: Setting, student: EncoderWithProjector, inputs: Inputs
 ) -> tuple[nn.Module, nn.Module, Callable[[], torch.Tensor]]:
     """The authors' own student, teacher and loss, with the weights of ours."""
     folder = Path(setting.reference) / "rrcm"
@@ -231,11 +233,11 @@ def reference(
             image_size=setting.image_size,
             patch_size=setting.patch_size,
             in_channels=setting.channels,
-            embed_dim=setting.width,
+            embed_dim=setting.embed_dim,
             hidden_dim=setting.hidden,
             output_dim=setting.projection,
             depth=setting.depth,
-            num_heads=setting.heads,
+            num_heads=setting.num_heads,
         )
     weights = student.encoder.state_dict() | student.projector.state_dict(prefix="projection_head.")
     theirs.load_state_dict(weights)
@@ -284,7 +286,7 @@ class Product(NamedTuple):
 
 def products(setting: Setting, authors: bool) -> list[Product]:
     """All matrix products of a step."""
-    batch, width, heads = setting.batch, setting.width, setting.heads
+    batch, embed_dim, num_heads = setting.batch, setting.embed_dim, setting.num_heads
     patches = (setting.image_size // setting.patch_size) ** 2
     length = patches + 2
 
@@ -295,26 +297,26 @@ def products(setting: Setting, authors: bool) -> list[Product]:
         def block(queries: int) -> list[Product]:
             """The first `queries` tokens, attending to all."""
             some, everything = images * queries, images * length
-            qkv = [linear(everything, width, 3 * width)]
+            qkv = [linear(everything, embed_dim, 3 * embed_dim)]
             if queries < length:
-                qkv = [linear(some, width, width), linear(everything, width, 2 * width)]
+                qkv = [linear(some, embed_dim, embed_dim), linear(everything, embed_dim, 2 * embed_dim)]
             return [
                 *qkv,
-                Product(images * heads, queries, width // heads, length, backward),
-                Product(images * heads, queries, length, width // heads, backward),
-                linear(some, width, width),
-                linear(some, width, 4 * width),
-                linear(some, 4 * width, width),
+                Product(images * num_heads, queries, embed_dim // num_heads, length, backward),
+                Product(images * num_heads, queries, length, embed_dim // num_heads, backward),
+                linear(some, embed_dim, embed_dim),
+                linear(some, embed_dim, 4 * embed_dim),
+                linear(some, 4 * embed_dim, embed_dim),
             ]
 
-        embedding = linear(images * patches, setting.channels * setting.patch_size**2, width)
+        embedding = linear(images * patches, setting.channels * setting.patch_size**2, embed_dim)
         return [embedding, *block(length) * (setting.depth - 1), *block(length if authors else 1)]
 
     def projector(backward: bool) -> list[Product]:
-        sizes = (width, setting.hidden, setting.hidden, setting.projection)
+        sizes = (embed_dim, setting.hidden, setting.hidden, setting.projection)
         return [Product(1, batch, sizes[i], sizes[i + 1], backward) for i in range(3)]
 
-    similarities = [Product(1, batch, size, batch, True) for size in (setting.projection,) * 2 + (width,)]
+    similarities = [Product(1, batch, size, batch, True) for size in (setting.projection,) * 2 + (embed_dim,)]
     if authors:
         passes = 3 * encoder(batch, True) + 3 * encoder(batch, False) + 2 * projector(True) + 4 * projector(False)
     else:
@@ -370,9 +372,9 @@ def measure(
     image_size: int = Setting.image_size,
     channels: int = Setting.channels,
     patch_size: int = Setting.patch_size,
-    width: int = Setting.width,
+    embed_dim: int = Setting.embed_dim,
     depth: int = Setting.depth,
-    heads: int = Setting.heads,
+    num_heads: int = Setting.num_heads,
     hidden: int = Setting.hidden,
     projection: int = Setting.projection,
     batch: int = Setting.batch,
@@ -394,9 +396,9 @@ def measure(
         image_size,
         channels,
         patch_size,
-        width,
+        embed_dim,
         depth,
-        heads,
+        num_heads,
         hidden,
         projection,
         batch,
@@ -461,7 +463,7 @@ def summary(record: dict) -> str:
     machine = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
     title = (
         f"{record['image_size']}x{record['image_size']}x{record['channels']}, patch {record['patch_size']}, "
-        f"D {record['width']}, depth {record['depth']}, projector {record['hidden']} -> {record['projection']}, "
+        f"D {record['embed_dim']}, depth {record['depth']}, projector {record['hidden']} -> {record['projection']}, "
         f"batch {record['batch']}; {machine}, freed memory {'not ' if record['plain_allocator'] else ''}kept; "
         f"(a) is {record['reference']}"
     )
@@ -469,6 +471,6 @@ def summary(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    app = application()  # rrcm.utils.app.run would keep freed memory
-    app.command()(guarded(measure))
+    app = make_app()  # rrcm.utils.app.run would keep freed memory
+    app.command()(exit_on_error(measure))
     app()

@@ -21,8 +21,8 @@ import typer
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from rrcm.report.figures import OKABE_ITO, house_style, save
-from rrcm.utils.app import application, guarded, imported
+from rrcm.report.figures import OKABE_ITO, figure_style, save
+from rrcm.utils.app import exit_on_error, make_app, resume_gc
 from rrcm.utils.errors import RRCMError
 
 MEASURES = {
@@ -33,7 +33,7 @@ MEASURES = {
 }
 BEFORE = "untrained"
 
-imported()
+resume_gc()
 
 
 def read_looks(folders: list[str]) -> pd.DataFrame:
@@ -50,7 +50,7 @@ def read_looks(folders: list[str]) -> pd.DataFrame:
     return pd.concat(looks).drop_duplicates(["name", "sigma", *MEASURES])
 
 
-@house_style()
+@figure_style()
 def draw(looks: pd.DataFrame) -> Figure:
     """A panel a measure; a line a name over sigma, the range over its folders as a bar. Centred: each level's mean
     representation taken off."""
@@ -86,6 +86,6 @@ def main(
 
 
 if __name__ == "__main__":
-    app = application()
-    app.command()(guarded(main))
+    app = make_app()
+    app.command()(exit_on_error(main))
     app()

@@ -14,8 +14,8 @@ from tabulate import tabulate
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE
-from rrcm.certification.smoothing import Request, SmoothedClassifier
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.checkpoints import load_classifier
 from rrcm.utils.app import keep_freed_memory
 from rrcm.utils.provenance import environment
@@ -38,7 +38,7 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
     """Compare the votes of a classifier with those of float32, batches of 1024, two threads."""
     keep_freed_memory()
     classifier = load_classifier(model)
-    split = ShardedImages(shards, "test")
+    split = ShardedDataset(shards, "test")
     pixels, _, indices = read_split(split, classifier.encoder.patch_embed.img_size[0], len(split) // images, images)
     each = votes // len(pixels)
 
@@ -50,7 +50,8 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
         if precision == "bf16":
             recorder.model = SmoothedClassifier(classifier, classifier.t / 2, 10, precision="bf16").model
         requests = [
-            Request(image.float() / 255, index, ESTIMATE, 0, each) for image, index in zip(pixels, indices, strict=True)
+            SampleRequest(image.float() / 255, index, ESTIMATE, 0, each)
+            for image, index in zip(pixels, indices, strict=True)
         ]
         smoothed.vote(requests[::-1] if backwards else requests)
         found = torch.cat(recorder.answers)[: each * len(pixels)].view(len(pixels), each)

@@ -15,8 +15,8 @@ _HOMES = {
     "karras_levels": "rrcm.models.noise_levels",
     "load_authors_checkpoint": "rrcm.models.authors",
     "num_levels": "rrcm.objectives.rrcm",
-    "pretraining_loss": "rrcm.objectives.rrcm",
-    "teacher_ema": "rrcm.training.optim",
+    "rrcm_loss": "rrcm.objectives.rrcm",
+    "teacher_decay": "rrcm.training.optim",
 }
 __all__ = sorted(_HOMES)
 

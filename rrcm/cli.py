@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from rrcm.utils.app import application, guarded, imported, start
+from rrcm.utils.app import exit_on_error, make_app, resume_gc, start
 from rrcm.utils.errors import RRCMError
 
-app = application()
+app = make_app()
 
 
 @app.callback()
@@ -18,7 +18,7 @@ def rrcm() -> None:
 
 
 @app.command()
-@guarded
+@exit_on_error
 def certify(
     folder: Annotated[Path, typer.Argument(help="Images, in it or below.", show_default=False)],
     model: Annotated[
@@ -33,13 +33,13 @@ def certify(
         float | None,
         typer.Option(help="Noise, in pixel units (pixels in [0, 1]). Default: what a model folder was tuned for."),
     ] = None,
-    procedure: Annotated[
+    stopping: Annotated[
         str, typer.Option(metavar="sequential|fixed", help="Stop an image when more samples gain nothing, or never.")
     ] = "sequential",
     n: Annotated[int, typer.Option(help="Noisy samples an image, at most.")] = 100_000,
     n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
     alpha: Annotated[float, typer.Option(help="Chance that a certificate is wrong, at most.")] = 0.001,
-    grid_step: Annotated[float, typer.Option(help="Sequential: radii are multiples of this, in pixel units.")] = 0.25,
+    radius_step: Annotated[float, typer.Option(help="Sequential: radii are multiples of this, in pixel units.")] = 0.25,
     precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="What the network computes in.")] = "fp32",
     batch_size: Annotated[int | None, typer.Option(help="Samples a forward pass. Default: found by itself.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
@@ -61,16 +61,16 @@ def certify(
 ) -> None:
     """Certify the images of FOLDER: the class of each, and the L2 radius within which nothing can change it."""
     from rrcm.certification.certify_images import certify_folder, find_images
-    from rrcm.certification.stopping import planned
-    from rrcm.models.load import load_subject
+    from rrcm.certification.stopping import make_stopping_rule
+    from rrcm.models.load import load_base_classifier
 
-    imported()
+    resume_gc()
     find_images(folder)  # complains before a model is downloaded
-    subject = load_subject(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
+    subject = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
     if sigma is None and subject.sigma is None:
         raise RRCMError(f"{model}: any noise may be certified with; give --sigma, in pixel units")
     noise = subject.sigma if sigma is None else sigma
-    plan = planned(procedure, noise, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
+    plan = make_stopping_rule(stopping, noise, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
     if subject.sigma not in (None, noise):
         print(
             f"note: {model} was tuned for sigma {subject.sigma:g}; certificates at {noise:g} are as sound, but "
@@ -94,7 +94,7 @@ def certify(
 
 
 @app.command()
-@guarded
+@exit_on_error
 def compare(
     files: Annotated[
         list[str], typer.Argument(metavar="NAME=FILE...", help="A name for the legend, and a file.", show_default=False)
@@ -107,7 +107,7 @@ def compare(
     """Compare certificates of any groups (idx, label, predict, radius, correct, time): ACR and certified accuracy."""
     from rrcm.report.compare import compare as draw
 
-    imported()
+    resume_gc()
     draw(files, radii, output)
 
 

@@ -20,7 +20,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.fast_precision`
+Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.native_precision`
 CertifiedPrecision = Literal["auto", "fp32", "bf16"]
 
 
@@ -67,32 +67,32 @@ class Model(Section):
     """The noise-conditioned ViT (patches + class token + time token) and its projector."""
 
     patch_size: Count
-    width: Count
+    embed_dim: Count
     depth: Count
-    heads: Count
-    projector_hidden: Count
-    projection: Count
+    num_heads: Count
+    projector_hidden_dim: Count
+    projection_dim: Count
     init: Literal["torch", "moco_v3"]
     freeze_patch_embed: bool
-    checkpoint_blocks: bool  # recompute each block's insides in the backward pass: less memory, a third more time
+    grad_checkpointing: bool  # recompute each block's insides in the backward pass: less memory, a third more time
 
     @model_validator(mode="after")
     def shapes_fit(self) -> Self:
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(f"width {self.width} must be even and a multiple of heads {self.heads}")
+        if self.embed_dim % self.num_heads or self.embed_dim % 2:
+            raise ValueError(f"embed_dim {self.embed_dim} must be even and a multiple of num_heads {self.num_heads}")
         return self
 
 
 class Views(Section):
     """MoCo-v3's two asymmetric augmentation recipes; pairs are (view 1, view 2)."""
 
-    crop_min: Annotated[float, Field(gt=0, le=1)]  # smallest area of the random resized crop
-    flip: Probability
-    jitter: Probability  # colour jitter .4/.4/.2/.1
-    gray: Probability
-    blur: tuple[Probability, Probability]
+    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest area of the random resized crop
+    flip_prob: Probability
+    color_jitter_prob: Probability  # colour jitter .4/.4/.2/.1
+    grayscale_prob: Probability
+    blur_prob: tuple[Probability, Probability]
     blur_sigma: tuple[Positive, Positive]  # pixels
-    solarize: tuple[Probability, Probability]
+    solarize_prob: tuple[Probability, Probability]
 
 
 class Pretrain(Section):
@@ -104,20 +104,20 @@ class Pretrain(Section):
     warmup_steps: Annotated[int, Field(ge=0)]
     lr: Positive
     weight_decay: NonNegative
-    clip_norm: Positive  # gradient norm bound, after warm-up only
+    grad_clip_norm: Positive  # gradient norm bound, after warm-up only
     temperature: Positive
-    start_levels: Annotated[int, Field(ge=2)]  # s0
-    end_levels: Annotated[int, Field(ge=2)]  # s1
+    min_levels: Annotated[int, Field(ge=2)]  # s0
+    max_levels: Annotated[int, Field(ge=2)]  # s1
     t_min: Positive
     t_max: Positive
     rho: Positive
-    teacher_ema_start: Rate  # m0
-    teacher_ema_end: Rate  # m1
-    teacher_ema_steepness: Positive  # A
-    student_ema: Rate
+    teacher_decay_start: Rate  # m0
+    teacher_decay_end: Rate  # m1
+    teacher_decay_steepness: Positive  # A
+    ema_decay: Rate
     views: Views
     precision: Precision
-    parts: Count  # that the networks see a batch in, to save memory; the gradient stays that of the whole batch
+    num_chunks: Count  # GradCache: the networks see a batch in so many chunks; the gradient is that of the whole batch
     compile: bool  # torch.compile
     log_every: Count  # steps
     evaluate_every: Count  # steps between looks at the representations of the validation split
@@ -129,13 +129,13 @@ class Pretrain(Section):
     def schedules_fit(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        if self.end_levels < self.start_levels:
-            raise ValueError(f"end_levels {self.end_levels} must be at least start_levels {self.start_levels}")
+        if self.max_levels < self.min_levels:
+            raise ValueError(f"max_levels {self.max_levels} must be at least min_levels {self.min_levels}")
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min {self.t_min} must be below t_max {self.t_max}")
-        if self.teacher_ema_start >= self.teacher_ema_end:
+        if self.teacher_decay_start >= self.teacher_decay_end:
             raise ValueError(
-                f"teacher_ema_start {self.teacher_ema_start} must be below teacher_ema_end {self.teacher_ema_end}"
+                f"teacher_decay_start {self.teacher_decay_start} must be below teacher_decay_end {self.teacher_decay_end}"
             )
         return self
 
@@ -149,15 +149,15 @@ class FinetuneSettings(Section):
     lr: Positive  # per 256 images of a batch
     layer_decay: Annotated[float, Field(gt=0, le=1)]  # learning rate factor from one layer to the one below it
     weight_decay: NonNegative
-    copies: Annotated[int, Field(ge=1)]  # m, noisy copies of each image
+    num_noise: Annotated[int, Field(ge=1)]  # m, noisy copies of each image
     consistency_weight: NonNegative  # lambda; used by methods with the regulariser
     entropy_weight: NonNegative  # eta
     augmentation: Literal["none", "flip", "crop_flip", "randaugment"]
     mixup: NonNegative
     cutmix: NonNegative
-    mixup_switch: Probability
+    mixup_switch_prob: Probability
     label_smoothing: Rate
-    probe_epochs: Annotated[int, Field(ge=0)]  # linear-probe start: epochs on the head alone, clean images
+    linear_probe_epochs: Annotated[int, Field(ge=0)]  # linear-probe start: epochs on the head alone, clean images
 
 
 class TimmViT(Section):
@@ -170,14 +170,16 @@ class TimmViT(Section):
 class Finetune(FinetuneSettings):
     """Fine-tuning, with where it starts and what differs per sigma or for networks trained from scratch."""
 
-    start: str | None  # of `rrcm`: a folder of ours or a file of the authors, null: models/pretrain
-    time: Literal["exact", "grid"]  # of `rrcm`: t = 2 sigma, or the nearest of the levels of pre-training
+    initial_checkpoint: str | None  # of `rrcm`: a folder of ours or a file of the authors, null: models/pretrain
+    time_condition: Literal[
+        "exact", "nearest_level"
+    ]  # of `rrcm`: t = 2 sigma, or the nearest of the levels of pre-training
     timm: TimmViT
-    scratch: dict[str, float | int | str]  # settings replaced when training from scratch
-    per_sigma: list[dict[str, float | int | str]]  # entries {sigma: s, setting: value, ...}
-    pretraining_shared_by: Count  # number of fine-tuned models that share the pre-training compute
+    scratch_overrides: dict[str, float | int | str]  # settings replaced when training from scratch
+    sigma_overrides: list[dict[str, float | int | str]]  # entries {sigma: s, setting: value, ...}
+    pretrain_cost_shared_by: Count  # number of fine-tuned models that share the pre-training compute
     precision: Precision
-    parts: Count  # as in pre-training
+    num_chunks: Count  # as in pre-training
     compile: bool  # torch.compile
     evaluate_every: Count  # epochs between looks at the validation split
     checkpoint_every: Count  # epochs
@@ -185,28 +187,35 @@ class Finetune(FinetuneSettings):
     def settings(self, method: str, sigma: float) -> FinetuneSettings:
         """The settings of one run: the common ones, then those of this sigma, then those for scratch."""
         merged = {name: getattr(self, name) for name in FinetuneSettings.model_fields}
-        for entry in self.per_sigma:
+        for entry in self.sigma_overrides:
             if entry.get("sigma") == sigma:
                 merged |= {name: value for name, value in entry.items() if name != "sigma"}
         if METHODS[method].start is None:
-            merged |= self.scratch
+            merged |= self.scratch_overrides
         return FinetuneSettings.model_validate(merged)
 
     def origin(self, method: str) -> str:
         """What a method starts from: `scratch`, a folder, a file, or the name of a ViT of timm's."""
-        names = {None: "scratch", "pretrain": self.start or "models/pretrain", "timm": self.timm.model}
+        names = {
+            None: "scratch",
+            "pretrain": self.initial_checkpoint or "models/pretrain",
+            "timm": self.timm.model,
+        }
         return names[METHODS[method].start]
 
     def uses_pretraining(self, method: str) -> bool:
         """Whether a method starts from models/pretrain: its compute then counts."""
-        return METHODS[method].start == "pretrain" and self.start is None
+        return METHODS[method].start == "pretrain" and self.initial_checkpoint is None
 
     @model_validator(mode="after")
     def overrides_fit(self) -> Self:
-        for place, entry in [("scratch", self.scratch), *((f"per_sigma.{i}", e) for i, e in enumerate(self.per_sigma))]:
-            if place != "scratch" and not isinstance(entry.get("sigma"), float | int):
+        for place, entry in [
+            ("scratch_overrides", self.scratch_overrides),
+            *((f"sigma_overrides.{i}", e) for i, e in enumerate(self.sigma_overrides)),
+        ]:
+            if place != "scratch_overrides" and not isinstance(entry.get("sigma"), float | int):
                 raise ValueError(f"{place}: needs a number `sigma` that says which noise level it is for")
-            values = {name: value for name, value in entry.items() if place == "scratch" or name != "sigma"}
+            values = {name: value for name, value in entry.items() if place == "scratch_overrides" or name != "sigma"}
             base = {name: getattr(self, name) for name in FinetuneSettings.model_fields}
             try:
                 FinetuneSettings.model_validate(base | values)
@@ -218,11 +227,11 @@ class Finetune(FinetuneSettings):
 class Certify(Section):
     """Randomized smoothing: CERTIFY of Cohen et al. 2019, as it is or group-sequentially."""
 
-    procedure: Literal["sequential", "fixed"]
+    stopping: Literal["sequential", "fixed"]
     n0: Count  # samples that choose the class
     n: Count  # samples that bound its probability; `sequential` stops earlier where it can
     alpha: Annotated[float, Field(gt=0, le=0.5)]
-    grid_step: Positive  # `sequential` certifies multiples of this radius, pixel L2 units
+    radius_step: Positive  # `sequential` certifies multiples of this radius, pixel L2 units
     batch_size: Count | None  # noisy samples a forward pass; null: found by itself within memory_gib
     memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
     every: Count  # certify every k-th test image
@@ -239,7 +248,7 @@ class Latency(Section):
     precision: CertifiedPrecision
 
 
-class OthersFile(Section):
+class ExternalResult(Section):
     """Another group's certificates, in the field's format, at one smoothing noise."""
 
     label: Annotated[str, Field(pattern=r"^[^|\n]+$")]  # it becomes a cell of Markdown tables
@@ -257,8 +266,8 @@ class OthersFile(Section):
     @classmethod
     def dvc_sees_it(cls, path: str) -> str:
         folder, *rest = PurePosixPath(path).parts or [""]
-        if folder != "others" or not rest or ".." in rest:
-            raise ValueError("must be a file below others/, the folder that DVC watches for the report")
+        if folder != "external" or not rest or ".." in rest:
+            raise ValueError("must be a file below external/, the folder that DVC watches for the report")
         return path
 
 
@@ -267,23 +276,23 @@ class Attack(Section):
 
     methods: list[MethodName]  # whose classifiers are attacked; []: none
     steps: Count
-    samples: Count  # noisy copies that a step's gradient is of
+    num_noise: Count  # noisy copies that a step's gradient is of
     n: Count  # samples of PREDICT, which answers to the attacked image
     alpha: Annotated[float, Field(gt=0, le=0.5)]  # of PREDICT
     max_images: Count | None  # of the certified ones, evenly spread
-    batch: Count  # images at once: `samples` times as many noisy copies go forward and back
+    batch_size: Count  # images at once: `num_noise` times as many noisy copies go forward and back
 
 
 class Report(Section):
     """What the tables and figures show."""
 
     radii: Annotated[list[NonNegative], Field(min_length=1)]  # pixel L2 units
-    sheet_images: Count
-    others: list[OthersFile]  # drawn and listed beside ours
+    gallery_images: Count
+    external_results: list[ExternalResult]  # drawn and listed beside ours
 
-    @field_validator("others")
+    @field_validator("external_results")
     @classmethod
-    def others_differ(cls, others: list[OthersFile]) -> list[OthersFile]:
+    def others_differ(cls, others: list[ExternalResult]) -> list[ExternalResult]:
         runs = [(other.label, other.sigma) for other in others]
         for label, sigma in runs:
             if runs.count((label, sigma)) > 1:
@@ -330,11 +339,11 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
             )
-        step = self.certify.grid_step
+        step = self.certify.radius_step
         off_grid = [radius for radius in self.report.radii if abs(radius / step - round(radius / step)) > 1e-9]
-        if self.certify.procedure == "sequential" and off_grid:
+        if self.certify.stopping == "sequential" and off_grid:
             raise ValueError(
-                f"report.radii {off_grid[0]} must be a multiple of certify.grid_step {step}, or certify.procedure fixed"
+                f"report.radii {off_grid[0]} must be a multiple of certify.radius_step {step}, or certify.stopping fixed"
             )
         return self
 

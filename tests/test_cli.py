@@ -24,9 +24,9 @@ from rrcm.cli import app
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import save_model
-from rrcm.models.load import Subject, class_folders, load_subject
+from rrcm.models.load import LoadedClassifier, class_folders, load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.report.figures import Tile, draw_certified_images, rounded_down
+from rrcm.report.figures import Thumbnail, draw_certified_images, rounded_down
 
 SMALL = ["--n", "300", "--n0", "20", "--batch-size", "64"]
 
@@ -40,7 +40,7 @@ def in_a_folder(tmp_path, monkeypatch):
 def ours() -> nn.Module:
     """A classifier of ours in the folder `model`: 3 classes, 8 pixels grey. Its head answers by brightness."""
     torch.manual_seed(0)
-    model = Classifier(NoiseConditionedViT(8, 1, 4, width=32, depth=1, heads=2), 3, t=0.5).eval()
+    model = Classifier(NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=1, num_heads=2), 3, t=0.5).eval()
     nn.init.normal_(model.head.weight)
     save_model("model", model)
     return model
@@ -75,12 +75,12 @@ def refused(answer: Result, *said: str) -> None:
         assert text in answer.stderr
 
 
-@pytest.mark.parametrize("procedure", ["fixed", "sequential"])
-def test_it_writes_and_prints_what_the_engine_certifies(ours, images, procedure):
-    answer = rrcm("images", "--model", "model", "--procedure", procedure, *SMALL)
+@pytest.mark.parametrize("stopping", ["fixed", "sequential"])
+def test_it_writes_and_prints_what_the_engine_certifies(ours, images, stopping):
+    answer = rrcm("images", "--model", "model", "--stopping", stopping, *SMALL)
     assert answer.exit_code == 0, answer.output
     smoothed = SmoothedClassifier(ours, 0.25, 3, batch_size=64)
-    expected = smoothed.certify(images, procedure=procedure, n0=20, n=300)
+    expected = smoothed.certify(images, stopping=stopping, n0=20, n=300)
     frame = pd.read_csv("certificates.tsv", sep="\t")
     assert list(frame) == ["idx", "label", "predict", "radius", "correct", "time"]
     assert frame["label"].tolist() == [0, 1, 1, -1] and frame["idx"].tolist() == [0, 1, 2, 3]
@@ -114,16 +114,16 @@ def test_the_file_reads_back_where_labels_are_known(ours, images):
 
 def test_an_abstention_of_unknown_label_is_not_correct(ours, images):
     """Both are written as -1. 300 votes of 300 say nothing at this alpha."""
-    frame = certified("images", "--model", "model", "--alpha", "1e-99", "--procedure", "fixed")
+    frame = certified("images", "--model", "model", "--alpha", "1e-99", "--stopping", "fixed")
     assert (frame["predict"] == -1).all() and (frame["correct"] == 0).all() and (frame["label"] == -1).sum() == 1
 
 
 def test_seed_limit_and_another_sigma(ours, images):
-    whole = certified("images", "--model", "model", "--procedure", "fixed")
-    some = certified("images", "--model", "model", "--procedure", "fixed", "--limit", "2")
+    whole = certified("images", "--model", "model", "--stopping", "fixed")
+    some = certified("images", "--model", "model", "--stopping", "fixed", "--limit", "2")
     columns = ["idx", "label", "predict", "radius", "correct"]
     pd.testing.assert_frame_equal(some[columns], whole[columns][:2])
-    other = certified("images", "--model", "model", "--procedure", "fixed", "--seed", "1")
+    other = certified("images", "--model", "model", "--stopping", "fixed", "--seed", "1")
     assert other["radius"].tolist() != whole["radius"].tolist()
     answer = rrcm("images", "--model", "model", "--sigma", "0.3", *SMALL)
     assert answer.exit_code == 0 and answer.stderr.startswith("note: model was tuned for sigma 0.25")
@@ -149,8 +149,10 @@ def test_images_are_found_as_people_sort_them():
     assert found == ["a 1/c.gif", "b/1.jpg", "img2.PNG", "img10.png"]
 
 
-def subject(size: int, channels: int, names: list[str] | None = None, synsets: list[str] | None = None) -> Subject:
-    return Subject(nn.Identity(), size, channels, None, names or ["a", "b"], synsets or [])
+def subject(
+    size: int, channels: int, names: list[str] | None = None, synsets: list[str] | None = None
+) -> LoadedClassifier:
+    return LoadedClassifier(nn.Identity(), size, channels, None, names or ["a", "b"], synsets or [])
 
 
 def test_class_folders():
@@ -196,7 +198,7 @@ def test_a_wide_image_is_cut_as_in_the_pipeline():
 def authors_checkpoint(path: str, **extra: torch.Tensor) -> dict[str, torch.Tensor]:
     """A fine-tuned checkpoint with the names that the authors give."""
     torch.manual_seed(1)
-    trunk = NoiseConditionedViT(8, 1, 4, width=64, depth=1, heads=1).state_dict()
+    trunk = NoiseConditionedViT(8, 1, 4, embed_dim=64, depth=1, num_heads=1).state_dict()
     head = {"linear_head.weight": torch.randn(3, 64), "linear_head.bias": torch.randn(3)}
     torch.save({f"module.base_model.{name}": t for name, t in trunk.items()} | head | extra, path)
     return trunk
@@ -205,15 +207,15 @@ def authors_checkpoint(path: str, **extra: torch.Tensor) -> dict[str, torch.Tens
 @pytest.mark.parametrize("flag", ["--final-norm", "--no-final-norm"])
 def test_a_checkpoint_of_the_authors(images, flag):
     authors_checkpoint("theirs.pth")
-    frame = certified("images", "--model", "theirs.pth", "--sigma", "0.5", "--procedure", "fixed", flag)
+    frame = certified("images", "--model", "theirs.pth", "--sigma", "0.5", "--stopping", "fixed", flag)
     model = load_authors_checkpoint("theirs.pth", sigma=0.5, final_norm=flag == "--final-norm")
-    expected = SmoothedClassifier(model, 0.5, 3, batch_size=64).certify(images, procedure="fixed", n0=20, n=300)
+    expected = SmoothedClassifier(model, 0.5, 3, batch_size=64).certify(images, stopping="fixed", n0=20, n=300)
     assert frame["radius"].tolist() == [c.radius for c in expected]
     refused(rrcm("images", "--model", "theirs.pth"), "theirs.pth", "give sigma")
 
 
 def test_a_pretrained_checkpoint_of_the_authors_has_no_classes(images):
-    trunk = NoiseConditionedViT(8, 1, 4, width=64, depth=1, heads=1).state_dict()
+    trunk = NoiseConditionedViT(8, 1, 4, embed_dim=64, depth=1, num_heads=1).state_dict()
     trunk |= {f"projection_head.{i}.weight": torch.zeros(8, n) for i, n in ((0, 64), (3, 8), (6, 8))}
     for i in (1, 4):
         trunk |= {f"projection_head.{i}.{name}": torch.zeros(8) for name in ("weight", "bias", "running_mean")}
@@ -239,7 +241,7 @@ def test_a_timm_model_with_weights_of_a_file(images):
         "--sigma",
         "1",
         *few,
-        "--procedure",
+        "--stopping",
         "fixed",
     )
     assert answer.exit_code == 0, answer.output
@@ -250,7 +252,7 @@ def test_a_timm_model_with_weights_of_a_file(images):
 
     pixels = [read_image(path, subject(160, 3)) for path in find_images(Path("images"))[:2]]
     inputs = torch.from_numpy(np.stack(pixels)).float() / 255
-    expected = SmoothedClassifier(Pixels(), 1.0, 5, batch_size=55).certify(inputs, procedure="fixed", n0=10, n=100)
+    expected = SmoothedClassifier(Pixels(), 1.0, 5, batch_size=55).certify(inputs, stopping="fixed", n0=10, n=100)
     frame = pd.read_csv("certificates.tsv", sep="\t")
     assert frame["predict"].tolist() == [c.predict for c in expected]
     assert frame["radius"].tolist() == [c.radius for c in expected]
@@ -264,7 +266,7 @@ def test_a_timm_model_with_weights_of_a_file(images):
 
 def test_imagenets_classes_have_names():
     save_file(timm.create_model("test_vit").state_dict(), "weights.safetensors")
-    known = load_subject("test_vit", weights=Path("weights.safetensors"))
+    known = load_base_classifier("test_vit", weights=Path("weights.safetensors"))
     assert (known.names[0], known.synsets[0], len(known.names)) == ("tench", "n01440764", 1000)
     assert class_folders(known)["n01440764"] == class_folders(known)["tench"] == 0
 
@@ -278,7 +280,7 @@ def test_weights_that_cannot_be_downloaded(images, model, monkeypatch):
 
 def test_class_names_of_a_file(ours, images):
     Path("names.txt").write_text("cat\ndog\nfox\n")
-    assert load_subject("model", classes=Path("names.txt")).names == ["cat", "dog", "fox"]
+    assert load_base_classifier("model", classes=Path("names.txt")).names == ["cat", "dog", "fox"]
     Path("images/other").rename("images/fox")
     assert certified("images", "--model", "model", "--classes", "names.txt")["label"].tolist() == [0, 1, 1, 2]
     Path("names.txt").write_text("cat\n")
@@ -295,8 +297,8 @@ def test_class_names_of_a_file(ours, images):
         (["images", "--model", "model", "--sigma", "nan"], "sigma = nan"),
         (["images", "--model", "model", "--n", "0"], "n = 0"),
         (["images", "--model", "model", "--alpha", "1"], "alpha = 1.0"),
-        (["images", "--model", "model", "--grid-step", "0"], "grid_step = 0.0"),
-        (["images", "--model", "model", "--procedure", "adaptive"], "must be fixed or sequential"),
+        (["images", "--model", "model", "--radius-step", "0"], "radius_step = 0.0"),
+        (["images", "--model", "model", "--stopping", "adaptive"], "must be fixed or sequential"),
         (["images", "--model", "model", "--precision", "fp8"], "must be auto, fp32 or bf16"),
         (["images", "--model", "model", "--batch-size", "0"], "batch_size = 0"),
         (["images", "--model", "model", "--limit", "0"], "limit = 0"),
@@ -358,7 +360,7 @@ def test_no_two_texts_of_the_sheet_touch(count):
     names = ["W" * 60, "a/b.png", r"$\frac{1}{2}$ " + "long " * 20, "图像" * 30]
     kinds = ["certified", "correct", "wrong", "abstains"]
     tiles = [
-        Tile(
+        Thumbnail(
             np.zeros((8, 8, 3)),
             names[i % 4],
             "" if kinds[i % 4] == "abstains" else names[-1 - i % 4],

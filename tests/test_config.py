@@ -8,7 +8,7 @@ from conftest import REPOSITORY, change, compose, stage
 from dvc.utils.hydra import compose_and_dump
 
 from rrcm.config import load_config
-from rrcm.models.vit import ProjectedViT, build_encoder, parameter_count
+from rrcm.models.vit import EncoderWithProjector, build_encoder, parameter_count
 from rrcm.utils.errors import RRCMError
 
 PROFILES = sorted(path.stem for path in (REPOSITORY / "conf/profile").glob("*.yaml"))
@@ -30,10 +30,10 @@ def test_profiles_compose_validate_and_build(tmp_path, name):
     assert config.profile == name
     with torch.device("meta"):
         encoder = build_encoder(config.model, config.data)
-        network = ProjectedViT(encoder, config.model.projector_hidden, config.model.projection)
+        network = EncoderWithProjector(encoder, config.model.projector_hidden_dim, config.model.projection_dim)
         size, channels = config.data.image_size, config.data.channels
         (representation,) = network([torch.empty(2, channels, size, size)], [1.0], project=0)
-    assert representation.shape == (2, config.model.width)
+    assert representation.shape == (2, config.model.embed_dim)
     for method in config.methods:
         for sigma in config.sigmas:
             assert config.finetune.settings(method, sigma).epochs > 0
@@ -51,16 +51,16 @@ def test_profiles_have_the_papers_settings(tmp_path):
     cifar10, imagenet = profile(tmp_path, "cifar10"), profile(tmp_path, "imagenet_b")
     small, deep = profile(tmp_path, "imagenet_s"), profile(tmp_path, "imagenet_b_deep")
     names = ["batch_size", "steps", "warmup_steps", "lr", "weight_decay", "temperature"]
-    names += ["teacher_ema_steepness", "student_ema"]
+    names += ["teacher_decay_steepness", "ema_decay"]
     for config, row in (
         (cifar10, (2048, 300_000, 10_000, 1e-4, 0, 0.2, 15, 0.9999)),
         (imagenet, (4096, 600_000, 15_000, 2e-4, 0.03, 0.2, 10, 0.99)),
         (small, (4096, 600_000, 10_000, 1e-4, 0.01, 0.2, 10, 0.99)),
     ):
         assert tuple(getattr(config.pretrain, name) for name in names) == row
-        assert (config.pretrain.start_levels, config.pretrain.end_levels, config.pretrain.clip_norm) == (20, 80, 2.0)
-        assert (config.pretrain.teacher_ema_start, config.pretrain.teacher_ema_end) == (0.99, 0.9999)
-    assert (deep.model.depth, deep.model.width) == (24, 768)
+        assert (config.pretrain.min_levels, config.pretrain.max_levels, config.pretrain.grad_clip_norm) == (20, 80, 2.0)
+        assert (config.pretrain.teacher_decay_start, config.pretrain.teacher_decay_end) == (0.99, 0.9999)
+    assert (deep.model.depth, deep.model.embed_dim) == (24, 768)
     names = ["consistency_weight", "entropy_weight", "epochs", "lr", "layer_decay", "batch_size"]
     names += ["mixup", "cutmix", "label_smoothing"]
     for config, sigma, row in (
@@ -73,7 +73,7 @@ def test_profiles_have_the_papers_settings(tmp_path):
     ):
         settings = config.finetune.settings("rrcm", sigma)
         assert tuple(getattr(settings, name) for name in names) == row
-        assert settings.copies == 2 and settings.weight_decay == 0
+        assert settings.num_noise == 2 and settings.weight_decay == 0
         assert settings.warmup_epochs == (10 if config is cifar10 else 5)
         assert (config.certify.n0, config.certify.n, config.certify.alpha) == (100, 100_000, 0.001)
     kinds = [imagenet.finetune.settings("rrcm", sigma).augmentation for sigma in (0.25, 0.5, 1.0)]
@@ -88,7 +88,7 @@ def test_params_yaml_is_the_composed_default(tmp_path):
 
 
 def test_overrides_reach_their_run(tmp_path):
-    config = load_config(compose(tmp_path / "params.yaml", "finetune.per_sigma=[{sigma: 0.5, lr: 7.0e-4}]"))
+    config = load_config(compose(tmp_path / "params.yaml", "finetune.sigma_overrides=[{sigma: 0.5, lr: 7.0e-4}]"))
     assert config.finetune.settings("rrcm", 0.5).lr == 7e-4 != config.finetune.settings("rrcm", 0.25).lr
     assert config.finetune.settings("gaussian", 0.5).layer_decay == 1.0
 
@@ -102,19 +102,19 @@ def test_overrides_reach_their_run(tmp_path):
         ({"sigmas": [0.5, 0.5]}, "must not repeat"),
         ({"sigmas": [1]}, "write whole numbers as 1.0"),
         ({"methods": ["rcm"]}, "methods.0 = 'rcm'"),
-        ({"certify__grid_step": 0.0}, "certify.grid_step = 0.0: should be greater than 0"),
-        ({"certify__procedure": "quick"}, "certify.procedure = 'quick'"),
-        ({"report__radii": [0.0, 0.333]}, "report.radii 0.333 must be a multiple of certify.grid_step"),
+        ({"certify__radius_step": 0.0}, "certify.radius_step = 0.0: should be greater than 0"),
+        ({"certify__stopping": "quick"}, "certify.stopping = 'quick'"),
+        ({"report__radii": [0.0, 0.333]}, "report.radii 0.333 must be a multiple of certify.radius_step"),
         ({"certify__alpha": 1.0}, "certify.alpha = 1.0: should be less than or equal to 0.5"),
         ({"certify__nn": 3}, "certify.nn: unknown key; did you mean n?"),
         ({"nonsense": 3}, "nonsense: unknown key; allowed here: profile, seed"),
         ({"pretrain__lr": "fast"}, "pretrain.lr = 'fast': should be a valid number"),
         ({"pretrain__lr": float("nan")}, "pretrain.lr = nan: should be a finite number"),
         ({"pretrain__warmup_steps": 30}, "warmup_steps 30 must be below steps 30"),
-        ({"model__heads": 5}, "width 32 must be even and a multiple of heads 5"),
+        ({"model__num_heads": 5}, "embed_dim 32 must be even and a multiple of num_heads 5"),
         ({"model__patch_size": 3}, "data.image_size 8 must be a multiple of model.patch_size 3"),
-        ({"finetune__scratch": {"lrr": 1}}, "finetune: scratch.lrr: unknown key; did you mean lr?"),
-        ({"finetune__per_sigma": [{"lr": 1e-3}]}, "per_sigma.0: needs a number `sigma`"),
+        ({"finetune__scratch_overrides": {"lrr": 1}}, "finetune: scratch_overrides.lrr: unknown key; did you mean lr?"),
+        ({"finetune__sigma_overrides": [{"lr": 1e-3}]}, "sigma_overrides.0: needs a number `sigma`"),
         ({"profile": "../etc"}, "profile = '../etc'"),
     ],
 )

@@ -31,7 +31,7 @@ def test_unknown_profile_or_key(tmp_path):
 @pytest.mark.parametrize("name", ["shard_data", "pretrain", "plot"])
 def test_every_stage_checks_all_settings_first(project, name):
     change(project, report__radii=[0.333])
-    refused(stage(project, name), "params.yaml", "report.radii 0.333 must be a multiple of certify.grid_step")
+    refused(stage(project, name), "params.yaml", "report.radii 0.333 must be a multiple of certify.radius_step")
     change(project, report__radii=[0.5], sigmas=[-1.0])
     refused(stage(project, name), "sigmas.0 = -1.0", "greater than 0")
 
@@ -102,7 +102,7 @@ def with_encoder(project, trained):
 
 
 def test_a_checkpoint_of_another_architecture(with_encoder):
-    change(with_encoder, model__width=48)
+    change(with_encoder, model__embed_dim=48)
     refused(stage(with_encoder, "finetune", "rrcm", "0.5"), "another architecture", "width is 32", "want 48")
 
 

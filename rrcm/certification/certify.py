@@ -20,13 +20,13 @@ import pandas as pd
 import torch.distributed as dist
 
 from rrcm.certification import noise, smoothing
-from rrcm.certification import stopping as procedures
+from rrcm.certification import stopping as stopping
 from rrcm.certification.results import COLUMNS, write_certificates, write_samples
-from rrcm.certification.smoothing import Candidate, SmoothedClassifier, certificate
-from rrcm.certification.stopping import Procedure, planned
+from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
+from rrcm.certification.stopping import Procedure, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data import shards
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models import vit as model
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier
@@ -37,15 +37,15 @@ from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import environment
 from rrcm.utils.resume import Run, fingerprint
 
-CODE = (model, noise, procedures, rng, shards, smoothing)  # what decides the result, with this file
+CODE = (model, noise, stopping, rng, shards, smoothing)  # what decides the result, with this file
 
 
 class Team:
     """The processes that torchrun started, on one node or several, or this one alone; they share a list of images."""
 
     def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._store = next(dist.rendezvous("env://"))[0] if self.world > 1 else dist.HashStore()
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._store = next(dist.rendezvous("env://"))[0] if self.world_size > 1 else dist.HashStore()
 
     def take(self) -> int:
         """The place of the next image in the list: no two processes get the same."""
@@ -65,7 +65,7 @@ class Team:
         """This process is done. The first one waits for the others and yields now and then; should one of them die,
         torchrun ends this one too."""
         self._store.set(f"ended {self.rank}", "")
-        for rank in range(self.world if self.rank == 0 else 0):
+        for rank in range(self.world_size if self.rank == 0 else 0):
             while not self._store.check([f"ended {rank}"]):
                 yield
                 with contextlib.suppress(RuntimeError):  # not yet
@@ -82,15 +82,15 @@ def certify_split(
     number of processes.
     """
     settings, device, team = config.certify, pick_device(config.device), Team()
-    images = ShardedImages(shard_folder, "test")
+    images = ShardedDataset(shard_folder, "test")
     if team.rank == 0:
         images.verify()
     smoothed = smooth(load_classifier(model_folder).to(device), sigma, config)
-    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "grid_step")}
-    plan = planned(settings.procedure, sigma, **numbers)
+    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
+    plan = make_stopping_rule(settings.stopping, sigma, **numbers)
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
     pixels = pixels.to(device).float() / 255
-    candidates = [Candidate(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
+    candidates = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
     inputs = {
         "shards": images.fingerprint,
@@ -121,7 +121,7 @@ def certify_split(
             "samples_per_second": samples / seconds,
             "batch_size": batch_size,
             "dtype": smoothed.precision,
-            "processes": team.world,
+            "processes": team.world_size,
             "seconds_by_image": {str(candidate.index): candidate.seconds for candidate in candidates},
             "environment": environment(device),
         },
@@ -136,18 +136,18 @@ def smooth(network: Classifier, sigma: float, config: Config, **options: int) ->
 
 
 def _count_votes(
-    smoothed: SmoothedClassifier, candidates: list[Candidate], plan: Procedure, team: Team, folder: Path, label: str
+    smoothed: SmoothedClassifier, candidates: list[ImageState], plan: Procedure, team: Team, folder: Path, label: str
 ) -> None:
     """Certify this process's share of the candidates, after what the journals in `folder` say was done before."""
     _restore(candidates, folder)
     done = sum(candidate.stopped != "" for candidate in candidates)
     before, start = sum(candidate.samples for candidate in candidates), time.monotonic()
 
-    def share() -> Iterator[Candidate]:
+    def share() -> Iterator[ImageState]:
         while (place := team.take()) < len(candidates):
             yield candidates[place]
 
-    at_once = None if team.world == 1 else max(8, len(candidates) // (4 * team.world))
+    at_once = None if team.world_size == 1 else max(8, len(candidates) // (4 * team.world_size))
     with (
         Progress(len(candidates), label, "images", done=done, quiet=team.rank > 0) as progress,
         (folder / f"journal-{team.rank}.txt").open("a", encoding="utf-8") as journal,
@@ -164,7 +164,7 @@ def _count_votes(
         progress.update(done + team.finished() - progress.done)
 
 
-def _append(journal: TextIO, candidates: Iterable[Candidate]) -> None:
+def _append(journal: TextIO, candidates: Iterable[ImageState]) -> None:
     """A line a candidate: checksum and state."""
     for candidate in candidates:
         state = {name: value for name, value in vars(candidate).items() if name != "image"}
@@ -174,7 +174,7 @@ def _append(journal: TextIO, candidates: Iterable[Candidate]) -> None:
     os.fsync(journal.fileno())
 
 
-def _restore(candidates: Iterable[Candidate], folder: Path) -> None:
+def _restore(candidates: Iterable[ImageState], folder: Path) -> None:
     """Put candidates into the furthest state that any process's journal has of them. Half-written and damaged lines
     count for nothing: what they would say is drawn again."""
     by_index = {candidate.index: candidate for candidate in candidates}
@@ -189,7 +189,7 @@ def _restore(candidates: Iterable[Candidate], folder: Path) -> None:
                 vars(candidate).update(state)
 
 
-def _frame(candidates: Iterable[Candidate], plan: Procedure) -> pd.DataFrame:
+def _frame(candidates: Iterable[ImageState], plan: Procedure) -> pd.DataFrame:
     rows = []
     for candidate in candidates:
         answer = certificate(candidate, plan)

@@ -13,11 +13,11 @@ from PIL import Image
 from tabulate import tabulate
 
 from rrcm.certification.results import ABSTAIN, COLUMNS, UNKNOWN, write_certificates
-from rrcm.certification.smoothing import Candidate, SmoothedClassifier, certificate
+from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import Procedure
 from rrcm.data.augment import centre_crop, to_array
-from rrcm.models.load import Subject, class_folders
-from rrcm.report.figures import FORMATS, Tile, draw_certified_images, rounded_down, save, verdict
+from rrcm.models.load import LoadedClassifier, class_folders
+from rrcm.report.figures import FORMATS, Thumbnail, draw_certified_images, rounded_down, save, verdict
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_path
@@ -50,7 +50,7 @@ def _as_people_sort(path: Path) -> tuple:
     return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts], str(path)
 
 
-def read_image(path: Path, subject: Subject) -> np.ndarray:
+def read_image(path: Path, subject: LoadedClassifier) -> np.ndarray:
     """The central square of an image file, cut as the pipeline does for evaluation: uint8 (C, H, W) for the subject.
 
     16-bit grey becomes 8-bit, what is transparent is laid on white, of an animation the first frame is taken. Raises
@@ -81,7 +81,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def certify_folder(
     folder: Path,
-    subject: Subject,
+    subject: LoadedClassifier,
     plan: Procedure,
     *,
     output: Path,  # .tsv; beside it OUTPUT.files.tsv, which says which image is which
@@ -149,14 +149,14 @@ def _pick_device(name: str) -> torch.device:
 
 
 def _count_votes(
-    smoothed: SmoothedClassifier, images: Sequence[Path], subject: Subject, plan: Procedure, label: str
-) -> list[Candidate]:
+    smoothed: SmoothedClassifier, images: Sequence[Path], subject: LoadedClassifier, plan: Procedure, label: str
+) -> list[ImageState]:
     """Finished candidates in the order of `images`; their pixels are dropped as soon as they are."""
-    taken: list[Candidate] = []
+    taken: list[ImageState] = []
 
-    def candidates() -> Iterator[Candidate]:
+    def candidates() -> Iterator[ImageState]:
         for index, path in enumerate(images):
-            taken.append(Candidate(index, torch.from_numpy(read_image(path, subject).copy()).float() / 255))
+            taken.append(ImageState(index, torch.from_numpy(read_image(path, subject).copy()).float() / 255))
             yield taken[-1]
 
     with Progress(len(images), label, "images") as progress:
@@ -173,7 +173,9 @@ def _count_votes(
     return taken
 
 
-def _frame(candidates: Sequence[Candidate], plan: Procedure, places: Sequence[Path], subject: Subject) -> pd.DataFrame:
+def _frame(
+    candidates: Sequence[ImageState], plan: Procedure, places: Sequence[Path], subject: LoadedClassifier
+) -> pd.DataFrame:
     """A row an image: the field's columns, then its `file`, the `class` by name or "", `samples` and `stopped`."""
     known, rows = class_folders(subject), []
     for candidate, place in zip(candidates, places, strict=True):
@@ -189,11 +191,11 @@ def _printable(path: Path) -> str:
     return "".join(character if character.isprintable() else "?" for character in str(path))
 
 
-def _tile(row: pd.Series, path: Path, subject: Subject) -> Tile:
+def _tile(row: pd.Series, path: Path, subject: LoadedClassifier) -> Thumbnail:
     """`row` is the image's of `_frame`."""
     certified = row["label"] == UNKNOWN and row["predict"] != ABSTAIN
     kind = "certified" if certified else verdict(row["predict"], row["label"])
-    return Tile(read_image(path, subject).transpose(1, 2, 0) / 255, row["file"], row["class"], row["radius"], kind)
+    return Thumbnail(read_image(path, subject).transpose(1, 2, 0) / 255, row["file"], row["class"], row["radius"], kind)
 
 
 def _table(frame: pd.DataFrame) -> str:

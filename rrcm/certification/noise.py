@@ -38,7 +38,7 @@ def box_muller(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, to
     return radius * angle.cos(), radius * angle.sin()
 
 
-def gaussian(
+def counter_normal(
     shape: tuple[int, ...], seed: int, purpose: torch.Tensor, image: torch.Tensor, sample: torch.Tensor
 ) -> torch.Tensor:
     """Standard normal noise (B, *shape) float32. Row i belongs to (seed, purpose[i], image[i], sample[i]), each (B,)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, HOPELESS, WHOLE_GRID, WRONG_CLASS
+from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_path
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stopped"]
-STOPPED = (ALL_SAMPLES, WHOLE_GRID, HOPELESS, WRONG_CLASS)
+STOPPED = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
 UNKNOWN = -1  # label of an image whose class nobody has said
 
 

@@ -18,10 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, gaussian
-from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, Procedure, Sequential, binomial_test, check, planned
+from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, counter_normal
+from rrcm.certification.stopping import (
+    ABSTAIN,
+    WRONG_CLASS,
+    GroupSequential,
+    Procedure,
+    binomial_test,
+    check,
+    make_stopping_rule,
+)
 from rrcm.models.base_classifiers import Classifier
-from rrcm.utils.distributed import fast_precision
+from rrcm.utils.distributed import native_precision
 from rrcm.utils.errors import RRCMError
 
 PASSES = 16  # batches between two looks at the counts: the device is waited for once in so many
@@ -43,7 +51,7 @@ class Certificate:
 
 
 @dataclass
-class Candidate:
+class ImageState:
     """An image on its way to a certificate. All but `image` is small and JSON-able: a journal of it is a checkpoint."""
 
     index: int  # names its noise
@@ -61,7 +69,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """Samples start..stop of an image for one purpose (a constant of rrcm.certification.noise)."""
 
     image: torch.Tensor
@@ -115,7 +123,7 @@ class SmoothedClassifier(nn.Module):
             raise RRCMError(f"precision = {precision!r}: must be auto, fp32 or bf16")
         self.model = model
         if precision == "auto":
-            precision = "bf16" if fast_precision(self.device) == "bf16" else "fp32"
+            precision = "bf16" if native_precision(self.device) == "bf16" else "fp32"
         self.model = (copy.deepcopy(model).bfloat16() if precision == "bf16" else model).eval()
         self.sigma, self.num_classes, self.seed, self.samples = sigma, num_classes, seed, samples
         self.batch_size, self.memory_gib, self.precision = batch_size, memory_gib, precision
@@ -138,7 +146,9 @@ class SmoothedClassifier(nn.Module):
         place = torch.arange(len(images), device=images.device)
         sample = torch.arange(self.samples, device=images.device)
         rows = place.repeat_interleave(self.samples)
-        noise = gaussian(images.shape[1:], self.seed, torch.full_like(rows, FORWARD), rows, sample.repeat(len(images)))
+        noise = counter_normal(
+            images.shape[1:], self.seed, torch.full_like(rows, FORWARD), rows, sample.repeat(len(images))
+        )
         noisy = images.repeat_interleave(self.samples, 0) + self.sigma * noise
         logits = self._logits(noisy, self.model).float().log_softmax(-1)
         return logits.unflatten(0, (len(images), self.samples)).logsumexp(1) - math.log(self.samples)
@@ -148,21 +158,21 @@ class SmoothedClassifier(nn.Module):
         images: torch.Tensor,
         labels: Sequence[int] | torch.Tensor | None = None,
         *,
-        procedure: str = "sequential",
+        stopping: str = "sequential",
         n0: int = 100,
         n: int = 100_000,
         alpha: float = 0.001,
-        grid_step: float = 0.25,
+        radius_step: float = 0.25,
         indices: Sequence[int] | None = None,
     ) -> list[Certificate]:
         """A certificate an image, each wrong with probability at most alpha.
 
-        images (B, C, H, W) float in [0, 1]. `procedure` "fixed" is Cohen's CERTIFY with its exact bound; "sequential"
-        draws as many of the n samples as it takes to know which multiples of `grid_step` (pixel units) are certified.
+        images (B, C, H, W) float in [0, 1]. `stopping` "fixed" is Cohen's CERTIFY with its exact bound; "sequential"
+        draws as many of the n samples as it takes to know which multiples of `radius_step` (pixel units) are certified.
         With labels "sequential" is done as soon as the chosen class is wrong: for evaluations. `indices` (default 0, 1,
         ...) name the images' noise under the seed. Raises `RRCMError` for impossible settings and images.
         """
-        plan = planned(procedure, self.sigma, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
+        plan = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
         candidates = self._candidates(images, labels, indices)
         for _ in self.run(candidates, plan):
             pass
@@ -184,7 +194,7 @@ class SmoothedClassifier(nn.Module):
         for first in range(0, len(candidates), together):
             some = candidates[first : first + together]
             votes = sum(
-                self.vote([Request(c.image, c.index, PREDICT, start, min(n, start + room)) for c in some])
+                self.vote([SampleRequest(c.image, c.index, PREDICT, start, min(n, start + room)) for c in some])
                 for start in range(0, n, room)
             )
             runner_up, top = np.sort(votes, axis=1)[:, -2:].T.tolist()
@@ -193,8 +203,8 @@ class SmoothedClassifier(nn.Module):
         return answers
 
     def run(
-        self, candidates: Iterable[Candidate], plan: Procedure, *, at_once: int | None = None
-    ) -> Iterator[list[Candidate]]:
+        self, candidates: Iterable[ImageState], plan: Procedure, *, at_once: int | None = None
+    ) -> Iterator[list[ImageState]]:
         """Certify candidates, whatever state they are in, and yield those that moved on, again and again.
 
         Candidates are taken from the iterable when there is room for them in the next batches, at most `at_once` at a
@@ -229,7 +239,7 @@ class SmoothedClassifier(nn.Module):
             active.extendleft(reversed([candidate for candidate in chosen if not candidate.stopped]))
 
     @torch.no_grad()
-    def vote(self, requests: Sequence[Request]) -> np.ndarray:
+    def vote(self, requests: Sequence[SampleRequest]) -> np.ndarray:
         """SAMPLEUNDERNOISE of many images: how often each class is answered, (len(requests), K) int64.
 
         Samples are packed into batches of one shape. The device is waited for once, at the end. Raises `RRCMError` when
@@ -256,7 +266,7 @@ class SmoothedClassifier(nn.Module):
         broken = torch.zeros((), dtype=torch.bool, device=device)
         for batch in range(0, padded, size):
             of, purpose, index, number = rows[:, batch : batch + size]
-            noise = gaussian(shape, self.seed, purpose, index, number)
+            noise = counter_normal(shape, self.seed, purpose, index, number)
             logits = self._logits(images[of].add_(noise, alpha=self.sigma), self._network[0])
             counts.index_add_(0, of * self.num_classes + logits.argmax(1), real[batch : batch + size])
             broken |= logits.isnan().any()
@@ -317,7 +327,7 @@ class SmoothedClassifier(nn.Module):
 
     def _candidates(
         self, images: torch.Tensor, labels: Sequence[int] | torch.Tensor | None, indices: Sequence[int] | None
-    ) -> list[Candidate]:
+    ) -> list[ImageState]:
         check_images(images)
         names = list(range(len(images))) if indices is None else whole_numbers("indices", indices)
         if len(names) != len(images) or len(set(names)) != len(names):
@@ -325,16 +335,16 @@ class SmoothedClassifier(nn.Module):
         if names and not (min(names) >= 0 and max(names) < 2**32):
             raise RRCMError(f"indices from {min(names)} to {max(names)}: must be in [0, 2^32)")
         if labels is None:
-            return [Candidate(name, image) for name, image in zip(names, images, strict=True)]
+            return [ImageState(name, image) for name, image in zip(names, images, strict=True)]
         known = whole_numbers("labels", labels)
         if len(known) != len(images):
             raise RRCMError(f"labels: {len(known)} for {len(images)} images; must be one an image")
         if known and not (min(known) >= 0 and max(known) < self.num_classes):
             raise RRCMError(f"labels from {min(known)} to {max(known)}: must be in [0, {self.num_classes})")
-        return [Candidate(name, image, label) for name, image, label in zip(names, images, known, strict=True)]
+        return [ImageState(name, image, label) for name, image, label in zip(names, images, known, strict=True)]
 
 
-def certificate(candidate: Candidate, plan: Procedure) -> Certificate:
+def certificate(candidate: ImageState, plan: Procedure) -> Certificate:
     """What a finished candidate has come to."""
     if candidate.stopped == WRONG_CLASS:
         return Certificate(candidate.top, 0.0, candidate.samples, WRONG_CLASS)
@@ -344,14 +354,14 @@ def certificate(candidate: Candidate, plan: Procedure) -> Certificate:
     return Certificate(candidate.top, radius, candidate.samples, candidate.stopped)
 
 
-def _next_samples(candidate: Candidate, plan: Procedure, room: int) -> Request:
+def _next_samples(candidate: ImageState, plan: Procedure, room: int) -> SampleRequest:
     """Up to the next look, or as far as there is room."""
     purpose, stop = (SELECT, plan.n0) if candidate.top < 0 else (ESTIMATE, plan.looks[candidate.look])
     start = candidate.drawn
-    return Request(candidate.image, candidate.index, purpose, start, min(stop, start + room))
+    return SampleRequest(candidate.image, candidate.index, purpose, start, min(stop, start + room))
 
 
-def _advance(candidate: Candidate, request: Request, votes: np.ndarray, plan: Procedure) -> None:
+def _advance(candidate: ImageState, request: SampleRequest, votes: np.ndarray, plan: Procedure) -> None:
     """Count the votes; at the end of the selection choose the class, at a look judge."""
     candidate.drawn = request.stop
     candidate.samples += request.stop - request.start
@@ -361,7 +371,7 @@ def _advance(candidate: Candidate, request: Request, votes: np.ndarray, plan: Pr
         if candidate.drawn == plan.n0:
             candidate.top = min((-votes, int(answer)) for answer, votes in candidate.selection.items())[1]
             candidate.selection, candidate.drawn = {}, 0
-            if isinstance(plan, Sequential) and candidate.label not in (None, candidate.top):
+            if isinstance(plan, GroupSequential) and candidate.label not in (None, candidate.top):
                 candidate.stopped = WRONG_CLASS
         return
     candidate.count += int(votes[candidate.top])

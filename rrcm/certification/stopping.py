@@ -18,7 +18,7 @@ from rrcm.utils.errors import RRCMError
 # Why sampling stopped.
 ALL_SAMPLES = "all samples"
 WHOLE_GRID = "whole grid"
-HOPELESS = "hopeless"  # the next radius of the grid is out of reach
+FUTILE = "hopeless"  # the next radius of the grid is out of reach
 WRONG_CLASS = "wrong class"  # of an evaluation: the chosen class is not the label
 
 ABSTAIN = -1  # the class of an image of which nothing is certified
@@ -62,7 +62,7 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Sequential:
+class GroupSequential:
     """Group-sequential CERTIFY: looks at growing sample sizes, alpha split over them, radii of a grid one by one.
 
     A radius r is certified at look j when the count has a chance under p_A = Phi(r / sigma) that is at most alphas[j]
@@ -95,7 +95,7 @@ class Sequential:
         level = np.logical_and.accumulate(certified, axis=-1).sum(-1)  # none before all smaller ones
         out_of_reach = count < np.append(self.hope[look], 0)[level]
         last = look == len(self.looks) - 1
-        stopped = np.select([level == len(self.radii), last, out_of_reach], [WHOLE_GRID, ALL_SAMPLES, HOPELESS], "")
+        stopped = np.select([level == len(self.radii), last, out_of_reach], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
         return (level, stopped) if np.ndim(count) else (int(level), str(stopped))
 
     def radius(self, count: int, level: int) -> float | None:
@@ -103,7 +103,7 @@ class Sequential:
         return self.radii[level - 1] if level else None
 
 
-Procedure = Fixed | Sequential
+Procedure = Fixed | GroupSequential
 
 
 def fixed(sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001) -> Fixed:
@@ -113,23 +113,25 @@ def fixed(sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001
 
 
 def sequential(
-    sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001, grid_step: float = 0.25
-) -> Sequential:
-    """Group-sequential CERTIFY with at most n samples, for radii 0, grid_step, 2 grid_step, ... as far as n can reach.
+    sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001, radius_step: float = 0.25
+) -> GroupSequential:
+    """Group-sequential CERTIFY with at most n samples, for radii 0, radius_step, 2 radius_step, ... as far as n can reach.
 
     Looks are at 100, 120, 144, ... samples; half of alpha is kept for the last, the rest split evenly over the others,
     and what a look cannot spend on a radius is carried on. Raises `RRCMError` for impossible settings.
     """
     check(sigma, n0, n, alpha)
-    if not 0 < grid_step < np.inf:
-        raise RRCMError(f"grid_step = {grid_step}: must be above 0, in pixel units")
+    if not 0 < radius_step < np.inf:
+        raise RRCMError(f"radius_step = {radius_step}: must be above 0, in pixel units")
     looks = growing_looks(n)
     alphas = spend(alpha, len(looks))
     reach = max(sigma * float(ndtri(alpha ** (1 / n))), 0.0)  # the radius of n votes out of n
-    if reach / grid_step > 10_000:
-        raise RRCMError(f"grid_step = {grid_step}: {reach / grid_step:.3g} radii up to {reach:.3g}; take a coarser one")
-    steps = 1 + int(reach / grid_step)
-    radii = np.array([float(f"{grid_step * k:.12g}") for k in range(steps)])  # 0.6, not 0.6000000000000001
+    if reach / radius_step > 10_000:
+        raise RRCMError(
+            f"radius_step = {radius_step}: {reach / radius_step:.3g} radii up to {reach:.3g}; take a coarser one"
+        )
+    steps = 1 + int(reach / radius_step)
+    radii = np.array([float(f"{radius_step * k:.12g}") for k in range(steps)])  # 0.6, not 0.6000000000000001
     needed = boundaries(looks, alphas, ndtr(radii / sigma))
     kept = max(1, int((needed[-1] <= n).sum()))  # not one that is out of reach by a rounding error
     radii, needed = radii[:kept], needed[:, :kept]
@@ -142,16 +144,16 @@ def sequential(
         return _tail(missing, looks[-1] - m, optimistic) >= FUTILITY
 
     hope = smallest(hopeful, m, len(radii))
-    return Sequential(sigma, n0, looks, alphas, tuple(radii.tolist()), needed, hope)
+    return GroupSequential(sigma, n0, looks, alphas, tuple(radii.tolist()), needed, hope)
 
 
-def planned(procedure: str, sigma: float, *, n0: int, n: int, alpha: float, grid_step: float) -> Procedure:
-    """`fixed` or `sequential`, by name; the first has no use for `grid_step`. Raises `RRCMError`."""
-    if procedure == "fixed":
+def make_stopping_rule(stopping: str, sigma: float, *, n0: int, n: int, alpha: float, radius_step: float) -> Procedure:
+    """`fixed` or `sequential`, by name; the first has no use for `radius_step`. Raises `RRCMError`."""
+    if stopping == "fixed":
         return fixed(sigma, n0=n0, n=n, alpha=alpha)
-    if procedure == "sequential":
-        return sequential(sigma, n0=n0, n=n, alpha=alpha, grid_step=grid_step)
-    raise RRCMError(f"procedure = {procedure!r}: must be fixed or sequential")
+    if stopping == "sequential":
+        return sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
+    raise RRCMError(f"stopping = {stopping!r}: must be fixed or sequential")
 
 
 def growing_looks(n: int) -> tuple[int, ...]:

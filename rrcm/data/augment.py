@@ -68,9 +68,9 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PretrainTransform:
-    """An image to {image, view1, view2: uint8 (C, size, size), photometric1, photometric2: float32 (8,)}.
+    """An image to {image, view1, view2: uint8 (C, size, size), color_blur1, color_blur2: float32 (8,)}.
 
-    `image` is the centre crop, flipped at random. The views are only cut and flipped: `photometric` does the rest.
+    `image` is the centre crop, flipped at random. The views are only cut and flipped: `color_blur` does the rest.
     """
 
     views: Views
@@ -78,19 +78,19 @@ class PretrainTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         views, sample = self.views, {}
-        sample["image"] = to_array(flip(centre_crop(image, self.size), views.flip, rng))
+        sample["image"] = to_array(flip(centre_crop(image, self.size), views.flip_prob, rng))
         for i in range(2):
-            view = random_resized_crop(image, self.size, views.crop_min, Image.Resampling.BILINEAR, rng)
-            sample[f"view{i + 1}"] = to_array(flip(view, views.flip, rng))
-            sample[f"photometric{i + 1}"] = draw_photometric(views, i, rng)
+            view = random_resized_crop(image, self.size, views.min_crop_area, Image.Resampling.BILINEAR, rng)
+            sample[f"view{i + 1}"] = to_array(flip(view, views.flip_prob, rng))
+            sample[f"color_blur{i + 1}"] = sample_color_blur(views, i, rng)
         return sample
 
 
-def draw_photometric(views: Views, view: int, rng: np.random.Generator) -> np.ndarray:
-    """What `photometric` does to view 0 or 1 of an image: float32 (8,). The neutral value of each entry switches it
+def sample_color_blur(views: Views, view: int, rng: np.random.Generator) -> np.ndarray:
+    """What `color_blur` does to view 0 or 1 of an image: float32 (8,). The neutral value of each entry switches it
     off: factors 1, 1, 1, hue shift 0, (order), gray 0, blur sigma 0, solarize 0."""
     u = rng.random(12).tolist()
-    jittered = u[0] < views.jitter
+    jittered = u[0] < views.color_jitter_prob
     factors = [(2 * u[i + 1] - 1) * strength * jittered for i, strength in enumerate(JITTER)]
     low, high = views.blur_sigma
     return np.array(
@@ -100,18 +100,18 @@ def draw_photometric(views: Views, view: int, rng: np.random.Generator) -> np.nd
             1 + factors[SATURATION],
             factors[HUE],  # share of the colour circle
             int(u[5] * len(ORDERS)),
-            u[6] < views.gray,
-            (low + (high - low) * u[7]) * (u[8] < views.blur[view]),  # pixels
-            u[9] < views.solarize[view],
+            u[6] < views.grayscale_prob,
+            (low + (high - low) * u[7]) * (u[8] < views.blur_prob[view]),  # pixels
+            u[9] < views.solarize_prob[view],
         ],
         np.float32,
     )
 
 
-def photometric(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+def color_blur(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """Colour jitter in each image's own order, then gray, blur, solarize.
 
-    images (B, C, H, W) uint8, or float32 in [0, 1]; parameters (B, 8) of `draw_photometric`, best left on the CPU: the
+    images (B, C, H, W) uint8, or float32 in [0, 1]; parameters (B, 8) of `sample_color_blur`, best left on the CPU: the
     choice of rows then needs no wait for the GPU. Returns float32 in [0, 1], on the device of `images`.
     For C = 1 saturation, hue and gray do nothing.
     """
@@ -238,7 +238,7 @@ class FinetuneTransform:
             np.random.set_state(states[1])
 
 
-def mix_pairs(mix: Mixup, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mixup_pairs(mix: Mixup, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """timm's mixup or cutmix of neighbours: image 0 with 1, 2 with 3, ... So any even share of a global batch is mixed
     alike, whatever the number of processes. images (B, C, H, W) uint8, labels (B,) -> float images in [0, 255], soft
     targets (B, K)."""

@@ -23,20 +23,20 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the P
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
-class Records(NamedTuple):
+class RawSplit(NamedTuple):
     """Images in a fixed order: uint8 (N, H, W) or (N, H, W, 3), or N file paths (dtype object); labels (N,) int64."""
 
     images: np.ndarray
     labels: np.ndarray
 
 
-class Source(NamedTuple):
+class RawDataset(NamedTuple):
     classes: list[str]
-    train: Records
-    test: Records
+    train: RawSplit
+    test: RawSplit
 
 
-def read_source(data: Data) -> Source:
+def read_dataset(data: Data) -> RawDataset:
     """Read (and, where a source has a public address and no local files, first download) the raw data set.
 
     Raises `RRCMError` when a folder or file is missing, has no images, or is not in its format.
@@ -44,7 +44,7 @@ def read_source(data: Data) -> Source:
     return READERS[data.source](data)
 
 
-def carve(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Split the rows 0..N-1 into (kept, carved), both ascending: `fraction` of every class, at least one image of it,
     but never its last one."""
     carved = []
@@ -56,21 +56,21 @@ def carve(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tupl
     return np.setdiff1d(np.arange(len(labels)), carved), carved
 
 
-def _carve_test(classes: list[str], images: np.ndarray, labels: np.ndarray) -> Source:
+def _split_off_test(classes: list[str], images: np.ndarray, labels: np.ndarray) -> RawDataset:
     """A fixed, stratified test set: it does not depend on the run's seed, so seeds can be compared."""
-    train, test = carve(labels, TEST_FRACTION, numpy_rng(0, "test split"))
-    return Source(classes, Records(images[train], labels[train]), Records(images[test], labels[test]))
+    train, test = stratified_split(labels, TEST_FRACTION, numpy_rng(0, "test split"))
+    return RawDataset(classes, RawSplit(images[train], labels[train]), RawSplit(images[test], labels[test]))
 
 
-def read_digits(data: Data) -> Source:
+def read_digits(data: Data) -> RawDataset:
     from sklearn.datasets import load_digits  # a second of import that other sources need not pay
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    return _carve_test([str(digit) for digit in digits.target_names], images, digits.target.astype(np.int64))
+    return _split_off_test([str(digit) for digit in digits.target_names], images, digits.target.astype(np.int64))
 
 
-def read_fashion_mnist(data: Data) -> Source:
+def read_fashion_mnist(data: Data) -> RawDataset:
     from torchvision.datasets import FashionMNIST
 
     root = _base(data)
@@ -80,12 +80,12 @@ def read_fashion_mnist(data: Data) -> Source:
         _download("fashion_mnist", ", ".join(FashionMNIST.mirrors), lambda: FashionMNIST(str(root), download=True))
         folder = root / "FashionMNIST/raw"
     train, test = (
-        Records(
+        RawSplit(
             _read_idx(folder / f"{name}-images-idx3-ubyte.gz", 3), _read_idx(folder / f"{name}-labels-idx1-ubyte.gz", 1)
         )
         for name in ("train", "t10k")
     )
-    return Source(FashionMNIST.classes, _checked(train, 10, folder), _checked(test, 10, folder))
+    return RawDataset(FashionMNIST.classes, _checked(train, 10, folder), _checked(test, 10, folder))
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -101,7 +101,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def read_cifar10(data: Data) -> Source:
+def read_cifar10(data: Data) -> RawDataset:
     from torchvision.datasets.utils import download_and_extract_archive
 
     root = _base(data)
@@ -125,13 +125,13 @@ def read_cifar10(data: Data) -> Source:
         if not content or len(content) % 3073:
             raise RRCMError(f"{folder / name}: {len(content)} bytes are not whole records of 3073; download it again")
     train, test = (
-        Records(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])  # stored as planes R, G, B
+        RawSplit(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])  # stored as planes R, G, B
         for records in (np.frombuffer(c, np.uint8).reshape(-1, 3073) for c in (b"".join(batches), test))
     )
-    return Source(classes, _checked(train, len(classes), folder), _checked(test, len(classes), folder))
+    return RawDataset(classes, _checked(train, len(classes), folder), _checked(test, len(classes), folder))
 
 
-def read_kather(data: Data) -> Source:
+def read_pathmnist(data: Data) -> RawDataset:
     """PathMNIST's own train and test. At 224 pixels its train images take 14 GB of memory, as in medmnist itself."""
     from medmnist import INFO
     from torchvision.datasets.utils import download_url
@@ -145,36 +145,36 @@ def read_kather(data: Data) -> Source:
         _download("kather", url, lambda: download_url(url, path.parent, path.name, md5))
     try:
         with np.load(path, allow_pickle=False) as archive:
-            train, test = (Records(archive[f"{s}_images"], archive[f"{s}_labels"].ravel()) for s in ("train", "test"))
+            train, test = (RawSplit(archive[f"{s}_images"], archive[f"{s}_labels"].ravel()) for s in ("train", "test"))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise RRCMError(f"{path}: cannot be read as PathMNIST's npz ({error}); delete it to download again") from None
     for images in (train.images, test.images):
         if images.dtype != np.uint8 or images.shape[1:] != (data.image_size, data.image_size, 3):
             raise RRCMError(f"{path}: images are {images.dtype} {images.shape}, not {data.image_size} pixels RGB")
     classes = list(info["label"].values())
-    return Source(classes, _checked(train, len(classes), path), _checked(test, len(classes), path))
+    return RawDataset(classes, _checked(train, len(classes), path), _checked(test, len(classes), path))
 
 
-def read_imagenet(data: Data) -> Source:
+def read_imagenet(data: Data) -> RawDataset:
     """ImageNet's train/ and val/; its official val is our test."""
     return _read_folders(_root(data), "val")
 
 
-def read_imagefolder(data: Data) -> Source:
+def read_imagefolder(data: Data) -> RawDataset:
     """Class folders under train/ and test/, or right under the root: then a test set is carved."""
     root = _root(data)
     if (root / "train").is_dir():
         return _read_folders(root, "test")
     classes = _class_names(root)
-    return _carve_test(classes, *_list_images(root, classes))
+    return _split_off_test(classes, *_list_images(root, classes))
 
 
-def _read_folders(root: Path, test: str) -> Source:
+def _read_folders(root: Path, test: str) -> RawDataset:
     classes = _class_names(root / "train")
     unknown = sorted(set(_class_names(root / test)) - set(classes))
     if unknown:
         raise RRCMError(f"{root / test}: class folder {unknown[0]} is not in {root / 'train'}; remove or rename it")
-    return Source(
+    return RawDataset(
         classes, _list_images(root / "train", classes), _list_images(root / test, _class_names(root / test), classes)
     )
 
@@ -189,7 +189,7 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _list_images(folder: Path, names: list[str], classes: list[str] | None = None) -> Records:
+def _list_images(folder: Path, names: list[str], classes: list[str] | None = None) -> RawSplit:
     """Image files of the class folders `names`, sorted; labels are places in `classes` (default: `names`)."""
     paths, labels = [], []
     for name in names:
@@ -201,7 +201,7 @@ def _list_images(folder: Path, names: list[str], classes: list[str] | None = Non
             raise RRCMError(f"{folder / name}: class folder without images ({suffixes}); add some or remove it")
         paths += files
         labels += [(classes or names).index(name)] * len(files)
-    return Records(np.array(paths, object), np.array(labels, np.int64))
+    return RawSplit(np.array(paths, object), np.array(labels, np.int64))
 
 
 def _root(data: Data) -> Path:
@@ -229,14 +229,14 @@ def _download(name: str, address: str, action: Callable[[], object]) -> None:
         raise RRCMError(f"{name}: download from {address} failed ({reason}); fetch it by hand, set data.root") from None
 
 
-def _checked(records: Records, classes: int, origin: Path) -> Records:
+def _checked(records: RawSplit, classes: int, origin: Path) -> RawSplit:
     """As many labels as images, at least one, all in range; labels become int64."""
     images, labels = records.images, records.labels.astype(np.int64)
     if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= classes:
         raise RRCMError(
             f"{origin}: {len(labels)} labels for {len(images)} images, or one not in 0..{classes - 1}; download again"
         )
-    return Records(images, labels)
+    return RawSplit(images, labels)
 
 
 READERS = {
@@ -244,6 +244,6 @@ READERS = {
     "fashion_mnist": read_fashion_mnist,
     "cifar10": read_cifar10,
     "imagenet": read_imagenet,
-    "kather": read_kather,
+    "kather": read_pathmnist,
     "imagefolder": read_imagefolder,
 }

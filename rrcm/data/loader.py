@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rrcm.data.shards import ShardedImages
+from rrcm.data.shards import ShardedDataset
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.rng import numpy_rng
 
@@ -61,7 +61,7 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
 
 
 def batches(
-    images: ShardedImages,
+    images: ShardedDataset,
     transform: Transform,
     *,
     batch_size: int,
@@ -69,7 +69,7 @@ def batches(
     first_step: int,
     last_step: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> Generator[Batch]:
     """This rank's part of the global batches first_step..last_step-1; step k is of epoch k // steps_per_epoch.
@@ -78,10 +78,10 @@ def batches(
     `transform` returns, stacked, and int64 `label` and `position` (place in the global batch). `transform` gets a
     generator of its own for each (seed, epoch, image). Errors in workers surface as they are.
     """
-    if batch_size % world:
-        raise RRCMError(f"batch_size {batch_size} is not a multiple of the {world} processes; choose one that is")
+    if batch_size % world_size:
+        raise RRCMError(f"batch_size {batch_size} is not a multiple of the {world_size} processes; choose one that is")
     loader = DataLoader(
-        _Steps(images, transform, batch_size, seed, rank, world),
+        _Steps(images, transform, batch_size, seed, rank, world_size),
         sampler=range(first_step, last_step),
         batch_size=None,  # an item of the dataset is a batch: workers take whole ones
         num_workers=workers,
@@ -99,7 +99,7 @@ def _unwrap(loader: DataLoader) -> Generator[Batch]:
         yield batch
 
 
-def shards_of_step(images: ShardedImages, batch_size: int, seed: int, step: int) -> str:
+def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int) -> str:
     """The shards that the images of a global batch lie in, in words."""
     epoch, k = divmod(step, steps_per_epoch(len(images), batch_size))
     rows = epoch_batches(images.shard_sizes, batch_size, seed, epoch)[k]
@@ -118,10 +118,12 @@ class _Steps(Dataset):
     """Item k is this rank's part of global batch k, or the RRCMError that kept it from being made: raised in a worker,
     torch would bury its one line in a traceback."""
 
-    def __init__(self, images: ShardedImages, transform: Transform, batch_size: int, seed: int, rank: int, world: int):
+    def __init__(
+        self, images: ShardedDataset, transform: Transform, batch_size: int, seed: int, rank: int, world_size: int
+    ):
         self.images, self.transform, self.batch_size, self.seed = images, transform, batch_size, seed
         self.steps = steps_per_epoch(len(images), batch_size)
-        size = batch_size // world
+        size = batch_size // world_size
         self.positions = torch.arange(rank * size, (rank + 1) * size)
         self.epoch, self.batches = -1, np.empty((0, batch_size), np.int64)
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rrcm.config import Data
-from rrcm.data.datasets import Records, carve, read_source
+from rrcm.data.datasets import RawSplit, read_dataset, stratified_split
 from rrcm.data.shards import BLOCK, LABEL, File, Manifest, Shard, Split, _line
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, sha256_file, write_text
@@ -28,8 +28,8 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
     compressing release Python's lock). Every image file is decoded once: raises `RRCMError` naming the first that
     fails and how many others do.
     """
-    source = read_source(data)
-    train, val = carve(source.train.labels, data.val_fraction, numpy_rng(seed, "validation split"))
+    source = read_dataset(data)
+    train, val = stratified_split(source.train.labels, data.val_fraction, numpy_rng(seed, "validation split"))
     if not len(val):
         raise RRCMError(f"data.root {data.root}: no class has a second training image to validate on; add images")
     order = numpy_rng(seed, "shard order")
@@ -75,7 +75,7 @@ def _described(path: Path) -> dict[str, str | int]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _write_shard(path: Path, records: Records, rows: np.ndarray) -> tuple[Shard, np.ndarray, list[str]]:
+def _write_shard(path: Path, records: RawSplit, rows: np.ndarray) -> tuple[Shard, np.ndarray, list[str]]:
     """One tar of the given rows: its manifest entry, its part of the index, and complaints about unreadable images."""
     from webdataset import TarWriter  # seconds of import that reading shards need not pay
 

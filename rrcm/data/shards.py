@@ -75,7 +75,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class ShardedImages:
+class ShardedDataset:
     """One split of a shard folder, by random access.
 
     root: a folder or a URL (http, https, s3, ... whatever fsspec reads). Files behind a URL are downloaded whole, once,
@@ -200,14 +200,14 @@ class ShardedImages:
 
 
 def read_split(
-    images: ShardedImages, size: int, every: int = 1, limit: int | None = None
+    images: ShardedDataset, size: int, every: int = 1, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Every k-th image of a split, at most `limit`: uint8 (N, C, size, size), int64 labels (N,), their indices."""
     rows = list(range(0, len(images), every)[:limit])
     return read_pixels(images, size, rows), torch.from_numpy(images.labels[rows]), rows
 
 
-def read_pixels(images: ShardedImages, size: int, rows: Sequence[int]) -> torch.Tensor:
+def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch.Tensor:
     """The central squares of images: uint8 (len(rows), C, size, size)."""
     pixels = torch.empty((len(rows), images.channels, size, size), dtype=torch.uint8)
     for place, row in zip(pixels, rows, strict=True):

@@ -27,7 +27,7 @@ from rrcm.certification.certify import smooth
 from rrcm.certification.results import ABSTAIN, COLUMNS, read_certificates, sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Attack, Config
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier
@@ -77,25 +77,25 @@ def project(moved: torch.Tensor, images: torch.Tensor, radius: torch.Tensor) -> 
     return (images.double() + shrink[:, None, None, None] * offset).clamp(0, 1).float()
 
 
-class Victim(NamedTuple):
+class AttackTarget(NamedTuple):
     """What is attacked: the network that gives the gradients, and what is answered to images of these indices."""
 
     network: nn.Module
     answer: Callable[[torch.Tensor, Sequence[int]], Sequence[int]]
 
 
-def smoothed_victim(smoothed: SmoothedClassifier, n: int, alpha: float) -> Victim:
+def smoothed_victim(smoothed: SmoothedClassifier, n: int, alpha: float) -> AttackTarget:
     """The smoothed classifier: it answers as PREDICT does, with n samples."""
-    return Victim(smoothed, lambda images, indices: smoothed.predict(images, n=n, alpha=alpha, indices=indices))
+    return AttackTarget(smoothed, lambda images, indices: smoothed.predict(images, n=n, alpha=alpha, indices=indices))
 
 
-def unsmoothed_victim(network: nn.Module) -> Victim:
+def unsmoothed_victim(network: nn.Module) -> AttackTarget:
     """The network itself, asked once and without noise."""
-    return Victim(network, lambda images, indices: network(images).argmax(1).tolist())
+    return AttackTarget(network, lambda images, indices: network(images).argmax(1).tolist())
 
 
-def worst_answers(
-    victim: Victim,
+def worst_predictions(
+    victim: AttackTarget,
     images: torch.Tensor,
     indices: np.ndarray,
     truth: np.ndarray,
@@ -112,8 +112,8 @@ def worst_answers(
     for row, radius in zip(worst, radii, strict=True):
         standing = np.flatnonzero((found == truth) | (found == ABSTAIN))
         progress.update(len(truth) - len(standing))
-        for first in range(0, len(standing), settings.batch):
-            some = standing[first : first + settings.batch]
+        for first in range(0, len(standing), settings.batch_size):
+            some = standing[first : first + settings.batch_size]
             labels, reach = (torch.from_numpy(values[some]).to(images.device) for values in (truth, radius))
             attacked = pgd(victim.network, images[some], labels, reach, steps=settings.steps)
             answers = np.array(victim.answer(attacked, indices[some].tolist()))
@@ -138,20 +138,20 @@ def attack_classifier(
     `unsmoothed_r=R` within each radius R of the report (the truth being the label).
     """
     settings = config.attack
-    smoothed = smooth(network, sigma, config, samples=settings.samples)
+    smoothed = smooth(network, sigma, config, samples=settings.num_noise)
     victims = {"": smoothed_victim(smoothed, settings.n, settings.alpha), "unsmoothed_": unsmoothed_victim(network)}
     table = certificates[COLUMNS[:-1]].copy()
     idx, label, predict, radius = (table[name].to_numpy() for name in ("idx", "label", "predict", "radius"))
     claims, radii = np.flatnonzero(radius > 0), report_radii(config)
 
     case = (images[claims], idx[claims], predict[claims], JUST_BELOW * radius[None, claims])
-    (found,) = worst_answers(victims[""], *case, settings, progress)
+    (found,) = worst_predictions(victims[""], *case, settings, progress)
     table["attacked"] = pd.Series(found, claims, "Int64")
     table["broken"] = 0
     table.loc[claims, "broken"] = ((found != predict[claims]) & (found != ABSTAIN)).astype(int)
     everywhere = np.repeat(np.array(radii)[:, None], len(table), axis=1)
     for name, victim in victims.items():
-        found = worst_answers(victim, images, idx, label, everywhere, settings, progress)
+        found = worst_predictions(victim, images, idx, label, everywhere, settings, progress)
         for r, answers in zip(radii, found, strict=True):
             table[f"{name}r={r}"] = answers
     return table
@@ -188,7 +188,7 @@ def attack_method(
     missing or the certificates are of other images than the settings name.
     """
     device, settings = pick_device(config.device), config.attack
-    shards = ShardedImages(shard_folder, "test")
+    shards = ShardedDataset(shard_folder, "test")
     shards.verify()
     pixels, labels, indices = read_split(
         shards, config.data.image_size, config.certify.every, config.certify.max_images
@@ -203,7 +203,7 @@ def attack_method(
             raise RRCMError(f"{path}: certifies other images than the settings name; run `dvc repro certify` again")
         networks[sigma] = load_classifier(models / sigma_name(sigma)).to(device)
 
-    rows, radii = evenly(len(indices), settings.max_images), report_radii(config)
+    rows, radii = evenly_spaced(len(indices), settings.max_images), report_radii(config)
     images = pixels[rows].to(device).float() / 255
     frames = {sigma: frame.iloc[rows].reset_index(drop=True) for sigma, frame in frames.items()}
     jobs = sum(2 * len(radii) * len(frame) + int((frame["radius"] > 0).sum()) for frame in frames.values())
@@ -226,7 +226,7 @@ def attack_method(
     print(outcome(output, total, config.certify.alpha), file=sys.stderr)
 
 
-def evenly(count: int, limit: int | None) -> np.ndarray:
+def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
     """At most `limit` of `count` places, evenly spread: test images may be sorted by class."""
     return np.linspace(0, count - 1, min(count, limit or count)).astype(int)
 

@@ -7,7 +7,7 @@ import torch
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Config
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device
@@ -27,13 +27,13 @@ def measure_latency(config: Config, method: str, shard_folder: Path | str, model
         batch_size=settings.batch_size,
         precision=settings.precision,
     )
-    pixels, _, _ = read_split(ShardedImages(shard_folder, "test"), config.data.image_size, limit=1)
+    pixels, _, _ = read_split(ShardedDataset(shard_folder, "test"), config.data.image_size, limit=1)
     images = pixels.to(device).float() / 255
 
     def seconds(n: int) -> float:
         start = time.perf_counter()
         smoothed.certify(  # ends with the counts on the CPU, so the device is done when it returns
-            images, procedure="fixed", n0=min(n, config.certify.n0), n=n, alpha=config.certify.alpha
+            images, stopping="fixed", n0=min(n, config.certify.n0), n=n, alpha=config.certify.alpha
         )
         return time.perf_counter() - start
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rrcm.data.shards import ShardedImages, read_pixels
-from rrcm.utils.distributed import Process, all_gather_rows, autocast
+from rrcm.data.shards import ShardedDataset, read_pixels
+from rrcm.utils.distributed import DistEnv, all_gather_cat, autocast
 from rrcm.utils.rng import normal_per_sample
 
 BATCH = 256
@@ -34,7 +34,7 @@ def knn_accuracy(
     return right / len(queries)
 
 
-def own_and_others(seen: torch.Tensor, quiet: torch.Tensor) -> tuple[float, float]:
+def same_and_cross_cosine(seen: torch.Tensor, quiet: torch.Tensor) -> tuple[float, float]:
     """Mean cosine between the representations (N, D) of images under noise and the same images without, and between
     those of different images: what the first would be if noise wiped out which image it was. Near 1 where an encoder
     has collapsed."""
@@ -55,12 +55,12 @@ class Sample(NamedTuple):
     labels: torch.Tensor  # (N,) int64, of all of them
 
 
-def read_sample(images: ShardedImages, size: int, most: int, process: Process) -> Sample:
+def load_eval_images(images: ShardedDataset, size: int, most: int, env: DistEnv) -> Sample:
     """At most `most` images of a split; each process reads its share."""
     rows = np.arange(0, len(images), -(-len(images) // most))
-    padded = rows[np.arange(-(-len(rows) // process.world) * process.world) % len(rows)]
-    share = padded[process.rank :: process.world].tolist()
-    return Sample(read_pixels(images, size, share), torch.from_numpy(images.labels[rows]).to(process.device))
+    padded = rows[np.arange(-(-len(rows) // env.world_size) * env.world_size) % len(rows)]
+    share = padded[env.rank :: env.world_size].tolist()
+    return Sample(read_pixels(images, size, share), torch.from_numpy(images.labels[rows]).to(env.device))
 
 
 def evaluate(
@@ -72,7 +72,7 @@ def evaluate(
     t_min: float,
     seed: int,
     precision: str,
-    process: Process,
+    env: DistEnv,
 ) -> list[dict[str, float]]:
     """A row for clean images (sigma 0, noise level t_min) and one for each pixel `sigma` (noise level t = 2 sigma).
 
@@ -86,14 +86,14 @@ def evaluate(
     @torch.no_grad()
     def represent(sample: Sample, t: float) -> torch.Tensor:
         """(N, D) float32, of all processes. Image i has noise i."""
-        places, found = torch.arange(len(sample.pixels)) * process.world + process.rank, []
+        places, found = torch.arange(len(sample.pixels)) * env.world_size + env.rank, []
         for pixels, some in zip(sample.pixels.split(BATCH), places.split(BATCH), strict=True):
-            clean = 2 * (pixels.to(process.device).float() / 255) - 1
+            clean = 2 * (pixels.to(env.device).float() / 255) - 1
             positions = (some % len(sample.labels)).tolist()
-            noise = normal_per_sample(clean.shape[1:], seed, "trajectory", positions=positions, device=process.device)
-            with autocast(process.device, precision):
+            noise = normal_per_sample(clean.shape[1:], seed, "trajectory", positions=positions, device=env.device)
+            with autocast(env.device, precision):
                 found.append(encoder(clean + t * noise, t).float())
-        gathered = all_gather_rows(torch.cat(found))[0].unflatten(0, (process.world, -1))
+        gathered = all_gather_cat(torch.cat(found))[0].unflatten(0, (env.world_size, -1))
         return gathered.transpose(0, 1).flatten(0, 1)[: len(sample.labels)]
 
     training = encoder.training
@@ -102,8 +102,8 @@ def evaluate(
     for sigma in (0.0, *sigmas):
         seen = represent(held_out, 2 * sigma) if sigma else quiet
         accuracy = knn_accuracy(seen, held_out.labels, known, bank.labels)
-        own, others = own_and_others(seen, quiet)
-        still, _ = own_and_others(centred(seen), centred(quiet))
+        own, others = same_and_cross_cosine(seen, quiet)
+        still, _ = same_and_cross_cosine(centred(seen), centred(quiet))
         rows.append({"sigma": sigma, "knn": accuracy, "cosine": own, "similarity": others, "centred": still})
     encoder.train(training)
     return rows

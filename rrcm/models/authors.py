@@ -10,24 +10,25 @@ from torch import nn
 
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.noise_levels import karras_levels, nearest_level
-from rrcm.models.vit import NoiseConditionedViT, ProjectedViT
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.tensors import fill, load_tensors
+from rrcm.utils.tensors import load_tensors, load_weights
 
 
 def load_authors_checkpoint(
     path: Path | str,
     *,
-    heads: int | None = None,
+    num_heads: int | None = None,
     sigma: float | None = None,
     levels: int = 81,
     final_norm: bool = True,
-) -> ProjectedViT | Classifier:
+) -> EncoderWithProjector | Classifier:
     """Load a checkpoint of the paper's authors (a pickled state dict; read with `weights_only=True`, or safetensors).
 
-    A pre-trained one (their names, with or without `module.`) gives a `ProjectedViT`; a fine-tuned one (`base_model.`
-    and `linear_head.`) gives a `Classifier` and needs the pixel `sigma` it was tuned for: its noise level is then the
-    nearest of the `levels` Karras levels to 2 * sigma, as their code has it. `heads` cannot be read off the weights;
+    A pre-trained one (their names, with or without `module.`) gives an `EncoderWithProjector`; a fine-tuned one
+    (`base_model.` and `linear_head.`) gives a `Classifier` and needs the pixel `sigma` it was tuned for: its noise level is then the
+    nearest of the `levels` Karras levels to 2 * sigma, as their code has it. `num_heads` cannot be read
+    off the weights;
     the default is one per 64 dimensions, as in all their models. `final_norm=False` is for their CIFAR-10 fine-tuned
     models, which skip the last LayerNorm. Raises `RRCMError` for anything that is not such a checkpoint.
     """
@@ -42,31 +43,31 @@ def load_authors_checkpoint(
         if name.startswith("projection_head.")
     }
     try:
-        width, channels, patch_size, _ = trunk["patch_embed.proj.weight"].shape
+        embed_dim, channels, patch_size, _ = trunk["patch_embed.proj.weight"].shape
         grid = round((trunk["pos_embed"].shape[1] - 2) ** 0.5)
         depth = 1 + max(int(name.split(".")[1]) for name in trunk if name.startswith("blocks."))
     except (KeyError, ValueError):
         raise RRCMError(f"{path}: not a checkpoint of the authors' network (no ViT with a time token in it)") from None
-    heads = heads or width // 64
-    if heads == 0 or width % heads:
-        raise RRCMError(f"{path}: width {width} cannot be split over {heads} heads; pass heads=")
-    encoder = NoiseConditionedViT(grid * patch_size, channels, patch_size, width, depth, heads)
+    num_heads = num_heads or embed_dim // 64
+    if num_heads == 0 or embed_dim % num_heads:
+        raise RRCMError(f"{path}: width {embed_dim} cannot be split over {num_heads} heads; pass heads=")
+    encoder = NoiseConditionedViT(grid * patch_size, channels, patch_size, embed_dim, depth, num_heads)
     trunk = {name: tensor for name, tensor in trunk.items() if not name.startswith("linear_head.")}
-    fill(encoder, trunk, path)
+    load_weights(encoder, trunk, path)
     if not final_norm:
         encoder.norm = nn.Identity()
     if not fine_tuned:
         if not projector:
             raise RRCMError(f"{path}: has no projection_head; a pre-trained checkpoint of the authors has one")
-        model = ProjectedViT(encoder, hidden=len(projector["0.weight"]), out=len(projector["6.weight"]))
-        fill(model.projector, projector, path)
+        model = EncoderWithProjector(encoder, hidden=len(projector["0.weight"]), out=len(projector["6.weight"]))
+        load_weights(model.projector, projector, path)
         return model
     if sigma is None:
         raise RRCMError(f"{path}: a fine-tuned checkpoint needs sigma=, the pixel noise it was tuned for")
     nearest = nearest_level(karras_levels(levels), 2 * sigma)
     head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
     classifier = Classifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
-    fill(classifier.head, head, path)
+    load_weights(classifier.head, head, path)
     return classifier
 
 

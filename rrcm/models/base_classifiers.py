@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from rrcm.models.vit import NoiseConditionedViT, in_parts
+from rrcm.models.vit import NoiseConditionedViT, forward_in_chunks
 
 
 class Classifier(nn.Module):
@@ -19,6 +19,6 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.t = t
 
-    def forward(self, pixels: torch.Tensor, parts: int = 1) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, num_chunks: int = 1) -> torch.Tensor:
         """pixels (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K)."""
-        return self.head(in_parts(partial(self.encoder, t=self.t), parts, 2 * pixels - 1))
+        return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, 2 * pixels - 1))

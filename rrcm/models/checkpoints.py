@@ -8,10 +8,10 @@ from rrcm.models.base_classifiers import Classifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
-from rrcm.utils.tensors import fill, load_tensors, save_tensors
+from rrcm.utils.tensors import load_tensors, load_weights, save_tensors
 
-ARCHITECTURE = ("image_size", "channels", "patch_size", "width", "depth", "heads")
-DETAILS = ("mlp_width", "qkv_bias", "norm_eps")  # files from before there was a choice lack them: the paper's
+ARCHITECTURE = ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads")
+DETAILS = ("mlp_dim", "qkv_bias", "norm_eps")  # files from before there was a choice lack them: the paper's
 
 
 def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
@@ -21,10 +21,10 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
         "image_size": encoder.patch_embed.img_size[0],
         "channels": encoder.in_chans,
         "patch_size": encoder.patch_embed.patch_size[0],
-        "width": encoder.embed_dim,
+        "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "heads": block.attn.num_heads,
-        "mlp_width": block.mlp.fc1.out_features,
+        "num_heads": block.attn.num_heads,
+        "mlp_dim": block.mlp.fc1.out_features,
         "qkv_bias": block.attn.qkv.bias is not None,
         "norm_eps": block.norm1.eps,
     }
@@ -48,15 +48,17 @@ def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) ->
     """
     path = Path(path)
     if path.is_file():
-        heads = None if expected is None else expected["heads"]
-        encoder = load_authors_checkpoint(path, heads=heads, sigma=1.0).encoder  # any sigma: it is for the head
+        num_heads = None if expected is None else expected["num_heads"]
+        encoder = load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # any sigma: it is for the head
         _check_sizes(architecture(encoder), expected, path)
         return encoder
     described = _read_config(path)
     _check_sizes(described["architecture"], expected, path)
     if "classes" in described:
         return load_classifier(path).train().encoder
-    return fill(NoiseConditionedViT(**described["architecture"]), load_tensors(path / "model.safetensors"), path)
+    return load_weights(
+        NoiseConditionedViT(**described["architecture"]), load_tensors(path / "model.safetensors"), path
+    )
 
 
 def load_classifier(folder: Path | str) -> Classifier:
@@ -66,7 +68,7 @@ def load_classifier(folder: Path | str) -> Classifier:
     if "classes" not in described:
         raise RRCMError(f"{folder}/config.json: this is an encoder without a head; fine-tune it first")
     model = Classifier(NoiseConditionedViT(**described["architecture"]), described["classes"], described["t"])
-    return fill(model, load_tensors(folder / "model.safetensors"), folder).eval()
+    return load_weights(model, load_tensors(folder / "model.safetensors"), folder).eval()
 
 
 def _read_config(folder: Path) -> dict:

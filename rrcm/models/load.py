@@ -13,12 +13,12 @@ from torch import nn
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier
-from rrcm.models.timm_vit import load_timm, unknown_to_timm
+from rrcm.models.timm_vit import load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_json
 
 
-class Subject(NamedTuple):
+class LoadedClassifier(NamedTuple):
     """A classifier and what must be known to ask it."""
 
     network: nn.Module  # (B, channels, image_size, image_size) float32, pixels in [0, 1] plus noise -> (B, K) logits
@@ -43,14 +43,14 @@ class Normalized(nn.Module):
         return self.network((pixels - self.mean) / self.deviation)
 
 
-def load_subject(
+def load_base_classifier(
     model: str,
     *,
     sigma: float | None = None,  # pixel noise: the authors' files do not say which they were fine-tuned for
     weights: Path | None = None,  # of a timm model: safetensors, instead of a download
     final_norm: bool = True,  # False: the authors' CIFAR-10 models, which skip the last LayerNorm
     classes: Path | None = None,  # a text file, a class name a line
-) -> Subject:
+) -> LoadedClassifier:
     """An existing folder is one of ours, an existing file one of the authors', anything else a name of timm's.
 
     Raises `RRCMError` for what is none of them, cannot be read or downloaded, or does not fit the other arguments.
@@ -65,14 +65,14 @@ def load_subject(
         subject = subject._replace(sigma=read_json(path / "config.json").get("sigma", subject.sigma))
     elif path.exists():
         subject = _of_authors(path, sigma, final_norm)
-    elif complaint := unknown_to_timm(model):
+    elif complaint := suggest_timm_name(model):
         raise RRCMError(f"{model}: no such folder or file, and {complaint}")
     else:
         subject = _of_timm(model, weights)
     return subject if classes is None else subject._replace(names=_read_names(classes, len(subject.names)))
 
 
-def class_folders(subject: Subject) -> dict[str, int]:
+def class_folders(subject: LoadedClassifier) -> dict[str, int]:
     """The classes by what a folder of their images may be called: number, synset, or name where no other has it."""
     count = Counter(subject.names)
     numbers = {str(number): number for number in range(len(subject.names))}
@@ -80,12 +80,12 @@ def class_folders(subject: Subject) -> dict[str, int]:
     return numbers | synsets | {name: number for number, name in enumerate(subject.names) if count[name] == 1}
 
 
-def _of_classifier(network: Classifier) -> Subject:
+def _of_classifier(network: Classifier) -> LoadedClassifier:
     encoder, numbers = network.encoder, [str(number) for number in range(network.head.out_features)]
-    return Subject(network, encoder.patch_embed.img_size[0], encoder.in_chans, network.t / 2, numbers, [])
+    return LoadedClassifier(network, encoder.patch_embed.img_size[0], encoder.in_chans, network.t / 2, numbers, [])
 
 
-def _of_authors(path: Path, sigma: float | None, final_norm: bool) -> Subject:
+def _of_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedClassifier:
     if sigma is None:
         raise RRCMError(f"{path}: does not say which noise it was fine-tuned for; give sigma, in pixel units")
     network = load_authors_checkpoint(path, sigma=sigma, final_norm=final_norm)
@@ -95,7 +95,7 @@ def _of_authors(path: Path, sigma: float | None, final_norm: bool) -> Subject:
     return _named_by_imagenet(subject, "imagenet-1k") if len(subject.names) == 1000 else subject
 
 
-def _of_timm(name: str, weights: Path | None) -> Subject:
+def _of_timm(name: str, weights: Path | None) -> LoadedClassifier:
     network = load_timm(name, weights)
     config = resolve_model_data_config(network)
     channels, height, width = config["input_size"]
@@ -103,12 +103,12 @@ def _of_timm(name: str, weights: Path | None) -> Subject:
         raise RRCMError(f"{name}: is for images of {channels} x {height} x {width}: must be square, of 1 or 3 channels")
     numbers = [str(number) for number in range(network.num_classes)]
     normalized = Normalized(network, config["mean"], config["std"]).eval()
-    subject = Subject(normalized, height, channels, None, numbers, [])
+    subject = LoadedClassifier(normalized, height, channels, None, numbers, [])
     subset = infer_imagenet_subset(network)
     return _named_by_imagenet(subject, subset) if subset else subject
 
 
-def _named_by_imagenet(subject: Subject, subset: str) -> Subject:
+def _named_by_imagenet(subject: LoadedClassifier, subset: str) -> LoadedClassifier:
     info = ImageNetInfo(subset)
     names = [info.index_to_description(k).split(",")[0] for k in range(info.num_classes())]
     return subject._replace(names=names, synsets=info.label_names())

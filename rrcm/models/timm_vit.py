@@ -14,7 +14,7 @@ from torch import nn
 
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, time_embedding
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.tensors import fill, load_tensors
+from rrcm.utils.tensors import load_tensors, load_weights
 
 PARTS = {  # the kinds of modules that a ViT like ours is made of
     *(VisionTransformer, PatchEmbed, Block, Attention, Mlp),
@@ -23,7 +23,7 @@ PARTS = {  # the kinds of modules that a ViT like ours is made of
 
 
 @torch.no_grad()
-def transplant(
+def convert_timm_vit(
     network: nn.Module, name: str, *, image_size: int, channels: int, patch_size: int, t: float
 ) -> NoiseConditionedViT:
     """Our network with the weights of timm's `network`, whose head is left behind and which is left as it is.
@@ -34,17 +34,17 @@ def transplant(
     patch embedding are resampled as timm does it. The time token starts as one more patch, of the mean colour and the
     mean position. Raises `RRCMError`, which calls the network `name`, for a feature that ours lacks.
     """
-    if feature := foreign_feature(network, channels):
+    if feature := unsupported_feature(network, channels):
         raise RRCMError(f"{name}: has {feature}, which cannot be carried over; take a plain ViT of timm's")
-    width, grid, stem = network.embed_dim, image_size // patch_size, network.patch_embed.proj
+    embed_dim, grid, stem = network.embed_dim, image_size // patch_size, network.patch_embed.proj
     encoder = NoiseConditionedViT(
         image_size,
         channels,
         patch_size,
-        width,
+        embed_dim,
         depth=len(network.blocks),
-        heads=network.blocks[0].attn.num_heads,
-        mlp_width=network.blocks[0].mlp.fc1.out_features,
+        num_heads=network.blocks[0].attn.num_heads,
+        mlp_dim=network.blocks[0].mlp.fc1.out_features,
         qkv_bias=network.blocks[0].attn.qkv.bias is not None,
         norm_eps=network.norm.eps,
     )
@@ -58,11 +58,11 @@ def transplant(
     positions = resample_abs_pos_embed(network.pos_embed.float(), [grid, grid], old_grid, prefix)
     of_class, of_patches = positions[:, :prefix], positions[:, prefix:]
     blank_patch = stem.bias + of_patches.mean(dim=1, keepdim=True)
-    of_time = blank_patch - time_embedding(torch.tensor([t]), width)
+    of_time = blank_patch - time_embedding(torch.tensor([t]), embed_dim)
     tensors = {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("head.")}
     tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"] = weight, bias
-    tensors["pos_embed"] = torch.cat([of_class if prefix else torch.zeros(1, 1, width), of_time, of_patches], dim=1)
-    return fill(encoder, tensors, name)
+    tensors["pos_embed"] = torch.cat([of_class if prefix else torch.zeros(1, 1, embed_dim), of_time, of_patches], dim=1)
+    return load_weights(encoder, tensors, name)
 
 
 def fold_normalization(
@@ -80,7 +80,7 @@ def fold_normalization(
     return weight / (2 * c_in * deviation), bias + shift
 
 
-def foreign_feature(network: nn.Module, channels: int) -> str | None:
+def unsupported_feature(network: nn.Module, channels: int) -> str | None:
     """What a network of timm's has that ours, for images of so many channels, has no place for; None if nothing."""
     if getattr(network, "rope", None) is not None:
         return "a rotary position embedding"
@@ -106,7 +106,7 @@ def foreign_feature(network: nn.Module, channels: int) -> str | None:
     return next((feature for feature, present in features.items() if present), None)
 
 
-def unknown_to_timm(name: str) -> str | None:
+def suggest_timm_name(name: str) -> str | None:
     """What is wrong with the name of a model of timm's, and what may be meant; None when there is such a model."""
     if timm.is_model(name):
         return None
@@ -119,7 +119,7 @@ def load_timm(name: str, weights: Path | str | None = None) -> nn.Module:
     """timm's model, trained: with the weights that timm downloads, or those of a safetensors file and as many classes
     as they have. Raises `RRCMError` for an unknown name, and for weights that are not to be had or of another model.
     """
-    if complaint := unknown_to_timm(name):
+    if complaint := suggest_timm_name(name):
         raise RRCMError(f"{name}: {complaint}")
     if weights is not None:
         return _fill_timm(name, Path(weights))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from rrcm.utils.distributed import all_gather_rows
+from rrcm.utils.distributed import all_gather_cat
 
 
 def info_nce(
@@ -20,5 +20,5 @@ def info_nce(
 
 def global_info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
     """`info_nce` of this process's anchors (B, D) against the targets of all processes -> (B,)."""
-    targets, first_positive = all_gather_rows(targets)
+    targets, first_positive = all_gather_cat(targets)
     return info_nce(anchors, targets, temperature, first_positive)

@@ -9,7 +9,7 @@ import torch
 from rrcm.objectives.contrastive import global_info_nce
 
 
-class PretrainingLoss(NamedTuple):
+class RRCMLoss(NamedTuple):
     """Per-sample terms, each (B,) float32."""
 
     contrastive: torch.Tensor  # both directions summed
@@ -20,7 +20,7 @@ class PretrainingLoss(NamedTuple):
         return self.contrastive + self.consistency
 
 
-def pretraining_loss(
+def rrcm_loss(
     student: Callable[..., list[torch.Tensor]],
     teacher: Callable[..., list[torch.Tensor]],
     image: torch.Tensor,
@@ -32,22 +32,22 @@ def pretraining_loss(
     t_next: float,
     t_min: float = 0.002,
     temperature: float = 0.2,
-    parts: int = 1,
-) -> PretrainingLoss:
+    num_chunks: int = 1,
+) -> RRCMLoss:
     """rRCM's objective (section 3.2): contrastive at the quietest level + consistency along the noise trajectory.
 
-    `student` and `teacher` are `ProjectedViT`s (or wrap one). The images and the noise are (B, C, H, W) float32 in
+    `student` and `teacher` are `EncoderWithProjector`s (or wrap one). The images and the noise are (B, C, H, W) float32 in
     model space, pixels scaled to [-1, 1]; t > t_next are neighbouring Karras levels, t_min the quietest. Negatives are
     all other targets of the global batch. One noise tensor serves all levels: going from t to t_next along it is a
-    step of the probability-flow ODE. The networks see the batch in `parts`; loss and gradient are those of the whole.
+    step of the probability-flow ODE. The networks see the batch in `num_chunks`; loss and gradient are those of the whole.
     """
     views = [view1 + t_min * noise, view2 + t_min * noise]
     with torch.no_grad():  # targets carry no graph, and come first: what they need for a moment is not on top of one
-        y1, y2 = teacher(views, [t_min, t_min], project=2, parts=parts)
+        y1, y2 = teacher(views, [t_min, t_min], project=2, num_chunks=num_chunks)
         encode = getattr(student, "module", student)  # no gradient, so past DDP's hooks
-        (quieter,) = encode([image + t_next * noise], [t_next], project=0, parts=parts)
-    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2, parts=parts)
-    return PretrainingLoss(
+        (quieter,) = encode([image + t_next * noise], [t_next], project=0, num_chunks=num_chunks)
+    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2, num_chunks=num_chunks)
+    return RRCMLoss(
         contrastive=global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature),
         consistency=global_info_nce(representation, quieter, temperature),
     )

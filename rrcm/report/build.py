@@ -21,7 +21,7 @@ from rrcm.evaluation.metrics import (
     best_sigma_table,
 )
 from rrcm.report import figures
-from rrcm.report.figures import Tile
+from rrcm.report.figures import Thumbnail
 from rrcm.report.tables import _curves, _latex, _markdown, _metrics, _tables, _write_csv
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, read_json, sha256_file, write_json, write_text
@@ -33,7 +33,7 @@ NOT_RESULTS = {"device": True, "launcher": True, "attack": True, "data": {"root"
 def write_report(config: Config, root: Path, output: Path) -> None:
     """Read certificates, models/*/*.{json,csv}, timings and latency under `root`; write the whole folder `output`.
 
-    Also reads the files of other groups that `report.others` names. Raises `RRCMError` naming a missing file and the
+    Also reads the files of other groups that `report.external_results` names. Raises `RRCMError` naming a missing file and the
     command that makes it, and when certificates of different runs are mixed. Without a `latency.n` there is no latency
     figure or table, and nothing under latency/ is read.
     """
@@ -41,7 +41,9 @@ def write_report(config: Config, root: Path, output: Path) -> None:
     inputs = _inputs(config, root)
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
     certificates = {run: _read_run(root, *run) for run in runs}
-    others = {(other.label, other.sigma): read_certificates(root / other.path) for other in config.report.others}
+    others = {
+        (other.label, other.sigma): read_certificates(root / other.path) for other in config.report.external_results
+    }
     first = certificates[runs[0]]
     for run, frame in certificates.items():
         if not frame[["idx", "label"]].equals(first[["idx", "label"]]):
@@ -138,12 +140,12 @@ def _inputs(config: Config, root: Path) -> list[str]:
             raise RRCMError(
                 f"{root / path}: no such file; make it with `dvc repro {stage}`, or fetch it with `dvc pull`"
             )
-    for place, other in enumerate(config.report.others):
+    for place, other in enumerate(config.report.external_results):
         if not (root / other.path).is_file():
             raise RRCMError(
-                f"report.others.{place}.path: {root / other.path}: no such file; put it there or take the entry out"
+                f"report.external_results.{place}.path: {root / other.path}: no such file; put it there or take the entry out"
             )
-    return [*stages, *(other.path for other in config.report.others)]
+    return [*stages, *(other.path for other in config.report.external_results)]
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -176,7 +178,7 @@ def _budgets(config: Config, root: Path, models: Mapping[tuple[str, float], Mapp
     for (method, sigma), model in models.items():
         place, share = f"{method}/{sigma_name(sigma)}.json", 0.0
         if config.finetune.uses_pretraining(method):
-            share = read_json(root / "timings/pretrain.json")["seconds"] / config.finetune.pretraining_shared_by
+            share = read_json(root / "timings/pretrain.json")["seconds"] / config.finetune.pretrain_cost_shared_by
         rows.append(
             {
                 "method": method,
@@ -195,13 +197,13 @@ def _budgets(config: Config, root: Path, models: Mapping[tuple[str, float], Mapp
 def _sheet(config: Config, root: Path, certificates: Certificates) -> Figure:
     """Test images spread evenly over the certified ones, and what the first method says of each."""
     from rrcm.data.augment import centre_crop  # these import torch, which takes seconds
-    from rrcm.data.shards import ShardedImages
+    from rrcm.data.shards import ShardedDataset
     from rrcm.utils.rng import numpy_rng
 
-    images = ShardedImages(root / "data/shards", "test")
+    images = ShardedDataset(root / "data/shards", "test")
     method, size = config.methods[0], config.data.image_size
     frames = {sigma: certificates[method, sigma] for sigma in config.sigmas}
-    count = min(config.report.sheet_images, len(frames[config.sigmas[0]]))
+    count = min(config.report.gallery_images, len(frames[config.sigmas[0]]))
     rows = np.linspace(0, len(frames[config.sigmas[0]]) - 1, count).round().astype(int)
     clean, noisy = [], {sigma: [] for sigma in frames}
     for row in rows.tolist():
@@ -217,7 +219,7 @@ def _sheet(config: Config, root: Path, certificates: Certificates) -> Figure:
             verdict = figures.verdict(answer["predict"], label)
             predict = "" if verdict == "abstains" else images.classes[int(answer["predict"])]
             shown = (pixels + sigma * noise).clip(0, 1)
-            noisy[sigma].append(Tile(shown, images.classes[label][:14], predict[:14], answer["radius"], verdict))
+            noisy[sigma].append(Thumbnail(shown, images.classes[label][:14], predict[:14], answer["radius"], verdict))
     return figures.draw_sheet(clean, noisy, METHODS[method].label)
 
 
@@ -243,11 +245,11 @@ TITLES = {
     "budgets": "Compute in million encoder forward passes over one image (a backward pass counts two), and seconds",
 }
 PROCEDURES = {
-    "fixed": "*Certificates* are those of Cohen et al. 2019 (`certify.procedure: fixed`): {n0:,} samples choose an "
+    "fixed": "*Certificates* are those of Cohen et al. 2019 (`certify.stopping: fixed`): {n0:,} samples choose an "
     "image's class, and {n:,} more bound its probability.",
-    "sequential": "*Certificates* are group-sequential (`certify.procedure: sequential`): {n0:,} samples choose an "
+    "sequential": "*Certificates* are group-sequential (`certify.stopping: sequential`): {n0:,} samples choose an "
     "image's class, and at most {n:,} more are drawn, no longer than it takes to know which radii of a grid are "
-    "certified. Radii are rounded down to multiples of {grid_step:g} (`certify.grid_step`), so that ACR is a lower "
+    "certified. Radii are rounded down to multiples of {radius_step:g} (`certify.radius_step`), so that ACR is a lower "
     "bound: it loses less than one step. An image whose chosen class is wrong is done with at once: its row "
     "has that class as `predict`, and radius 0.",
 }
@@ -275,14 +277,14 @@ def _report(
 ) -> str:
     """report.md."""
     sections = [f"# {config.profile}", _finding(config, certificates)]
-    sections += [PROCEDURES[config.certify.procedure].format(**config.certify.model_dump())]
+    sections += [PROCEDURES[config.certify.stopping].format(**config.certify.model_dump())]
     elsewhere = [
         ELSEWHERE.format(label=METHODS[name].label, origin=config.finetune.origin(name))
         for name in config.methods
         if METHODS[name].start is not None and not config.finetune.uses_pretraining(name)
     ]
-    sections += ["".join([BUDGETS.format(shared_by=config.finetune.pretraining_shared_by), *elsewhere])]
-    accuracy = CAPTIONS["certified_accuracy"] + (OTHERS if config.report.others else "")
+    sections += ["".join([BUDGETS.format(shared_by=config.finetune.pretrain_cost_shared_by), *elsewhere])]
+    accuracy = CAPTIONS["certified_accuracy"] + (OTHERS if config.report.external_results else "")
     captions = CAPTIONS | {"certified_accuracy": accuracy}
     sections += ["## Figures"] + [f"![{name}]({name}.png)\n\n{captions[name]}" for name in captions if name in drawn]
     sections += ["## Tables"] + [

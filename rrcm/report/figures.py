@@ -51,10 +51,10 @@ BASES = list(dict.fromkeys(name.removesuffix("_matched") for name in METHODS))
 OTHERS = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # line styles of other groups' curves
 FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # and what not to write into them
 RADIUS = "L2 radius r (pixels in [0, 1])"
-INK = "#404040"
+TEXT_COLOR = "#404040"
 
 
-class Tile(NamedTuple):
+class Thumbnail(NamedTuple):
     """A noisy test image of the sheet and what the smoothed classifier says of it."""
 
     pixels: np.ndarray  # (H, W, C), in [0, 1]
@@ -74,7 +74,7 @@ def verdict(predict: int, label: int) -> str:
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
     """Drawing inside depends on nothing outside: no matplotlibrc, no earlier settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -82,7 +82,7 @@ def house_style() -> Iterator[None]:
         yield
 
 
-@house_style()
+@figure_style()
 def save(figure: Figure, path: Path) -> None:
     """Write a file of `FORMATS`, named by the suffix, atomically and without date or version inside."""
     with atomic_path(path) as scratch:
@@ -134,7 +134,7 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.4)
 
 
-@house_style()
+@figure_style()
 def draw_certified_accuracy(certificates: Certificates, others: Certificates) -> Figure:
     """Certified accuracy against radius, exact: a panel a sigma, all methods. Bands: 95 % intervals, unmatched only.
 
@@ -170,7 +170,7 @@ def draw_certified_accuracy(certificates: Certificates, others: Certificates) ->
     return figure
 
 
-@house_style()
+@figure_style()
 def draw_envelope(certificates: Certificates) -> Figure:
     """Certified accuracy against radius with the best sigma at each radius, a line a method."""
     figure = Figure(figsize=(5.6, 4.2))
@@ -186,7 +186,7 @@ def draw_envelope(certificates: Certificates) -> Figure:
     return figure
 
 
-@house_style()
+@figure_style()
 def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
     """Certified accuracy against radius, exact, of certificates by name."""
     figure = Figure(figsize=(5.6, 4.2))
@@ -201,7 +201,7 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-@house_style()
+@figure_style()
 def draw_attack(
     method: str,
     certificates: Mapping[float, pd.DataFrame],
@@ -231,7 +231,7 @@ def draw_attack(
     return figure
 
 
-@house_style()
+@figure_style()
 def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: int, radius: float) -> Figure:
     """Certified accuracy at `radius` (best sigma) against the seconds that one image takes with n samples.
 
@@ -277,7 +277,7 @@ def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: 
         f"seconds to certify one image, n = {n:,}\n{first['device']}, {first['dtype']}, batch {first['batch_size']:,}"
     )
     axes.set_ylabel(f"certified accuracy at r = {radius:g}, best σ (%)")
-    axes.set_title("marker area and M (millions): parameters", loc="right", color=INK, fontsize=8)
+    axes.set_title("marker area and M (millions): parameters", loc="right", color=TEXT_COLOR, fontsize=8)
     return figure
 
 
@@ -295,7 +295,7 @@ def _spread(values: Sequence[float], room: float) -> list[float]:
     return [centre + room * (k - (size - 1) / 2) for centre, size in clusters for k in range(size)]
 
 
-@house_style()
+@figure_style()
 def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) -> Figure:
     """Pre-training losses over the number of noise levels, and validation accuracy under noise, a panel a sigma.
 
@@ -311,12 +311,14 @@ def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) ->
     panels = figure.subplot_mosaic(mosaic, height_ratios=[3, 1])
     if pretraining is not None:
         losses, levels = panels["losses"], panels["levels"]
-        losses.plot(pretraining["step"], pretraining["contrastive"], color=INK, label="contrastive")
-        losses.plot(pretraining["step"], pretraining["consistency"], color=INK, linestyle=":", label="consistency")
+        losses.plot(pretraining["step"], pretraining["contrastive"], color=TEXT_COLOR, label="contrastive")
+        losses.plot(
+            pretraining["step"], pretraining["consistency"], color=TEXT_COLOR, linestyle=":", label="consistency"
+        )
         losses.set(title="pre-training", ylabel="loss (nats)", ylim=(0, None))
         losses.tick_params(labelbottom=False)
         losses.legend()
-        levels.step(pretraining["step"], pretraining["levels"], where="post", color=INK)
+        levels.step(pretraining["step"], pretraining["levels"], where="post", color=TEXT_COLOR)
         levels.set(xlabel="step", ylabel="levels N", ylim=(0, None))
         levels.sharex(losses)
     for sigma in sigmas:
@@ -336,7 +338,7 @@ def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) ->
     return figure
 
 
-@house_style()
+@figure_style()
 def draw_representation(looks: pd.DataFrame) -> Figure:
     """What pre-training does to the representations of held-out images: k-NN accuracy, and how still they stay along a
     noise trajectory, over steps, a line a noise.
@@ -358,8 +360,8 @@ def draw_representation(looks: pd.DataFrame) -> Figure:
             alone.plot(rows["step"], rows["centred"], **style)
     accuracy.set(xlabel="step", ylabel="k-NN accuracy (%)", ylim=(0, 102), title="before any fine-tuning")
     stillness.set(xlabel="step", ylabel="mean cosine under noise", ylim=(None, 1.3), title="to images at $t_{min}$")
-    stillness.plot([], [], "-", color=INK, label="the same image")
-    stillness.plot([], [], ":", color=INK, linewidth=1, label="other images")
+    stillness.plot([], [], "-", color=TEXT_COLOR, label="the same image")
+    stillness.plot([], [], ":", color=TEXT_COLOR, linewidth=1, label="other images")
     stillness.legend(loc="upper right")  # above 1, where no line can be
     alone.set(xlabel="step", ylabel="mean cosine, centred", title="the same image, centred")
     alone.set_ylim(min(0, alone.get_ylim()[0]), 1.02)
@@ -367,8 +369,8 @@ def draw_representation(looks: pd.DataFrame) -> Figure:
     return figure
 
 
-@house_style()
-def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Tile]], label: str) -> Figure:
+@figure_style()
+def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Thumbnail]], label: str) -> Figure:
     """Test images (columns) clean and with noise of each sigma (rows), with the answer of the method called `label`."""
     sigmas = sorted(noisy)
     figure = Figure(figsize=(max(0.3 + 1.05 * len(clean), 4.2), 1.42 * (1 + len(sigmas)) + 0.2))
@@ -379,7 +381,7 @@ def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Tile]
     for axes, pixels, tile in zip(grid[0], clean, noisy[sigmas[0]], strict=True):
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         axes.set_xlabel(tile.label, fontsize=7.5, labelpad=2)
-        axes.spines[:].set(color=INK, linewidth=0.8)
+        axes.spines[:].set(color=TEXT_COLOR, linewidth=0.8)
     grid[0, 0].set_ylabel("clean\n(label below)", fontsize=8)
     for row, sigma in zip(grid[1:], sigmas, strict=True):
         row[0].set_ylabel(f"σ = {sigma:g}", fontsize=8)
@@ -402,15 +404,15 @@ def rounded_down(radius: float) -> str:
     return str(Decimal(str(radius)).quantize(Decimal("0.001"), ROUND_DOWN))
 
 
-@house_style()
-def draw_certified_images(tiles: Sequence[Tile], settings: str) -> Figure:
+@figure_style()
+def draw_certified_images(tiles: Sequence[Thumbnail], settings: str) -> Figure:
     """Images with class and certified radius below and `label` (here: where the image is from) above; `settings` is
     part of the title. A verdict may also be "certified": then it is not known which class is right."""
     columns = min(len(tiles), 8)
     rows = -(-len(tiles) // columns)
     figure = Figure(figsize=(max(1.25 * columns, 4.2), 1.62 * rows + 0.55))
     grid = figure.subplots(rows, columns, squeeze=False)
-    looks = {"certified": ("", INK, "-")} | VERDICTS
+    looks = {"certified": ("", TEXT_COLOR, "-")} | VERDICTS
     for axes in grid.flat[len(tiles) :]:
         axes.set_axis_off()
     for axes, tile in zip(grid.flat, tiles, strict=False):
@@ -418,7 +420,7 @@ def draw_certified_images(tiles: Sequence[Tile], settings: str) -> Figure:
         axes.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=2)
-        axes.set_title(_fitted(tile.label, 80, 6.5), fontsize=6.5, color=INK, pad=3)
+        axes.set_title(_fitted(tile.label, 80, 6.5), fontsize=6.5, color=TEXT_COLOR, pad=3)
         answer = _fitted(f"{sign} {tile.predict or tile.verdict}".strip(), 80, 7.5)
         radius = f"r = {rounded_down(tile.radius)}" if tile.predict else ""
         axes.set_xlabel(f"{answer}\n{radius}", fontsize=7.5, color=colour, labelpad=3)

@@ -11,10 +11,10 @@ from timm.data import Mixup
 
 from rrcm.config import METHODS, Config, FinetuneSettings
 from rrcm.data import augment, loader, shards
-from rrcm.data.augment import mix_pairs
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.augment import mixup_pairs
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models import noise_levels as schedules
-from rrcm.models import timm_vit as transplant
+from rrcm.models import timm_vit as convert_timm_vit
 from rrcm.models import vit as model
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
@@ -24,11 +24,11 @@ from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
 from rrcm.objectives import rrcm as losses
 from rrcm.objectives.consistency import consistency_regularizer
 from rrcm.training import trainer
-from rrcm.training.optim import layer_rates, warmup_cosine
+from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.training.validation import noisy_accuracy
 from rrcm.utils import distributed, rng
-from rrcm.utils.distributed import Process, all_sum, barrier, processes
+from rrcm.utils.distributed import DistEnv, all_reduce_sum, barrier, init_distributed
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, read_json, sha256_file, write_csv, write_json
 from rrcm.utils.provenance import environment
@@ -37,7 +37,7 @@ from rrcm.utils.rng import derive_seed, normal_per_sample
 from rrcm.utils.tensors import sha256_tensors
 
 # What decides the result, with this file.
-CODE = (augment, distributed, loader, losses, model, rng, schedules, shards, trainer, transplant)
+CODE = (augment, distributed, loader, losses, model, rng, schedules, shards, trainer, convert_timm_vit)
 
 
 def finetune(
@@ -49,12 +49,12 @@ def finetune(
     weights kept are those with the best accuracy on noisy images of the `val` split. Killed and started again it
     continues from its last checkpoint and ends with the same bytes.
     """
-    with processes(config.device) as process:
-        images, validation = ShardedImages(shard_folder, "train"), ShardedImages(shard_folder, "val")
-        if process.is_main:
+    with init_distributed(config.device) as env:
+        images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
+        if env.is_main:
             images.verify()
             validation.verify()
-        _train(config, method, sigma, images, validation, pretrained, process, output, timing)
+        _train(config, method, sigma, images, validation, pretrained, env, output, timing)
 
 
 def matched_epochs(epochs: int, pretrain_compute: float, shared_by: int, epoch_compute: float) -> int:
@@ -62,16 +62,16 @@ def matched_epochs(epochs: int, pretrain_compute: float, shared_by: int, epoch_c
     return epochs + round(pretrain_compute / shared_by / epoch_compute)
 
 
-def noise_level(config: Config, method: str, sigma: float) -> float:
+def time_condition(config: Config, method: str, sigma: float) -> float:
     """The t that a classifier for pixel `sigma` is told: 2 sigma, or the nearest level of the grid of pre-training."""
-    if config.finetune.time == "exact" or METHODS[method].start != "pretrain":
+    if config.finetune.time_condition == "exact" or METHODS[method].start != "pretrain":
         return 2 * sigma
     grid = config.pretrain
-    levels = karras_levels(grid.end_levels + 1, t_min=grid.t_min, t_max=grid.t_max, rho=grid.rho)
+    levels = karras_levels(grid.max_levels + 1, t_min=grid.t_min, t_max=grid.t_max, rho=grid.rho)
     return nearest_level(levels, 2 * sigma)
 
 
-def starting_encoder(config: Config, method: str, t: float, pretrained: Path) -> NoiseConditionedViT:
+def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path) -> NoiseConditionedViT:
     """What a method's fine-tuning for noise level t starts from; random weights are of torch's global generator.
 
     Raises `RRCMError` for weights that are missing, damaged, or of another network than the settings describe.
@@ -81,13 +81,13 @@ def starting_encoder(config: Config, method: str, t: float, pretrained: Path) ->
     if kind.start == "timm":
         network = load_timm(settings.timm.model, settings.timm.weights)
         place = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
-        encoder = transplant.transplant(network, settings.timm.model, **place, t=t)
+        encoder = convert_timm_vit.convert_timm_vit(network, settings.timm.model, **place, t=t)
     elif kind.start == "pretrain":
-        if settings.start is not None and not Path(settings.start).exists():
-            raise RRCMError(f"finetune.start = {settings.start!r}: no such folder or file")
-        encoder = load_encoder(settings.start or pretrained, {name: sizes[name] for name in ARCHITECTURE})
+        if settings.initial_checkpoint is not None and not Path(settings.initial_checkpoint).exists():
+            raise RRCMError(f"finetune.initial_checkpoint = {settings.initial_checkpoint!r}: no such folder or file")
+        encoder = load_encoder(settings.initial_checkpoint or pretrained, {name: sizes[name] for name in ARCHITECTURE})
     encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
-    encoder.checkpoint_blocks = config.model.checkpoint_blocks
+    encoder.grad_checkpointing = config.model.grad_checkpointing
     return encoder
 
 
@@ -95,32 +95,34 @@ def _train(
     config: Config,
     method: str,
     sigma: float,
-    images: ShardedImages,
-    validation: ShardedImages,
+    images: ShardedDataset,
+    validation: ShardedDataset,
     pretrained: Path,
-    process: Process,
+    env: DistEnv,
     output: Path,
     timing: Path,
 ) -> None:
-    kind, settings, seed, device = METHODS[method], config.finetune.settings(method, sigma), config.seed, process.device
-    t, uses_pretraining = noise_level(config, method, sigma), config.finetune.uses_pretraining(method)
+    kind, settings, seed, device = METHODS[method], config.finetune.settings(method, sigma), config.seed, env.device
+    t, uses_pretraining = time_condition(config, method, sigma), config.finetune.uses_pretraining(method)
     if settings.mixup > 0 or settings.cutmix > 0:
-        if settings.batch_size // process.world % 2:
+        if settings.batch_size // env.world_size % 2:
             raise RRCMError(f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process")
         mix = Mixup(
             settings.mixup,
             settings.cutmix,
-            switch_prob=settings.mixup_switch,
+            switch_prob=settings.mixup_switch_prob,
             label_smoothing=settings.label_smoothing,
             num_classes=len(images.classes),
         )
     else:
         mix = None
     epoch_steps = loader.steps_per_epoch(len(images), settings.batch_size)
-    epoch_compute = 3 * settings.copies * epoch_steps * settings.batch_size  # encoder forwards; a backward counts two
+    epoch_compute = (
+        3 * settings.num_noise * epoch_steps * settings.batch_size
+    )  # encoder forwards; a backward counts two
     epochs, looks_every, share = settings.epochs, config.finetune.evaluate_every, 0.0
     if kind.matched or uses_pretraining:
-        share = read_json(pretrained / "config.json")["compute"]["pretrain"] / config.finetune.pretraining_shared_by
+        share = read_json(pretrained / "config.json")["compute"]["pretrain"] / config.finetune.pretrain_cost_shared_by
     if kind.matched:
         epochs = matched_epochs(settings.epochs, share, 1, epoch_compute)
         looks_every = math.ceil(looks_every * epochs / settings.epochs)  # as many looks at the validation split
@@ -129,9 +131,9 @@ def _train(
     batch_seed = derive_seed(seed, "finetune batches")
 
     torch.manual_seed(derive_seed(seed, "finetune"))  # initial weights: the same for every scratch method and sigma
-    encoder = starting_encoder(config, method, t, pretrained)
+    encoder = load_initial_encoder(config, method, t, pretrained)
     classifier = Classifier(encoder, len(images.classes), t).to(device).train()
-    rates = layer_rates(classifier, settings.layer_decay)
+    rates = layerwise_lr_scales(classifier, settings.layer_decay)
     groups: dict[float, list[torch.Tensor]] = {}
     for name, parameter in classifier.named_parameters():
         if name in rates:
@@ -153,7 +155,7 @@ def _train(
     mark = fingerprint(described, inputs, [*CODE, sys.modules[__name__]])
     training = Trainer(
         Run(f"finetune-{method}-{sigma}", mark),
-        process,
+        env,
         label=f"finetune {method} sigma {sigma:g}",
         steps=total_steps,
         modules={"classifier": classifier, "best": best},
@@ -161,12 +163,12 @@ def _train(
         precision=config.finetune.precision,
         metrics=["loss", "cross_entropy", "regularizer"],
         checkpoint_every=config.finetune.checkpoint_every * epoch_steps,
-        suspects=lambda step: loader.shards_of_step(images, settings.batch_size, batch_seed, step),
+        suspects=lambda step: loader.describe_step(images, settings.batch_size, batch_seed, step),
     )
     training.notes = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
-    if not training.resume() and settings.probe_epochs and kind.start is not None:
+    if not training.resume() and settings.linear_probe_epochs and kind.start is not None:
         quietest = config.pretrain.t_min if kind.start == "pretrain" else t  # timm's weights are put in place for one t
-        probe_head(classifier, images, config, settings, process, quietest)
+        linear_probe(classifier, images, config, settings, env, quietest)
     if config.finetune.compile:
         classifier.compile()
     forward = training.parallel(classifier)
@@ -179,24 +181,24 @@ def _train(
         seed=batch_seed,
         first_step=training.done,
         last_step=total_steps,
-        rank=process.rank,
-        world=process.world,
+        rank=env.rank,
+        world_size=env.world_size,
         workers=config.data.workers,
     )
     for step, batch in training.steps(batches):
         rate = peak * warmup_cosine(step / epoch_steps, settings.warmup_epochs, epochs)
         clean, target = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
         if mix is not None:
-            clean, soft = mix_pairs(mix, clean, target, derive_seed(seed, "mixup", step))
+            clean, soft = mixup_pairs(mix, clean, target, derive_seed(seed, "mixup", step))
         else:
             soft = F.one_hot(target, len(images.classes)).float()
             soft = soft * (1 - settings.label_smoothing) + settings.label_smoothing / len(images.classes)
-        copies = (clean.float() / 255).repeat(settings.copies, 1, 1, 1)
-        positions = [f"{copy} {p}" for copy in range(settings.copies) for p in batch["position"].tolist()]
+        copies = (clean.float() / 255).repeat(settings.num_noise, 1, 1, 1)
+        positions = [f"{copy} {p}" for copy in range(settings.num_noise) for p in batch["position"].tolist()]
         noise = normal_per_sample(copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device)
         with training.autocast():
-            logits = forward(copies + sigma * noise, config.finetune.parts)
-        logits = logits.float().unflatten(0, (settings.copies, -1))
+            logits = forward(copies + sigma * noise, config.finetune.num_chunks)
+        logits = logits.float().unflatten(0, (settings.num_noise, -1))
         cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
         regularizer = torch.zeros((), device=device)
         if kind.regularized:
@@ -210,14 +212,14 @@ def _train(
             continue
         means, accuracy, shown = training.averages(epoch_steps), None, {}
         if epoch % looks_every == 0 or epoch == epochs:
-            accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, training.precision, process)
+            accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, training.precision, env)
             if accuracy > training.notes["selected"]["val_accuracy"]:
                 training.notes["selected"] = {"epoch": epoch, "val_accuracy": accuracy}
                 best.load_state_dict(classifier.state_dict())
             shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
         training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": rate}, **shown)
 
-    if process.is_main:
+    if env.is_main:
         with atomic_directory(output) as folder:
             save_model(
                 folder,
@@ -237,7 +239,7 @@ def _train(
             {
                 "seconds": training.seconds,
                 "images_per_second": total_steps * settings.batch_size / training.seconds,
-                "processes": process.world,
+                "processes": env.world_size,
                 "environment": environment(device),
             },
         )
@@ -245,17 +247,17 @@ def _train(
     barrier()
 
 
-def probe_head(
+def linear_probe(
     classifier: Classifier,
-    images: ShardedImages,
+    images: ShardedDataset,
     config: Config,
     settings: FinetuneSettings,
-    process: Process,
+    env: DistEnv,
     t: float,
 ) -> None:
     """Linear-probe start: fit the head alone on clean training images at noise level t."""
     optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=1e-2, weight_decay=0.0)
-    steps = settings.probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
+    steps = settings.linear_probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
     batches = loader.batches(
         images,
         augment.FinetuneTransform("none", config.data.image_size),
@@ -263,17 +265,17 @@ def probe_head(
         seed=derive_seed(config.seed, "probe batches"),
         first_step=0,
         last_step=steps,
-        rank=process.rank,
-        world=process.world,
+        rank=env.rank,
+        world_size=env.world_size,
         workers=config.data.workers,
     )
     for batch in batches:
         with torch.no_grad():
-            clean = 2 * (batch["image"].to(process.device).float() / 255) - 1
+            clean = 2 * (batch["image"].to(env.device).float() / 255) - 1
             representation = classifier.encoder(clean, t)
-        loss = F.cross_entropy(classifier.head(representation), batch["label"].to(process.device))
+        loss = F.cross_entropy(classifier.head(representation), batch["label"].to(env.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in classifier.head.parameters():
-            parameter.grad = all_sum(parameter.grad) / process.world
+            parameter.grad = all_reduce_sum(parameter.grad) / env.world_size
         optimizer.step()

@@ -5,7 +5,7 @@ import math
 from rrcm.models.base_classifiers import Classifier
 
 
-def teacher_ema(
+def teacher_decay(
     step: int, total_steps: int, *, start: float = 0.99, end: float = 0.9999, steepness: float = 10.0
 ) -> float:
     """Rate mu(k) at which the teacher keeps its own weights.
@@ -27,7 +27,7 @@ def warmup_cosine(progress: float, warmup: float, total: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (total - warmup)))
 
 
-def layer_rates(classifier: Classifier, decay: float) -> dict[str, float]:
+def layerwise_lr_scales(classifier: Classifier, decay: float) -> dict[str, float]:
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.

@@ -10,22 +10,22 @@ import torch
 
 from rrcm.config import Config
 from rrcm.data import augment, loader, shards
-from rrcm.data.shards import ShardedImages
+from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation import representations as representation
-from rrcm.evaluation.representations import COLLAPSED, evaluate, read_sample
+from rrcm.evaluation.representations import COLLAPSED, evaluate, load_eval_images
 from rrcm.models import noise_levels as schedules
 from rrcm.models import vit as model
 from rrcm.models.checkpoints import save_model
 from rrcm.models.noise_levels import karras_levels
-from rrcm.models.vit import ProjectedViT, build_encoder
+from rrcm.models.vit import EncoderWithProjector, build_encoder
 from rrcm.objectives import rrcm as losses
 from rrcm.objectives.moco import moco_noise_loss
-from rrcm.objectives.rrcm import PretrainingLoss, num_levels, pretraining_loss
+from rrcm.objectives.rrcm import RRCMLoss, num_levels, rrcm_loss
 from rrcm.training import trainer
-from rrcm.training.optim import teacher_ema, warmup_cosine
+from rrcm.training.optim import teacher_decay, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils import distributed, rng
-from rrcm.utils.distributed import Process, barrier, processes
+from rrcm.utils.distributed import DistEnv, barrier, init_distributed
 from rrcm.utils.files import atomic_directory, write_csv, write_json
 from rrcm.utils.provenance import environment
 from rrcm.utils.resume import Run, fingerprint
@@ -44,23 +44,23 @@ def pretrain(config: Config, shard_folder: Path | str, output: Path, timing: Pat
     and `timing` (JSON).
 
     Runs in this process or as one of torchrun's. Killed and started again it continues from its last checkpoint and
-    ends with the same bytes. Raises `RRCMError` when the loss is no longer finite, `Stopped` after SIGTERM.
+    ends with the same bytes. Raises `RRCMError` when the loss is no longer finite, `Interrupted` after SIGTERM.
     """
-    with processes(config.device) as process:
-        images, validation = ShardedImages(shard_folder, "train"), ShardedImages(shard_folder, "val")
-        if process.is_main:
+    with init_distributed(config.device) as env:
+        images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
+        if env.is_main:
             images.verify()
             validation.verify()
-        _train(config, images, validation, process, output, timing)
+        _train(config, images, validation, env, output, timing)
 
 
 def _train(
-    config: Config, images: ShardedImages, validation: ShardedImages, process: Process, output: Path, timing: Path
+    config: Config, images: ShardedDataset, validation: ShardedDataset, env: DistEnv, output: Path, timing: Path
 ) -> None:
-    settings, seed, device = config.pretrain, config.seed, process.device
+    settings, seed, device = config.pretrain, config.seed, env.device
     torch.manual_seed(derive_seed(seed, "pretrain"))  # initial weights
-    student = ProjectedViT(
-        build_encoder(config.model, config.data), config.model.projector_hidden, config.model.projection
+    student = EncoderWithProjector(
+        build_encoder(config.model, config.data), config.model.projector_hidden_dim, config.model.projection_dim
     )
     student.to(device).train()
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -76,7 +76,7 @@ def _train(
     )
     training = Trainer(
         Run("pretrain", mark),
-        process,
+        env,
         label="pretrain",
         steps=settings.steps,
         modules={"student": student, "teacher": teacher, "average": average},
@@ -84,7 +84,7 @@ def _train(
         precision=settings.precision,
         metrics=["loss", "contrastive", "consistency", "grad_norm"],
         checkpoint_every=settings.checkpoint_every,
-        suspects=lambda step: loader.shards_of_step(images, settings.batch_size, seed, step),
+        suspects=lambda step: loader.describe_step(images, settings.batch_size, seed, step),
     )
     training.notes = {"rates": [], "representation": []}
     training.resume()
@@ -93,14 +93,14 @@ def _train(
         teacher.encoder.compile()
     forward = training.parallel(student)
     sizes = config.data.image_size, settings.evaluate_images
-    bank, held_out = (read_sample(split, *sizes, process) for split in (images, validation))
+    bank, held_out = (load_eval_images(split, *sizes, env) for split in (images, validation))
 
     def look(step: int) -> None:
         """How good the average's representations are now."""
         options = {"sigmas": settings.evaluate_sigmas, "t_min": settings.t_min, "seed": seed}
-        rows = evaluate(average, bank, held_out, **options, precision=training.precision, process=process)
+        rows = evaluate(average, bank, held_out, **options, precision=training.precision, env=env)
         training.notes["representation"] += [{"step": step, **row} for row in rows]
-        if process.is_main and rows[0]["similarity"] > COLLAPSED:
+        if env.is_main and rows[0]["similarity"] > COLLAPSED:
             print(
                 f"pretrain: the representations have collapsed at step {step}: different images have a mean cosine of "
                 f"{rows[0]['similarity']:.4f}; lower the learning rate, or the temperature",
@@ -116,14 +116,14 @@ def _train(
         seed=seed,
         first_step=training.done,
         last_step=settings.steps,
-        rank=process.rank,
-        world=process.world,
+        rank=env.rank,
+        world_size=env.world_size,
         workers=config.data.workers,
     )
     tick = time.monotonic()
     for step, batch in training.steps(batches):
         levels = karras_levels(
-            num_levels(step, settings.steps, start=settings.start_levels, end=settings.end_levels),
+            num_levels(step, settings.steps, start=settings.min_levels, end=settings.max_levels),
             t_min=settings.t_min,
             t_max=settings.t_max,
             rho=settings.rho,
@@ -131,26 +131,24 @@ def _train(
         rate = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
         terms = _objective(config, training, forward, teacher, batch, step, levels)
         loss = terms.total.mean()
-        bound = settings.clip_norm if step >= settings.warmup_steps else float("inf")
+        bound = settings.grad_clip_norm if step >= settings.warmup_steps else float("inf")
         grad_norm = training.descend(loss, rate, bound)
-        mu = teacher_ema(
+        mu = teacher_decay(
             step,
             settings.steps,
-            start=settings.teacher_ema_start,
-            end=settings.teacher_ema_end,
-            steepness=settings.teacher_ema_steepness,
+            start=settings.teacher_decay_start,
+            end=settings.teacher_decay_end,
+            steepness=settings.teacher_decay_steepness,
         )
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - mu)
-            torch._foreach_lerp_(
-                list(average.parameters()), list(student.encoder.parameters()), 1 - settings.student_ema
-            )
+            torch._foreach_lerp_(list(average.parameters()), list(student.encoder.parameters()), 1 - settings.ema_decay)
         training.count(loss, terms.contrastive.mean(), terms.consistency.mean(), grad_norm)
 
         done = step + 1
         if done % settings.log_every == 0 or done == settings.steps:
             count = done % settings.log_every or settings.log_every
-            row = {"step": done, **training.averages(count), "levels": len(levels), "teacher_ema": mu, "lr": rate}
+            row = {"step": done, **training.averages(count), "levels": len(levels), "teacher_decay": mu, "lr": rate}
             images_per_second = count * settings.batch_size / (time.monotonic() - tick)
             training.notes["rates"].append([done, images_per_second])
             shown = {name: f"{row[name]:.3f}" for name in ("loss", "contrastive", "consistency")}
@@ -161,7 +159,7 @@ def _train(
             look(done)
             tick = time.monotonic()
 
-    if process.is_main:
+    if env.is_main:
         seen = settings.steps * settings.batch_size
         with atomic_directory(output) as folder:
             save_model(
@@ -177,7 +175,7 @@ def _train(
             {
                 "seconds": training.seconds,
                 "images_per_second": seen / training.seconds,
-                "processes": process.world,
+                "processes": env.world_size,
                 "throughput": training.notes["rates"],
                 "environment": environment(device),
             },
@@ -194,7 +192,7 @@ def _objective(
     batch: loader.Batch,
     step: int,
     levels: list[float],
-) -> PretrainingLoss:
+) -> RRCMLoss:
     """The loss of a batch.
 
     rrcm: the image along its noise trajectory, the views at the quietest level; one noise an image, one pair of
@@ -202,14 +200,14 @@ def _objective(
     that is evaluated.
     """
     settings, seed = config.pretrain, config.seed
-    image, view1, view2 = _model_space(batch, training.process.device)
-    common = {"temperature": settings.temperature, "parts": settings.parts}
+    image, view1, view2 = _model_space(batch, training.env.device)
+    common = {"temperature": settings.temperature, "num_chunks": settings.num_chunks}
     if settings.objective == "rrcm":
         noise = _noise(image, seed, "noise", step, batch)
         n = int(numpy_rng(seed, "level", step).integers(len(levels) - 1))  # one for the whole global batch
         pair = {"t": levels[n], "t_next": levels[n + 1], "t_min": levels[-1]}
         with training.autocast():
-            return pretraining_loss(student, teacher, image, view1, view2, noise, **pair, **common)
+            return rrcm_loss(student, teacher, image, view1, view2, noise, **pair, **common)
     noise1, noise2 = (_noise(view1, seed, f"noise {i}", step, batch) for i in (1, 2))
     loudest = 2 * max(settings.evaluate_sigmas)
     drawn = numpy_rng(seed, "view levels", step).uniform(settings.t_min, loudest, (2, settings.batch_size))
@@ -227,6 +225,6 @@ def _model_space(batch: loader.Batch, device: torch.device) -> list[torch.Tensor
     """The image itself and its two views, each (B, C, H, W) float32 in [-1, 1]."""
     image = batch["image"].to(device, non_blocking=True).float() / 255
     views = [
-        augment.photometric(batch[f"view{i}"].to(device, non_blocking=True), batch[f"photometric{i}"]) for i in (1, 2)
+        augment.color_blur(batch[f"view{i}"].to(device, non_blocking=True), batch[f"color_blur{i}"]) for i in (1, 2)
     ]
     return [2 * pixels - 1 for pixels in (image, *views)]

@@ -17,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rrcm.data.loader import Batch
 from rrcm.utils.distributed import (
-    Process,
-    all_gather_rows,
-    all_min,
-    all_sum,
-    any_process,
+    DistEnv,
+    all_gather_cat,
+    all_reduce_any,
+    all_reduce_min,
+    all_reduce_sum,
     autocast,
-    available_precision,
     barrier,
+    resolve_precision,
 )
-from rrcm.utils.errors import RRCMError, Stopped, one_line
+from rrcm.utils.errors import Interrupted, RRCMError, one_line
 from rrcm.utils.files import write_csv
 from rrcm.utils.progress import Progress
 from rrcm.utils.resume import Run, pack_state, unpack_state
@@ -36,7 +36,7 @@ class Trainer:
     """A training from its last checkpoint on.
 
     A run that is killed at any instant continues from there and ends with the same bytes; SIGTERM makes it save after
-    the step it is at and raise `Stopped`. `history` (rows) and `notes`, both JSON-able, survive like the tensors do.
+    the step it is at and raise `Interrupted`. `history` (rows) and `notes`, both JSON-able, survive like the tensors do.
 
         trainer = Trainer(run, process, ...)
         trainer.resume()
@@ -50,7 +50,7 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        process: Process,
+        env: DistEnv,
         *,
         label: str,
         steps: int,  # of the whole training
@@ -61,19 +61,19 @@ class Trainer:
         checkpoint_every: int,  # steps
         suspects: Callable[[int], str],  # the images of a step in words, for the message when its loss breaks
     ):
-        self.run, self.process, self.label, self.total = run, process, label, steps
+        self.run, self.env, self.label, self.total = run, env, label, steps
         self.modules, self.optimizer = modules, optimizer
-        self.precision = available_precision(process.device, precision)
+        self.precision = resolve_precision(env.device, precision)
         self.metrics, self.checkpoint_every, self.suspects = metrics, checkpoint_every, suspects
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.precision == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.sums = torch.zeros(len(metrics), dtype=torch.float64, device=process.device)  # of this process
-        self.broken_at = torch.tensor(math.inf, device=process.device)  # first step that was not finite
+        self.sums = torch.zeros(len(metrics), dtype=torch.float64, device=env.device)  # of this process
+        self.broken_at = torch.tensor(math.inf, device=env.device)  # first step that was not finite
         self.done = 0
         self.history: list[dict] = []
         self.notes: dict = {}
         self.before, self.start = 0.0, time.monotonic()
-        if process.is_main:
+        if env.is_main:
             run.lock()
 
     def resume(self) -> bool:
@@ -85,8 +85,8 @@ class Trainer:
         if notes["scaler"]:  # else this device computes in fp16 and the one before did not
             self.scaler.load_state_dict(notes["scaler"])
         self.history, self.notes, self.before = notes["history"], notes["notes"], notes["seconds"]
-        sums, rank = tensors["sums"], self.process.rank  # a row a process
-        if len(sums) == self.process.world:
+        sums, rank = tensors["sums"], self.env.rank  # a row a process
+        if len(sums) == self.env.world_size:
             self.sums.copy_(sums[rank])
         elif rank == 0:
             self.sums.copy_(sums.sum(0))
@@ -94,41 +94,41 @@ class Trainer:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """`module` with its gradients averaged over the processes."""
-        if self.process.world == 1:
+        if self.env.world_size == 1:
             return module
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # a new name, unknown to older torch
             return DistributedDataParallel(module, broadcast_buffers=False)
 
     def autocast(self) -> torch.autocast:
         """The context of forward passes."""
-        return autocast(self.process.device, self.precision)
+        return autocast(self.env.device, self.precision)
 
     def steps(self, batches: Generator[Batch]) -> Iterator[tuple[int, Batch]]:
         """Number the batches, show progress, and after each step save where that is due."""
-        progress = Progress(self.total, self.label, "steps", done=self.done, quiet=not self.process.is_main)
-        if self.process.is_main:
+        progress = Progress(self.total, self.label, "steps", done=self.done, quiet=not self.env.is_main)
+        if self.env.is_main:
             self.live = LiveMetrics(self.label, self.history)
-        with progress as self.progress, told_to_stop() as told, closing(batches):
+        with progress as self.progress, catch_sigterm() as told, closing(batches):
             for batch in batches:
                 yield self.done, batch
                 self.done += 1
                 progress.update(1)
                 if self.done == self.total:
                     return
-                stopping = any_process(bool(told))
+                stopping = all_reduce_any(bool(told))
                 if stopping or self.done % self.checkpoint_every == 0:
                     self.save()
                 if stopping:
-                    raise Stopped(f"{self.label}: stopped after step {self.done} as told; run it again to go on")
+                    raise Interrupted(f"{self.label}: stopped after step {self.done} as told; run it again to go on")
 
-    def descend(self, loss: torch.Tensor, rate: float, clip_norm: float = math.inf) -> torch.Tensor:
+    def descend(self, loss: torch.Tensor, rate: float, grad_clip_norm: float = math.inf) -> torch.Tensor:
         """One step of the optimiser down the gradient of the scalar `loss`. Returns the gradient's norm, unclipped."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         suspect = loss.detach() if self.scaler.is_enabled() else loss.detach() + norm  # a scaler forgives gradients
@@ -142,13 +142,13 @@ class Trainer:
     def averages(self, steps: int) -> dict[str, float]:
         """Means of the metrics over all processes and the last `steps` steps, which begin anew."""
         self.check()
-        means = (all_sum(self.sums) / (self.process.world * steps)).tolist()
+        means = (all_reduce_sum(self.sums) / (self.env.world_size * steps)).tolist()
         self.sums.zero_()
         return dict(zip(self.metrics, means, strict=True))
 
     def check(self) -> None:
         """Raises `RRCMError` if the loss or its gradient has been NaN or infinite on any process."""
-        if (step := float(all_min(self.broken_at))) < math.inf:
+        if (step := float(all_reduce_min(self.broken_at))) < math.inf:
             raise RRCMError(
                 f"{self.label}: the loss or its gradient is not finite at step {step:.0f}, "
                 f"{self.suspects(int(step))}; lower the learning rate or use fp32. {self.run.last_good()}"
@@ -158,14 +158,14 @@ class Trainer:
         """Add a row to the history and to the live metrics; `shown` are texts for the progress line."""
         self.history.append(dict(row))
         self.progress.update(0, **shown)
-        if self.process.is_main:
+        if self.env.is_main:
             self.live(row)
 
     def save(self) -> None:
         """Write a checkpoint of a sound state."""
         self.check()
-        sums = all_gather_rows(self.sums[None])[0]
-        if self.process.is_main:
+        sums = all_gather_cat(self.sums[None])[0]
+        if self.env.is_main:
             notes = {"scaler": self.scaler.state_dict(), "history": self.history, "notes": self.notes}
             tensors = pack_state(self.modules, self.optimizer) | {"sums": sums}
             self.run.save(self.done, tensors, notes | {"seconds": self.seconds})
@@ -218,7 +218,7 @@ class LiveMetrics:
 
 
 @contextmanager
-def told_to_stop() -> Iterator[list[int]]:
+def catch_sigterm() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM comes: clusters send it before they take a machine away."""
     told: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # there Python takes no signals

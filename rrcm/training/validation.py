@@ -3,7 +3,7 @@
 import torch
 
 from rrcm.models.base_classifiers import Classifier
-from rrcm.utils.distributed import Process, all_sum, autocast
+from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast
 from rrcm.utils.rng import normal_per_sample
 
 VALIDATION_COPIES = 4  # noisy copies of each validation image
@@ -17,7 +17,7 @@ def noisy_accuracy(
     sigma: float,
     seed: int,
     precision: str,
-    process: Process,
+    env: DistEnv,
     batch_size: int = 256,
 ) -> float:
     """Accuracy on images with Gaussian noise of pixel `sigma`, the same noise at every look.
@@ -25,14 +25,14 @@ def noisy_accuracy(
     pixels (N, C, H, W) uint8, labels (N,). The images are shared out over the processes.
     """
     classifier.eval()
-    right = torch.zeros((), dtype=torch.float64, device=process.device)
-    for rows in torch.arange(process.rank, len(pixels), process.world).split(batch_size):
-        clean, target = pixels[rows].to(process.device).float() / 255, labels[rows].to(process.device)
+    right = torch.zeros((), dtype=torch.float64, device=env.device)
+    for rows in torch.arange(env.rank, len(pixels), env.world_size).split(batch_size):
+        clean, target = pixels[rows].to(env.device).float() / 255, labels[rows].to(env.device)
         for copy_index in range(VALIDATION_COPIES):
             noise = normal_per_sample(
-                clean.shape[1:], seed, "validation", copy_index, positions=rows.tolist(), device=process.device
+                clean.shape[1:], seed, "validation", copy_index, positions=rows.tolist(), device=env.device
             )
-            with autocast(process.device, precision):
+            with autocast(env.device, precision):
                 right += (classifier(clean + sigma * noise).argmax(1) == target).sum()
     classifier.train()
-    return float(all_sum(right)) / (VALIDATION_COPIES * len(pixels))
+    return float(all_reduce_sum(right)) / (VALIDATION_COPIES * len(pixels))

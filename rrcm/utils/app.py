@@ -1,6 +1,6 @@
 """How a function becomes a command: it starts fast, and bad input ends in one line on stderr, exit status 1.
 
-Commands import this module first. The garbage collector is off until `imported`: it would walk the growing pile of
+Commands import this module first. The garbage collector is off until `resume_gc`: it would walk the growing pile of
 torch's modules again and again while they load, and once more at exit, which is two fifths of the start-up of a stage.
 """
 
@@ -15,18 +15,18 @@ gc.disable()
 
 import typer  # noqa: E402
 
-from rrcm.utils.errors import RRCMError, Stopped  # noqa: E402
+from rrcm.utils.errors import Interrupted, RRCMError  # noqa: E402
 
 INTERRUPTED = 130  # the exit status that shells give Ctrl-C
 TERMINATED = 143  # and SIGTERM
 
 
-def application() -> typer.Typer:
+def make_app() -> typer.Typer:
     """A Typer application whose tracebacks, should there be any, are Python's own."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
+def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, but an `RRCMError` is printed without a traceback and gives exit status 1,
     Ctrl-C gives 130, and work that SIGTERM stopped 143."""
 
@@ -34,7 +34,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def guard(*args: object, **options: object) -> None:
         try:
             command(*args, **options)
-        except Stopped as stop:
+        except Interrupted as stop:
             print(stop, file=sys.stderr)
             raise typer.Exit(TERMINATED) from None
         except RRCMError as error:
@@ -47,7 +47,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return guard
 
 
-def imported() -> None:
+def resume_gc() -> None:
     """To be called when all imports are done: what is there stays, so it is never walked again."""
     gc.freeze()
     gc.enable()
@@ -64,9 +64,9 @@ def start(app: typer.Typer) -> None:
 
 def run(command: Callable[..., None]) -> None:
     """Run `command` as an application of its own, everything being imported."""
-    imported()
-    app = application()
-    app.command()(guarded(command))
+    resume_gc()
+    app = make_app()
+    app.command()(exit_on_error(command))
     start(app)
 
 

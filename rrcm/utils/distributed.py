@@ -17,11 +17,11 @@ from rrcm.utils.errors import RRCMError
 
 
 @dataclass(frozen=True)
-class Process:
-    """This process among `world` of them, and the device it computes on."""
+class DistEnv:
+    """This process among `world_size` of them, and the device it computes on."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -41,17 +41,17 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Process]:
+def init_distributed(device: str) -> Iterator[DistEnv]:
     """Join the process group that torchrun announces in the environment, or run alone."""
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Process(0, 1, chosen)
+        yield DistEnv(0, 1, chosen)
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Process(dist.get_rank(), dist.get_world_size(), chosen)
+        yield DistEnv(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
         dist.destroy_process_group()
 
@@ -66,7 +66,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def all_gather_cat(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Rows of all processes in rank order, without gradient, and the index of this process's first row.
 
     x (B, ...) of the same B everywhere -> ((world * B, ...), rank * B).
@@ -78,7 +78,7 @@ def all_gather_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.cat(gathered), dist.get_rank() * len(x)
 
 
-def all_sum(x: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     """Sum over processes, without gradient."""
     if world_size() > 1:
         x = x.clone()
@@ -86,7 +86,7 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def all_min(x: torch.Tensor) -> torch.Tensor:
+def all_reduce_min(x: torch.Tensor) -> torch.Tensor:
     """Minimum over processes, without gradient."""
     if world_size() > 1:
         x = x.clone()
@@ -94,22 +94,22 @@ def all_min(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def any_process(flag: bool) -> bool:
+def all_reduce_any(flag: bool) -> bool:
     """Whether `flag` is set in any process. On the CPU: no device is waited for."""
-    return bool(all_min(torch.tensor(int(not flag))) == 0)
+    return bool(all_reduce_min(torch.tensor(int(not flag))) == 0)
 
 
 class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        return all_sum(x)
+        return all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return all_sum(grad)
+        return all_reduce_sum(grad)
 
 
-class GlobalBatchNorm1d(nn.BatchNorm1d):
+class SyncBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the batch of all processes together, on any device (torch's SyncBatchNorm refuses the CPU).
 
     Input (B, C) with the same B on every process. Parameters and buffers are named as in `nn.BatchNorm1d`.
@@ -129,7 +129,7 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
-def fast_precision(device: torch.device) -> str:
+def native_precision(device: torch.device) -> str:
     """bf16 where the device has instructions for it, fp16 on a GPU that has not, fp32 on a CPU that has not: that would
     compute in bfloat16 many times as slowly as in float32."""
     if device.type == "cuda":
@@ -138,10 +138,10 @@ def fast_precision(device: torch.device) -> str:
     return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
-def available_precision(device: torch.device, precision: str) -> str:
-    """What a training computes in: `auto` is what `fast_precision` says, and bf16 is fp16 on a GPU that lacks it."""
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """What a training computes in: `auto` is what `native_precision` says, and bf16 is fp16 on a GPU that lacks it."""
     if precision == "auto" or (precision == "bf16" and device.type == "cuda"):
-        return fast_precision(device)
+        return native_precision(device)
     return precision
 
 

@@ -7,7 +7,7 @@ class RRCMError(Exception):
     """Bad input, said in one line: what is wrong, where, and what to do. Stages print it without a traceback."""
 
 
-class Stopped(RRCMError):
+class Interrupted(RRCMError):
     """The work was told to stop (SIGTERM), has saved its state, and goes on when started again."""
 
 

@@ -45,7 +45,7 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})).hexdigest()
 
 
-def fill(model: Network, tensors: Mapping[str, torch.Tensor], origin: Path | str) -> Network:
+def load_weights(model: Network, tensors: Mapping[str, torch.Tensor], origin: Path | str) -> Network:
     """Put weights into a model. Raises `RRCMError` naming one that does not fit; `origin` is theirs."""
     own = model.state_dict()
     for name in own.keys() | tensors.keys():

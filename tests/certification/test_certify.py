@@ -21,19 +21,19 @@ from conftest import REPOSITORY, Answer, change, files_of, stage, start
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from rrcm.certification.noise import ESTIMATE, SELECT, gaussian
+from rrcm.certification.noise import ESTIMATE, SELECT, counter_normal
 from rrcm.certification.results import read_certificates
-from rrcm.certification.smoothing import ABSTAIN, Candidate, Request, SmoothedClassifier, certificate
+from rrcm.certification.smoothing import ABSTAIN, ImageState, SampleRequest, SmoothedClassifier, certificate
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
-    HOPELESS,
+    FUTILE,
     WHOLE_GRID,
     WRONG_CLASS,
     clopper_pearson_lower,
     sequential,
 )
 from rrcm.config import load_config
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.checkpoints import load_classifier
 from rrcm.utils.errors import RRCMError
 
@@ -69,7 +69,7 @@ class Split(nn.Module):
 @pytest.fixture(scope="module")
 def digits(trained) -> tuple[nn.Module, torch.Tensor, list[int], list[int]]:
     """A trained network, test images, labels and their places."""
-    images = ShardedImages(trained / "data/shards", "test")
+    images = ShardedDataset(trained / "data/shards", "test")
     pixels, labels, indices = read_split(images, 8, every=30)
     return load_classifier(trained / "models/rrcm/sigma_0.5"), pixels.float() / 255, labels.tolist(), indices
 
@@ -83,7 +83,7 @@ def plain_certify(model, image, sigma, n0, n, alpha, index):
     def votes(count, purpose):
         counts = np.zeros(2, int)
         for k in range(count):
-            noise = gaussian(image.shape, 0, *torch.tensor([[purpose], [index], [k]]))
+            noise = counter_normal(image.shape, 0, *torch.tensor([[purpose], [index], [k]]))
             counts[int(model(image + sigma * noise).argmax())] += 1
         return counts
 
@@ -94,7 +94,7 @@ def plain_certify(model, image, sigma, n0, n, alpha, index):
 
 def test_fixed_is_plain_certify():
     images = torch.stack([torch.full((1, 3, 3), level) for level in (0.3, 0.45, 0.5, 0.52, 0.6, 0.9)])
-    answers = half_space(batch_size=64).certify(images, procedure="fixed", n0=20, n=300, indices=[5, 0, 9, 2, 7, 1])
+    answers = half_space(batch_size=64).certify(images, stopping="fixed", n0=20, n=300, indices=[5, 0, 9, 2, 7, 1])
     for image, index, answer in zip(images, [5, 0, 9, 2, 7, 1], answers, strict=True):
         predict, radius = plain_certify(HalfSpace(), image, 0.5, 20, 300, 0.001, index)
         assert (answer.predict, answer.samples, answer.stopped) == (predict, 320, ALL_SAMPLES)
@@ -105,14 +105,16 @@ def test_fixed_is_plain_certify():
 def test_sequential_certifies_what_its_counts_allow():
     """The votes at the look where it stopped, counted again, certify its radius and not the next one."""
     images = torch.stack([torch.full((1, 4, 4), 0.5 + 0.025 * k) for k in range(20)])
-    smoothed, plan = half_space(), sequential(0.5, n=10_000, grid_step=0.1)
-    answers = smoothed.certify(images, n=10_000, grid_step=0.1)
-    assert {answer.stopped for answer in answers} == {ALL_SAMPLES, HOPELESS, WHOLE_GRID}
+    smoothed, plan = half_space(), sequential(0.5, n=10_000, radius_step=0.1)
+    answers = smoothed.certify(images, n=10_000, radius_step=0.1)
+    assert {answer.stopped for answer in answers} == {ALL_SAMPLES, FUTILE, WHOLE_GRID}
     for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
         m = answer.samples - 100
-        (votes,) = smoothed.vote([Request(image, index, ESTIMATE, 0, m)])
+        (votes,) = smoothed.vote([SampleRequest(image, index, ESTIMATE, 0, m)])
         passed = [
-            int(smoothed.vote([Request(image, index, ESTIMATE, 0, look)])[0].max()) for look in plan.looks if look <= m
+            int(smoothed.vote([SampleRequest(image, index, ESTIMATE, 0, look)])[0].max())
+            for look in plan.looks
+            if look <= m
         ]
         enough = (np.array(passed)[:, None] >= plan.needed[: len(passed)]).any(axis=0)
         certified = [radius for radius, _ in takewhile(lambda each: each[1], zip(plan.radii, enough, strict=True))]
@@ -123,16 +125,16 @@ def test_sequential_certifies_what_its_counts_allow():
 def test_the_radius_of_a_half_space_is_its_distance_from_below():
     """p_A = Phi(d / sigma) exactly; the certified radius is below d, and close to it at large n."""
     image, distance = torch.full((1, 1, 4, 4), 0.6), 0.1 * math.sqrt(16)
-    (answer,) = half_space().certify(image, procedure="fixed")
+    (answer,) = half_space().certify(image, stopping="fixed")
     assert answer.predict == 1 and distance - 0.02 < answer.radius < distance
-    (answer,) = half_space().certify(image, grid_step=0.125)
+    (answer,) = half_space().certify(image, radius_step=0.125)
     assert (answer.predict, answer.radius) == (1, 0.375) and answer.samples < 100_000
 
 
 def test_certificates_are_wrong_no_more_often_than_alpha():
     """400 certificates at alpha 0.2 of images whose true radius is known: more than 108 above it has chance < 1e-3."""
     images, distance = torch.full((400, 1, 2, 2), 0.6), 0.2
-    answers = half_space().certify(images, procedure="fixed", n0=10, n=200, alpha=0.2)
+    answers = half_space().certify(images, stopping="fixed", n0=10, n=200, alpha=0.2)
     too_far = sum(answer.predict == 0 or answer.radius > distance for answer in answers)
     assert (
         20 <= too_far <= 108
@@ -141,13 +143,13 @@ def test_certificates_are_wrong_no_more_often_than_alpha():
 
 def test_abstains_on_the_boundary_and_radius_is_capped_by_n():
     boundary, far = torch.full((1, 1, 4, 4), 0.5), torch.full((1, 1, 40, 40), 1.0)
-    for procedure in ("fixed", "sequential"):
-        (answer,) = half_space().certify(boundary, procedure=procedure, n=500)
+    for stopping in ("fixed", "sequential"):
+        (answer,) = half_space().certify(boundary, stopping=stopping, n=500)
         assert (answer.predict, answer.radius) == (ABSTAIN, 0.0)
     assert half_space().predict(boundary, n=500) == [ABSTAIN]
-    (answer,) = half_space().certify(far, procedure="fixed", n=500)
+    (answer,) = half_space().certify(far, stopping="fixed", n=500)
     assert answer.radius == pytest.approx(0.5 * norm.ppf(0.001 ** (1 / 500)), rel=1e-9)
-    (answer,) = half_space().certify(far, n=500, grid_step=0.1)
+    (answer,) = half_space().certify(far, n=500, radius_step=0.1)
     assert (answer.radius, answer.stopped) == (1.1, WHOLE_GRID)  # 500 of 500 have a chance below alpha there
     assert half_space().predict(far, n=500) == [1]
 
@@ -166,7 +168,7 @@ def test_an_evaluation_stops_at_a_wrong_class_and_only_then():
     assert [answer.stopped for answer in with_labels] == [WHOLE_GRID, WRONG_CLASS, WHOLE_GRID]
     assert (with_labels[1].predict, with_labels[1].radius, with_labels[1].samples) == (1, 0.0, 100)
     assert half_space().certify(images, n=1000)[1].stopped == WHOLE_GRID
-    exact = half_space().certify(images, labels=[1, 0, 1], procedure="fixed", n=1000)  # Cohen's never stops early
+    exact = half_space().certify(images, labels=[1, 0, 1], stopping="fixed", n=1000)  # Cohen's never stops early
     assert [answer.samples for answer in exact] == [1100] * 3 and exact[1].radius > 1
 
 
@@ -175,8 +177,8 @@ def test_an_evaluation_stops_at_a_wrong_class_and_only_then():
 
 def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) -> dict:
     _, pixels, labels, indices = digits
-    plan = sequential(smoothed.sigma, grid_step=0.05, **settings)
-    candidates = [Candidate(*each) for each in list(zip(indices, pixels, labels, strict=True))[order]]
+    plan = sequential(smoothed.sigma, radius_step=0.05, **settings)
+    candidates = [ImageState(*each) for each in list(zip(indices, pixels, labels, strict=True))[order]]
     for moved in smoothed.run(candidates, plan, at_once=at_once):
         assert len(moved) <= (at_once or len(pixels))
     return {candidate.index: certificate(candidate, plan) for candidate in candidates}
@@ -186,7 +188,7 @@ def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) 
 def test_certificates_do_not_depend_on_company_or_order(digits, precision):
     smoothed = SmoothedClassifier(digits[0], 0.5, 10, batch_size=256, precision=precision)
     expected = certificates(smoothed, digits, n=2000)
-    assert {answer.stopped for answer in expected.values()} >= {ALL_SAMPLES, HOPELESS, WRONG_CLASS}
+    assert {answer.stopped for answer in expected.values()} >= {ALL_SAMPLES, FUTILE, WRONG_CLASS}
     assert certificates(smoothed, digits, n=2000, order=slice(None, None, -1)) == expected
     assert certificates(smoothed, digits, n=2000, at_once=1) == expected
     assert certificates(smoothed, digits, n=2000, at_once=5) == expected
@@ -197,7 +199,7 @@ def test_certificates_do_not_depend_on_company_or_order(digits, precision):
 def test_another_batch_size_changes_next_to_no_vote(digits):
     """Same noise to the bit; of 10,000 votes an image at most 0.2 % may fall otherwise by rounding."""
     model, pixels, _, _ = digits
-    requests = [Request(image, i, ESTIMATE, 0, 10_000) for i, image in enumerate(pixels[:4])]
+    requests = [SampleRequest(image, i, ESTIMATE, 0, 10_000) for i, image in enumerate(pixels[:4])]
     votes = [
         SmoothedClassifier(model, 0.5, 10, batch_size=size, precision="bf16").vote(requests) for size in (64, 1000)
     ]
@@ -213,14 +215,14 @@ def test_every_sample_is_drawn_once_and_padding_does_not_vote(batch_size):
     smoothed, images = half_space(batch_size=batch_size), torch.rand(3, 1, 4, 4)
     lengths = [1050, 1, 77]
     votes = smoothed.vote(
-        [Request(image, i, ESTIMATE, 3, 3 + m) for i, (image, m) in enumerate(zip(images, lengths, strict=True))]
+        [SampleRequest(image, i, ESTIMATE, 3, 3 + m) for i, (image, m) in enumerate(zip(images, lengths, strict=True))]
     )
     assert votes.sum(1).tolist() == lengths
     assert {len(batch) for batch in smoothed.model.seen} == {batch_size}
     rows = torch.cat(smoothed.model.seen)[: sum(lengths)]
     sample = torch.cat([torch.arange(3, 3 + m) for m in lengths])
     image = torch.arange(3).repeat_interleave(torch.tensor(lengths))
-    noise = gaussian((1, 4, 4), 0, torch.full_like(sample, ESTIMATE), image, sample)
+    noise = counter_normal((1, 4, 4), 0, torch.full_like(sample, ESTIMATE), image, sample)
     assert torch.equal(rows, images[image].add_(noise, alpha=0.5))
 
 
@@ -281,7 +283,9 @@ def test_a_compiled_model_votes_the_same():
     torch.manual_seed(0)
     model, image = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10)), torch.rand(1, 8, 8)
     plain, compiled = (
-        SmoothedClassifier(model, 0.5, 10, batch_size=250, compile=switch).vote([Request(image, 0, ESTIMATE, 0, 2000)])
+        SmoothedClassifier(model, 0.5, 10, batch_size=250, compile=switch).vote(
+            [SampleRequest(image, 0, ESTIMATE, 0, 2000)]
+        )
         for switch in (False, True)
     )
     assert np.abs(plain - compiled).sum() / 2 <= 2
@@ -310,7 +314,7 @@ def test_models_that_do_not_answer(answer, complaint):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n": 0}, {"n0": 0}, {"alpha": 0.0}, {"alpha": 1.0}, {"grid_step": 0.0}, {"procedure": "quick"}]
+    "wrong", [{"n": 0}, {"n0": 0}, {"alpha": 0.0}, {"alpha": 1.0}, {"radius_step": 0.0}, {"stopping": "quick"}]
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(RRCMError):
@@ -343,7 +347,7 @@ def test_a_second_library_agrees(digits):
         device_type="cpu",
     )
     classes, radii = theirs.certify(pixels.numpy(), n=n, batch_size=1000)
-    ours = SmoothedClassifier(model, sigma, 10).certify(pixels, procedure="fixed", n=n, indices=indices)
+    ours = SmoothedClassifier(model, sigma, 10).certify(pixels, stopping="fixed", n=n, indices=indices)
     decided = 0
     for answer, predict, radius in zip(ours, classes, radii, strict=True):
         if answer.predict == ABSTAIN or predict == -1:
@@ -386,10 +390,10 @@ def test_the_stage_writes_what_the_engine_answers(trained):
     frame = read_certificates(trained / "certificates/rrcm/sigma_0.5.tsv")
     assert frame["idx"].tolist() == list(range(0, 360, 10)) and (frame["time"] == 0).all()
     model = load_classifier(trained / "models/rrcm/sigma_0.5")
-    pixels, labels, indices = read_split(ShardedImages(trained / "data/shards", "test"), 8, every=10)
+    pixels, labels, indices = read_split(ShardedDataset(trained / "data/shards", "test"), 8, every=10)
     smoothed = SmoothedClassifier(model, 0.5, 10, batch_size=200, precision=config.certify.precision)
     answers = smoothed.certify(
-        pixels.float() / 255, labels, n=1000, grid_step=config.certify.grid_step, indices=indices
+        pixels.float() / 255, labels, n=1000, radius_step=config.certify.radius_step, indices=indices
     )
     assert frame["predict"].tolist() == [answer.predict for answer in answers]
     assert frame["radius"].tolist() == [answer.radius for answer in answers]
@@ -399,7 +403,7 @@ def test_the_stage_writes_what_the_engine_answers(trained):
 
 
 def test_the_stage_does_fixed_as_well(certified):
-    change(certified, certify__procedure="fixed", certify__n=300)
+    change(certified, certify__stopping="fixed", certify__n=300)
     finished(stage(certified, "certify", "rrcm", "0.5"))
     frame = read_certificates(certified / "certificates/rrcm/sigma_0.5.tsv")
     samples = (certified / "certificates/rrcm/sigma_0.5.samples.tsv").read_text().splitlines()[1:]
@@ -419,18 +423,18 @@ def crew(folder: Path, world: int = 2) -> list:
 
 
 def test_two_processes_write_the_same_bytes(certified, trained):
-    processes = crew(certified)
-    for process in processes:
+    init_distributed = crew(certified)
+    for process in init_distributed:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in init_distributed] == [0, 0]
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
 
 
-def kill_at(folder: Path, lines: int, processes: list) -> None:
+def kill_at(folder: Path, lines: int, init_distributed: list) -> None:
     """SIGKILL the processes when their journals hold so many lines."""
     while sum(path.read_text().count("\n") for path in folder.glob("runs/certify-*/journal-*.txt")) < lines:
-        assert any(process.is_alive() for process in processes), "it was done before it could be killed"
-    for process in processes:
+        assert any(process.is_alive() for process in init_distributed), "it was done before it could be killed"
+    for process in init_distributed:
         process.kill()
         process.join()
 
@@ -448,10 +452,10 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
         file.write(f'{checksum} {json.dumps(furthest)}\n12345678 {{"index": 1, "lab')
     kill_at(certified, 80, [start(certified, "certify", "rrcm", "0.5")])
     assert not (certified / "certificates").exists()
-    processes = crew(certified)
-    for process in processes:
+    init_distributed = crew(certified)
+    for process in init_distributed:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in init_distributed] == [0, 0]
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
     assert not list((certified / "runs").glob("*"))
 

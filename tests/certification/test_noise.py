@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, WORD, box_muller, gaussian, philox4x32
+from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, WORD, box_muller, counter_normal, philox4x32
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_philox_gives_the_known_answers(counter, key, answer):
 
 def draw(count: int = 200, shape: tuple = (1, 8, 8), seed: int = 0, purpose: int = ESTIMATE, image: int = 0):
     sample = torch.arange(count)
-    return gaussian(shape, seed, torch.full_like(sample, purpose), torch.full_like(sample, image), sample)
+    return counter_normal(shape, seed, torch.full_like(sample, purpose), torch.full_like(sample, image), sample)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 5, 7), (1, 1, 1), (3, 96, 96)])
@@ -43,12 +43,12 @@ def test_the_same_bits_in_any_company(shape):
         for first in range(0, count, size):
             some = sample[first : first + size]
             purpose, image = torch.full_like(some, ESTIMATE), torch.zeros_like(some)
-            assert torch.equal(gaussian(shape, 0, purpose, image, some), together[first : first + size])
+            assert torch.equal(counter_normal(shape, 0, purpose, image, some), together[first : first + size])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     mixed = torch.cat([order, order])  # every other row belongs to image 5
     image = torch.cat([torch.zeros_like(order), torch.full_like(order, 5)])
     torch.set_num_threads(3)
-    drawn = gaussian(shape, 0, torch.full_like(mixed, ESTIMATE), image, mixed)
+    drawn = counter_normal(shape, 0, torch.full_like(mixed, ESTIMATE), image, mixed)
     torch.set_num_threads(threads)
     assert torch.equal(drawn[:count], together[order])
     assert torch.equal(drawn[count:], draw(count, shape, image=5)[order])

@@ -16,11 +16,11 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import binom, binomtest
 from torch import nn
 
-from rrcm.certification.noise import ESTIMATE, PREDICT, SELECT, gaussian
-from rrcm.certification.smoothing import ABSTAIN, Certificate, Request, SmoothedClassifier
+from rrcm.certification.noise import ESTIMATE, PREDICT, SELECT, counter_normal
+from rrcm.certification.smoothing import ABSTAIN, Certificate, SampleRequest, SmoothedClassifier
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
-    HOPELESS,
+    FUTILE,
     WHOLE_GRID,
     WRONG_CLASS,
     clopper_pearson_lower,
@@ -93,7 +93,7 @@ def check_sane(answers: list[Certificate], images: int, classes: int, n0: int, n
         assert ABSTAIN <= answer.predict < classes
         assert 0 <= answer.radius < math.inf
         assert n0 <= answer.samples <= n0 + n
-        assert answer.stopped in (ALL_SAMPLES, WHOLE_GRID, HOPELESS, WRONG_CLASS)
+        assert answer.stopped in (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
         if answer.predict == ABSTAIN or answer.stopped == WRONG_CLASS:
             assert answer.radius == 0
         if answer.stopped == WRONG_CLASS:
@@ -114,33 +114,33 @@ def answered(call: Callable, *args, **options) -> object | None:
 def test_a_constant_classifier_has_the_radius_of_n_votes_out_of_n(classes, data, sigma, alpha, n, n0, batch_size):
     """Its bound is alpha^(1/n); under `sequential` the radius is the last of the grid in it, found at whatever look."""
     answer = data.draw(st.integers(0, classes - 1))
-    grid_step = sigma * data.draw(st.floats(0.01, 5))
+    radius_step = sigma * data.draw(st.floats(0.01, 5))
     smoothed = SmoothedClassifier(Constant(classes, answer), sigma, classes, batch_size=batch_size)
     images, numbers = torch.zeros(2, 1, 2, 1), {"n0": n0, "n": n, "alpha": alpha}
 
     bound = alpha ** (1 / n)
     right = (ABSTAIN, 0.0) if bound < 0.5 else (answer, pytest.approx(sigma * ndtri(bound), rel=1e-9, abs=1e-9 * sigma))
-    for certificate in smoothed.certify(images, procedure="fixed", **numbers):
+    for certificate in smoothed.certify(images, stopping="fixed", **numbers):
         assert (certificate.predict, certificate.radius) == right
         assert (certificate.samples, certificate.stopped) == (n0 + n, ALL_SAMPLES)
 
     reach = sigma * ndtri(bound)
-    answers = smoothed.certify(images, grid_step=grid_step, **numbers)
+    answers = smoothed.certify(images, radius_step=radius_step, **numbers)
     check_sane(answers, 2, classes, n0, n)
     for certificate in answers:
         assert certificate.predict == (answer if reach >= 0 else ABSTAIN)
-        assert certificate.radius == pytest.approx(grid_step * (max(reach, 0) // grid_step), rel=1e-9)
-        assert certificate.stopped == WHOLE_GRID if reach >= 0 else certificate.stopped in (HOPELESS, ALL_SAMPLES)
+        assert certificate.radius == pytest.approx(radius_step * (max(reach, 0) // radius_step), rel=1e-9)
+        assert certificate.stopped == WHOLE_GRID if reach >= 0 else certificate.stopped in (FUTILE, ALL_SAMPLES)
 
     assert smoothed.predict(images, n=n, alpha=alpha) == [answer if binomtest(n, n).pvalue <= alpha else ABSTAIN] * 2
 
 
 @given(cases(), PROCEDURES, SAMPLES, st.integers(1, 50), ALPHAS, st.floats(0.1, 3), BATCH_SIZES, st.data())
 @QUICK
-def test_an_image_has_one_answer(case, procedure, n, n0, alpha, step, batch_size, data):
+def test_an_image_has_one_answer(case, stopping, n, n0, alpha, step, batch_size, data):
     """Whatever the batch size, the company, the order and the float type; and labels only end it sooner."""
     smoothed, images = case
-    options = {"procedure": procedure, "n": n, "n0": n0, "alpha": alpha, "grid_step": step * smoothed.sigma}
+    options = {"stopping": stopping, "n": n, "n0": n0, "alpha": alpha, "radius_step": step * smoothed.sigma}
     answers = smoothed.certify(images, **options)
     check_sane(answers, len(images), smoothed.num_classes, n0, n)
     assert with_batch_size(smoothed, batch_size).certify(images, **options) == answers
@@ -154,12 +154,12 @@ def test_an_image_has_one_answer(case, procedure, n, n0, alpha, step, batch_size
     labels = data.draw(st.lists(st.integers(0, 1), min_size=len(images), max_size=len(images)))
     for labelled, answer, label in zip(smoothed.certify(images, labels, **options), answers, labels, strict=True):
         if labelled.stopped == WRONG_CLASS:
-            assert procedure == "sequential"
+            assert stopping == "sequential"
             assert labelled.predict != label
             assert answer.predict in (ABSTAIN, labelled.predict)
         else:
             assert labelled == answer
-            assert procedure == "fixed" or answer.predict in (ABSTAIN, label)
+            assert stopping == "fixed" or answer.predict in (ABSTAIN, label)
 
 
 @given(cases(), SAMPLES, st.integers(1, 50), ALPHAS, st.floats(0.1, 3))
@@ -168,23 +168,23 @@ def test_sequential_is_fixed_at_each_look(case, n, n0, alpha, step):
     """Counted again, sample by sample: the radii are certified one by one, each when the exact bound of `fixed` at a
     look, with the alpha that is left for that radius there, reaches it."""
     smoothed, images = case
-    plan = sequential(smoothed.sigma, n0=n0, n=n, alpha=alpha, grid_step=step * smoothed.sigma)
-    answers = smoothed.certify(images, n=n, n0=n0, alpha=alpha, grid_step=step * smoothed.sigma)
+    plan = sequential(smoothed.sigma, n0=n0, n=n, alpha=alpha, radius_step=step * smoothed.sigma)
+    answers = smoothed.certify(images, n=n, n0=n0, alpha=alpha, radius_step=step * smoothed.sigma)
     spent = binom.sf(plan.needed - 1, np.array(plan.looks)[:, None], ndtr(np.array(plan.radii) / smoothed.sigma))
     left = np.cumsum(plan.alphas)[:, None] - np.cumsum(spent, axis=0) + spent  # (looks, radii)
     for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
-        top = smoothed.vote([Request(image, index, SELECT, 0, n0)])[0].argmax()
+        top = smoothed.vote([SampleRequest(image, index, SELECT, 0, n0)])[0].argmax()
         level, seen = 0, [look for look in plan.looks if look <= answer.samples - n0]
         assert seen[-1] == answer.samples - n0
         for look, alphas in zip(seen, left[: len(seen)], strict=True):
-            count = int(smoothed.vote([Request(image, index, ESTIMATE, 0, look)])[0][top])
+            count = int(smoothed.vote([SampleRequest(image, index, ESTIMATE, 0, look)])[0][top])
             while level < len(plan.radii):
                 bound = clopper_pearson_lower(count, look, alphas[level])
                 if bound < ndtr(plan.radii[level] / smoothed.sigma) * (1 - 1e-12):
                     break
                 level += 1
         assert (answer.predict, answer.radius) == ((top, plan.radii[level - 1]) if level else (ABSTAIN, 0.0))
-        assert answer.stopped == HOPELESS or answer.samples == n0 + n or level == len(plan.radii)
+        assert answer.stopped == FUTILE or answer.samples == n0 + n or level == len(plan.radii)
 
 
 @given(cases(), SAMPLES, ALPHAS, BATCH_SIZES)
@@ -195,10 +195,10 @@ def test_predict_is_the_binomial_test_of_plainly_counted_votes(case, n, alpha, b
     assert with_batch_size(smoothed, batch_size).predict(images, n=n, alpha=alpha) == answers
     for index, answer in enumerate(answers):
         row = torch.ones(n, dtype=torch.int64)
-        noise = gaussian(images.shape[1:], smoothed.seed, PREDICT * row, index * row, torch.arange(n))
+        noise = counter_normal(images.shape[1:], smoothed.seed, PREDICT * row, index * row, torch.arange(n))
         noisy = images[index].expand_as(noise).add(noise, alpha=smoothed.sigma)
         votes = smoothed.model(noisy).argmax(1).bincount(minlength=smoothed.num_classes).numpy()
-        assert (smoothed.vote([Request(images[index], index, PREDICT, 0, n)])[0] == votes).all()
+        assert (smoothed.vote([SampleRequest(images[index], index, PREDICT, 0, n)])[0] == votes).all()
         runner_up, top = np.sort(votes)[-2:].tolist()
         sure = binomtest(top, top + runner_up).pvalue <= alpha
         assert answer == (votes.argmax() if sure else ABSTAIN)
@@ -228,16 +228,16 @@ COUNTS = st.sampled_from([-1, 0, 1, 2, 101, 2**31, 10**30, 1.0, 100.5, math.inf,
 @given(
     PROCEDURES,
     NUMBERS,
-    st.fixed_dictionaries({}, optional={"alpha": NUMBERS, "grid_step": NUMBERS, "n": COUNTS, "n0": COUNTS}),
+    st.fixed_dictionaries({}, optional={"alpha": NUMBERS, "radius_step": NUMBERS, "n": COUNTS, "n0": COUNTS}),
     st.booleans(),
 )
 @settings(QUICK, max_examples=300)
-def test_any_settings_are_answered_or_refused(procedure, sigma, options, constant):
+def test_any_settings_are_answered_or_refused(stopping, sigma, options, constant):
     images, options = torch.full((2, 1, 2, 2), 0.5), {"n": 150, "n0": 5} | options
     model = Constant(4, 2) if constant else Linear(4, 4)
     if (smoothed := answered(SmoothedClassifier, model, sigma, 4, batch_size=50)) is None:
         return
-    answers = answered(smoothed.certify, images, procedure=procedure, **options)
+    answers = answered(smoothed.certify, images, stopping=stopping, **options)
     if answers is not None:
         check_sane(answers, 2, 4, options["n0"], options["n"])
     answers = answered(smoothed.predict, images, n=options["n"], alpha=options.get("alpha", 0.001))
@@ -323,11 +323,11 @@ def test_a_model_that_does_not_answer_a_logit_a_class_is_refused(change, batch_s
         getattr(smoothed, method)(torch.zeros(2, 1, 2, 2))
 
 
-@pytest.mark.parametrize("procedure", ["fixed", "sequential"])
-def test_a_model_that_answers_nan_is_refused(procedure):
+@pytest.mark.parametrize("stopping", ["fixed", "sequential"])
+def test_a_model_that_answers_nan_is_refused(stopping):
     smoothed = SmoothedClassifier(Wrong(lambda logits: logits.log()), 0.5, 3)  # of negative pixels
     with pytest.raises(RRCMError, match=r"^the model answers NaN .*$"):
-        smoothed.certify(torch.zeros(2, 1, 2, 2), procedure=procedure, n=50)
+        smoothed.certify(torch.zeros(2, 1, 2, 2), stopping=stopping, n=50)
 
 
 @pytest.mark.parametrize("memory_gib", [0.0, -1.0, math.inf, math.nan])
@@ -336,7 +336,7 @@ def test_impossible_memory_is_refused(memory_gib):
         SmoothedClassifier(Linear(4, 2), 0.5, 2, memory_gib=memory_gib)
 
 
-@pytest.mark.parametrize("procedure", ["", "Fixed", None])
-def test_an_unknown_procedure_is_refused(procedure):
-    with pytest.raises(RRCMError, match=r"^procedure = .*$"):
-        SmoothedClassifier(Linear(4, 2), 0.5, 2).certify(torch.zeros(1, 1, 2, 2), procedure=procedure)
+@pytest.mark.parametrize("stopping", ["", "Fixed", None])
+def test_an_unknown_procedure_is_refused(stopping):
+    with pytest.raises(RRCMError, match=r"^stopping = .*$"):
+        SmoothedClassifier(Linear(4, 2), 0.5, 2).certify(torch.zeros(1, 1, 2, 2), stopping=stopping)

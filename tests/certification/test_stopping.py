@@ -13,15 +13,15 @@ from scipy.signal import fftconvolve
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom, binomtest
 
-from rrcm.certification import stopping as procedures
+from rrcm.certification import stopping as stopping
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
+    FUTILE,
     FUTILITY,
-    HOPELESS,
     OPTIMISM,
     WHOLE_GRID,
     Fixed,
-    Sequential,
+    GroupSequential,
     binomial_test,
     clopper_pearson_lower,
     fixed,
@@ -106,7 +106,7 @@ def test_the_grid_ends_with_the_last_radius_in_reach(sigma: float, n: int):
 
 
 def test_radii_are_decimal_numbers():
-    assert sequential(0.5, n=1000, grid_step=0.1).radii[:7] == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    assert sequential(0.5, n=1000, radius_step=0.1).radii[:7] == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 @pytest.mark.parametrize(("sigma", "n"), [(0.5, 101), (0.25, 337), (1.0, 500)])
@@ -139,12 +139,12 @@ def test_judge_gives_a_reason_to_stop():
     plan = sequential(0.5, n=1000)
     last, all_radii = len(plan.looks) - 1, len(plan.radii)
     assert plan.judge(0, 60, 0) == (0, "")
-    assert plan.judge(0, 20, 0) == (0, HOPELESS)
+    assert plan.judge(0, 20, 0) == (0, FUTILE)
     assert plan.judge(last, 20, 0) == (0, ALL_SAMPLES)
     assert plan.judge(last, 1000, 0) == (all_radii, WHOLE_GRID)
     assert plan.judge(2, 100, 3)[0] == 3  # what is certified stays so
     levels, stopped = plan.judge(0, np.array([60, 20]), np.array([0, 0]))
-    assert (levels.tolist(), stopped.tolist()) == ([0, 0], ["", HOPELESS])
+    assert (levels.tolist(), stopped.tolist()) == ([0, 0], ["", FUTILE])
 
 
 def test_radius_of_a_level():
@@ -154,7 +154,7 @@ def test_radius_of_a_level():
     assert fixed(0.5, n=1000).radius(1000, 0) == pytest.approx(0.5 * ndtri(0.001 ** (1 / 1000)), rel=1e-12)
 
 
-@pytest.mark.parametrize("procedure", [fixed, sequential])
+@pytest.mark.parametrize("stopping", [fixed, sequential])
 @pytest.mark.parametrize(
     "wrong",
     [{"sigma": value} for value in (0.0, -1.0, math.inf, math.nan)]
@@ -162,17 +162,17 @@ def test_radius_of_a_level():
     + [{name: value} for name in ("n0", "n") for value in (0, -5, 2**31, 1e3, 100.5, math.nan)],
     ids=str,
 )
-def test_impossible_settings_are_refused(procedure, wrong: dict):
+def test_impossible_settings_are_refused(stopping, wrong: dict):
     with pytest.raises(RRCMError) as error:
-        procedure(**{"sigma": 0.5} | wrong)
+        stopping(**{"sigma": 0.5} | wrong)
     assert "\n" not in str(error.value)
     assert str(next(iter(wrong.values()))) in str(error.value)
 
 
-@pytest.mark.parametrize("grid_step", [0.0, -0.25, math.inf, math.nan, 1e-6, 1e-320])
-def test_impossible_grids_are_refused(grid_step: float):
-    with pytest.raises(RRCMError, match=r"^grid_step = .*$"):
-        sequential(0.5, grid_step=grid_step)
+@pytest.mark.parametrize("radius_step", [0.0, -0.25, math.inf, math.nan, 1e-6, 1e-320])
+def test_impossible_grids_are_refused(radius_step: float):
+    with pytest.raises(RRCMError, match=r"^radius_step = .*$"):
+        sequential(0.5, radius_step=radius_step)
 
 
 # Soundness
@@ -185,13 +185,13 @@ def simulate(looks: tuple[int, ...], p: float | np.ndarray, rng: np.random.Gener
 
 RULES = {  # when sampling stops: `stopped` is the plan's reason, `level` the radii certified, `truth` those that hold
     "as built": lambda stopped, level, truth: stopped != "",
-    "never hopeless": lambda stopped, level, truth: (stopped != "") & (stopped != HOPELESS),
+    "never hopeless": lambda stopped, level, truth: (stopped != "") & (stopped != FUTILE),
     "at the first certificate": lambda stopped, level, truth: level > 0,
     "adversary": lambda stopped, level, truth: level > truth,  # who knows the truth: at the first false certificate
 }
 
 
-def certified_levels(plan: Sequential, counts: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+def certified_levels(plan: GroupSequential, counts: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     """(images,) how many radii of the grid are certified when sampling stops, by rule."""
     level = np.zeros(counts.shape[1], np.int64)
     running = {rule: np.ones(len(level), bool) for rule in RULES}
@@ -204,7 +204,7 @@ def certified_levels(plan: Sequential, counts: np.ndarray, truth: np.ndarray) ->
     return final
 
 
-def true_levels(plan: Sequential, p: float | np.ndarray, images: int) -> np.ndarray:
+def true_levels(plan: GroupSequential, p: float | np.ndarray, images: int) -> np.ndarray:
     """(images,) how many radii of the grid are within the true one, sigma Phi^-1(p)."""
     return np.broadcast_to(np.searchsorted(ndtr(np.array(plan.radii) / plan.sigma), p, side="right"), images)
 
@@ -271,13 +271,13 @@ def test_choosing_the_class_and_stopping_at_a_wrong_one_keep_alpha(p: float):
 
 
 def test_a_procedure_that_does_not_split_alpha_is_caught(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(procedures, "spend", lambda alpha, looks: (alpha,) * looks)
+    monkeypatch.setattr(stopping, "spend", lambda alpha, looks: (alpha,) * looks)
     caught = unsound(false_certificates(0.5, 1000, slice(0, 2)))
     assert {case[1:] for case in caught} >= {(a, rule) for a in (0.001, 0.05) for rule in ("as built", "adversary")}
     assert not any(rule == "fixed" for _, _, rule in caught)
 
 
-def chance_to_certify(plan: Sequential, g: int, p: float) -> float:
+def chance_to_certify(plan: GroupSequential, g: int, p: float) -> float:
     """P(radius g is certified at any look | p_A = p), exactly: the distribution of the count of images where it is not
     yet, from look to look."""
     alive, chance, before = np.ones(1), 0.0, 0

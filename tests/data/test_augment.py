@@ -14,10 +14,18 @@ from PIL import Image
 
 from rrcm.config import Views
 from rrcm.data import augment
-from rrcm.data.augment import FinetuneTransform, PretrainTransform, centre_crop, draw_photometric, photometric, to_array
+from rrcm.data.augment import FinetuneTransform, PretrainTransform, centre_crop, color_blur, sample_color_blur, to_array
 from rrcm.utils.rng import numpy_rng
 
-MOCO = Views(crop_min=0.08, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 2.0), solarize=(0.0, 0.2))
+MOCO = Views(
+    min_crop_area=0.08,
+    flip_prob=0.5,
+    color_jitter_prob=0.8,
+    grayscale_prob=0.2,
+    blur_prob=(1.0, 0.1),
+    blur_sigma=(0.1, 2.0),
+    solarize_prob=(0.0, 0.2),
+)
 NEUTRAL = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0.0])
 
 
@@ -54,7 +62,7 @@ def test_operations_equal_torchvision(channels: int, column: int, values: tuple[
     for value in values:
         parameters = NEUTRAL.repeat(len(images), 1)
         parameters[1:, column] = value  # the first image stays as it is
-        result = photometric(images, parameters)
+        result = color_blur(images, parameters)
         assert torch.equal(result[0], images[0])
         torch.testing.assert_close(result[1:], reference(images[1:], value), atol=2e-6, rtol=0)
 
@@ -79,17 +87,17 @@ def test_blur_equals_torchvision(sigma: float):
     expected = padded_blur(images) / padded_blur(torch.ones_like(images))
     parameters = NEUTRAL.repeat(len(images), 1)
     parameters[:, augment.BLUR] = sigma
-    torch.testing.assert_close(photometric(images, parameters), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(color_blur(images, parameters), expected, atol=2e-6, rtol=0)
 
 
 def test_each_image_has_its_own_sigma_order_and_batch():
     """A row of a batch is what it is alone; and jitter runs in the order drawn."""
     generator, images = np.random.default_rng(0), (colours(64) * 255).byte()
-    parameters = torch.from_numpy(np.stack([draw_photometric(MOCO, 1, generator) for _ in range(64)]))
-    together = photometric(images, parameters)
+    parameters = torch.from_numpy(np.stack([sample_color_blur(MOCO, 1, generator) for _ in range(64)]))
+    together = color_blur(images, parameters)
     assert together.dtype == torch.float32 and together.min() >= 0 and together.max() <= 1
     for i in range(64):
-        assert torch.allclose(photometric(images[i : i + 1], parameters[i : i + 1])[0], together[i], atol=1e-6)
+        assert torch.allclose(color_blur(images[i : i + 1], parameters[i : i + 1])[0], together[i], atol=1e-6)
     steps = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
     for number, order in enumerate(augment.ORDERS.tolist()):
         factors = [1.4, 0.6, 1.2, -0.1]
@@ -97,7 +105,7 @@ def test_each_image_has_its_own_sigma_order_and_batch():
         expected = images[:1].float() / 255
         for operation in order:
             expected = steps[operation](expected, factors[operation])
-        torch.testing.assert_close(photometric(images[:1], row), expected, atol=5e-6, rtol=0)
+        torch.testing.assert_close(color_blur(images[:1], row), expected, atol=5e-6, rtol=0)
 
 
 def test_photometric_leaves_its_input_alone():
@@ -105,7 +113,7 @@ def test_photometric_leaves_its_input_alone():
     before = images.clone()
     parameters = NEUTRAL.repeat(len(images), 1)
     parameters[:, augment.SOLARIZE] = 1
-    photometric(images, parameters)
+    color_blur(images, parameters)
     assert torch.equal(images, before)
 
 
@@ -113,7 +121,7 @@ def test_photometric_frequencies():
     n = 20000
     for view in (0, 1):
         generator = np.random.default_rng(view)
-        rows = np.stack([draw_photometric(MOCO, view, generator) for _ in range(n)])
+        rows = np.stack([sample_color_blur(MOCO, view, generator) for _ in range(n)])
         jittered = (rows[:, :4] != [1, 1, 1, 0]).any(1)
         assert frequency_is(jittered, 0.8)
         assert frequency_is(rows[:, augment.GRAY] == 1, 0.2)
@@ -206,17 +214,17 @@ def test_pretrain_sample(mode: str):
     transform = pickle.loads(pickle.dumps(PretrainTransform(MOCO, 16)))
     image = photo().convert(mode)
     sample = transform(image, numpy_rng(0))
-    assert list(sample) == ["image", "view1", "photometric1", "view2", "photometric2"]
+    assert list(sample) == ["image", "view1", "color_blur1", "view2", "color_blur2"]
     for name in ("image", "view1", "view2"):
         assert sample[name].shape == (len(mode), 16, 16) and sample[name].dtype == np.uint8
-    assert sample["photometric1"].shape == (8,) and sample["photometric1"].dtype == np.float32
+    assert sample["color_blur1"].shape == (8,) and sample["color_blur1"].dtype == np.float32
     assert not np.array_equal(sample["view1"], sample["view2"])
     again = transform(image, numpy_rng(0))
     assert all(np.array_equal(sample[name], again[name]) for name in sample)
     centre = to_array(centre_crop(image, 16))
     both = {transform(image, numpy_rng(0, i))["image"].tobytes() for i in range(20)}
     assert both == {centre.tobytes(), centre[:, :, ::-1].tobytes()}
-    blurs = [transform(image, numpy_rng(1, i))["photometric1"][augment.BLUR] > 0 for i in range(50)]
+    blurs = [transform(image, numpy_rng(1, i))["color_blur1"][augment.BLUR] > 0 for i in range(50)]
     assert all(blurs)  # the first recipe for the first view
 
 

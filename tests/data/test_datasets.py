@@ -18,7 +18,7 @@ from torchvision.datasets import FashionMNIST
 
 from rrcm.config import Data
 from rrcm.data import datasets as sources
-from rrcm.data.datasets import read_source
+from rrcm.data.datasets import read_dataset
 from rrcm.utils.errors import RRCMError
 
 
@@ -59,7 +59,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 def test_digits_are_the_real_ones_with_a_fixed_stratified_test_set():
     from sklearn.datasets import load_digits
 
-    source = read_source(settings("digits", size=8, channels=1))
+    source = read_dataset(settings("digits", size=8, channels=1))
     assert source.classes == list("0123456789")
     assert len(source.train.labels) + len(source.test.labels) == 1797
     assert source.test.images.shape[1:] == (8, 8) and source.test.images.dtype == np.uint8
@@ -91,7 +91,7 @@ def write_fashion(folder: Path) -> dict[str, np.ndarray]:
 
 def test_fashion_mnist_from_a_folder(tmp_path: Path):
     arrays = write_fashion(tmp_path)
-    source = read_source(settings("fashion_mnist", tmp_path, 28, 1))
+    source = read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
     assert source.classes[9] == "Ankle boot"
     assert np.array_equal(source.train.images, arrays["train-images-idx3-ubyte.gz"])
     assert np.array_equal(source.test.labels, arrays["t10k-labels-idx1-ubyte.gz"])
@@ -105,11 +105,11 @@ def test_fashion_mnist_download(tmp_path: Path, web: tuple[Path, str], monkeypat
     monkeypatch.setattr(FashionMNIST, "resources", sums)
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
-    source = read_source(settings("fashion_mnist", None, 28, 1))
+    source = read_dataset(settings("fashion_mnist", None, 28, 1))
     assert np.array_equal(source.test.images, arrays["t10k-images-idx3-ubyte.gz"])
     for file in folder.iterdir():
         file.unlink()
-    assert len(read_source(settings("fashion_mnist", None, 28, 1)).train.labels) == 20  # now from data/raw
+    assert len(read_dataset(settings("fashion_mnist", None, 28, 1)).train.labels) == 20  # now from data/raw
 
 
 @pytest.mark.parametrize("damage", ["cut", "short", "header", "label", "count"])
@@ -129,14 +129,14 @@ def test_fashion_mnist_damaged(tmp_path: Path, damage: str):
         case "count":
             (tmp_path / labels).write_bytes(idx(arrays[labels][:-1]))
     with pytest.raises(RRCMError, match=str(tmp_path)) as error:
-        read_source(settings("fashion_mnist", tmp_path, 28, 1))
+        read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
     assert "download" in one_line(error)
 
 
 @pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not here")
 def test_fashion_mnist_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    source = read_source(settings("fashion_mnist", None, 28, 1))
+    source = read_dataset(settings("fashion_mnist", None, 28, 1))
     assert source.train.images.shape == (60000, 28, 28) and source.test.images.shape == (10000, 28, 28)
     assert np.bincount(source.train.labels).tolist() == [6000] * 10
     assert np.bincount(source.test.labels).tolist() == [1000] * 10
@@ -169,16 +169,16 @@ def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: py
     monkeypatch.setattr(sources, "CIFAR10_URL", f"{address}/{archive.name}")
     data = settings("cifar10", None, 32)
     with pytest.raises(RRCMError, match=r"cifar10: download from http://.* failed .*corrupted") as error:
-        read_source(data)  # the small archive does not have the real checksum
+        read_dataset(data)  # the small archive does not have the real checksum
     one_line(error)
     assert list(Path("data/raw/cifar10").iterdir()) == []
     monkeypatch.setattr(sources, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    source = read_source(data)
+    source = read_dataset(data)
     assert source.classes[0] == "airplane" and len(source.classes) == 10
     assert np.array_equal(source.train.images, pixels[:100]) and np.array_equal(source.train.labels, labels[:100])
     assert np.array_equal(source.test.images, pixels[100:]) and source.test.labels.dtype == np.int64
     archive.unlink()
-    assert len(read_source(data).test.labels) == 20  # no second download
+    assert len(read_dataset(data).test.labels) == 20  # no second download
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "label"])
@@ -195,7 +195,7 @@ def test_cifar10_damaged(tmp_path: Path, damage: str):
         case "label":
             path.write_bytes(b"\x0a" + path.read_bytes()[1:])
     with pytest.raises(RRCMError, match=str(tmp_path)) as error:
-        read_source(settings("cifar10", tmp_path, 32))
+        read_dataset(settings("cifar10", tmp_path, 32))
     assert "download" in one_line(error)
 
 
@@ -218,7 +218,7 @@ def test_kather_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pyt
     checksum = hashlib.md5((folder / name).read_bytes()).hexdigest()
     monkeypatch.setitem(medmnist.INFO["pathmnist"], f"MD5{flag}", checksum)
     monkeypatch.chdir(tmp_path)
-    source = read_source(settings("kather", None, size))
+    source = read_dataset(settings("kather", None, size))
     assert len(source.classes) == 9 and source.classes[0] == "adipose"
     assert np.array_equal(source.train.images, arrays["train_images"])
     assert np.array_equal(source.test.labels, arrays["test_labels"].ravel())
@@ -252,14 +252,14 @@ def test_kather_damaged(tmp_path: Path, damage: str):
     if damage == "npy":
         np.save(path.open("wb"), arrays["train_images"])
     with pytest.raises(RRCMError, match=str(path)) as error:
-        read_source(settings("kather", tmp_path, 28))
+        read_dataset(settings("kather", tmp_path, 28))
     one_line(error)
     assert not (tmp_path / "ran").exists()
 
 
 def test_kather_sizes(tmp_path: Path):
     with pytest.raises(RRCMError, match="image_size 32"):
-        read_source(settings("kather", tmp_path, 32))
+        read_dataset(settings("kather", tmp_path, 32))
 
 
 def write_folders(root: Path, classes: dict[str, int]) -> None:
@@ -275,7 +275,7 @@ def test_imagenet_folders(tmp_path: Path):
     (tmp_path / "train/n01/notes.txt").write_text("not an image")
     (tmp_path / "train/n01/._000.png").write_text("macOS leaves these")
     (tmp_path / "train/.cache").mkdir()
-    source = read_source(settings("imagenet", tmp_path))
+    source = read_dataset(settings("imagenet", tmp_path))
     assert source.classes == ["n01", "n02"]
     assert source.train.labels.tolist() == [0] * 4 + [1] * 3
     assert [str(p.relative_to(tmp_path)) for p in source.test.images] == ["val/n02/000.png", "val/n02/001.JPG"]
@@ -284,19 +284,19 @@ def test_imagenet_folders(tmp_path: Path):
 
 def test_imagefolder_with_and_without_test(tmp_path: Path):
     write_folders(tmp_path / "flat", {"a": 10, "b": 5, "single": 1})
-    source = read_source(settings("imagefolder", tmp_path / "flat"))
+    source = read_dataset(settings("imagefolder", tmp_path / "flat"))
     assert np.bincount(source.test.labels, minlength=3).tolist() == [2, 1, 0]  # the last image of a class stays
     assert len(source.train.labels) == 13
     assert not set(source.train.images) & set(source.test.images)
     write_folders(tmp_path / "split/train", {"a": 3, "b": 3})
     write_folders(tmp_path / "split/test", {"a": 1, "b": 2})
-    assert read_source(settings("imagefolder", tmp_path / "split")).test.labels.tolist() == [0, 1, 1]
+    assert read_dataset(settings("imagefolder", tmp_path / "split")).test.labels.tolist() == [0, 1, 1]
 
 
 def test_folder_mistakes(tmp_path: Path):
     def complaint(source: str, root: Path | None, size: int = 8) -> str:
         with pytest.raises(RRCMError) as error:
-            read_source(settings(source, root, size))
+            read_dataset(settings(source, root, size))
         return one_line(error)
 
     assert f"{tmp_path / 'none'}: no such dataset folder" in complaint("imagefolder", tmp_path / "none")
@@ -319,7 +319,7 @@ def test_folder_mistakes(tmp_path: Path):
 def test_no_network_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sources, "CIFAR10_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     with pytest.raises(RRCMError, match=r"cifar10: download from .* failed") as error:
-        read_source(settings("cifar10", tmp_path, 32))
+        read_dataset(settings("cifar10", tmp_path, 32))
     one_line(error)
 
 
@@ -330,4 +330,4 @@ def test_idx_needs_whole_header(tmp_path: Path):
         file.write(b"\0\0")
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(stream.getvalue())
     with pytest.raises(RRCMError, match="not an idx file"):
-        read_source(settings("fashion_mnist", tmp_path, 28, 1))
+        read_dataset(settings("fashion_mnist", tmp_path, 28, 1))

@@ -12,12 +12,20 @@ import torch
 
 from rrcm.config import Data, Views
 from rrcm.data.augment import FinetuneTransform, PretrainTransform
-from rrcm.data.loader import batches, epoch_batches, epoch_order, shards_of_step, steps_per_epoch, stream_count
+from rrcm.data.loader import batches, describe_step, epoch_batches, epoch_order, steps_per_epoch, stream_count
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedImages
+from rrcm.data.shards import ShardedDataset
 from rrcm.utils.errors import RRCMError
 
-VIEWS = Views(crop_min=0.3, flip=0.5, jitter=0.8, gray=0.2, blur=(1.0, 0.1), blur_sigma=(0.1, 0.5), solarize=(0.0, 0.2))
+VIEWS = Views(
+    min_crop_area=0.3,
+    flip_prob=0.5,
+    color_jitter_prob=0.8,
+    grayscale_prob=0.2,
+    blur_prob=(1.0, 0.1),
+    blur_sigma=(0.1, 0.5),
+    solarize_prob=(0.0, 0.2),
+)
 
 
 def write(place: Path, shard_size: int) -> Path:
@@ -38,10 +46,10 @@ def name_pixels(image, rng) -> dict[str, np.ndarray]:
     return {"image": np.asarray(image), "draw": rng.random(2, np.float32)}
 
 
-def collect(images: ShardedImages, transform, world: int = 1, **settings) -> list[dict[str, torch.Tensor]]:
+def collect(images: ShardedDataset, transform, world_size: int = 1, **settings) -> list[dict[str, torch.Tensor]]:
     """Global batches, put together from the parts of all ranks."""
     settings = {"seed": 0, "first_step": 0} | settings
-    ranks = [list(batches(images, transform, rank=r, world=world, **settings)) for r in range(world)]
+    ranks = [list(batches(images, transform, rank=r, world_size=world_size, **settings)) for r in range(world_size)]
     return [
         {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
     ]
@@ -85,26 +93,28 @@ def test_batches_are_put_together_from_streams(shards: int, batch_size: int, str
 
 
 @pytest.mark.parametrize("world", [2, 4, 16])
-def test_ranks_read_shards_of_their_own(world: int):
+def test_ranks_read_shards_of_their_own(world_size: int):
     """Of 320 shards of 20 samples; the two at the ends of a rank's streams may be its neighbours' too."""
     shard = epoch_batches([20] * 320, 256, 0, 0) // 20
-    ranks = [set(part.flatten().tolist()) for part in np.split(shard, world, axis=1)]
-    assert set.union(*ranks) == set(range(320)) and max(map(len, ranks)) <= 320 // world + 2
+    ranks = [set(part.flatten().tolist()) for part in np.split(shard, world_size, axis=1)]
+    assert set.union(*ranks) == set(range(320)) and max(map(len, ranks)) <= 320 // world_size + 2
     shared = [len(a & b) for a, b in itertools.combinations(ranks, 2)]
-    assert max(shared) <= 1 and sum(shared) < world
+    assert max(shared) <= 1 and sum(shared) < world_size
     at_a_time = [len(set(step.tolist())) for step in shard]
     assert max(at_a_time) <= 2 * 64  # all ranks together
 
 
 @pytest.mark.parametrize(("world", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
 @pytest.mark.parametrize("shard_size", [100, 10])
-def test_every_sample_once_an_epoch_and_the_same_batches(folder, tmp_path, shard_size: int, world: int, workers: int):
-    images = ShardedImages(folder if shard_size == 100 else write(tmp_path / "shards", shard_size), "train")
+def test_every_sample_once_an_epoch_and_the_same_batches(
+    folder, tmp_path, shard_size: int, world_size: int, workers: int
+):
+    images = ShardedDataset(folder if shard_size == 100 else write(tmp_path / "shards", shard_size), "train")
     for batch_size in (30, 96, 600):
         steps = steps_per_epoch(len(images), batch_size)
         shared = {"batch_size": batch_size, "last_step": 2 * steps}
         alone = collect(images, name_pixels, **shared)
-        together = collect(images, name_pixels, world, workers=workers, **shared)
+        together = collect(images, name_pixels, world_size, workers=workers, **shared)
         assert same(alone, together)
         everything = {np.asarray(images.read(i)[0]).tobytes() for i in range(len(images))}
         assert len(everything) == len(images)
@@ -118,25 +128,25 @@ def test_every_sample_once_an_epoch_and_the_same_batches(folder, tmp_path, shard
 
 
 def test_labels_go_with_their_images(folder: Path):
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     label = {np.asarray(image).tobytes(): number for image, number, _ in map(images.read, range(len(images)))}
     (batch,) = collect(images, name_pixels, batch_size=1200, last_step=1)
     assert batch["label"].tolist() == [label[bytes(pixels)] for pixels in batch["image"].flatten(1).numpy()]
 
 
 def test_the_shards_of_a_step_are_named(folder: Path):
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     row = epoch_batches(images.shard_sizes, 1, 0, 1)[5, 0]
     step = len(images) + 5
-    assert shards_of_step(images, 1, 0, step) == f"images of train-{row // 100:05d}.tar"
-    assert shards_of_step(images, 1200, 0, 0).endswith(f" and {len(images.shard_sizes) - 3} more shards")
+    assert describe_step(images, 1, 0, step) == f"images of train-{row // 100:05d}.tar"
+    assert describe_step(images, 1200, 0, 0).endswith(f" and {len(images.shard_sizes) - 3} more shards")
 
 
 def test_ranks_take_equal_contiguous_parts(folder: Path):
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     for rank in range(3):
         for batch in batches(
-            images, name_pixels, batch_size=96, seed=0, first_step=0, last_step=20, rank=rank, world=3
+            images, name_pixels, batch_size=96, seed=0, first_step=0, last_step=20, rank=rank, world_size=3
         ):
             assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
 
@@ -145,14 +155,14 @@ def test_ranks_take_equal_contiguous_parts(folder: Path):
     "transform", [PretrainTransform(VIEWS, 8), FinetuneTransform("randaugment", 8)], ids=["pretrain", "randaugment"]
 )
 def test_augmentation_bits_do_not_depend_on_the_split(folder: Path, transform):
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     alone = collect(images, transform, batch_size=60, last_step=30)
     assert same(alone, collect(images, transform, 3, workers=2, batch_size=60, last_step=30))
     assert not same(alone, collect(images, transform, batch_size=60, last_step=30, seed=1))
 
 
 def test_resume_gives_the_same_batches(folder: Path):
-    images, transform = ShardedImages(folder, "train"), PretrainTransform(VIEWS, 8)
+    images, transform = ShardedDataset(folder, "train"), PretrainTransform(VIEWS, 8)
     whole = collect(images, transform, batch_size=100, last_step=40)  # 14 steps an epoch
     for first in (1, 13, 14, 30):
         assert same(
@@ -162,7 +172,7 @@ def test_resume_gives_the_same_batches(folder: Path):
 
 
 def test_the_global_generators_are_left_alone(folder: Path):
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     torch.manual_seed(0)
     np.random.seed(0)
     expected = torch.rand(1), np.random.rand()
@@ -173,10 +183,10 @@ def test_the_global_generators_are_left_alone(folder: Path):
 
 
 def test_impossible_splits_are_refused(folder: Path):
-    images = ShardedImages(folder, "val")
+    images = ShardedDataset(folder, "val")
     settings = {"seed": 0, "first_step": 0, "last_step": 1}
     with pytest.raises(RRCMError, match="batch_size 64 is not a multiple of the 3 processes"):
-        batches(images, name_pixels, batch_size=64, world=3, **settings)
+        batches(images, name_pixels, batch_size=64, world_size=3, **settings)
     with pytest.raises(RRCMError, match=f"batch_size 512 is more than the {len(images)} images"):
         batches(images, name_pixels, batch_size=512, **settings)
     assert steps_per_epoch(100, 30) == steps_per_epoch(90, 30) == 3
@@ -184,13 +194,13 @@ def test_impossible_splits_are_refused(folder: Path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_found_in_a_worker_surfaces_as_one_line(folder: Path, tmp_path: Path, workers: int):
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     damaged = tmp_path / "train-00003.tar"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(RRCMError) as error:
-        collect(ShardedImages(tmp_path, "train"), name_pixels, batch_size=len(images), last_step=1, workers=workers)
+        collect(ShardedDataset(tmp_path, "train"), name_pixels, batch_size=len(images), last_step=1, workers=workers)
     assert str(error.value).startswith(f"{damaged}: has ") and "\n" not in str(error.value)
 
 
@@ -206,8 +216,8 @@ def test_workers_read_a_url(folder: Path, tmp_path: Path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        images = ShardedImages(f"http://127.0.0.1:{server.server_port}", "train", tmp_path / "cache")
+        images = ShardedDataset(f"http://127.0.0.1:{server.server_port}", "train", tmp_path / "cache")
         got = collect(images, name_pixels, batch_size=100, last_step=14, workers=2)
         server.shutdown()
-    assert same(got, collect(ShardedImages(folder, "train"), name_pixels, batch_size=100, last_step=14))
+    assert same(got, collect(ShardedDataset(folder, "train"), name_pixels, batch_size=100, last_step=14))
     assert len(asked) == len(set(asked)) == 2 + len(images.shard_sizes)  # once each, though both workers want them

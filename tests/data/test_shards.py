@@ -18,9 +18,9 @@ from PIL import Image
 
 from rrcm.config import Data
 from rrcm.data import shards
-from rrcm.data.datasets import read_source
+from rrcm.data.datasets import read_dataset
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedImages, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.utils.errors import RRCMError
 
 
@@ -96,7 +96,7 @@ def test_another_seed_moves_val_but_not_test(digits: Path, tmp_path: Path):
 
 
 def test_splits_are_complete_disjoint_and_stratified(digits: Path):
-    source = read_source(settings())
+    source = read_dataset(settings())
     train, val, test = (images_and_labels(digits, split) for split in ("train", "val", "test"))
     assert not set(train) & set(val)
     for samples, records in ((train | val, source.train), (test, source.test)):
@@ -126,7 +126,7 @@ def test_manifest(digits: Path):
 
 def test_reader_agrees_with_webdataset(digits: Path):
     for split in ("train", "val", "test"):
-        images, samples = ShardedImages(digits, split), images_and_labels(digits, split)
+        images, samples = ShardedDataset(digits, split), images_and_labels(digits, split)
         images.verify()
         assert len(images) == len(samples) == len(images.labels)
         for i, (key, (content, label)) in enumerate(samples.items()):
@@ -138,10 +138,10 @@ def test_reader_agrees_with_webdataset(digits: Path):
 
 def test_files_are_kept_as_they_are_or_without_loss(photos: Path, tmp_path: Path):
     write_shards(settings(source="imagefolder", root=str(photos), channels=3, shard_size=4), 0, tmp_path / "shards")
-    source = read_source(settings(source="imagefolder", root=str(photos)))
+    source = read_dataset(settings(source="imagefolder", root=str(photos)))
     seen = 0
     for split in ("train", "val", "test"):
-        images = ShardedImages(tmp_path / "shards", split)
+        images = ShardedDataset(tmp_path / "shards", split)
         paths = (source.test if split == "test" else source.train).images
         samples = images_and_labels(tmp_path / "shards", split)
         for i in range(len(images)):
@@ -162,7 +162,7 @@ def test_files_are_kept_as_they_are_or_without_loss(photos: Path, tmp_path: Path
 
 def test_gray_data_from_colour_files(photos: Path, tmp_path: Path):
     write_shards(settings(source="imagefolder", root=str(photos), channels=1), 0, tmp_path / "shards")
-    pixels, labels, _ = read_split(ShardedImages(tmp_path / "shards", "train"), 6)
+    pixels, labels, _ = read_split(ShardedDataset(tmp_path / "shards", "train"), 6)
     assert pixels.shape[1:] == (1, 6, 6) and len(labels) == len(pixels)
 
 
@@ -209,7 +209,7 @@ def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
         case "another run":
             write_shards(settings(), 1, tmp_path / "other")
             shutil.copy(tmp_path / "other/train-00002.tar", path)
-    images = ShardedImages(folder, "train")
+    images = ShardedDataset(folder, "train")
     word = {"flipped": "hash", "missing": "missing"}.get(damage, "of another run")
     text = complaint(images.verify)
     assert str(path) in text and word in text and "shard-data" in text
@@ -223,20 +223,20 @@ def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
 def test_reading_unverified_damage_is_named(digits: Path, tmp_path: Path):
     """A shard of the right size whose bytes are wrong, read without `verify`."""
     folder = copy(digits, tmp_path)
-    path, images = folder / "train-00001.tar", ShardedImages(folder, "train")
+    path, images = folder / "train-00001.tar", ShardedDataset(folder, "train")
     offset, size, _, key = images.index[310].tolist()
     whole = path.read_bytes()
 
     def read(start: int, content: bytes) -> str:
         path.write_bytes(whole[:start] + content + whole[start + len(content) :])
-        return complaint(lambda: ShardedImages(folder, "train").read(310))
+        return complaint(lambda: ShardedDataset(folder, "train").read(310))
 
     assert f"{path}: no tar header at byte {offset}" in read(offset, b"x" * 512)
     assert f"{path}: sample {key:08d} cannot be decoded" in read(offset + 512 + size // 2, b"\xff\xfe\xfd")
     other = images.index[311, 0]
     assert f"where {key:08d} should be: of another run" in read(offset, whole[other : other + 512])
     path.write_bytes(whole)
-    ShardedImages(folder, "train").read(310)
+    ShardedDataset(folder, "train").read(310)
 
 
 def test_bad_manifest_and_index(digits: Path, tmp_path: Path):
@@ -246,7 +246,7 @@ def test_bad_manifest_and_index(digits: Path, tmp_path: Path):
 
     def opening(text: str) -> str:
         path.write_text(text)
-        return complaint(lambda: ShardedImages(folder, "train"))
+        return complaint(lambda: ShardedDataset(folder, "train"))
 
     assert f"{path}: not a shard manifest" in opening(json.dumps(good)[:-30])
     assert "splits" in opening(json.dumps({k: v for k, v in good.items() if k != "splits"}))
@@ -254,22 +254,22 @@ def test_bad_manifest_and_index(digits: Path, tmp_path: Path):
     escape = json.dumps(good).replace("train-00000.tar", "../train-00000.tar")
     assert "splits.train.shards.0.name" in opening(escape)
     path.write_text(json.dumps(good))
-    assert "has no split valid; it has train, val, test" in complaint(lambda: ShardedImages(folder, "valid"))
+    assert "has no split valid; it has train, val, test" in complaint(lambda: ShardedDataset(folder, "valid"))
     index = folder / "train.index.npy"
     index.write_bytes(index.read_bytes()[:-8])
-    assert f"{index}: " in complaint(lambda: ShardedImages(folder, "train"))
+    assert f"{index}: " in complaint(lambda: ShardedDataset(folder, "train"))
     shutil.copy(folder / "val.index.npy", index)
-    assert f"{index}: " in complaint(lambda: ShardedImages(folder, "train"))
+    assert f"{index}: " in complaint(lambda: ShardedDataset(folder, "train"))
     path.unlink()
-    assert f"{path}: cannot be read" in complaint(lambda: ShardedImages(folder, "train"))
+    assert f"{path}: cannot be read" in complaint(lambda: ShardedDataset(folder, "train"))
 
 
 def test_read_split(digits: Path):
-    images = ShardedImages(digits, "test")
+    images = ShardedDataset(digits, "test")
     pixels, labels, rows = read_split(images, 8, every=7, limit=20)
     assert rows == list(range(0, 140, 7)) and pixels.shape == (20, 1, 8, 8)
     assert pixels.dtype == torch.uint8 and labels.dtype == torch.int64
-    source = read_source(settings()).test
+    source = read_dataset(settings()).test
     assert np.array_equal(pixels[:, 0].numpy(), source.images[rows]) and labels.tolist() == source.labels[rows].tolist()
     assert len(read_split(images, 8)[0]) == len(images)
     assert read_split(images, 5, limit=2)[0].shape == (2, 1, 5, 5)
@@ -278,7 +278,7 @@ def test_read_split(digits: Path):
 def test_reader_pickles_and_keeps_few_files_open(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
     monkeypatch.setattr(shards, "DECODED_BYTES", 0)
-    images = ShardedImages(digits, "train")
+    images = ShardedDataset(digits, "train")
     for i in range(0, len(images), 100):
         images.read(i)
     assert len(images._files) == 2 and not images._decoded
@@ -312,12 +312,12 @@ def web(digits: Path, tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
 def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, address, asked = web
     monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
-    local = ShardedImages(folder, "val")
-    images = ShardedImages(address, "val", tmp_path / "cache")
+    local = ShardedDataset(folder, "val")
+    images = ShardedDataset(address, "val", tmp_path / "cache")
     assert asked == ["/manifest.json", "/val.index.npy"]
     assert np.array_equal(images.read(3)[0], local.read(3)[0])
     assert asked.count("/val-00000.tar") == 2  # the first try was refused
-    again = ShardedImages(address + "/", "val", tmp_path / "cache")
+    again = ShardedDataset(address + "/", "val", tmp_path / "cache")
     again.verify()
     assert [again.read(i)[2] for i in range(len(again))] == [local.read(i)[2] for i in range(len(local))]
     assert asked.count("/val-00000.tar") == 2 and asked.count("/val.index.npy") == 1
@@ -327,7 +327,7 @@ def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkey
 def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, address, _ = web
     monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
-    images = ShardedImages(address, "train", tmp_path / "cache")
+    images = ShardedDataset(address, "train", tmp_path / "cache")
     path = folder / "train-00001.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:-512])
@@ -336,6 +336,6 @@ def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, m
     assert f"{address}/train-00001.tar: download failed" in complaint(lambda: images.read(300))
     path.write_bytes(whole)
     images.read(300)
-    assert "manifest.json: cannot be read" in complaint(lambda: ShardedImages(f"{address}/none", "train", tmp_path))
-    assert "cannot be opened" in complaint(lambda: ShardedImages("nonsense://x", "train", tmp_path))
+    assert "manifest.json: cannot be read" in complaint(lambda: ShardedDataset(f"{address}/none", "train", tmp_path))
+    assert "cannot be opened" in complaint(lambda: ShardedDataset("nonsense://x", "train", tmp_path))
     assert not [p for p in (tmp_path / "cache").iterdir() if "tmp" in p.name]

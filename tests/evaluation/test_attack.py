@@ -14,13 +14,13 @@ from torch import nn
 from rrcm.certification.results import ABSTAIN, read_certificates, write_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Attack, load_config
-from rrcm.data.shards import ShardedImages, read_split
-from rrcm.evaluation.attack import evenly, pgd, project, smoothed_victim, worst_answers
+from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.evaluation.attack import evenly_spaced, pgd, project, smoothed_victim, worst_predictions
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.progress import Progress
 
-SETTINGS = Attack(methods=[], steps=5, samples=4, n=100, alpha=0.001, max_images=None, batch=2)
+SETTINGS = Attack(methods=[], steps=5, num_noise=4, n=100, alpha=0.001, max_images=None, batch_size=2)
 
 
 class Linear(nn.Module):
@@ -120,7 +120,7 @@ def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
         answer=answer
     )
     with Progress(12, "attack", "attacks") as progress:
-        worst = worst_answers(
+        worst = worst_predictions(
             victim,
             torch.full((4, 1, 2, 2), 0.5),
             np.array([7, 8, 9, 10]),
@@ -134,9 +134,9 @@ def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
 
 
 def test_a_part_of_the_images_is_spread_over_all():
-    assert evenly(5, None).tolist() == evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
-    assert evenly(101, 5).tolist() == [0, 25, 50, 75, 100]
-    assert evenly(7, 1).tolist() == [0]
+    assert evenly_spaced(5, None).tolist() == evenly_spaced(5, 9).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced(101, 5).tolist() == [0, 25, 50, 75, 100]
+    assert evenly_spaced(7, 1).tolist() == [0]
 
 
 def test_a_network_without_any_defence_is_broken(tiny_shards):
@@ -144,7 +144,7 @@ def test_a_network_without_any_defence_is_broken(tiny_shards):
     torch.manual_seed(0)
     (images, labels), (others, truth) = (
         (pixels.float() / 255, classes)
-        for pixels, classes, _ in (read_split(ShardedImages(tiny_shards, split), 8) for split in ("train", "test"))
+        for pixels, classes, _ in (read_split(ShardedDataset(tiny_shards, split), 8) for split in ("train", "test"))
     )
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
@@ -165,7 +165,7 @@ def test_a_network_without_any_defence_is_broken(tiny_shards):
 @pytest.fixture
 def attackable(trained, tmp_path):
     """The trained project, to write in, with an attack of seconds."""
-    settings = ["sigmas=[0.5]", "attack.methods=[rrcm]", "attack.steps=5", "attack.samples=4", "attack.n=200"]
+    settings = ["sigmas=[0.5]", "attack.methods=[rrcm]", "attack.steps=5", "attack.num_noise=4", "attack.n=200"]
     compose(tmp_path / "params.yaml", *settings, "report.radii=[0.5,1.0,2.0]")
     (tmp_path / "data").symlink_to(trained / "data")
     (tmp_path / "models").symlink_to(trained / "models")

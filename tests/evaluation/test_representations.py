@@ -6,10 +6,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from rrcm.evaluation.representations import Sample, centred, evaluate, knn_accuracy, own_and_others
-from rrcm.utils.distributed import Process
+from rrcm.evaluation.representations import Sample, centred, evaluate, knn_accuracy, same_and_cross_cosine
+from rrcm.utils.distributed import DistEnv
 
-ALONE = Process(0, 1, torch.device("cpu"))
+ALONE = DistEnv(0, 1, torch.device("cpu"))
 
 
 def test_knn_accuracy_against_scikit_learn():
@@ -29,11 +29,11 @@ def test_own_and_others_are_means_over_pairs():
     quiet = torch.randn(30, 5) + 1
     seen = quiet + torch.randn(30, 5)
     cosine = nn.functional.cosine_similarity(seen[:, None], quiet[None], dim=-1)
-    own, others = own_and_others(seen, quiet)
+    own, others = same_and_cross_cosine(seen, quiet)
     assert own == pytest.approx(float(cosine.diag().mean()), abs=1e-6)
     assert others == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-6)
     assert own > others + 0.1
-    assert own_and_others(torch.ones(9, 4), torch.ones(9, 4)) == (pytest.approx(1), pytest.approx(1))
+    assert same_and_cross_cosine(torch.ones(9, 4), torch.ones(9, 4)) == (pytest.approx(1), pytest.approx(1))
 
 
 class Pixels(nn.Module):

@@ -10,16 +10,16 @@ from timm.models import vision_transformer
 from rrcm.models import vit as model
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import architecture, load_classifier, load_encoder, save_model
-from rrcm.models.vit import NoiseConditionedViT, attend, time_embedding
+from rrcm.models.vit import NoiseConditionedViT, attention, time_embedding
 from rrcm.training.finetune import matched_epochs
-from rrcm.training.optim import layer_rates, warmup_cosine
+from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
 
 
 def small(**changes) -> NoiseConditionedViT:
     torch.manual_seed(0)
     return NoiseConditionedViT(
-        **{"image_size": 8, "channels": 1, "patch_size": 4, "width": 32, "depth": 2, "heads": 2, **changes}
+        **{"image_size": 8, "channels": 1, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, **changes}
     )
 
 
@@ -45,7 +45,7 @@ def test_a_block_is_timms(tokens_read, qkv_bias):
 @pytest.mark.parametrize("large", [1, 5 * 6 * 4 * 32 * 4 + 1])
 def test_a_block_keeps_its_mlps_hidden_layer_once(monkeypatch, large):
     """What goes into GELU is kept for the backward pass, what comes out only where it is small."""
-    monkeypatch.setattr(model, "LARGE", large)
+    monkeypatch.setattr(model, "RECOMPUTE_MIN_BYTES", large)
     block, alive = small().blocks[0], {}
 
     class Watched(torch.nn.GELU):
@@ -66,7 +66,7 @@ def test_attention_in_half_precision_is_that_of_float32_up_to_rounding():
     q, k, v = (torch.randn(4, 2, 6, 8).bfloat16() for _ in range(3))
     exact = [x.float().requires_grad_() for x in (q, k, v)]
     halves = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected, found = torch.nn.functional.scaled_dot_product_attention(*exact), attend(*halves)
+    expected, found = torch.nn.functional.scaled_dot_product_attention(*exact), attention(*halves)
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad((found.float() * weights).sum(), halves)
@@ -97,7 +97,7 @@ def test_an_image_is_scaled_by_c_in_and_t_may_differ_by_image():
 
 def test_moco_initialisation_has_its_bounds():
     """Uniform weights: the largest of many is within 1 % of the bound and never above it; biases are zero."""
-    network = small(width=96, heads=3, init="moco_v3", freeze_patch_embed=True)
+    network = small(embed_dim=96, num_heads=3, init="moco_v3", freeze_patch_embed=True)
     qkv = network.blocks[0].attn.qkv.weight
     for weight, bound in (
         (qkv, math.sqrt(6 / (96 + 96))),
@@ -122,7 +122,7 @@ def test_models_come_back_from_disk_bit_for_bit(tmp_path):
 
 
 def test_layer_rates():
-    rates = layer_rates(Classifier(small(), 10, 1.0), 0.5)
+    rates = layerwise_lr_scales(Classifier(small(), 10, 1.0), 0.5)
     assert rates["encoder.patch_embed.proj.weight"] == rates["encoder.cls_token"] == rates["encoder.pos_embed"] == 0.125
     assert rates["encoder.blocks.0.attn.qkv.weight"] == 0.25 and rates["encoder.blocks.1.mlp.fc1.bias"] == 0.5
     assert rates["encoder.norm.weight"] == rates["head.weight"] == 1.0

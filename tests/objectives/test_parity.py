@@ -13,8 +13,8 @@ from rrcm import (
     karras_levels,
     load_authors_checkpoint,
     num_levels,
-    pretraining_loss,
-    teacher_ema,
+    rrcm_loss,
+    teacher_decay,
 )
 
 DATA = Path(__file__).parent.parent / "fixtures"
@@ -32,7 +32,7 @@ def load(reference, tmp_path):
     def loader(prefix):
         path = tmp_path / f"{prefix}.pth"
         torch.save({k.removeprefix(f"{prefix}."): v for k, v in reference.items() if k.startswith(f"{prefix}.")}, path)
-        return load_authors_checkpoint(path, heads=3)
+        return load_authors_checkpoint(path, num_heads=3)
 
     return loader
 
@@ -51,7 +51,7 @@ def test_loss_terms_and_gradients(reference, load):
     student, teacher = load("student").train(), load("target").train()
     levels = karras_levels(int(reference["num_scales"])).tolist()
     n = int(reference["index"])
-    loss = pretraining_loss(
+    loss = rrcm_loss(
         student,
         teacher,
         *(reference[name] for name in ("x", "x_aug1", "x_aug2", "noise")),
@@ -76,7 +76,7 @@ def test_fine_tuned_logits(reference, tmp_path, sigma):
     names |= {k.replace("head.", "module.linear_head."): v for k, v in reference.items() if k.startswith("head.")}
     torch.save(names, tmp_path / "tuned.pth")
     classifier = load_authors_checkpoint(
-        tmp_path / "tuned.pth", heads=3, sigma=sigma, levels=int(reference["num_scales"])
+        tmp_path / "tuned.pth", num_heads=3, sigma=sigma, levels=int(reference["num_scales"])
     )
     assert classifier.t == pytest.approx(float(reference[f"nearest_t_noise{2 * sigma}"]), rel=1e-6)
     pixels = (reference["x"] + 1) / 2
@@ -111,7 +111,7 @@ def test_schedules():
     assert len(rows) > 20
     for row in rows:
         step, total = int(row["step"]), int(row["total_steps"])
-        mu = teacher_ema(
+        mu = teacher_decay(
             step,
             total,
             start=float(row["start_ema"]),
@@ -141,6 +141,6 @@ def test_module_prefix_and_safetensors_load_the_same(reference, tmp_path):
     plain = {k.removeprefix("student."): v for k, v in reference.items() if k.startswith("student.")}
     torch.save({f"module.{k}": v for k, v in plain.items()}, tmp_path / "a.pth")
     save_file(plain, tmp_path / "b.safetensors")
-    one = load_authors_checkpoint(tmp_path / "a.pth", heads=3).state_dict()
-    two = load_authors_checkpoint(tmp_path / "b.safetensors", heads=3).state_dict()
+    one = load_authors_checkpoint(tmp_path / "a.pth", num_heads=3).state_dict()
+    two = load_authors_checkpoint(tmp_path / "b.safetensors", num_heads=3).state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)

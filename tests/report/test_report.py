@@ -17,14 +17,14 @@ from matplotlib.cbook import pts_to_prestep
 from PIL import Image
 
 from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates, write_samples
-from rrcm.certification.stopping import ALL_SAMPLES, HOPELESS, WRONG_CLASS
+from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.config import METHODS, Config, parse_config
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedImages
+from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.report import figures
 from rrcm.report.build import write_report
-from rrcm.report.figures import Tile
+from rrcm.report.figures import Thumbnail
 from rrcm.report.tables import _latex
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_file, write_csv, write_json
@@ -34,14 +34,14 @@ ENVIRONMENT = {"git": {"revision": "0" * 40, "dirty": False}, "hardware": {"cpu"
 
 
 OTHERS = [  # the second is at a sigma of which there is no panel
-    {"label": "Cohen et al. 2019", "sigma": 1.0, "path": "others/cohen_1.0.tsv"},
-    {"label": "50 % more $_$", "sigma": 0.5, "path": "others/more_0.5.tsv"},
+    {"label": "Cohen et al. 2019", "sigma": 1.0, "path": "external/cohen_1.0.tsv"},
+    {"label": "50 % more $_$", "sigma": 0.5, "path": "external/more_0.5.tsv"},
 ]
 
 
 def make_config(others: list[dict] = OTHERS, **changes: object) -> Config:
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    values["report"]["others"] = others
+    values["report"]["external_results"] = others
     return parse_config(
         values | {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
     )
@@ -59,7 +59,7 @@ def make_inputs(config: Config, root: Path) -> None:
     """What the other stages would leave under root, with invented but lifelike numbers."""
     rng = np.random.default_rng(0)
     write_shards(config.data, 0, root / "data/shards")
-    labels = ShardedImages(root / "data/shards", "test").labels
+    labels = ShardedDataset(root / "data/shards", "test").labels
     idx = np.arange(len(labels))[:: config.certify.every][: config.certify.max_images]
     steps = np.arange(10, 401, 10)
     pretraining = pd.DataFrame({"step": steps, "loss": 0.0, "contrastive": 1 + 9 * np.exp(-steps / 90.0)})
@@ -90,9 +90,9 @@ def make_inputs(config: Config, root: Path) -> None:
             label = labels[idx]
             predict = np.where(z > 0, label, (label + 3) % 10)
             predict[abs(z) < 0.1] = -1
-            step, correct = config.certify.grid_step, predict == label
+            step, correct = config.certify.radius_step, predict == label
             radius = np.where(correct, step * (sigma * abs(z) // step), 0.0)
-            stopped = np.select([correct, predict < 0], [ALL_SAMPLES, HOPELESS], WRONG_CLASS)
+            stopped = np.select([correct, predict < 0], [ALL_SAMPLES, FUTILE], WRONG_CLASS)
             samples = np.select([correct, predict < 0], [1100, 325], 100)
             frame = pd.DataFrame({"idx": idx, "label": label, "predict": predict, "radius": radius})
             frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stopped=stopped)
@@ -118,7 +118,7 @@ def make_inputs(config: Config, root: Path) -> None:
         seconds = {"10000": 0.21, "100000": 2.0 + 0.1 * skill[method]}
         write_json(root / f"latency/{method}.json", record | {"seconds": seconds, "environment": ENVIRONMENT})
 
-    for place, other in enumerate(config.report.others):
+    for place, other in enumerate(config.report.external_results):
         rows = [f"{i}\t{i % 10}\t{i % 9}\t{0.01 * i}\t{int(i % 10 == i % 9)}\t0:00:17.5" for i in range(50 + place)]
         (root / other.path).parent.mkdir(exist_ok=True)
         (root / other.path).write_text("\r\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows, ""]))
@@ -252,13 +252,13 @@ def test_what_was_pretrained_elsewhere_is_counted_and_compared_for_what_is_known
 def test_report_says_how_certificates_were_made(made, tmp_path: Path):
     config, root = made
     text = (root / "reports/digits/report.md").read_text()
-    assert "`certify.procedure: sequential`" in text
+    assert "`certify.stopping: sequential`" in text
     assert "100 samples choose" in text and "at most 1,000 more" in text
-    assert "multiples of 0.01 (`certify.grid_step`), so that ACR is a lower bound" in text
-    fixed = config.certify.model_copy(update={"procedure": "fixed"})
+    assert "multiples of 0.01 (`certify.radius_step`), so that ACR is a lower bound" in text
+    fixed = config.certify.model_copy(update={"stopping": "fixed"})
     write_report(config.model_copy(update={"certify": fixed}), root, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
-    assert "`certify.procedure: fixed`" in text and "sequential" not in text.split("## Figures")[0]
+    assert "`certify.stopping: fixed`" in text and "sequential" not in text.split("## Figures")[0]
 
 
 def test_other_groups_stay_apart(made, tmp_path: Path):
@@ -321,7 +321,7 @@ def test_legend_names_every_line_once_and_fits():
 
 def test_sheet_claims_no_radius_for_a_wrong_image():
     answers = [("correct", "3", 0.0), ("wrong", "7", 0.0), ("wrong", "7", 0.25), ("abstains", "", 0.0)]
-    tiles = [Tile(np.zeros((2, 2, 1)), "3", predict, radius, verdict) for verdict, predict, radius in answers]
+    tiles = [Thumbnail(np.zeros((2, 2, 1)), "3", predict, radius, verdict) for verdict, predict, radius in answers]
     figure = figures.draw_sheet([tile.pixels for tile in tiles], {0.5: tiles}, "rRCM")
     below = [axes.get_xlabel() for axes in figure.axes[4:]]
     assert below == ["✓ 3\nr = 0.00", "✗ 7\n", "✗ 7\nr = 0.25", "? abstains\n"]
@@ -329,13 +329,15 @@ def test_sheet_claims_no_radius_for_a_wrong_image():
 
 def test_others_are_checked_before_any_work():
     good = OTHERS[0]
-    for path in ("cohen.tsv", "/others/cohen.tsv", "others", "others/../data/x.tsv", ""):
-        assert "must be a file below others/" in refused(good | {"path": path})
+    for path in ("cohen.tsv", "/external/cohen.tsv", "external_results", "external/../data/x.tsv", ""):
+        assert "must be a file below external/" in refused(good | {"path": path})
     assert refused(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 is there twice; labels tell them apart")
-    assert "report.others.0.label = 'rRCM': is what a method of ours is called" in refused(good | {"label": "rRCM"})
-    assert "report.others.0.sigma = -1" in refused(good | {"sigma": -1})
-    assert "report.others.1.label = 'a|b'" in refused(good, good | {"label": "a|b"})
-    assert "report.others.0.file: unknown key" in refused(good | {"file": "x"})
+    assert "report.external_results.0.label = 'rRCM': is what a method of ours is called" in refused(
+        good | {"label": "rRCM"}
+    )
+    assert "report.external_results.0.sigma = -1" in refused(good | {"sigma": -1})
+    assert "report.external_results.1.label = 'a|b'" in refused(good, good | {"label": "a|b"})
+    assert "report.external_results.0.file: unknown key" in refused(good | {"file": "x"})
     assert "allowed here: label, sigma, path" in refused(good | {"zzz": "x"})
 
 
@@ -395,16 +397,16 @@ def test_missing_input_names_file_and_command(made, tmp_path: Path, path: str, c
 
 def test_missing_or_bad_file_of_others_is_named(made, tmp_path: Path):
     _, root = made
-    missing = OTHERS[1] | {"path": "others/none.tsv"}
-    message = r"report\.others\.1\.path: .*others/none\.tsv: no such file"
+    missing = OTHERS[1] | {"path": "external/none.tsv"}
+    message = r"report\.external_results\.1\.path: .*external/none\.tsv: no such file"
     with pytest.raises(RRCMError, match=message):
         write_report(make_config(others=[OTHERS[0], missing]), root, tmp_path / "out")
-    (root / "others/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
+    (root / "external/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
     try:
-        with pytest.raises(RRCMError, match=r"others/none\.tsv, line 2: has 4 tab-separated fields"):
+        with pytest.raises(RRCMError, match=r"external/none\.tsv, line 2: has 4 tab-separated fields"):
             write_report(make_config(others=[missing]), root, tmp_path / "out")
     finally:
-        (root / "others/none.tsv").unlink()
+        (root / "external/none.tsv").unlink()
     assert not (tmp_path / "out").exists()
 
 

@@ -16,17 +16,17 @@ from torch import nn
 from rrcm.config import Config, load_config
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
-from rrcm.models.load import load_subject
-from rrcm.models.timm_vit import transplant
+from rrcm.models.load import load_base_classifier
+from rrcm.models.timm_vit import convert_timm_vit
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.training.finetune import noise_level, starting_encoder
+from rrcm.training.finetune import load_initial_encoder, time_condition
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 from rrcm.utils.tensors import sha256_tensors
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # each channel its own
 OURS = {"image_size": 16, "channels": 3, "patch_size": 4}
-AUTHORS = ["data.image_size=16", "data.channels=3", "model.width=48", "model.heads=3", "pretrain.end_levels=20"]
+AUTHORS = ["data.image_size=16", "data.channels=3", "model.embed_dim=48", "model.num_heads=3", "pretrain.max_levels=20"]
 
 
 def timm_vit(name: str = "vit_tiny_patch16_224", **changes) -> nn.Module:
@@ -70,7 +70,7 @@ def without_time_token(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: fl
 def test_a_transplanted_vit_is_timms_with_one_token_more(changes, channels, t):
     network, pixels = timm_vit(**changes), torch.rand(2, channels, 16, 16)
     before = sha256_tensors(network.state_dict())
-    encoder = transplant(network, "it", **OURS | {"channels": channels}, t=t).eval()
+    encoder = convert_timm_vit(network, "it", **OURS | {"channels": channels}, t=t).eval()
     expected = as_timm_sees(network, pixels)
     torch.testing.assert_close(without_time_token(encoder, pixels, t), expected, atol=1e-5, rtol=1e-5)
     assert (without_time_token(encoder, pixels, t + 0.5) - expected).abs().max() > 1e-2  # the stem is folded for one t
@@ -80,7 +80,7 @@ def test_a_transplanted_vit_is_timms_with_one_token_more(changes, channels, t):
 @torch.no_grad()
 def test_the_time_token_starts_as_a_patch_of_the_mean_colour_at_the_mean_place():
     network, t = timm_vit(), 1.0
-    encoder = transplant(network, "it", **OURS, t=t).eval()
+    encoder = convert_timm_vit(network, "it", **OURS, t=t).eval()
     mean_colour = torch.tensor(MEAN)[None, :, None, None].expand(1, 3, 16, 16)
     tokens = tokens_of(encoder, torch.cat([mean_colour, torch.rand(1, 3, 16, 16)]), t)
     torch.testing.assert_close(tokens[0, 1], tokens[0, 2:].mean(dim=0), atol=1e-5, rtol=1e-5)
@@ -97,7 +97,7 @@ def test_other_sizes_are_resampled_as_timm_loads_them(tmp_path, image_size, patc
     theirs = timm.create_model(
         "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, **sizes
     )
-    encoder = transplant(network, "it", image_size=image_size, channels=3, patch_size=patch_size, t=1.0)
+    encoder = convert_timm_vit(network, "it", image_size=image_size, channels=3, patch_size=patch_size, t=1.0)
     ours = without_time_token(encoder.eval(), pixels, 1.0)
     torch.testing.assert_close(ours, as_timm_sees(theirs.eval(), pixels), atol=1e-5, rtol=1e-5)
 
@@ -131,14 +131,14 @@ def test_other_sizes_are_resampled_as_timm_loads_them(tmp_path, image_size, patc
 def test_what_cannot_be_carried_over_is_named(changes, said):
     network = timm_vit(**changes)
     with pytest.raises(RRCMError, match="cannot be carried over") as caught:
-        transplant(network, "some_vit", **OURS, t=1.0)
+        convert_timm_vit(network, "some_vit", **OURS, t=1.0)
     assert str(caught.value).startswith("some_vit: has ") and said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_other_networks_than_vits_are_refused():
     with pytest.raises(RRCMError, match="a part of the kind ResNet"):
-        transplant(timm.create_model("test_resnet"), "test_resnet", **OURS, t=1.0)
+        convert_timm_vit(timm.create_model("test_resnet"), "test_resnet", **OURS, t=1.0)
 
 
 def test_the_hash_is_of_names_and_values():
@@ -165,55 +165,55 @@ def test_a_checkpoint_of_the_authors(reference, tmp_path, prefix):
     if "base_model" in prefix:
         names |= {k.replace("head.", "module.linear_head."): v for k, v in reference.items() if k.startswith("head.")}
     torch.save(names, tmp_path / "theirs.pth")
-    config = settings(tmp_path, *AUTHORS, f"finetune.start={tmp_path / 'theirs.pth'}")
-    encoder = starting_encoder(config, "rrcm", 1.0, tmp_path / "nowhere").eval()
+    config = settings(tmp_path, *AUTHORS, f"finetune.initial_checkpoint={tmp_path / 'theirs.pth'}")
+    encoder = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere").eval()
     with torch.no_grad():
         representation = encoder(reference["x"] + reference["noise"], 1.0)
     torch.testing.assert_close(representation, reference["cls_t1.0"], atol=1e-5, rtol=0)
-    other = settings(tmp_path, *AUTHORS, "model.depth=3", f"finetune.start={tmp_path / 'theirs.pth'}")
+    other = settings(tmp_path, *AUTHORS, "model.depth=3", f"finetune.initial_checkpoint={tmp_path / 'theirs.pth'}")
     with pytest.raises(RRCMError, match=r"theirs.pth: checkpoint of another architecture: depth is 2, .* want 3"):
-        starting_encoder(other, "rrcm", 1.0, tmp_path / "nowhere")
+        load_initial_encoder(other, "rrcm", 1.0, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
 def test_grid_time_is_what_the_authors_network_is_told(reference, tmp_path, sigma):
-    config = settings(tmp_path, *AUTHORS, "finetune.time=grid")
+    config = settings(tmp_path, *AUTHORS, "finetune.time_condition=nearest_level")
     told = float(reference[f"nearest_t_noise{2 * sigma}"])
-    assert noise_level(config, "rrcm", sigma) == pytest.approx(told, rel=1e-6) and told != 2 * sigma
-    assert noise_level(config, "gaussian", sigma) == 2 * sigma  # knows of no grid
-    assert noise_level(settings(tmp_path, *AUTHORS), "rrcm", sigma) == 2 * sigma
+    assert time_condition(config, "rrcm", sigma) == pytest.approx(told, rel=1e-6) and told != 2 * sigma
+    assert time_condition(config, "gaussian", sigma) == 2 * sigma  # knows of no grid
+    assert time_condition(settings(tmp_path, *AUTHORS), "rrcm", sigma) == 2 * sigma
 
 
 @pytest.mark.parametrize("with_head", [False, True])
 def test_a_folder_of_ours(tmp_path, with_head):
     torch.manual_seed(3)
-    encoder = NoiseConditionedViT(8, 1, 4, width=32, depth=2, heads=2)
+    encoder = NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=2, num_heads=2)
     save_model(tmp_path / "start", Classifier(encoder, 10, 0.7) if with_head else encoder)
-    config = settings(tmp_path, f"finetune.start={tmp_path / 'start'}", "model.freeze_patch_embed=true")
-    started = starting_encoder(config, "rrcm", 1.0, tmp_path / "nowhere")
+    config = settings(tmp_path, f"finetune.initial_checkpoint={tmp_path / 'start'}", "model.freeze_patch_embed=true")
+    started = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere")
     assert sha256_tensors(started.state_dict()) == sha256_tensors(encoder.state_dict())
     assert [name for name, p in started.named_parameters() if not p.requires_grad] == [
         "patch_embed.proj.weight",
         "patch_embed.proj.bias",
     ]
-    scratch = starting_encoder(config, "gaussian", 1.0, tmp_path / "nowhere")
+    scratch = load_initial_encoder(config, "gaussian", 1.0, tmp_path / "nowhere")
     assert sha256_tensors(scratch.state_dict()) != sha256_tensors(encoder.state_dict())
 
 
 def test_what_was_transplanted_comes_back_from_disk(tmp_path):
-    encoder = transplant(timm_vit(mlp_ratio=3.3), "it", **OURS, t=1.0)
+    encoder = convert_timm_vit(timm_vit(mlp_ratio=3.3), "it", **OURS, t=1.0)
     save_model(tmp_path, encoder)
     found = read_json(tmp_path / "config.json")["architecture"]
-    assert (found["mlp_width"], found["qkv_bias"], found["norm_eps"]) == (158, True, 1e-6)
+    assert (found["mlp_dim"], found["qkv_bias"], found["norm_eps"]) == (158, True, 1e-6)
     again, images = load_encoder(tmp_path), torch.randn(2, 3, 16, 16)
     assert torch.equal(again(images, 1.0), encoder(images, 1.0))
 
 
 def test_folders_from_before_networks_could_differ(tmp_path):
-    encoder = NoiseConditionedViT(8, 1, 4, width=32, depth=2, heads=2)
+    encoder = NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=2, num_heads=2)
     save_model(tmp_path, encoder)
     described = read_json(tmp_path / "config.json")
-    for name in ("mlp_width", "qkv_bias", "norm_eps"):
+    for name in ("mlp_dim", "qkv_bias", "norm_eps"):
         del described["architecture"][name]
     (tmp_path / "config.json").write_text(json.dumps(described))
     images = torch.randn(2, 1, 8, 8)
@@ -222,14 +222,19 @@ def test_folders_from_before_networks_could_differ(tmp_path):
 
 def test_a_classifier_of_ours_tuned_again(project, trained):
     """Without models/pretrain, whose compute is then not counted; on the authors' grid of time."""
-    change(project, finetune__start=str(trained / "models/rrcm/sigma_0.5"), finetune__time="grid", finetune__epochs=1)
+    change(
+        project,
+        finetune__initial_checkpoint=str(trained / "models/rrcm/sigma_0.5"),
+        finetune__time_condition="nearest_level",
+        finetune__epochs=1,
+    )
     answer = stage(project, "finetune", "rrcm", "0.5")
     assert answer.returncode == 0, answer.stderr
     folder = project / "models/rrcm/sigma_0.5"
     made = read_json(folder / "config.json")
     assert made["start"] == str(trained / "models/rrcm/sigma_0.5") and made["compute"]["pretrain_share"] == 0
     assert made["sigma"] == 0.5 and made["t"] != 1.0 and abs(made["t"] - 1.0) < 0.05
-    assert load_subject(str(folder)).sigma == 0.5
+    assert load_base_classifier(str(folder)).sigma == 0.5
 
 
 def save_timm_vit(path: Path) -> nn.Module:
@@ -244,14 +249,14 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
     """Neither models/pretrain nor our own network's size is asked for."""
     network = save_timm_vit(project / "vit.safetensors")
     change(project, methods=["timm"], finetune__timm={"model": "test_vit", "weights": "vit.safetensors"})
-    change(project, finetune__epochs=2, finetune__probe_epochs=1, finetune__lr=1e-3)
+    change(project, finetune__epochs=2, finetune__linear_probe_epochs=1, finetune__lr=1e-3)
     for command in ("finetune", "certify"):
         answer = stage(project, command, "timm", "0.5")
         assert answer.returncode == 0, answer.stderr
     made = read_json(project / "models/timm/sigma_0.5/config.json")
     assert made["start"] == "test_vit" and made["compute"]["pretrain_share"] == 0
-    assert [made["architecture"][name] for name in ("image_size", "width", "depth", "mlp_width")] == [8, 64, 6, 192]
-    started = transplant(network, "it", image_size=8, channels=1, patch_size=4, t=1.0).state_dict()
+    assert [made["architecture"][name] for name in ("image_size", "embed_dim", "depth", "mlp_dim")] == [8, 64, 6, 192]
+    started = convert_timm_vit(network, "it", image_size=8, channels=1, patch_size=4, t=1.0).state_dict()
     tuned = load_classifier(project / "models/timm/sigma_0.5").encoder.state_dict()
     for name in ("blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "pos_embed"):
         cosine = nn.functional.cosine_similarity(started[name].flatten(), tuned[name].flatten(), dim=0)
@@ -261,7 +266,7 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
 @pytest.mark.parametrize(
     ("start", "method", "said"),
     [
-        ({"start": "nowhere"}, "rrcm", "finetune.start = 'nowhere': no such folder or file"),
+        ({"start": "nowhere"}, "rrcm", "finetune.initial_checkpoint = 'nowhere': no such folder or file"),
         ({"start": "vit.safetensors"}, "rrcm", "vit.safetensors"),
         ({"timm": {"model": "test_vitt", "weights": None}}, "timm", "did you mean test_vit"),
         (
@@ -271,7 +276,7 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
         ),
         ({"timm": {"model": "test_vit2", "weights": "vit.safetensors"}}, "timm", "not the weights of timm's test_vit2"),
         ({"timm": {"model": None, "weights": None}}, "timm", "finetune.timm.model null must be the name"),
-        ({"time": "nearest"}, "rrcm", "finetune.time = 'nearest'"),
+        ({"time": "nearest"}, "rrcm", "finetune.time_condition = 'nearest'"),
     ],
 )
 def test_starts_that_are_refused(project, start, method, said):

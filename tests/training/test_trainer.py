@@ -20,12 +20,12 @@ from timm.data import Mixup
 from torch import nn
 
 from rrcm.config import load_config
-from rrcm.data.augment import mix_pairs
+from rrcm.data.augment import mixup_pairs
 from rrcm.models.base_classifiers import Classifier
-from rrcm.models.vit import NoiseConditionedViT, ProjectedViT
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives.contrastive import info_nce
 from rrcm.objectives.moco import moco_noise_loss
-from rrcm.objectives.rrcm import pretraining_loss
+from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training import pretrain as pretraining
 from rrcm.utils.distributed import autocast
 from rrcm.utils.files import read_json
@@ -33,34 +33,40 @@ from rrcm.utils.files import read_json
 # Parts
 
 
-def networks(checkpoint_blocks: bool = False) -> tuple[ProjectedViT, ProjectedViT]:
+def networks(grad_checkpointing: bool = False) -> tuple[EncoderWithProjector, EncoderWithProjector]:
     torch.manual_seed(0)
-    options = {"width": 48, "depth": 3, "heads": 3, "checkpoint_blocks": checkpoint_blocks}
-    student, teacher = (ProjectedViT(NoiseConditionedViT(16, 3, 4, **options), 64, 16).train() for _ in range(2))
+    options = {"embed_dim": 48, "depth": 3, "num_heads": 3, "grad_checkpointing": grad_checkpointing}
+    student, teacher = (
+        EncoderWithProjector(NoiseConditionedViT(16, 3, 4, **options), 64, 16).train() for _ in range(2)
+    )
     return student, teacher.requires_grad_(False)
 
 
-def loss_and_gradients(parts: int, checkpoint_blocks: bool = False, precision: str = "fp32") -> dict[str, torch.Tensor]:
-    student, teacher = networks(checkpoint_blocks)
+def loss_and_gradients(
+    num_chunks: int, grad_checkpointing: bool = False, precision: str = "fp32"
+) -> dict[str, torch.Tensor]:
+    student, teacher = networks(grad_checkpointing)
     batch = torch.randn(4, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with autocast(torch.device("cpu"), precision):
-        terms = pretraining_loss(student, teacher, *batch, t=1.7, t_next=1.1, parts=parts)
+        terms = rrcm_loss(student, teacher, *batch, t=1.7, t_next=1.1, num_chunks=num_chunks)
     terms.total.mean().backward()
     found = {name: p.grad for name, p in student.named_parameters()} | dict(student.named_buffers())
     return found | {"loss": terms.total.detach()}
 
 
-@pytest.mark.parametrize(("parts", "checkpoint_blocks"), [(2, False), (4, False), (8, False), (1, True), (4, True)])
-def test_a_step_in_parts_is_the_undivided_step(parts, checkpoint_blocks):
-    whole, divided = loss_and_gradients(1), loss_and_gradients(parts, checkpoint_blocks)
+@pytest.mark.parametrize(
+    ("num_chunks", "grad_checkpointing"), [(2, False), (4, False), (8, False), (1, True), (4, True)]
+)
+def test_a_step_in_parts_is_the_undivided_step(num_chunks, grad_checkpointing):
+    whole, divided = loss_and_gradients(1), loss_and_gradients(num_chunks, grad_checkpointing)
     for name, value in whole.items():
         assert (divided[name] - value).float().norm() <= 1e-5 * value.float().norm(), name
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_mixed_precision_reaches_every_parameter(parts):
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_mixed_precision_reaches_every_parameter(num_chunks):
     """Weights cast first where there is no gradient must not stay without one (autocast's cache before torch 2.11)."""
-    exact, mixed = loss_and_gradients(1), loss_and_gradients(parts, precision="bf16")
+    exact, mixed = loss_and_gradients(1), loss_and_gradients(num_chunks, precision="bf16")
     for name, value in exact.items():
         if value is not None and value.is_floating_point():
             assert (mixed[name] - value).norm() <= 0.3 * value.norm(), name  # rounding is half of that
@@ -68,9 +74,9 @@ def test_mixed_precision_reaches_every_parameter(parts):
         assert not torch.is_autocast_cache_enabled()
 
 
-def bytes_kept(parts: int, checkpoint_blocks: bool) -> int:
+def bytes_kept(num_chunks: int, grad_checkpointing: bool) -> int:
     """The most that any pass through a block keeps at a time for the backward pass."""
-    student, teacher = networks(checkpoint_blocks)
+    student, teacher = networks(grad_checkpointing)
     batch, kept, most = torch.randn(4, 64, 3, 16, 16), {}, [0]
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +93,7 @@ def bytes_kept(parts: int, checkpoint_blocks: bool) -> int:
             return answer
 
         block.forward = measured
-    pretraining_loss(student, teacher, *batch, t=1.7, t_next=1.1, parts=parts).total.mean().backward()
+    rrcm_loss(student, teacher, *batch, t=1.7, t_next=1.1, num_chunks=num_chunks).total.mean().backward()
     return most[0]
 
 
@@ -97,11 +103,11 @@ def test_a_quarter_of_the_batch_keeps_a_quarter_of_the_memory():
 
 def test_fine_tuning_in_parts_is_the_undivided_step():
     gradients = []
-    for parts in (1, 4):
+    for num_chunks in (1, 4):
         torch.manual_seed(0)
-        classifier = Classifier(NoiseConditionedViT(16, 1, 4, width=32, depth=2, heads=2), 10, t=1.0)
+        classifier = Classifier(NoiseConditionedViT(16, 1, 4, embed_dim=32, depth=2, num_heads=2), 10, t=1.0)
         nn.init.normal_(classifier.head.weight)
-        classifier(torch.randn(32, 1, 16, 16), parts).square().sum().backward()
+        classifier(torch.randn(32, 1, 16, 16), num_chunks).square().sum().backward()
         gradients.append({name: p.grad for name, p in classifier.named_parameters()})
     for name, value in gradients[0].items():
         assert (gradients[1][name] - value).norm() <= 1e-5 * value.norm(), name
@@ -127,10 +133,10 @@ def wait_for(folder: Path, count: int, process) -> None:
         wait([process.sentinel], timeout=0.01)
 
 
-def ended(processes: list) -> list[int]:
-    for process in processes:
+def ended(init_distributed: list) -> list[int]:
+    for process in init_distributed:
         process.join()
-    return [process.exitcode for process in processes]
+    return [process.exitcode for process in init_distributed]
 
 
 def undisturbed(project: Path, name: str, arguments: list[str], world: int) -> dict[str, bytes]:
@@ -150,12 +156,12 @@ def test_twenty_kills_at_random_instants_change_no_byte(project, name, arguments
     output = project / "models"
     (finished,) = {(output / name).parent for name in expected}
     while killed < 20:
-        processes = crew(project, name, arguments, world)
-        wait([processes[0].sentinel], timeout=rng.uniform(0.3, 2.5))  # the instant: nothing is waited for
-        caught = all(process.is_alive() for process in processes)
-        for process in processes:
+        init_distributed = crew(project, name, arguments, world)
+        wait([init_distributed[0].sentinel], timeout=rng.uniform(0.3, 2.5))  # the instant: nothing is waited for
+        caught = all(process.is_alive() for process in init_distributed)
+        for process in init_distributed:
             process.kill()
-        ended(processes)
+        ended(init_distributed)
         killed += caught
         if finished.exists():  # a folder for it may be there before
             assert files_of(output) == expected
@@ -168,13 +174,15 @@ def test_twenty_kills_at_random_instants_change_no_byte(project, name, arguments
 def test_sigterm_saves_and_the_run_goes_on_from_there(project, world):
     change(project, pretrain__checkpoint_every=2, data__workers=1)
     expected = undisturbed(project, "pretrain", [], world)
-    processes = crew(project, "pretrain", [], world)
-    wait_for(project, 1, processes[0])
+    init_distributed = crew(project, "pretrain", [], world)
+    wait_for(project, 1, init_distributed[0])
     before = max(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
-    workers = [int(pid) for p in processes for pid in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
-    for pid in [*workers, processes[-1].pid]:  # one of the processes is told, and all readers, as clusters do it
+    workers = [
+        int(pid) for p in init_distributed for pid in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
+    ]
+    for pid in [*workers, init_distributed[-1].pid]:  # one of the processes is told, and all readers, as clusters do it
         os.kill(pid, signal.SIGTERM)
-    assert ended(processes) == [143] * world
+    assert ended(init_distributed) == [143] * world
     said = (project / "stderr").read_text()
     assert "as told; run it again to go on" in said and "Traceback" not in said
     saved = max(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
@@ -302,8 +310,8 @@ def test_mixup_does_not_depend_on_the_number_of_processes(mixup, cutmix):
     labels = torch.arange(16) % 5
     changed = 0
     for seed in range(5):
-        whole = mix_pairs(mix, images, labels, seed)
-        shares = [mix_pairs(mix, images[rows], labels[rows], seed) for rows in (slice(0, 4), slice(4, 16))]
+        whole = mixup_pairs(mix, images, labels, seed)
+        shares = [mixup_pairs(mix, images[rows], labels[rows], seed) for rows in (slice(0, 4), slice(4, 16))]
         for one, several in zip(whole, zip(*shares, strict=True), strict=True):
             assert torch.equal(one, torch.cat(several))
         pixels = whole[0]

@@ -59,7 +59,7 @@ def test_what_fine_tuning_keeps(trained):
 def test_matched_methods_spend_rrcms_compute(project, trained):
     (project / "models").mkdir()
     (project / "models/pretrain").symlink_to(trained / "models/pretrain")
-    change(project, methods=["consistency_matched", "rrcm"], finetune__pretraining_shared_by=1)
+    change(project, methods=["consistency_matched", "rrcm"], finetune__pretrain_cost_shared_by=1)
     done(stage(project, "finetune", "consistency_matched", "0.5"))
     spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
     epoch = 6 * 128 * (1294 // 128)
@@ -70,7 +70,7 @@ def test_matched_methods_spend_rrcms_compute(project, trained):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_and_loader_workers(project, precision):
     change(project, pretrain__precision=precision, finetune__precision=precision, data__workers=2)
-    change(project, pretrain__steps=8, pretrain__end_levels=40, finetune__epochs=2)
+    change(project, pretrain__steps=8, pretrain__max_levels=40, finetune__epochs=2)
     done(stage(project, "pretrain"))
     done(stage(project, "finetune", "rrcm", "0.5"))
     change(project, certify__precision="bf16")
@@ -80,7 +80,7 @@ def test_mixed_precision_and_loader_workers(project, precision):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_trainings_are_the_trainings(project):
     """Fused operations round otherwise, and ten steps of training make that grow."""
-    change(project, pretrain__steps=10, pretrain__end_levels=40, finetune__epochs=1)
+    change(project, pretrain__steps=10, pretrain__max_levels=40, finetune__epochs=1)
     weights = []
     for switch in (False, True):
         change(project, pretrain__compile=switch, finetune__compile=switch)
@@ -105,8 +105,8 @@ def test_workers_change_no_bit(project, trained):
     "settings",
     [
         {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "augmentation": "randaugment"},
-        {"augmentation": "crop_flip", "label_smoothing": 0.1, "copies": 3},
-        {"probe_epochs": 2, "augmentation": "flip", "copies": 1},
+        {"augmentation": "crop_flip", "label_smoothing": 0.1, "num_noise": 3},
+        {"linear_probe_epochs": 2, "augmentation": "flip", "num_noise": 1},
     ],
 )
 def test_fine_tuning_options(project, trained, settings):
@@ -133,7 +133,7 @@ def test_colour_images_from_start_to_certificate(project):
     (project / "data/shards").unlink()
     change(project, data__source="imagefolder", data__root="pictures", data__channels=3, data__image_size=16)
     change(project, pretrain__batch_size=32, finetune__batch_size=32, methods=["rrcm"], sigmas=[0.25])
-    change(project, certify__every=3, report__sheet_images=3, finetune__copies=2)
+    change(project, certify__every=3, report__gallery_images=3, finetune__num_noise=2)
     for command in (["shard_data"], ["pretrain"], ["finetune", "rrcm", "0.25"], ["certify", "rrcm", "0.25"]):
         done(stage(project, *command))
     done(stage(project, "latency", "rrcm"))
@@ -148,7 +148,7 @@ def test_colour_images_from_start_to_certificate(project):
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_starts_a_stage(project, nodes):
     """The commands of the README: two processes on one machine, or one on each of two that share a file system."""
-    change(project, pretrain__steps=8, pretrain__end_levels=40)
+    change(project, pretrain__steps=8, pretrain__max_levels=40)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -14,11 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
-from rrcm.models.vit import NoiseConditionedViT, ProjectedViT
-from rrcm.objectives.rrcm import pretraining_loss
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training.finetune import finetune
 from rrcm.training.pretrain import pretrain
-from rrcm.utils.distributed import GlobalBatchNorm1d, all_sum, available_precision, fast_precision, processes
+from rrcm.utils.distributed import (
+    SyncBatchNorm1d,
+    all_reduce_sum,
+    init_distributed,
+    native_precision,
+    resolve_precision,
+)
 
 
 def together(target, *arguments: object, world: int = 2) -> None:
@@ -27,7 +33,7 @@ def together(target, *arguments: object, world: int = 2) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    crew = [context.Process(target=_enter, args=(rank, world, port, target, arguments)) for rank in range(world)]
+    crew = [context.DistEnv(target=_enter, args=(rank, world, port, target, arguments)) for rank in range(world)]
     for process in crew:
         process.start()
     for process in crew:
@@ -42,25 +48,29 @@ def _enter(rank: int, world: int, port: int, target, arguments: tuple) -> None:
     target(*arguments)
 
 
-def one_step(folder: Path, parts: int = 1) -> None:
+def one_step(folder: Path, num_chunks: int = 1) -> None:
     """A step of pre-training on this process's part of a fixed batch of 12; rank 0 writes what came out."""
     torch.manual_seed(0)
-    student = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
-    teacher = ProjectedViT(NoiseConditionedViT(16, 3, 4, width=48, depth=2, heads=3), hidden=64, out=16).train()
+    student = EncoderWithProjector(
+        NoiseConditionedViT(16, 3, 4, embed_dim=48, depth=2, num_heads=3), hidden=64, out=16
+    ).train()
+    teacher = EncoderWithProjector(
+        NoiseConditionedViT(16, 3, 4, embed_dim=48, depth=2, num_heads=3), hidden=64, out=16
+    ).train()
     teacher.requires_grad_(False)
     batch = torch.randn(4, 12, 3, 16, 16)
-    with processes("cpu") as process:
-        size = 12 // process.world
+    with init_distributed("cpu") as process:
+        size = 12 // process.world_size
         part = batch[:, process.rank * size : (process.rank + 1) * size]
-        forward = DistributedDataParallel(student, broadcast_buffers=False) if process.world > 1 else student
-        terms = pretraining_loss(forward, teacher, *part, t=1.7, t_next=1.1, parts=parts)
+        forward = DistributedDataParallel(student, broadcast_buffers=False) if process.world_size > 1 else student
+        terms = rrcm_loss(forward, teacher, *part, t=1.7, t_next=1.1, num_chunks=num_chunks)
         terms.total.mean().backward()
         found = {f"grad.{name}": p.grad for name, p in student.named_parameters()}
         found |= {f"student.{name}": b.float() for name, b in student.named_buffers()}
         found |= {f"teacher.{name}": b.float() for name, b in teacher.named_buffers()}
-        found["loss"] = all_sum(terms.total.mean().detach()) / process.world
+        found["loss"] = all_reduce_sum(terms.total.mean().detach()) / process.world_size
         if process.is_main:
-            save_file(found, folder / f"{process.world}-{parts}.safetensors")
+            save_file(found, folder / f"{process.world_size}-{num_chunks}.safetensors")
 
 
 def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
@@ -76,15 +86,15 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
 def test_a_step_of_two_processes_in_parts_is_the_undivided_one(tmp_path):
     together(one_step, tmp_path)
     whole = load_file(tmp_path / "2-1.safetensors")
-    for parts in (2, 4, 8):
-        together(one_step, tmp_path, parts)
-        for name, value in load_file(tmp_path / f"2-{parts}.safetensors").items():
-            assert (value - whole[name]).norm() <= 1e-5 * whole[name].norm(), (parts, name)
+    for num_chunks in (2, 4, 8):
+        together(one_step, tmp_path, num_chunks)
+        for name, value in load_file(tmp_path / f"2-{num_chunks}.safetensors").items():
+            assert (value - whole[name]).norm() <= 1e-5 * whole[name].norm(), (num_chunks, name)
 
 
 def test_batch_norm_of_one_process_is_torchs():
     torch.manual_seed(0)
-    ours, theirs = GlobalBatchNorm1d(5), torch.nn.BatchNorm1d(5)
+    ours, theirs = SyncBatchNorm1d(5), torch.nn.BatchNorm1d(5)
     for _ in range(3):
         x = torch.randn(7, 5) * 3 + 2
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -133,9 +143,9 @@ def test_the_precision_that_a_device_is_fast_in(monkeypatch, device, bf16, fast,
     """A device with or without instructions for bfloat16, whatever this machine has."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": bf16}, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
-    assert fast_precision(device) == available_precision(device, "auto") == fast
-    assert available_precision(device, "bf16") == explicit
-    assert [available_precision(device, name) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
+    assert native_precision(device) == resolve_precision(device, "auto") == fast
+    assert resolve_precision(device, "bf16") == explicit
+    assert [resolve_precision(device, name) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
     if device == CPU:
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         smoothed = SmoothedClassifier(network, 0.5, 3, precision="auto")
@@ -145,4 +155,4 @@ def test_the_precision_that_a_device_is_fast_in(monkeypatch, device, bf16, fast,
 
 def test_an_older_torch_cannot_tell_and_takes_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert fast_precision(CPU) == "fp32"
+    assert native_precision(CPU) == "fp32"
