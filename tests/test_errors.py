@@ -97,7 +97,7 @@ def test_a_shard_of_another_run(project, own_shards):
 
 @pytest.fixture
 def with_encoder(project, trained):
-    shutil.copytree(trained / "models/pretrain", project / "models/pretrain")
+    shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     return project
 
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_longer_finite(project, trained):
     change(project, pretrain__lr=1e30, pretrain__warmup_steps=1)
     refused(stage(project, "pretrain"), "is not finite at step", "images of train-00000.tar", "saved no state yet")
     assert not (project / "models").exists()
-    shutil.copytree(trained / "models/pretrain", project / "models/pretrain")
+    shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     change(project, finetune__lr=1e30, finetune__warmup_epochs=0)
     refused(stage(project, "finetune", "rrcm", "0.5"), "is not finite at step", "images of train-")
     assert not (project / "models/rrcm").exists()
@@ -173,13 +173,13 @@ def _starved(folder, limit):
 
 def test_a_full_disk_while_an_output_is_written(project, trained):
     """A write that the system really refuses: the process may not make files larger than a limit."""
-    shutil.copytree(trained / "models/pretrain", project / "models/pretrain")
-    before = files_of(project / "models/pretrain")
+    shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
+    before = files_of(project / "models/pretrain/rrcm")
     change(project, pretrain__checkpoint_every=1000)
     process = server.Process(target=_starved, args=(project, 40_000))
     process.start()
     process.join()
     answer = Answer(process.exitcode, "", (project / "stderr").read_text())
     refused(answer, "cannot write it", "nothing was overwritten")
-    assert files_of(project / "models/pretrain") == before
+    assert files_of(project / "models/pretrain/rrcm") == before
     assert [path.name for path in (project / "models").iterdir()] == ["pretrain"]

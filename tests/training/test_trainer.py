@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, change, files_of, stage, start
+from rrcm.objectives.moco import moco_noise_loss
 from safetensors.torch import load_file
 from timm.data import Mixup
 from torch import nn
@@ -24,7 +25,6 @@ from rrcm.data.augment import mixup_pairs
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives.contrastive import info_nce
-from rrcm.objectives.moco import moco_noise_loss
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training import pretrain as pretraining
 from rrcm.utils.distributed import autocast
@@ -219,7 +219,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(project, trained):
     newest.write_bytes(content)
     answer = stage(project, "pretrain")
     assert answer.returncode == 0 and f"{newest.name}: damaged checkpoint skipped" in answer.stderr
-    ours, theirs = (files_of(folder / "models/pretrain") for folder in (project, trained))
+    ours, theirs = (files_of(folder / "models/pretrain/rrcm") for folder in (project, trained))
     assert ours == theirs
 
 
@@ -274,7 +274,7 @@ def test_collapse_is_said(project, monkeypatch, capfd):
     monkeypatch.setattr(pretraining, "COLLAPSED", -1.0)
     change(project, pretrain__steps=6, pretrain__evaluate_every=5)
     config = load_config(project / "params.yaml")
-    pretraining.pretrain(config, project / "data/shards", project / "models/pretrain", project / "timing.json")
+    pretraining.pretrain(config, project / "data/shards", project / "models/pretrain/rrcm", project / "timing.json")
     said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
     assert len(said) == 3 and "collapsed at step 5: different images have a mean cosine of 0." in said[1]
 

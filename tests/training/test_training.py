@@ -32,7 +32,7 @@ def test_what_pretraining_leaves(trained):
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     assert history["loss"].tolist() == pytest.approx((history["contrastive"] + history["consistency"]).tolist())
     assert history["levels"].iloc[[0, -1]].tolist() == [41, 81] and history["lr"].iloc[-1] < history["lr"].max() / 50
-    timing = read_json(trained / "timings/pretrain.json")
+    timing = read_json(trained / "timings/pretrain/rrcm.json")
     assert timing["images_per_second"] > 0 and len(timing["throughput"]) == len(history)
     assert timing["environment"]["software"]["packages"]["torch"] == torch.__version__.split("+")[0]
     assert read_json(trained / "models/pretrain/config.json")["compute"] == {"pretrain": 12 * 64 * 30}
@@ -40,7 +40,7 @@ def test_what_pretraining_leaves(trained):
 
 def test_the_average_is_what_fine_tuning_starts_from(trained):
     """Fine-tuned weights are near the pre-trained ones, whose own initial weights are elsewhere."""
-    before = load_encoder(trained / "models/pretrain").state_dict()
+    before = load_encoder(trained / "models/pretrain/rrcm").state_dict()
     after = load_classifier(trained / "models/rrcm/sigma_0.5").encoder.state_dict()
     name = "blocks.0.attn.qkv.weight"
     cosine = torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0)
@@ -58,7 +58,7 @@ def test_what_fine_tuning_keeps(trained):
 
 def test_matched_methods_spend_rrcms_compute(project, trained):
     (project / "models").mkdir()
-    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, methods=["consistency_matched", "rrcm"], finetune__pretrain_cost_shared_by=1)
     done(stage(project, "finetune", "consistency_matched", "0.5"))
     spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
@@ -86,7 +86,7 @@ def test_compiled_trainings_are_the_trainings(project):
         change(project, pretrain__compile=switch, finetune__compile=switch)
         done(stage(project, "pretrain"))
         done(stage(project, "finetune", "rrcm", "0.5"))
-        names = ("models/pretrain", "models/rrcm/sigma_0.5")
+        names = ("models/pretrain/rrcm", "models/rrcm/sigma_0.5")
         weights.append([load_file(project / name / "model.safetensors") for name in names])
     for plain, compiled in zip(*weights, strict=True):
         assert plain.keys() == compiled.keys()
@@ -97,7 +97,7 @@ def test_compiled_trainings_are_the_trainings(project):
 def test_workers_change_no_bit(project, trained):
     change(project, data__workers=2)
     done(stage(project, "pretrain"))
-    ours, theirs = files_of(project / "models/pretrain"), files_of(trained / "models/pretrain")
+    ours, theirs = files_of(project / "models/pretrain/rrcm"), files_of(trained / "models/pretrain/rrcm")
     assert ours["model.safetensors"] == theirs["model.safetensors"]
 
 
@@ -111,7 +111,7 @@ def test_workers_change_no_bit(project, trained):
 )
 def test_fine_tuning_options(project, trained, settings):
     (project / "models").mkdir()
-    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, **{f"finetune__{name}": value for name, value in settings.items()}, finetune__epochs=4)
     done(stage(project, "finetune", "rrcm", "0.25"))
     history = pd.read_csv(project / "models/rrcm/sigma_0.25/history.csv")
@@ -160,7 +160,7 @@ def test_torchrun_starts_a_stage(project, nodes):
     launchers = [subprocess.Popen(command, **options) for _ in range(nodes)]
     said = [launcher.communicate()[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * nodes, said
-    assert read_json(project / "timings/pretrain.json")["processes"] == 2
+    assert read_json(project / "timings/pretrain/rrcm.json")["processes"] == 2
 
 
 def test_shards_behind_a_url(project, trained):
@@ -171,6 +171,6 @@ def test_shards_behind_a_url(project, trained):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         done(stage(project, "pretrain", "--shards", f"http://127.0.0.1:{server.server_port}"))
         server.shutdown()
-    ours, theirs = files_of(project / "models/pretrain"), files_of(trained / "models/pretrain")
+    ours, theirs = files_of(project / "models/pretrain/rrcm"), files_of(trained / "models/pretrain/rrcm")
     assert ours["model.safetensors"] == theirs["model.safetensors"]
     assert list(project.glob(".cache/rrcm/*.tar"))

@@ -40,7 +40,7 @@ def kill_while_writing(folder: Path, name: str, arguments: list[str], pattern: s
 
 
 def test_pretrain(project, trained):
-    checkpoints, output = "runs/pretrain-*/*.safetensors", project / "models/pretrain"
+    checkpoints, output = "runs/pretrain-*/*.safetensors", project / "models/pretrain/rrcm"
     kill_while_writing(project, "pretrain", [], "runs/pretrain-*/.*.tmp", output)  # while writing a checkpoint
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/lock")  # at the very start
     assert kill_when(project, "pretrain", [], checkpoints)  # right after a checkpoint
@@ -48,14 +48,14 @@ def test_pretrain(project, trained):
     if kill_when(project, "pretrain", [], "models/.pretrain.tmp"):  # while writing the output, if it can be caught
         assert not output.exists()
         assert "resuming" in finished(stage(project, "pretrain"))
-    assert files_of(output) == files_of(trained / "models/pretrain")
+    assert files_of(output) == files_of(trained / "models/pretrain/rrcm")
     assert [p.name for p in (project / "models").iterdir()] == ["pretrain"]  # nothing half-done is left
     assert not list((project / "runs").glob("*"))
 
 
 def test_finetune(project, trained):
     (project / "models").mkdir()
-    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     output = project / "models/rrcm"
     kill_while_writing(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/.*.tmp", output)
     for count in (1, 2):
@@ -70,7 +70,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_older(project, trained):
     newest.write_bytes(newest.read_bytes()[:1000])
     said = finished(stage(project, "pretrain"))
     assert f"{newest.name}: damaged checkpoint skipped" in said and "resuming" in said
-    assert files_of(project / "models/pretrain") == files_of(trained / "models/pretrain")
+    assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
 def test_state_is_not_resumed_under_changed_settings_or_data(project, tmp_path):
