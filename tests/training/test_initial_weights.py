@@ -60,7 +60,7 @@ def tokens_of(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: float) -> t
 def without_time_token(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: float) -> torch.Tensor:
     tokens = tokens_of(encoder, pixels, t)
     tokens = torch.cat([tokens[:, :1], tokens[:, 2:]], dim=1)
-    return encoder.norm(encoder.blocks[-1].class_token(encoder.blocks[:-1](tokens)))
+    return encoder.norm(encoder.blocks[-1].forward_cls(encoder.blocks[:-1](tokens)))
 
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
