@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 
 from rrcm.config import METHODS, Config, FinetuneSettings
 from rrcm.data import augment, loader, shards
@@ -107,6 +106,8 @@ def _train(
     if settings.mixup > 0 or settings.cutmix > 0:
         if settings.batch_size // env.world_size % 2:
             raise RRCMError(f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process")
+        from timm.data import Mixup  # slow to import
+
         mix = Mixup(
             settings.mixup,
             settings.cutmix,
