@@ -33,14 +33,14 @@ from PIL import Image
 from tabulate import tabulate
 from train_step import Setting, build
 
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app
 from rrcm.config import Data, Views
 from rrcm.data.augment import FinetuneTransform, PretrainTransform, color_blur
 from rrcm.data.loader import Batch, batches, steps_per_epoch
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
-from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app
 from rrcm.utils.distributed import native_precision
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.rng import numpy_rng
 
 VIEWS = Views(
@@ -157,7 +157,7 @@ def measure(
         batch = next(read(split, transforms["pre-training"], batch_size, 0))
         rates["colour and blur, pre-training"] = photometric_rate(batch, device)
     needed = need or step_rate(split, batch_size, device)
-    where = environment(device)["hardware"]
+    where = describe_environment(device)["hardware"]
     print(
         f"{'synthetic JPEG files' if shards is None else shards}: {len(split)} images of {split.image_size} pixels, "
         f"{split.channels} channels, {'kept decoded' if split.small else 'decoded every time'}; batch {batch_size}; "

@@ -34,7 +34,7 @@ from rrcm.utils import rng
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.files import sha256_file, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import Run, fingerprint
 
 CODE = (model, noise, stopping, rng, shards, smoothing)  # what decides the result, with this file
@@ -123,7 +123,7 @@ def certify_split(
             "dtype": smoothed.precision,
             "processes": team.world_size,
             "seconds_by_image": {str(candidate.index): candidate.seconds for candidate in candidates},
-            "environment": environment(device),
+            "environment": describe_environment(device),
         },
     )
     run.finish()

@@ -30,7 +30,7 @@ from rrcm.utils import distributed, rng
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, barrier, init_distributed
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, read_json, sha256_file, write_csv, write_json
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import Run, fingerprint
 from rrcm.utils.rng import derive_seed, normal_per_sample
 from rrcm.utils.tensors import sha256_tensors
@@ -241,7 +241,7 @@ def _train(
                 "seconds": training.seconds,
                 "images_per_second": total_steps * settings.batch_size / training.seconds,
                 "processes": env.world_size,
-                "environment": environment(device),
+                "environment": describe_environment(device),
             },
         )
         training.run.finish()

@@ -27,7 +27,7 @@ from rrcm.training.trainer import Trainer
 from rrcm.utils import distributed, rng
 from rrcm.utils.distributed import DistEnv, barrier, init_distributed
 from rrcm.utils.files import atomic_directory, write_csv, write_json
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import Run, fingerprint
 from rrcm.utils.rng import derive_seed, normal_per_sample, numpy_rng
 
@@ -177,7 +177,7 @@ def _train(
                 "images_per_second": seen / training.seconds,
                 "processes": env.world_size,
                 "throughput": training.notes["rates"],
-                "environment": environment(device),
+                "environment": describe_environment(device),
             },
         )
         training.run.finish()
