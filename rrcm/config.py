@@ -52,7 +52,7 @@ MethodName = Literal["rrcm", "consistency", "gaussian", "consistency_matched", "
 class Data(Section):
     """Where the images come from and how they are sharded."""
 
-    source: Literal["digits", "fashion_mnist", "cifar10", "imagenet", "kather", "imagefolder"]
+    source: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # a key of rrcm.data.datasets.DATASETS
     root: str | None  # folder of the raw files; null: the source's own default place
     image_size: Count  # side of the square the network sees, pixels
     channels: Literal[1, 3]
