@@ -175,7 +175,7 @@ def _train(
     forward = training.parallel(classifier)
     pixels, labels, _ = read_split(validation, config.data.image_size)
 
-    batches = loader.batches(
+    batches = loader.batch_loader(
         images,
         augment.FinetuneTransform(settings.augmentation, config.data.image_size),
         batch_size=settings.batch_size,
@@ -259,7 +259,7 @@ def linear_probe(
     """Linear-probe start: fit the head alone on clean training images at noise level t."""
     optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=1e-2, weight_decay=0.0)
     steps = settings.linear_probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
-    batches = loader.batches(
+    batches = loader.batch_loader(
         images,
         augment.FinetuneTransform("none", config.data.image_size),
         batch_size=settings.batch_size,

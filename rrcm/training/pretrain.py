@@ -109,7 +109,7 @@ def _train(
 
     if training.done == 0:
         look(0)
-    batches = loader.batches(
+    batches = loader.batch_loader(
         images,
         augment.PretrainTransform(settings.views, config.data.image_size),
         batch_size=settings.batch_size,

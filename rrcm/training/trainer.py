@@ -40,7 +40,7 @@ class Trainer:
 
         trainer = Trainer(run, process, ...)
         trainer.resume()
-        for step, batch in trainer.steps(loader.batches(..., first_step=trainer.done)):
+        for step, batch in trainer.steps(loader.batch_loader(..., first_step=trainer.done)):
             with trainer.autocast():
                 loss = ...
             trainer.descend(loss, rate)
