@@ -26,6 +26,7 @@ from scipy.special import ndtri
 from tabulate import tabulate
 from torch import nn
 
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.data.shards import ShardedDataset, read_split
@@ -34,11 +35,10 @@ from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import Block
 from rrcm.report.figures import OKABE_ITO, figure_style, save
-from rrcm.utils.app import exit_on_error, keep_freed_memory
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 
 N0, ALPHA, THEIR_BATCH = 100, 0.001, 500  # as in the authors' script
 RADII = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
@@ -64,7 +64,7 @@ class WholeBlocks(nn.Module):
         self.classifier = classifier
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(Block, "class_token", lambda block, tokens: block(tokens)[:, 0]):
+        with mock.patch.object(Block, "forward_cls", lambda block, tokens: block(tokens)[:, 0]):
             return self.classifier(pixels)
 
 
@@ -211,7 +211,7 @@ def measure(
         "freed_memory_kept": not plain_allocator,
         "reference": "the authors' core.py" if reference_code else "our own lines",
     }
-    record = described | {"environment": environment("cpu"), "whole": {}, "blocks": []}
+    record = described | {"environment": describe_environment("cpu"), "whole": {}, "blocks": []}
     if output.is_file() and {key: read_json(output)[key] for key in described} == json.loads(json.dumps(described)):
         record = read_json(output)
 
@@ -333,6 +333,6 @@ def _shares(answers: Answers, blocks: list[dict]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # utils.app.run would keep freed memory
+    app = make_app()  # rrcm.utils.app.run_command would keep freed memory
     app.command()(exit_on_error(measure))
     app()

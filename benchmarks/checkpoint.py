@@ -19,10 +19,10 @@ import torch
 import typer
 from tabulate import tabulate
 
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.config import Config, load_config
 from rrcm.models.vit import EncoderWithProjector, build_encoder
 from rrcm.training.trainer import Trainer
-from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.utils.distributed import Process
 from rrcm.utils.resume import Run
 

@@ -42,16 +42,16 @@ import typer
 from tabulate import tabulate
 from torch import nn
 
+from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.models.noise_levels import karras_levels
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, time_embedding
 from rrcm.objectives.contrastive import info_nce
 from rrcm.objectives.rrcm import rrcm_loss
-from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.utils.distributed import autocast
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 
 LEVELS = karras_levels(81).tolist()
 N = 40  # the noise index of every step
@@ -431,7 +431,7 @@ def measure(
         "losses": losses,
         "seconds": seconds,
         "memory": memory,
-        "environment": environment(device),
+        "environment": describe_environment(device),
     }
     write_json(output, record)
     print(summary(record))
@@ -471,6 +471,6 @@ def summary(record: dict) -> str:
 
 
 if __name__ == "__main__":
-    app = make_app()  # rrcm.utils.app.run would keep freed memory
+    app = make_app()  # rrcm.utils.app.run_command would keep freed memory
     app.command()(exit_on_error(measure))
     app()

@@ -21,8 +21,8 @@ import typer
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from rrcm.report.figures import OKABE_ITO, figure_style, save
 from rrcm.utils.app import exit_on_error, make_app, resume_gc
+from rrcm.report.figures import OKABE_ITO, figure_style, save
 from rrcm.utils.errors import RRCMError
 
 MEASURES = {

@@ -13,12 +13,12 @@ import typer
 from tabulate import tabulate
 from torch import nn
 
+from rrcm.utils.app import keep_freed_memory
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.checkpoints import load_classifier
-from rrcm.utils.app import keep_freed_memory
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 
 
 class Recorder(nn.Module):
@@ -72,7 +72,7 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
             rows.append([f"{precision}, batch 1024, two threads", what, changed])
         if precision == "bf16":
             rows.append(["fp32, batch 1024, two threads", "bf16", int((first != exact).sum())])
-    print(f"{model}: changed votes of {first.numel():,}; {environment('cpu')['hardware']['cpu']}\n")
+    print(f"{model}: changed votes of {first.numel():,}; {describe_environment('cpu')['hardware']['cpu']}\n")
     print(tabulate(rows, ["votes of", "changed to", "changed"], tablefmt="github"))
 
 

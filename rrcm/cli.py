@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rrcm.utils.app import exit_on_error, make_app, resume_gc, start
+from rrcm.utils.app import exit_on_error, make_app, resume_gc, run_app
 from rrcm.utils.errors import RRCMError
 
 app = make_app()
@@ -113,7 +113,7 @@ def compare(
 
 def main() -> None:
     """The console command."""
-    start(app)
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Section(BaseModel):
 class Data(Section):
     """The data set and its shards."""
 
-    source: Literal["digits", "fashion_mnist", "cifar10", "imagenet", "kather", "imagefolder"]
+    source: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # a key of `rrcm.data.datasets.DATASETS`
     root: str | None  # folder of the raw files; null: the data set's default folder
     image_size: Count  # side of the square image that the network sees, pixels
     channels: Literal[1, 3]

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.evaluation.attack import attack_method
-from rrcm.utils.app import run
 
 
 def main(
@@ -21,4 +21,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

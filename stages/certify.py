@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from rrcm.utils.app import run_command
 from rrcm.certification.certify import certify_split
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.utils.app import run
 
 
 def main(
@@ -24,4 +24,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -11,8 +11,8 @@ from dvc.exceptions import DvcException
 from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException
 
+from rrcm.utils.app import run_command
 from rrcm.config import parse_config
-from rrcm.utils.app import run
 from rrcm.utils.errors import RRCMError
 
 
@@ -34,4 +34,4 @@ def compose(
 
 
 if __name__ == "__main__":
-    run(compose)
+    run_command(compose)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from rrcm.utils.app import run_command
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
 from rrcm.training.finetune import finetune
-from rrcm.utils.app import run
 from rrcm.utils.errors import RRCMError
 
 
@@ -27,4 +27,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

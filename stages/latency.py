@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from rrcm.utils.app import run_command
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
 from rrcm.evaluation.latency import measure_latency
-from rrcm.utils.app import run
 
 
 def main(
@@ -22,4 +22,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.report.build import write_report
-from rrcm.utils.app import run
 
 
 def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) -> None:
@@ -14,4 +14,4 @@ def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) ->
 
 
 if __name__ == "__main__":
-    run(plot)
+    run_command(plot)

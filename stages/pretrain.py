@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.training.pretrain import pretrain
-from rrcm.utils.app import run
 
 
 def main(
@@ -22,4 +22,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

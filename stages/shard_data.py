@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.data.sharding import write_shards
-from rrcm.utils.app import run
 
 
 def shard_data(params: Path = Path("params.yaml"), output: Path = Path("data/shards")) -> None:
@@ -14,4 +14,4 @@ def shard_data(params: Path = Path("params.yaml"), output: Path = Path("data/sha
 
 
 if __name__ == "__main__":
-    run(shard_data)
+    run_command(shard_data)

@@ -275,7 +275,7 @@ def test_imagenets_classes_have_names():
 def test_weights_that_cannot_be_downloaded(images, model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(Path("empty").absolute()))
-    refused(rrcm("images", "--model", model, "--sigma", "1"), f"{model}: no pre-trained weights to be had")
+    refused(rrcm("images", "--model", model, "--sigma", "1"), f"{model}: cannot download pretrained weights")
 
 
 def test_class_names_of_a_file(ours, images):

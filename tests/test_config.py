@@ -16,9 +16,7 @@ PROFILES = sorted(path.stem for path in (REPOSITORY / "conf/profile").glob("*.ya
 
 def profile(tmp_path, name):
     conf = REPOSITORY / "conf"
-    compose_and_dump(
-        tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), [f"profile={name}"]
-    )
+    compose_and_dump(tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), [f"profile={name}"])
     return load_config(tmp_path / "params.yaml")
 
 
@@ -35,7 +33,7 @@ def test_profiles_compose_validate_and_build(tmp_path, name):
         encoder = build_encoder(config.model, config.data)
         network = EncoderWithProjector(encoder, config.model.projector_hidden_dim, config.model.projection_dim)
         size, channels = config.data.image_size, config.data.channels
-        (representation,) = network([torch.empty(2, channels, size, size)], [1.0], project=0)
+        (representation,) = network([torch.empty(2, channels, size, size)], [1.0], num_projected=0)
     assert representation.shape == (2, config.model.embed_dim)
     for method in config.methods:
         for sigma in config.sigmas:

@@ -7,7 +7,6 @@ started again, writes the same bytes. Every process appends what it has counted 
 import contextlib
 import json
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,22 +18,18 @@ from typing import TextIO
 import pandas as pd
 import torch.distributed as dist
 
-from rrcm.certification import noise, smoothing
 from rrcm.certification import stopping as stopping
 from rrcm.certification.results import COLUMNS, write_certificates, write_samples
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import Procedure, make_stopping_rule
 from rrcm.config import Config
-from rrcm.data import shards
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.models import vit as model
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import load_classifier
-from rrcm.utils import rng
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.files import sha256_file, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 
 
@@ -121,7 +116,7 @@ def certify_split(
             "dtype": smoothed.precision,
             "processes": team.world_size,
             "seconds_by_image": {str(candidate.index): candidate.seconds for candidate in candidates},
-            "environment": environment(device),
+            "environment": describe_environment(device),
         },
     )
     run.finish()

@@ -1,27 +1,33 @@
-"""Augmentation. Geometry (crops, flips) is done per image with PIL in the loader; colour and blur run batched on the
-device. All random numbers are drawn per image, so no result depends on batching, workers or processes."""
+"""Augmentation of training images.
+
+Crops, flips and RandAugment work per image with PIL, in the loader. Colour and blur work on batches, on the device. All
+random numbers are drawn per image, so results do not depend on batching, workers or processes.
+"""
 
 import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup
 
 from rrcm.config import Views
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SOLARIZE = range(8)  # columns of photometric parameters
-JITTER = (0.4, 0.4, 0.2, 0.1)  # MoCo-v3's strengths of the first four
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SOLARIZE = range(8)  # columns of `sample_color_blur`
+JITTER = (0.4, 0.4, 0.2, 0.1)  # MoCo-v3's strengths of the first four columns
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
-LUMA = (0.2989, 0.587, 0.114)
+LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue in a grey value (ITU-R BT.601)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` (antialiased bicubic), cut the central square; no-op at that size already."""
+    """Resize the shorter side to `size` (antialiased bicubic) and cut the central square.
+
+    An image that is size x size already is returned as it is.
+    """
     if image.size == (size, size):
         return image
     width, height = image.size
@@ -35,10 +41,10 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def random_resized_crop(
     image: Image.Image, size: int, min_area: float, resample: Image.Resampling, rng: np.random.Generator
 ) -> Image.Image:
-    """Cut a random rectangle (area share in [min_area, 1], aspect ratio in [3/4, 4/3]) and resize it to size x size.
+    """Cut a random rectangle and resize it to size x size, like torchvision's RandomResizedCrop.
 
-    After ten rectangles that do not fit: the largest central one within the aspect ratios. As torchvision's
-    RandomResizedCrop.
+    Its share of the area is uniform in [min_area, 1], its log aspect ratio uniform in [log 3/4, log 4/3]. If ten
+    rectangles in a row do not fit, the largest central one within the aspect ratios is taken.
     """
     width, height = image.size
     for _ in range(10):
@@ -56,21 +62,22 @@ def random_resized_crop(
 
 
 def flip(image: Image.Image, probability: float, rng: np.random.Generator) -> Image.Image:
-    """Mirror left-right with the given probability."""
+    """Mirror the image left to right with the given probability."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else image
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Mode L or RGB to uint8 (C, H, W), read-only."""
+    """A PIL image in mode L or RGB as uint8 (C, H, W), read-only."""
     pixels = np.frombuffer(image.tobytes(), np.uint8)  # half the time of np.asarray on small images
     return pixels.reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class PretrainTransform:
-    """An image to {image, view1, view2: uint8 (C, size, size), color_blur1, color_blur2: float32 (8,)}.
+    """Make a pre-training sample of an image: the image and two views.
 
-    `image` is the centre crop, flipped at random. The views are only cut and flipped: `color_blur` does the rest.
+    Returns `image`, `view1`, `view2`: uint8 (C, size, size), and `color_blur1`, `color_blur2`: float32 (8,). `image` is
+    the centre crop, flipped at random. The views are cropped and flipped here; `color_blur` does the rest in batches.
     """
 
     views: Views
@@ -87,8 +94,12 @@ class PretrainTransform:
 
 
 def sample_color_blur(views: Views, view: int, rng: np.random.Generator) -> np.ndarray:
-    """What `color_blur` does to view 0 or 1 of an image: float32 (8,). The neutral value of each entry switches it
-    off: factors 1, 1, 1, hue shift 0, (order), gray 0, blur sigma 0, solarize 0."""
+    """Draw the parameters of `color_blur` for view 0 or 1 of an image: float32 (8,).
+
+    Columns: factors of brightness, contrast and saturation, hue shift, number of the order, grey, blur sigma, solarize.
+    Neutral values (1, 1, 1, 0, any, 0, 0, 0) switch an operation off. Probabilities and strengths are MoCo-v3's
+    (Chen et al. 2021) with the settings `views`.
+    """
     u = rng.random(12).tolist()
     jittered = u[0] < views.color_jitter_prob
     factors = [(2 * u[i + 1] - 1) * strength * jittered for i, strength in enumerate(JITTER)]
@@ -98,7 +109,7 @@ def sample_color_blur(views: Views, view: int, rng: np.random.Generator) -> np.n
             1 + factors[BRIGHTNESS],
             1 + factors[CONTRAST],
             1 + factors[SATURATION],
-            factors[HUE],  # share of the colour circle
+            factors[HUE],  # fraction of the colour circle
             int(u[5] * len(ORDERS)),
             u[6] < views.grayscale_prob,
             (low + (high - low) * u[7]) * (u[8] < views.blur_prob[view]),  # pixels
@@ -109,11 +120,11 @@ def sample_color_blur(views: Views, view: int, rng: np.random.Generator) -> np.n
 
 
 def color_blur(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Colour jitter in each image's own order, then gray, blur, solarize.
+    """Colour jitter in each image's own order, then greyscale, blur and solarization.
 
-    images (B, C, H, W) uint8, or float32 in [0, 1]; parameters (B, 8) of `sample_color_blur`, best left on the CPU: the
-    choice of rows then needs no wait for the GPU. Returns float32 in [0, 1], on the device of `images`.
-    For C = 1 saturation, hue and gray do nothing.
+    images (B, C, H, W): uint8, or float32 in [0, 1]. parameters (B, 8) of `sample_color_blur`: keep them on the CPU,
+    so that selecting rows does not wait for the GPU. Returns float32 in [0, 1], on the device of `images`. With one
+    channel, saturation, hue and greyscale do nothing.
     """
     images = images.float() / 255 if images.dtype == torch.uint8 else images.clone()
     color = images.shape[1] == 3
@@ -138,36 +149,42 @@ def color_blur(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
 
 
 def to_gray(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) to its luma (B, 1, H, W); (B, 1, H, W) stays."""
+    """Luma of (B, 3, H, W) as (B, 1, H, W); one channel is returned as it is."""
     if images.shape[1] == 1:
         return images
     return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def blend(images: torch.Tensor, others: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    """factor * images + (1 - factor) * others, clipped to [0, 1]; factor (B,)."""
+    """factor * images + (1 - factor) * others, clipped to [0, 1]. images (B, C, H, W), factor (B,)."""
     factor = factor.view(-1, 1, 1, 1)
     return (images * factor + others * (1 - factor)).clamp(0, 1)
 
 
 def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Blend with black; images (B, C, H, W) in [0, 1], factor (B,)."""
     return blend(images, 0.0, factor)
 
 
 def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Blend with the mean grey of each image; images (B, C, H, W) in [0, 1], factor (B,)."""
     return blend(images, to_gray(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Blend with the greyscale image; images (B, C, H, W) in [0, 1], factor (B,)."""
     return blend(images, to_gray(images), factor)
 
 
 def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Turn the colours of (B, 3, H, W) by `shift` (B,) of the colour circle; value and saturation (HSV) stay."""
+    """Rotate the hue of images (B, 3, H, W) in [0, 1] by `shift` (B,), a fraction of the colour circle.
+
+    Value and saturation (HSV) are unchanged.
+    """
     red, green, blue = images.unbind(1)
     low, value = images.aminmax(dim=1)
     chroma = value - low
-    divisor = chroma.clamp_min(1e-12)  # gray pixels: the differences below are 0
+    divisor = chroma.clamp_min(1e-12)  # grey pixels: the differences below are 0
     sector = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -180,14 +197,15 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur (B, C, H, W) by its own sigma (B,), pixels. At the border the weights inside the image are renormalised.
+    """Blur each image of (B, C, H, W) with its own sigma (B,), in pixels.
 
-    One matrix per image and axis: faster than a convolution with a kernel per image, and any image size will do.
+    At the border the weights inside the image are renormalised. One matrix product per image and axis is faster than a
+    convolution with one kernel per image.
     """
 
     def matrix(size: int) -> torch.Tensor:
-        place = torch.arange(size, device=images.device, dtype=torch.float32)
-        distance = (place[:, None] - place) / sigma.view(-1, 1, 1)
+        position = torch.arange(size, device=images.device, dtype=torch.float32)
+        distance = (position[:, None] - position) / sigma.view(-1, 1, 1)
         return torch.softmax(-0.5 * distance**2, -1)[:, None]  # (B, 1, size, size), rows sum to 1
 
     return (matrix(images.shape[2]) @ images @ matrix(images.shape[3]).mT).clamp(0, 1)
@@ -195,10 +213,13 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FinetuneTransform:
-    """An image to {image: uint8 (C, size, size)} by `FinetuneSettings.augmentation`:
+    """Make a fine-tuning sample of an image: `image`, uint8 (C, size, size).
 
-    none: centre crop. flip: the same, mirrored at random. crop_flip: random resized crop from 40 % of the area, and
-    flip. randaugment: random resized crop from 8 %, flip, and timm's rand-m9-mstd0.5-inc1.
+    `augmentation` is one of
+    none: centre crop;
+    flip: centre crop, flipped at random;
+    crop_flip: random resized crop of at least 40 % of the area, flipped at random;
+    randaugment: random resized crop of at least 8 %, flipped at random, then timm's rand-m9-mstd0.5-inc1.
     """
 
     augmentation: str
@@ -218,15 +239,15 @@ class FinetuneTransform:
 
     @cached_property
     def _policy(self):
-        from timm.data.auto_augment import rand_augment_transform  # seconds of import, for this augmentation alone
+        from timm.data.auto_augment import rand_augment_transform  # slow to import
 
-        # As timm's create_transform does (the fill is ImageNet's mean colour), but for the bound of the magnitude: at
-        # timm's 10, posterize keeps 0 bits, which Pillow refuses.
+        # The settings of timm's create_transform; the fill is ImageNet's mean colour. Only the bound of the magnitude
+        # differs: at timm's 10, posterize keeps 0 bits, which Pillow rejects.
         settings = {"translate_const": int(self.size * 0.45), "img_mean": (124, 116, 104), "magnitude_max": 9.999}
         return rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
 
     def _randaugment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """timm draws from the global generators: seed them from ours, and leave them as they were."""
+        """Apply timm's policy. It draws from the global generators: seed them from `rng`, then restore their states."""
         states = random.getstate(), np.random.get_state()
         seeds = rng.integers(2**32, size=2).tolist()
         random.seed(seeds[0])
@@ -238,15 +259,23 @@ class FinetuneTransform:
             np.random.set_state(states[1])
 
 
-def mixup_pairs(mix: Mixup, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's mixup or cutmix of neighbours: image 0 with 1, 2 with 3, ... So any even share of a global batch is mixed
-    alike, whatever the number of processes. images (B, C, H, W) uint8, labels (B,) -> float images in [0, 255], soft
-    targets (B, K)."""
+def mixup_pairs(
+    mixup_fn: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix neighbouring images of a batch: 0 with 1, 2 with 3, and so on.
+
+    So every even part of a global batch is mixed the same way, and the number of processes does not matter. `mixup_fn`
+    is a `timm.data.Mixup` with mixup, cutmix or both; it is seeded with `seed`. images (B, C, H, W) uint8, labels (B,)
+    -> float images in [0, 255] and soft targets (B, K).
+    """
     even = torch.arange(0, len(images), 2, device=images.device)
-    order = torch.cat([even, even.flip(0) + 1])  # timm mixes an image with its mirror image in the batch
+    order = torch.cat([even, even.flip(0) + 1])  # timm mixes image i with image B - 1 - i
     state = np.random.get_state()
     np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
-    mixed, soft = mix(images[order].float(), labels[order])
+    mixed, soft_targets = mixup_fn(images[order].float(), labels[order])
     np.random.set_state(state)
-    back = order.argsort()
-    return mixed[back], soft[back]
+    inverse = order.argsort()
+    return mixed[inverse], soft_targets[inverse]

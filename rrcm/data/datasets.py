@@ -1,6 +1,10 @@
-"""Reads the raw data sets. Whatever a source looks like on disk, it becomes class names and two ordered lists of
-(image, label): train and test. Validation images are carved from train later, when shards are written."""
+"""Read raw data sets: class names, and training and test images with labels, in a fixed order.
 
+`DATASETS` maps the values of the setting `data.source` to readers. Validation images are split off the training images
+later, when the shards are written (sharding.py).
+"""
+
+import difflib
 import gzip
 import math
 import zipfile
@@ -11,59 +15,68 @@ from typing import NamedTuple
 import numpy as np
 
 from rrcm.config import Data
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import atomic_directory
 from rrcm.utils.rng import numpy_rng
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-TEST_FRACTION = 0.2  # of sources without an official test set
-RAW = Path("data/raw")  # downloads go to RAW/<source> unless data.root says where
+TEST_FRACTION = 0.2  # for data sets without an official test set
+RAW = Path("data/raw")  # without data.root, downloads go to RAW/<source>
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the Python version is a pickle
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
 class RawSplit(NamedTuple):
-    """Images in a fixed order: uint8 (N, H, W) or (N, H, W, 3), or N file paths (dtype object); labels (N,) int64."""
+    """Images and labels in a fixed order."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8 (N, H, W) or (N, H, W, 3), or N file paths (dtype object)
+    labels: np.ndarray  # int64 (N,), indices into the class names
 
 
 class RawDataset(NamedTuple):
-    classes: list[str]
+    """A whole data set before it is written as shards."""
+
+    classes: list[str]  # class names
     train: RawSplit
     test: RawSplit
 
 
 def read_dataset(data: Data) -> RawDataset:
-    """Read (and, where a source has a public address and no local files, first download) the raw data set.
+    """Read the data set `data.source`. If it is public and not on this machine, download it first.
 
-    Raises `RRCMError` when a folder or file is missing, has no images, or is not in its format.
+    Raises `RRCMError` for an unknown name, a missing folder or file, a folder without images, or a damaged file.
     """
-    return READERS[data.source](data)
+    if data.source not in DATASETS:
+        close = difflib.get_close_matches(data.source, DATASETS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known data sets: {', '.join(DATASETS)}"
+        raise RRCMError(f"data.source {data.source}: unknown data set; {hint}")
+    return DATASETS[data.source](data)
 
 
 def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Split the rows 0..N-1 into (kept, carved), both ascending: `fraction` of every class, at least one image of it,
-    but never its last one."""
-    carved = []
+    """Split rows 0..N-1 into two ascending arrays (kept, split_off) by the labels (N,).
+
+    From each class `fraction` of the rows is split off: at least one, but never the last one.
+    """
+    split_off = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-        carved.append(rng.permutation(rows)[:count])
-    carved = np.sort(np.concatenate(carved))
-    return np.setdiff1d(np.arange(len(labels)), carved), carved
+        split_off.append(rng.permutation(rows)[:count])
+    split_off = np.sort(np.concatenate(split_off))
+    return np.setdiff1d(np.arange(len(labels)), split_off), split_off
 
 
 def _split_off_test(classes: list[str], images: np.ndarray, labels: np.ndarray) -> RawDataset:
-    """A fixed, stratified test set: it does not depend on the run's seed, so seeds can be compared."""
+    """Split off a stratified test set. It is the same for every seed of the settings, so seeds can be compared."""
     train, test = stratified_split(labels, TEST_FRACTION, numpy_rng(0, "test split"))
     return RawDataset(classes, RawSplit(images[train], labels[train]), RawSplit(images[test], labels[test]))
 
 
 def read_digits(data: Data) -> RawDataset:
-    from sklearn.datasets import load_digits  # a second of import that other sources need not pay
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 grey pixels. They have no official test set."""
+    from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
@@ -71,11 +84,12 @@ def read_digits(data: Data) -> RawDataset:
 
 
 def read_fashion_mnist(data: Data) -> RawDataset:
+    """Fashion-MNIST (Xiao et al. 2017), 28 x 28 grey pixels, from data.root, Debian's package or a download."""
     from torchvision.datasets import FashionMNIST
 
-    root = _base(data)
-    places = [root, root / "FashionMNIST/raw", *([] if data.root else [DEBIAN_FASHION_MNIST])]
-    folder = _find(places, "train-images-idx3-ubyte.gz")
+    root = _download_folder(data)
+    folders = [root, root / "FashionMNIST/raw", *([] if data.root else [DEBIAN_FASHION_MNIST])]
+    folder = _first_with(folders, "train-images-idx3-ubyte.gz")
     if folder is None:
         _download("fashion_mnist", ", ".join(FashionMNIST.mirrors), lambda: FashionMNIST(str(root), download=True))
         folder = root / "FashionMNIST/raw"
@@ -89,7 +103,7 @@ def read_fashion_mnist(data: Data) -> RawDataset:
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """A gzipped idx file of unsigned bytes: magic 00 00 08 <dimensions>, big-endian int32 sizes, then the bytes."""
+    """Read a gzipped idx file: magic 00 00 08 <dimensions>, big-endian int32 sizes, then unsigned bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, gzip.zlib.error) as error:
@@ -97,16 +111,17 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     start = 4 + 4 * dimensions
     shape = tuple(np.frombuffer(content[4:start], ">i4").tolist())
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(shape):
-        raise RRCMError(f"{path}: not an idx file of {dimensions} dimensions, or cut short; download it again")
+        raise RRCMError(f"{path}: not an idx file of {dimensions} dimensions, or truncated; download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def read_cifar10(data: Data) -> RawDataset:
+    """CIFAR-10 (Krizhevsky 2009), 32 x 32 RGB, binary version, from data.root or a download."""
     from torchvision.datasets.utils import download_and_extract_archive
 
-    root = _base(data)
+    root = _download_folder(data)
     extracted = root / "cifar-10-binary/cifar-10-batches-bin"
-    folder = _find([root, root / "cifar-10-batches-bin", extracted], "test_batch.bin")
+    folder = _first_with([root, root / "cifar-10-batches-bin", extracted], "test_batch.bin")
     if folder is None:
         with atomic_directory(root / "cifar-10-binary") as scratch:
             _download(
@@ -123,7 +138,7 @@ def read_cifar10(data: Data) -> RawDataset:
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     for name, content in zip(names, [*batches, test], strict=True):
         if not content or len(content) % 3073:
-            raise RRCMError(f"{folder / name}: {len(content)} bytes are not whole records of 3073; download it again")
+            raise RRCMError(f"{folder / name}: has {len(content)} bytes, not a multiple of 3073; download it again")
     train, test = (
         RawSplit(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])  # stored as planes R, G, B
         for records in (np.frombuffer(c, np.uint8).reshape(-1, 3073) for c in (b"".join(batches), test))
@@ -132,17 +147,20 @@ def read_cifar10(data: Data) -> RawDataset:
 
 
 def read_pathmnist(data: Data) -> RawDataset:
-    """PathMNIST's own train and test. At 224 pixels its train images take 14 GB of memory, as in medmnist itself."""
+    """PathMNIST (NCT-CRC histology, Kather et al. 2019), RGB, with MedMNIST's own training and test images.
+
+    At 224 pixels the training images take 14 GB of memory.
+    """
     from medmnist import INFO
     from torchvision.datasets.utils import download_url
 
     if data.image_size not in (28, 64, 128, 224):
-        raise RRCMError(f"data.image_size {data.image_size}: kather comes in 28, 64, 128 and 224 pixels; choose one")
+        raise RRCMError(f"data.image_size {data.image_size}: pathmnist comes in 28, 64, 128 and 224 pixels; choose one")
     info, flag = INFO["pathmnist"], "" if data.image_size == 28 else f"_{data.image_size}"
-    path = _base(data) / f"pathmnist{flag}.npz"
+    path = _download_folder(data) / f"pathmnist{flag}.npz"
     if not path.exists():
         url, md5 = info[f"url{flag}"], info[f"MD5{flag}"]
-        _download("kather", url, lambda: download_url(url, path.parent, path.name, md5))
+        _download("pathmnist", url, lambda: download_url(url, path.parent, path.name, md5))
     try:
         with np.load(path, allow_pickle=False) as archive:
             train, test = (RawSplit(archive[f"{s}_images"], archive[f"{s}_labels"].ravel()) for s in ("train", "test"))
@@ -156,12 +174,12 @@ def read_pathmnist(data: Data) -> RawDataset:
 
 
 def read_imagenet(data: Data) -> RawDataset:
-    """ImageNet's train/ and val/; its official val is our test."""
+    """ImageNet's folders train/ and val/. The official validation images are our test images."""
     return _read_folders(_root(data), "val")
 
 
 def read_imagefolder(data: Data) -> RawDataset:
-    """Class folders under train/ and test/, or right under the root: then a test set is carved."""
+    """Class folders under train/ and test/. If they lie directly under the root, a test set is split off."""
     root = _root(data)
     if (root / "train").is_dir():
         return _read_folders(root, "test")
@@ -170,6 +188,7 @@ def read_imagefolder(data: Data) -> RawDataset:
 
 
 def _read_folders(root: Path, test: str) -> RawDataset:
+    """Class folders below root/train and root/`test`."""
     classes = _class_names(root / "train")
     unknown = sorted(set(_class_names(root / test)) - set(classes))
     if unknown:
@@ -180,17 +199,18 @@ def _read_folders(root: Path, test: str) -> RawDataset:
 
 
 def _class_names(folder: Path) -> list[str]:
+    """Names of the class folders, sorted."""
     try:
         names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
         raise RRCMError(f"{folder}: no such dataset folder ({error.strerror}); set data.root to where it is") from None
     if not names:
-        raise RRCMError(f"{folder}: holds no class folders; put the images of each class into a folder of its own")
+        raise RRCMError(f"{folder}: holds no class folders; put the images of each class into its own folder")
     return names
 
 
 def _list_images(folder: Path, names: list[str], classes: list[str] | None = None) -> RawSplit:
-    """Image files of the class folders `names`, sorted; labels are places in `classes` (default: `names`)."""
+    """Image files of the class folders `names`, sorted. Labels are indices into `classes` (default: `names`)."""
     paths, labels = [], []
     for name in names:
         files = sorted(
@@ -205,45 +225,49 @@ def _list_images(folder: Path, names: list[str], classes: list[str] | None = Non
 
 
 def _root(data: Data) -> Path:
+    """data.root, for data sets that cannot be downloaded."""
     if data.root is None:
-        raise RRCMError(f"data.root: {data.source} has no default place; set it to the folder of your images")
+        raise RRCMError(f"data.root: {data.source} has no default folder; set it to the folder of your images")
     return Path(data.root)
 
 
-def _base(data: Data) -> Path:
-    """Where a source that can be downloaded lies: data.root, which must exist, or RAW/<source>."""
+def _download_folder(data: Data) -> Path:
+    """Folder of a data set that can be downloaded: data.root, which must exist, or RAW/<source>."""
     if data.root and not Path(data.root).is_dir():
         raise RRCMError(f"data.root {data.root}: no such dataset folder; create it to download there, or set null")
     return Path(data.root) if data.root else RAW / data.source
 
 
-def _find(places: Iterable[Path], name: str) -> Path | None:
-    return next((place for place in places if (place / name).exists()), None)
+def _first_with(folders: Iterable[Path], name: str) -> Path | None:
+    return next((folder for folder in folders if (folder / name).exists()), None)
 
 
 def _download(name: str, address: str, action: Callable[[], object]) -> None:
+    """Run the download `action`. Raises `RRCMError` if it fails."""
     try:
         action()
-    except (OSError, RuntimeError) as error:  # no network, refused, or the wrong checksum
-        reason = " ".join(str(error).split())
-        raise RRCMError(f"{name}: download from {address} failed ({reason}); fetch it by hand, set data.root") from None
+    except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
+        problem = f"{name}: download from {address} failed ({one_line(error)})"
+        raise RRCMError(f"{problem}; download it by hand and set data.root") from None
 
 
-def _checked(records: RawSplit, classes: int, origin: Path) -> RawSplit:
-    """As many labels as images, at least one, all in range; labels become int64."""
-    images, labels = records.images, records.labels.astype(np.int64)
-    if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= classes:
+def _checked(split: RawSplit, num_classes: int, source: Path) -> RawSplit:
+    """The split with int64 labels. Raises `RRCMError` unless each image has one label in 0..num_classes-1."""
+    images, labels = split.images, split.labels.astype(np.int64)
+    if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise RRCMError(
-            f"{origin}: {len(labels)} labels for {len(images)} images, or one not in 0..{classes - 1}; download again"
+            f"{source}: {len(labels)} labels for {len(images)} images, or a label above {num_classes - 1}; "
+            "download it again"
         )
     return RawSplit(images, labels)
 
 
-READERS = {
+# To add a data set, write a reader and enter it here; from another package: DATASETS["mine"] = read_mine.
+DATASETS: dict[str, Callable[[Data], RawDataset]] = {
     "digits": read_digits,
     "fashion_mnist": read_fashion_mnist,
     "cifar10": read_cifar10,
     "imagenet": read_imagenet,
-    "kather": read_pathmnist,
+    "pathmnist": read_pathmnist,
     "imagefolder": read_imagefolder,
 }

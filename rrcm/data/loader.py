@@ -1,5 +1,8 @@
-"""The training loader. Which images are in global batch k, and how each is augmented, is a pure function of the data,
-the seed and k: it does not depend on the number of processes or workers, nor on where a run was resumed."""
+"""The training loader.
+
+The images of global batch k and their augmentation are a pure function of the data, the seed and k. They do not depend
+on the number of processes or workers, or on where a run was resumed.
+"""
 
 import signal
 from collections.abc import Callable, Generator
@@ -16,51 +19,54 @@ from rrcm.utils.rng import numpy_rng
 Transform = Callable[[Image.Image, np.random.Generator], dict[str, np.ndarray]]
 Batch = dict[str, torch.Tensor]
 
-
-WINDOW = 16  # shards whose samples are mixed; as many or fewer in all are shuffled fully
-MOST_STREAMS = 64
+SHUFFLE_SHARDS = 16  # samples are shuffled within this many shards; a split of at most as many is shuffled fully
+MAX_STREAMS = 64
 
 
 def epoch_order(shard_sizes: list[int], seed: int, epoch: int, window: int) -> np.ndarray:
-    """A permutation of all samples, int64 (N,): shards in random order, then samples shuffled within each run of
-    `window` shards."""
+    """A permutation of all samples, int64 (N,).
+
+    Shards come in random order; then samples are shuffled within groups of `window` consecutive shards.
+    """
     rng = numpy_rng(seed, "epoch order", epoch)
     ends = np.cumsum(shard_sizes)
     shards = rng.permutation(len(shard_sizes))
-    parts = [np.arange(ends[i] - shard_sizes[i], ends[i]) for i in shards]
+    rows = [np.arange(ends[i] - shard_sizes[i], ends[i]) for i in shards]
     return np.concatenate(
-        [rng.permutation(np.concatenate(parts[start : start + window])) for start in range(0, len(parts), window)]
+        [rng.permutation(np.concatenate(rows[start : start + window])) for start in range(0, len(rows), window)]
     )
 
 
 def stream_count(shards: int, batch_size: int) -> int:
-    """Streams that a batch is put together from: a power of two that divides it; 1 for a few shards."""
-    if shards <= WINDOW:
+    """Number of streams that a batch is assembled from: a power of two that divides it, or 1 for few shards."""
+    if shards <= SHUFFLE_SHARDS:
         return 1
-    return max(2**k for k in range(MOST_STREAMS.bit_length()) if 2**k <= shards and batch_size % 2**k == 0)
+    return max(2**k for k in range(MAX_STREAMS.bit_length()) if 2**k <= shards and batch_size % 2**k == 0)
 
 
 def epoch_batches(shard_sizes: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The global batches of an epoch, int64 (steps, batch_size): every sample once, but for those left over in the end.
+    """The global batches of an epoch, int64 (steps, batch_size). The last samples, too few for a batch, are left out.
 
-    The order of the epoch is cut into streams of equal length, and a batch takes the next few samples of each. A rank's
-    share of every batch is then of the same streams: it reads shards of its own (those at the ends of its streams are
-    its neighbours' too), and few at a time.
+    The epoch's order is cut into streams of equal length, and each batch takes the next samples of every stream. A
+    rank's slice of a batch always comes from the same streams. Each rank thus reads its own shards, plus those at the
+    stream boundaries that it shares with its neighbours, and only a few at a time.
     """
     streams = stream_count(len(shard_sizes), batch_size)
-    order = epoch_order(shard_sizes, seed, epoch, window=max(1, WINDOW // streams))
+    order = epoch_order(shard_sizes, seed, epoch, window=max(1, SHUFFLE_SHARDS // streams))
     steps = steps_per_epoch(len(order), batch_size)
     return order[: steps * batch_size].reshape(streams, steps, -1).swapaxes(0, 1).reshape(steps, batch_size)
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Global batches an epoch. Raises `RRCMError` when there is not even one."""
+    """Number of global batches per epoch. Raises `RRCMError` if there is not even one."""
     if samples < batch_size:
-        raise RRCMError(f"batch_size {batch_size} is more than the {samples} images of the split; choose a smaller one")
+        raise RRCMError(
+            f"batch_size {batch_size} is larger than the split, which has {samples} images; choose a smaller one"
+        )
     return samples // batch_size
 
 
-def batches(
+def batch_loader(
     images: ShardedDataset,
     transform: Transform,
     *,
@@ -72,27 +78,31 @@ def batches(
     world_size: int = 1,
     workers: int = 0,
 ) -> Generator[Batch]:
-    """This rank's part of the global batches first_step..last_step-1; step k is of epoch k // steps_per_epoch.
+    """Yield this rank's part of the global batches first_step..last_step-1.
 
-    batch_size counts images over all ranks; a rank takes a contiguous slice of every batch. A batch holds what
-    `transform` returns, stacked, and int64 `label` and `position` (place in the global batch). `transform` gets a
-    generator of its own for each (seed, epoch, image). Errors in workers surface as they are.
+    Step k belongs to epoch k // steps_per_epoch. `batch_size` counts images over all ranks, and each rank takes a
+    contiguous slice of every batch. A batch holds the stacked results of `transform`, and int64 `label` and `position`
+    (index in the global batch). `transform` gets its own generator for each (seed, epoch, image).
+
+    Raises `RRCMError` if the ranks cannot share the batch equally, the split is smaller than a batch, or a shard is
+    damaged; errors in workers surface unchanged.
     """
     if batch_size % world_size:
-        raise RRCMError(f"batch_size {batch_size} is not a multiple of the {world_size} processes; choose one that is")
+        raise RRCMError(f"batch_size {batch_size} is not a multiple of the {world_size} processes; choose a multiple")
     loader = DataLoader(
-        _Steps(images, transform, batch_size, seed, rank, world_size),
+        GlobalBatches(images, transform, batch_size, seed, rank, world_size),
         sampler=range(first_step, last_step),
-        batch_size=None,  # an item of the dataset is a batch: workers take whole ones
+        batch_size=None,  # each item is a whole batch
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_sigterm,
-        generator=torch.Generator(),  # DataLoader draws a seed: not from the global generator
+        generator=torch.Generator(),  # DataLoader draws a seed; keep the global generator untouched
     )
     return _unwrap(loader)
 
 
 def _unwrap(loader: DataLoader) -> Generator[Batch]:
+    """Yield the batches; raise an error that a worker returned."""
     for batch in loader:
         if isinstance(batch, RRCMError):
             raise batch
@@ -100,7 +110,7 @@ def _unwrap(loader: DataLoader) -> Generator[Batch]:
 
 
 def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int) -> str:
-    """The shards that the images of a global batch lie in, in words."""
+    """Name the shards that hold the images of a global batch, for error messages."""
     epoch, k = divmod(step, steps_per_epoch(len(images), batch_size))
     rows = epoch_batches(images.shard_sizes, batch_size, seed, epoch)[k]
     shards = np.unique(np.searchsorted(images.starts, rows, side="right") - 1)
@@ -110,13 +120,15 @@ def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int)
 
 
 def _ignore_sigterm(worker: int) -> None:
-    """A cluster tells all processes to stop; the training decides when, and its readers must last till then."""
+    """Clusters send SIGTERM to all processes. The training process decides when to stop; workers wait for it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class _Steps(Dataset):
-    """Item k is this rank's part of global batch k, or the RRCMError that kept it from being made: raised in a worker,
-    torch would bury its one line in a traceback."""
+class GlobalBatches(Dataset):
+    """Item k is this rank's part of global batch k, or an `RRCMError`.
+
+    Errors are returned, since torch would wrap an exception raised in a worker in a long traceback.
+    """
 
     def __init__(
         self, images: ShardedDataset, transform: Transform, batch_size: int, seed: int, rank: int, world_size: int

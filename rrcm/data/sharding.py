@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""Write a data set as shards: WebDataset tar files with an index and a manifest. shards.py describes and reads them.
+
+The bytes depend on the raw data set, the settings and the seed only.
+"""
 
 import io
 import math
@@ -11,8 +14,8 @@ from PIL import Image
 
 from rrcm.config import Data
 from rrcm.data.datasets import RawSplit, read_dataset, stratified_split
-from rrcm.data.shards import BLOCK, LABEL, File, Manifest, Shard, Split, _line
-from rrcm.utils.errors import RRCMError
+from rrcm.data.shards import BLOCK, LABEL, FileEntry, Manifest, Shard, Split
+from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import atomic_directory, sha256_file, write_text
 from rrcm.utils.progress import Progress
 from rrcm.utils.rng import numpy_rng
@@ -21,41 +24,42 @@ EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CM
 
 
 def write_shards(data: Data, seed: int, output: Path) -> None:
-    """Read the source and write its shards to the folder `output`, which is swapped in when whole.
+    """Read the raw data set and write its shards to the folder `output`.
 
-    Train and val are shuffled by the seed; test keeps the source's order, so "every k-th test image" is well defined.
-    The bytes depend on the source, `data` and the seed, not on `data.workers` (threads here: reading, decoding and
-    compressing release Python's lock). Every image file is decoded once: raises `RRCMError` naming the first that
-    fails and how many others do.
+    The folder is swapped in when it is complete. Train and val are shuffled by the seed; test keeps its order, so
+    "every k-th test image" is well defined. Every image file is decoded once. `data.workers` threads do the work, since
+    reading, decoding and compressing release Python's lock; their number does not change the bytes.
+
+    Raises `RRCMError` that names the first unreadable image and counts the others, or if no class has two training
+    images.
     """
-    source = read_dataset(data)
-    train, val = stratified_split(source.train.labels, data.val_fraction, numpy_rng(seed, "validation split"))
+    dataset = read_dataset(data)
+    train, val = stratified_split(dataset.train.labels, data.val_fraction, numpy_rng(seed, "validation split"))
     if not len(val):
-        raise RRCMError(f"data.root {data.root}: no class has a second training image to validate on; add images")
+        raise RRCMError(f"data.root {data.root}: no class has a second training image for validation; add images")
     order = numpy_rng(seed, "shard order")
     splits = {
-        "train": (source.train, order.permutation(train)),
-        "val": (source.train, order.permutation(val)),
-        "test": (source.test, np.arange(len(source.test.labels))),
+        "train": (dataset.train, order.permutation(train)),
+        "val": (dataset.train, order.permutation(val)),
+        "test": (dataset.test, np.arange(len(dataset.test.labels))),
     }
     total = sum(len(rows) for _, rows in splits.values())
     written, unreadable = {}, []
     with atomic_directory(output) as folder:
         with Progress(total, "shard-data", "images") as progress, ThreadPoolExecutor(max(1, data.workers)) as pool:
-            for split, (records, rows) in splits.items():
-                parts = np.split(rows, range(data.shard_size, len(rows), data.shard_size))
-                paths = [folder / f"{split}-{number:05d}.tar" for number in range(len(parts))]
-                shards, tables = [], []
-                for shard, table, failures in pool.map(_write_shard, paths, repeat(records), parts):
-                    progress.update(len(table) + len(failures))
+            for name, (split, rows) in splits.items():
+                shard_rows = np.split(rows, range(data.shard_size, len(rows), data.shard_size))
+                paths = [folder / f"{name}-{number:05d}.tar" for number in range(len(shard_rows))]
+                shards, indices = [], []
+                for shard, index, failures in pool.map(_write_shard, paths, repeat(split), shard_rows):
+                    progress.update(len(index) + len(failures))
                     shards.append(shard)
-                    tables.append(table)
+                    indices.append(index)
                     unreadable += failures
-                index = folder / f"{split}.index.npy"
-                table = np.concatenate(tables)
-                np.save(index, table)
-                counts = np.bincount(table[:, LABEL], minlength=len(source.classes)).tolist()
-                written[split] = Split(counts=counts, index=File(**_described(index)), shards=shards)
+                index, path = np.concatenate(indices), folder / f"{name}.index.npy"
+                np.save(path, index)
+                counts = np.bincount(index[:, LABEL], minlength=len(dataset.classes)).tolist()
+                written[name] = Split(counts=counts, index=FileEntry(**_file_entry(path)), shards=shards)
         if unreadable:
             others = f" (and {len(unreadable) - 1} other files)" if len(unreadable) > 1 else ""
             raise RRCMError(f"{unreadable[0]}{others}")
@@ -65,55 +69,60 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
             seed=seed,
             channels=data.channels,
             image_size=data.image_size,
-            classes=source.classes,
+            classes=dataset.classes,
             splits=written,
         )
         write_text(folder / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
 
 
-def _described(path: Path) -> dict[str, str | int]:
+def _file_entry(path: Path) -> dict[str, str | int]:
+    """The fields of a `FileEntry`."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _write_shard(path: Path, records: RawSplit, rows: np.ndarray) -> tuple[Shard, np.ndarray, list[str]]:
-    """One tar of the given rows: its manifest entry, its part of the index, and complaints about unreadable images."""
-    from webdataset import TarWriter  # seconds of import that reading shards need not pay
+def _write_shard(path: Path, split: RawSplit, rows: np.ndarray) -> tuple[Shard, np.ndarray, list[str]]:
+    """Write one tar file with the given rows.
 
-    table, failures = [], []
+    Returns its manifest entry, its part of the index, and one message per unreadable image.
+    """
+    from webdataset import TarWriter  # slow to import
+
+    index, failures = [], []
     with path.open("wb") as file, TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as writer:
         for row in rows.tolist():
-            label = int(records.labels[row])
+            label = int(split.labels[row])
             try:
-                extension, content = _encode(records.images[row])
+                extension, content = _encode(split.images[row])
             except RRCMError as error:
                 failures.append(str(error))
                 continue
             writer.write({"__key__": f"{row:08d}", "cls": str(label).encode(), extension: content})
             end = writer.tarstream.offset  # members are sorted: cls, then the image
-            table.append((end - math.ceil(len(content) / BLOCK) * BLOCK - BLOCK, len(content), label, row))
-    return Shard(**_described(path), samples=len(table)), np.array(table, np.int64).reshape(-1, 4), failures
+            index.append((end - math.ceil(len(content) / BLOCK) * BLOCK - BLOCK, len(content), label, row))
+    return Shard(**_file_entry(path), samples=len(index)), np.array(index, np.int64).reshape(-1, 4), failures
 
 
 def _encode(image: np.ndarray | Path) -> tuple[str, bytes]:
-    """Extension and bytes of a sample's image: JPEG and PNG files as they are, all else as PNG, without loss."""
+    """Extension and bytes of an image. JPEG and PNG files are kept as they are, others become PNG without loss."""
     if isinstance(image, np.ndarray):
         return "png", _png(Image.fromarray(image))
     try:
         content = image.read_bytes()
         with Image.open(io.BytesIO(content)) as decoded:
-            decoded.load()  # all of it: a file cut short opens well
-            kind = decoded.format  # by content: ImageNet has PNG files named .JPEG
+            decoded.load()  # decode all of it: a truncated file opens without error
+            kind = decoded.format  # by content: ImageNet has a PNG file named .JPEG
             if decoded.mode not in EIGHT_BIT:
-                raise ValueError(f"pixels of mode {decoded.mode}, not 8 bits a channel")
+                raise ValueError(f"pixels of mode {decoded.mode}, not 8 bits per channel")
             if kind in ("JPEG", "MPO"):
                 return "jpg", content
             return "png", content if kind == "PNG" else _png(decoded)
-    except Exception as error:  # decoders raise anything on damaged files
-        raise RRCMError(f"{image}: cannot be decoded ({_line(error)}); replace or remove it") from None
+    except Exception as error:  # decoders raise any exception on damaged files
+        raise RRCMError(f"{image}: cannot be decoded ({one_line(error)}); replace or remove it") from None
 
 
 def _png(image: Image.Image) -> bytes:
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # those PNG does not know
+    """The image as PNG bytes."""
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # modes that PNG lacks
         image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -1,9 +1,9 @@
-"""WebDataset tar shards of a data set: written deterministically, read by random access from a folder or a URL.
+"""Read the shards of a data set by random access, from a folder or a URL. sharding.py writes them.
 
-A shard folder holds `<split>-00000.tar ...`, `<split>.index.npy` and `manifest.json`. A sample is `<key>.jpg` or
-`<key>.png` plus `<key>.cls` (ASCII label); its key is its place in the source's own order (train and val share the
-source's train). The index is int64 (N, 4), a row a sample: byte offset of the image's tar header in its shard, bytes of
-the image, label, key.
+A shard folder holds WebDataset tar files `<split>-00000.tar ...`, `<split>.index.npy` and `manifest.json`. A sample is
+`<key>.jpg` or `<key>.png` and `<key>.cls` (ASCII label). The key is the sample's position in the raw data set; train
+and val share the positions of the raw training images. The index is int64 (N, 4), one row per sample: byte offset of
+the image's tar header in its shard, size of the image in bytes, label, key.
 """
 
 import fcntl
@@ -24,43 +24,49 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rrcm.data.augment import centre_crop, to_array
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import atomic_path, sha256_file
 
 OFFSET, SIZE, LABEL, KEY = range(4)  # columns of the index
-BLOCK = 512  # tar's unit
-OPEN_SHARDS = 128  # file handles a reader keeps; twice what a training reads from at a time
-DECODED_BYTES = 256 * 2**20  # a split that fits into this is kept decoded, by each process
-DOWNLOAD_PAUSES = (1.0, 5.0)  # seconds before the second and the third try
-REDO = "run shard-data again (dvc repro shard-data)"
+BLOCK = 512  # size of a tar block in bytes
+OPEN_SHARDS = 128  # file handles kept open; twice as many as training reads from at a time
+DECODED_BYTES = 256 * 2**20  # a split that fits into this is kept decoded, in each process
+DOWNLOAD_PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
+RERUN_HINT = "run shard-data again (dvc repro shard-data)"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z]+(-\d{5,}\.tar|\.index\.npy)$")]  # no way out of the folder
+Name = Annotated[str, Field(pattern=r"^[a-z]+(-\d{5,}\.tar|\.index\.npy)$")]  # no path out of the folder
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class File(_Strict):
+class FileEntry(_Strict):
+    """A file of the shard folder, with its size in bytes and its hash."""
+
     name: Name
     bytes: int
     sha256: Sha256
 
 
-class Shard(File):
+class Shard(FileEntry):
+    """A tar file and its number of samples."""
+
     samples: int
 
 
 class Split(_Strict):
-    counts: list[int]  # images of each class
-    index: File
+    """Files of `train`, `val` or `test`."""
+
+    counts: list[int]  # images per class
+    index: FileEntry
     shards: Annotated[list[Shard], Field(min_length=1)]
 
 
 class Manifest(_Strict):
-    """manifest.json. `seed` and `source` say where the shards come from."""
+    """manifest.json: the files with their hashes, the class names, and the settings the shards were written with."""
 
     format: Literal["rrcm-shards-1"]
     source: str
@@ -71,16 +77,13 @@ class Manifest(_Strict):
     splits: dict[Literal["train", "val", "test"], Split]
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class ShardedDataset:
-    """One split of a shard folder, by random access.
+    """One split of a shard folder, with random access.
 
-    root: a folder or a URL (http, https, s3, ... whatever fsspec reads). Files behind a URL are downloaded whole, once,
-    checked against the manifest and kept in `cache` (default ~/.cache/rrcm) under their hash, so no stale one is used.
-    May be pickled and forked into loader workers; threads must not share one. Every `RRCMError` names the file.
+    root: a folder, or a URL that fsspec can read (http, https, s3, ...). Remote files are downloaded whole and once,
+    checked against the manifest, and kept in `cache` (default ~/.cache/rrcm) under their hash, so a stale file is never
+    used. Objects can be pickled and forked into loader workers, but not shared by threads. Every `RRCMError` names the
+    file.
     """
 
     def __init__(self, root: str | Path, split: str, cache: Path | None = None):
@@ -106,32 +109,32 @@ class ShardedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, which has the hash of every shard: names the data set's exact bytes."""
+        """SHA-256 of the manifest. It holds the hash of every shard, so this identifies the exact data."""
         return hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (N,)."""
+        """Labels, int64 (N,), in the order of the split."""
         return self.index[:, LABEL]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": {}, "_decoded": {}, "_decoded_bytes": 0}
 
     def read(self, i: int) -> tuple[Image.Image, int, str]:
-        """Image i in mode L or RGB (shared: do not change it in place), its label and its key."""
+        """Image i, its label and its key. The image has mode L or RGB and is shared: do not change it in place."""
         _, _, label, key = self.index[i].tolist()
         image = self._decoded.get(i)
         if image is None:
             image = self._decode(i)
-            if self.small and self._decoded_bytes < DECODED_BYTES:  # stored images may be larger than image_size
+            if self.small and self._decoded_bytes < DECODED_BYTES:  # stored images may exceed image_size
                 self._decoded[i] = image
-                self._decoded_bytes += image.width * image.height * self.channels + 1024  # and the object itself
+                self._decoded_bytes += image.width * image.height * self.channels + 1024  # plus the object itself
         return image, label, f"{key:08d}"
 
     def verify(self) -> None:
-        """Check that every local shard of the split is there and has its size and hash.
+        """Check size and hash of every local shard of the split.
 
-        Behind a URL there is nothing to do yet: a shard is checked when a read first downloads it.
+        Remote shards are checked when they are downloaded.
         """
         if self.remote:
             return
@@ -154,18 +157,18 @@ class ShardedDataset:
         _check(path, entry)
         index = np.load(path, allow_pickle=False)
         if index.dtype != np.int64 or index.shape != (sum(shard.samples for shard in self.split.shards), 4):
-            raise RRCMError(f"{path}: does not fit manifest.json; {REDO}")
+            raise RRCMError(f"{path}: does not fit manifest.json; {RERUN_HINT}")
         return index
 
-    def _local(self, entry: File) -> Path:
-        """The file on this machine, downloaded if need be."""
+    def _local(self, entry: FileEntry) -> Path:
+        """Path of the file on this machine; a remote file is downloaded first if it is not in the cache."""
         if not self.remote:
             return Path(self.root) / entry.name
         path = self.cache / f"{entry.sha256}{Path(entry.name).suffix}"
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # loader workers want the same shard at the same time
+                fcntl.flock(lock, fcntl.LOCK_EX)  # several loader workers may need the same shard
                 if not path.exists():
                     _download(f"{self.root}/{entry.name}", path, entry)
         return path
@@ -185,93 +188,106 @@ class ShardedDataset:
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         offset, size, _, key = self.index[i].tolist()
         file = self._open(shard)
-        content = os.pread(file.fileno(), BLOCK + size, offset)  # no shared position: forked workers cannot collide
+        content = os.pread(file.fileno(), BLOCK + size, offset)  # pread: forked workers share no file position
         try:
             header = tarfile.TarInfo.frombuf(content[:BLOCK], "utf-8", "strict")
         except tarfile.HeaderError as error:
-            raise RRCMError(f"{file.name}: no tar header at byte {offset} ({error}): damaged; {REDO}") from None
+            raise RRCMError(f"{file.name}: no tar header at byte {offset} ({error}): damaged; {RERUN_HINT}") from None
         if header.size != size or Path(header.name).stem != f"{key:08d}":
-            raise RRCMError(f"{file.name}: holds {header.name} where {key:08d} should be: of another run; {REDO}")
+            raise RRCMError(
+                f"{file.name}: holds {header.name} where {key:08d} should be: from another run; {RERUN_HINT}"
+            )
         try:
             with Image.open(io.BytesIO(content[BLOCK:])) as image:
                 return image.convert("L" if self.channels == 1 else "RGB")
         except Exception as error:  # decoders raise anything on damaged bytes
-            raise RRCMError(f"{file.name}: sample {key:08d} cannot be decoded ({_line(error)}); {REDO}") from None
+            raise RRCMError(
+                f"{file.name}: sample {key:08d} cannot be decoded ({one_line(error)}); {RERUN_HINT}"
+            ) from None
 
 
 def read_split(
     images: ShardedDataset, size: int, every: int = 1, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Every k-th image of a split, at most `limit`: uint8 (N, C, size, size), int64 labels (N,), their indices."""
+    """Read every `every`-th image of a split, at most `limit` images.
+
+    Returns pixels uint8 (N, C, size, size), labels int64 (N,) and the indices of the images in the split.
+    """
     rows = list(range(0, len(images), every)[:limit])
     return read_pixels(images, size, rows), torch.from_numpy(images.labels[rows]), rows
 
 
 def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch.Tensor:
-    """The central squares of images: uint8 (len(rows), C, size, size)."""
+    """Centre crops of the images with these indices: uint8 (len(rows), C, size, size)."""
     pixels = torch.empty((len(rows), images.channels, size, size), dtype=torch.uint8)
-    for place, row in zip(pixels, rows, strict=True):
-        place.copy_(torch.from_numpy(to_array(centre_crop(images.read(row)[0], size)).copy()))
+    for target, row in zip(pixels, rows, strict=True):
+        target.copy_(torch.from_numpy(to_array(centre_crop(images.read(row)[0], size)).copy()))
     return pixels
 
 
-def _read_manifest(place: str, remote: bool) -> Manifest:
+def _read_manifest(location: str, remote: bool) -> Manifest:
     try:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "manifest.json" if remote else Path(place)
-            if remote:  # every time: it says which of the cached files are the right ones
-                _fetch(place, path)
+            path = Path(folder) / "manifest.json" if remote else Path(location)
+            if remote:  # never cached: it says which cached files are valid
+                _fetch(location, path)
             content = path.read_bytes()
     except OSError as error:
-        raise RRCMError(f"{place}: cannot be read ({_line(error)}); {REDO}, or correct the place") from None
+        raise RRCMError(f"{location}: cannot be read ({one_line(error)}); correct it, or {RERUN_HINT}") from None
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise RRCMError(f"{place}: not a shard manifest ({key + ': ' if key else ''}{first['msg']}); {REDO}") from None
+        raise RRCMError(
+            f"{location}: not a shard manifest ({key + ': ' if key else ''}{first['msg']}); {RERUN_HINT}"
+        ) from None
 
 
-def _check_size(path: Path, entry: File) -> None:
+def _check_size(path: Path, entry: FileEntry) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise RRCMError(f"{path}: shard is missing; {REDO}, or fetch it (dvc pull)") from None
+        raise RRCMError(f"{path}: shard is missing; {RERUN_HINT}, or run dvc pull") from None
     if size != entry.bytes:
         raise RRCMError(
-            f"{path}: has {size} bytes, manifest.json says {entry.bytes}: truncated or of another run; {REDO}"
+            f"{path}: has {size} bytes, manifest.json says {entry.bytes}: truncated or from another run; {RERUN_HINT}"
         )
 
 
-def _check(path: Path, entry: File) -> None:
+def _check(path: Path, entry: FileEntry) -> None:
     _check_size(path, entry)
     if sha256_file(path) != entry.sha256:
-        raise RRCMError(f"{path}: does not match its hash in manifest.json: damaged or of another run; {REDO}")
+        raise RRCMError(f"{path}: does not match its hash in manifest.json: damaged or from another run; {RERUN_HINT}")
 
 
-def _download(url: str, path: Path, entry: File) -> None:
-    """Download a file of the manifest to `path`, atomically, and check it."""
+def _download(url: str, path: Path, entry: FileEntry) -> None:
+    """Download a file of the manifest to `path`, atomically, and check its size and hash."""
     with atomic_path(path) as scratch:
         try:
             _fetch(url, scratch)
         except OSError as error:
-            raise RRCMError(f"{url}: download failed ({_line(error)}); check the address and run again") from None
+            raise RRCMError(f"{url}: download failed ({one_line(error)}); check the address and run again") from None
         if scratch.stat().st_size != entry.bytes or sha256_file(scratch) != entry.sha256:
-            raise RRCMError(f"{url}: does not match manifest.json: damaged or of another run; upload the shards again")
+            raise RRCMError(
+                f"{url}: does not match manifest.json: damaged or from another run; upload the shards again"
+            )
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Copy what is behind a URL to `path`. Tries three times; raises OSError."""
+    """Copy a remote file to `path`, in up to three attempts. Raises OSError if all fail."""
     import fsspec
 
     for pause in (*DOWNLOAD_PAUSES, None):
         try:
-            system, place = fsspec.url_to_fs(url)
-            system.get_file(place, str(path))
+            system, remote_path = fsspec.url_to_fs(url)
+            system.get_file(remote_path, str(path))
             return
-        except (ImportError, ValueError) as error:  # no package for this protocol, or no such protocol
-            raise RRCMError(f"{url}: cannot be opened ({_line(error)}); install what it names") from None
-        except Exception as error:  # each protocol has its own exceptions
+        except (ImportError, ValueError) as error:  # unknown protocol, or its package is not installed
+            raise RRCMError(
+                f"{url}: cannot be opened ({one_line(error)}); correct the address or install the package"
+            ) from None
+        except Exception as error:  # each protocol raises its own exceptions
             if pause is None or isinstance(error, FileNotFoundError):
-                raise OSError(_line(error)) from error
+                raise OSError(one_line(error)) from error
             time.sleep(pause)

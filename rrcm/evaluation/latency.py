@@ -12,7 +12,7 @@ from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.files import write_json
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 
 
 def measure_latency(config: Config, method: str, shard_folder: Path | str, model_folder: Path, output: Path) -> None:
@@ -47,6 +47,6 @@ def measure_latency(config: Config, method: str, shard_folder: Path | str, model
             "dtype": smoothed.precision,
             "batch_size": smoothed.find_batch_size(images[0]),
             "seconds": {str(n): seconds(n) for n in settings.n},
-            "environment": environment(device),
+            "environment": describe_environment(device),
         },
     )

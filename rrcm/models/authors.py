@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Read checkpoints released by the paper's authors."""
 
 import pickle
 import struct
@@ -23,14 +23,16 @@ def load_authors_checkpoint(
     levels: int = 81,
     final_norm: bool = True,
 ) -> EncoderWithProjector | Classifier:
-    """Load a checkpoint of the paper's authors (a pickled state dict; read with `weights_only=True`, or safetensors).
+    """Load a checkpoint of the authors: a pickled state dict, read with `weights_only=True`, or safetensors.
 
-    A pre-trained one (their names, with or without `module.`) gives an `EncoderWithProjector`; a fine-tuned one
-    (`base_model.` and `linear_head.`) gives a `Classifier` and needs the pixel `sigma` it was tuned for: its noise level is then the
-    nearest of the `levels` Karras levels to 2 * sigma, as their code has it. `num_heads` cannot be read
-    off the weights;
-    the default is one per 64 dimensions, as in all their models. `final_norm=False` is for their CIFAR-10 fine-tuned
-    models, which skip the last LayerNorm. Raises `RRCMError` for anything that is not such a checkpoint.
+    A pretrained checkpoint gives an `EncoderWithProjector`. A fine-tuned one (names `base_model.` and `linear_head.`)
+    gives a `Classifier` and needs the pixel `sigma` it was tuned for. As in their code, its noise level is then the
+    nearest of the `levels` Karras levels to 2 * sigma. A prefix `module.` is ignored.
+
+    `num_heads` cannot be read off the weights; the default is one head per 64 dimensions, as in all their models.
+    `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
+
+    Raises `RRCMError` for any other file.
     """
     path = Path(path)
     weights = {name.removeprefix("module."): tensor for name, tensor in _read_authors_file(path).items()}
@@ -47,10 +49,10 @@ def load_authors_checkpoint(
         grid = round((trunk["pos_embed"].shape[1] - 2) ** 0.5)
         depth = 1 + max(int(name.split(".")[1]) for name in trunk if name.startswith("blocks."))
     except (KeyError, ValueError):
-        raise RRCMError(f"{path}: not a checkpoint of the authors' network (no ViT with a time token in it)") from None
+        raise RRCMError(f"{path}: not an authors' checkpoint (holds no ViT with a time token)") from None
     num_heads = num_heads or embed_dim // 64
     if num_heads == 0 or embed_dim % num_heads:
-        raise RRCMError(f"{path}: width {embed_dim} cannot be split over {num_heads} heads; pass heads=")
+        raise RRCMError(f"{path}: {embed_dim} dimensions do not divide into {num_heads} heads; pass num_heads=")
     encoder = NoiseConditionedViT(grid * patch_size, channels, patch_size, embed_dim, depth, num_heads)
     trunk = {name: tensor for name, tensor in trunk.items() if not name.startswith("linear_head.")}
     load_weights(encoder, trunk, path)
@@ -58,12 +60,12 @@ def load_authors_checkpoint(
         encoder.norm = nn.Identity()
     if not fine_tuned:
         if not projector:
-            raise RRCMError(f"{path}: has no projection_head; a pre-trained checkpoint of the authors has one")
+            raise RRCMError(f"{path}: neither a projection_head nor a linear_head: not an authors' checkpoint")
         model = EncoderWithProjector(encoder, hidden=len(projector["0.weight"]), out=len(projector["6.weight"]))
         load_weights(model.projector, projector, path)
         return model
     if sigma is None:
-        raise RRCMError(f"{path}: a fine-tuned checkpoint needs sigma=, the pixel noise it was tuned for")
+        raise RRCMError(f"{path}: a fine-tuned checkpoint; pass sigma=, the pixel noise it was tuned for")
     nearest = nearest_level(karras_levels(levels), 2 * sigma)
     head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
     classifier = Classifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
@@ -80,7 +82,7 @@ def _read_authors_file(path: Path) -> dict[str, torch.Tensor]:
         raise RRCMError(f"{path}: no such file") from None
     except pickle.UnpicklingError:
         raise RRCMError(
-            f"{path}: a pickle that holds more than tensors, or is damaged; refused, nothing in it was run"
+            f"{path}: a pickle that holds more than tensors, or is damaged; no code in it was run"
         ) from None
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
         reason = (str(error).splitlines() or ["empty"])[0]

@@ -1,4 +1,4 @@
-"""The curricula of pre-training as pure functions of the step (Lei et al. 2025, section 3; Karras et al. 2022)."""
+"""Noise levels t in model space, where pixels lie in [-1, 1]; the pixel noise is sigma = t / 2."""
 
 import torch
 
@@ -15,5 +15,5 @@ def karras_levels(
 
 
 def nearest_level(levels: torch.Tensor, t: float) -> float:
-    """The one of the noise levels (N,) that is nearest to t: what stands in for t in the authors' fine-tuning."""
+    """The entry of `levels` (N,) nearest to t. The authors' fine-tuning uses it in place of t."""
     return float(levels[(levels - t).abs().argmin()])

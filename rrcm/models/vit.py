@@ -1,24 +1,30 @@
-"""The networks: a ViT that is told the noise level, its projector for pre-training, its head for classification."""
+"""The networks: a ViT conditioned on the noise level, and the projector of pre-training.
+
+The trunk is written in plain torch. Layers and parameter names are those of timm's VisionTransformer, so weights move
+between the two without renaming; a test compares both bit by bit. The noise level enters as one more token.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models import vision_transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rrcm import config
 from rrcm.utils.distributed import SyncBatchNorm1d
 
-RECOMPUTE_MIN_BYTES = 16 * 2**20  # bytes of an activation that are worth computing it again
-SIGMA_DATA = 0.5  # standard deviation of the data in model space, as Karras et al. 2022 set it
+# Recompute activations larger than this in the backward pass instead of storing them.
+RECOMPUTE_MIN_BYTES = 16 * 2**20
+SIGMA_DATA = 0.5  # standard deviation of the data in model space (Karras et al. 2022)
 
 
 def time_embedding(t: torch.Tensor, embed_dim: int) -> torch.Tensor:
-    """Sinusoids of 250 ln(t): cosines, then sines, max period 10000. t (B,) in model space -> (B, width) float32."""
+    """Sinusoidal embedding of 250 ln(t): first cosines, then sines, maximum period 10000.
+
+    t (B,) > 0 in model space -> (B, embed_dim) float32; embed_dim is even.
+    """
     half = embed_dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 250 * t.float().log()[:, None] * frequencies
@@ -28,65 +34,113 @@ def time_embedding(t: torch.Tensor, embed_dim: int) -> torch.Tensor:
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v, each (B, heads, L, d) -> (B, heads, L, d).
 
-    By torch's fused kernel, but not in half precision on a CPU: there plain products take half the time forward and a
-    fraction of it backward (benchmarks/README.md).
+    Uses torch's fused kernel, except in half precision on a CPU. There plain products take half the time in the forward
+    pass and a fraction of it in the backward pass (benchmarks/README.md).
     """
     if q.device.type == "cpu" and q.dtype != torch.float32:
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class Block(vision_transformer.Block):
-    """timm's pre-norm block; the same layers, but attention by `attention`, and on request for the class token alone."""
+class PatchEmbed(nn.Module):
+    """Split an image into square patches and project each to a token."""
+
+    def __init__(self, img_size: int, patch_size: int, channels: int, embed_dim: int):
+        super().__init__()
+        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
+        self.proj = nn.Conv2d(channels, embed_dim, patch_size, patch_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, patches, D), row by row. Raises `ValueError` for images of another size."""
+        if images.shape[-2:] != self.img_size:
+            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels, the network needs {self.img_size}")
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (B, L, D)."""
-        qkv = self.attn.qkv(self.norm1(tokens)).chunk(3, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for x in qkv)
-        return self._update(tokens, attention(q, k, v).transpose(1, 2).flatten(2))
+        qkv = self.qkv(tokens).chunk(3, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def class_token(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The first token of what `forward` gives: (B, L, D) -> (B, D).
+    def forward_cls(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first token of `forward`'s output: (B, L, D) -> (B, D).
 
-        Nothing reads the other tokens of the last block, so it has one query, and q (W x)^T = (q W) x^T: bringing the
-        query to the tokens costs less than a key for each of them. Likewise one value, of the attended mean of tokens.
+        One query suffices. Since q (W_k x)^T = (q W_k) x^T, the query is projected once and no key is computed per
+        token. Likewise W_v is applied once, to the attention-weighted mean of the tokens.
         """
-        num_heads, normed = self.attn.num_heads, self.norm1(tokens)
-        query, key, value = self.attn.qkv.weight.unflatten(0, (3, num_heads, -1))  # (heads, d, D) each
-        q = torch.einsum("bw,hdw->bhd", normed[:, 0], query)
-        if self.attn.qkv.bias is not None:
-            query_bias, _, value_bias = self.attn.qkv.bias.unflatten(
-                0, (3, num_heads, -1)
-            )  # the keys' adds to all alike
-            q = q + query_bias
-        scores = torch.einsum("bhd,hdw->bhw", q, key) @ normed.mT
-        mean = (scores * q.shape[-1] ** -0.5).softmax(-1) @ normed  # (B, heads, D)
+        query, key, value = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (heads, d, D) each
+        q = torch.einsum("bw,hdw->bhd", tokens[:, 0], query)
+        if self.qkv.bias is not None:
+            query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))
+            q = q + query_bias  # the key bias shifts all scores equally, so softmax ignores it
+        scores = torch.einsum("bhd,hdw->bhw", q, key) @ tokens.mT
+        mean = (scores * q.shape[-1] ** -0.5).softmax(-1) @ tokens  # (B, heads, D)
         attended = torch.einsum("bhw,hdw->bhd", mean, value)
-        if self.attn.qkv.bias is not None:
+        if self.qkv.bias is not None:
             attended = attended + value_bias
-        return self._update(tokens[:, 0], attended.flatten(1))
+        return self.proj(attended.flatten(1))
 
-    def _update(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Tokens (..., D) after attention, whose heads' answers are `attended` (..., D), and after the MLP."""
-        tokens = tokens + self.attn.proj(attended)
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear. `Block` calls the layers one by one."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; on request it computes the class token only."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, qkv_bias: bool, norm_eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, norm_eps)
+        self.attn = Attention(embed_dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(embed_dim, norm_eps)
+        self.mlp = Mlp(embed_dim, mlp_dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return self._add_mlp(tokens + self.attn(self.norm1(tokens)))
+
+    def forward_cls(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first token of `forward`'s output: (B, L, D) -> (B, D)."""
+        return self._add_mlp(tokens[:, 0] + self.attn.forward_cls(self.norm1(tokens)))
+
+    def _add_mlp(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Residual branch of the MLP: (..., D) -> (..., D).
+
+        GELU's output is as large as any tensor of the network. Where it is large it is recomputed in the backward pass,
+        which saves a fifth of a step's memory for a few percent of its time.
+        """
         hidden = self.mlp.fc1(self.norm2(tokens))
-        large = (
-            hidden.requires_grad and hidden.numel() * hidden.element_size() >= RECOMPUTE_MIN_BYTES
-        )  # nbytes does not compile
-        return tokens + (checkpointed(self._mlp_out, hidden) if large else self._mlp_out(hidden))
+        num_bytes = hidden.numel() * hidden.element_size()  # torch.compile does not know `hidden.nbytes`
+        recompute = hidden.requires_grad and num_bytes >= RECOMPUTE_MIN_BYTES
+        return tokens + (checkpointed(self._mlp_out, hidden) if recompute else self._mlp_out(hidden))
 
     def _mlp_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half of the MLP: (..., 4 D) -> (..., D). Where GELU's output, as large as any tensor here, is
-        large, it is not kept for the backward pass: a fifth of a step's memory for a few hundredths of its time."""
+        """Second half of the MLP: (..., mlp_dim) -> (..., D)."""
         return self.mlp.fc2(self.mlp.act(hidden))
 
 
-class NoiseConditionedViT(vision_transformer.VisionTransformer):
-    """timm's ViT with a time token between the class token and the patches; one position embedding over all of them.
+class NoiseConditionedViT(nn.Module):
+    """A pre-norm ViT with a time token between the class token and the patches.
 
-    Pre-norm blocks, GELU. By default LayerNorm eps 1e-5, no qkv bias and an MLP of 4 * width, as in the paper; other
-    people's ViTs differ there. Layers keep torch's own initialisation (`init="torch"`) or take MoCo-v3's
-    (`init="moco_v3"`, Chen et al. 2021).
+    One learned position embedding covers all tokens. The defaults are the paper's: LayerNorm eps 1e-5, no qkv bias, MLP
+    of 4 * embed_dim. Weights keep torch's initialisation (`init="torch"`) or take MoCo-v3's (`init="moco_v3"`,
+    Chen et al. 2021).
     """
 
     def __init__(
@@ -100,35 +154,30 @@ class NoiseConditionedViT(vision_transformer.VisionTransformer):
         init: str = "torch",
         freeze_patch_embed: bool = False,
         grad_checkpointing: bool = False,
-        mlp_dim: int | None = None,  # None: 4 * width
+        mlp_dim: int | None = None,  # None: 4 * embed_dim
         qkv_bias: bool = False,
         norm_eps: float = 1e-5,
     ):
-        super().__init__(
-            img_size=image_size,
-            patch_size=patch_size,
-            in_chans=channels,
-            num_classes=0,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=4 if mlp_dim is None else (mlp_dim + 0.5) / embed_dim,  # timm rounds the product down
-            qkv_bias=qkv_bias,
-            reg_tokens=1,  # reserves the time token's place in the position embedding
-            norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-            block_fn=Block,
-            weight_init="skip",
-        )
-        del self.reg_token
+        super().__init__()
+        self.embed_dim, self.in_chans, self.grad_checkpointing = embed_dim, channels, grad_checkpointing
+        self.patch_embed = PatchEmbed(image_size, patch_size, channels, embed_dim)
+        num_tokens = 2 + (image_size // patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
+        sizes = embed_dim, num_heads, mlp_dim or 4 * embed_dim
+        self.blocks = nn.Sequential(*(Block(*sizes, qkv_bias, norm_eps) for _ in range(depth)))
+        self.norm = nn.LayerNorm(embed_dim, norm_eps)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if init == "moco_v3":
             self.init_moco_v3()
         self.patch_embed.requires_grad_(not freeze_patch_embed)
-        self.grad_checkpointing = grad_checkpointing
 
     def init_moco_v3(self) -> None:
-        """Xavier-uniform layers with zero biases, q, k and v as three matrices, uniform patch embedding."""
+        """MoCo-v3's initialisation: Xavier-uniform linear layers with zero biases, uniform patch embedding.
+
+        Query, key and value count as three matrices.
+        """
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 fan_out = layer.out_features // 3 if name.endswith("qkv") else layer.out_features
@@ -141,10 +190,10 @@ class NoiseConditionedViT(vision_transformer.VisionTransformer):
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def forward(self, images: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        """Representation of noisy images.
+        """The representation of noisy images: (B, C, H, W) -> (B, embed_dim).
 
-        images (B, C, H, W) float in model space (pixels scaled to [-1, 1], plus noise of standard deviation t);
-        t: one noise level or one per image (B,), model space (2 * pixel sigma), > 0 -> (B, width).
+        images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
+        t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
         """
         t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(len(images))
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()
@@ -155,30 +204,30 @@ class NoiseConditionedViT(vision_transformer.VisionTransformer):
         *blocks, last = self.blocks
         for block in blocks:
             tokens = checkpointed(block, tokens) if self.grad_checkpointing else block(tokens)
-        return self.norm(last.class_token(tokens))
+        return self.norm(last.forward_cls(tokens))  # nothing reads the other tokens
 
 
 def checkpointed(module: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """module(*inputs), whose insides are not kept for the backward pass but computed once more there."""
+    """module(*inputs) with activation checkpointing: the backward pass recomputes what is inside."""
     if not torch.is_grad_enabled():
         return module(*inputs)
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def forward_in_chunks(module: Callable[..., torch.Tensor], num_chunks: int, *inputs: torch.Tensor) -> torch.Tensor:
-    """module(*inputs) of `num_chunks` slices of the inputs (B, ...) one after the other, -> (B, ...).
+    """module(*inputs), computed for `num_chunks` slices of the inputs (B, ...) in turn -> (B, ...).
 
-    Gradients are those of the whole: the backward pass computes each slice once more (GradCache, Gao et al. 2021), so
-    that memory is needed for the insides of one slice alone.
+    The gradient is that of the whole batch. The backward pass recomputes each slice (GradCache, Gao et al. 2021), so
+    only one slice's activations are in memory at a time.
     """
     if num_chunks == 1:
         return module(*inputs)
     slices = zip(*(x.chunk(num_chunks) for x in inputs), strict=True)
-    return torch.cat([checkpointed(module, *some) for some in slices])
+    return torch.cat([checkpointed(module, *chunk) for chunk in slices])
 
 
 def projector(embed_dim: int, hidden: int, out: int) -> nn.Sequential:
-    """Linear-BN-ReLU, Linear-BN-ReLU, Linear, no biases, no last BatchNorm: (B, width) -> (B, out)."""
+    """Linear-BN-ReLU, Linear-BN-ReLU, Linear, without biases and last BatchNorm: (B, embed_dim) -> (B, out)."""
     return nn.Sequential(
         nn.Linear(embed_dim, hidden, bias=False),
         SyncBatchNorm1d(hidden),
@@ -199,24 +248,27 @@ class EncoderWithProjector(nn.Module):
         self.projector = projector(encoder.embed_dim, hidden, out)
 
     def forward(
-        self, batches: Sequence[torch.Tensor], levels: Sequence[float | torch.Tensor], project: int, num_chunks: int = 1
+        self,
+        batches: Sequence[torch.Tensor],
+        levels: Sequence[float | torch.Tensor],
+        num_projected: int,
+        num_chunks: int = 1,
     ) -> list[torch.Tensor]:
-        """One encoder pass, or one in `num_chunks`, over several batches (each (B, C, H, W), model space), batch i at noise
-        level levels[i] (one, or one an image (B,)).
+        """Encode several batches in one pass (or in `num_chunks`) and project the first `num_projected` of them.
 
-        Returns a tensor a batch: projections (B, out) of the first `project` batches, each seen by BatchNorm as a
-        batch of its own, and representations (B, width) of the rest.
+        batches: each (B, C, H, W), model space. levels: for each batch one noise level, or one per image (B,).
+        Returns one tensor per batch: projections (B, out) of the first `num_projected`, representations (B, embed_dim)
+        of the rest. BatchNorm sees each projected batch on its own.
         """
         size, device = len(batches[0]), batches[0].device
         t = [torch.as_tensor(level, dtype=torch.float32, device=device).expand(size) for level in levels]
-        representations = forward_in_chunks(self.encoder, num_chunks, torch.cat(list(batches)), torch.cat(t)).split(
-            size
-        )
-        return [self.projector(r) for r in representations[:project]] + list(representations[project:])
+        together = forward_in_chunks(self.encoder, num_chunks, torch.cat(list(batches)), torch.cat(t))
+        representations = together.split(size)
+        return [self.projector(r) for r in representations[:num_projected]] + list(representations[num_projected:])
 
 
 def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:
-    """The encoder that the settings describe."""
+    """The encoder described by the settings, with random weights from torch's global generator."""
     return NoiseConditionedViT(
         image_size=data.image_size,
         channels=data.channels,

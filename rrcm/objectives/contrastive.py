@@ -50,8 +50,8 @@ def contrastive_loss(
     """
     views = [view1 + t1.view(-1, 1, 1, 1) * noise1, view2 + t2.view(-1, 1, 1, 1) * noise2]
     with torch.no_grad():
-        y1, y2 = teacher(views, [t1, t2], project=2, num_chunks=num_chunks)
-    z1, z2 = student(views, [t1, t2], project=2, num_chunks=num_chunks)
+        y1, y2 = teacher(views, [t1, t2], num_projected=2, num_chunks=num_chunks)
+    z1, z2 = student(views, [t1, t2], num_projected=2, num_chunks=num_chunks)
     return global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature)
 
 

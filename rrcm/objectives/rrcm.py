@@ -45,10 +45,12 @@ def rrcm_loss(
     """
     views = [view1 + t_min * noise, view2 + t_min * noise]
     with torch.no_grad():  # compute targets first: their temporary memory is freed before the student's graph is built
-        y1, y2 = teacher(views, [t_min, t_min], project=2, num_chunks=num_chunks)
+        y1, y2 = teacher(views, [t_min, t_min], num_projected=2, num_chunks=num_chunks)
         encode = getattr(student, "module", student)  # no gradient, so past DDP's hooks
-        (quieter,) = encode([image + t_next * noise], [t_next], project=0, num_chunks=num_chunks)
-    z1, z2, representation = student([*views, image + t * noise], [t_min, t_min, t], project=2, num_chunks=num_chunks)
+        (quieter,) = encode([image + t_next * noise], [t_next], num_projected=0, num_chunks=num_chunks)
+    z1, z2, representation = student(
+        [*views, image + t * noise], [t_min, t_min, t], num_projected=2, num_chunks=num_chunks
+    )
     return RRCMLoss(
         contrastive=global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature),
         consistency=global_info_nce(representation, quieter, temperature),

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from rrcm.config import Config, FinetuneSettings
 from rrcm.data.augment import FinetuneTransform, mixup_pairs
-from rrcm.data.loader import batches as batch_loader
-from rrcm.data.loader import describe_step, steps_per_epoch
+from rrcm.data.loader import batch_loader, describe_step, steps_per_epoch
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.methods import METHODS
 from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier

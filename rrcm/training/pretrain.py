@@ -11,8 +11,7 @@ import torch
 
 from rrcm.config import Config
 from rrcm.data.augment import PretrainTransform, color_blur
-from rrcm.data.loader import batches as batch_loader
-from rrcm.data.loader import describe_step
+from rrcm.data.loader import batch_loader, describe_step
 from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation.representations import COLLAPSED, evaluate, load_eval_images
 from rrcm.models.checkpoints import save_model

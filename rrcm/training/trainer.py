@@ -29,7 +29,7 @@ from rrcm.utils.distributed import (
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
 from rrcm.utils.files import atomic_directory, write_csv, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, pack_state, unpack_state
 
 
@@ -192,7 +192,11 @@ class Trainer:
                 save_model(folder)
                 write_csv(folder / "history.csv", self.history)
             record = {"seconds": self.seconds, "images_per_second": images / self.seconds}
-            record |= {"processes": self.env.world_size, **measured, "environment": environment(self.env.device)}
+            record |= {
+                "processes": self.env.world_size,
+                **measured,
+                "environment": describe_environment(self.env.device),
+            }
             write_json(timing, record)
             self.run_state.finish()
         barrier()

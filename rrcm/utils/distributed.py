@@ -1,7 +1,7 @@
-"""The edges to processes and devices: start-up, collectives with exact gradients, BatchNorm over the global batch.
+"""Processes and devices: start-up, collectives, BatchNorm over the global batch, precision.
 
-Every function is the identity (and every module its single-process self) when only one process runs, so there is
-one code path for one process and for many, on CPU (gloo) and on CUDA (nccl).
+With one process every collective is the identity. So the same code runs on one process and on many, on CPUs (gloo) and
+on GPUs (nccl).
 """
 
 import os
@@ -18,7 +18,7 @@ from rrcm.utils.errors import RRCMError
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among `world_size` of them, and the device it computes on."""
+    """Rank of this process, number of processes, and the device it computes on."""
 
     rank: int
     world_size: int
@@ -30,12 +30,14 @@ class DistEnv:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is this process's GPU if there is one, else the CPU. Raises `RRCMError` for a GPU that is not there."""
+    """The device of this process: `cpu`, `cuda:N`, `cuda` (the GPU of the local rank) or `auto`.
+
+    `auto` is `cuda` if the machine has a GPU, else `cpu`. Raises `RRCMError` for a GPU that does not exist.
+    """
     gpus = torch.cuda.device_count()
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= gpus:
+    local_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device({"auto": local_gpu if gpus else "cpu", "cuda": local_gpu}.get(name, name))
+    if device.type == "cuda" and device.index >= gpus:
         raise RRCMError(f"device = {name!r}: this machine has {gpus} CUDA devices; use auto or cpu")
     return device
 
@@ -51,7 +53,7 @@ def set_threads(threads: int | None) -> None:
 
 @contextmanager
 def init_distributed(device: str) -> Iterator[DistEnv]:
-    """Join the process group that torchrun announces in the environment, or run alone."""
+    """Join torchrun's process group, described by its environment variables; without torchrun run alone."""
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -66,19 +68,21 @@ def init_distributed(device: str) -> Iterator[DistEnv]:
 
 
 def world_size() -> int:
+    """Number of processes in the group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_gather_cat(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Rows of all processes in rank order, without gradient, and the index of this process's first row.
+    """Concatenate x of all processes in rank order, without gradient.
 
-    x (B, ...) of the same B everywhere -> ((world * B, ...), rank * B).
+    x (B, ...), with the same B on every process. Returns the rows (world_size * B, ...) and the index of this process's
+    first row.
     """
     if world_size() == 1:
         return x, 0
@@ -104,11 +108,13 @@ def all_reduce_min(x: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_any(flag: bool) -> bool:
-    """Whether `flag` is set in any process. On the CPU: no device is waited for."""
+    """Whether `flag` is set on any process. Computed on the CPU, so it does not wait for a GPU."""
     return bool(all_reduce_min(torch.tensor(int(not flag))) == 0)
 
 
 class _AllSum(torch.autograd.Function):
+    """`all_reduce_sum` with its exact gradient."""
+
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(x)
@@ -119,9 +125,9 @@ class _AllSum(torch.autograd.Function):
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm over the batch of all processes together, on any device (torch's SyncBatchNorm refuses the CPU).
+    """BatchNorm over the global batch, on any device; torch's SyncBatchNorm does not run on a CPU.
 
-    Input (B, C) with the same B on every process. Parameters and buffers are named as in `nn.BatchNorm1d`.
+    Input (B, C), with the same B on every process. Parameters and buffers are named as in `nn.BatchNorm1d`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,26 +145,28 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
 
 
 def native_precision(device: torch.device) -> str:
-    """bf16 where the device has instructions for it, fp16 on a GPU that has not, fp32 on a CPU that has not: that would
-    compute in bfloat16 many times as slowly as in float32."""
+    """The fast precision of a device: bf16 where it has instructions for it; else fp16 on a GPU, fp32 on a CPU.
+
+    Without such instructions a CPU computes in bfloat16 many times more slowly than in float32.
+    """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
     return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
-    """What a training computes in: `auto` is what `native_precision` says, and bf16 is fp16 on a GPU that lacks it."""
+    """The precision to train in: `auto` becomes the native one, and so does bf16 on a GPU."""
     if precision == "auto" or (precision == "bf16" and device.type == "cuda"):
         return native_precision(device)
     return precision
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision: `fp32` (off), `bf16` or `fp16`.
+    """The autocast context of a precision: `fp32` (off), `bf16` or `fp16`.
 
-    Without autocast's cache of cast weights: before torch 2.11 those that a pass without gradient puts there give the
-    passes after it none either.
+    Autocast's weight cache is off: before torch 2.11, weights cached under no_grad are reused without gradient in later
+    passes.
     """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32", cache_enabled=False)

@@ -1,16 +1,16 @@
-"""The one exception that means "the person running this can fix it"."""
+"""The exceptions for errors that the user can fix."""
 
 import textwrap
 
 
 class RRCMError(Exception):
-    """Bad input, said in one line: what is wrong, where, and what to do. Stages print it without a traceback."""
+    """Bad input. The message is one line: what is wrong, where, and what to do. Commands print no traceback."""
 
 
 class Interrupted(RRCMError):
-    """The work was told to stop (SIGTERM), has saved its state, and goes on when started again."""
+    """The process received SIGTERM and saved its state; running it again resumes."""
 
 
 def one_line(error: Exception) -> str:
-    """What another library's error says, short and in one line."""
+    """The message of another library's error, shortened to one line of at most 300 characters."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Writing files so that a killed process never leaves half of one, and hashing them."""
+"""Atomic writes of files and folders, JSON, and hashes."""
 
 import csv
 import hashlib
@@ -17,11 +17,11 @@ from rrcm.utils.errors import RRCMError
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
-    On any error the temporary file is removed and `path` is left as it was. A failed write (disk full, file too
-    large, no permission) raises `RRCMError` naming `path`.
+    On any error the temporary file is removed and `path` is unchanged. A failed write (disk full, file too large, no
+    permission) raises `RRCMError` naming `path`.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process left is overwritten
+    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: the next run overwrites what a killed one left
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
@@ -36,9 +36,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """Like `atomic_path` for a whole directory: yield an empty one beside `path`, then swap it into place."""
+    """Like `atomic_path` for a folder: yield an empty one beside `path`, then swap it into place."""
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process left is overwritten
+    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: the next run overwrites what a killed one left
     aside = path.with_name(f".{path.name}.old.tmp")  # the old folder, until the new one is in place
     try:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -64,12 +64,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write `value` as indented JSON with a final newline, atomically. Key order is kept as given."""
+    """Write `value` atomically as indented JSON with a final newline. Keys keep their order; NaN is an error."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path | str, rows: list[dict]) -> None:
-    """Write `rows` as CSV atomically; the columns are the keys of the first row, None is an empty cell."""
+    """Write `rows` atomically as CSV. The columns are the keys of the first row; None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -78,11 +78,11 @@ def write_csv(path: Path | str, rows: list[dict]) -> None:
 
 
 def read_json(path: Path | str) -> dict:
-    """Read a JSON file. Raises `RRCMError` when it is missing or not JSON."""
+    """Read a JSON file. Raises `RRCMError` if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RRCMError(f"{path}: no such file; run the stage that makes it first (dvc repro)") from None
+        raise RRCMError(f"{path}: no such file; run the stage that writes it first (dvc repro)") from None
     except (OSError, ValueError) as error:
         raise RRCMError(f"{path}: cannot be read as JSON ({error})") from None
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, plain lines with rate and time left in a log."""
+"""Progress of a long computation: a bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -8,11 +8,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Count `total` units of work. Use as a context manager and call `update`.
+    """Count `total` units of work. Use it as a context manager and call `update`.
 
-    On a terminal this is a tqdm bar, with the metrics on a line below it; elsewhere (a log file, CI) it prints one
-    plain line every `interval` seconds.
-    `done` is where resumed work starts; the rate counts only what this process did.
+    On a terminal it shows a tqdm bar and the metrics on a line below. Elsewhere (log file, CI) it prints a line with
+    rate and time left every `interval` seconds. Resumed work starts at `done`; the rate counts this process's work
+    only. `quiet` prints nothing.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Progress:
         self.start = self.last_print = time.monotonic()
         live = sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True) if live else None
-        self.below: tqdm | None = None  # a second line, for the metrics
+        self.below: tqdm | None = None  # second line, for the metrics
 
     def __enter__(self) -> "Progress":
         return self
@@ -39,20 +39,20 @@ class Progress:
             self._print(time.monotonic())
 
     def update(self, count: int = 1, **metrics: str) -> None:
-        """Add `count` finished units; `metrics` are short texts shown beside them until others come."""
+        """Add `count` finished units. `metrics` are short texts, shown until they are replaced."""
         self.done += count
         self.metrics |= metrics
         if self.bar is not None:
             if metrics and self.below is None:
                 self.below = tqdm(bar_format="{desc}", position=1, dynamic_ncols=True)
             if metrics:
-                self.below.set_description_str(self._shown)
+                self.below.set_description_str(self._metrics_text)
             self.bar.update(count)
         elif not self.quiet and time.monotonic() - self.last_print >= self.interval:
             self._print(time.monotonic())
 
     @property
-    def _shown(self) -> str:
+    def _metrics_text(self) -> str:
         return "  ".join(f"{name} {value}" for name, value in self.metrics.items())
 
     def _print(self, now: float) -> None:
@@ -61,8 +61,5 @@ class Progress:
         rate = (self.done - self.start_done) / max(elapsed, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         time_left = f", {left:.0f} s left" if self.done < self.total else f", took {elapsed:.1f} s"
-        print(
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s{time_left}  {self._shown}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s{time_left}  {self._metrics_text}"
+        print(line.rstrip(), file=sys.stderr, flush=True)

@@ -1,5 +1,4 @@
-"""This process's surroundings: what something was made with (code revision, hardware, versions; no names of hosts or
-people, no paths), and the memory allocator."""
+"""What an output was computed with: code revision, hardware, versions. No names of hosts or people, no paths."""
 
 import os
 import platform
@@ -11,11 +10,12 @@ PACKAGES = ["rrcm", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", 
 PACKAGES += ["safetensors", "webdataset", "dvc"]
 
 
-def environment(device: object) -> dict:
-    """A JSON-able record. `device` is the torch device (or its name) computed on: on CUDA the GPUs are named.
+def describe_environment(device: object) -> dict:
+    """A JSON-able record of this process.
 
-    `git` is null when this package is not in a git checkout; `dirty` says that its code (or the stages beside it)
-    differs from the revision.
+    `device` is the torch device computed on, or its name; for CUDA the record lists the GPUs.
+    `git` is None if this package is not in a git checkout. `dirty` is true if its code, or the stages beside it,
+    differ from the revision.
     """
     import torch
 
@@ -46,7 +46,7 @@ def _revision(folder: Path) -> dict | None:
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 
-    if not git("ls-files", "--error-unmatch", "__init__.py"):  # a checkout around site-packages is not ours
+    if not git("ls-files", "--error-unmatch", "__init__.py"):  # some other checkout around site-packages
         return None
     return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", "../stages"))}
 

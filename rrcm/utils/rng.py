@@ -1,5 +1,9 @@
-"""Randomness as a pure function of (seed, what it is for, where): no global state, so nothing depends on batch size,
-process count or where a run was resumed."""
+"""Random streams named by a key, for data and training.
+
+Each stream is a pure function of (seed, purpose, position) and uses no global state. So results do not depend on batch
+size, process count or where a run was resumed. Certification draws its noise from a counter instead
+(certification/noise.py).
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +13,7 @@ import torch
 
 
 def derive_seed(seed: int, *key: str | int) -> int:
-    """A 63-bit seed for the stream named by `key`, e.g. derive_seed(0, "noise", step, position)."""
+    """A 63-bit seed for the stream named by `key`, for example derive_seed(0, "noise", step, position)."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -27,8 +31,11 @@ def torch_rng(device: torch.device | str, seed: int, *key: str | int) -> torch.G
 def normal_per_sample(
     shape: tuple[int, ...], seed: int, *key: str | int, positions: Sequence[int | str], device: torch.device | str
 ) -> torch.Tensor:
-    """Standard normal float32 noise of shape (len(positions), *shape). Row i depends on (seed, key, positions[i])
-    alone, so any split of a batch over processes draws the same noise."""
+    """Standard normal noise, float32, shape (len(positions), *shape).
+
+    Row i depends only on seed, key and positions[i]: any split of a batch over processes draws the same noise. CPU and
+    CUDA draw different noise.
+    """
     generator = torch.Generator(device)
     noise = torch.empty((len(positions), *shape), device=device)
     for row, position in zip(noise, positions, strict=True):

@@ -30,7 +30,7 @@ from rrcm.evaluation.metrics import (
     wilson_interval,
 )
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 
 HEADER = "\t".join(COLUMNS)
 COHEN = f"""{HEADER}
@@ -231,9 +231,9 @@ def test_sigma_name_is_what_dvc_writes():
 
 
 def test_environment_names_no_host_user_or_path():
-    record = environment("cpu")
+    record = describe_environment("cpu")
     text = json.dumps(record)
-    assert record == environment("cpu")
+    assert record == describe_environment("cpu")
     assert record["software"]["packages"]["torch"]
     assert record["hardware"]["memory_gib"] > 0
     assert record["hardware"]["gpus"] == []

@@ -1,6 +1,6 @@
-"""Augmentation: each operation against torchvision, and the frequencies of random choices against their settings.
+"""Augmentation: each operation against torchvision, and frequencies of random choices against the settings.
 
-Frequencies are tested at 5 standard errors: a right build fails one such check in about 2 million.
+Frequencies are tested at 5 standard errors: correct code fails one such check in about 2 million.
 """
 
 import math
@@ -30,7 +30,7 @@ NEUTRAL = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0.0])
 
 
 def colours(count: int = 6, size: int = 16) -> torch.Tensor:
-    """Random images, with corners that are hard for hue: gray, black, white, two equal channels."""
+    """Random images with cases that are hard for hue: grey, black, white, two equal channels."""
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     images[0, :, 0] = torch.tensor([[0.3, 0, 1, 0.7]]).repeat(3, size // 4)
     images[0, 1, 1] = images[0, 0, 1]
@@ -61,7 +61,7 @@ def test_operations_equal_torchvision(channels: int, column: int, values: tuple[
     images = colours()[:, :channels]
     for value in values:
         parameters = NEUTRAL.repeat(len(images), 1)
-        parameters[1:, column] = value  # the first image stays as it is
+        parameters[1:, column] = value  # the first image is unchanged
         result = color_blur(images, parameters)
         assert torch.equal(result[0], images[0])
         torch.testing.assert_close(result[1:], reference(images[1:], value), atol=2e-6, rtol=0)
@@ -76,7 +76,7 @@ def test_hue_of_degenerate_colours_equals_torchvision():
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_equals_torchvision(sigma: float):
-    """Weights renormalised at the border = blur of the zero-padded image over blur of zero-padded ones."""
+    """Renormalised weights at the border: blur of the zero-padded image divided by the blur of zero-padded ones."""
     images, radius = colours(), 15
     size = [2 * radius + 1] * 2
 
@@ -91,7 +91,7 @@ def test_blur_equals_torchvision(sigma: float):
 
 
 def test_each_image_has_its_own_sigma_order_and_batch():
-    """A row of a batch is what it is alone; and jitter runs in the order drawn."""
+    """Each image gives the same result alone and in a batch; jitter runs in the drawn order."""
     generator, images = np.random.default_rng(0), (colours(64) * 255).byte()
     parameters = torch.from_numpy(np.stack([sample_color_blur(MOCO, 1, generator) for _ in range(64)]))
     together = color_blur(images, parameters)
@@ -108,7 +108,7 @@ def test_each_image_has_its_own_sigma_order_and_batch():
         torch.testing.assert_close(color_blur(images[:1], row), expected, atol=5e-6, rtol=0)
 
 
-def test_photometric_leaves_its_input_alone():
+def test_color_blur_does_not_change_its_input():
     images = colours()
     before = images.clone()
     parameters = NEUTRAL.repeat(len(images), 1)
@@ -117,7 +117,7 @@ def test_photometric_leaves_its_input_alone():
     assert torch.equal(images, before)
 
 
-def test_photometric_frequencies():
+def test_color_blur_frequencies():
     n = 20000
     for view in (0, 1):
         generator = np.random.default_rng(view)
@@ -144,7 +144,7 @@ def test_photometric_frequencies():
 
 
 def test_crop_equals_torchvision_and_has_its_statistics(monkeypatch: pytest.MonkeyPatch):
-    """The cut rectangle is spied on; its pixels must be torchvision's resized_crop of it."""
+    """Record the cut rectangle; its pixels must equal torchvision's resized_crop."""
     boxes, image, crop = [], photo(120, 100), Image.Image.crop
     monkeypatch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or crop(self, box))
     rng, n = numpy_rng(0), 8000
@@ -162,21 +162,21 @@ def test_crop_equals_torchvision_and_has_its_statistics(monkeypatch: pytest.Monk
     assert area.min() > 0.075 and aspect.min() > 0.72 and aspect.max() < 1.38  # up to rounding of sides
     assert frequency_is(area < 0.4, (0.4 - 0.08) / 0.92 / _fits(120, 100, 0.08)[0])
     assert frequency_is(aspect < 1, _fits(120, 100, 0.08)[1])
-    small = area < 0.3  # these have room: the place must be uniform
+    small = area < 0.3  # these have room to move: the position must be uniform
     assert left[small].min() == top[small].min() == 0 and right[small].max() == 120 and bottom[small].max() == 100
     place = left[small] / (120 - (right - left)[small])
     assert abs(place.mean() - 0.5) < 5 * math.sqrt(1 / 12 / small.sum())
 
 
 def _fits(width: int, height: int, low: float) -> tuple[float, float]:
-    """By numerical integration: the chance that a drawn rectangle fits, and that one that fits is upright."""
+    """Probability that a drawn rectangle fits, and that a fitting one is upright; by numerical integration."""
     area = (low + (1 - low) * (np.arange(2000) + 0.5) / 2000) * width * height
     aspect = np.exp(np.linspace(-1, 1, 2001) * math.log(4 / 3))[:, None]
     fits = (np.round(np.sqrt(area * aspect)) <= width) & (np.round(np.sqrt(area / aspect)) <= height)
     return fits.mean(), fits[:1000].sum() / fits.sum()
 
 
-def test_crop_that_never_fits_is_central():
+def test_if_no_crop_fits_it_is_central():
     wide = photo(300, 10)
     result = augment.random_resized_crop(wide, 10, 1.0, Image.Resampling.BILINEAR, numpy_rng(0))
     expected = F.resized_crop(wide, 0, 143, 10, 13, [10, 10])
@@ -225,7 +225,7 @@ def test_pretrain_sample(mode: str):
     both = {transform(image, numpy_rng(0, i))["image"].tobytes() for i in range(20)}
     assert both == {centre.tobytes(), centre[:, :, ::-1].tobytes()}
     blurs = [transform(image, numpy_rng(1, i))["color_blur1"][augment.BLUR] > 0 for i in range(50)]
-    assert all(blurs)  # the first recipe for the first view
+    assert all(blurs)  # the first view always blurs
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -260,7 +260,7 @@ def test_crop_flip_keeps_at_least_40_percent(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_randaugment_is_timms(monkeypatch: pytest.MonkeyPatch):
-    """Given the crop, the rest is what timm's own transform does when its generators are seeded alike."""
+    """After the crop the result equals timm's transform with the same seeds."""
     import random
 
     from timm.data.auto_augment import rand_augment_transform
@@ -278,9 +278,9 @@ def test_randaugment_is_timms(monkeypatch: pytest.MonkeyPatch):
         assert np.array_equal(ours, to_array(policy(image)))
 
 
-def test_randaugment_at_its_loudest(monkeypatch: pytest.MonkeyPatch):
-    """The magnitude is Gaussian; timm lets it reach the value at which Pillow refuses to posterize."""
+def test_randaugment_at_its_largest_magnitude(monkeypatch: pytest.MonkeyPatch):
+    """The magnitude is Gaussian; with timm's bound it reaches a value at which Pillow cannot posterize."""
     monkeypatch.setattr("random.gauss", lambda *_: 12.0)
     transform = FinetuneTransform("randaugment", 20)
-    for i in range(200):  # 15 operations, two an image
+    for i in range(200):  # 15 operations, two per image
         transform(photo(20, 20), numpy_rng(0, i))

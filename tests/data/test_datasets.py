@@ -1,4 +1,4 @@
-"""Each source in exactly its own format: real data where it is on this machine, else small files written here."""
+"""Each data set in its own file format: real data if it is on this machine, else small files written here."""
 
 import gzip
 import hashlib
@@ -17,8 +17,10 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 from rrcm.config import Data
-from rrcm.data import datasets as sources
-from rrcm.data.datasets import read_dataset
+from rrcm.data import datasets
+from rrcm.data.datasets import DATASETS, RawDataset, RawSplit, read_dataset
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedDataset
 from rrcm.utils.errors import RRCMError
 
 
@@ -59,18 +61,18 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 def test_digits_are_the_real_ones_with_a_fixed_stratified_test_set():
     from sklearn.datasets import load_digits
 
-    source = read_dataset(settings("digits", size=8, channels=1))
-    assert source.classes == list("0123456789")
-    assert len(source.train.labels) + len(source.test.labels) == 1797
-    assert source.test.images.shape[1:] == (8, 8) and source.test.images.dtype == np.uint8
+    dataset = read_dataset(settings("digits", size=8, channels=1))
+    assert dataset.classes == list("0123456789")
+    assert len(dataset.train.labels) + len(dataset.test.labels) == 1797
+    assert dataset.test.images.shape[1:] == (8, 8) and dataset.test.images.dtype == np.uint8
     original = load_digits()
-    every = np.concatenate([source.train.images, source.test.images]).reshape(1797, -1)
+    every = np.concatenate([dataset.train.images, dataset.test.images]).reshape(1797, -1)
     assert sorted(map(bytes, every)) == sorted(
         bytes(v) for v in np.round(original.data * 255 / 16).astype(np.uint8)
-    )  # nothing lost, nothing twice
+    )  # nothing lost or repeated
     total = np.bincount(original.target)
-    assert np.array_equal(np.bincount(source.test.labels), np.round(total * 0.2))
-    assert hashlib.sha256(source.test.images.tobytes()).hexdigest()[:16] == "5419ff5a5f458885"  # never moves
+    assert np.array_equal(np.bincount(dataset.test.labels), np.round(total * 0.2))
+    assert hashlib.sha256(dataset.test.images.tobytes()).hexdigest()[:16] == "5419ff5a5f458885"  # it never changes
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -91,10 +93,10 @@ def write_fashion(folder: Path) -> dict[str, np.ndarray]:
 
 def test_fashion_mnist_from_a_folder(tmp_path: Path):
     arrays = write_fashion(tmp_path)
-    source = read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
-    assert source.classes[9] == "Ankle boot"
-    assert np.array_equal(source.train.images, arrays["train-images-idx3-ubyte.gz"])
-    assert np.array_equal(source.test.labels, arrays["t10k-labels-idx1-ubyte.gz"])
+    dataset = read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
+    assert dataset.classes[9] == "Ankle boot"
+    assert np.array_equal(dataset.train.images, arrays["train-images-idx3-ubyte.gz"])
+    assert np.array_equal(dataset.test.labels, arrays["t10k-labels-idx1-ubyte.gz"])
 
 
 def test_fashion_mnist_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
@@ -103,13 +105,13 @@ def test_fashion_mnist_download(tmp_path: Path, web: tuple[Path, str], monkeypat
     sums = [(name, hashlib.md5((folder / name).read_bytes()).hexdigest()) for name in arrays]
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}/"])
     monkeypatch.setattr(FashionMNIST, "resources", sums)
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
-    source = read_dataset(settings("fashion_mnist", None, 28, 1))
-    assert np.array_equal(source.test.images, arrays["t10k-images-idx3-ubyte.gz"])
+    dataset = read_dataset(settings("fashion_mnist", None, 28, 1))
+    assert np.array_equal(dataset.test.images, arrays["t10k-images-idx3-ubyte.gz"])
     for file in folder.iterdir():
         file.unlink()
-    assert len(read_dataset(settings("fashion_mnist", None, 28, 1)).train.labels) == 20  # now from data/raw
+    assert len(read_dataset(settings("fashion_mnist", None, 28, 1)).train.labels) == 20  # from data/raw
 
 
 @pytest.mark.parametrize("damage", ["cut", "short", "header", "label", "count"])
@@ -133,19 +135,19 @@ def test_fashion_mnist_damaged(tmp_path: Path, damage: str):
     assert "download" in one_line(error)
 
 
-@pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not here")
+@pytest.mark.skipif(not datasets.DEBIAN_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not here")
 def test_fashion_mnist_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    source = read_dataset(settings("fashion_mnist", None, 28, 1))
-    assert source.train.images.shape == (60000, 28, 28) and source.test.images.shape == (10000, 28, 28)
-    assert np.bincount(source.train.labels).tolist() == [6000] * 10
-    assert np.bincount(source.test.labels).tolist() == [1000] * 10
-    assert source.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
+    dataset = read_dataset(settings("fashion_mnist", None, 28, 1))
+    assert dataset.train.images.shape == (60000, 28, 28) and dataset.test.images.shape == (10000, 28, 28)
+    assert np.bincount(dataset.train.labels).tolist() == [6000] * 10
+    assert np.bincount(dataset.test.labels).tolist() == [1000] * 10
+    assert dataset.test.labels[:5].tolist() == [9, 2, 1, 1, 6]
     assert list(tmp_path.iterdir()) == []
 
 
 def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Six batches of 20 records as the binary version has them; returns all pixels (120, 32, 32, 3) and labels."""
+    """Write six batches of 20 records in the binary format; return pixels (120, 32, 32, 3) and labels."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (120, 32, 32, 3), np.uint8), np.arange(120, dtype=np.uint8) % 10
@@ -154,7 +156,7 @@ def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         records = (bytes([labels[r], *pixels[r].transpose(2, 0, 1).tobytes()]) for r in rows)
         (folder / f"{name}.bin").write_bytes(b"".join(records))
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta.txt").write_text("\n".join(names) + "\n\n")  # the real one ends with an empty line
+    (folder / "batches.meta.txt").write_text("\n".join(names) + "\n\n")  # the real file ends with an empty line
     return pixels, labels
 
 
@@ -166,17 +168,17 @@ def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: py
         tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(sources, "CIFAR10_URL", f"{address}/{archive.name}")
+    monkeypatch.setattr(datasets, "CIFAR10_URL", f"{address}/{archive.name}")
     data = settings("cifar10", None, 32)
     with pytest.raises(RRCMError, match=r"cifar10: download from http://.* failed .*corrupted") as error:
-        read_dataset(data)  # the small archive does not have the real checksum
+        read_dataset(data)  # the small archive lacks the real checksum
     one_line(error)
     assert list(Path("data/raw/cifar10").iterdir()) == []
-    monkeypatch.setattr(sources, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-    source = read_dataset(data)
-    assert source.classes[0] == "airplane" and len(source.classes) == 10
-    assert np.array_equal(source.train.images, pixels[:100]) and np.array_equal(source.train.labels, labels[:100])
-    assert np.array_equal(source.test.images, pixels[100:]) and source.test.labels.dtype == np.int64
+    monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    dataset = read_dataset(data)
+    assert dataset.classes[0] == "airplane" and len(dataset.classes) == 10
+    assert np.array_equal(dataset.train.images, pixels[:100]) and np.array_equal(dataset.train.labels, labels[:100])
+    assert np.array_equal(dataset.test.images, pixels[100:]) and dataset.test.labels.dtype == np.int64
     archive.unlink()
     assert len(read_dataset(data).test.labels) == 20  # no second download
 
@@ -209,7 +211,9 @@ def path_mnist(size: int = 28) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("size", "name"), [(28, "pathmnist.npz"), (64, "pathmnist_64.npz")])
-def test_kather_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, size: int, name: str):
+def test_pathmnist_download(
+    tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, size: int, name: str
+):
     folder, address = web
     arrays = path_mnist(size)
     np.savez_compressed(folder / name, **arrays)
@@ -218,15 +222,15 @@ def test_kather_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pyt
     checksum = hashlib.md5((folder / name).read_bytes()).hexdigest()
     monkeypatch.setitem(medmnist.INFO["pathmnist"], f"MD5{flag}", checksum)
     monkeypatch.chdir(tmp_path)
-    source = read_dataset(settings("kather", None, size))
-    assert len(source.classes) == 9 and source.classes[0] == "adipose"
-    assert np.array_equal(source.train.images, arrays["train_images"])
-    assert np.array_equal(source.test.labels, arrays["test_labels"].ravel())
-    assert (tmp_path / "data/raw/kather" / name).exists()
+    dataset = read_dataset(settings("pathmnist", None, size))
+    assert len(dataset.classes) == 9 and dataset.classes[0] == "adipose"
+    assert np.array_equal(dataset.train.images, arrays["train_images"])
+    assert np.array_equal(dataset.test.labels, arrays["test_labels"].ravel())
+    assert (tmp_path / "data/raw/pathmnist" / name).exists()
 
 
 class _Code:
-    """Leaves a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -236,7 +240,7 @@ class _Code:
 
 
 @pytest.mark.parametrize("damage", ["cut", "pickle", "shape", "label", "key", "npy"])
-def test_kather_damaged(tmp_path: Path, damage: str):
+def test_pathmnist_damaged(tmp_path: Path, damage: str):
     path, arrays = tmp_path / "pathmnist.npz", path_mnist()
     if damage == "pickle":
         arrays["train_images"] = np.array([_Code(tmp_path / "ran")], object)
@@ -252,14 +256,38 @@ def test_kather_damaged(tmp_path: Path, damage: str):
     if damage == "npy":
         np.save(path.open("wb"), arrays["train_images"])
     with pytest.raises(RRCMError, match=str(path)) as error:
-        read_dataset(settings("kather", tmp_path, 28))
+        read_dataset(settings("pathmnist", tmp_path, 28))
     one_line(error)
     assert not (tmp_path / "ran").exists()
 
 
-def test_kather_sizes(tmp_path: Path):
+def test_pathmnist_sizes(tmp_path: Path):
     with pytest.raises(RRCMError, match="image_size 32"):
-        read_dataset(settings("kather", tmp_path, 32))
+        read_dataset(settings("pathmnist", tmp_path, 32))
+
+
+def test_an_unknown_data_set_is_named_with_a_suggestion():
+    with pytest.raises(RRCMError, match=r"data.source imagefolders: unknown data set; did you mean imagefolder\?"):
+        read_dataset(settings("imagefolders"))
+    with pytest.raises(RRCMError, match="known data sets: digits, fashion_mnist, cifar10"):
+        read_dataset(settings("xyz"))
+
+
+def test_a_data_set_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One function and one entry; the settings accept its name, and it becomes shards like any other."""
+
+    def read_stripes(data: Data) -> RawDataset:
+        images = np.zeros((40, data.image_size, data.image_size), np.uint8)
+        labels = np.arange(40) % 2
+        images[labels == 1, ::2] = 255
+        split = RawSplit(images, labels)
+        return RawDataset(["plain", "striped"], split, split)
+
+    monkeypatch.setitem(DATASETS, "stripes", read_stripes)
+    write_shards(settings("stripes", channels=1), 0, tmp_path / "shards")
+    images = ShardedDataset(tmp_path / "shards", "test")
+    assert images.classes == ["plain", "striped"] and images.manifest.source == "stripes" and len(images) == 40
+    assert np.asarray(images.read(1)[0]).max() == 255 and images.labels.tolist() == [0, 1] * 20
 
 
 def write_folders(root: Path, classes: dict[str, int]) -> None:
@@ -275,25 +303,25 @@ def test_imagenet_folders(tmp_path: Path):
     (tmp_path / "train/n01/notes.txt").write_text("not an image")
     (tmp_path / "train/n01/._000.png").write_text("macOS leaves these")
     (tmp_path / "train/.cache").mkdir()
-    source = read_dataset(settings("imagenet", tmp_path))
-    assert source.classes == ["n01", "n02"]
-    assert source.train.labels.tolist() == [0] * 4 + [1] * 3
-    assert [str(p.relative_to(tmp_path)) for p in source.test.images] == ["val/n02/000.png", "val/n02/001.JPG"]
-    assert source.test.labels.tolist() == [1, 1]
+    dataset = read_dataset(settings("imagenet", tmp_path))
+    assert dataset.classes == ["n01", "n02"]
+    assert dataset.train.labels.tolist() == [0] * 4 + [1] * 3
+    assert [str(p.relative_to(tmp_path)) for p in dataset.test.images] == ["val/n02/000.png", "val/n02/001.JPG"]
+    assert dataset.test.labels.tolist() == [1, 1]
 
 
 def test_imagefolder_with_and_without_test(tmp_path: Path):
     write_folders(tmp_path / "flat", {"a": 10, "b": 5, "single": 1})
-    source = read_dataset(settings("imagefolder", tmp_path / "flat"))
-    assert np.bincount(source.test.labels, minlength=3).tolist() == [2, 1, 0]  # the last image of a class stays
-    assert len(source.train.labels) == 13
-    assert not set(source.train.images) & set(source.test.images)
+    dataset = read_dataset(settings("imagefolder", tmp_path / "flat"))
+    assert np.bincount(dataset.test.labels, minlength=3).tolist() == [2, 1, 0]  # the last image of a class is kept
+    assert len(dataset.train.labels) == 13
+    assert not set(dataset.train.images) & set(dataset.test.images)
     write_folders(tmp_path / "split/train", {"a": 3, "b": 3})
     write_folders(tmp_path / "split/test", {"a": 1, "b": 2})
     assert read_dataset(settings("imagefolder", tmp_path / "split")).test.labels.tolist() == [0, 1, 1]
 
 
-def test_folder_mistakes(tmp_path: Path):
+def test_errors_name_the_wrong_folder(tmp_path: Path):
     def complaint(source: str, root: Path | None, size: int = 8) -> str:
         with pytest.raises(RRCMError) as error:
             read_dataset(settings(source, root, size))
@@ -301,9 +329,9 @@ def test_folder_mistakes(tmp_path: Path):
 
     assert f"{tmp_path / 'none'}: no such dataset folder" in complaint("imagefolder", tmp_path / "none")
     assert f"{tmp_path / 'none' / 'train'}: no such" in complaint("imagenet", tmp_path / "none")
-    for source in ("fashion_mnist", "cifar10", "kather"):
+    for source in ("fashion_mnist", "cifar10", "pathmnist"):
         assert f"data.root {tmp_path / 'none'}: no such" in complaint(source, tmp_path / "none", 28)
-    assert "data.root: imagenet has no default place" in complaint("imagenet", None)
+    assert "data.root: imagenet has no default folder" in complaint("imagenet", None)
     write_folders(tmp_path / "a/train", {"x": 1, "y": 1})
     write_folders(tmp_path / "a/val", {"x": 1, "z": 1})
     assert "class folder z is not in" in complaint("imagenet", tmp_path / "a")
@@ -316,14 +344,14 @@ def test_folder_mistakes(tmp_path: Path):
     assert f"{tmp_path / 'bare'}: holds no class folders" in complaint("imagefolder", tmp_path / "bare")
 
 
-def test_no_network_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "CIFAR10_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+def test_without_network_the_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets, "CIFAR10_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     with pytest.raises(RRCMError, match=r"cifar10: download from .* failed") as error:
         read_dataset(settings("cifar10", tmp_path, 32))
     one_line(error)
 
 
-def test_idx_needs_whole_header(tmp_path: Path):
+def test_an_idx_file_needs_its_whole_header(tmp_path: Path):
     write_fashion(tmp_path)
     stream = io.BytesIO()
     with gzip.GzipFile(fileobj=stream, mode="wb") as file:

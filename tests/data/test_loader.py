@@ -1,4 +1,4 @@
-"""The loader: every sample exactly once an epoch and the same batches, bit for bit, however the work is split."""
+"""The loader: each sample once per epoch, and the same batches bit for bit for any number of processes and workers."""
 
 import http.server
 import itertools
@@ -12,7 +12,7 @@ import torch
 
 from rrcm.config import Data, Views
 from rrcm.data.augment import FinetuneTransform, PretrainTransform
-from rrcm.data.loader import batches, describe_step, epoch_batches, epoch_order, steps_per_epoch, stream_count
+from rrcm.data.loader import batch_loader, describe_step, epoch_batches, epoch_order, steps_per_epoch, stream_count
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
 from rrcm.utils.errors import RRCMError
@@ -42,14 +42,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def name_pixels(image, rng) -> dict[str, np.ndarray]:
-    """Enough to tell samples apart, and their random streams."""
+    """Enough to tell samples and their random streams apart."""
     return {"image": np.asarray(image), "draw": rng.random(2, np.float32)}
 
 
 def collect(images: ShardedDataset, transform, world_size: int = 1, **settings) -> list[dict[str, torch.Tensor]]:
-    """Global batches, put together from the parts of all ranks."""
+    """Global batches, assembled from the parts of all ranks."""
     settings = {"seed": 0, "first_step": 0} | settings
-    ranks = [list(batches(images, transform, rank=r, world_size=world_size, **settings)) for r in range(world_size)]
+    ranks = [
+        list(batch_loader(images, transform, rank=r, world_size=world_size, **settings)) for r in range(world_size)
+    ]
     return [
         {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
     ]
@@ -63,7 +65,7 @@ def same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> 
 
 
 @pytest.mark.parametrize("sizes", [[5], [100] * 40, [64, 64, 64, 7], [1, 2, 3]])
-def test_order_is_a_permutation_that_moves(sizes: list[int]):
+def test_order_is_a_permutation_that_changes_with_seed_and_epoch(sizes: list[int]):
     orders = [epoch_order(sizes, seed, epoch, window=16) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert order.dtype == np.int64 and np.array_equal(np.sort(order), np.arange(sum(sizes)))
@@ -74,7 +76,7 @@ def test_order_is_a_permutation_that_moves(sizes: list[int]):
 def test_order_reads_few_shards_at_a_time():
     shard = epoch_order([50] * 40, 0, 0, window=4) // 50
     for start in range(0, 2000, 200):
-        assert len(set(shard[start : start + 200])) == 4  # and all four whole: 200 samples
+        assert len(set(shard[start : start + 200])) == 4  # all 200 samples of the four
     assert len(set(shard[:50])) == 4  # mixed
     whole = epoch_order([50] * 4, 0, 0, window=4)
     assert abs(np.corrcoef(whole, np.arange(200))[0, 1]) < 0.25  # 3.5 standard errors of a full shuffle
@@ -83,7 +85,7 @@ def test_order_reads_few_shards_at_a_time():
 @pytest.mark.parametrize(
     ("shards", "batch_size", "streams"), [(16, 64, 1), (17, 64, 16), (1000, 4096, 64), (1000, 96, 32), (1000, 75, 1)]
 )
-def test_batches_are_put_together_from_streams(shards: int, batch_size: int, streams: int):
+def test_batches_are_assembled_from_streams(shards: int, batch_size: int, streams: int):
     assert stream_count(shards, batch_size) == streams
     sizes = [10 + i % 3 for i in range(shards)]
     found = epoch_batches(sizes, batch_size, 0, 0)
@@ -92,9 +94,9 @@ def test_batches_are_put_together_from_streams(shards: int, batch_size: int, str
     assert not np.array_equal(found, epoch_batches(sizes, batch_size, 0, 1))
 
 
-@pytest.mark.parametrize("world", [2, 4, 16])
+@pytest.mark.parametrize("world_size", [2, 4, 16])
 def test_ranks_read_shards_of_their_own(world_size: int):
-    """Of 320 shards of 20 samples; the two at the ends of a rank's streams may be its neighbours' too."""
+    """320 shards of 20 samples. Neighbouring ranks may share the shard at the boundary of their streams."""
     shard = epoch_batches([20] * 320, 256, 0, 0) // 20
     ranks = [set(part.flatten().tolist()) for part in np.split(shard, world_size, axis=1)]
     assert set.union(*ranks) == set(range(320)) and max(map(len, ranks)) <= 320 // world_size + 2
@@ -104,9 +106,9 @@ def test_ranks_read_shards_of_their_own(world_size: int):
     assert max(at_a_time) <= 2 * 64  # all ranks together
 
 
-@pytest.mark.parametrize(("world", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
+@pytest.mark.parametrize(("world_size", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
 @pytest.mark.parametrize("shard_size", [100, 10])
-def test_every_sample_once_an_epoch_and_the_same_batches(
+def test_each_sample_comes_once_per_epoch_in_the_same_batches(
     folder, tmp_path, shard_size: int, world_size: int, workers: int
 ):
     images = ShardedDataset(folder if shard_size == 100 else write(tmp_path / "shards", shard_size), "train")
@@ -123,7 +125,7 @@ def test_every_sample_once_an_epoch_and_the_same_batches(
             assert len(pixels) == steps * batch_size and pixels <= everything
         for batch in together:
             assert batch["position"].tolist() == list(range(batch_size))
-        draws = torch.cat([b["draw"] for b in together])  # two float32 draws: no two alike by chance
+        draws = torch.cat([b["draw"] for b in together])  # two float32 draws: no two samples agree by chance
         assert len(set(map(tuple, draws.tolist()))) == 2 * steps * batch_size  # a stream for each sample and epoch
 
 
@@ -134,7 +136,7 @@ def test_labels_go_with_their_images(folder: Path):
     assert batch["label"].tolist() == [label[bytes(pixels)] for pixels in batch["image"].flatten(1).numpy()]
 
 
-def test_the_shards_of_a_step_are_named(folder: Path):
+def test_error_messages_name_the_shards_of_a_step(folder: Path):
     images = ShardedDataset(folder, "train")
     row = epoch_batches(images.shard_sizes, 1, 0, 1)[5, 0]
     step = len(images) + 5
@@ -145,7 +147,7 @@ def test_the_shards_of_a_step_are_named(folder: Path):
 def test_ranks_take_equal_contiguous_parts(folder: Path):
     images = ShardedDataset(folder, "train")
     for rank in range(3):
-        for batch in batches(
+        for batch in batch_loader(
             images, name_pixels, batch_size=96, seed=0, first_step=0, last_step=20, rank=rank, world_size=3
         ):
             assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
@@ -163,7 +165,7 @@ def test_augmentation_bits_do_not_depend_on_the_split(folder: Path, transform):
 
 def test_resume_gives_the_same_batches(folder: Path):
     images, transform = ShardedDataset(folder, "train"), PretrainTransform(VIEWS, 8)
-    whole = collect(images, transform, batch_size=100, last_step=40)  # 14 steps an epoch
+    whole = collect(images, transform, batch_size=100, last_step=40)  # 14 steps per epoch
     for first in (1, 13, 14, 30):
         assert same(
             whole[first:], collect(images, transform, batch_size=100, first_step=first, last_step=40, workers=2)
@@ -182,18 +184,18 @@ def test_the_global_generators_are_left_alone(folder: Path):
     assert (torch.rand(1), np.random.rand()) == expected
 
 
-def test_impossible_splits_are_refused(folder: Path):
+def test_batches_that_cannot_be_split_raise_an_error(folder: Path):
     images = ShardedDataset(folder, "val")
     settings = {"seed": 0, "first_step": 0, "last_step": 1}
     with pytest.raises(RRCMError, match="batch_size 64 is not a multiple of the 3 processes"):
-        batches(images, name_pixels, batch_size=64, world_size=3, **settings)
-    with pytest.raises(RRCMError, match=f"batch_size 512 is more than the {len(images)} images"):
-        batches(images, name_pixels, batch_size=512, **settings)
+        batch_loader(images, name_pixels, batch_size=64, world_size=3, **settings)
+    with pytest.raises(RRCMError, match=f"batch_size 512 is larger than the split, which has {len(images)} images"):
+        batch_loader(images, name_pixels, batch_size=512, **settings)
     assert steps_per_epoch(100, 30) == steps_per_epoch(90, 30) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_found_in_a_worker_surfaces_as_one_line(folder: Path, tmp_path: Path, workers: int):
+def test_an_error_in_a_worker_is_one_line(folder: Path, tmp_path: Path, workers: int):
     images = ShardedDataset(folder, "train")
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -220,4 +222,4 @@ def test_workers_read_a_url(folder: Path, tmp_path: Path):
         got = collect(images, name_pixels, batch_size=100, last_step=14, workers=2)
         server.shutdown()
     assert same(got, collect(ShardedDataset(folder, "train"), name_pixels, batch_size=100, last_step=14))
-    assert len(asked) == len(set(asked)) == 2 + len(images.shard_sizes)  # once each, though both workers want them
+    assert len(asked) == len(set(asked)) == 2 + len(images.shard_sizes)  # each file once, though both workers need it

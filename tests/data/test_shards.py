@@ -1,4 +1,4 @@
-"""Shards: the same bytes whatever the workers, read back without loss, and every kind of damage named."""
+"""Shards: the same bytes for any number of workers, read back without loss; error messages name damaged files."""
 
 import http.server
 import io
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def images_and_labels(folder: Path, split: str) -> dict[str, tuple[bytes, int]]:
-    """What the webdataset library itself reads: key -> (image file, label)."""
+    """Key -> (image file, label), read by the webdataset library."""
     names = [str(path) for path in sorted(folder.glob(f"{split}-*.tar"))]
     dataset = webdataset.WebDataset(names, shardshuffle=False)
     return {s["__key__"]: (s.get("png") or s["jpg"], int(s["cls"])) for s in dataset}
@@ -49,7 +49,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes of small images of every kind a folder may hold."""
+    """Two classes of small images in many formats and modes."""
     rng, root = np.random.default_rng(0), tmp_path / "photos"
     for name in ("cat", "dog"):
         (root / name).mkdir(parents=True)
@@ -106,10 +106,10 @@ def test_splits_are_complete_disjoint_and_stratified(digits: Path):
             assert np.array_equal(pixels, records.images[int(key)]) and label == records.labels[int(key)]
     share = np.bincount([y for _, y in val.values()]) / np.bincount(source.train.labels)
     assert np.all(np.abs(share - 0.1) < 0.005)
-    assert list(test) == sorted(test)  # the source's order
+    assert list(test) == sorted(test)  # the order of the raw data set
     assert list(train) != sorted(train)
     labels = np.array([y for _, y in train.values()])
-    assert len(set(labels[:50])) == 10  # shuffled over classes too
+    assert len(set(labels[:50])) == 10  # classes are mixed
 
 
 def test_manifest(digits: Path):
@@ -166,12 +166,12 @@ def test_gray_data_from_colour_files(photos: Path, tmp_path: Path):
     assert pixels.shape[1:] == (1, 6, 6) and len(labels) == len(pixels)
 
 
-def test_unreadable_images_are_named_and_leave_nothing(photos: Path, tmp_path: Path):
+def test_unreadable_images_are_named_and_nothing_is_written(photos: Path, tmp_path: Path):
     data = settings(source="imagefolder", root=str(photos), channels=3, workers=2, shard_size=2)
     write_shards(data, 0, tmp_path / "shards")
     before = contents(tmp_path / "shards")
     cut = photos / "cat/0.jpg"
-    cut.write_bytes(cut.read_bytes()[:-200])  # the header is fine
+    cut.write_bytes(cut.read_bytes()[:-200])  # the header is intact
     text = complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
     assert f"{cut}: cannot be decoded" in text and "other" not in text
     (photos / "dog/3.png").write_bytes(b"")
@@ -210,7 +210,7 @@ def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
             write_shards(settings(), 1, tmp_path / "other")
             shutil.copy(tmp_path / "other/train-00002.tar", path)
     images = ShardedDataset(folder, "train")
-    word = {"flipped": "hash", "missing": "missing"}.get(damage, "of another run")
+    word = {"flipped": "hash", "missing": "missing"}.get(damage, "from another run")
     text = complaint(images.verify)
     assert str(path) in text and word in text and "shard-data" in text
     assert "(and" not in text
@@ -221,7 +221,7 @@ def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
 
 
 def test_reading_unverified_damage_is_named(digits: Path, tmp_path: Path):
-    """A shard of the right size whose bytes are wrong, read without `verify`."""
+    """A shard of the right size with wrong bytes, read without `verify`."""
     folder = copy(digits, tmp_path)
     path, images = folder / "train-00001.tar", ShardedDataset(folder, "train")
     offset, size, _, key = images.index[310].tolist()
@@ -234,7 +234,7 @@ def test_reading_unverified_damage_is_named(digits: Path, tmp_path: Path):
     assert f"{path}: no tar header at byte {offset}" in read(offset, b"x" * 512)
     assert f"{path}: sample {key:08d} cannot be decoded" in read(offset + 512 + size // 2, b"\xff\xfe\xfd")
     other = images.index[311, 0]
-    assert f"where {key:08d} should be: of another run" in read(offset, whole[other : other + 512])
+    assert f"where {key:08d} should be: from another run" in read(offset, whole[other : other + 512])
     path.write_bytes(whole)
     ShardedDataset(folder, "train").read(310)
 
@@ -288,7 +288,7 @@ def test_reader_pickles_and_keeps_few_files_open(digits: Path, tmp_path: Path, m
 
 @pytest.fixture
 def web(digits: Path, tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """A copy of the digits' shards, the loopback address that serves it, and the paths asked for."""
+    """A copy of the digits' shards, the loopback address that serves it, and the requested paths."""
     folder, asked = copy(digits, tmp_path), []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -316,7 +316,7 @@ def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkey
     images = ShardedDataset(address, "val", tmp_path / "cache")
     assert asked == ["/manifest.json", "/val.index.npy"]
     assert np.array_equal(images.read(3)[0], local.read(3)[0])
-    assert asked.count("/val-00000.tar") == 2  # the first try was refused
+    assert asked.count("/val-00000.tar") == 2  # the first attempt failed
     again = ShardedDataset(address + "/", "val", tmp_path / "cache")
     again.verify()
     assert [again.read(i)[2] for i in range(len(again))] == [local.read(i)[2] for i in range(len(local))]

@@ -1,16 +1,17 @@
-"""The network's pieces against timm's own and against closed forms."""
+"""The network against timm's, its parts against closed forms, model folders, schedules."""
 
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
 
-from rrcm.models import vit as model
+from rrcm.models import vit
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import architecture, load_classifier, load_encoder, save_model
-from rrcm.models.vit import NoiseConditionedViT, attention, time_embedding
+from rrcm.models.vit import Block, NoiseConditionedViT, attention, time_embedding
 from rrcm.training.finetune import matched_epochs
 from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
@@ -23,29 +24,83 @@ def small(**changes) -> NoiseConditionedViT:
     )
 
 
+def timm_vit(network: NoiseConditionedViT, t: float) -> VisionTransformer:
+    """timm's own network with the weights of `network`; a register token stands for the time token of level t."""
+    block = network.blocks[0]
+    twin = VisionTransformer(
+        img_size=8,
+        patch_size=4,
+        in_chans=1,
+        num_classes=0,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        qkv_bias=block.attn.qkv.bias is not None,
+        reg_tokens=1,
+        norm_layer=partial(torch.nn.LayerNorm, eps=block.norm1.eps),
+    )
+    twin.load_state_dict(network.state_dict() | {"reg_token": time_embedding(torch.tensor([t]), 32)[:, None]})
+    return twin
+
+
+def distinct(network: NoiseConditionedViT) -> NoiseConditionedViT:
+    """The network with every weight moved, so that no bias is 0 and no scale 1."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_parameters_are_named_and_shaped_as_timms(qkv_bias):
+    network = small(qkv_bias=qkv_bias)
+    shapes = {name: p.shape for name, p in timm_vit(network, 1.0).named_parameters() if name != "reg_token"}
+    assert {name: p.shape for name, p in network.named_parameters()} == shapes
+    assert list(dict(network.named_parameters())) == list(shapes)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@torch.no_grad()
+def test_the_network_answers_as_timms_to_the_bit(monkeypatch, qkv_bias):
+    """With all tokens of the last block. Computing its class token alone reorders sums: there only rounding differs."""
+    network, images, t = distinct(small(qkv_bias=qkv_bias)), torch.randn(5, 1, 8, 8), 0.7
+    twin = timm_vit(network, t)
+    assert twin.blocks[0].attn.fused_attn
+    scale = (torch.tensor(t).square() + 0.25).rsqrt()
+    expected = twin.forward_features(scale * images)[:, 0]
+    torch.testing.assert_close(network(images, t), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(Block, "forward_cls", lambda block, tokens: block(tokens)[:, 0])
+    assert torch.equal(network(images, t), expected)
+
+
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("tokens_read", [6, 1])
-def test_a_block_is_timms(tokens_read, qkv_bias):
-    """Values and every gradient equal those of timm's own, for all tokens and for the class token alone."""
-    block = small(qkv_bias=qkv_bias).blocks[-1]
-    if qkv_bias:
-        torch.nn.init.normal_(block.attn.qkv.bias)
+def test_gradients_of_a_block_are_timms(tokens_read, qkv_bias):
+    """For all tokens and for the class token alone."""
+    network = distinct(small(qkv_bias=qkv_bias))
+    block, twin = network.blocks[-1], timm_vit(network, 1.0).blocks[-1]
     tokens = torch.randn(5, 6, 32)
     one, two = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
-    ours = block(one) if tokens_read == 6 else block.class_token(one)[:, None]
-    theirs = vision_transformer.Block.forward(block, two)[:, :tokens_read]
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    weights = torch.randn_like(ours)
-    gradients = torch.autograd.grad((ours * weights).sum(), [one, *block.parameters()])
-    expected = torch.autograd.grad((theirs * weights).sum(), [two, *block.parameters()])
-    for a, b in zip(gradients, expected, strict=True):
+    found = block(one) if tokens_read == 6 else block.forward_cls(one)[:, None]
+    expected = twin(two)[:, :tokens_read]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weights).sum(), [one, *block.parameters()])
+    references = torch.autograd.grad((expected * weights).sum(), [two, *twin.parameters()])
+    for a, b in zip(gradients, references, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_images_of_another_size_are_refused():
+    """4 x 16 pixels give as many patches as 8 x 8."""
+    with pytest.raises(ValueError, match=r"\(4, 16\) pixels"):
+        small()(torch.randn(1, 1, 4, 16), 1.0)
+
+
 @pytest.mark.parametrize("large", [1, 5 * 6 * 4 * 32 * 4 + 1])
-def test_a_block_keeps_its_mlps_hidden_layer_once(monkeypatch, large):
-    """What goes into GELU is kept for the backward pass, what comes out only where it is small."""
-    monkeypatch.setattr(model, "RECOMPUTE_MIN_BYTES", large)
+def test_a_large_gelu_output_is_recomputed_in_the_backward_pass(monkeypatch, large):
+    """GELU's input is kept, its output only where it is small."""
+    monkeypatch.setattr(vit, "RECOMPUTE_MIN_BYTES", large)
     block, alive = small().blocks[0], {}
 
     class Watched(torch.nn.GELU):
@@ -61,7 +116,7 @@ def test_a_block_keeps_its_mlps_hidden_layer_once(monkeypatch, large):
 
 
 def test_attention_in_half_precision_is_that_of_float32_up_to_rounding():
-    """Values and gradients: products one by one against torch's fused kernel."""
+    """Values and gradients of plain products against torch's fused kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, 2, 6, 8).bfloat16() for _ in range(3))
     exact = [x.float().requires_grad_() for x in (q, k, v)]
@@ -82,7 +137,7 @@ def test_time_embedding_is_cosines_then_sines_of_250_log_t():
         assert embedding[4 + i] == pytest.approx(math.sin(angle), abs=1e-4)
 
 
-def test_an_image_is_scaled_by_c_in_and_t_may_differ_by_image():
+def test_images_are_scaled_by_c_in_and_may_differ_in_t():
     network = small().eval()
     x = torch.randn(3, 1, 8, 8)
     levels = torch.tensor([0.1, 1.0, 5.0])

@@ -60,7 +60,7 @@ def tokens_of(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: float) -> t
 def without_time_token(encoder: NoiseConditionedViT, pixels: torch.Tensor, t: float) -> torch.Tensor:
     tokens = tokens_of(encoder, pixels, t)
     tokens = torch.cat([tokens[:, :1], tokens[:, 2:]], dim=1)
-    return encoder.norm(encoder.blocks[-1].class_token(encoder.blocks[:-1](tokens)))
+    return encoder.norm(encoder.blocks[-1].forward_cls(encoder.blocks[:-1](tokens)))
 
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
@@ -130,14 +130,14 @@ def test_other_sizes_are_resampled_as_timm_loads_them(tmp_path, image_size, patc
 )
 def test_what_cannot_be_carried_over_is_named(changes, said):
     network = timm_vit(**changes)
-    with pytest.raises(RRCMError, match="cannot be carried over") as caught:
+    with pytest.raises(RRCMError, match="which our network does not support") as caught:
         convert_timm_vit(network, "some_vit", **OURS, t=1.0)
     assert str(caught.value).startswith("some_vit: has ") and said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_other_networks_than_vits_are_refused():
-    with pytest.raises(RRCMError, match="a part of the kind ResNet"):
+    with pytest.raises(RRCMError, match="a module of type ResNet"):
         convert_timm_vit(timm.create_model("test_resnet"), "test_resnet", **OURS, t=1.0)
 
 

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) with half the batch each take the same step as one process with all of it."""
+"""Two real processes (gloo) with half the batch each take the same step as one process with the whole batch."""
 
 import multiprocessing
 import os
@@ -23,33 +23,37 @@ from rrcm.utils.distributed import (
     all_reduce_sum,
     init_distributed,
     native_precision,
+    pick_device,
     resolve_precision,
 )
+from rrcm.utils.errors import RRCMError
 
 
-def together(target, *arguments: object, world: int = 2) -> None:
-    """Run target(*arguments) in `world` processes that find each other as torchrun's do."""
+def together(target, *arguments: object, world_size: int = 2) -> None:
+    """Run target(*arguments) in `world_size` processes with torchrun's environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    crew = [context.DistEnv(target=_enter, args=(rank, world, port, target, arguments)) for rank in range(world)]
-    for process in crew:
+    processes = [
+        context.Process(target=_enter, args=(rank, world_size, port, target, arguments)) for rank in range(world_size)
+    ]
+    for process in processes:
         process.start()
-    for process in crew:
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in crew] == [0] * world
+    assert [process.exitcode for process in processes] == [0] * world_size
 
 
-def _enter(rank: int, world: int, port: int, target, arguments: tuple) -> None:
+def _enter(rank: int, world_size: int, port: int, target, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     target(*arguments)
 
 
 def one_step(folder: Path, num_chunks: int = 1) -> None:
-    """A step of pre-training on this process's part of a fixed batch of 12; rank 0 writes what came out."""
+    """A pre-training step on this process's part of a fixed batch of 12; rank 0 writes loss and gradients."""
     torch.manual_seed(0)
     student = EncoderWithProjector(
         NoiseConditionedViT(16, 3, 4, embed_dim=48, depth=2, num_heads=3), hidden=64, out=16
@@ -59,23 +63,23 @@ def one_step(folder: Path, num_chunks: int = 1) -> None:
     ).train()
     teacher.requires_grad_(False)
     batch = torch.randn(4, 12, 3, 16, 16)
-    with init_distributed("cpu") as process:
-        size = 12 // process.world_size
-        part = batch[:, process.rank * size : (process.rank + 1) * size]
-        forward = DistributedDataParallel(student, broadcast_buffers=False) if process.world_size > 1 else student
+    with init_distributed("cpu") as env:
+        size = 12 // env.world_size
+        part = batch[:, env.rank * size : (env.rank + 1) * size]
+        forward = DistributedDataParallel(student, broadcast_buffers=False) if env.world_size > 1 else student
         terms = rrcm_loss(forward, teacher, *part, t=1.7, t_next=1.1, num_chunks=num_chunks)
         terms.total.mean().backward()
         found = {f"grad.{name}": p.grad for name, p in student.named_parameters()}
         found |= {f"student.{name}": b.float() for name, b in student.named_buffers()}
         found |= {f"teacher.{name}": b.float() for name, b in teacher.named_buffers()}
-        found["loss"] = all_reduce_sum(terms.total.mean().detach()) / process.world_size
-        if process.is_main:
-            save_file(found, folder / f"{process.world_size}-{num_chunks}.safetensors")
+        found["loss"] = all_reduce_sum(terms.total.mean().detach()) / env.world_size
+        if env.is_main:
+            save_file(found, folder / f"{env.world_size}-{num_chunks}.safetensors")
 
 
 def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
-    together(one_step, tmp_path, world=1)
-    together(one_step, tmp_path, world=2)
+    together(one_step, tmp_path, world_size=1)
+    together(one_step, tmp_path, world_size=2)
     one, two = load_file(tmp_path / "1-1.safetensors"), load_file(tmp_path / "2-1.safetensors")
     assert one.keys() == two.keys() and sum("running" in name for name in one) == 8
     for name in one:
@@ -83,7 +87,7 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
 
 
-def test_a_step_of_two_processes_in_parts_is_the_undivided_one(tmp_path):
+def test_a_step_of_two_processes_in_chunks_is_the_undivided_step(tmp_path):
     together(one_step, tmp_path)
     whole = load_file(tmp_path / "2-1.safetensors")
     for num_chunks in (2, 4, 8):
@@ -107,18 +111,26 @@ def test_batch_norm_of_one_process_is_torchs():
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-def train(folder: Path, shards: Path, world: int) -> None:
+def train(folder: Path, shards: Path, world_size: int) -> None:
     os.environ["RRCM_RUNS"] = str(folder / "runs")
     config = load_config(folder / "params.yaml")
-    pretrain(config, shards, folder / f"pretrain{world}", folder / "timing.json")
-    finetune(config, "rrcm", 0.5, shards, folder / f"pretrain{world}", folder / f"tuned{world}", folder / "timing.json")
+    pretrain(config, shards, folder / f"pretrain{world_size}", folder / "timing.json")
+    finetune(
+        config,
+        "rrcm",
+        0.5,
+        shards,
+        folder / f"pretrain{world_size}",
+        folder / f"tuned{world_size}",
+        folder / "timing.json",
+    )
 
 
 def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
-    """Ten steps each: the same images, augmentation and noise, so only the order of sums differs."""
+    """Ten steps each, with the same images, augmentation and noise: only the order of sums differs."""
     compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")
-    for world in (1, 2):
-        together(train, tmp_path, tiny_shards, world, world=world)
+    for world_size in (1, 2):
+        together(train, tmp_path, tiny_shards, world_size, world_size=world_size)
     for name in ("pretrain", "tuned"):
         one = load_file(tmp_path / f"{name}1/model.safetensors")
         two = load_file(tmp_path / f"{name}2/model.safetensors")
@@ -131,7 +143,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "fast", "explicit"),
+    ("device", "bf16", "native", "explicit"),
     [
         (CPU, True, "bf16", "bf16"),
         (CPU, False, "fp32", "bf16"),
@@ -139,20 +151,33 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         (GPU, False, "fp16", "fp16"),
     ],
 )
-def test_the_precision_that_a_device_is_fast_in(monkeypatch, device, bf16, fast, explicit):
-    """A device with or without instructions for bfloat16, whatever this machine has."""
+def test_the_native_precision_of_a_device(monkeypatch, device, bf16, native, explicit):
+    """Devices with and without instructions for bfloat16, simulated."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": bf16}, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
-    assert native_precision(device) == resolve_precision(device, "auto") == fast
+    assert native_precision(device) == resolve_precision(device, "auto") == native
     assert resolve_precision(device, "bf16") == explicit
     assert [resolve_precision(device, name) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
     if device == CPU:
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         smoothed = SmoothedClassifier(network, 0.5, 3, precision="auto")
-        assert smoothed.precision == fast
+        assert smoothed.precision == native
         assert smoothed.model[1].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
-def test_an_older_torch_cannot_tell_and_takes_float32(monkeypatch):
+def test_without_torchs_capabilities_a_cpu_computes_in_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert native_precision(CPU) == "fp32"
+
+
+def test_cuda_without_an_index_is_the_gpu_of_the_local_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(pick_device("cuda")) == str(pick_device("auto")) == "cuda:3"
+    assert str(pick_device("cuda:1")) == "cuda:1" and str(pick_device("cpu")) == "cpu"
+    with pytest.raises(RRCMError, match="'cuda:4': this machine has 4 CUDA devices"):
+        pick_device("cuda:4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert str(pick_device("auto")) == "cpu"
+    with pytest.raises(RRCMError, match="'cuda': this machine has 0 CUDA devices"):
+        pick_device("cuda")

@@ -1,4 +1,4 @@
-"""What long work says on its way."""
+"""The progress display."""
 
 import io
 import sys
@@ -8,8 +8,8 @@ import pytest
 from rrcm.utils.progress import Progress
 
 
-def test_metrics_stay_until_others_come(capsys):
-    """Training tells its losses now and then, its progress at every step."""
+def test_metrics_stay_until_they_are_replaced(capsys):
+    """Training reports losses at intervals and progress at every step."""
     with Progress(5, "work", "steps", interval=0.0) as progress:
         progress.update()
         progress.update(0, loss="2.50", N="21")
@@ -30,7 +30,7 @@ def test_metrics_stay_until_others_come(capsys):
 
 
 @pytest.mark.parametrize("shown", [{}, {"loss": "2.50"}])
-def test_a_terminal_has_a_line_for_the_metrics(monkeypatch, shown):
+def test_a_terminal_shows_the_metrics_on_their_own_line(monkeypatch, shown):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
