@@ -1,0 +1,1 @@
+"""objectives: losses of pre-training and fine-tuning."""
