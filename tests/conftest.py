@@ -83,6 +83,7 @@ def _run_stage(folder: Path, name: str, arguments: tuple[str, ...], environment:
     import torch
 
     torch.set_num_threads(1)  # tests may run in parallel
+    multiprocessing.set_start_method(None, force=True)  # the default again: loader workers would import torch anew
     os.chdir(folder)
     os.environ |= {"RRCM_RUNS": str(folder / "runs"), "XDG_CACHE_HOME": str(folder / ".cache")} | environment
     for descriptor, log in ((1, "stdout"), (2, "stderr")):
