@@ -1,25 +1,35 @@
-"""Every setting of the pipeline, typed and checked whole before any work starts. Read from params.yaml.
+"""Every setting of the pipeline, typed and validated before any work starts. Read from params.yaml.
 
-Units: `sigma` is the smoothing noise in pixel units (pixels in [0, 1]); `t` is the noise level in model space
-(pixels scaled to [-1, 1]), so t = 2 * sigma.
+Units: `sigma` is the smoothing noise in pixel units (pixels in [0, 1]). `t` is the noise level in model space (pixels
+scaled to [-1, 1]), so t = 2 * sigma.
 """
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rrcm.methods import METHODS, derived_settings
 from rrcm.utils.errors import RRCMError
+
+
+def _is_method(name: str) -> str:
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"rrcm/methods.py has {', '.join(METHODS)}"
+        raise ValueError(f"no such method; {hint}")
+    return name
+
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+MethodName = Annotated[str, AfterValidator(_is_method)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.native_precision`
 CertifiedPrecision = Literal["auto", "fp32", "bf16"]
 
@@ -28,43 +38,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a classifier is trained. `matched` gives a scratch method rRCM's total compute (pre-training included)."""
-
-    start: Literal["pretrain", "timm"] | None  # the weights of our pre-training, those of a ViT of timm's, or random
-    regularized: bool
-    matched: bool
-    label: str
-
-
-METHODS = {
-    "rrcm": Method(start="pretrain", regularized=True, matched=False, label="rRCM"),
-    "consistency": Method(start=None, regularized=True, matched=False, label="Consistency"),
-    "gaussian": Method(start=None, regularized=False, matched=False, label="Gaussian"),
-    "consistency_matched": Method(start=None, regularized=True, matched=True, label="Consistency, matched compute"),
-    "gaussian_matched": Method(start=None, regularized=False, matched=True, label="Gaussian, matched compute"),
-    "timm": Method(start="timm", regularized=True, matched=False, label="timm ViT"),
-}
-MethodName = Literal["rrcm", "consistency", "gaussian", "consistency_matched", "gaussian_matched", "timm"]
-
-
 class Data(Section):
-    """Where the images come from and how they are sharded."""
+    """The data set and its shards."""
 
     source: Literal["digits", "fashion_mnist", "cifar10", "imagenet", "kather", "imagefolder"]
-    root: str | None  # folder of the raw files; null: the source's own default place
-    image_size: Count  # side of the square the network sees, pixels
+    root: str | None  # folder of the raw files; null: the data set's default folder
+    image_size: Count  # side of the square image that the network sees, pixels
     channels: Literal[1, 3]
-    val_fraction: Annotated[float, Field(gt=0, le=0.5)]  # share of train carved out, stratified by class
-    shard_size: Count  # samples a shard
-    workers: Annotated[
-        int, Field(ge=0)
-    ]  # reading processes of a training (0: it reads by itself); threads of shard-data
+    val_fraction: Annotated[float, Field(gt=0, le=0.5)]  # share of train held out for validation, stratified by class
+    shard_size: Count  # samples per shard
+    workers: Annotated[int, Field(ge=0)]  # data-loading processes (0: load in the main process); threads in shard-data
 
 
 class Model(Section):
-    """The noise-conditioned ViT (patches + class token + time token) and its projector."""
+    """The noise-conditioned ViT (class token, time token, patches) and its projector."""
 
     patch_size: Count
     embed_dim: Count
@@ -74,7 +61,7 @@ class Model(Section):
     projection_dim: Count
     init: Literal["torch", "moco_v3"]
     freeze_patch_embed: bool
-    grad_checkpointing: bool  # recompute each block's insides in the backward pass: less memory, a third more time
+    grad_checkpointing: bool  # recompute each block in the backward pass: less memory, a third more time
 
     @model_validator(mode="after")
     def shapes_fit(self) -> Self:
@@ -84,27 +71,27 @@ class Model(Section):
 
 
 class Views(Section):
-    """MoCo-v3's two asymmetric augmentation recipes; pairs are (view 1, view 2)."""
+    """MoCo-v3's two asymmetric augmentation recipes. Pairs are (view 1, view 2)."""
 
-    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # smallest area of the random resized crop
+    min_crop_area: Annotated[float, Field(gt=0, le=1)]  # share of the image area, random resized crop
     flip_prob: Probability
-    color_jitter_prob: Probability  # colour jitter .4/.4/.2/.1
+    color_jitter_prob: Probability  # strengths .4/.4/.2/.1
     grayscale_prob: Probability
     blur_prob: tuple[Probability, Probability]
-    blur_sigma: tuple[Positive, Positive]  # pixels
+    blur_sigma: tuple[Positive, Positive]  # pixels, smallest and largest
     solarize_prob: tuple[Probability, Probability]
 
 
 class Pretrain(Section):
-    """Pre-training: losses, curriculum and schedules of the paper, section 4."""
+    """Pre-training: losses, curriculum and schedules (Lei et al. 2025, section 4)."""
 
-    objective: Literal["rrcm", "moco_noise"]  # moco_noise: the contrastive term alone, noise as one more augmentation
-    batch_size: Annotated[int, Field(ge=2)]  # images a step over all processes
+    objectives: Annotated[list[str], Field(min_length=1)]  # keys of `rrcm.objectives.PRETRAINING`, one encoder each
+    batch_size: Annotated[int, Field(ge=2)]  # images per step, over all processes
     steps: Count
     warmup_steps: Annotated[int, Field(ge=0)]
     lr: Positive
     weight_decay: NonNegative
-    grad_clip_norm: Positive  # gradient norm bound, after warm-up only
+    grad_clip_norm: Positive  # after warm-up only
     temperature: Positive
     min_levels: Annotated[int, Field(ge=2)]  # s0
     max_levels: Annotated[int, Field(ge=2)]  # s1
@@ -114,15 +101,15 @@ class Pretrain(Section):
     teacher_decay_start: Rate  # m0
     teacher_decay_end: Rate  # m1
     teacher_decay_steepness: Positive  # A
-    ema_decay: Rate
+    ema_decay: Rate  # of the average of the student that is kept
     views: Views
     precision: Precision
-    num_chunks: Count  # GradCache: the networks see a batch in so many chunks; the gradient is that of the whole batch
+    num_chunks: Count  # chunks per batch (GradCache): less memory, the same gradient
     compile: bool  # torch.compile
     log_every: Count  # steps
-    evaluate_every: Count  # steps between looks at the representations of the validation split
-    evaluate_sigmas: Annotated[list[Positive], Field(min_length=1)]  # at these noises, pixel units
-    evaluate_images: Count  # at most so many, of the validation split and of the training split (the neighbours)
+    evaluate_every: Count  # steps between evaluations of the representations on the validation split
+    evaluate_sigmas: Annotated[list[Positive], Field(min_length=1)]  # noise of these evaluations, pixel units
+    evaluate_images: Count  # at most, from the validation split and (as neighbours) from the training split
     checkpoint_every: Count  # steps
 
     @model_validator(mode="after")
@@ -135,9 +122,25 @@ class Pretrain(Section):
             raise ValueError(f"t_min {self.t_min} must be below t_max {self.t_max}")
         if self.teacher_decay_start >= self.teacher_decay_end:
             raise ValueError(
-                f"teacher_decay_start {self.teacher_decay_start} must be below teacher_decay_end {self.teacher_decay_end}"
+                f"teacher_decay_start {self.teacher_decay_start} must be below "
+                f"teacher_decay_end {self.teacher_decay_end}"
             )
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError(f"objectives {self.objectives} must not repeat an entry")
         return self
+
+
+class ConsistencySettings(Section):
+    """Consistency regularization (Jeong & Shin 2020)."""
+
+    consistency_weight: NonNegative  # lambda
+    entropy_weight: NonNegative  # eta
+
+
+class ObjectiveSettings(Section):
+    """Settings of the fine-tuning objectives, a block for each that has any."""
+
+    consistency: ConsistencySettings
 
 
 class FinetuneSettings(Section):
@@ -145,111 +148,121 @@ class FinetuneSettings(Section):
 
     epochs: Count
     warmup_epochs: NonNegative
-    batch_size: Count  # images a step over all processes
+    batch_size: Count  # images per step, over all processes
     lr: Positive  # per 256 images of a batch
-    layer_decay: Annotated[float, Field(gt=0, le=1)]  # learning rate factor from one layer to the one below it
+    layer_decay: Annotated[float, Field(gt=0, le=1)]  # learning-rate factor from one layer to the layer below it
     weight_decay: NonNegative
-    num_noise: Annotated[int, Field(ge=1)]  # m, noisy copies of each image
-    consistency_weight: NonNegative  # lambda; used by methods with the regulariser
-    entropy_weight: NonNegative  # eta
+    num_noise: Count  # m, noisy copies of each image
     augmentation: Literal["none", "flip", "crop_flip", "randaugment"]
     mixup: NonNegative
     cutmix: NonNegative
     mixup_switch_prob: Probability
     label_smoothing: Rate
-    linear_probe_epochs: Annotated[int, Field(ge=0)]  # linear-probe start: epochs on the head alone, clean images
+    linear_probe_epochs: Annotated[int, Field(ge=0)]  # epochs on the head alone, on clean images, before fine-tuning
+    objectives: ObjectiveSettings
 
 
 class TimmViT(Section):
-    """The ViT of timm's that method `timm` starts from."""
+    """The ViT from timm that method `timm` starts from."""
 
-    model: str | None  # its name; null where nobody asks for it
-    weights: str | None  # a safetensors file of its weights; null: timm downloads them
+    model: str | None  # timm's name of it; null if no method starts from timm
+    weights: str | None  # a safetensors file; null: timm downloads the weights
 
 
 class Finetune(FinetuneSettings):
-    """Fine-tuning, with where it starts and what differs per sigma or for networks trained from scratch."""
+    """Fine-tuning, with its initial weights and with overrides per sigma and for training from scratch."""
 
-    initial_checkpoint: str | None  # of `rrcm`: a folder of ours or a file of the authors, null: models/pretrain
-    time_condition: Literal[
-        "exact", "nearest_level"
-    ]  # of `rrcm`: t = 2 sigma, or the nearest of the levels of pre-training
+    initial_checkpoint: str | None  # model folder or authors' file that replaces models/pretrain/<objective>
+    time_condition: Literal["exact", "nearest_level"]  # t = 2 sigma, or the nearest level of pre-training to it
     timm: TimmViT
-    scratch_overrides: dict[str, float | int | str]  # settings replaced when training from scratch
-    sigma_overrides: list[dict[str, float | int | str]]  # entries {sigma: s, setting: value, ...}
-    pretrain_cost_shared_by: Count  # number of fine-tuned models that share the pre-training compute
+    scratch_overrides: dict[str, Any]  # settings for methods with random initial weights
+    sigma_overrides: list[dict[str, Any]]  # entries {sigma: s, setting: value, ...}
+    pretrain_cost_shared_by: Count  # number of fine-tuned models that share the compute of one pre-training
     precision: Precision
+    weights_dtype: Literal["bf16", "fp32"]  # of the weights that are selected, saved and certified
     num_chunks: Count  # as in pre-training
     compile: bool  # torch.compile
-    evaluate_every: Count  # epochs between looks at the validation split
+    evaluate_every: Count  # epochs between evaluations on the validation split
     checkpoint_every: Count  # epochs
 
     def settings(self, method: str, sigma: float) -> FinetuneSettings:
-        """The settings of one run: the common ones, then those of this sigma, then those for scratch."""
-        merged = {name: getattr(self, name) for name in FinetuneSettings.model_fields}
+        """The settings of one training: the common ones, overridden for its sigma, then for training from scratch."""
+        settings = self._common()
         for entry in self.sigma_overrides:
             if entry.get("sigma") == sigma:
-                merged |= {name: value for name, value in entry.items() if name != "sigma"}
-        if METHODS[method].start is None:
-            merged |= self.scratch_overrides
-        return FinetuneSettings.model_validate(merged)
+                settings = _merge(settings, {name: value for name, value in entry.items() if name != "sigma"})
+        if METHODS[method].initial_weights is None:
+            settings = _merge(settings, self.scratch_overrides)
+        return FinetuneSettings.model_validate(settings)
 
-    def origin(self, method: str) -> str:
-        """What a method starts from: `scratch`, a folder, a file, or the name of a ViT of timm's."""
-        names = {
-            None: "scratch",
-            "pretrain": self.initial_checkpoint or "models/pretrain",
-            "timm": self.timm.model,
-        }
-        return names[METHODS[method].start]
+    def initial_weights(self, method: str) -> str:
+        """Where a method's weights come from: `scratch`, a folder, a file, or the name of a ViT in timm."""
+        kind = METHODS[method]
+        if kind.pretrained_here:
+            return self.initial_checkpoint or f"models/pretrain/{kind.initial_weights}"
+        return self.timm.model if kind.initial_weights == "timm" else "scratch"
 
     def uses_pretraining(self, method: str) -> bool:
-        """Whether a method starts from models/pretrain: its compute then counts."""
-        return METHODS[method].start == "pretrain" and self.initial_checkpoint is None
+        """Whether a method starts from models/pretrain/, so that the compute of its pre-training counts."""
+        return METHODS[method].pretrained_here and self.initial_checkpoint is None
+
+    def _common(self) -> dict:
+        values = self.model_dump()
+        return {name: values[name] for name in FinetuneSettings.model_fields}
 
     @model_validator(mode="after")
     def overrides_fit(self) -> Self:
-        for place, entry in [
-            ("scratch_overrides", self.scratch_overrides),
-            *((f"sigma_overrides.{i}", e) for i, e in enumerate(self.sigma_overrides)),
-        ]:
-            if place != "scratch_overrides" and not isinstance(entry.get("sigma"), float | int):
-                raise ValueError(f"{place}: needs a number `sigma` that says which noise level it is for")
-            values = {name: value for name, value in entry.items() if place == "scratch_overrides" or name != "sigma"}
-            base = {name: getattr(self, name) for name in FinetuneSettings.model_fields}
+        entries = {"scratch_overrides": self.scratch_overrides}
+        for number, entry in enumerate(self.sigma_overrides):
+            if not isinstance(entry.get("sigma"), float | int):
+                raise ValueError(f"sigma_overrides.{number}: needs a number `sigma`, the noise level it is for")
+            entries[f"sigma_overrides.{number}"] = {name: value for name, value in entry.items() if name != "sigma"}
+        for key, entry in entries.items():
             try:
-                FinetuneSettings.model_validate(base | values)
+                FinetuneSettings.model_validate(_merge(self._common(), entry))
             except ValidationError as error:
-                raise ValueError(f"{place}.{describe(error, FinetuneSettings)}") from None
+                raise ValueError(f"{key}.{describe(error, FinetuneSettings)}") from None
         return self
 
 
 class Certify(Section):
-    """Randomized smoothing: CERTIFY of Cohen et al. 2019, as it is or group-sequentially."""
+    """Randomized smoothing: CERTIFY of Cohen et al. 2019, with a fixed or a group-sequential number of samples."""
 
     stopping: Literal["sequential", "fixed"]
-    n0: Count  # samples that choose the class
+    n0: Count  # samples that select the class
     n: Count  # samples that bound its probability; `sequential` stops earlier where it can
     alpha: Annotated[float, Field(gt=0, le=0.5)]
-    radius_step: Positive  # `sequential` certifies multiples of this radius, pixel L2 units
-    batch_size: Count | None  # noisy samples a forward pass; null: found by itself within memory_gib
+    radius_step: Positive  # `sequential` certifies multiples of this radius, L2, pixel units
+    batch_size: Count | None  # noisy samples per forward pass; null: chosen within memory_gib
     memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
     every: Count  # certify every k-th test image
     max_images: Count | None
     precision: CertifiedPrecision
-    compile: bool  # torch.compile, on a GPU with CUDA graphs
+    compile: bool  # torch.compile, with CUDA graphs on a GPU
 
 
 class Latency(Section):
     """Time to certify one image."""
 
     n: list[Count]
-    batch_size: Count | None  # null: found by itself
+    batch_size: Count | None  # null: chosen automatically
     precision: CertifiedPrecision
 
 
+class Attack(Section):
+    """PGD on the smoothed classifier (Salman et al. 2019)."""
+
+    methods: list[MethodName]  # the methods to attack; []: none
+    steps: Count
+    num_noise: Count  # noisy copies per gradient
+    n: Count  # samples of PREDICT on the attacked image
+    alpha: Annotated[float, Field(gt=0, le=0.5)]  # of PREDICT
+    max_images: Count | None  # of the certified images, evenly spaced
+    batch_size: Count  # images per batch; each has num_noise copies
+
+
 class ExternalResult(Section):
-    """Another group's certificates, in the field's format, at one smoothing noise."""
+    """Certificates of another group in the format of Cohen et al., at one smoothing noise."""
 
     label: Annotated[str, Field(pattern=r"^[^|\n]+$")]  # it becomes a cell of Markdown tables
     sigma: Positive  # pixel units
@@ -257,9 +270,9 @@ class ExternalResult(Section):
 
     @field_validator("label")
     @classmethod
-    def not_ours(cls, label: str) -> str:
+    def label_is_free(cls, label: str) -> str:
         if label in {method.label for method in METHODS.values()}:
-            raise ValueError("is what a method of ours is called; add whose it is")
+            raise ValueError("is the label of a built-in method; choose another")
         return label
 
     @field_validator("path")
@@ -271,33 +284,21 @@ class ExternalResult(Section):
         return path
 
 
-class Attack(Section):
-    """PGD of Salman et al. 2019 on the smoothed classifier."""
-
-    methods: list[MethodName]  # whose classifiers are attacked; []: none
-    steps: Count
-    num_noise: Count  # noisy copies that a step's gradient is of
-    n: Count  # samples of PREDICT, which answers to the attacked image
-    alpha: Annotated[float, Field(gt=0, le=0.5)]  # of PREDICT
-    max_images: Count | None  # of the certified ones, evenly spread
-    batch_size: Count  # images at once: `num_noise` times as many noisy copies go forward and back
-
-
 class Report(Section):
-    """What the tables and figures show."""
+    """Contents of the tables and figures."""
 
-    radii: Annotated[list[NonNegative], Field(min_length=1)]  # pixel L2 units
+    radii: Annotated[list[NonNegative], Field(min_length=1)]  # L2, pixel units
     gallery_images: Count
-    external_results: list[ExternalResult]  # drawn and listed beside ours
+    external_results: list[ExternalResult]  # drawn and listed beside the methods
 
     @field_validator("external_results")
     @classmethod
-    def others_differ(cls, others: list[ExternalResult]) -> list[ExternalResult]:
-        runs = [(other.label, other.sigma) for other in others]
-        for label, sigma in runs:
-            if runs.count((label, sigma)) > 1:
-                raise ValueError(f"{label!r} at sigma {sigma} is there twice; labels tell them apart")
-        return others
+    def external_results_differ(cls, results: list[ExternalResult]) -> list[ExternalResult]:
+        keys = [(result.label, result.sigma) for result in results]
+        for label, sigma in keys:
+            if keys.count((label, sigma)) > 1:
+                raise ValueError(f"{label!r} at sigma {sigma} appears twice; give each its own label")
+        return results
 
 
 class Config(Section):
@@ -306,7 +307,8 @@ class Config(Section):
     profile: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-    launcher: str  # what starts a training stage: `python`, or `torchrun --nproc-per-node 8`
+    threads: Count | None  # CPU threads per process; null: as many as there are cores
+    launcher: str  # starts a training stage: `python`, or `torchrun --nproc-per-node 8`
     sigmas: Annotated[list[Positive], Field(min_length=1)]
     methods: Annotated[list[MethodName], Field(min_length=1)]
     data: Data
@@ -317,6 +319,7 @@ class Config(Section):
     latency: Latency
     attack: Attack
     report: Report
+    derived: dict[str, Any]  # `rrcm.methods.derived_settings` of the others, for DVC
 
     @field_validator("sigmas", mode="before")
     @classmethod
@@ -326,15 +329,29 @@ class Config(Section):
         return values
 
     @model_validator(mode="after")
-    def parts_fit(self) -> Self:
+    def methods_fit(self) -> Self:
         for name in ("sigmas", "methods"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)} must not repeat an entry")
-        if "timm" in self.methods and self.finetune.timm.model is None:
-            raise ValueError("finetune.timm.model null must be the name of a ViT of timm's, or methods without timm")
+        if self.finetune.timm.model is None:
+            for name in self.methods:
+                if METHODS[name].initial_weights == "timm":
+                    raise ValueError(
+                        f"finetune.timm.model null must be the name of a ViT in timm, or methods without {name}"
+                    )
+        for name in self.methods:
+            if self.finetune.uses_pretraining(name) and METHODS[name].initial_weights not in self.pretrain.objectives:
+                raise ValueError(
+                    f"methods: {name} starts from models/pretrain/{METHODS[name].initial_weights}; add "
+                    f"{METHODS[name].initial_weights} to pretrain.objectives {self.pretrain.objectives}"
+                )
         attacked = self.attack.methods
         if len(set(attacked)) != len(attacked) or not set(attacked) <= set(self.methods):
             raise ValueError(f"attack.methods {attacked} must be among methods {self.methods}, each at most once")
+        return self
+
+    @model_validator(mode="after")
+    def sizes_fit(self) -> Self:
         if self.data.image_size % self.model.patch_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
@@ -343,9 +360,26 @@ class Config(Section):
         off_grid = [radius for radius in self.report.radii if abs(radius / step - round(radius / step)) > 1e-9]
         if self.certify.stopping == "sequential" and off_grid:
             raise ValueError(
-                f"report.radii {off_grid[0]} must be a multiple of certify.radius_step {step}, or certify.stopping fixed"
+                f"report.radii {off_grid[0]} must be a multiple of certify.radius_step {step}, "
+                "or certify.stopping fixed"
             )
         return self
+
+    @model_validator(mode="after")
+    def derived_fits(self) -> Self:
+        values = self.model_dump(mode="json", include={"methods", "sigmas", "pretrain", "finetune"})
+        if self.derived != derived_settings(**values):
+            raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
+        return self
+
+
+def _merge(settings: Mapping, overrides: Mapping) -> dict:
+    """`settings` with `overrides`; nested sections are merged, not replaced."""
+    merged = dict(settings)
+    for name, value in overrides.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merge(merged[name], value) if nested else value
+    return merged
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -368,17 +402,17 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:  # a key, or the place of a list's entry
+    for part in path:  # a key, or the index of a list's entry
         model = get_args(model)[0] if part.isdigit() else model.model_fields[part].annotation
     return list(model.model_fields)
 
 
-def parse_config(values: Mapping, origin: str = "params.yaml") -> Config:
+def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
     """Validate a mapping. Raises `RRCMError` with one line naming the key, the value and what is allowed."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise RRCMError(f"{origin}: {describe(error, Config)}") from None
+        raise RRCMError(f"{source}: {describe(error, Config)}") from None
 
 
 def load_config(path: Path | str = "params.yaml") -> Config:

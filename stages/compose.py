@@ -24,7 +24,7 @@ def compose(
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         draft = Path(folder) / "params.yaml"
         try:
-            compose_and_dump(draft, str(conf), None, "config", None, overrides or [])
+            compose_and_dump(draft, str(conf), None, "config", str(conf / "plugins"), overrides or [])
         except (DvcException, HydraException) as error:
             profiles = ", ".join(sorted(file.stem for file in (conf / "profile").glob("*.yaml")))
             raise RRCMError(f"{str(error.__cause__ or error).splitlines()[0]}; profiles are {profiles}") from None

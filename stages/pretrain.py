@@ -1,6 +1,9 @@
-"""Pre-train the encoder: models/pretrain. Run it as it is, or under torchrun for many processes."""
+"""Pre-train the encoder: models/pretrain/OBJECTIVE. Run it as it is, or under torchrun for many processes."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from rrcm.config import load_config
 from rrcm.training.pretrain import pretrain
@@ -8,13 +11,14 @@ from rrcm.utils.app import run
 
 
 def main(
+    objective: Annotated[str, typer.Argument()] = "rrcm",
     params: Path = Path("params.yaml"),
     shards: str = "data/shards",
-    output: Path = Path("models/pretrain"),
-    timing: Path = Path("timings/pretrain.json"),
+    models: Path = Path("models/pretrain"),
+    timings: Path = Path("timings/pretrain"),
 ) -> None:
-    """Pre-train with rRCM's loss. Continues where a killed run stopped. SHARDS is a folder or a URL."""
-    pretrain(load_config(params), shards, output, timing)
+    """Pre-train on OBJECTIVE. Continues where a killed run stopped. SHARDS is a folder or a URL."""
+    pretrain(load_config(params), objective, shards, models / objective, timings / f"{objective}.json")
 
 
 if __name__ == "__main__":

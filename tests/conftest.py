@@ -1,5 +1,6 @@
 """Helpers and fixtures: small projects on which the real stages run within seconds, on the real digits."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ from dvc.utils.hydra import compose_and_dump
 
 from rrcm.config import load_config
 from rrcm.data.sharding import write_shards
+from rrcm.methods import derived_settings
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
@@ -50,7 +52,8 @@ TINY = [
 
 def compose(path: Path, *overrides: str) -> Path:
     """Write the tiny settings with these overrides to `path`; returns `path`."""
-    compose_and_dump(path, str(REPOSITORY / "conf"), None, "config", None, [*TINY, *overrides])
+    conf = REPOSITORY / "conf"
+    compose_and_dump(path, str(conf), None, "config", str(conf / "plugins"), [*TINY, *overrides])
     return path
 
 
@@ -151,4 +154,11 @@ def change(project: Path, **settings: object) -> None:
         for parent in parents:
             section = section[parent]
         section[key] = value
-    (project / "params.yaml").write_text(yaml.safe_dump(values))
+    write_params(project / "params.yaml", values)
+
+
+def write_params(path: Path, values: dict) -> None:
+    """Write settings to `path`, and the derived ones anew unless the others are invalid."""
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        values["derived"] = derived_settings(*(values[name] for name in ("methods", "sigmas", "pretrain", "finetune")))
+    path.write_text(yaml.safe_dump(values))

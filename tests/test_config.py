@@ -15,7 +15,8 @@ PROFILES = sorted(path.stem for path in (REPOSITORY / "conf/profile").glob("*.ya
 
 
 def profile(tmp_path, name):
-    compose_and_dump(tmp_path / "params.yaml", str(REPOSITORY / "conf"), None, "config", None, [f"profile={name}"])
+    conf = REPOSITORY / "conf"
+    compose_and_dump(tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), [f"profile={name}"])
     return load_config(tmp_path / "params.yaml")
 
 
@@ -72,7 +73,8 @@ def test_profiles_have_the_papers_settings(tmp_path):
         (cifar10, 1.0, (20, 0.5, 100, 2e-4, 0.65, 1024, 0, 0, 0)),
     ):
         settings = config.finetune.settings("rrcm", sigma)
-        assert tuple(getattr(settings, name) for name in names) == row
+        values = settings.model_dump() | settings.objectives.consistency.model_dump()
+        assert tuple(values[name] for name in names) == row
         assert settings.num_noise == 2 and settings.weight_decay == 0
         assert settings.warmup_epochs == (10 if config is cifar10 else 5)
         assert (config.certify.n0, config.certify.n, config.certify.alpha) == (100, 100_000, 0.001)

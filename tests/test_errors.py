@@ -99,7 +99,7 @@ def test_a_shard_of_another_data_set(project, own_shards):
 @pytest.fixture
 def with_encoder(project, trained):
     """A project with a pre-trained encoder."""
-    shutil.copytree(trained / "models/pretrain", project / "models/pretrain")
+    shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     return project
 
 
@@ -109,13 +109,13 @@ def test_a_checkpoint_of_another_architecture(with_encoder):
 
 
 def test_a_truncated_checkpoint(with_encoder):
-    weights = with_encoder / "models/pretrain/model.safetensors"
+    weights = with_encoder / "models/pretrain/rrcm/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert_error(stage(with_encoder, "finetune", "rrcm", "0.5"), "model.safetensors", "truncated")
 
 
 def test_a_missing_checkpoint(project):
-    assert_error(stage(project, "finetune", "rrcm", "0.5"), "models/pretrain/config.json", "no such file")
+    assert_error(stage(project, "finetune", "rrcm", "0.5"), "models/pretrain/rrcm/config.json", "no such file")
     assert_error(stage(project, "certify", "rrcm", "0.5"), "models/rrcm/sigma_0.5/config.json", "no such file")
 
 
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite(project, trained):
     change(project, pretrain__lr=1e30, pretrain__warmup_steps=1)
     assert_error(stage(project, "pretrain"), "is not finite at step", "images of train-00000.tar", "saved no state yet")
     assert not (project / "models").exists()
-    shutil.copytree(trained / "models/pretrain", project / "models/pretrain")
+    shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     change(project, finetune__lr=1e30, finetune__warmup_epochs=0)
     assert_error(stage(project, "finetune", "rrcm", "0.5"), "is not finite at step", "images of train-")
     assert not (project / "models/rrcm").exists()
@@ -175,13 +175,13 @@ def _limited(folder, limit):
 
 def test_a_full_disk_while_an_output_is_written(project, trained):
     """The system itself makes the write fail: a limit on the size of files stands in for the full disk."""
-    shutil.copytree(trained / "models/pretrain", project / "models/pretrain")
-    before = files_of(project / "models/pretrain")
+    shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
+    before = files_of(project / "models/pretrain/rrcm")
     change(project, pretrain__checkpoint_every=1000)
     process = server.Process(target=_limited, args=(project, 40_000))
     process.start()
     process.join()
     answer = Answer(process.exitcode, "", (project / "stderr").read_text())
     assert_error(answer, "cannot write it", "nothing was overwritten")
-    assert files_of(project / "models/pretrain") == before
+    assert files_of(project / "models/pretrain/rrcm") == before
     assert [path.name for path in (project / "models").iterdir()] == ["pretrain"]

@@ -35,9 +35,7 @@ from rrcm.utils.distributed import pick_device
 from rrcm.utils.files import sha256_file, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import environment
-from rrcm.utils.resume import Run, fingerprint
-
-CODE = (model, noise, stopping, rng, shards, smoothing)  # what decides the result, with this file
+from rrcm.utils.resume import RunState, fingerprint
 
 
 class Team:
@@ -100,7 +98,7 @@ def certify_split(
     batch_size = smoothed.find_batch_size(pixels[0])
     described = [settings.model_dump(mode="json"), config.seed, config.data.image_size, sigma, device.type]
     described += [batch_size, smoothed.precision]
-    run = Run(f"certify-{sigma}", fingerprint(described, inputs, [*CODE, sys.modules[__name__]]))
+    run = RunState(f"certify-{sigma}", fingerprint(described, inputs, __name__))
     if team.rank == 0:
         run.lock()
     team.start()

@@ -22,3 +22,7 @@ class Classifier(nn.Module):
     def forward(self, pixels: torch.Tensor, num_chunks: int = 1) -> torch.Tensor:
         """pixels (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K)."""
         return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, 2 * pixels - 1))
+
+
+NoiseConditionedClassifier = Classifier
+CLASSIFIERS = {"classifier": NoiseConditionedClassifier}

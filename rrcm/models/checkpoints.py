@@ -30,14 +30,19 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
     }
 
 
-def save_model(folder: Path | str, model: NoiseConditionedViT | Classifier, **facts: object) -> None:
+def save_model(
+    folder: Path | str, model: NoiseConditionedViT | Classifier, class_names=None, dtype="fp32", **facts: object
+) -> None:
     """Write `model` into `folder`: weights (float32) and config.json with its architecture and `facts` (JSON-able)."""
     folder = Path(folder)
     encoder = model.encoder if isinstance(model, Classifier) else model
     described = {"format": 1, "architecture": architecture(encoder)}
     if isinstance(model, Classifier):
         described |= {"classes": model.head.out_features, "t": model.t}
-    save_tensors(folder / "model.safetensors", model.state_dict())
+    tensors = model.state_dict()
+    if dtype == "bf16":
+        tensors = {name: t.bfloat16() for name, t in tensors.items()}
+    save_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", described | facts)
 
 

@@ -1,7 +1,12 @@
-"""TODO docstring."""
+"""Consistency regularization of noisy copies (Jeong & Shin 2020)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+
+from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits, soft_cross_entropy
 
 
 def consistency_regularizer(
@@ -17,3 +22,24 @@ def consistency_regularizer(
     entropy = -(mean * log_mean).sum(-1)
     divergence = -entropy - (mean * log_p).sum(-1).mean(0)  # mean_i KL(pbar || p_i)
     return consistency_weight * divergence + entropy_weight * entropy
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """mean_i CE(f(x + e_i), y) + `consistency_regularizer` over m noisy copies (Jeong & Shin 2020, eq. 9)."""
+
+    sigma: float  # pixel units
+    num_noise: int  # m
+    consistency_weight: float  # lambda
+    entropy_weight: float  # eta
+    terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "regularizer")
+
+    @property
+    def forwards_per_image(self) -> float:
+        return 3 * self.num_noise
+
+    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        logits = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        cross_entropy = soft_cross_entropy(logits, batch["target"])
+        regularizer = consistency_regularizer(logits, self.consistency_weight, self.entropy_weight).mean()
+        return {"loss": cross_entropy + regularizer, "cross_entropy": cross_entropy, "regularizer": regularizer}

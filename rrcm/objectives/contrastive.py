@@ -1,9 +1,16 @@
-"""TODO docstring."""
+"""InfoNCE over the global batch, and the contrastive half of rRCM by itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from rrcm.objectives.base import Batch, Draw
 from rrcm.utils.distributed import all_gather_cat
+
+Network = Callable[..., list[torch.Tensor]]  # an `EncoderWithProjector`, or a wrapper of one
 
 
 def info_nce(
@@ -22,3 +29,63 @@ def global_info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: f
     """`info_nce` of this process's anchors (B, D) against the targets of all processes -> (B,)."""
     targets, first_positive = all_gather_cat(targets)
     return info_nce(anchors, targets, temperature, first_positive)
+
+
+def contrastive_loss(
+    student: Network,
+    teacher: Network,
+    view1: torch.Tensor,
+    view2: torch.Tensor,
+    noise1: torch.Tensor,
+    noise2: torch.Tensor,
+    *,
+    t1: torch.Tensor,
+    t2: torch.Tensor,
+    temperature: float = 0.2,
+    num_chunks: int = 1,
+) -> torch.Tensor:
+    """InfoNCE of noisy views, student against teacher, both directions summed: (B,) float32.
+
+    Views and noises are (B, C, H, W) float32 in model space. Each view has noise levels of its own, t1 and t2 (B,).
+    """
+    views = [view1 + t1.view(-1, 1, 1, 1) * noise1, view2 + t2.view(-1, 1, 1, 1) * noise2]
+    with torch.no_grad():
+        y1, y2 = teacher(views, [t1, t2], project=2, num_chunks=num_chunks)
+    z1, z2 = student(views, [t1, t2], project=2, num_chunks=num_chunks)
+    return global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature)
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """rRCM without its consistency term: noise is only one more augmentation of the views.
+
+    Each view gets its own noise, with pixel sigma uniform from 0 to the loudest of `evaluate_sigmas`. MoCo-v3 (Chen et
+    al. 2021) has besides a predictor, a last BatchNorm and a factor 2 tau.
+    """
+
+    temperature: float
+    t_min: float
+    evaluate_sigmas: list[float]  # pixel units
+    num_chunks: int = 1
+    terms: ClassVar[tuple[str, ...]] = ("contrastive",)
+    forwards_per_image: ClassVar[float] = 2 * 3 + 2  # two student views, two teacher views
+
+    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        view1, view2 = batch["view1"], batch["view2"]
+        noise1, noise2 = (draw.normal(f"noise {i}", view1.shape[1:]) for i in (1, 2))
+        loudest = 2 * max(self.evaluate_sigmas)
+        levels = draw.generator("view levels").uniform(self.t_min, loudest, (2, draw.batch_size))
+        t1, t2 = torch.from_numpy(levels[:, list(draw.positions)]).to(draw.device, torch.float32)
+        loss = contrastive_loss(
+            networks.student,
+            networks.teacher,
+            view1,
+            view2,
+            noise1,
+            noise2,
+            t1=t1,
+            t2=t2,
+            temperature=self.temperature,
+            num_chunks=self.num_chunks,
+        ).mean()
+        return {"loss": loss, "contrastive": loss}

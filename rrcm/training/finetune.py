@@ -1,43 +1,35 @@
-"""Fine-tuning: a classifier for one method and one smoothing sigma (Lei et al. 2025, section 3.3)."""
+"""Fine-tuning: one classifier for one method and one smoothing sigma (Lei et al. 2025, section 3.3)."""
 
 import copy
-import math
-import sys
+from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 
-from rrcm.config import METHODS, Config, FinetuneSettings
-from rrcm.data import augment, loader, shards
-from rrcm.data.augment import mixup_pairs
+from rrcm.config import Config, FinetuneSettings
+from rrcm.data.augment import FinetuneTransform, mixup_pairs
+from rrcm.data.loader import batches as batch_loader
+from rrcm.data.loader import describe_step, steps_per_epoch
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.models import noise_levels as schedules
-from rrcm.models import timm_vit as convert_timm_vit
-from rrcm.models import vit as model
-from rrcm.models.base_classifiers import Classifier
+from rrcm.methods import METHODS
+from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
 from rrcm.models.noise_levels import karras_levels, nearest_level
-from rrcm.models.timm_vit import load_timm
 from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
-from rrcm.objectives import rrcm as losses
-from rrcm.objectives.consistency import consistency_regularizer
-from rrcm.training import trainer
-from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
+from rrcm.objectives.base import Batch, Draw, Objective
+from rrcm.training.budget import Budget, build_finetuning_objective, plan_budget
+from rrcm.training.optim import adamw, layerwise_lr_scales, warmup_cosine
 from rrcm.training.trainer import Trainer
-from rrcm.training.validation import noisy_accuracy
-from rrcm.utils import distributed, rng
-from rrcm.utils.distributed import DistEnv, all_reduce_sum, barrier, init_distributed
+from rrcm.training.validation import NoisyValidation
+from rrcm.utils.distributed import DistEnv, all_reduce_sum, init_distributed, resolve_precision, set_threads
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_directory, read_json, sha256_file, write_csv, write_json
-from rrcm.utils.provenance import environment
-from rrcm.utils.resume import Run, fingerprint
-from rrcm.utils.rng import derive_seed, normal_per_sample
+from rrcm.utils.resume import RunState, fingerprint
+from rrcm.utils.rng import derive_seed
 from rrcm.utils.tensors import sha256_tensors
 
-# What decides the result, with this file.
-CODE = (augment, distributed, loader, losses, model, rng, schedules, shards, trainer, convert_timm_vit)
+APPEARANCE = {"label", "colour", "base"}  # columns of the method table that decide no result
 
 
 def finetune(
@@ -45,10 +37,11 @@ def finetune(
 ) -> None:
     """Train one classifier and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
 
-    `pretrained` is what pre-training wrote: the start of some methods, and the compute of the *_matched ones. The
-    weights kept are those with the best accuracy on noisy images of the `val` split. Killed and started again it
-    continues from its last checkpoint and ends with the same bytes.
+    `pretrained` holds the encoders by objective, for methods that start from one. The weights with the best accuracy
+    on noisy images of the `val` split are kept. Killed and started again it continues from its last checkpoint and
+    ends with the same bytes.
     """
+    set_threads(config.threads)
     with init_distributed(config.device) as env:
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         if env.is_main:
@@ -57,14 +50,9 @@ def finetune(
         _train(config, method, sigma, images, validation, pretrained, env, output, timing)
 
 
-def matched_epochs(epochs: int, pretrain_compute: float, shared_by: int, epoch_compute: float) -> int:
-    """Epochs that give a scratch method rRCM's total compute: its fine-tuning plus its share of the pre-training."""
-    return epochs + round(pretrain_compute / shared_by / epoch_compute)
-
-
 def time_condition(config: Config, method: str, sigma: float) -> float:
-    """The t that a classifier for pixel `sigma` is told: 2 sigma, or the nearest level of the grid of pre-training."""
-    if config.finetune.time_condition == "exact" or METHODS[method].start != "pretrain":
+    """The noise level t that a classifier for pixel `sigma` is given: 2 sigma, or the nearest level of pre-training."""
+    if config.finetune.time_condition == "exact" or not METHODS[method].pretrained_here:
         return 2 * sigma
     grid = config.pretrain
     levels = karras_levels(grid.max_levels + 1, t_min=grid.t_min, t_max=grid.t_max, rho=grid.rho)
@@ -72,23 +60,60 @@ def time_condition(config: Config, method: str, sigma: float) -> float:
 
 
 def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path) -> NoiseConditionedViT:
-    """What a method's fine-tuning for noise level t starts from; random weights are of torch's global generator.
+    """The encoder that fine-tuning for noise level t starts from. Random weights use torch's global generator.
 
     Raises `RRCMError` for weights that are missing, damaged, or of another network than the settings describe.
     """
     kind, settings, sizes = METHODS[method], config.finetune, config.data.model_dump() | config.model.model_dump()
     encoder = build_encoder(config.model, config.data)
-    if kind.start == "timm":
+    if kind.initial_weights == "timm":
+        from rrcm.models.timm_vit import convert_timm_vit, load_timm  # seconds of import
+
         network = load_timm(settings.timm.model, settings.timm.weights)
-        place = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
-        encoder = convert_timm_vit.convert_timm_vit(network, settings.timm.model, **place, t=t)
-    elif kind.start == "pretrain":
+        shape = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
+        encoder = convert_timm_vit(network, settings.timm.model, **shape, t=t)
+    elif kind.initial_weights is not None:
         if settings.initial_checkpoint is not None and not Path(settings.initial_checkpoint).exists():
             raise RRCMError(f"finetune.initial_checkpoint = {settings.initial_checkpoint!r}: no such folder or file")
-        encoder = load_encoder(settings.initial_checkpoint or pretrained, {name: sizes[name] for name in ARCHITECTURE})
+        path = settings.initial_checkpoint or pretrained / kind.initial_weights
+        encoder = load_encoder(path, {name: sizes[name] for name in ARCHITECTURE})
     encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
     encoder.grad_checkpointing = config.model.grad_checkpointing
     return encoder
+
+
+class Targets:
+    """Images and labels of a batch as an objective wants them: mixed, with soft labels."""
+
+    def __init__(self, settings: FinetuneSettings, num_classes: int, seed: int, env: DistEnv):
+        self.settings, self.num_classes, self.seed, self.device = settings, num_classes, seed, env.device
+        self.mixup_fn = None
+        if settings.mixup > 0 or settings.cutmix > 0:
+            from timm.data import Mixup  # seconds of import
+
+            if settings.batch_size // env.world_size % 2:
+                raise RRCMError(
+                    f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process"
+                )
+            self.mixup_fn = Mixup(
+                settings.mixup,
+                settings.cutmix,
+                switch_prob=settings.mixup_switch_prob,
+                label_smoothing=settings.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        """`image` (B, C, H, W) float32 in [0, 1] and `target` (B, K) float32 class probabilities."""
+        settings = self.settings
+        images = batch["image"].to(self.device, non_blocking=True)
+        labels = batch["label"].to(self.device, non_blocking=True)
+        if self.mixup_fn is not None:
+            images, target = mixup_pairs(self.mixup_fn, images, labels, derive_seed(self.seed, "mixup", step))
+        else:
+            target = F.one_hot(labels, self.num_classes).float()
+            target = target * (1 - settings.label_smoothing) + settings.label_smoothing / self.num_classes
+        return {"image": images.float() / 255, "target": target}
 
 
 def _train(
@@ -102,169 +127,194 @@ def _train(
     output: Path,
     timing: Path,
 ) -> None:
-    kind, settings, seed, device = METHODS[method], config.finetune.settings(method, sigma), config.seed, env.device
-    t, uses_pretraining = time_condition(config, method, sigma), config.finetune.uses_pretraining(method)
-    if settings.mixup > 0 or settings.cutmix > 0:
-        if settings.batch_size // env.world_size % 2:
-            raise RRCMError(f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process")
-        mix = Mixup(
-            settings.mixup,
-            settings.cutmix,
-            switch_prob=settings.mixup_switch_prob,
-            label_smoothing=settings.label_smoothing,
-            num_classes=len(images.classes),
-        )
-    else:
-        mix = None
-    epoch_steps = loader.steps_per_epoch(len(images), settings.batch_size)
-    epoch_compute = (
-        3 * settings.num_noise * epoch_steps * settings.batch_size
-    )  # encoder forwards; a backward counts two
-    epochs, looks_every, share = settings.epochs, config.finetune.evaluate_every, 0.0
-    if kind.matched or uses_pretraining:
-        share = read_json(pretrained / "config.json")["compute"]["pretrain"] / config.finetune.pretrain_cost_shared_by
-    if kind.matched:
-        epochs = matched_epochs(settings.epochs, share, 1, epoch_compute)
-        looks_every = math.ceil(looks_every * epochs / settings.epochs)  # as many looks at the validation split
-        share = 0.0
-    total_steps = epochs * epoch_steps
-    batch_seed = derive_seed(seed, "finetune batches")
-
-    torch.manual_seed(derive_seed(seed, "finetune"))  # initial weights: the same for every scratch method and sigma
-    encoder = load_initial_encoder(config, method, t, pretrained)
-    classifier = Classifier(encoder, len(images.classes), t).to(device).train()
-    rates = layerwise_lr_scales(classifier, settings.layer_decay)
-    groups: dict[float, list[torch.Tensor]] = {}
-    for name, parameter in classifier.named_parameters():
-        if name in rates:
-            groups.setdefault(rates[name], []).append(parameter)
-    peak = settings.lr * settings.batch_size / 256
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
-        lr=peak,
-        betas=(0.9, 0.999),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    best = copy.deepcopy(classifier).requires_grad_(False)
-    inputs = {"shards": images.fingerprint, "start": sha256_tensors(encoder.state_dict())}
-    if kind.matched or uses_pretraining:
-        inputs["pretrained"] = sha256_file(pretrained / "config.json")
-    described = config.model_dump(mode="json", include={"seed", "data", "model", "finetune"})
-    described |= {"method": method, "sigma": sigma, "t": t, "architecture": architecture(encoder)}
-    mark = fingerprint(described, inputs, [*CODE, sys.modules[__name__]])
-    training = Trainer(
-        Run(f"finetune-{method}-{sigma}", mark),
-        env,
-        label=f"finetune {method} sigma {sigma:g}",
-        steps=total_steps,
-        modules={"classifier": classifier, "best": best},
-        optimizer=optimizer,
-        precision=config.finetune.precision,
-        metrics=["loss", "cross_entropy", "regularizer"],
-        checkpoint_every=config.finetune.checkpoint_every * epoch_steps,
-        suspects=lambda step: loader.describe_step(images, settings.batch_size, batch_seed, step),
-    )
-    training.notes = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
-    if not training.resume() and settings.linear_probe_epochs and kind.start is not None:
-        quietest = config.pretrain.t_min if kind.start == "pretrain" else t  # timm's weights are put in place for one t
-        linear_probe(classifier, images, config, settings, env, quietest)
+    settings, num_classes = config.finetune.settings(method, sigma), len(images.classes)
+    objective = build_finetuning_objective(settings, method, sigma)
+    budget = plan_budget(config, method, settings, objective, len(images), pretrained)
+    targets = Targets(settings, num_classes, config.seed, env)
+    classifier = build_classifier(config, method, sigma, num_classes, pretrained).to(env.device).train()
+    best = BestWeights(classifier, config, sigma, validation, env)
+    training = build_trainer(config, method, sigma, objective, budget, classifier, best, images, env)
+    if not training.resume() and settings.linear_probe_epochs and METHODS[method].initial_weights is not None:
+        linear_probe(classifier, images, config, settings, env, probe_level(config, method, classifier))
     if config.finetune.compile:
         classifier.compile()
-    forward = training.parallel(classifier)
-    pixels, labels, _ = read_split(validation, config.data.image_size)
+    forward, peak_lr = training.wrap_ddp(classifier), settings.lr * settings.batch_size / 256
 
-    batches = loader.batches(
+    def classify(noisy: torch.Tensor) -> torch.Tensor:
+        with training.autocast():
+            return forward(noisy, num_chunks=config.finetune.num_chunks).float()
+
+    for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
+        # schedule
+        lr = peak_lr * warmup_cosine(step / budget.epoch_steps, settings.warmup_epochs, budget.epochs)
+        # loss
+        draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
+        losses = objective(classify, targets(batch, step), draw)
+        # optimizer
+        training.optimizer_step(losses["loss"], lr)
+        training.accumulate_metrics(losses["loss"], *(losses[term] for term in objective.terms))
+        # validation and logging
+        epoch, into_epoch = divmod(step + 1, budget.epoch_steps)
+        if into_epoch:
+            continue
+        means, accuracy, shown = training.mean_metrics(budget.epoch_steps), None, {}
+        if epoch % budget.evaluate_every == 0 or epoch == budget.epochs:
+            accuracy = best.update(classifier, epoch, training)
+            shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
+        training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": lr}, **shown)
+
+    def save(folder: Path) -> None:
+        objective_settings = settings.objectives.model_dump().get(METHODS[method].objective, {})
+        save_model(
+            folder,
+            best.classifier,
+            class_names=images.classes,
+            dtype=config.finetune.weights_dtype,
+            method=method,
+            seed=config.seed,
+            parameters=parameter_count(best.classifier),
+            initial_weights=config.finetune.initial_weights(method),
+            training={
+                "profile": config.profile,
+                **settings.model_dump(exclude={"objectives"}),
+                **objective_settings,
+                "epochs": budget.epochs,
+            },
+            selected=training.extra_state["selected"],
+            compute={"finetune": budget.epochs * budget.epoch_compute, "pretrain_share": budget.pretrain_share},
+        )
+
+    training.publish(output, timing, save, budget.total_steps * settings.batch_size)
+
+
+def build_classifier(
+    config: Config, method: str, sigma: float, num_classes: int, pretrained: Path
+) -> NoiseConditionedClassifier:
+    """The classifier before the first step. All methods that start from scratch start from the same weights."""
+    t = time_condition(config, method, sigma)
+    torch.manual_seed(derive_seed(config.seed, "finetune"))
+    encoder = load_initial_encoder(config, method, t, pretrained)
+    return CLASSIFIERS[METHODS[method].classifier](encoder, num_classes, t)
+
+
+class BestWeights:
+    """The weights with the best accuracy on noisy validation images, as they will be saved: rounded."""
+
+    def __init__(
+        self, classifier: NoiseConditionedClassifier, config: Config, sigma: float, split: ShardedDataset, env: DistEnv
+    ):
+        self.classifier = copy.deepcopy(classifier).requires_grad_(False)
+        self.candidate = copy.deepcopy(self.classifier)
+        self.dtype = torch.bfloat16 if config.finetune.weights_dtype == "bf16" else torch.float32
+        pixels, labels, _ = read_split(split, config.data.image_size)
+        precision = resolve_precision(env.device, config.finetune.precision)
+        self.accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, env)
+
+    def update(self, classifier: NoiseConditionedClassifier, epoch: int, training: Trainer) -> float:
+        """The accuracy of `classifier` now. If it is the best so far, its weights are kept."""
+        rounded = {name: value.to(self.dtype) for name, value in classifier.state_dict().items()}
+        self.candidate.load_state_dict(rounded)
+        accuracy = self.accuracy(self.candidate)
+        if accuracy > training.extra_state["selected"]["val_accuracy"]:
+            training.extra_state["selected"] = {"epoch": epoch, "val_accuracy": accuracy}
+            self.classifier.load_state_dict(rounded)
+        return accuracy
+
+
+def build_trainer(
+    config: Config,
+    method: str,
+    sigma: float,
+    objective: Objective,
+    budget: Budget,
+    classifier: NoiseConditionedClassifier,
+    best: BestWeights,
+    images: ShardedDataset,
+    env: DistEnv,
+) -> Trainer:
+    """The loop around the classifier, with the identity of this run."""
+    settings = config.finetune.settings(method, sigma)
+    batch_seed = derive_seed(config.seed, "finetune batches")
+    scales = layerwise_lr_scales(classifier, settings.layer_decay)
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in classifier.named_parameters():
+        if name in scales:
+            groups.setdefault(scales[name], []).append(parameter)
+    row = {name: value for name, value in asdict(METHODS[method]).items() if name not in APPEARANCE}
+    identity = fingerprint(
+        {
+            "method": row,
+            "sigma": sigma,
+            "t": classifier.t,
+            "budget": asdict(budget),
+            "architecture": architecture(classifier.encoder),
+            **config.model_dump(mode="json", include={"seed", "data", "model", "finetune"}),
+        },
+        {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.encoder.state_dict())},
+        __name__,
+        objective,
+        classifier,
+    )
+    training = Trainer(
+        RunState(f"finetune-{method}-{sigma}", identity),
+        env,
+        label=f"finetune {method} sigma {sigma:g}",
+        total_steps=budget.total_steps,
+        modules={"classifier": classifier, "best": best.classifier},
+        optimizer=adamw(groups.items(), lr=settings.lr * settings.batch_size / 256, weight_decay=settings.weight_decay),
+        precision=config.finetune.precision,
+        metrics=["loss", *objective.terms],
+        checkpoint_every=config.finetune.checkpoint_every * budget.epoch_steps,
+        describe_step=lambda step: describe_step(images, settings.batch_size, batch_seed, step),
+    )
+    training.extra_state = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
+    return training
+
+
+def train_batches(
+    config: Config,
+    settings: FinetuneSettings,
+    images: ShardedDataset,
+    env: DistEnv,
+    first_step: int,
+    last_step: int,
+) -> Generator[Batch]:
+    """This process's share of the augmented training batches from a step on."""
+    return batch_loader(
         images,
-        augment.FinetuneTransform(settings.augmentation, config.data.image_size),
+        FinetuneTransform(settings.augmentation, config.data.image_size),
         batch_size=settings.batch_size,
-        seed=batch_seed,
-        first_step=training.done,
-        last_step=total_steps,
+        seed=derive_seed(config.seed, "finetune batches"),
+        first_step=first_step,
+        last_step=last_step,
         rank=env.rank,
         world_size=env.world_size,
         workers=config.data.workers,
     )
-    for step, batch in training.steps(batches):
-        rate = peak * warmup_cosine(step / epoch_steps, settings.warmup_epochs, epochs)
-        clean, target = batch["image"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
-        if mix is not None:
-            clean, soft = mixup_pairs(mix, clean, target, derive_seed(seed, "mixup", step))
-        else:
-            soft = F.one_hot(target, len(images.classes)).float()
-            soft = soft * (1 - settings.label_smoothing) + settings.label_smoothing / len(images.classes)
-        copies = (clean.float() / 255).repeat(settings.num_noise, 1, 1, 1)
-        positions = [f"{copy} {p}" for copy in range(settings.num_noise) for p in batch["position"].tolist()]
-        noise = normal_per_sample(copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device)
-        with training.autocast():
-            logits = forward(copies + sigma * noise, config.finetune.num_chunks)
-        logits = logits.float().unflatten(0, (settings.num_noise, -1))
-        cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
-        regularizer = torch.zeros((), device=device)
-        if kind.regularized:
-            regularizer = consistency_regularizer(logits, settings.consistency_weight, settings.entropy_weight).mean()
-        loss = cross_entropy + regularizer
-        training.descend(loss, rate)
-        training.count(loss, cross_entropy, regularizer)
 
-        epoch, into_epoch = divmod(step + 1, epoch_steps)
-        if into_epoch:
-            continue
-        means, accuracy, shown = training.averages(epoch_steps), None, {}
-        if epoch % looks_every == 0 or epoch == epochs:
-            accuracy = noisy_accuracy(classifier, pixels, labels, sigma, seed, training.precision, env)
-            if accuracy > training.notes["selected"]["val_accuracy"]:
-                training.notes["selected"] = {"epoch": epoch, "val_accuracy": accuracy}
-                best.load_state_dict(classifier.state_dict())
-            shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
-        training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": rate}, **shown)
 
-    if env.is_main:
-        with atomic_directory(output) as folder:
-            save_model(
-                folder,
-                best,
-                method=method,
-                sigma=sigma,
-                seed=seed,
-                parameters=parameter_count(best),
-                start=config.finetune.origin(method),
-                training={"profile": config.profile, "epochs": epochs, **settings.model_dump(exclude={"epochs"})},
-                selected=training.notes["selected"],
-                compute={"finetune": epochs * epoch_compute, "pretrain_share": share},
-            )
-            write_csv(folder / "history.csv", training.history)
-        write_json(
-            timing,
-            {
-                "seconds": training.seconds,
-                "images_per_second": total_steps * settings.batch_size / training.seconds,
-                "processes": env.world_size,
-                "environment": environment(device),
-            },
-        )
-        training.run.finish()
-    barrier()
+def probe_level(config: Config, method: str, classifier: NoiseConditionedClassifier) -> float:
+    """The noise level of the clean images of a linear probe. Weights from timm are converted for one level only."""
+    return config.pretrain.t_min if METHODS[method].pretrained_here else classifier.t
 
 
 def linear_probe(
-    classifier: Classifier,
+    classifier: NoiseConditionedClassifier,
     images: ShardedDataset,
     config: Config,
     settings: FinetuneSettings,
     env: DistEnv,
     t: float,
 ) -> None:
-    """Linear-probe start: fit the head alone on clean training images at noise level t."""
+    """Fit the head alone on clean training images at noise level t."""
     optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=1e-2, weight_decay=0.0)
-    steps = settings.linear_probe_epochs * loader.steps_per_epoch(len(images), settings.batch_size)
-    batches = loader.batches(
+    batches = batch_loader(
         images,
-        augment.FinetuneTransform("none", config.data.image_size),
+        FinetuneTransform("none", config.data.image_size),
         batch_size=settings.batch_size,
         seed=derive_seed(config.seed, "probe batches"),
         first_step=0,
-        last_step=steps,
+        last_step=settings.linear_probe_epochs * steps_per_epoch(len(images), settings.batch_size),
         rank=env.rank,
         world_size=env.world_size,
         workers=config.data.workers,

@@ -1,6 +1,10 @@
-"""TODO docstring."""
+"""Learning rates, decay rates and moving averages of the two trainings, as pure functions of the step."""
 
 import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
 
 from rrcm.models.base_classifiers import Classifier
 
@@ -8,7 +12,7 @@ from rrcm.models.base_classifiers import Classifier
 def teacher_decay(
     step: int, total_steps: int, *, start: float = 0.99, end: float = 0.9999, steepness: float = 10.0
 ) -> float:
-    """Rate mu(k) at which the teacher keeps its own weights.
+    """Decay rate mu(k) of the teacher (Lei et al. 2025, section 3).
 
     e(k) = sqrt(k / K * (m1^2 - m0^2) + m0^2), c = 2 / (1 + exp(-A (e - m0) / (m1 - m0))) - 1, mu = c m1 + (1 - c) m0
     """
@@ -17,14 +21,28 @@ def teacher_decay(
     return share * end + (1 - share) * start
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, source: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * source, parameters only: buffers stay."""
+    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
+
+
 def warmup_cosine(progress: float, warmup: float, total: float) -> float:
     """Learning-rate factor in [0, 1]: linear from 0 at progress 0 to 1 at `warmup`, then half a cosine to 0 at `total`.
 
-    The unit of the three is free: steps in pre-training, epochs in fine-tuning.
+    The three share a unit: steps in pre-training, epochs in fine-tuning.
     """
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (total - warmup)))
+
+
+def adamw(
+    parameters: Iterable[tuple[float, list[nn.Parameter]]], *, lr: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over groups (lr_scale, parameters). `Trainer.optimizer_step` multiplies the rate with each `lr_scale`."""
+    groups = [{"params": group, "lr_scale": scale} for scale, group in parameters]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
 def layerwise_lr_scales(classifier: Classifier, decay: float) -> dict[str, float]:
@@ -33,7 +51,7 @@ def layerwise_lr_scales(classifier: Classifier, decay: float) -> dict[str, float
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.
     """
     last = len(classifier.encoder.blocks) + 1
-    factors = {}
+    scales = {}
     for name, parameter in classifier.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -43,5 +61,5 @@ def layerwise_lr_scales(classifier: Classifier, decay: float) -> dict[str, float
             layer = int(name.split(".")[2]) + 1
         else:
             layer = last
-        factors[name] = decay ** (last - layer)
-    return factors
+        scales[name] = decay ** (last - layer)
+    return scales

@@ -1,5 +1,5 @@
-"""What every training has around its loss: mixed precision, the optimiser's step, metrics, checkpoints, and the ways to
-end before its time. Which loss, and of what, is up to pretrain.py and finetune.py."""
+"""The training loop shared by pre-training and fine-tuning: mixed precision, optimizer step, metrics, checkpoints,
+early exit, outputs. The loss is supplied by the caller."""
 
 import math
 import signal
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rrcm.data.loader import Batch
+from rrcm.objectives.base import Batch
 from rrcm.utils.distributed import (
     DistEnv,
     all_gather_cat,
@@ -27,76 +27,79 @@ from rrcm.utils.distributed import (
     resolve_precision,
 )
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
-from rrcm.utils.files import write_csv
+from rrcm.utils.files import atomic_directory, write_csv, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.resume import Run, pack_state, unpack_state
+from rrcm.utils.provenance import environment
+from rrcm.utils.resume import RunState, pack_state, unpack_state
 
 
 class Trainer:
-    """A training from its last checkpoint on.
+    """Runs a training from its last checkpoint on.
 
-    A run that is killed at any instant continues from there and ends with the same bytes; SIGTERM makes it save after
-    the step it is at and raise `Interrupted`. `history` (rows) and `notes`, both JSON-able, survive like the tensors do.
+    A run that is killed at any moment continues from there and ends with the same bytes. SIGTERM makes it save after
+    the current step and raise `Interrupted`. `history` (rows) and `extra_state`, both JSON-able, are saved as well.
 
-        trainer = Trainer(run, process, ...)
+        trainer = Trainer(run_state, env, ...)
         trainer.resume()
-        for step, batch in trainer.steps(loader.batches(..., first_step=trainer.done)):
+        for step, batch in trainer.steps(batch_loader(..., first_step=trainer.step)):
             with trainer.autocast():
                 loss = ...
-            trainer.descend(loss, rate)
-            trainer.count(loss)
+            trainer.optimizer_step(loss, lr)
+            trainer.accumulate_metrics(loss)
+        trainer.publish(...)
     """
 
     def __init__(
         self,
-        run: Run,
+        run_state: RunState,
         env: DistEnv,
         *,
         label: str,
-        steps: int,  # of the whole training
-        modules: Mapping[str, nn.Module],  # whose state a checkpoint holds
-        optimizer: torch.optim.Optimizer,  # each group has a `factor` on the learning rate
+        total_steps: int,
+        modules: Mapping[str, nn.Module],  # saved in checkpoints
+        optimizer: torch.optim.Optimizer,  # each parameter group has an `lr_scale`
         precision: str,
-        metrics: Sequence[str],  # names of what `count` is given
+        metrics: Sequence[str],  # names of the values given to `accumulate_metrics`
         checkpoint_every: int,  # steps
-        suspects: Callable[[int], str],  # the images of a step in words, for the message when its loss breaks
+        describe_step: Callable[[int], str],  # names a step's images in the message about a non-finite loss
     ):
-        self.run, self.env, self.label, self.total = run, env, label, steps
+        self.run_state, self.env, self.label, self.total_steps = run_state, env, label, total_steps
         self.modules, self.optimizer = modules, optimizer
         self.precision = resolve_precision(env.device, precision)
-        self.metrics, self.checkpoint_every, self.suspects = metrics, checkpoint_every, suspects
+        self.metrics, self.checkpoint_every, self.describe_step = metrics, checkpoint_every, describe_step
         self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.precision == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sums = torch.zeros(len(metrics), dtype=torch.float64, device=env.device)  # of this process
-        self.broken_at = torch.tensor(math.inf, device=env.device)  # first step that was not finite
-        self.done = 0
+        self.first_nonfinite_step = torch.tensor(math.inf, device=env.device)
+        self.step = 0  # steps done
         self.history: list[dict] = []
-        self.notes: dict = {}
-        self.before, self.start = 0.0, time.monotonic()
+        self.extra_state: dict = {}
+        self.previous_seconds, self.start = 0.0, time.monotonic()
         if env.is_main:
-            run.lock()
+            run_state.lock()
 
     def resume(self) -> bool:
-        """Take up the newest good checkpoint; False: there is none."""
-        if (state := self.run.load()) is None:
+        """Load the newest good checkpoint. False if there is none."""
+        if (state := self.run_state.load()) is None:
             return False
-        self.done, tensors, notes = state
+        self.step, tensors, metadata = state
         unpack_state(tensors, self.modules, self.optimizer)
-        if notes["scaler"]:  # else this device computes in fp16 and the one before did not
-            self.scaler.load_state_dict(notes["scaler"])
-        self.history, self.notes, self.before = notes["history"], notes["notes"], notes["seconds"]
-        sums, rank = tensors["sums"], self.env.rank  # a row a process
+        if metadata["scaler"]:  # empty if the run was saved on a device that does not compute in fp16
+            self.scaler.load_state_dict(metadata["scaler"])
+        self.history, self.extra_state = metadata["history"], metadata["extra_state"]
+        self.previous_seconds = metadata["seconds"]
+        sums, rank = tensors["sums"], self.env.rank  # one row per process
         if len(sums) == self.env.world_size:
             self.sums.copy_(sums[rank])
         elif rank == 0:
             self.sums.copy_(sums.sum(0))
         return True
 
-    def parallel(self, module: nn.Module) -> nn.Module:
+    def wrap_ddp(self, module: nn.Module) -> nn.Module:
         """`module` with its gradients averaged over the processes."""
         if self.env.world_size == 1:
             return module
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # a new name, unknown to older torch
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # renamed option, unknown to older torch
             return DistributedDataParallel(module, broadcast_buffers=False)
 
     def autocast(self) -> torch.autocast:
@@ -104,86 +107,107 @@ class Trainer:
         return autocast(self.env.device, self.precision)
 
     def steps(self, batches: Generator[Batch]) -> Iterator[tuple[int, Batch]]:
-        """Number the batches, show progress, and after each step save where that is due."""
-        progress = Progress(self.total, self.label, "steps", done=self.done, quiet=not self.env.is_main)
+        """Number the batches, show progress, and save checkpoints."""
+        progress = Progress(self.total_steps, self.label, "steps", done=self.step, quiet=not self.env.is_main)
         if self.env.is_main:
             self.live = LiveMetrics(self.label, self.history)
-        with progress as self.progress, catch_sigterm() as told, closing(batches):
+        with progress as self.progress, catch_sigterm() as received, closing(batches):
             for batch in batches:
-                yield self.done, batch
-                self.done += 1
+                yield self.step, batch
+                self.step += 1
                 progress.update(1)
-                if self.done == self.total:
+                if self.step == self.total_steps:
                     return
-                stopping = all_reduce_any(bool(told))
-                if stopping or self.done % self.checkpoint_every == 0:
+                stopping = all_reduce_any(bool(received))
+                if stopping or self.step % self.checkpoint_every == 0:
                     self.save()
                 if stopping:
-                    raise Interrupted(f"{self.label}: stopped after step {self.done} as told; run it again to go on")
+                    raise Interrupted(f"{self.label}: received SIGTERM, saved after step {self.step}; rerun to resume")
 
-    def descend(self, loss: torch.Tensor, rate: float, grad_clip_norm: float = math.inf) -> torch.Tensor:
-        """One step of the optimiser down the gradient of the scalar `loss`. Returns the gradient's norm, unclipped."""
+    def optimizer_step(self, loss: torch.Tensor, lr: float, max_norm: float = math.inf) -> torch.Tensor:
+        """One optimizer step on the scalar `loss`. Returns the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+            group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, grad_clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        suspect = loss.detach() if self.scaler.is_enabled() else loss.detach() + norm  # a scaler forgives gradients
-        self.broken_at = torch.where(suspect.isfinite(), self.broken_at, self.broken_at.clamp(max=self.done))
+        # with fp16 an overflowing gradient is expected: the scaler skips that step
+        suspect = loss.detach() if self.scaler.is_enabled() else loss.detach() + norm
+        self.first_nonfinite_step = torch.where(
+            suspect.isfinite(), self.first_nonfinite_step, self.first_nonfinite_step.clamp(max=self.step)
+        )
         return norm
 
-    def count(self, *values: torch.Tensor) -> None:
-        """Add to the metrics, scalars of this process; nothing waits for the device."""
+    def accumulate_metrics(self, *values: torch.Tensor) -> None:
+        """Add to the metrics, scalars of this process. Does not wait for the device."""
         self.sums += torch.stack(values).detach().double()
 
-    def averages(self, steps: int) -> dict[str, float]:
-        """Means of the metrics over all processes and the last `steps` steps, which begin anew."""
-        self.check()
+    def mean_metrics(self, steps: int) -> dict[str, float]:
+        """Means of the metrics over all processes and the last `steps` steps. Starts the sums anew."""
+        self.check_finite()
         means = (all_reduce_sum(self.sums) / (self.env.world_size * steps)).tolist()
         self.sums.zero_()
         return dict(zip(self.metrics, means, strict=True))
 
-    def check(self) -> None:
-        """Raises `RRCMError` if the loss or its gradient has been NaN or infinite on any process."""
-        if (step := float(all_reduce_min(self.broken_at))) < math.inf:
+    def check_finite(self) -> None:
+        """Raises `RRCMError` if the loss or its gradient has been NaN or infinite in any process."""
+        if (step := float(all_reduce_min(self.first_nonfinite_step))) < math.inf:
             raise RRCMError(
                 f"{self.label}: the loss or its gradient is not finite at step {step:.0f}, "
-                f"{self.suspects(int(step))}; lower the learning rate or use fp32. {self.run.last_good()}"
+                f"{self.describe_step(int(step))}; lower the learning rate or use fp32. {self.run_state.last_good()}"
             )
 
     def log(self, row: Mapping[str, float | None], **shown: str) -> None:
-        """Add a row to the history and to the live metrics; `shown` are texts for the progress line."""
+        """Add a row to the history and to the live metrics. `shown` are texts for the progress line."""
         self.history.append(dict(row))
         self.progress.update(0, **shown)
         if self.env.is_main:
             self.live(row)
 
     def save(self) -> None:
-        """Write a checkpoint of a sound state."""
-        self.check()
+        """Write a checkpoint, if all losses have been finite."""
+        self.check_finite()
         sums = all_gather_cat(self.sums[None])[0]
         if self.env.is_main:
-            notes = {"scaler": self.scaler.state_dict(), "history": self.history, "notes": self.notes}
+            metadata = {"scaler": self.scaler.state_dict(), "history": self.history, "extra_state": self.extra_state}
             tensors = pack_state(self.modules, self.optimizer) | {"sums": sums}
-            self.run.save(self.done, tensors, notes | {"seconds": self.seconds})
+            self.run_state.save(self.step, tensors, metadata | {"seconds": self.seconds})
             if self.history:
-                write_csv(self.run.folder / "history.csv", self.history)
+                write_csv(self.run_state.folder / "history.csv", self.history)
+        barrier()
+
+    def publish(
+        self, output: Path, timing: Path, save_model: Callable[[Path], None], images: int, **measured: object
+    ) -> None:
+        """Write the outputs and delete the resume state. `images` is the number of images seen in all steps.
+
+        The folder `output` gets what `save_model` writes and history.csv. It is moved into place when it is complete.
+        `timing` (JSON) gets the seconds, the environment and `measured`: numbers that differ from run to run.
+        """
+        if self.env.is_main:
+            with atomic_directory(output) as folder:
+                save_model(folder)
+                write_csv(folder / "history.csv", self.history)
+            record = {"seconds": self.seconds, "images_per_second": images / self.seconds}
+            record |= {"processes": self.env.world_size, **measured, "environment": environment(self.env.device)}
+            write_json(timing, record)
+            self.run_state.finish()
         barrier()
 
     @property
     def seconds(self) -> float:
-        """That the training has taken so far, in all its processes one after the other."""
-        return self.before + time.monotonic() - self.start
+        """Duration of the training so far, without the time between a kill and the next start."""
+        return self.previous_seconds + time.monotonic() - self.start
 
 
 class LiveMetrics:
-    """DVC's live metrics below dvclive/, for `dvc plots`, its editor extensions and Studio; no output of a stage.
+    """DVCLive metrics below dvclive/, for `dvc plots`, its editor extensions and Studio. Not an output of a stage.
 
-    They are begun anew from the history, since a killed process may leave half a file of them. Whatever is wrong with
-    them is said once, and the training goes on without.
+    They are rewritten from the history at the start, since a killed process may leave a half-written file. An error is
+    printed once, and the training goes on without live metrics.
     """
 
     def __init__(self, label: str, history: Sequence[Mapping[str, float | None]]):
@@ -193,13 +217,13 @@ class LiveMetrics:
 
             folder = Path("dvclive") / label.replace(" ", "-")
             self.live = Live(str(folder), report=None, save_dvc_exp=False, dvcyaml=None)
-        except Exception as error:  # DVC's, git's and the file system's own
+        except Exception as error:  # errors of DVC, git and the file system
             self._give_up(error)
         for row in history:
             self(row)
 
     def __call__(self, row: Mapping[str, float | None]) -> None:
-        """Add a row of the history; its first entry says where in the training it is."""
+        """Add a row of the history. Its first entry is the step or epoch."""
         if self.live is None:
             return
         (_, step), *metrics = row.items()
@@ -219,13 +243,13 @@ class LiveMetrics:
 
 @contextmanager
 def catch_sigterm() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes: clusters send it before they take a machine away."""
-    told: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # there Python takes no signals
-        yield told
+    """A list that is empty until SIGTERM arrives. Clusters send it before they take a machine away."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield told
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

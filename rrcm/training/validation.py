@@ -1,38 +1,40 @@
-"""TODO docstring."""
+"""Accuracy under noise on the validation split, by which the best weights are selected."""
 
 import torch
+from torch import nn
 
-from rrcm.models.base_classifiers import Classifier
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast
 from rrcm.utils.rng import normal_per_sample
 
-VALIDATION_COPIES = 4  # noisy copies of each validation image
+VALIDATION_NOISES = 4  # noisy copies of each validation image
+BATCH_SIZE = 256
 
 
-@torch.no_grad()
-def noisy_accuracy(
-    classifier: Classifier,
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    sigma: float,
-    seed: int,
-    precision: str,
-    env: DistEnv,
-    batch_size: int = 256,
-) -> float:
-    """Accuracy on images with Gaussian noise of pixel `sigma`, the same noise at every look.
+class NoisyValidation:
+    """Accuracy on images with Gaussian noise of pixel `sigma`, the same noise at every call.
 
-    pixels (N, C, H, W) uint8, labels (N,). The images are shared out over the processes.
+    pixels (N, C, H, W) uint8, labels (N,). The images are shared among the processes.
     """
-    classifier.eval()
-    right = torch.zeros((), dtype=torch.float64, device=env.device)
-    for rows in torch.arange(env.rank, len(pixels), env.world_size).split(batch_size):
-        clean, target = pixels[rows].to(env.device).float() / 255, labels[rows].to(env.device)
-        for copy_index in range(VALIDATION_COPIES):
-            noise = normal_per_sample(
-                clean.shape[1:], seed, "validation", copy_index, positions=rows.tolist(), device=env.device
-            )
-            with autocast(env.device, precision):
-                right += (classifier(clean + sigma * noise).argmax(1) == target).sum()
-    classifier.train()
-    return float(all_reduce_sum(right)) / (VALIDATION_COPIES * len(pixels))
+
+    def __init__(
+        self, pixels: torch.Tensor, labels: torch.Tensor, sigma: float, seed: int, precision: str, env: DistEnv
+    ):
+        self.pixels, self.labels, self.sigma, self.seed = pixels, labels, sigma, seed
+        self.precision, self.env = precision, env
+
+    @torch.no_grad()
+    def __call__(self, classifier: nn.Module) -> float:
+        """The share of correct predictions, over all processes."""
+        training, device = classifier.training, self.env.device
+        classifier.eval()
+        correct = torch.zeros((), dtype=torch.float64, device=device)
+        for rows in torch.arange(self.env.rank, len(self.pixels), self.env.world_size).split(BATCH_SIZE):
+            clean, target = self.pixels[rows].to(device).float() / 255, self.labels[rows].to(device)
+            for copy in range(VALIDATION_NOISES):
+                noise = normal_per_sample(
+                    clean.shape[1:], self.seed, "validation", copy, positions=rows.tolist(), device=device
+                )
+                with autocast(device, self.precision):
+                    correct += (classifier(clean + self.sigma * noise).argmax(1) == target).sum()
+        classifier.train(training)
+        return float(all_reduce_sum(correct)) / (VALIDATION_NOISES * len(self.pixels))

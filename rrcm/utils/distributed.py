@@ -40,6 +40,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def set_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads per process; None: torch's default, as many as there are cores.
+
+    The number of threads decides how sums are split, and with it their rounding.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def init_distributed(device: str) -> Iterator[DistEnv]:
     """Join the process group that torchrun announces in the environment, or run alone."""

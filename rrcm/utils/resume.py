@@ -1,18 +1,19 @@
-"""Half-done work: kept outside of DVC (which deletes a stage's outputs before it runs it), found again by fingerprint.
+"""Resume state of unfinished runs. Kept outside DVC, which deletes a stage's outputs before it runs the stage.
 
-A run's folder is named after a hash of its settings, its input data and the code that computes it, so state is never
-resumed under changed ones. It is deleted when the outputs are in place.
+A run's folder is named by a hash of its settings, its input data and its code, so state is never resumed under changed
+ones. It is deleted when the outputs are in place.
 """
 
+import ast
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +25,13 @@ from rrcm.utils.tensors import write_tensors
 
 
 def runs_directory() -> Path:
-    """Where half-done work lives: $RRCM_RUNS, else `runs/` here. Inside `dvc exp run --temp` or `--queue`, which work
-    in a throw-away copy under .dvc/tmp/exps, it is `runs/` of the repository that the experiment was started in."""
-    if place := os.environ.get("RRCM_RUNS"):
-        return Path(place)
+    """The folder of unfinished runs: $RRCM_RUNS, else `runs/` here.
+
+    Experiments with `--temp` or `--queue` work in a throw-away copy under .dvc/tmp/exps. They use the `runs/` of the
+    repository that they were started in.
+    """
+    if folder := os.environ.get("RRCM_RUNS"):
+        return Path(folder)
     here = Path.cwd()
     for folder in here.parents:
         if folder.parts[-3:] == (".dvc", "tmp", "exps"):
@@ -35,65 +39,91 @@ def runs_directory() -> Path:
     return here / "runs"
 
 
-def fingerprint(settings: object, inputs: Mapping[str, str], code: Sequence[ModuleType]) -> str:
-    """16 hex digits over JSON-able settings, named hashes of the inputs, and the source text of `code`."""
-    source = {module.__name__: Path(module.__file__).read_text(encoding="utf-8") for module in code}
-    text = json.dumps([settings, dict(inputs), source, torch.__version__], sort_keys=True)
+def source_files(module: str) -> dict[str, Path]:
+    """A module of rrcm and all modules of rrcm that it imports, directly or not, by name."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found or (path := _source_file(name)) is None:
+            continue
+        found[name] = path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rrcm":
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def _source_file(module: str) -> Path | None:
+    """The file of a module or package of rrcm; None if there is none of that name."""
+    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objects: object) -> str:
+    """16 hex digits that name a run: a hash of all that decides its result.
+
+    That is JSON-able settings, named hashes of the inputs, the code of `module` with all of rrcm that it imports, and
+    the code of the classes of `objects`, which may come from elsewhere.
+    """
+    files = source_files(module) | {type(each).__module__: Path(inspect.getfile(type(each))) for each in objects}
+    code = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    text = json.dumps([settings, dict(inputs), code, torch.__version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Run:
-    """The state of one run: the newest checkpoints, each a safetensors file written atomically, and its SHA-256."""
+class RunState:
+    """The newest checkpoints of one run, each a safetensors file written atomically, with its SHA-256."""
 
-    keep = 2  # the older one serves when the newest is damaged
+    keep = 2  # the older one is used if the newest is damaged
 
-    def __init__(self, name: str, mark: str):
-        self.folder = runs_directory() / f"{name}-{mark}"
+    def __init__(self, name: str, fingerprint: str):
+        self.folder = runs_directory() / f"{name}-{fingerprint}"
 
     def lock(self) -> None:
-        """Claim the run for this process until it ends. Raises `RRCMError` if another process is at it."""
+        """Claim the run for this process until it ends. Raises `RRCMError` if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RRCMError(f"{self.folder}: another process is doing this very run; wait for it or stop it") from None
+            raise RRCMError(f"{self.folder}: this run is locked by another process; wait for it or stop it") from None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], notes: dict) -> None:
-        """Write the state after `step` steps; `notes` is JSON-able."""
+    def save(self, step: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+        """Write the state after `step` steps. `metadata` is JSON-able."""
         path = self.folder / f"{step:09d}.safetensors"
         with atomic_path(path) as scratch:
-            write_tensors(scratch, tensors, {"notes": json.dumps(notes)})  # the disk is busy with it while it is hashed
+            write_tensors(scratch, tensors, {"metadata": json.dumps(metadata)})
             write_text(path.with_suffix(".sha256"), sha256_file(scratch))  # first: no checkpoint is ever without
         for old in self._checkpoints()[self.keep :]:
             old.with_suffix(".sha256").unlink(missing_ok=True)
             old.unlink()
 
     def load(self) -> tuple[int, dict[str, torch.Tensor], dict] | None:
-        """The newest readable state as (step, tensors, notes), or None. Says so when it skips a damaged one."""
+        """The newest readable state as (step, tensors, metadata), or None. Prints a line if it skips a damaged one."""
         for path in self._checkpoints():
             try:
                 if sha256_file(path) != path.with_suffix(".sha256").read_text():
                     raise OSError("it does not match its hash")
                 with safe_open(path, "pt") as file:
-                    notes = json.loads(file.metadata()["notes"])
+                    metadata = json.loads(file.metadata()["metadata"])
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 print(f"{path}: damaged checkpoint skipped ({error}); an older one is used", file=sys.stderr)
                 continue
             print(f"resuming {self.folder.name} after step {int(path.stem)}", file=sys.stderr)
-            return int(path.stem), tensors, notes
+            return int(path.stem), tensors, metadata
         return None
 
     def last_good(self) -> str:
-        """Where the newest checkpoint is, in a sentence."""
+        """A sentence that says where the newest checkpoint is."""
         newest = next(iter(self._checkpoints()), None)
         if newest is None:
-            return "It had saved no state yet"
+            return "No state had been saved yet"
         return f"The last good state, after step {int(newest.stem)}, is {newest}"
 
     def finish(self) -> None:
-        """Delete the state; called when the outputs are in place."""
+        """Delete the state. To be called when the outputs are in place."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _checkpoints(self) -> list[Path]:
@@ -101,7 +131,7 @@ class Run:
 
 
 def pack_state(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All tensors of the modules and of the optimiser's state under flat names."""
+    """All tensors of the modules and of the optimizer's state under flat names."""
     packed = {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         packed |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
@@ -111,7 +141,7 @@ def pack_state(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimize
 def unpack_state(
     packed: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put what `pack_state` gave back in place."""
+    """Load what `pack_state` returned."""
     for name, module in modules.items():
         module.load_state_dict({key: packed[f"{name}.{key}"] for key in module.state_dict()})
     state: dict[int, dict[str, torch.Tensor]] = {}

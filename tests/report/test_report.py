@@ -80,7 +80,7 @@ def make_inputs(config: Config, root: Path) -> None:
     ]
     write_csv(root / "models/pretrain/representation.csv", looks)
     write_json(root / "models/pretrain/config.json", {"compute": {"pretrain": 1.2e6}})
-    write_json(root / "timings/pretrain.json", {"seconds": 90.0, "environment": ENVIRONMENT})
+    write_json(root / "timings/pretrain/rrcm.json", {"seconds": 90.0, "environment": ENVIRONMENT})
     skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4], strict=True))
     for method in config.methods:
         epochs = 68 if METHODS[method].matched else 20
@@ -238,8 +238,8 @@ def test_what_was_pretrained_elsewhere_is_counted_and_compared_for_what_is_known
     finetune |= {"start": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
     config = make_config(methods=["rrcm", "timm", "consistency"], finetune=finetune, sigmas=[0.25])
     make_inputs(config, tmp_path)
-    shutil.rmtree(tmp_path / "models/pretrain")  # nobody needs it
-    (tmp_path / "timings/pretrain.json").unlink()
+    shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it
+    (tmp_path / "timings/pretrain/rrcm.json").unlink()
     write_report(config, tmp_path, tmp_path / "out")
     budgets = pd.read_csv(tmp_path / "out/budgets.csv").set_index("method")
     assert not budgets[["pretrain_share_passes", "pretrain_share_seconds"]].to_numpy().any()
@@ -361,7 +361,7 @@ def test_one_method_one_sigma_no_latency(tmp_path: Path):
     config = make_config(others=[], methods=["gaussian"], sigmas=[0.5])
     config = config.model_copy(update={"latency": config.latency.model_copy(update={"n": []})})
     make_inputs(config, tmp_path)
-    for unused in ("models/pretrain", "timings/pretrain.json", "latency"):
+    for unused in ("models/pretrain/rrcm", "timings/pretrain/rrcm.json", "latency"):
         (tmp_path / unused).rename(tmp_path / f"unused-{Path(unused).name}")
     write_report(config, tmp_path, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()

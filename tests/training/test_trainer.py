@@ -1,4 +1,4 @@
-"""The training loop: chunked batches, kills and SIGTERM, live metrics and monitoring, and the MoCo baseline."""
+"""The training loop: chunked batches, kills and SIGTERM, live metrics and monitoring, contrastive pre-training."""
 
 import contextlib
 import os
@@ -24,8 +24,7 @@ from rrcm.config import load_config
 from rrcm.data.augment import mixup_pairs
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
-from rrcm.objectives.contrastive import info_nce
-from rrcm.objectives.moco import moco_noise_loss
+from rrcm.objectives.contrastive import contrastive_loss, info_nce
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training import pretrain as pretraining
 from rrcm.utils.distributed import autocast
@@ -243,14 +242,14 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(project, trained):
     newest.write_bytes(content)
     result = stage(project, "pretrain")
     assert result.returncode == 0 and f"{newest.name}: damaged checkpoint skipped" in result.stderr
-    assert files_of(project / "models/pretrain") == files_of(trained / "models/pretrain")
+    assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
 def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained):
     """Images, views and noise are the same. Sums are taken in another order, and the steps amplify the difference."""
     pretrain_and_kill(project, 1)
     assert exit_codes(start_all(project, "pretrain", [], 2)) == [0, 0]
-    resumed, straight = (load_file(folder / "models/pretrain/model.safetensors") for folder in (project, trained))
+    resumed, straight = (load_file(folder / "models/pretrain/rrcm/model.safetensors") for folder in (project, trained))
     for name, value in straight.items():
         torch.testing.assert_close(resumed[name], value, atol=2e-3, rtol=0, msg=name)
 
@@ -260,12 +259,12 @@ def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained
 
 def test_live_metrics_are_complete_after_a_kill(project):
     pretrain_and_kill(project, 2)
-    (project / "dvclive/pretrain/metrics.json").write_text("{")  # as if killed while writing it
+    (project / "dvclive/pretrain-rrcm/metrics.json").write_text("{")  # as if killed while writing it
     assert stage(project, "pretrain").returncode == 0
-    history = pd.read_csv(project / "models/pretrain/history.csv")
-    live = read_json(project / "dvclive/pretrain/metrics.json")
+    history = pd.read_csv(project / "models/pretrain/rrcm/history.csv")
+    live = read_json(project / "dvclive/pretrain-rrcm/metrics.json")
     assert live["step"] == 30 and live["loss"] == pytest.approx(history["loss"].iloc[-1])
-    plotted = pd.read_csv(project / "dvclive/pretrain/plots/metrics/loss.tsv", sep="\t")
+    plotted = pd.read_csv(project / "dvclive/pretrain-rrcm/plots/metrics/loss.tsv", sep="\t")
     assert plotted["step"].tolist() == history["step"].tolist()
     assert plotted["loss"].tolist() == pytest.approx(history["loss"].tolist())
 
@@ -278,7 +277,7 @@ def test_training_goes_on_without_live_metrics(project):
 
 
 def test_representations_are_evaluated_during_pre_training(trained):
-    rows = pd.read_csv(trained / "models/pretrain/representation.csv")
+    rows = pd.read_csv(trained / "models/pretrain/rrcm/representation.csv")
     assert rows["step"].tolist() == [step for step in (0, 10, 20, 30) for _ in range(4)]
     assert rows["sigma"].tolist() == [0.0, 0.25, 0.5, 1.0] * 4
     clean = rows[rows["sigma"] == 0].set_index("step")
@@ -292,33 +291,34 @@ def test_a_collapse_is_reported(project, monkeypatch, capfd):
     monkeypatch.setattr(pretraining, "COLLAPSED", -1.0)
     change(project, pretrain__steps=6, pretrain__evaluate_every=5)
     config = load_config(project / "params.yaml")
-    pretraining.pretrain(config, project / "data/shards", project / "models/pretrain", project / "timing.json")
+    pretraining.pretrain(
+        config, "rrcm", project / "data/shards", project / "models/pretrain/rrcm", project / "timing.json"
+    )
     messages = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
     assert len(messages) == 3 and "step 5" in messages[1]
 
 
-# The MoCo baseline and mixup
+# Contrastive pre-training and mixup
 
 
-def test_moco_noise_loss_is_symmetric_info_nce_on_noisy_views():
+def test_the_contrastive_loss_is_info_nce_in_both_directions():
     student, teacher = networks()
     view1, view2, noise1, noise2 = torch.randn(4, 8, 3, 16, 16)
     t1, t2 = torch.linspace(0.1, 2, 8), torch.linspace(1, 0.2, 8)
-    terms = moco_noise_loss(student, teacher, view1, view2, noise1, noise2, t1=t1, t2=t2, temperature=0.3)
+    loss = contrastive_loss(student, teacher, view1, view2, noise1, noise2, t1=t1, t2=t2, temperature=0.3)
     x1, x2 = view1 + t1[:, None, None, None] * noise1, view2 + t2[:, None, None, None] * noise2
     z1, z2 = (student.projector(student.encoder(x, t)) for x, t in ((x1, t1), (x2, t2)))
     y1, y2 = (teacher.projector(teacher.encoder(x, t)) for x, t in ((x1, t1), (x2, t2)))
-    torch.testing.assert_close(terms.contrastive, info_nce(z1, y2, 0.3) + info_nce(z2, y1, 0.3))
-    assert not terms.consistency.any() and terms.total.requires_grad
+    torch.testing.assert_close(loss, info_nce(z1, y2, 0.3) + info_nce(z2, y1, 0.3))
+    assert loss.requires_grad
 
 
-def test_pre_training_with_moco_noise(project):
-    change(project, pretrain__objective="moco_noise")
-    result = stage(project, "pretrain")
+def test_contrastive_pre_training(project):
+    result = stage(project, "pretrain", "contrastive")
     assert result.returncode == 0, result.stderr
-    history = pd.read_csv(project / "models/pretrain/history.csv")
-    assert history["loss"].iloc[-1] < history["loss"].iloc[0] and (history["consistency"] == 0).all()
-    assert read_json(project / "models/pretrain/config.json")["compute"] == {"pretrain": 8 * 64 * 30}
+    history = pd.read_csv(project / "models/pretrain/contrastive/history.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0] and "consistency" not in history
+    assert read_json(project / "models/pretrain/contrastive/config.json")["compute"] == {"pretrain": 8 * 64 * 30}
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])

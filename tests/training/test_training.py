@@ -30,20 +30,20 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 
 
 def test_the_outputs_of_pre_training(trained):
-    history = pd.read_csv(trained / "models/pretrain/history.csv")
+    history = pd.read_csv(trained / "models/pretrain/rrcm/history.csv")
     assert history["step"].tolist() == list(range(3, 31, 3))
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     assert history["loss"].tolist() == pytest.approx((history["contrastive"] + history["consistency"]).tolist())
     assert history["levels"].iloc[[0, -1]].tolist() == [41, 81] and history["lr"].iloc[-1] < history["lr"].max() / 50
-    timing = read_json(trained / "timings/pretrain.json")
+    timing = read_json(trained / "timings/pretrain/rrcm.json")
     assert timing["images_per_second"] > 0 and len(timing["throughput"]) == len(history)
     assert timing["environment"]["software"]["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert read_json(trained / "models/pretrain/config.json")["compute"] == {"pretrain": 12 * 64 * 30}
+    assert read_json(trained / "models/pretrain/rrcm/config.json")["compute"] == {"pretrain": 12 * 64 * 30}
 
 
 def test_fine_tuning_starts_from_the_averaged_encoder(trained):
     """Fine-tuned weights stay close to the pre-trained ones; random initial weights would not be."""
-    before = load_encoder(trained / "models/pretrain").state_dict()
+    before = load_encoder(trained / "models/pretrain/rrcm").state_dict()
     after = load_classifier(trained / "models/rrcm/sigma_0.5").encoder.state_dict()
     name = "blocks.0.attn.qkv.weight"
     cosine = torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0)
@@ -60,8 +60,8 @@ def test_fine_tuning_keeps_the_best_epoch(trained):
 
 
 def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
-    (project / "models").mkdir()
-    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    (project / "models/pretrain").mkdir(parents=True)
+    (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, methods=["consistency_matched", "rrcm"], finetune__pretrain_cost_shared_by=1)
     succeed(stage(project, "finetune", "consistency_matched", "0.5"))
     spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
@@ -88,7 +88,7 @@ def test_compiled_training_gives_similar_weights(project):
         change(project, pretrain__compile=switch, finetune__compile=switch)
         succeed(stage(project, "pretrain"))
         succeed(stage(project, "finetune", "rrcm", "0.5"))
-        names = ("models/pretrain", "models/rrcm/sigma_0.5")
+        names = ("models/pretrain/rrcm", "models/rrcm/sigma_0.5")
         weights.append([load_file(project / name / "model.safetensors") for name in names])
     for plain, compiled in zip(*weights, strict=True):
         assert plain.keys() == compiled.keys()
@@ -101,7 +101,7 @@ def test_loader_workers_change_no_bit(project, trained):
     change(project, data__workers=2)
     succeed(stage(project, "pretrain"))
     succeed(stage(project, "finetune", "rrcm", "0.5"))
-    for name in ("models/pretrain", "models/rrcm/sigma_0.5"):
+    for name in ("models/pretrain/rrcm", "models/rrcm/sigma_0.5"):
         assert_same_weights(project / name, trained / name)
 
 
@@ -114,8 +114,8 @@ def test_loader_workers_change_no_bit(project, trained):
     ],
 )
 def test_fine_tuning_options(project, trained, settings):
-    (project / "models").mkdir()
-    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    (project / "models/pretrain").mkdir(parents=True)
+    (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, **{f"finetune__{name}": value for name, value in settings.items()}, finetune__epochs=4)
     succeed(stage(project, "finetune", "rrcm", "0.25"))
     history = pd.read_csv(project / "models/rrcm/sigma_0.25/history.csv")
@@ -166,7 +166,7 @@ def test_torchrun_starts_a_stage(project, nodes):
     launchers = [subprocess.Popen(command, **options) for _ in range(nodes)]
     errors = [launcher.communicate()[1] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * nodes, errors
-    assert read_json(project / "timings/pretrain.json")["processes"] == 2
+    assert read_json(project / "timings/pretrain/rrcm.json")["processes"] == 2
 
 
 def test_shards_behind_a_url(project, trained):
@@ -177,5 +177,5 @@ def test_shards_behind_a_url(project, trained):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         succeed(stage(project, "pretrain", "--shards", f"http://127.0.0.1:{server.server_port}"))
         server.shutdown()
-    assert_same_weights(project / "models/pretrain", trained / "models/pretrain")
+    assert_same_weights(project / "models/pretrain/rrcm", trained / "models/pretrain/rrcm")
     assert list(project.glob(".cache/rrcm/*.tar"))

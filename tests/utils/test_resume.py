@@ -41,7 +41,7 @@ def kill_while_writing(folder: Path, name: str, arguments: list[str], pattern: s
 
 
 def test_pre_training_resumes_after_kills_at_its_weak_points(project, trained):
-    checkpoints, output = "runs/pretrain-*/*.safetensors", project / "models/pretrain"
+    checkpoints, output = "runs/pretrain-*/*.safetensors", project / "models/pretrain/rrcm"
     kill_while_writing(project, "pretrain", [], "runs/pretrain-*/.*.tmp", output)  # while writing a checkpoint
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/lock")  # at the start
     assert kill_when(project, "pretrain", [], checkpoints)  # right after a checkpoint
@@ -49,14 +49,14 @@ def test_pre_training_resumes_after_kills_at_its_weak_points(project, trained):
     if kill_when(project, "pretrain", [], "models/.pretrain.tmp"):  # while writing the output, if we catch it
         assert not output.exists()
         assert "resuming" in messages(stage(project, "pretrain"))
-    assert files_of(output) == files_of(trained / "models/pretrain")
+    assert files_of(output) == files_of(trained / "models/pretrain/rrcm")
     assert [p.name for p in (project / "models").iterdir()] == ["pretrain"]  # no scratch folder is left
     assert not list((project / "runs").glob("*"))
 
 
 def test_fine_tuning_resumes_after_kills_at_its_weak_points(project, trained):
-    (project / "models").mkdir()
-    (project / "models/pretrain").symlink_to(trained / "models/pretrain")
+    (project / "models/pretrain").mkdir(parents=True)
+    (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     output = project / "models/rrcm"
     kill_while_writing(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/.*.tmp", output)
     for count in (1, 2):
@@ -71,7 +71,7 @@ def test_the_older_checkpoint_replaces_a_damaged_one(project, trained):
     newest.write_bytes(newest.read_bytes()[:1000])
     printed = messages(stage(project, "pretrain"))
     assert f"{newest.name}: damaged checkpoint skipped" in printed and "resuming" in printed
-    assert files_of(project / "models/pretrain") == files_of(trained / "models/pretrain")
+    assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
 def test_changed_settings_or_data_start_a_new_run(project, tmp_path):

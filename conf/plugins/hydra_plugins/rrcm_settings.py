@@ -1,0 +1,14 @@
+"""A resolver for config.yaml: DVC's templates cannot look a method up, so what depends on one is written out here."""
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from rrcm.methods import METHODS, derived_settings
+
+
+def derive(methods: ListConfig, sigmas: ListConfig, pretrain: DictConfig, finetune: DictConfig) -> DictConfig:
+    """`rrcm.methods.derived_settings` of the composed settings. Unknown methods are left out: validation names them."""
+    known = [name for name in methods if name in METHODS]
+    return OmegaConf.create(derived_settings(known, list(sigmas), pretrain, finetune))
+
+
+OmegaConf.register_new_resolver("derive", derive, replace=True)

@@ -1,0 +1,123 @@
+"""The methods that are compared, one row each. Everything that tells one method from another stands here.
+
+TABLE is a plain literal because DVC reads it too: `finetune` watches the cells of its own row that decide a result, so
+changing a row retrains that method alone, and adding a row retrains nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
+
+TABLE = {
+    "rrcm": {
+        "initial_weights": "rrcm",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "rRCM",
+        "colour": "#0072B2",
+    },
+    "consistency": {
+        "initial_weights": None,
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "Consistency",
+        "colour": "#D55E00",
+    },
+    "gaussian": {
+        "initial_weights": None,
+        "objective": "gaussian",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "Gaussian",
+        "colour": "#009E73",
+    },
+    "consistency_matched": {
+        "initial_weights": None,
+        "objective": "consistency",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "consistency",
+        "label": "Consistency, matched compute",
+        "colour": "#D55E00",
+    },
+    "gaussian_matched": {
+        "initial_weights": None,
+        "objective": "gaussian",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "gaussian",
+        "label": "Gaussian, matched compute",
+        "colour": "#009E73",
+    },
+    "timm": {
+        "initial_weights": "timm",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "timm ViT",
+        "colour": "#CC79A7",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a classifier is trained, and how it is drawn."""
+
+    initial_weights: str | None  # a pre-training objective, "timm", or None: random weights
+    objective: str  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`
+    budget: Literal["finetune", "total"]  # "total": also the compute of rRCM's pre-training
+    classifier: str  # kind of base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`
+    base: str | None  # the method with the same training at the smaller budget
+    label: str
+    colour: str
+
+    @property
+    def pretrained_here(self) -> bool:
+        """Whether the initial weights come from a pre-training of this pipeline."""
+        return self.initial_weights not in (None, "timm")
+
+
+METHODS = {name: Method(**row) for name, row in TABLE.items()}
+
+
+def initial_weights_path(method: str, finetune: Mapping) -> str:
+    """The file or folder that decides a method's initial weights: what DVC watches.
+
+    `finetune` are the settings of that name. Random weights are decided by the code that draws them.
+    """
+    kind = METHODS[method]
+    if kind.pretrained_here:
+        return finetune["initial_checkpoint"] or f"models/pretrain/{kind.initial_weights}"
+    if kind.initial_weights == "timm":
+        return finetune["timm"]["weights"] or "rrcm/models/timm_vit.py"
+    return "rrcm/models/vit.py"
+
+
+def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping) -> dict:
+    """The settings that follow from others and METHODS, for DVC, whose templates cannot look anything up.
+
+    `finetune`: the stages, by name, with what each depends on. `matched_compute`: by method, the pre-training whose
+    compute it gets (null: none), so that a matched method is trained again when that compute changes.
+    """
+    matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}
+    return {
+        "finetune": {
+            f"{method}-{sigma}": {
+                "method": method,
+                "sigma": sigma,
+                "initial_weights": initial_weights_path(method, finetune),
+            }
+            for method in methods
+            for sigma in sigmas
+        },
+        "matched_compute": {method: matched if METHODS[method].budget == "total" else None for method in methods},
+    }

@@ -1,0 +1,90 @@
+"""The contract between an objective and the training loop that minimizes it."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.rng import normal_per_sample, numpy_rng
+
+Batch = Mapping[str, torch.Tensor]
+Classifier = Callable[[torch.Tensor], torch.Tensor]  # noisy pixels (B, C, H, W) -> logits (B, K) float32
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The randomness of one step: a pure function of (seed, step, name, position in the global batch).
+
+    So it does not depend on the number of processes, on chunks, or on where a run was resumed.
+    """
+
+    seed: int
+    step: int
+    positions: Sequence[int]  # of this process's images in the global batch
+    batch_size: int  # images of the global batch
+    device: torch.device
+
+    def normal(self, name: str, shape: tuple[int, ...], copies: int | None = None) -> torch.Tensor:
+        """Standard normal float32 noise, (B, *shape). With `copies`: (copies * B, *shape), copy by copy."""
+        positions = self.positions
+        if copies is not None:
+            positions = [f"{copy} {position}" for copy in range(copies) for position in self.positions]
+        return normal_per_sample(shape, self.seed, name, self.step, positions=positions, device=self.device)
+
+    def generator(self, name: str) -> np.random.Generator:
+        """A generator with the same numbers in every process."""
+        return numpy_rng(self.seed, name, self.step)
+
+
+class Objective(Protocol):
+    """A loss with its random draw, its logged terms and its cost.
+
+    For pre-training `model` has the networks `student` and `teacher`, and the batch has `image`, `view1` and `view2`,
+    (B, C, H, W) float32 in model space. For fine-tuning `model` is a `Classifier`, and the batch has `image`,
+    (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities.
+    """
+
+    terms: tuple[str, ...]  # logged beside "loss"
+    forwards_per_image: float  # encoder passes per image and step; a backward pass counts as two
+
+    def __call__(self, model: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        """{"loss": scalar with gradient, **terms: scalars}."""
+        ...
+
+    # Optional: schedule(step) -> dict[str, float], values that depend on the step alone and are logged as well.
+
+
+ObjectiveType = TypeVar("ObjectiveType", bound=Objective)
+
+
+def build_objective(kinds: Mapping[str, type[ObjectiveType]], name: str, settings: Mapping) -> ObjectiveType:
+    """The objective `name` of `kinds`. Its constructor takes what it names from `settings`, else its own defaults.
+
+    Raises `RRCMError` for an unknown name and for a setting that is needed and missing.
+    """
+    if name not in kinds:
+        raise RRCMError(f"{name}: no such objective; rrcm/objectives/__init__.py has {', '.join(kinds)}")
+    parameters = inspect.signature(kinds[name]).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in settings]
+    if missing:
+        raise RRCMError(f"objective {name}: needs the setting {missing[0]}")
+    return kinds[name](**{p.name: settings[p.name] for p in parameters if p.name in settings})
+
+
+def noisy_logits(
+    classifier: Classifier, images: torch.Tensor, draw: Draw, sigma: float, num_noise: int
+) -> torch.Tensor:
+    """Logits of `num_noise` copies of each image with Gaussian noise of pixel `sigma`: (B, C, H, W) -> (m, B, K)."""
+    copies = images.repeat(num_noise, 1, 1, 1)
+    noise = draw.normal("finetune noise", images.shape[1:], copies=num_noise)
+    return classifier(copies + sigma * noise).unflatten(0, (num_noise, -1))
+
+
+def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of logits (m, B, K) against class probabilities (B, K): a scalar."""
+    return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()

@@ -1,0 +1,25 @@
+"""Gaussian augmentation (Cohen et al. 2019): cross-entropy of noisy copies."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits, soft_cross_entropy
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """mean_i CE(f(x + e_i), y) over m noisy copies (Cohen et al. 2019, section 3.1; m = 1 there)."""
+
+    sigma: float  # pixel units
+    num_noise: int  # m
+    terms: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def forwards_per_image(self) -> float:
+        return 3 * self.num_noise
+
+    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        logits = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        return {"loss": soft_cross_entropy(logits, batch["target"])}

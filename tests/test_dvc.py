@@ -1,0 +1,149 @@
+"""What DVC watches: all code and settings that decide a stage's result, and no more."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, compose
+from dvc.repo import Repo
+
+from rrcm.config import Pretrain
+from rrcm.utils.resume import source_files
+
+MODULES = {
+    "shard-data": "rrcm.data.sharding",
+    "pretrain": "rrcm.training.pretrain",
+    "finetune": "rrcm.training.finetune",
+    "certify": "rrcm.certification.certify",
+    "latency": "rrcm.evaluation.latency",
+    "attack": "rrcm.evaluation.attack",
+    "plot": "rrcm.report.build",
+}
+# Modules that can stop a stage but not change what it computes. Settings and the method table are watched by value.
+NO_RESULTS = {"config", "methods", "utils.app", "utils.errors", "utils.files", "utils.progress", "utils.provenance"}
+NO_RESULTS |= {"utils.resume", "utils.tensors"}
+
+
+def definition(stage: str) -> dict:
+    """The stage in dvc.yaml."""
+    found = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]
+    return found.get("do", found)
+
+
+@pytest.mark.parametrize("stage", MODULES)
+def test_a_stage_watches_the_code_that_its_module_imports(stage):
+    watched = set()
+    for dep in definition(stage)["deps"]:
+        path = REPOSITORY / dep
+        if dep.startswith("rrcm/"):
+            watched |= {str(file.relative_to(REPOSITORY)) for file in ([path] if path.is_file() else path.glob("*.py"))}
+    needed = {
+        str(path.relative_to(REPOSITORY))
+        for name, path in source_files(MODULES[stage]).items()
+        if name.removeprefix("rrcm.") not in NO_RESULTS and (path.name != "__init__.py" or "import" in path.read_text())
+    } - {"rrcm/__init__.py"}
+    assert watched - {"rrcm/config.py", "rrcm/methods.py"} == needed
+
+
+def test_pretraining_watches_every_setting_but_the_list_of_objectives():
+    watched = {name.removeprefix("pretrain.") for name in definition("pretrain")["params"] if "pretrain." in name}
+    assert watched == set(Pretrain.model_fields) - {"objectives"}
+
+
+def test_finetuning_watches_the_columns_of_the_table_that_decide_a_result():
+    from rrcm.methods import Method
+    from rrcm.training.finetune import APPEARANCE
+
+    (cells,) = (entry["rrcm/methods.py"] for entry in definition("finetune")["params"] if isinstance(entry, dict))
+    assert {cell.rsplit(".", 1)[1] for cell in cells} == set(Method.__dataclass_fields__) - APPEARANCE
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory) -> Path:
+    """A DVC repository with the real dvc.yaml, whose stages are all up to date. The outputs are dummies."""
+    folder = tmp_path_factory.mktemp("dvc")
+    for name in ("rrcm", "stages"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "dvc.yaml", folder)
+    (folder / "external").mkdir()
+    (folder / "external/empty").touch()
+    compose(folder / "params.yaml", *METHODS)
+    repo = Repo.init(str(folder), no_scm=True)
+    for stage in repo.index.stages:
+        for out in stage.outs:
+            path = Path(out.fs_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix:
+                path.write_text(out.def_path)
+            else:
+                path.mkdir()
+                (path / "file").write_text(out.def_path)
+    with contextlib.chdir(folder):
+        repo.commit(force=True)
+        assert repo.status() == {}
+    return folder
+
+
+METHODS = ["sigmas=[0.5]", "methods=[rrcm,consistency,consistency_matched,gaussian]"]
+
+
+@pytest.fixture
+def repository(committed, tmp_path) -> Path:
+    return Path(shutil.copytree(committed, tmp_path / "repository"))
+
+
+def changed(folder: Path) -> set[str]:
+    """Stages that DVC would run again for what changed in their own code and settings."""
+    with contextlib.chdir(folder), Repo() as repo:
+        return {name for name, what in repo.status().items() if any("changed deps" in each for each in what)}
+
+
+def edit(path: Path, pattern: str, replacement: str) -> None:
+    text, count = re.subn(pattern, replacement, path.read_text(), flags=re.DOTALL)
+    assert count == 1
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "again"),
+    [
+        ("objective", '"gaussian"', {"finetune@consistency-0.5", "plot"}),
+        ("budget", '"total"', {"finetune@consistency-0.5", "plot"}),
+        ("label", '"Jeong & Shin"', {"plot"}),
+    ],
+)
+def test_a_changed_row_of_the_table_retrains_that_method_alone(repository, column, value, again):
+    edit(repository / "rrcm/methods.py", rf'("consistency": \{{.*?"{column}": )"[^"]*"', rf"\g<1>{value}")
+    assert changed(repository) == again
+
+
+def test_a_new_row_of_the_table_retrains_nothing(repository):
+    edit(repository / "rrcm/methods.py", r"\nTABLE = \{", '\nTABLE = {\n    "new": {"objective": "gaussian"},')
+    assert changed(repository) == {"plot"}
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("pretrain.lr=7e-3", {"pretrain@rrcm", "plot"}),
+        ("pretrain.steps=31", {"pretrain@rrcm", "finetune@consistency_matched-0.5", "plot"}),
+        ("pretrain.objectives=[rrcm,contrastive]", {"pretrain@contrastive", "plot"}),
+        ("seed=1", {"shard-data", "pretrain@rrcm", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
+    ],
+)
+def test_changed_settings_rerun_the_stages_that_they_concern(repository, override, again):
+    """Scratch methods do not depend on pre-training, but for the compute that a matched one gets."""
+    compose(repository / "params.yaml", *METHODS, override)
+    found = changed(repository)
+    if override == "seed=1":
+        assert found >= again
+    else:
+        assert found == again
+
+
+def test_a_changed_encoder_retrains_the_methods_that_start_from_it(repository):
+    (repository / "models/pretrain/rrcm/file").write_text("other weights")
+    assert {name for name in changed(repository) if name.startswith("finetune")} == {"finetune@rrcm-0.5"}
