@@ -1,5 +1,6 @@
 # make repro   everything: environment, then the whole pipeline (dvc repro)
 # make test    everything: environment, then lint and tests
+# make test-fast  the tests that take seconds, for the inner loop
 # make install  the environment alone
 # make params  compose conf/ into params.yaml; PROFILE=cifar10 for another profile
 
@@ -14,7 +15,11 @@ repro: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	ruff check .
 	ruff format --check .
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup
+
+.PHONY: test-fast
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m "not slow"
 
 install: $(VENV)/.installed
 

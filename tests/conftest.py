@@ -1,4 +1,4 @@
-"""A small project in a temporary folder: the real stages on the real digits, at a size that takes seconds."""
+"""Helpers and fixtures: small projects on which the real stages run within seconds, on the real digits."""
 
 import contextlib
 import multiprocessing
@@ -51,38 +51,42 @@ TINY = [
 
 
 def compose(path: Path, *overrides: str) -> Path:
-    """Write the tiny settings, with overrides, as `path`."""
+    """Write the tiny settings with these overrides to `path`; returns `path`."""
     conf = REPOSITORY / "conf"
     compose_and_dump(path, str(conf), None, "config", str(conf / "plugins"), [*TINY, *overrides])
     return path
 
 
 class Answer(NamedTuple):
-    """What a finished stage left: its exit status (negative: the signal that ended it) and what it printed."""
+    """Exit status and output of a finished stage."""
 
-    returncode: int
+    returncode: int  # negative: the signal that killed it
     stdout: str
     stderr: str
 
 
-# Stages run in real processes of their own, forked off a server that has the heavy imports behind it.
+# Stages run in processes of their own, forked from a server that has done the slow imports once. It skips names that
+# do not exist without a word, so a test in test_layout.py checks them.
+PRELOAD = [
+    "rrcm.training.pretrain",
+    "rrcm.training.finetune",
+    "rrcm.certification.certify",
+    "rrcm.evaluation.latency",
+    "rrcm.evaluation.attack",
+    "rrcm.report.build",
+    "dvclive",  # trainings import it for their live metrics, with these modules of DVC
+    "dvc.repo",
+    "dvc.api",
+]
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        "rrcm.training.pretrain",
-        "rrcm.training.finetune",
-        "rrcm.certification.certify",
-        "rrcm.evaluation.latency",
-        "rrcm.report.build",
-        "rrcm.evaluation.attack",
-    ]
-)
+server.set_forkserver_preload(PRELOAD)
 
 
 def _run_stage(folder: Path, name: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     import torch
 
-    torch.set_num_threads(1)  # tests may run side by side
+    torch.set_num_threads(1)  # tests may run in parallel
+    multiprocessing.set_start_method(None, force=True)  # the default again: loader workers would import torch anew
     os.chdir(folder)
     os.environ |= {"RRCM_RUNS": str(folder / "runs"), "XDG_CACHE_HOME": str(folder / ".cache")} | environment
     for descriptor, log in ((1, "stdout"), (2, "stderr")):
@@ -92,27 +96,27 @@ def _run_stage(folder: Path, name: str, arguments: tuple[str, ...], environment:
 
 
 def start(folder: Path, name: str, *arguments: str, **environment: str) -> multiprocessing.Process:
-    """Start a stage as its users do, in `folder`, where its output goes to the files stdout and stderr."""
+    """Start the command of a stage in `folder`; its output goes to the files `stdout` and `stderr` there."""
     process = server.Process(target=_run_stage, args=(folder, name, arguments, environment))
     process.start()
     return process
 
 
 def stage(folder: Path, name: str, *arguments: str) -> Answer:
-    """Run a stage to its end."""
+    """Run a stage and wait for it."""
     process = start(folder, name, *arguments)
     process.join()
     return Answer(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
+    """Relative path and content of every file in a folder and below."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> Path:
-    """The digits as shards; read-only, shared by all tests."""
+    """Shards of the digits, shared by all tests; do not change them."""
     folder = tmp_path_factory.mktemp("tiny")
     config = load_config(compose(folder / "params.yaml"))
     write_shards(config.data, config.seed, folder / "shards")
@@ -121,7 +125,7 @@ def tiny_shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(tmp_path, tiny_shards) -> Path:
-    """A folder with params.yaml and data/shards."""
+    """A folder with `params.yaml` and `data/shards`, where a test may do as it likes."""
     compose(tmp_path / "params.yaml")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shards").symlink_to(tiny_shards)
@@ -130,7 +134,7 @@ def project(tmp_path, tiny_shards) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny_shards) -> Path:
-    """A project whose rrcm classifier at sigma 0.5 is trained and certified; read-only, shared by all tests."""
+    """A project with a trained and certified rrcm classifier at sigma 0.5, shared by all tests; do not change it."""
     folder = tmp_path_factory.mktemp("trained")
     compose(folder / "params.yaml")
     (folder / "data").mkdir()
@@ -142,7 +146,7 @@ def trained(tmp_path_factory, tiny_shards) -> Path:
 
 
 def change(project: Path, **settings: object) -> None:
-    """Change settings of params.yaml, named with __ for the dots."""
+    """Change settings in `params.yaml`; a double underscore in a name stands for a dot."""
     values = yaml.safe_load((project / "params.yaml").read_text())
     for name, value in settings.items():
         *parents, key = name.split("__")
@@ -154,7 +158,7 @@ def change(project: Path, **settings: object) -> None:
 
 
 def write_params(path: Path, values: dict) -> None:
-    """Write settings with the derived ones brought up to date, where the others make sense."""
+    """Write settings to `path`, and the derived ones anew unless the others are invalid."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         values["derived"] = derived_settings(*(values[name] for name in ("methods", "sigmas", "pretrain", "finetune")))
     path.write_text(yaml.safe_dump(values))

@@ -379,6 +379,7 @@ def test_no_two_texts_of_the_sheet_touch(count):
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 for box in boxes)
 
 
+@pytest.mark.slow
 def test_the_installed_command(ours, images):
     """In a process of its own; and asking for help does not import torch."""
     installed = Path(sys.executable).with_name("rrcm")

@@ -1,4 +1,4 @@
-"""Bad input to the real stages: one line that says what is wrong and where, a non-zero status, nothing overwritten."""
+"""Bad input to the stages: one line that says what is wrong and where, exit status 1, and nothing overwritten."""
 
 import os
 import pickle
@@ -14,35 +14,36 @@ from rrcm import load_authors_checkpoint
 from rrcm.utils.errors import RRCMError
 
 
-def refused(answer: Answer, *said: str) -> None:
+def assert_error(answer: Answer, *parts: str) -> None:
+    """The stage failed with one line, the last one on stderr, that contains all `parts`."""
     lines = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
     assert answer.returncode == 1 and len(lines) == 1, answer.stderr
     assert answer.stderr.splitlines()[-1] == lines[0] and "Traceback" not in answer.stderr
-    for text in said:
-        assert text in lines[0]
+    for part in parts:
+        assert part in lines[0]
 
 
 def test_unknown_profile_or_key(tmp_path):
-    refused(stage(tmp_path, "compose", "profile=mnist"), "profile/mnist", "digits, fashion_mnist")
-    refused(stage(tmp_path, "compose", "+certify.nn=3"), "certify.nn: unknown key; did you mean n?")
+    assert_error(stage(tmp_path, "compose", "profile=mnist"), "profile/mnist", "digits, fashion_mnist")
+    assert_error(stage(tmp_path, "compose", "+certify.nn=3"), "certify.nn: unknown key; did you mean n?")
     assert not (tmp_path / "params.yaml").exists()
 
 
 @pytest.mark.parametrize("name", ["shard_data", "pretrain", "plot"])
 def test_every_stage_checks_all_settings_first(project, name):
     change(project, report__radii=[0.333])
-    refused(stage(project, name), "params.yaml", "report.radii 0.333 must be a multiple of certify.radius_step")
+    assert_error(stage(project, name), "params.yaml", "report.radii 0.333 must be a multiple of certify.radius_step")
     change(project, report__radii=[0.5], sigmas=[-1.0])
-    refused(stage(project, name), "sigmas.0 = -1.0", "greater than 0")
+    assert_error(stage(project, name), "sigmas.0 = -1.0", "greater than 0")
 
 
-def test_a_combination_that_is_not_in_the_settings(project):
-    refused(stage(project, "finetune", "rrcm", "0.7"), "rrcm at sigma 0.7", "[0.25, 0.5]")
+def test_a_sigma_that_is_not_in_the_settings(project):
+    assert_error(stage(project, "finetune", "rrcm", "0.7"), "rrcm at sigma 0.7", "[0.25, 0.5]")
 
 
 @pytest.fixture
 def pictures(project):
-    """Two classes of six 8x8 images as an imagefolder source."""
+    """An image folder: two classes of six 8x8 images."""
     for label in ("cat", "dog"):
         (project / "pictures" / label).mkdir(parents=True)
         for i in range(6):
@@ -54,18 +55,18 @@ def pictures(project):
 
 def test_a_missing_dataset_folder(project, pictures):
     shutil.rmtree(pictures)
-    refused(stage(project, "shard_data"), "pictures")
+    assert_error(stage(project, "shard_data"), "pictures")
 
 
 def test_a_class_folder_without_images(project, pictures):
     (pictures / "emu").mkdir()
-    refused(stage(project, "shard_data"), "emu")
+    assert_error(stage(project, "shard_data"), "emu")
     assert not (project / "data/shards").exists()
 
 
 def test_one_unreadable_image(project, pictures):
     (pictures / "dog" / "3.png").write_bytes(b"not a picture")
-    refused(stage(project, "shard_data"), "3.png")
+    assert_error(stage(project, "shard_data"), "3.png")
     assert not (project / "data/shards").exists()
     (pictures / "dog" / "3.png").unlink()
     assert stage(project, "shard_data").returncode == 0
@@ -73,7 +74,7 @@ def test_one_unreadable_image(project, pictures):
 
 @pytest.fixture
 def own_shards(project):
-    """A copy of the shards that a test may damage."""
+    """A private copy of the shards, to be damaged."""
     link = project / "data/shards"
     source = link.resolve()
     link.unlink()
@@ -84,66 +85,67 @@ def own_shards(project):
 def test_a_truncated_shard(project, own_shards):
     shard = own_shards / "train-00001.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
-    refused(stage(project, "pretrain"), "train-00001.tar")
+    assert_error(stage(project, "pretrain"), "train-00001.tar")
 
 
-def test_a_shard_of_another_run(project, own_shards):
+def test_a_shard_of_another_data_set(project, own_shards):
     change(project, seed=1)
     other = project / "other"
     assert stage(project, "shard_data", "--output", str(other)).returncode == 0
     shutil.copy(other / "train-00000.tar", own_shards / "train-00000.tar")
-    refused(stage(project, "pretrain"), "train-00000.tar")
+    assert_error(stage(project, "pretrain"), "train-00000.tar")
 
 
 @pytest.fixture
 def with_encoder(project, trained):
+    """A project with a pre-trained encoder."""
     shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     return project
 
 
 def test_a_checkpoint_of_another_architecture(with_encoder):
     change(with_encoder, model__embed_dim=48)
-    refused(stage(with_encoder, "finetune", "rrcm", "0.5"), "another architecture", "width is 32", "want 48")
+    assert_error(stage(with_encoder, "finetune", "rrcm", "0.5"), "another architecture", "embed_dim is 32", "want 48")
 
 
 def test_a_truncated_checkpoint(with_encoder):
-    weights = with_encoder / "models/pretrain/model.safetensors"
+    weights = with_encoder / "models/pretrain/rrcm/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(stage(with_encoder, "finetune", "rrcm", "0.5"), "model.safetensors", "truncated")
+    assert_error(stage(with_encoder, "finetune", "rrcm", "0.5"), "model.safetensors", "truncated")
 
 
 def test_a_missing_checkpoint(project):
-    refused(stage(project, "finetune", "rrcm", "0.5"), "models/pretrain/config.json", "no such file")
-    refused(stage(project, "certify", "rrcm", "0.5"), "models/rrcm/sigma_0.5/config.json", "no such file")
+    assert_error(stage(project, "finetune", "rrcm", "0.5"), "models/pretrain/rrcm/config.json", "no such file")
+    assert_error(stage(project, "certify", "rrcm", "0.5"), "models/rrcm/sigma_0.5/config.json", "no such file")
 
 
-class Mine:
+class Payload:
     def __reduce__(self):
         return os.system, ("touch owned",)
 
 
 def test_a_pickle_with_code_in_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"module.pos_embed": Mine()}, "bad.pth")
+    torch.save({"module.pos_embed": Payload()}, "bad.pth")
     with pytest.raises(RRCMError, match="holds more than tensors") as caught:
         load_authors_checkpoint("bad.pth")
     assert "\n" not in str(caught.value) and not (tmp_path / "owned").exists()
-    torch.load("bad.pth", weights_only=False)  # the file does carry its load
+    torch.load("bad.pth", weights_only=False)  # the payload does run without our check
     assert (tmp_path / "owned").exists()
-    (tmp_path / "worse.pth").write_bytes(pickle.dumps(Mine()))
+    (tmp_path / "worse.pth").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(RRCMError):
         load_authors_checkpoint("worse.pth")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "part"),
     [
         ({"a": torch.zeros(3)}, "no ViT with a time token"),
         ([torch.zeros(3)], "not a state dict"),
         (b"PK\x03\x04 half a zip", "truncated or not a torch checkpoint"),
     ],
 )
-def test_files_that_are_no_authors_checkpoint(tmp_path, content, said):
+def test_files_that_are_not_an_authors_checkpoint(tmp_path, content, part):
     path = tmp_path / "a.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -151,20 +153,20 @@ def test_files_that_are_no_authors_checkpoint(tmp_path, content, said):
         torch.save(content, path)
     with pytest.raises(RRCMError) as caught:
         load_authors_checkpoint(path)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_loss_that_is_no_longer_finite(project, trained):
+def test_a_loss_that_is_not_finite(project, trained):
     change(project, pretrain__lr=1e30, pretrain__warmup_steps=1)
-    refused(stage(project, "pretrain"), "is not finite at step", "images of train-00000.tar", "saved no state yet")
+    assert_error(stage(project, "pretrain"), "is not finite at step", "images of train-00000.tar", "saved no state yet")
     assert not (project / "models").exists()
     shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     change(project, finetune__lr=1e30, finetune__warmup_epochs=0)
-    refused(stage(project, "finetune", "rrcm", "0.5"), "is not finite at step", "images of train-")
+    assert_error(stage(project, "finetune", "rrcm", "0.5"), "is not finite at step", "images of train-")
     assert not (project / "models/rrcm").exists()
 
 
-def _starved(folder, limit):
+def _limited(folder, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from conftest import _run_stage
 
@@ -172,14 +174,14 @@ def _starved(folder, limit):
 
 
 def test_a_full_disk_while_an_output_is_written(project, trained):
-    """A write that the system really refuses: the process may not make files larger than a limit."""
+    """The system itself makes the write fail: a limit on the size of files stands in for the full disk."""
     shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     before = files_of(project / "models/pretrain/rrcm")
     change(project, pretrain__checkpoint_every=1000)
-    process = server.Process(target=_starved, args=(project, 40_000))
+    process = server.Process(target=_limited, args=(project, 40_000))
     process.start()
     process.join()
     answer = Answer(process.exitcode, "", (project / "stderr").read_text())
-    refused(answer, "cannot write it", "nothing was overwritten")
+    assert_error(answer, "cannot write it", "nothing was overwritten")
     assert files_of(project / "models/pretrain/rrcm") == before
     assert [path.name for path in (project / "models").iterdir()] == ["pretrain"]

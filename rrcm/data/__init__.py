@@ -1,0 +1,1 @@
+"""data: data sets, shards, augmentation and the loader."""

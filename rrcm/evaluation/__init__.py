@@ -1,0 +1,1 @@
+"""evaluation: metrics, representations, attacks and latency."""

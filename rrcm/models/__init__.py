@@ -1,0 +1,1 @@
+"""models: the vision transformer, the classifiers that are smoothed, and their checkpoints."""

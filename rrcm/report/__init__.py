@@ -1,0 +1,1 @@
+"""report: tables, figures and the report made of them."""

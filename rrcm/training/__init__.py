@@ -1,0 +1,1 @@
+"""training: pre-training, fine-tuning and the loop they share."""

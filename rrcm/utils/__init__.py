@@ -1,0 +1,1 @@
+"""utils: errors, files, random numbers, processes, resuming and progress."""

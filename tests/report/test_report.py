@@ -136,6 +136,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
     config, root = made
     values = config.model_dump(mode="json") | {"device": "cpu", "launcher": "torchrun --nproc-per-node 8"}

@@ -1,4 +1,4 @@
-"""The training engine: batches in parts, how a run ends before its time, what is watched, and what is compared."""
+"""The training loop: chunked batches, kills and SIGTERM, live metrics and monitoring, contrastive pre-training."""
 
 import contextlib
 import os
@@ -8,14 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, change, files_of, stage, start
-from rrcm.objectives.moco import moco_noise_loss
+from conftest import REPOSITORY, change, files_of, server, stage, start
 from safetensors.torch import load_file
 from timm.data import Mixup
 from torch import nn
@@ -24,13 +24,13 @@ from rrcm.config import load_config
 from rrcm.data.augment import mixup_pairs
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
-from rrcm.objectives.contrastive import info_nce
+from rrcm.objectives.contrastive import contrastive_loss, info_nce
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training import pretrain as pretraining
 from rrcm.utils.distributed import autocast
 from rrcm.utils.files import read_json
 
-# Parts
+# Chunks and mixed precision
 
 
 def networks(grad_checkpointing: bool = False) -> tuple[EncoderWithProjector, EncoderWithProjector]:
@@ -57,27 +57,27 @@ def loss_and_gradients(
 @pytest.mark.parametrize(
     ("num_chunks", "grad_checkpointing"), [(2, False), (4, False), (8, False), (1, True), (4, True)]
 )
-def test_a_step_in_parts_is_the_undivided_step(num_chunks, grad_checkpointing):
-    whole, divided = loss_and_gradients(1), loss_and_gradients(num_chunks, grad_checkpointing)
+def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(num_chunks, grad_checkpointing):
+    whole, chunked = loss_and_gradients(1), loss_and_gradients(num_chunks, grad_checkpointing)
     for name, value in whole.items():
-        assert (divided[name] - value).float().norm() <= 1e-5 * value.float().norm(), name
+        assert (chunked[name] - value).float().norm() <= 1e-5 * value.float().norm(), name
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4])
-def test_mixed_precision_reaches_every_parameter(num_chunks):
-    """Weights cast first where there is no gradient must not stay without one (autocast's cache before torch 2.11)."""
+def test_mixed_precision_gives_every_parameter_its_gradient(num_chunks):
+    """Before torch 2.11 autocast's cache reuses weights that were cast under no_grad, and they get no gradient."""
     exact, mixed = loss_and_gradients(1), loss_and_gradients(num_chunks, precision="bf16")
     for name, value in exact.items():
         if value is not None and value.is_floating_point():
-            assert (mixed[name] - value).norm() <= 0.3 * value.norm(), name  # rounding is half of that
+            assert (mixed[name] - value).norm() <= 0.3 * value.norm(), name  # rounding alone gives half of that
     with autocast(torch.device("cpu"), "bf16"):
         assert not torch.is_autocast_cache_enabled()
 
 
 def bytes_kept(num_chunks: int, grad_checkpointing: bool) -> int:
-    """The most that any pass through a block keeps at a time for the backward pass."""
+    """Peak memory, in bytes, of what a forward pass through one block keeps for the backward pass."""
     student, teacher = networks(grad_checkpointing)
-    batch, kept, most = torch.randn(4, 64, 3, 16, 16), {}, [0]
+    batch, kept, peak = torch.randn(4, 64, 3, 16, 16), {}, [0]
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         kept[x.data_ptr()] = x.numel() * x.element_size()
@@ -88,20 +88,20 @@ def bytes_kept(num_chunks: int, grad_checkpointing: bool) -> int:
         def measured(*inputs, forward=block.forward):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                 answer = forward(*inputs)
-            most[0] = max(most[0], sum(kept.values()))
+            peak[0] = max(peak[0], sum(kept.values()))
             kept.clear()
             return answer
 
         block.forward = measured
     rrcm_loss(student, teacher, *batch, t=1.7, t_next=1.1, num_chunks=num_chunks).total.mean().backward()
-    return most[0]
+    return peak[0]
 
 
-def test_a_quarter_of_the_batch_keeps_a_quarter_of_the_memory():
+def test_four_chunks_need_a_quarter_of_the_memory():
     assert bytes_kept(4, False) < 0.3 * bytes_kept(1, False)
 
 
-def test_fine_tuning_in_parts_is_the_undivided_step():
+def test_a_classifier_in_chunks_has_the_gradients_of_the_whole_batch():
     gradients = []
     for num_chunks in (1, 4):
         torch.manual_seed(0)
@@ -113,11 +113,11 @@ def test_fine_tuning_in_parts_is_the_undivided_step():
         assert (gradients[1][name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-# Ends
+# Kills and SIGTERM
 
 
-def crew(folder: Path, name: str, arguments: list[str], world: int) -> list:
-    """Start a stage on `world` processes that find each other as torchrun's do."""
+def start_all(folder: Path, name: str, arguments: list[str], world: int) -> list:
+    """Start a stage in `world` processes with the environment that torchrun would give them."""
     if world == 1:
         return [start(folder, name, *arguments)]
     with socket.socket() as probe:
@@ -126,181 +126,199 @@ def crew(folder: Path, name: str, arguments: list[str], world: int) -> list:
     return [start(folder, name, *arguments, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
 
 
-def wait_for(folder: Path, count: int, process) -> None:
-    """Until a running pre-training in `folder` has written `count` checkpoints."""
-    while len(list(folder.glob("runs/pretrain-*/[0-9]*.safetensors"))) < count:
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of pre-training in `folder`, oldest first."""
+    return sorted(folder.glob("runs/pretrain-*/[0-9]*.safetensors"))
+
+
+def wait_for_checkpoints(folder: Path, count: int, process) -> None:
+    """Wait until a running pre-training in `folder` has written `count` checkpoints."""
+    while len(checkpoints(folder)) < count:
         assert process.is_alive()
         wait([process.sentinel], timeout=0.01)
 
 
-def ended(init_distributed: list) -> list[int]:
-    for process in init_distributed:
+def pretrain_and_kill(folder: Path, count: int) -> None:
+    """Start pre-training and kill it once it has written `count` checkpoints."""
+    process = start(folder, "pretrain")
+    wait_for_checkpoints(folder, count, process)
+    process.kill()
+    process.join()
+
+
+def exit_codes(processes: list) -> list[int]:
+    """Wait for all processes."""
+    for process in processes:
         process.join()
-    return [process.exitcode for process in init_distributed]
+    return [process.exitcode for process in processes]
 
 
-def undisturbed(project: Path, name: str, arguments: list[str], world: int) -> dict[str, bytes]:
-    """What the stage leaves in models/ when nothing happens to it; removed again."""
-    assert ended(crew(project, name, arguments, world)) == [0] * world
+def run_undisturbed(project: Path, name: str, arguments: list[str], world: int) -> dict[str, bytes]:
+    """The files that the stage writes to models/ when nothing interrupts it; they are deleted again."""
+    assert exit_codes(start_all(project, name, arguments, world)) == [0] * world
     files = files_of(project / "models")
     shutil.rmtree(project / "models")
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(("name", "arguments"), [("pretrain", []), ("finetune", ["gaussian", "0.5"])])
 def test_twenty_kills_at_random_instants_change_no_byte(project, name, arguments, world):
-    """Every process is killed, at an instant between its start and the time that the whole run takes."""
-    change(project, methods=["rrcm", "gaussian"], pretrain__checkpoint_every=2, pretrain__steps=24)
-    expected, rng, killed = undisturbed(project, name, arguments, world), random.Random(world), 0
+    """All processes are killed at an instant drawn from the time that an undisturbed run takes."""
+    change(project, methods=["rrcm", "gaussian"], pretrain__checkpoint_every=1, finetune__epochs=3)
+    change(project, pretrain__steps=12, pretrain__max_levels=40, pretrain__batch_size=32, finetune__num_noise=1)
+    exit_codes([start_server()])  # its imports would count
+    began = time.monotonic()
+    expected = run_undisturbed(project, name, arguments, world)
+    duration, rng, kills = time.monotonic() - began, random.Random(world), 0
     output = project / "models"
     (finished,) = {(output / name).parent for name in expected}
-    while killed < 20:
-        init_distributed = crew(project, name, arguments, world)
-        wait([init_distributed[0].sentinel], timeout=rng.uniform(0.3, 2.5))  # the instant: nothing is waited for
-        caught = all(process.is_alive() for process in init_distributed)
-        for process in init_distributed:
+    while kills < 20:
+        processes = start_all(project, name, arguments, world)
+        wait([processes[0].sentinel], timeout=rng.uniform(0, duration))
+        kills += all(process.is_alive() for process in processes)
+        for process in processes:
             process.kill()
-        ended(init_distributed)
-        killed += caught
-        if finished.exists():  # a folder for it may be there before
+        exit_codes(processes)
+        if finished.exists():  # models/ alone may be there earlier
             assert files_of(output) == expected
             shutil.rmtree(output)
-    assert ended(crew(project, name, arguments, world)) == [0] * world
+    assert exit_codes(start_all(project, name, arguments, world)) == [0] * world
     assert files_of(output) == expected
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_saves_and_the_run_goes_on_from_there(project, world):
-    change(project, pretrain__checkpoint_every=2, data__workers=1)
-    expected = undisturbed(project, "pretrain", [], world)
-    init_distributed = crew(project, "pretrain", [], world)
-    wait_for(project, 1, init_distributed[0])
-    before = max(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
-    workers = [
-        int(pid) for p in init_distributed for pid in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()
-    ]
-    for pid in [*workers, init_distributed[-1].pid]:  # one of the processes is told, and all readers, as clusters do it
+def start_server():
+    """A process that does nothing, so that the fork server has started."""
+    process = server.Process(target=int)
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 0)])
+def test_sigterm_saves_and_the_next_run_resumes(project, world, workers):
+    change(project, pretrain__checkpoint_every=2)
+    expected = run_undisturbed(project, "pretrain", [], world)
+    change(project, data__workers=workers)
+    processes = start_all(project, "pretrain", [], world)
+    wait_for_checkpoints(project, 1, processes[0])
+    before = checkpoints(project)[-1]
+    loaders = [int(pid) for p in processes for pid in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
+    assert len(loaders) >= workers
+    for pid in [*loaders, processes[-1].pid]:  # clusters signal the data loaders too; only one rank needs a signal
         os.kill(pid, signal.SIGTERM)
-    assert ended(init_distributed) == [143] * world
-    said = (project / "stderr").read_text()
-    assert "as told; run it again to go on" in said and "Traceback" not in said
-    saved = max(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
+    assert exit_codes(processes) == [143] * world
+    saved = checkpoints(project)[-1]
+    message = (project / "stderr").read_text()
+    assert f"after step {int(saved.stem)}" in message and "Traceback" not in message
     assert saved >= before and not (project / "models").exists()
-    assert ended(crew(project, "pretrain", [], world)) == [0] * world
+    assert exit_codes(start_all(project, "pretrain", [], world)) == [0] * world
     assert f"after step {int(saved.stem)}" in (project / "stderr").read_text()
     assert files_of(project / "models") == expected
 
 
+@pytest.mark.slow
 def test_torchrun_passes_sigterm_on(project):
-    """As Slurm's: the launcher is told, both workers end after the same step, and running again continues."""
+    """As under Slurm: SIGTERM reaches the launcher, and both workers save after the same step and stop."""
     change(project, pretrain__checkpoint_every=2, pretrain__steps=200)
     command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", REPOSITORY / "stages/pretrain.py"]
     environment = os.environ | {"RRCM_RUNS": str(project / "runs"), "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
-    while not list(project.glob("runs/pretrain-*/[0-9]*.safetensors")):
+    while not checkpoints(project):
         with contextlib.suppress(subprocess.TimeoutExpired):
             pytest.fail(f"torchrun ended with {launcher.wait(timeout=0.02)}")
     launcher.terminate()
-    said = launcher.communicate()[1]
-    assert launcher.returncode != 0 and said.count("as told; run it again to go on") == 2
-    saved = max(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
-    assert f"stopped after step {int(saved.stem)} " in said
+    message = launcher.communicate()[1]
+    assert launcher.returncode != 0 and not (project / "models").exists()
+    assert message.count(f"after step {int(checkpoints(project)[-1].stem)}") == 2
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(project, trained):
-    process = start(project, "pretrain")
-    wait_for(project, 2, process)
-    process.kill()
-    process.join()
-    newest = max(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
+    pretrain_and_kill(project, 2)
+    newest = checkpoints(project)[-1]
     content = bytearray(newest.read_bytes())
     content[-100] ^= 1
     newest.write_bytes(content)
-    answer = stage(project, "pretrain")
-    assert answer.returncode == 0 and f"{newest.name}: damaged checkpoint skipped" in answer.stderr
-    ours, theirs = (files_of(folder / "models/pretrain/rrcm") for folder in (project, trained))
-    assert ours == theirs
+    result = stage(project, "pretrain")
+    assert result.returncode == 0 and f"{newest.name}: damaged checkpoint skipped" in result.stderr
+    assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
-def test_a_run_resumed_on_two_processes_agrees(project, trained):
-    """The same images, views and noise: sums are taken in another order, and 20 steps of training make that grow."""
-    process = start(project, "pretrain")
-    wait_for(project, 1, process)
-    process.kill()
-    process.join()
-    assert ended(crew(project, "pretrain", [], 2)) == [0, 0]
-    ours, theirs = (load_file(folder / "models/pretrain/model.safetensors") for folder in (project, trained))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=2e-3, rtol=0, msg=name)
+def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained):
+    """Images, views and noise are the same. Sums are taken in another order, and the steps amplify the difference."""
+    pretrain_and_kill(project, 1)
+    assert exit_codes(start_all(project, "pretrain", [], 2)) == [0, 0]
+    resumed, straight = (load_file(folder / "models/pretrain/rrcm/model.safetensors") for folder in (project, trained))
+    for name, value in straight.items():
+        torch.testing.assert_close(resumed[name], value, atol=2e-3, rtol=0, msg=name)
 
 
-# What is to be watched
+# Monitoring
 
 
-def test_live_metrics_are_there_and_go_on_after_a_kill(project):
-    process = start(project, "pretrain")
-    wait_for(project, 2, process)
-    process.kill()
-    process.join()
-    (project / "dvclive/pretrain/metrics.json").write_text("{")  # killed while writing it
+def test_live_metrics_are_complete_after_a_kill(project):
+    pretrain_and_kill(project, 2)
+    (project / "dvclive/pretrain-rrcm/metrics.json").write_text("{")  # as if killed while writing it
     assert stage(project, "pretrain").returncode == 0
-    history = pd.read_csv(project / "models/pretrain/history.csv")
-    live = read_json(project / "dvclive/pretrain/metrics.json")
+    history = pd.read_csv(project / "models/pretrain/rrcm/history.csv")
+    live = read_json(project / "dvclive/pretrain-rrcm/metrics.json")
     assert live["step"] == 30 and live["loss"] == pytest.approx(history["loss"].iloc[-1])
-    drawn = pd.read_csv(project / "dvclive/pretrain/plots/metrics/loss.tsv", sep="\t")
-    assert drawn["step"].tolist() == history["step"].tolist()
-    assert drawn["loss"].tolist() == pytest.approx(history["loss"].tolist())
+    plotted = pd.read_csv(project / "dvclive/pretrain-rrcm/plots/metrics/loss.tsv", sep="\t")
+    assert plotted["step"].tolist() == history["step"].tolist()
+    assert plotted["loss"].tolist() == pytest.approx(history["loss"].tolist())
 
 
-def test_live_metrics_that_cannot_be_written_stop_nothing(project):
-    (project / "dvclive").write_text("a file in their place")
-    answer = stage(project, "pretrain")
-    assert answer.returncode == 0 and answer.stderr.count("no live metrics in dvclive/: ") == 1
+def test_training_goes_on_without_live_metrics(project):
+    (project / "dvclive").write_text("a file where the folder should be")
+    change(project, pretrain__steps=6, pretrain__max_levels=40)
+    result = stage(project, "pretrain")
+    assert result.returncode == 0 and result.stderr.count("live metrics") == 1
 
 
-def test_looks_at_the_representations(trained):
-    looks = pd.read_csv(trained / "models/pretrain/representation.csv")
-    assert looks["step"].tolist() == [step for step in (0, 10, 20, 30) for _ in range(4)]
-    assert looks["sigma"].tolist() == [0.0, 0.25, 0.5, 1.0] * 4
-    clean = looks[looks["sigma"] == 0].set_index("step")
+def test_representations_are_evaluated_during_pre_training(trained):
+    rows = pd.read_csv(trained / "models/pretrain/rrcm/representation.csv")
+    assert rows["step"].tolist() == [step for step in (0, 10, 20, 30) for _ in range(4)]
+    assert rows["sigma"].tolist() == [0.0, 0.25, 0.5, 1.0] * 4
+    clean = rows[rows["sigma"] == 0].set_index("step")
     assert (clean["cosine"] - 1).abs().max() < 1e-6
     assert clean["knn"].between(0.3, 1).all()
 
 
-def test_collapse_is_said(project, monkeypatch, capfd):
+def test_a_collapse_is_reported(project, monkeypatch, capfd):
     monkeypatch.chdir(project)
     monkeypatch.setenv("RRCM_RUNS", str(project / "runs"))
     monkeypatch.setattr(pretraining, "COLLAPSED", -1.0)
     change(project, pretrain__steps=6, pretrain__evaluate_every=5)
     config = load_config(project / "params.yaml")
-    pretraining.pretrain(config, project / "data/shards", project / "models/pretrain/rrcm", project / "timing.json")
-    said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
-    assert len(said) == 3 and "collapsed at step 5: different images have a mean cosine of 0." in said[1]
+    pretraining.pretrain(
+        config, "rrcm", project / "data/shards", project / "models/pretrain/rrcm", project / "timing.json"
+    )
+    messages = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
+    assert len(messages) == 3 and "step 5" in messages[1]
 
 
-# What is compared
+# Contrastive pre-training and mixup
 
 
-def test_the_loss_of_moco_with_noise():
+def test_the_contrastive_loss_is_info_nce_in_both_directions():
     student, teacher = networks()
     view1, view2, noise1, noise2 = torch.randn(4, 8, 3, 16, 16)
     t1, t2 = torch.linspace(0.1, 2, 8), torch.linspace(1, 0.2, 8)
-    terms = moco_noise_loss(student, teacher, view1, view2, noise1, noise2, t1=t1, t2=t2, temperature=0.3)
+    loss = contrastive_loss(student, teacher, view1, view2, noise1, noise2, t1=t1, t2=t2, temperature=0.3)
     x1, x2 = view1 + t1[:, None, None, None] * noise1, view2 + t2[:, None, None, None] * noise2
     z1, z2 = (student.projector(student.encoder(x, t)) for x, t in ((x1, t1), (x2, t2)))
     y1, y2 = (teacher.projector(teacher.encoder(x, t)) for x, t in ((x1, t1), (x2, t2)))
-    torch.testing.assert_close(terms.contrastive, info_nce(z1, y2, 0.3) + info_nce(z2, y1, 0.3))
-    assert not terms.consistency.any() and terms.total.requires_grad
+    torch.testing.assert_close(loss, info_nce(z1, y2, 0.3) + info_nce(z2, y1, 0.3))
+    assert loss.requires_grad
 
 
-def test_pre_training_with_moco_noise(project):
-    change(project, pretrain__objective="moco_noise")
-    answer = stage(project, "pretrain")
-    assert answer.returncode == 0, answer.stderr
-    history = pd.read_csv(project / "models/pretrain/history.csv")
-    assert history["loss"].iloc[-1] < history["loss"].iloc[0] and (history["consistency"] == 0).all()
-    assert read_json(project / "models/pretrain/config.json")["compute"] == {"pretrain": 8 * 64 * 30}
+def test_contrastive_pre_training(project):
+    result = stage(project, "pretrain", "contrastive")
+    assert result.returncode == 0, result.stderr
+    history = pd.read_csv(project / "models/pretrain/contrastive/history.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0] and "consistency" not in history
+    assert read_json(project / "models/pretrain/contrastive/config.json")["compute"] == {"pretrain": 8 * 64 * 30}
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -317,5 +335,5 @@ def test_mixup_does_not_depend_on_the_number_of_processes(mixup, cutmix):
         pixels = whole[0]
         changed += not torch.equal(pixels, images.float())
         inside = torch.minimum(images[::2], images[1::2]), torch.maximum(images[::2], images[1::2])
-        assert ((pixels[::2] >= inside[0] - 1e-3) & (pixels[::2] <= inside[1] + 1e-3)).all()  # of its neighbour alone
+        assert ((pixels[::2] >= inside[0] - 1e-3) & (pixels[::2] <= inside[1] + 1e-3)).all()  # from its neighbour only
     assert changed >= 3

@@ -1,4 +1,4 @@
-"""The training stages with the settings that the default profile does not use, and what they leave."""
+"""The training stages: their outputs, and the settings that the default profile does not use."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, change, files_of, stage
+from conftest import REPOSITORY, Answer, change, stage
 from safetensors.torch import load_file
 
 from rrcm.certification.smoothing import SmoothedClassifier
@@ -21,13 +21,16 @@ from rrcm.models.checkpoints import load_classifier, load_encoder
 from rrcm.utils.files import read_json
 
 
-def done(answer):
+def succeed(answer: Answer) -> None:
     assert answer.returncode == 0, answer.stderr
-    return answer
 
 
-def test_what_pretraining_leaves(trained):
-    history = pd.read_csv(trained / "models/pretrain/history.csv")
+def assert_same_weights(folder: Path, other: Path) -> None:
+    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_the_outputs_of_pre_training(trained):
+    history = pd.read_csv(trained / "models/pretrain/rrcm/history.csv")
     assert history["step"].tolist() == list(range(3, 31, 3))
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     assert history["loss"].tolist() == pytest.approx((history["contrastive"] + history["consistency"]).tolist())
@@ -35,11 +38,11 @@ def test_what_pretraining_leaves(trained):
     timing = read_json(trained / "timings/pretrain/rrcm.json")
     assert timing["images_per_second"] > 0 and len(timing["throughput"]) == len(history)
     assert timing["environment"]["software"]["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert read_json(trained / "models/pretrain/config.json")["compute"] == {"pretrain": 12 * 64 * 30}
+    assert read_json(trained / "models/pretrain/rrcm/config.json")["compute"] == {"pretrain": 12 * 64 * 30}
 
 
-def test_the_average_is_what_fine_tuning_starts_from(trained):
-    """Fine-tuned weights are near the pre-trained ones, whose own initial weights are elsewhere."""
+def test_fine_tuning_starts_from_the_averaged_encoder(trained):
+    """Fine-tuned weights stay close to the pre-trained ones; random initial weights would not be."""
     before = load_encoder(trained / "models/pretrain/rrcm").state_dict()
     after = load_classifier(trained / "models/rrcm/sigma_0.5").encoder.state_dict()
     name = "blocks.0.attn.qkv.weight"
@@ -47,7 +50,7 @@ def test_the_average_is_what_fine_tuning_starts_from(trained):
     assert cosine > 0.8
 
 
-def test_what_fine_tuning_keeps(trained):
+def test_fine_tuning_keeps_the_best_epoch(trained):
     config = read_json(trained / "models/rrcm/sigma_0.5/config.json")
     history = pd.read_csv(trained / "models/rrcm/sigma_0.5/history.csv")
     best = history.loc[history["val_accuracy"].idxmax()]
@@ -56,11 +59,11 @@ def test_what_fine_tuning_keeps(trained):
     assert config["compute"]["finetune"] == 6 * 6 * 128 * (1294 // 128)
 
 
-def test_matched_methods_spend_rrcms_compute(project, trained):
-    (project / "models").mkdir()
+def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
+    (project / "models/pretrain").mkdir(parents=True)
     (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, methods=["consistency_matched", "rrcm"], finetune__pretrain_cost_shared_by=1)
-    done(stage(project, "finetune", "consistency_matched", "0.5"))
+    succeed(stage(project, "finetune", "consistency_matched", "0.5"))
     spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
     epoch = 6 * 128 * (1294 // 128)
     assert spent["training"]["epochs"] == 6 + round(12 * 64 * 30 / epoch)
@@ -68,24 +71,23 @@ def test_matched_methods_spend_rrcms_compute(project, trained):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_and_loader_workers(project, precision):
-    change(project, pretrain__precision=precision, finetune__precision=precision, data__workers=2)
+def test_mixed_precision(project, precision):
+    change(project, pretrain__precision=precision, finetune__precision=precision, certify__precision="bf16")
     change(project, pretrain__steps=8, pretrain__max_levels=40, finetune__epochs=2)
-    done(stage(project, "pretrain"))
-    done(stage(project, "finetune", "rrcm", "0.5"))
-    change(project, certify__precision="bf16")
-    done(stage(project, "certify", "rrcm", "0.5"))
+    for command in (["pretrain"], ["finetune", "rrcm", "0.5"], ["certify", "rrcm", "0.5"]):
+        succeed(stage(project, *command))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_trainings_are_the_trainings(project):
-    """Fused operations round otherwise, and ten steps of training make that grow."""
+def test_compiled_training_gives_similar_weights(project):
+    """Fused operations round differently, and ten steps of training amplify that."""
     change(project, pretrain__steps=10, pretrain__max_levels=40, finetune__epochs=1)
     weights = []
     for switch in (False, True):
         change(project, pretrain__compile=switch, finetune__compile=switch)
-        done(stage(project, "pretrain"))
-        done(stage(project, "finetune", "rrcm", "0.5"))
+        succeed(stage(project, "pretrain"))
+        succeed(stage(project, "finetune", "rrcm", "0.5"))
         names = ("models/pretrain/rrcm", "models/rrcm/sigma_0.5")
         weights.append([load_file(project / name / "model.safetensors") for name in names])
     for plain, compiled in zip(*weights, strict=True):
@@ -94,11 +96,13 @@ def test_compiled_trainings_are_the_trainings(project):
             torch.testing.assert_close(compiled[name], value, atol=2e-3, rtol=0, msg=name)
 
 
-def test_workers_change_no_bit(project, trained):
+@pytest.mark.slow
+def test_loader_workers_change_no_bit(project, trained):
     change(project, data__workers=2)
-    done(stage(project, "pretrain"))
-    ours, theirs = files_of(project / "models/pretrain/rrcm"), files_of(trained / "models/pretrain/rrcm")
-    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    succeed(stage(project, "pretrain"))
+    succeed(stage(project, "finetune", "rrcm", "0.5"))
+    for name in ("models/pretrain/rrcm", "models/rrcm/sigma_0.5"):
+        assert_same_weights(project / name, trained / name)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +114,17 @@ def test_workers_change_no_bit(project, trained):
     ],
 )
 def test_fine_tuning_options(project, trained, settings):
-    (project / "models").mkdir()
+    (project / "models/pretrain").mkdir(parents=True)
     (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, **{f"finetune__{name}": value for name, value in settings.items()}, finetune__epochs=4)
-    done(stage(project, "finetune", "rrcm", "0.25"))
+    succeed(stage(project, "finetune", "rrcm", "0.25"))
     history = pd.read_csv(project / "models/rrcm/sigma_0.25/history.csv")
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
 
 
-def test_colour_images_from_start_to_certificate(project):
-    """Made-up colour pictures of two sizes through every stage: the class is the dominant channel."""
+@pytest.mark.slow
+def test_colour_images_through_every_stage(project):
+    """Random images of two sizes; the class is the dominant colour channel."""
     import numpy as np
     from PIL import Image
 
@@ -135,9 +140,9 @@ def test_colour_images_from_start_to_certificate(project):
     change(project, pretrain__batch_size=32, finetune__batch_size=32, methods=["rrcm"], sigmas=[0.25])
     change(project, certify__every=3, report__gallery_images=3, finetune__num_noise=2)
     for command in (["shard_data"], ["pretrain"], ["finetune", "rrcm", "0.25"], ["certify", "rrcm", "0.25"]):
-        done(stage(project, *command))
-    done(stage(project, "latency", "rrcm"))
-    done(stage(project, "plot"))
+        succeed(stage(project, *command))
+    succeed(stage(project, "latency", "rrcm"))
+    succeed(stage(project, "plot"))
     classifier = load_classifier(project / "models/rrcm/sigma_0.25")
     red = torch.zeros(3, 16, 16) + torch.tensor([0.7, 0.25, 0.25])[:, None, None]
     (answer,) = SmoothedClassifier(classifier, 0.25, 2).certify(red[None], n=500)
@@ -145,32 +150,32 @@ def test_colour_images_from_start_to_certificate(project):
     assert classes[answer.predict] == "red" and answer.radius > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_starts_a_stage(project, nodes):
-    """The commands of the README: two processes on one machine, or one on each of two that share a file system."""
+    """Two processes on one node, or one on each of two nodes that share a file system."""
     change(project, pretrain__steps=8, pretrain__max_levels=40)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    several = ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes)]
-    several += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
-    command = [Path(sys.executable).parent / "torchrun", *several, REPOSITORY / "stages/pretrain.py"]
+    layout = ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes)]
+    layout += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command = [Path(sys.executable).parent / "torchrun", *layout, REPOSITORY / "stages/pretrain.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RRCM_RUNS": str(project / "runs")}
     options = {"cwd": project, "env": environment, "stderr": subprocess.PIPE, "text": True}
     launchers = [subprocess.Popen(command, **options) for _ in range(nodes)]
-    said = [launcher.communicate()[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0] * nodes, said
+    errors = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * nodes, errors
     assert read_json(project / "timings/pretrain/rrcm.json")["processes"] == 2
 
 
 def test_shards_behind_a_url(project, trained):
-    """Training from shards on a real HTTP server gives the same weights; what was downloaded is checked."""
+    """Shards on an HTTP server give the same weights as local ones and are cached."""
     handler = partial(SimpleHTTPRequestHandler, directory=project / "data/shards")
     handler.log_message = lambda *_: None
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        done(stage(project, "pretrain", "--shards", f"http://127.0.0.1:{server.server_port}"))
+        succeed(stage(project, "pretrain", "--shards", f"http://127.0.0.1:{server.server_port}"))
         server.shutdown()
-    ours, theirs = files_of(project / "models/pretrain/rrcm"), files_of(trained / "models/pretrain/rrcm")
-    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    assert_same_weights(project / "models/pretrain/rrcm", trained / "models/pretrain/rrcm")
     assert list(project.glob(".cache/rrcm/*.tar"))

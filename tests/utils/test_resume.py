@@ -1,4 +1,4 @@
-"""Stages killed with SIGKILL and run again: the same bytes as if nothing had happened."""
+"""Resuming: a stage that is killed with SIGKILL and run again ends with the bytes of an undisturbed run."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from conftest import Answer, change, files_of, stage, start
 
 
 def kill_when(folder: Path, name: str, arguments: list[str], pattern: str, count: int = 1, later: int = 0) -> bool:
-    """Start a stage and SIGKILL it when `count` files match `pattern` in `folder`, `later` polls (1 ms) after that.
+    """Start a stage and kill it when `count` files in `folder` match `pattern`, or `later` polls (of 1 ms) after that.
 
-    Returns whether it was killed (it may have ended before)."""
+    Returns False if the stage ended first."""
     process = start(folder, name, *arguments)
     while process.is_alive():
         if len(list(folder.glob(pattern))) >= count:
@@ -25,13 +25,14 @@ def kill_when(folder: Path, name: str, arguments: list[str], pattern: str, count
     return process.exitcode == -signal.SIGKILL
 
 
-def finished(answer: Answer) -> str:
+def messages(answer: Answer) -> str:
+    """What a successful stage printed to stderr."""
     assert answer.returncode == 0, answer.stderr
     return answer.stderr
 
 
 def kill_while_writing(folder: Path, name: str, arguments: list[str], pattern: str, output: Path) -> None:
-    """SIGKILL a stage while the short-lived file `pattern` is there; a run that got away is undone and tried again."""
+    """Kill a stage while a short-lived file that matches `pattern` exists; try again if the stage was too fast."""
     for _ in range(10):
         if kill_when(folder, name, arguments, pattern):
             return
@@ -39,64 +40,65 @@ def kill_while_writing(folder: Path, name: str, arguments: list[str], pattern: s
     pytest.fail(f"never caught {name} with {pattern}")
 
 
-def test_pretrain(project, trained):
+def test_pre_training_resumes_after_kills_at_its_weak_points(project, trained):
     checkpoints, output = "runs/pretrain-*/*.safetensors", project / "models/pretrain/rrcm"
     kill_while_writing(project, "pretrain", [], "runs/pretrain-*/.*.tmp", output)  # while writing a checkpoint
-    assert kill_when(project, "pretrain", [], "runs/pretrain-*/lock")  # at the very start
+    assert kill_when(project, "pretrain", [], "runs/pretrain-*/lock")  # at the start
     assert kill_when(project, "pretrain", [], checkpoints)  # right after a checkpoint
     assert kill_when(project, "pretrain", [], checkpoints, count=2, later=5)  # between two
-    if kill_when(project, "pretrain", [], "models/.pretrain.tmp"):  # while writing the output, if it can be caught
+    if kill_when(project, "pretrain", [], "models/.pretrain.tmp"):  # while writing the output, if we catch it
         assert not output.exists()
-        assert "resuming" in finished(stage(project, "pretrain"))
+        assert "resuming" in messages(stage(project, "pretrain"))
     assert files_of(output) == files_of(trained / "models/pretrain/rrcm")
-    assert [p.name for p in (project / "models").iterdir()] == ["pretrain"]  # nothing half-done is left
+    assert [p.name for p in (project / "models").iterdir()] == ["pretrain"]  # no scratch folder is left
     assert not list((project / "runs").glob("*"))
 
 
-def test_finetune(project, trained):
-    (project / "models").mkdir()
+def test_fine_tuning_resumes_after_kills_at_its_weak_points(project, trained):
+    (project / "models/pretrain").mkdir(parents=True)
     (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     output = project / "models/rrcm"
     kill_while_writing(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/.*.tmp", output)
     for count in (1, 2):
         assert kill_when(project, "finetune", ["rrcm", "0.5"], "runs/finetune-*/*.safetensors", count=count)
-    assert "resuming" in finished(stage(project, "finetune", "rrcm", "0.5"))
+    assert "resuming" in messages(stage(project, "finetune", "rrcm", "0.5"))
     assert files_of(output) == files_of(trained / "models/rrcm")
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_older(project, trained):
+def test_the_older_checkpoint_replaces_a_damaged_one(project, trained):
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/*.safetensors", count=2, later=1)
     *_, newest = sorted(project.glob("runs/pretrain-*/[0-9]*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:1000])
-    said = finished(stage(project, "pretrain"))
-    assert f"{newest.name}: damaged checkpoint skipped" in said and "resuming" in said
+    printed = messages(stage(project, "pretrain"))
+    assert f"{newest.name}: damaged checkpoint skipped" in printed and "resuming" in printed
     assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
-def test_state_is_not_resumed_under_changed_settings_or_data(project, tmp_path):
+def test_changed_settings_or_data_start_a_new_run(project, tmp_path):
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/*.safetensors")
     change(project, pretrain__lr=5e-4)
-    assert "resuming" not in finished(stage(project, "pretrain"))
+    assert "resuming" not in messages(stage(project, "pretrain"))
     change(project, pretrain__lr=1e-3)
     shards = project / "data/shards"
     shards.unlink()
     change(project, data__shard_size=300)
-    finished(stage(project, "shard_data"))
-    assert "resuming" not in finished(stage(project, "pretrain"))
+    messages(stage(project, "shard_data"))
+    assert "resuming" not in messages(stage(project, "pretrain"))
 
 
-def test_one_run_is_not_done_twice_at_once(project):
+def test_a_run_is_locked_while_it_is_running(project):
     first = start(project, "pretrain")
     while not list(project.glob("runs/pretrain-*/[0-9]*.safetensors")):
         assert first.is_alive()
+        wait([first.sentinel], timeout=0.01)
     os.kill(first.pid, signal.SIGSTOP)
     second = stage(project, "pretrain")
     first.kill()
     first.join()
-    assert second.returncode == 1 and "another process is doing this very run" in second.stderr
+    assert second.returncode == 1 and "another process" in second.stderr
 
 
-def test_the_place_of_runs(monkeypatch, tmp_path):
+def test_runs_of_dvc_experiments_are_kept_in_the_repository(monkeypatch, tmp_path):
     from rrcm.utils.resume import runs_directory
 
     monkeypatch.delenv("RRCM_RUNS", raising=False)
