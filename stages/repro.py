@@ -247,24 +247,26 @@ class Scheduler:
         expected = self._expected(stage)
         if not stage.pid:
             return 1.0 if expected is None else expected
-        if found := re.search(r", (\d+) s left", self._last_line(stage)):
+        if found := re.search(r", (\d+) s left", self._progress(stage)):
             return float(found[1])
         return max(1.0, (expected or 0.0) - (time.monotonic() - stage.started))
 
     def _status_lines(self) -> list[str]:
-        lines = [f"{stage.name}: {self._last_line(stage)}" for stage in self.running]
+        now = time.monotonic()
+        lines = [f"{stage.name}, {now - stage.started:.0f} s: {self._progress(stage)}" for stage in self.running]
         pending = [stage for stage in self.stages.values() if not stage.outcome]
         left = max(max(self._chains().values()), sum(map(self._left, pending)) / self.jobs)
         vague = "at least " if any(self._expected(stage) is None for stage in pending) else "about "
         done = len(self.stages) - len(pending)
         return [*lines, f"{done}/{len(self.stages)} stages done, {vague}{left:.0f} s left"]
 
-    def _last_line(self, stage: Stage) -> str:
-        """The last thing the stage has said."""
+    def _progress(self, stage: Stage) -> str:
+        """What the stage has said last: how much is done, at which rate."""
         with self._log(stage).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = re.split(r"[\r\n]+", file.read().decode(errors="replace"))
-        return next((line for line in reversed(lines) if line.strip()), "starting")
+            text = file.read().decode(errors="replace")
+        counts = re.findall(r"\b\d+/\d+ .*", text)
+        return counts[-1] if counts else "starting"
 
     def _log(self, stage: Stage) -> Path:
         return self.logs / f"{re.sub(r'[/:]', '_', stage.name)}.log"

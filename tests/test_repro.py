@@ -257,7 +257,10 @@ def test_it_waits_for_another_dvc_command(make):
     [
         ("stages: {a: {cmd: 'true', nonsense: 1}}", "dvc.yaml"),
         ("stages: [", "dvc.yaml"),
-        ("stages: {a: {cmd: 'true', deps: [b], outs: [c]}, b: {cmd: 'true', deps: [c], outs: [b]}}", "cycle"),
+        (
+            "stages: {a: {cmd: 'true', deps: [b], outs: [c]}, b: {cmd: 'true', deps: [c], outs: [b]}}",
+            "dependency and an output",
+        ),
     ],
 )
 def test_an_invalid_pipeline_is_refused_in_one_line(make, text, message):
