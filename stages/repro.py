@@ -66,7 +66,7 @@ class Stage:
 
 def repro(
     targets: Annotated[list[str] | None, typer.Argument(help="Stages to make up to date; default: all.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at once; default: the GPUs, else the cores.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at once; default: one per GPU or core.")] = None,
 ) -> None:
     """Bring TARGETS and all they depend on up to date. Continues where a killed run stopped."""
     start = time.monotonic()
@@ -78,7 +78,7 @@ def repro(
         if Path("dvc.lock").exists():
             shutil.copyfile("dvc.lock", logs / "dvc.lock")
         gpus = visible_gpus()
-        jobs = jobs or len(gpus) or len(os.sched_getaffinity(0))
+        jobs = jobs or default_jobs(gpus)
         print(f"{len(stages)} stages, {jobs} at once; their output goes to {_relative(logs)}/", file=sys.stderr)
         scheduler = Scheduler(stages, jobs, gpus, logs)
         scheduler.run()
@@ -290,6 +290,7 @@ class Display:
         """Print a line that stays."""
         self.clear()
         print(line, file=sys.stderr, flush=True)
+        self.last = 0.0 if self.live else self.last  # draw the status again at once
 
     def show(self, status: Callable[[], list[str]]) -> None:
         """Show the lines of `status` if it is time to."""
@@ -348,6 +349,22 @@ def visible_gpus() -> list[str]:
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def default_jobs(gpus: list[str]) -> int:
+    """As many stages at once as there are GPUs, else as fill the cores with the threads that each uses."""
+    if gpus:
+        return len(gpus)
+    cores = len(os.sched_getaffinity(0))
+    threads = _params().get("threads") or os.environ.get("OMP_NUM_THREADS") or cores
+    return max(1, cores // int(threads))
+
+
+def _params() -> dict:
+    try:
+        return yaml.safe_load(Path("params.yaml").read_text()) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
 
 
 def _become_dvc(name: str, log: BinaryIO, gpu: str | None, scheduler: int) -> NoReturn:
@@ -410,6 +427,8 @@ def _in_child(function: Callable, argument: object) -> object:
     receiver, sender = fork.Pipe(duplex=False)
 
     def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # end without a traceback
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         try:
             sender.send((function(argument), None))
         except DvcException as error:
@@ -457,8 +476,8 @@ def _restore_lockfile(copy: Path) -> None:
 
 def _print_results() -> None:
     """The best-sigma table of this profile, where there is one."""
-    with contextlib.suppress(OSError):
-        report = Path("reports") / yaml.safe_load(Path("params.yaml").read_text())["profile"]
+    report = Path("reports") / str(_params().get("profile"))
+    if report.is_dir():
         print(f"\n{(report / 'best_sigma.md').read_text()}\nThe report: {report}/report.md")
 
 

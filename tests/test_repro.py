@@ -1,6 +1,7 @@
 """`stages/repro.py` on small pipelines of shell stages, which meet at named pipes: nothing here waits by the clock."""
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ ENVIRONMENT = os.environ | {
     "SHELL": "/bin/sh",
     "CUDA_VISIBLE_DEVICES": "",
 }
+CORES = len(os.sched_getaffinity(0))
 DIAMOND = {
     "last": {"cmd": "cat left right > last", "deps": ["left", "right"], "outs": ["last"]},
     "right": {"cmd": "cat first > right; echo right >> right", "deps": ["first"], "outs": ["right"]},
@@ -28,10 +30,16 @@ DIAMOND = {
     "lonely": {"cmd": "echo lonely > lonely", "outs": ["lonely"]},
 }
 SLOW = """\
-if [ -e go ]; then cat first > slow; exit; fi
-trap 'echo saved > saved; exit 1' TERM
-echo here > started
-cat never
+import signal, sys
+from pathlib import Path
+
+if Path("go").exists():
+    sys.exit(not Path("slow").write_bytes(Path("first").read_bytes()))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+Path("started").write_text("here")
+signal.sigwait({signal.SIGTERM})
+Path("saved").touch()
+sys.exit(1)
 """
 
 
@@ -96,14 +104,13 @@ def slow_pipeline(make, name: str = "pipeline") -> Path:
     folder = make(
         {
             "first": DIAMOND["first"],
-            "slow": {"cmd": "sh slow.sh", "deps": ["first"], "outs": ["slow"]},
+            "slow": {"cmd": "python slow.py", "deps": ["first"], "outs": ["slow"]},
             "last": {"cmd": "cat slow > last", "deps": ["slow"], "outs": ["last"]},
         },
         name,
     )
-    (folder / "slow.sh").write_text(SLOW)
+    (folder / "slow.py").write_text(SLOW)
     os.mkfifo(folder / "started")
-    os.mkfifo(folder / "never")
     return folder
 
 
@@ -164,6 +171,25 @@ def test_ready_stages_run_at_once_each_on_its_own_gpu(make):
     assert "3 stages, 2 at once" in repro(folder, CUDA_VISIBLE_DEVICES="3,7")
     assert {(folder / "ping").read_text(), (folder / "pong").read_text()} == {"3\n", "7\n"}
     assert (folder / "wide").read_text() == "3,7\n"
+
+
+@pytest.mark.parametrize(
+    "params, environment, gpus, jobs",
+    [
+        ("threads: 1", {}, [], CORES),
+        (f"threads: {CORES}", {}, [], 1),
+        ("threads: null", {}, [], 1),
+        ("", {"OMP_NUM_THREADS": "1"}, [], CORES),
+        ("threads: 1", {}, ["0", "1", "2"], 3),
+    ],
+)
+def test_by_default_stages_and_their_threads_fill_the_machine(tmp_path, monkeypatch, params, environment, gpus, jobs):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "params.yaml").write_text(params)
+    assert runpy.run_path(str(REPOSITORY / "stages/repro.py"))["default_jobs"](gpus) == jobs
 
 
 def test_a_failure_is_named_and_stops_the_rest(make):
