@@ -1,25 +1,34 @@
-# make repro   everything: environment, then the whole pipeline (dvc repro)
-# make test    everything: environment, then lint and tests
-# make test-fast  the tests that take seconds, for the inner loop
-# make install  the environment alone
-# make params  compose conf/ into params.yaml; PROFILE=cifar10 for another profile
+# make repro      train, certify and report everything that is not up to date; JOBS=2 runs two stages at once
+# make verify     verify the published results without training: pull, draw again, certify a few images again
+# make test       lint and all tests
+# make test-fast  lint and the tests that take no long training
+# make install    the environment alone: .venv with the versions of constraints.txt
+# make params     compose conf/ into params.yaml; PROFILE=cifar10 for another profile
+#
+# Each of them makes .venv first. PYTHON=python3.12 chooses the interpreter for it.
+# JOBS is by default the number of GPUs, else of cores. stages/README.md has the details.
 
 PYTHON ?= python3
 PROFILE ?= digits
+JOBS ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 repro: $(VENV)/.installed
-	dvc repro
+	@python stages/repro.py $(if $(JOBS),--jobs $(JOBS))
 
-test: $(VENV)/.installed-test
-	ruff check .
-	ruff format --check .
+verify: $(VENV)/.installed
+	@python stages/verify.py
+
+test: lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup
 
-.PHONY: test-fast
-test-fast: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m "not slow"
+test-fast: lint
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not slow'
+
+lint: $(VENV)/.installed-test
+	ruff check .
+	ruff format --check .
 
 install: $(VENV)/.installed
 
@@ -38,4 +47,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-.PHONY: repro test install params
+.PHONY: repro verify test test-fast lint install params

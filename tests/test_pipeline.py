@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,14 +38,16 @@ def run(folder: Path, *command: str, fails: bool = False) -> str:
 
 
 def ran(output: str) -> set[str]:
-    """Stages that DVC says it ran, without their sigma."""
-    lines = [line for line in output.splitlines() if line.startswith("Running stage '")]
-    return {line.split("'")[1].removesuffix("-0.5") for line in lines}
+    """Stages that `dvc repro` or stages/repro.py says it ran, without their sigma."""
+    names = re.findall(r"^Running stage '(.*)'", output, re.MULTILINE) + re.findall(
+        r"^(.*): ran,", output, re.MULTILINE
+    )
+    return {name.removesuffix("-0.5") for name in names}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A repository with this working tree's code in which `dvc repro` and `dvc push` have been run and committed."""
+    """A repository with this working tree's code in which the pipeline and `dvc push` have been run and committed."""
     folder = tmp_path_factory.mktemp("built") / "repository"
     for name in run(REPOSITORY, "git", "ls-files", "-co", "--exclude-standard").splitlines():
         if not name.startswith(("artifacts/", "reports/", "dvc.lock")) and (REPOSITORY / name).is_file():
@@ -54,8 +57,9 @@ def built(tmp_path_factory) -> Path:
     compose(folder / "params.yaml", "sigmas=[0.5]")
     profile.write_text("# @package _global_\n" + (folder / "params.yaml").read_text())
     run(folder, "git", "init", "-q")
-    output = run(folder, "dvc", "repro")
+    output = run(folder, "python", "stages/repro.py", "--jobs", "2")
     assert ran(output) == set(STAGES)
+    assert (folder / "reports/digits/best_sigma.md").read_text() in output
     run(folder, "dvc", "push")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "built")
@@ -65,6 +69,8 @@ def built(tmp_path_factory) -> Path:
 def test_a_second_repro_runs_nothing(built):
     assert "up to date" in run(built, "dvc", "status")
     assert not ran(run(built, "dvc", "repro"))
+    assert f"0 ran, 0 restored from the cache, {len(STAGES)} up to date" in run(built, "python", "stages/repro.py")
+    assert not run(built, "git", "status", "--porcelain")
 
 
 def test_metrics_and_plots_show_something(built):
@@ -98,6 +104,21 @@ def test_a_reviewer_verifies_without_training(built, cloned):
     assert ran(run(cloned, "dvc", "repro", "--force", "--single-item", "plot")) == {"plot"}
     assert files_of(cloned / "reports") == published
     assert not run(cloned, "git", "status", "--porcelain", "reports", "dvc.lock")
+
+
+def test_verify_passes_and_finds_what_was_changed(cloned):
+    command = ("python", "stages/verify.py", "--images", "3", "--models", "1", "--seed", "1")
+    shutil.move(cloned.parent / "served", cloned / "artifacts")
+    output = run(cloned, *command)
+    assert "\nverified: " in "\n" + output and "3 of 3 certificates" in output
+    assert not run(cloned, "git", "status", "--porcelain", "--untracked-files=no")
+    table = cloned / "reports/digits/best_sigma.md"
+    text = table.read_text()
+    table.write_text(text + " ")
+    output = run(cloned, *command, fails=True)
+    assert "NOT verified: 2 problems" in output  # DVC's hash, and the drawing
+    assert "dvc status: plot" in output and f"{table.relative_to(cloned)}: differs when drawn again" in output
+    table.write_text(text)
 
 
 def test_experiments_rerun_only_what_they_touch(cloned):

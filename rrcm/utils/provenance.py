@@ -24,6 +24,7 @@ def describe_environment(device: object) -> dict:
         "git": _revision(Path(__file__).parent.parent),
         "hardware": {
             "cpu": _cpu_model(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # what PyTorch's kernels use of it
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -1,0 +1,204 @@
+"""Verify the published results without training: `make verify`. This is no DVC stage, and it changes no tracked file.
+
+1. `dvc pull` fetches the artifacts, and `dvc status` checks them against dvc.lock.
+2. The report is drawn again and compared byte for byte.
+3. A few random images are certified again, with the noise of the published certificates. On the same kind of machine
+   with the same PyTorch the answers must be identical. Elsewhere the network rounds differently and a few votes move.
+4. Each of these certificates is tested with fresh noise. It says that the class has at least the probability
+   Phi(radius / sigma) under noise. It is contradicted if an upper confidence bound from n new samples is below that.
+   True certificates pass all of these tests together with probability at least 1 - alpha, as the bounds share alpha.
+"""
+
+import json
+import random
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from rrcm.utils.app import run  # first: it makes the imports below faster
+
+# isort: split
+import pandas as pd
+import torch
+import typer
+from scipy.special import ndtr
+
+from rrcm.certification.noise import ESTIMATE
+from rrcm.certification.results import read_certificates, read_samples, sigma_name
+from rrcm.certification.smoothing import Certificate, SampleRequest, SmoothedClassifier
+from rrcm.certification.stopping import clopper_pearson_lower
+from rrcm.config import Config, load_config
+from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.models.load import load_base_classifier
+from rrcm.report.build import write_report
+from rrcm.utils.distributed import pick_device
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json
+from rrcm.utils.progress import Progress
+from rrcm.utils.provenance import environment
+
+
+class Found(NamedTuple):
+    """What certifying again has shown about one model."""
+
+    problems: list[str]
+    certified: int  # images
+    identical: int  # of these, equal to the published certificate
+    exact: bool  # whether this machine computes as the publishing one did, so that all must be identical
+
+
+def verify(
+    images: Annotated[int, typer.Option(min=1, help="Images to certify again, per model.")] = 8,
+    models: Annotated[int, typer.Option(min=1, help="Models to certify again.")] = 3,
+    seed: Annotated[int | None, typer.Option(help="Chooses models, images and fresh noise; default: random.")] = None,
+) -> None:
+    """Pull, draw again, certify again, and compare with what is published. The verdict is the last line."""
+    start, root = time.monotonic(), Path()
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    config = load_config(root / "params.yaml")
+
+    _say("1/4 dvc pull, dvc status")
+    problems = check_artifacts()
+    _say(f"2/4 draw reports/{config.profile} again")
+    drawn, differences = check_report(config, root)
+    problems += differences
+
+    _say(f"3/4 and 4/4 certify again and test with fresh noise (repeat this choice with --seed {seed})")
+    choice = random.Random(seed)
+    pairs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
+    pairs = choice.sample(pairs, min(models, len(pairs)))
+    alpha = config.certify.alpha / (len(pairs) * images)  # Bonferroni
+    found = [certify_again(config, root, *pair, images, choice.randrange(2**31), alpha) for pair in pairs]
+    for model in found:
+        problems += model.problems
+
+    for problem in problems:
+        print(f"  {problem}", file=sys.stderr)
+    if problems:
+        print(f"NOT verified: {len(problems)} problem{'s' * (len(problems) > 1)}, listed above")
+        raise typer.Exit(1)
+    certified, identical = (sum(getattr(model, name) for model in found) for name in ("certified", "identical"))
+    other = "" if all(model.exact for model in found) else " (published from another machine or PyTorch version)"
+    print(
+        f"verified: {drawn} files of the report are identical, so are {identical} of {certified} certificates{other}, "
+        f"and fresh noise contradicts none ({time.monotonic() - start:.0f} s)"
+    )
+
+
+def check_artifacts() -> list[str]:
+    """Fetch the artifacts and name the stages that are not as dvc.lock records them."""
+    pulled = subprocess.run([sys.executable, "-m", "dvc", "pull"], stdout=sys.stderr)
+    if pulled.returncode != 0:
+        raise RRCMError("dvc pull failed, see above; nothing could be verified")
+    status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], stdout=subprocess.PIPE, text=True)
+    if status.returncode != 0:
+        raise RRCMError("dvc status failed, see above; nothing could be verified")
+    return [f"dvc status: {name}: {json.dumps(changes)}" for name, changes in json.loads(status.stdout).items()]
+
+
+def check_report(config: Config, root: Path) -> tuple[int, list[str]]:
+    """Draw the report of `root` into a scratch folder: (files drawn, differences from the published one)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = Path(scratch) / config.profile
+        write_report(config, root, drawn)
+        return len(_files(drawn)), compare_folders(root / "reports" / config.profile, drawn)
+
+
+def compare_folders(published: Path, drawn: Path) -> list[str]:
+    """A line for each file that is in only one of two folders or differs by a byte."""
+    problems = []
+    first, second = _files(published), _files(drawn)
+    for name in sorted(first | second):
+        if name not in first or name not in second:
+            problems.append(f"{published / name}: {'missing' if name not in first else 'is not drawn any more'}")
+        elif (published / name).read_bytes() != (drawn / name).read_bytes():
+            problems.append(f"{published / name}: differs when drawn again (with the versions of constraints.txt?)")
+    return problems
+
+
+def certify_again(config: Config, root: Path, method: str, sigma: float, images: int, seed: int, alpha: float) -> Found:
+    """Certify random images again, with the published noise and with fresh noise from `seed`.
+
+    Labels and image numbers of the whole published file are compared too. `alpha` is the chance, per image, that the
+    test with fresh noise contradicts a true certificate.
+    """
+    settings, model = config.certify, f"{method}/{sigma_name(sigma)}"
+    path = root / f"certificates/{model}.tsv"
+    published = read_certificates(path).join(read_samples(path.with_suffix(".samples.tsv")).set_index("idx"), on="idx")
+    record = read_json(root / f"timings/certify/{model}.json")
+    device = pick_device(config.device)
+    torch.set_num_threads(record["environment"]["hardware"]["threads"])
+
+    split = ShardedDataset(str(root / "data/shards"), "test")
+    pixels, labels, indices = read_split(split, config.data.image_size, settings.every, settings.max_images)
+    if published["idx"].tolist() != list(indices) or published["label"].tolist() != labels.tolist():
+        return Found([f"{path}: its images or labels are not those of the test split"], 0, 0, False)
+
+    network = load_base_classifier(str(root / f"models/{model}")).network.to(device)
+    options = {name: getattr(settings, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
+    smoothed = SmoothedClassifier(network, sigma, len(split.classes), seed=config.seed, **options)
+    fresh = SmoothedClassifier(network, sigma, len(split.classes), seed=seed, **options)
+    exact = same_computation(record, environment(device), smoothed.precision, smoothed.find_batch_size(pixels[0]))
+
+    problems, identical = [], 0
+    rows = sorted(random.Random(seed).sample(range(len(published)), min(images, len(published))))
+    rule = {name: getattr(settings, name) for name in ("stopping", "n0", "n", "alpha", "radius_step")}
+    with Progress(len(rows), f"certify {model} again", "images") as progress:
+        for row in rows:
+            image, claim = pixels[row].to(device).float() / 255, published.iloc[row]
+            (again,) = smoothed.certify(image[None], labels[row : row + 1], indices=[claim["idx"]], **rule)
+            identical += is_identical(claim, again)
+            if exact and not is_identical(claim, again):
+                problems.append(f"{path}: image {claim['idx']} is published as {_text(claim)}, is now {again}")
+            if claim["radius"] > 0:
+                (votes,) = fresh.vote([SampleRequest(image, claim["idx"], ESTIMATE, 0, settings.n)])
+                hits = int(votes[claim["predict"]])
+                if is_contradicted(claim["radius"], sigma, hits, settings.n, alpha):
+                    won = f"class {claim['predict']} wins {hits} of {settings.n} new samples"
+                    problems.append(f"{path}: image {claim['idx']}: {won}, too few for the radius {claim['radius']}")
+            progress.update()
+    return Found(problems, len(rows), identical, exact)
+
+
+def is_identical(published: pd.Series, again: Certificate) -> bool:
+    """Whether class, radius, number of samples and reason to stop are the same."""
+    claim = (published["predict"], published["radius"], published["samples"], published["stopped"])
+    return claim == (again.predict, again.radius, again.samples, again.stopped)
+
+
+def is_contradicted(radius: float, sigma: float, hits: int, n: int, alpha: float) -> bool:
+    """Whether `hits` of n independent noisy samples refute that the class has probability >= Phi(radius / sigma).
+
+    The one-sided Clopper-Pearson bound errs with probability at most alpha, and so does this.
+    """
+    upper = 1 - clopper_pearson_lower(n - hits, n, alpha)
+    return upper < float(ndtr(radius / sigma))
+
+
+def same_computation(record: dict, here: dict, dtype: str, batch_size: int) -> bool:
+    """Whether this machine computes as the one that wrote `record` did: then every vote is the same."""
+    there = record["environment"]
+    names = ("cpu", "instructions", "gpus")
+    same_hardware = all(there["hardware"].get(name) == here["hardware"][name] for name in names)
+    same_torch = there["software"]["packages"]["torch"] == here["software"]["packages"]["torch"]
+    return same_hardware and same_torch and (record["dtype"], record["batch_size"]) == (dtype, batch_size)
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def _text(claim: pd.Series) -> str:
+    return ", ".join(f"{name}={claim[name]!r}" for name in ("predict", "radius", "samples", "stopped"))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(verify)
