@@ -6,13 +6,13 @@ Units: `sigma` is the smoothing noise in pixel units (pixels in [0, 1]); `t` is 
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rrcm.methods import METHODS
 from rrcm.utils.errors import RRCMError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -28,24 +28,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class Method:
-    """How a classifier is trained. `matched` gives a scratch method rRCM's total compute (pre-training included)."""
-
-    start: Literal["pretrain", "timm"] | None  # the weights of our pre-training, those of a ViT of timm's, or random
-    regularized: bool
-    matched: bool
-    label: str
-
-
-METHODS = {
-    "rrcm": Method(start="pretrain", regularized=True, matched=False, label="rRCM"),
-    "consistency": Method(start=None, regularized=True, matched=False, label="Consistency"),
-    "gaussian": Method(start=None, regularized=False, matched=False, label="Gaussian"),
-    "consistency_matched": Method(start=None, regularized=True, matched=True, label="Consistency, matched compute"),
-    "gaussian_matched": Method(start=None, regularized=False, matched=True, label="Gaussian, matched compute"),
-    "timm": Method(start="timm", regularized=True, matched=False, label="timm ViT"),
-}
 MethodName = Literal["rrcm", "consistency", "gaussian", "consistency_matched", "gaussian_matched", "timm"]
 
 
@@ -190,7 +172,7 @@ class Finetune(FinetuneSettings):
         for entry in self.sigma_overrides:
             if entry.get("sigma") == sigma:
                 merged |= {name: value for name, value in entry.items() if name != "sigma"}
-        if METHODS[method].start is None:
+        if METHODS[method].initial_weights is None:
             merged |= self.scratch_overrides
         return FinetuneSettings.model_validate(merged)
 
@@ -198,14 +180,14 @@ class Finetune(FinetuneSettings):
         """What a method starts from: `scratch`, a folder, a file, or the name of a ViT of timm's."""
         names = {
             None: "scratch",
-            "pretrain": self.initial_checkpoint or "models/pretrain",
+            "rrcm": self.initial_checkpoint or "models/pretrain",
             "timm": self.timm.model,
         }
-        return names[METHODS[method].start]
+        return names[METHODS[method].initial_weights]
 
     def uses_pretraining(self, method: str) -> bool:
         """Whether a method starts from models/pretrain: its compute then counts."""
-        return METHODS[method].start == "pretrain" and self.initial_checkpoint is None
+        return METHODS[method].initial_weights == "rrcm" and self.initial_checkpoint is None
 
     @model_validator(mode="after")
     def overrides_fit(self) -> Self:

@@ -64,7 +64,7 @@ def matched_epochs(epochs: int, pretrain_compute: float, shared_by: int, epoch_c
 
 def time_condition(config: Config, method: str, sigma: float) -> float:
     """The t that a classifier for pixel `sigma` is told: 2 sigma, or the nearest level of the grid of pre-training."""
-    if config.finetune.time_condition == "exact" or METHODS[method].start != "pretrain":
+    if config.finetune.time_condition == "exact" or METHODS[method].initial_weights != "rrcm":
         return 2 * sigma
     grid = config.pretrain
     levels = karras_levels(grid.max_levels + 1, t_min=grid.t_min, t_max=grid.t_max, rho=grid.rho)
@@ -78,11 +78,11 @@ def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path
     """
     kind, settings, sizes = METHODS[method], config.finetune, config.data.model_dump() | config.model.model_dump()
     encoder = build_encoder(config.model, config.data)
-    if kind.start == "timm":
+    if kind.initial_weights == "timm":
         network = load_timm(settings.timm.model, settings.timm.weights)
         place = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
         encoder = convert_timm_vit.convert_timm_vit(network, settings.timm.model, **place, t=t)
-    elif kind.start == "pretrain":
+    elif kind.initial_weights == "rrcm":
         if settings.initial_checkpoint is not None and not Path(settings.initial_checkpoint).exists():
             raise RRCMError(f"finetune.initial_checkpoint = {settings.initial_checkpoint!r}: no such folder or file")
         encoder = load_encoder(settings.initial_checkpoint or pretrained, {name: sizes[name] for name in ARCHITECTURE})
@@ -121,9 +121,9 @@ def _train(
         3 * settings.num_noise * epoch_steps * settings.batch_size
     )  # encoder forwards; a backward counts two
     epochs, looks_every, share = settings.epochs, config.finetune.evaluate_every, 0.0
-    if kind.matched or uses_pretraining:
+    if kind.budget == "total" or uses_pretraining:
         share = read_json(pretrained / "config.json")["compute"]["pretrain"] / config.finetune.pretrain_cost_shared_by
-    if kind.matched:
+    if kind.budget == "total":
         epochs = matched_epochs(settings.epochs, share, 1, epoch_compute)
         looks_every = math.ceil(looks_every * epochs / settings.epochs)  # as many looks at the validation split
         share = 0.0
@@ -148,7 +148,7 @@ def _train(
     )
     best = copy.deepcopy(classifier).requires_grad_(False)
     inputs = {"shards": images.fingerprint, "start": sha256_tensors(encoder.state_dict())}
-    if kind.matched or uses_pretraining:
+    if kind.budget == "total" or uses_pretraining:
         inputs["pretrained"] = sha256_file(pretrained / "config.json")
     described = config.model_dump(mode="json", include={"seed", "data", "model", "finetune"})
     described |= {"method": method, "sigma": sigma, "t": t, "architecture": architecture(encoder)}
@@ -166,8 +166,8 @@ def _train(
         suspects=lambda step: loader.describe_step(images, settings.batch_size, batch_seed, step),
     )
     training.notes = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
-    if not training.resume() and settings.linear_probe_epochs and kind.start is not None:
-        quietest = config.pretrain.t_min if kind.start == "pretrain" else t  # timm's weights are put in place for one t
+    if not training.resume() and settings.linear_probe_epochs and kind.initial_weights is not None:
+        quietest = config.pretrain.t_min if kind.initial_weights == "rrcm" else t  # timm's weights are made for one t
         linear_probe(classifier, images, config, settings, env, quietest)
     if config.finetune.compile:
         classifier.compile()
@@ -201,7 +201,7 @@ def _train(
         logits = logits.float().unflatten(0, (settings.num_noise, -1))
         cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
         regularizer = torch.zeros((), device=device)
-        if kind.regularized:
+        if kind.objective == "consistency":
             regularizer = consistency_regularizer(logits, settings.consistency_weight, settings.entropy_weight).mean()
         loss = cross_entropy + regularizer
         training.descend(loss, rate)
