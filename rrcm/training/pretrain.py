@@ -100,10 +100,10 @@ def _train(
         options = {"sigmas": settings.evaluate_sigmas, "t_min": settings.t_min, "seed": seed}
         rows = evaluate(average, bank, held_out, **options, precision=training.precision, env=env)
         training.notes["representation"] += [{"step": step, **row} for row in rows]
-        if env.is_main and rows[0]["similarity"] > COLLAPSED:
+        if env.is_main and rows[0]["cross_image_cosine"] > COLLAPSED:
             print(
                 f"pretrain: the representations have collapsed at step {step}: different images have a mean cosine of "
-                f"{rows[0]['similarity']:.4f}; lower the learning rate, or the temperature",
+                f"{rows[0]['cross_image_cosine']:.4f}; lower the learning rate, or the temperature",
                 file=sys.stderr,
             )
 
