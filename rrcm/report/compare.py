@@ -71,6 +71,4 @@ def check_same_images(certificates: Mapping[str, pd.DataFrame]) -> str | None:
     if all(each == common for each in images.values()):
         return None
     counts = ", ".join(f"{name} {len(each):,}" for name, each in images.items())
-    return (
-        f"the files have different images ({counts}; {len(common):,} in all of them), so paired comparison is invalid"
-    )
+    return f"the files have different images ({counts}; {len(common):,} in all of them); compare shares only"

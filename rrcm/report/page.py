@@ -58,7 +58,7 @@ def render_report(
     """
     records = [path for path in inputs.files if path.startswith(("timings/", "latency/"))]
     environments = _environments(root, records)
-    return _template().render(
+    text = _template().render(
         config=config,
         images=len(next(iter(inputs.certificates.values()))),
         comparisons=_headline(config, inputs.certificates),
@@ -76,6 +76,7 @@ def render_report(
         environments=environments,
         num_records=len(records),
     )
+    return text.rstrip("\n") + "\n"
 
 
 def _template() -> jinja2.Template:
