@@ -370,7 +370,7 @@ def draw_representation(representations: Mapping[str, pd.DataFrame]) -> Figure:
         cosine.plot([], [], ":", color=TEXT_COLOR, linewidth=1, label="other images")
         before = "" if len(representations) == 1 else f"{name}: "
         accuracy.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title=f"{before}k-NN accuracy")
-        for axes, title in ((cosine, "cosine, noisy to clean"), (centred, "the same, centred")):
+        for axes, title in ((cosine, "cosine, noisy to clean"), (centred, "cosine, same image, centred")):
             axes.set(xlabel="step", ylabel="mean cosine", title=title)
             axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
     _legend(figure, rows[0])
