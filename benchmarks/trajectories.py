@@ -1,7 +1,7 @@
-"""What pre-trainings did to the representations of held-out images, side by side: how still they are under noise.
+"""Compare pre-trainings by their representations of held-out images: cosines along a noise trajectory, k-NN accuracy.
 
-Reads the representation.csv that pre-training leaves: means over the folders given under one name (seeds), and their
-range. `untrained` is the network that all of them start from.
+Reads the representation.csv of each pre-training. Several folders under one name are seeds: the table and the figure
+show their mean and range. `untrained` is the initial network of all of them.
 
     for seed in 0 1 2; do for objective in rrcm moco_noise; do
         python stages/compose.py seed=$seed pretrain.objective=$objective --output $objective-$seed.yaml
@@ -13,6 +13,7 @@ range. `untrained` is the network that all of them start from.
         "MoCo-v3 with noise=build/moco_noise-0" ... --figure trajectories.png
 """
 
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
@@ -26,63 +27,63 @@ from rrcm.report.figures import OKABE_ITO, figure_style, save
 from rrcm.utils.errors import RRCMError
 
 MEASURES = {
-    "centred": "the same image, centred",
-    "cosine": "the same image",
-    "similarity": "other images",
+    "centred_cosine": "cosine, same image, centred",
+    "same_image_cosine": "cosine, same image",
+    "cross_image_cosine": "cosine, other images",
     "knn": "k-NN accuracy",
 }
-BEFORE = "untrained"
+UNTRAINED = "untrained"
 
 resume_gc()
 
 
-def read_looks(folders: list[str]) -> pd.DataFrame:
-    """A row for each first and last look, noise and folder: name, sigma and the measures. Raises `RRCMError`."""
-    looks = []
+def read_representations(folders: list[str]) -> pd.DataFrame:
+    """Read the first and last evaluation in each of `folders` (NAME=FOLDER).
+
+    Returns one row per name, folder and noisy sigma, with the columns of `MEASURES`. Raises `RRCMError`.
+    """
+    rows = []
     for text in folders:
         name, _, folder = text.partition("=")
         path = Path(folder) / "representation.csv"
         if not (folder and path.is_file()):
-            raise RRCMError(f"{text!r}: must be NAME=FOLDER, with {path.name} of a pre-training in the folder")
+            raise RRCMError(f"{text!r}: must be NAME=FOLDER, a pre-training's folder with {path.name} in it")
         frame = pd.read_csv(path).query("sigma > 0")
-        looks.append(frame[frame["step"] == 0].assign(name=BEFORE, folder=folder))
-        looks.append(frame[frame["step"] == frame["step"].max()].assign(name=name, folder=folder))
-    return pd.concat(looks).drop_duplicates(["name", "sigma", *MEASURES])
+        rows.append(frame[frame["step"] == 0].assign(name=UNTRAINED, folder=folder))
+        rows.append(frame[frame["step"] == frame["step"].max()].assign(name=name, folder=folder))
+    return pd.concat(rows).drop_duplicates(["name", "sigma", *MEASURES])
 
 
 @figure_style()
-def draw(looks: pd.DataFrame) -> Figure:
-    """A panel a measure; a line a name over sigma, the range over its folders as a bar. Centred: each level's mean
-    representation taken off."""
+def draw(rows: pd.DataFrame) -> Figure:
+    """One panel per measure and one line per name over sigma. Bars are the range over the folders of a name."""
     figure = Figure(figsize=(8.7, 2.9))
-    colours = ["#808080", *OKABE_ITO]
-    for axes, (measure, title) in zip(figure.subplots(1, len(MEASURES), sharey=True), MEASURES.items(), strict=True):
-        for name, colour, marker in zip(looks["name"].unique(), colours, "so^Dv", strict=False):
-            by_sigma = looks[looks["name"] == name].groupby("sigma")[measure]
+    panels = figure.subplots(1, len(MEASURES), sharey=True)
+    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+        for name, colour, marker in zip(rows["name"].unique(), cycle(["#808080", *OKABE_ITO]), cycle("so^Dv")):
+            by_sigma = rows[rows["name"] == name].groupby("sigma")[measure]
             mean = by_sigma.mean()
             error = [mean - by_sigma.min(), by_sigma.max() - mean]
-            dashes = ":" if name == BEFORE else "-"
+            dashes = ":" if name == UNTRAINED else "-"
             axes.errorbar(mean.index, mean, error, color=colour, marker=marker, linestyle=dashes, capsize=2, label=name)
-        axes.set(title=title, xlabel="σ (pixels in [0, 1])", xticks=sorted(looks["sigma"].unique()), ylim=(0, 1.02))
-    first = figure.axes[0]
-    first.set_ylabel("mean cosine to $t_{min}$; accuracy")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        axes.set(title=title, xlabel="σ (pixels in [0, 1])", xticks=sorted(rows["sigma"].unique()), ylim=(0, 1.02))
+    panels[0].set_ylabel("mean cosine, or accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def main(
-    folders: Annotated[list[str], typer.Argument(help="NAME=FOLDER of a pre-training; a name may come more than once")],
-    figure: Annotated[Path | None, typer.Option(help=".png or .svg")] = None,
+    folders: Annotated[list[str], typer.Argument(help="NAME=FOLDER of a pre-training; names may repeat (seeds)")],
+    figure: Annotated[Path | None, typer.Option(help="Also draw this file, .png or .svg")] = None,
 ) -> None:
     """Print the measures of each pre-training, and draw them."""
-    looks = read_looks(folders)
-    rows = []
-    for (name, sigma), group in looks.groupby(["name", "sigma"], sort=False):
-        spread = [f"{group[m].mean():.3f} ({group[m].min():.3f} - {group[m].max():.3f})" for m in MEASURES]
-        rows.append([name, f"{sigma:g}", len(group), *spread])
-    print(tabulate(rows, ["", "sigma", "runs", *MEASURES], tablefmt="github", disable_numparse=True))
+    rows, lines = read_representations(folders), []
+    for (name, sigma), group in rows.groupby(["name", "sigma"], sort=False):
+        ranges = [f"{group[m].mean():.3f} ({group[m].min():.3f} - {group[m].max():.3f})" for m in MEASURES]
+        lines.append([name, f"{sigma:g}", len(group), *ranges])
+    print(tabulate(lines, ["", "sigma", "runs", *MEASURES], tablefmt="github", disable_numparse=True))
     if figure is not None:
-        save(draw(looks), figure)
+        save(draw(rows), figure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw every figure and table: reports/PROFILE."""
+"""Write the report of the profile: every figure and table under reports/PROFILE."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from rrcm.report.build import write_report
 
 
 def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) -> None:
-    """Turn certificates, histories and timings into the report of this profile."""
+    """Write the report from certificates, histories and timings."""
     config = load_config(params)
     write_report(config, Path(), reports / config.profile)
 

@@ -39,7 +39,8 @@ def test_a_stage_watches_the_code_that_its_module_imports(stage):
     for dep in definition(stage)["deps"]:
         path = REPOSITORY / dep
         if dep.startswith("rrcm/"):
-            watched |= {str(file.relative_to(REPOSITORY)) for file in ([path] if path.is_file() else path.glob("*.py"))}
+            files = [path] if path.suffix == ".py" else path.glob("*.py")
+            watched |= {str(file.relative_to(REPOSITORY)) for file in files}
     needed = {
         str(path.relative_to(REPOSITORY))
         for name, path in source_files(MODULES[stage]).items()

@@ -18,6 +18,11 @@ def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray)
     return (len(certified) - np.searchsorted(certified, radii)) / len(frame)
 
 
+def certified_at(frame: pd.DataFrame, radius: float) -> np.ndarray:
+    """(N,) int64: 1 for each image that is correct with at least this radius, else 0."""
+    return (frame["correct"] * (frame["radius"] >= radius)).to_numpy()
+
+
 def certified_radii(frame: pd.DataFrame) -> np.ndarray:
     """(N,) the radius of each image where correct, else 0: ACR is its mean."""
     return (frame["radius"] * frame["correct"]).to_numpy()
@@ -30,7 +35,12 @@ def average_certified_radius(frame: pd.DataFrame) -> float:
 
 def acr_difference(one: pd.DataFrame, other: pd.DataFrame) -> tuple[float, float]:
     """ACR of `one` less that of `other`, and the half width of its 95 % interval. Rows are the same images in order."""
-    difference = certified_radii(one) - certified_radii(other)
+    return mean_difference(certified_radii(one), certified_radii(other))
+
+
+def mean_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Mean of `one` - `other` and the half width of its 95 % normal interval, both (N,) with one value per image."""
+    difference = one - other
     spread = difference.std(ddof=1) if len(difference) > 1 else math.inf
     return float(difference.mean()), float(NORMAL_95 * spread / math.sqrt(len(difference)))
 

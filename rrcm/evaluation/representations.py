@@ -1,5 +1,5 @@
-"""How good representations are before any fine-tuning: k-nearest-neighbour accuracy, clean and under noise, and how
-still they stay along a noise trajectory, which is what the method promises."""
+"""Evaluate representations before any fine-tuning: k-nearest-neighbour accuracy with and without noise, and cosine
+similarity along a noise trajectory, which rRCM trains to be high."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from rrcm.utils.distributed import DistEnv, all_gather_cat, autocast
 from rrcm.utils.rng import normal_per_sample
 
 BATCH = 256
-COLLAPSED = 0.99  # a mean cosine between clean images above this: the encoder answers alike to all
+COLLAPSED = 0.99  # collapsed when different clean images have a mean cosine above this
 
 
 def knn_accuracy(
@@ -24,49 +24,54 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Share of queries (N, D) whose class is that of their k nearest of the bank (M, D), by cosine; each votes with
-    exp(cosine / temperature) (Wu et al. 2018). Labels are int64 (N,) and (M,)."""
-    right = 0
-    for some, target in zip(queries.split(1024), labels.split(1024), strict=True):
-        cosine, nearest = (F.normalize(some) @ F.normalize(bank).T).topk(min(k, len(bank)))
+    """Accuracy (a share) of the weighted k-NN classifier of Wu et al. 2018.
+
+    `queries` (N, D) and `bank` (M, D) are floating-point representations, `labels` (N,) and `bank_labels` (M,) int64.
+    Neighbours are the k nearest by cosine, and each votes with weight exp(cosine / temperature).
+    """
+    correct = 0
+    for chunk, target in zip(queries.split(1024), labels.split(1024), strict=True):
+        cosine, nearest = (F.normalize(chunk) @ F.normalize(bank).T).topk(min(k, len(bank)))
         votes = F.one_hot(bank_labels[nearest]) * (cosine / temperature).exp()[..., None]
-        right += int((votes.sum(1).argmax(1) == target).sum())
-    return right / len(queries)
+        correct += int((votes.sum(1).argmax(1) == target).sum())
+    return correct / len(queries)
 
 
-def same_and_cross_cosine(seen: torch.Tensor, quiet: torch.Tensor) -> tuple[float, float]:
-    """Mean cosine between the representations (N, D) of images under noise and the same images without, and between
-    those of different images: what the first would be if noise wiped out which image it was. Near 1 where an encoder
-    has collapsed."""
-    n, seen, quiet = len(seen), F.normalize(seen.double()), F.normalize(quiet.double())
-    own, everything = (seen * quiet).sum(), seen.sum(0) @ quiet.sum(0)
-    return float(own / n), float((everything - own) / (n * (n - 1)))
+def same_and_cross_cosine(noisy: torch.Tensor, clean: torch.Tensor) -> tuple[float, float]:
+    """Mean cosine between noisy and clean representations of the same image, and of different images.
+
+    Both are (N, D) with N >= 2, row i being image i. The second value is what the first would be if the noise erased
+    all differences between images. It is near 1 for a collapsed encoder.
+    """
+    n, noisy, clean = len(noisy), F.normalize(noisy.double()), F.normalize(clean.double())
+    same, everything = (noisy * clean).sum(), noisy.sum(0) @ clean.sum(0)
+    return float(same / n), float((everything - same) / (n * (n - 1)))
 
 
 def centred(representations: torch.Tensor) -> torch.Tensor:
-    """Less their mean over the images: what tells an image from others. (N, D) -> (N, D) float64."""
+    """`representations` (N, D) minus their mean over the images, as float64. This removes what all images share."""
     return representations.double() - representations.double().mean(0)
 
 
-class Sample(NamedTuple):
-    """Images evenly spread over a split, shared out over the processes."""
+class EvalImages(NamedTuple):
+    """Images evenly spaced over a split, divided among the processes."""
 
-    pixels: torch.Tensor  # (n, C, H, W) uint8: image rank, rank + world, ... and so on, as many on every process
-    labels: torch.Tensor  # (N,) int64, of all of them
+    pixels: torch.Tensor  # (n, C, H, W) uint8: images rank, rank + world_size, ...; n is the same on every process
+    labels: torch.Tensor  # (N,) int64, those of all images
 
 
-def load_eval_images(images: ShardedDataset, size: int, most: int, env: DistEnv) -> Sample:
-    """At most `most` images of a split; each process reads its share."""
+def load_eval_images(images: ShardedDataset, size: int, most: int, env: DistEnv) -> EvalImages:
+    """Load at most `most` images of a split, cropped to `size` pixels. Each process reads its share."""
     rows = np.arange(0, len(images), -(-len(images) // most))
     padded = rows[np.arange(-(-len(rows) // env.world_size) * env.world_size) % len(rows)]
     share = padded[env.rank :: env.world_size].tolist()
-    return Sample(read_pixels(images, size, share), torch.from_numpy(images.labels[rows]).to(env.device))
+    return EvalImages(read_pixels(images, size, share), torch.from_numpy(images.labels[rows]).to(env.device))
 
 
 def evaluate(
     encoder: nn.Module,
-    bank: Sample,
-    held_out: Sample,
+    bank: EvalImages,
+    held_out: EvalImages,
     *,
     sigmas: list[float],
     t_min: float,
@@ -74,36 +79,44 @@ def evaluate(
     precision: str,
     env: DistEnv,
 ) -> list[dict[str, float]]:
-    """A row for clean images (sigma 0, noise level t_min) and one for each pixel `sigma` (noise level t = 2 sigma).
+    """Evaluate clean images (sigma 0, noise level t_min) and each pixel `sigma` (noise level t = 2 sigma): a row each.
 
-    `knn` is the accuracy of the held-out images under that noise, the clean bank being known; `cosine` the mean cosine
-    between an image's representations at t and at t_min, along one noise; `similarity` that between an image's at t
-    and other images' at t_min; `centred` as `cosine`, the mean representation of each level taken off before. The
-    method promises a high cosine. An encoder that answers much alike to all images, as an untrained one does, has a
-    high one as well, but then the similarity is high too; `centred` does not see what all images have in common.
+    `knn` is the accuracy of the noisy held-out images, with the clean bank as neighbours. `same_image_cosine` is the
+    mean cosine between the representations of an image at t and at t_min, with the same noise sample.
+    `cross_image_cosine` compares an image at t with the other images at t_min. `centred_cosine` is the same-image
+    cosine after subtracting the mean representation of each noise level.
+
+    rRCM should raise the same-image cosine. A collapsed or untrained encoder also scores high, because all its outputs
+    are alike. Compare it with the cross-image cosine, or use the centred cosine.
     """
 
     @torch.no_grad()
-    def represent(sample: Sample, t: float) -> torch.Tensor:
-        """(N, D) float32, of all processes. Image i has noise i."""
-        places, found = torch.arange(len(sample.pixels)) * env.world_size + env.rank, []
-        for pixels, some in zip(sample.pixels.split(BATCH), places.split(BATCH), strict=True):
+    def represent(images: EvalImages, t: float) -> torch.Tensor:
+        """Representations (N, D) float32 from all processes. Image i has noise sample i."""
+        indices, found = torch.arange(len(images.pixels)) * env.world_size + env.rank, []
+        for pixels, chunk in zip(images.pixels.split(BATCH), indices.split(BATCH), strict=True):
             clean = 2 * (pixels.to(env.device).float() / 255) - 1
-            positions = (some % len(sample.labels)).tolist()
+            positions = (chunk % len(images.labels)).tolist()
             noise = normal_per_sample(clean.shape[1:], seed, "trajectory", positions=positions, device=env.device)
             with autocast(env.device, precision):
                 found.append(encoder(clean + t * noise, t).float())
         gathered = all_gather_cat(torch.cat(found))[0].unflatten(0, (env.world_size, -1))
-        return gathered.transpose(0, 1).flatten(0, 1)[: len(sample.labels)]
+        return gathered.transpose(0, 1).flatten(0, 1)[: len(images.labels)]
 
     training = encoder.training
     encoder.eval()
-    known, quiet, rows = represent(bank, t_min), represent(held_out, t_min), []
+    neighbours, clean, rows = represent(bank, t_min), represent(held_out, t_min), []
     for sigma in (0.0, *sigmas):
-        seen = represent(held_out, 2 * sigma) if sigma else quiet
-        accuracy = knn_accuracy(seen, held_out.labels, known, bank.labels)
-        own, others = same_and_cross_cosine(seen, quiet)
-        still, _ = same_and_cross_cosine(centred(seen), centred(quiet))
-        rows.append({"sigma": sigma, "knn": accuracy, "cosine": own, "similarity": others, "centred": still})
+        noisy = represent(held_out, 2 * sigma) if sigma else clean
+        same, cross = same_and_cross_cosine(noisy, clean)
+        rows.append(
+            {
+                "sigma": sigma,
+                "knn": knn_accuracy(noisy, held_out.labels, neighbours, bank.labels),
+                "same_image_cosine": same,
+                "cross_image_cosine": cross,
+                "centred_cosine": same_and_cross_cosine(centred(noisy), centred(clean))[0],
+            }
+        )
     encoder.train(training)
     return rows

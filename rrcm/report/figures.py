@@ -1,8 +1,7 @@
-"""The report's figures in one house style, as PNG and SVG that are byte-identical when drawn again.
+"""The figures, in one style, as PNG and SVG files that are byte-identical when drawn again.
 
-Every function draws what it is given and returns the figure; `save` writes it. Colours are Okabe and Ito's, told
-apart by colour-blind readers; a method keeps its colour in every figure and report, and matched-compute variants are
-dashed in the colour of their base method.
+Each function returns a figure, and `save` writes it. The colours are those of Okabe and Ito, which colour-blind readers
+can tell apart. A method has the same colour in every figure. Methods at equal total compute are dashed.
 """
 
 import math
@@ -24,12 +23,11 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rrcm.certification.results import ABSTAIN
-from rrcm.config import METHODS
 from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
+from rrcm.methods import METHODS
 from rrcm.utils.files import atomic_path
 
 STYLE = {
-    "backend": "agg",
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
     "font.size": 9,
     "axes.titlesize": 9,
@@ -47,35 +45,35 @@ STYLE = {
     "svg.hashsalt": "rrcm",  # else element names are random
 }
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-BASES = list(dict.fromkeys(name.removesuffix("_matched") for name in METHODS))
-OTHERS = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # line styles of other groups' curves
-FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # and what not to write into them
-RADIUS = "L2 radius r (pixels in [0, 1])"
+EXTERNAL_STYLES = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # dashes, colour
+FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # metadata left out of the files
+RADIUS_LABEL = "L2 radius r (pixels in [0, 1])"
 TEXT_COLOR = "#404040"
+NOT_LOSSES = {"step", "loss", "grad_norm", "levels", "teacher_decay", "lr"}  # columns of a pre-training's history
 
 
 class Thumbnail(NamedTuple):
-    """A noisy test image of the sheet and what the smoothed classifier says of it."""
+    """An image of a gallery and the smoothed classifier's answer to it."""
 
     pixels: np.ndarray  # (H, W, C), in [0, 1]
-    label: str
-    predict: str
+    label: str  # the true class; in `draw_certified_images` the file's name
+    predict: str  # the predicted class; "" when the classifier abstains
     radius: float  # L2, pixel units
     verdict: str  # a key of VERDICTS
 
 
-# sign, colour, line style: never told apart by colour alone
-VERDICTS = {"correct": ("✓", OKABE_ITO[2], "-"), "wrong": ("✗", OKABE_ITO[1], "--"), "abstains": ("?", "#808080", ":")}
+# sign, colour, line style; colour is never the only difference
+VERDICTS = {"correct": ("✓", OKABE_ITO[2], "-"), "wrong": ("✗", OKABE_ITO[1], "--"), "abstains": ("?", "#606060", ":")}
 
 
 def verdict(predict: int, label: int) -> str:
-    """A key of VERDICTS."""
+    """The key of VERDICTS for a predicted class (or `ABSTAIN`) and the true one."""
     return "abstains" if predict == ABSTAIN else "correct" if predict == label else "wrong"
 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Drawing inside depends on nothing outside: no matplotlibrc, no earlier settings."""
+    """Draw with `STYLE` alone: neither a matplotlibrc nor earlier settings have an effect inside."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -84,44 +82,53 @@ def figure_style() -> Iterator[None]:
 
 @figure_style()
 def save(figure: Figure, path: Path) -> None:
-    """Write a file of `FORMATS`, named by the suffix, atomically and without date or version inside."""
+    """Write `figure` to `path` atomically, without date or version. The suffix of `path` must be in `FORMATS`."""
     with atomic_path(path) as scratch:
         figure.savefig(scratch, format=path.suffix[1:], metadata=FORMATS[path.suffix])
 
 
-def _line(method: str) -> dict:
-    """How a method's line is drawn."""
-    kind = METHODS[method]
-    colour = OKABE_ITO[BASES.index(method.removesuffix("_matched")) % len(OKABE_ITO)]
-    return {"color": colour, "linestyle": (0, (4, 1.5)) if kind.matched else "-", "label": kind.label}
+def line_style(method: str) -> dict:
+    """Colour, line style and label of a row of the method table, as arguments of `Axes.plot`."""
+    row = METHODS[method]
+    return {"color": row.colour, "linestyle": "-" if row.base is None else (0, (4, 1.5)), "label": row.label}
 
 
-def _plain(text: str) -> str:
-    """A label that somebody gave, as it is: nothing in it is mathematics."""
+def marker_style(style: Mapping) -> dict:
+    """The marker that goes with a line: hollow when the line is not solid."""
+    face = style["color"] if style["linestyle"] == "-" else "white"
+    return {"color": style["color"], "markerfacecolor": face, "markeredgewidth": 1.2}
+
+
+def _literal(text: str) -> str:
+    """`text` as matplotlib shows it literally: a dollar sign does not start a formula."""
     return text.replace("$", r"\$")
 
 
 def _draw_curve(axes: Axes, frames: Iterable[pd.DataFrame], **style: object) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the envelope of `frames`, each value up to and with its radius; return it: radii and accuracy.
+    """Draw the envelope of `frames` and return its radii and accuracies (shares).
 
-    Where it falls at 0, as it does when radii are multiples of a step, a dot shows the value at r = 0 itself.
+    An accuracy holds up to and including its radius. If the curve falls right after r = 0, as it can with radii on a
+    grid, a dot shows the value at r = 0.
     """
     radii, accuracy = envelope(frames)
     axes.plot(radii, 100 * accuracy, drawstyle="steps-pre", **style)
     if accuracy[1] < accuracy[0]:
-        face = style["color"] if style["linestyle"] == "-" else "white"
-        dot = {"color": style["color"], "markerfacecolor": face, "markersize": 4, "markeredgewidth": 1.2}
-        axes.plot(0, 100 * accuracy[0], "o", clip_on=False, zorder=3, **dot)
+        axes.plot(0, 100 * accuracy[0], "o", markersize=4, clip_on=False, zorder=3, **marker_style(style))
     return radii, accuracy
 
 
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend for all panels, below them, read row by row, with as many columns as there is room for.
+def _set_curve_axes(axes: Axes, reach: float) -> None:
+    """Labels and limits of a panel of curves that end at radius `reach`."""
+    axes.set(xlabel=RADIUS_LABEL, xlim=(0, 1.03 * reach), ylim=(0, 102))
 
-    The figure grows by its second and further rows.
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Put one legend for all panels below them, in rows, with as many columns as fit.
+
+    The figure grows in height by the second and later rows.
     """
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-    labels = [label for label in lines if not label.startswith("_child")]  # that is one without a label
+    labels = [label for label in lines if not label.startswith("_child")]  # matplotlib's name for "no label"
     widths = [TextPath((0, 0), label, size=9).get_extents().width / 72 + 0.7 for label in labels]  # inches, with line
 
     def fit(columns: int) -> bool:
@@ -135,68 +142,71 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
 
 
 @figure_style()
-def draw_certified_accuracy(certificates: Certificates, others: Certificates) -> Figure:
-    """Certified accuracy against radius, exact: a panel a sigma, all methods. Bands: 95 % intervals, unmatched only.
+def draw_certified_accuracy(certificates: Certificates, external: Certificates) -> Figure:
+    """Exact curves of certified accuracy against radius, with one panel per sigma.
 
-    `others` are certificates of other groups by (label, sigma), drawn where there is a panel of their sigma.
+    Bands are 95 % Wilson intervals, drawn for solid lines only. `external` holds other groups' certificates by (label,
+    sigma). They appear in the panel of their sigma, if there is one.
     """
     sigmas = sorted({sigma for _, sigma in certificates})
     figure = Figure(figsize=(max(3.4 * len(sigmas), 4.2), 3.6))
     panels = figure.subplots(1, len(sigmas), sharey=True, squeeze=False)[0]
-    labels = dict.fromkeys(label for label, _ in others)
-    looks = {
-        label: {"color": colour, "linestyle": style, "label": _plain(label)}
-        for label, (style, colour) in zip(labels, cycle(OTHERS), strict=False)
+    labels = dict.fromkeys(label for label, _ in external)
+    line_styles = {
+        label: {"color": colour, "linestyle": dashes, "label": _literal(label)}
+        for label, (dashes, colour) in zip(labels, cycle(EXTERNAL_STYLES), strict=False)
     }
     for panel, sigma in zip(panels, sigmas, strict=True):
         reach = 0.0
-        for (method, its_sigma), frame in certificates.items():
-            if its_sigma == sigma:
-                radii, accuracy = _draw_curve(panel, [frame], **_line(method))
-                if not METHODS[method].matched:
-                    low, high = wilson_interval(accuracy[:-1], len(frame))
-                    colour = _line(method)["color"]
-                    panel.fill_between(
-                        radii[:-1], 100 * low, 100 * high, step="pre", color=colour, alpha=0.12, linewidth=0
-                    )
-                reach = max(reach, radii[-1])
-        for (label, its_sigma), frame in others.items():
-            if its_sigma == sigma:
-                radii, _ = _draw_curve(panel, [frame], **looks[label])
-                reach = max(reach, radii[-1])
-        panel.set(title=f"σ = {sigma:g}", xlabel=RADIUS, xlim=(0, 1.03 * (reach or sigma)), ylim=(0, 102))
+        for method, frame in _of_sigma(certificates, sigma).items():
+            style = line_style(method)
+            radii, accuracy = _draw_curve(panel, [frame], **style)
+            if style["linestyle"] == "-":
+                low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frame)))
+                panel.fill_between(radii[:-1], low, high, step="pre", color=style["color"], alpha=0.12, linewidth=0)
+            reach = max(reach, radii[-1])
+        for label, frame in _of_sigma(external, sigma).items():
+            radii, _ = _draw_curve(panel, [frame], **line_styles[label])
+            reach = max(reach, radii[-1])
+        _set_curve_axes(panel, reach or sigma)
+        panel.set_title(f"σ = {sigma:g}")
     panels[0].set_ylabel("certified accuracy (%)")
     _legend(figure, panels)
     return figure
 
 
+def _of_sigma(certificates: Certificates, sigma: float) -> dict[str, pd.DataFrame]:
+    return {name: frame for (name, of), frame in certificates.items() if of == sigma}
+
+
 @figure_style()
 def draw_envelope(certificates: Certificates) -> Figure:
-    """Certified accuracy against radius with the best sigma at each radius, a line a method."""
+    """Certified accuracy against radius, with the best sigma at each radius and one line per method."""
     figure = Figure(figsize=(5.6, 4.2))
     axes = figure.subplots()
     reach = 0.0
     for method in dict.fromkeys(method for method, _ in certificates):
         frames = (frame for (name, _), frame in certificates.items() if name == method)
-        radii, _ = _draw_curve(axes, frames, **_line(method))
+        radii, _ = _draw_curve(axes, frames, **line_style(method))
         reach = max(reach, radii[-1])
-    axes.set(xlabel=RADIUS, ylabel="certified accuracy, best σ at each r (%)", xlim=(0, 1.03 * (reach or 1)))
-    axes.set_ylim(0, 102)
+    _set_curve_axes(axes, reach or 1)
+    axes.set(ylabel="certified accuracy (%)", title="best σ at each radius")
     _legend(figure, [axes])
     return figure
 
 
 @figure_style()
 def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
-    """Certified accuracy against radius, exact, of certificates by name."""
+    """Exact curves of certified accuracy against radius, one line per name."""
     figure = Figure(figsize=(5.6, 4.2))
     axes = figure.subplots()
     reach = 0.0
-    looks = cycle(product(["-", "--", ":"], OKABE_ITO))
-    for (name, frame), (style, colour) in zip(certificates.items(), looks, strict=False):
-        radii, _ = _draw_curve(axes, [frame], linestyle=style, color=colour, label=_plain(name))
+    line_styles = cycle(product(["-", "--", ":"], OKABE_ITO))
+    for (name, frame), (dashes, colour) in zip(certificates.items(), line_styles, strict=False):
+        radii, _ = _draw_curve(axes, [frame], linestyle=dashes, color=colour, label=_literal(name))
         reach = max(reach, radii[-1])
-    axes.set(xlabel=RADIUS, ylabel="certified accuracy (%)", xlim=(0, 1.03 * (reach or 1)), ylim=(0, 102))
+    _set_curve_axes(axes, reach or 1)
+    axes.set_ylabel("certified accuracy (%)")
     _legend(figure, [axes])
     return figure
 
@@ -208,24 +218,26 @@ def draw_attack(
     radii: Sequence[float],
     summaries: Mapping[float, Mapping[str, Sequence[float]]],
 ) -> Figure:
-    """Certified accuracy and accuracy under attack within each of `radii`, a panel a sigma.
+    """Certified accuracy and accuracy under attack within each of `radii`, with one panel per sigma.
 
-    `summaries` by sigma are those of `attack.summarise`. Between the markers and the dotted line PREDICT abstains.
+    `summaries` are the results of `attack.summarise` by sigma. In the shaded area between the two black lines the
+    attacked classifier abstains.
     """
     figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))
     panels = figure.subplots(1, len(certificates), sharey=True, squeeze=False)[0]
     for panel, (sigma, frame) in zip(panels, sorted(certificates.items()), strict=True):
-        found = summaries[sigma]
-        right, either, unsmoothed = (
-            100 * np.array(found[name]) for name in ("accuracy", "not_wrong", "unsmoothed_accuracy")
+        summary = summaries[sigma]
+        correct, not_wrong, unsmoothed = (
+            100 * np.array(summary[name]) for name in ("accuracy", "not_wrong", "unsmoothed_accuracy")
         )
-        reach, _ = _draw_curve(panel, [frame], **_line(method) | {"label": f"{METHODS[method].label}: certified"})
-        panel.plot(radii, right, "o-", color="black", markersize=4, label="right under attack", clip_on=False)
-        panel.plot(radii, either, ":", color="black", label="right or abstains under attack")
-        panel.fill_between(radii, right, either, color="black", alpha=0.08, linewidth=0)
-        panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label="not smoothed, right under attack")
-        panel.set_title(f"σ = {sigma:g}: {found['broken']} of {found['certificates']} certificates broken")
-        panel.set(xlabel=RADIUS, xlim=(0, 1.03 * max(radii[-1], reach[-1])), ylim=(0, 102))
+        certified = line_style(method) | {"label": f"{METHODS[method].label}, certified"}
+        reach, _ = _draw_curve(panel, [frame], **certified)
+        panel.plot(radii, correct, "o-", color="black", markersize=4, label="correct under attack", clip_on=False)
+        panel.plot(radii, not_wrong, ":", color="black", label="correct or abstains under attack")
+        panel.fill_between(radii, correct, not_wrong, color="black", alpha=0.08, linewidth=0)
+        panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label="correct under attack, not smoothed")
+        _set_curve_axes(panel, max(radii[-1], reach[-1]))
+        panel.set_title(f"σ = {sigma:g}: {summary['broken']} of {summary['certificates']} certificates broken")
     panels[0].set_ylabel("accuracy (%)")
     _legend(figure, panels)
     return figure
@@ -233,56 +245,49 @@ def draw_attack(
 
 @figure_style()
 def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: int, radius: float) -> Figure:
-    """Certified accuracy at `radius` (best sigma) against the seconds that one image takes with n samples.
+    """Certified accuracy at `radius` (best sigma) against the seconds to certify one image with `n` samples.
 
-    `latency` is what the latency stage measured of each method; marker area is proportional to the parameters.
+    `latency` holds the latency stage's record of each method and `accuracy` shares. The area of a marker is
+    proportional to the number of parameters.
     """
     figure = Figure(figsize=(7.2, 3.8))
     axes = figure.subplots()
     seconds = {method: record["seconds"][str(n)] for method, record in latency.items()}
     ranked = sorted(latency, key=lambda method: accuracy[method])
+    fastest, slowest = min(seconds.values()), max(seconds.values())
     axes.set_xscale("log")
-    axes.set_xlim(min(seconds.values()) / 5, max(seconds.values()) * 5)  # equal latencies shall look equal
+    axes.set_xlim(fastest / 5, slowest * 5)  # wide enough that small differences look small
     axes.set_ylim(0, max(118 * accuracy[ranked[-1]], 5))
-    subdivided = max(seconds.values()) < 10 * min(seconds.values())
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if subdivided else (1,)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if slowest < 10 * fastest else (1,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     largest = max(record["parameters"] for record in latency.values())
-    heights = _spread([100 * accuracy[method] for method in ranked], room=0.07 * axes.get_ylim()[1])
+    heights = _spread_labels([100 * accuracy[method] for method in ranked], room=0.07 * axes.get_ylim()[1])
     for method, height in zip(ranked, heights, strict=True):
-        colour, point = _line(method)["color"], (seconds[method], 100 * accuracy[method])
-        parameters = latency[method]["parameters"]
-        face = "none" if METHODS[method].matched else colour
+        style, parameters = line_style(method), latency[method]["parameters"]
+        point, face = (seconds[method], 100 * accuracy[method]), marker_style(style)["markerfacecolor"]
         area = 90 * parameters / largest
-        axes.scatter(*point, area, facecolor=face, edgecolor=colour, linewidth=1.6, zorder=3, clip_on=False)
-        axes.annotate(
-            f"{METHODS[method].label}: {point[1]:.1f} %, {parameters / 1e6:.3g} M",
-            point,
-            (1.03, height),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.7,
-                "relpos": (0, 0.5),
-                "shrinkA": 1,
-                "shrinkB": 6,
-            },
-        )
+        axes.scatter(*point, area, facecolor=face, edgecolor=style["color"], linewidth=1.6, zorder=3, clip_on=False)
+        text = f"{style['label']}: {point[1]:.1f} %, {parameters / 1e6:.2g} M"
+        _label_point(axes, text, point, height, style["color"])
     first = latency[ranked[0]]
     axes.set_xlabel(
         f"seconds to certify one image, n = {n:,}\n{first['device']}, {first['dtype']}, batch {first['batch_size']:,}"
     )
-    axes.set_ylabel(f"certified accuracy at r = {radius:g}, best σ (%)")
-    axes.set_title("marker area and M (millions): parameters", loc="right", color=TEXT_COLOR, fontsize=8)
+    axes.set_ylabel(f"certified accuracy (%) at r = {radius:g}, best σ")
+    axes.set_title("marker area: number of parameters (M: million)", loc="left", color=TEXT_COLOR, fontsize=8)
     return figure
 
 
-def _spread(values: Sequence[float], room: float) -> list[float]:
-    """Ascending `values` moved apart until neighbours are `room` apart, the middle of each cluster kept."""
+def _label_point(axes: Axes, text: str, point: tuple[float, float], height: float, colour: str) -> None:
+    """Write `text` to the right of the panel at `height` (data units), with a line to `point`."""
+    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 6}
+    place = {"xytext": (1.03, height), "textcoords": axes.get_yaxis_transform()}
+    axes.annotate(text, point, va="center", annotation_clip=False, arrowprops=arrow, **place)
+
+
+def _spread_labels(values: Sequence[float], room: float) -> list[float]:
+    """Move ascending `values` apart until neighbours are at least `room` apart. Clusters keep their mean."""
     clusters = [[value, 1] for value in values]  # centre, members
     i = 0
     while i + 1 < len(clusters):
@@ -296,38 +301,27 @@ def _spread(values: Sequence[float], room: float) -> list[float]:
 
 
 @figure_style()
-def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) -> Figure:
-    """Pre-training losses over the number of noise levels, and validation accuracy under noise, a panel a sigma.
+def draw_training(pretraining: Mapping[str, pd.DataFrame], finetuning: pd.DataFrame) -> Figure:
+    """Pre-training losses (nats) with the number of noise levels, and validation accuracy under noise per sigma.
 
-    `finetuning` has a row an epoch: method, sigma, compute (encoder forward passes spent, the share of the pre-training
-    included), val_accuracy (may be missing), selected (bool).
+    `pretraining` holds the history of each pre-training objective; each gets a column of panels. `finetuning` has one
+    row per epoch: method, sigma, compute (encoder forward passes, including the share of the pre-training),
+    val_accuracy (a share, or missing), selected (bool).
     """
     sigmas = sorted(finetuning["sigma"].unique())
-    before = [] if pretraining is None else ["pre"]
-    mosaic = [before and ["losses"], before and ["levels"]]
-    mosaic = [row + [f"{sigma}" for sigma in sigmas] for row in mosaic]
-    columns = len(mosaic[0])
-    figure = Figure(figsize=(max(2.9 * columns, 4.2), 3.5))
-    panels = figure.subplot_mosaic(mosaic, height_ratios=[3, 1])
-    if pretraining is not None:
-        losses, levels = panels["losses"], panels["levels"]
-        losses.plot(pretraining["step"], pretraining["contrastive"], color=TEXT_COLOR, label="contrastive")
-        losses.plot(
-            pretraining["step"], pretraining["consistency"], color=TEXT_COLOR, linestyle=":", label="consistency"
-        )
-        losses.set(title="pre-training", ylabel="loss (nats)", ylim=(0, None))
-        losses.tick_params(labelbottom=False)
-        losses.legend()
-        levels.step(pretraining["step"], pretraining["levels"], where="post", color=TEXT_COLOR)
-        levels.set(xlabel="step", ylabel="levels N", ylim=(0, None))
-        levels.sharex(losses)
+    columns = [*((name, f"{name} levels") for name in pretraining), *((f"{s}", f"{s}") for s in sigmas)]
+    figure = Figure(figsize=(max(2.9 * len(columns), 4.2), 3.5))
+    panels = figure.subplot_mosaic([list(row) for row in zip(*columns, strict=True)], height_ratios=[3, 1])
+    for name, history in pretraining.items():
+        _draw_pretraining(panels[name], panels[f"{name} levels"], history)
+        panels[name].set_title("pre-training" if len(pretraining) == 1 else f"pre-training, {name}")
     for sigma in sigmas:
         panel = panels[f"{sigma}"]
         for method, run in finetuning[finetuning["sigma"] == sigma].groupby("method", sort=False):
-            looks = run.dropna(subset="val_accuracy")
-            panel.plot(looks["compute"], 100 * looks["val_accuracy"], **_line(method))
-            kept = looks[looks["selected"]]
-            panel.plot(kept["compute"], 100 * kept["val_accuracy"], "o", color=_line(method)["color"], markersize=5)
+            style, evaluated = line_style(method), run.dropna(subset="val_accuracy")
+            panel.plot(evaluated["compute"], 100 * evaluated["val_accuracy"], **style)
+            kept = evaluated[evaluated["selected"]]
+            panel.plot(kept["compute"], 100 * kept["val_accuracy"], "o", markersize=5, **marker_style(style))
         panel.set(title=f"fine-tuning, σ = {sigma:g}", ylim=(0, 102), xlim=(0, None))
         panel.set_xlabel("compute (encoder forward passes)")
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -338,61 +332,79 @@ def draw_training(pretraining: pd.DataFrame | None, finetuning: pd.DataFrame) ->
     return figure
 
 
-@figure_style()
-def draw_representation(looks: pd.DataFrame) -> Figure:
-    """What pre-training does to the representations of held-out images: k-NN accuracy, and how still they stay along a
-    noise trajectory, over steps, a line a noise.
+def _draw_pretraining(losses: Axes, levels: Axes, history: pd.DataFrame) -> None:
+    """The terms of a pre-training's loss above, the number of noise levels below."""
+    terms = [name for name in history.columns if name not in NOT_LOSSES]
+    for name, dashes in zip(terms, cycle(["-", ":", "--", "-."]), strict=False):
+        losses.plot(history["step"], history[name], color=TEXT_COLOR, linestyle=dashes, label=name)
+    losses.set(ylabel="loss (nats)", ylim=(0, None))
+    losses.tick_params(labelbottom=False)
+    losses.legend()
+    name, label = ("levels", "levels N") if "levels" in history else ("lr", "learning rate")  # only rRCM has levels
+    levels.step(history["step"], history[name], where="post", color=TEXT_COLOR)
+    levels.set(xlabel="step", ylabel=label, ylim=(0, None))
+    levels.sharex(losses)
 
-    A row of `looks` is a step and pixel sigma (0: clean) with knn, cosine (to the same image at t_min), similarity
-    (to other images at t_min), centred (as cosine, the mean over the images taken off).
+
+@figure_style()
+def draw_representation(representations: Mapping[str, pd.DataFrame]) -> Figure:
+    """Evaluations of the representations during pre-training, with one row of panels per objective.
+
+    Each frame is a representation.csv: one row per step and pixel sigma (0: clean images), with the columns of
+    `rrcm.evaluation.representations.evaluate`.
     """
-    figure = Figure(figsize=(8.7, 3.0))
-    accuracy, stillness, alone = figure.subplots(1, 3)
-    noises = sorted(looks["sigma"].unique())
-    for sigma, shade, marker in zip(noises, np.linspace(0.75, 0.0, len(noises)), cycle("osD^v"), strict=False):
-        rows = looks[looks["sigma"] == sigma]
-        style = {"color": matplotlib.colormaps["cividis"](shade), "marker": marker, "markersize": 3.5}
-        label = f"σ = {sigma:g}" if sigma else "clean"
-        accuracy.plot(rows["step"], 100 * rows["knn"], label=label, **style)
-        if sigma:
-            stillness.plot(rows["step"], rows["cosine"], **style)
-            stillness.plot(rows["step"], rows["similarity"], linestyle=":", linewidth=1, **style)
-            alone.plot(rows["step"], rows["centred"], **style)
-    accuracy.set(xlabel="step", ylabel="k-NN accuracy (%)", ylim=(0, 102), title="before any fine-tuning")
-    stillness.set(xlabel="step", ylabel="mean cosine under noise", ylim=(None, 1.3), title="to images at $t_{min}$")
-    stillness.plot([], [], "-", color=TEXT_COLOR, label="the same image")
-    stillness.plot([], [], ":", color=TEXT_COLOR, linewidth=1, label="other images")
-    stillness.legend(loc="upper right")  # above 1, where no line can be
-    alone.set(xlabel="step", ylabel="mean cosine, centred", title="the same image, centred")
-    alone.set_ylim(min(0, alone.get_ylim()[0]), 1.02)
-    _legend(figure, [accuracy])
+    figure = Figure(figsize=(8.7, 0.4 + 2.7 * len(representations)))
+    rows = figure.subplots(len(representations), 3, squeeze=False)
+    for (accuracy, cosine, centred), (name, frame) in zip(rows, representations.items(), strict=True):
+        sigmas = sorted(frame["sigma"].unique())
+        shades = np.linspace(0.75, 0.0, len(sigmas))
+        for sigma, shade, marker in zip(sigmas, shades, cycle("osD^v"), strict=False):
+            run = frame[frame["sigma"] == sigma]
+            style = {"color": matplotlib.colormaps["cividis"](shade), "marker": marker, "markersize": 3.5}
+            label = f"σ = {sigma:g}" if sigma else "clean"
+            accuracy.plot(run["step"], 100 * run["knn"], label=label, **style)
+            if sigma:
+                cosine.plot(run["step"], run["same_image_cosine"], **style)
+                cosine.plot(run["step"], run["cross_image_cosine"], linestyle=":", linewidth=1, **style)
+                centred.plot(run["step"], run["centred_cosine"], **style)
+        cosine.plot([], [], "-", color=TEXT_COLOR, label="same image")
+        cosine.plot([], [], ":", color=TEXT_COLOR, linewidth=1, label="other images")
+        before = "" if len(representations) == 1 else f"{name}: "
+        accuracy.set(xlabel="step", ylabel="accuracy (%)", ylim=(0, 102), title=f"{before}k-NN accuracy")
+        for axes, title in ((cosine, "cosine, noisy to clean"), (centred, "cosine, same image, centred")):
+            axes.set(xlabel="step", ylabel="mean cosine", title=title)
+            axes.set_ylim(min(0, axes.get_ylim()[0]), 1.02)
+    _legend(figure, rows[0])
     return figure
 
 
 @figure_style()
-def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Thumbnail]], label: str) -> Figure:
-    """Test images (columns) clean and with noise of each sigma (rows), with the answer of the method called `label`."""
+def draw_gallery(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Thumbnail]], label: str) -> Figure:
+    """Test images in columns: clean in the first row, then one row per sigma with the answers of method `label`.
+
+    `clean` holds images (H, W, C) in [0, 1] and `noisy` as many thumbnails per sigma.
+    """
     sigmas = sorted(noisy)
     figure = Figure(figsize=(max(0.3 + 1.05 * len(clean), 4.2), 1.42 * (1 + len(sigmas)) + 0.2))
     grid = figure.subplots(1 + len(sigmas), len(clean), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-    for axes, pixels, tile in zip(grid[0], clean, noisy[sigmas[0]], strict=True):
+    for axes, pixels, thumbnail in zip(grid[0], clean, noisy[sigmas[0]], strict=True):
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
-        axes.set_xlabel(tile.label, fontsize=7.5, labelpad=2)
+        axes.set_xlabel(_truncate(thumbnail.label, 68, 7.5), fontsize=7.5, labelpad=2)
         axes.spines[:].set(color=TEXT_COLOR, linewidth=0.8)
-    grid[0, 0].set_ylabel("clean\n(label below)", fontsize=8)
+    grid[0, 0].set_ylabel("clean\n(true class)", fontsize=8)
     for row, sigma in zip(grid[1:], sigmas, strict=True):
         row[0].set_ylabel(f"σ = {sigma:g}", fontsize=8)
-        for axes, tile in zip(row, noisy[sigma], strict=True):
-            sign, colour, style = VERDICTS[tile.verdict]
-            axes.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1)
-            axes.spines[:].set(color=colour, linestyle=style, linewidth=2)
-            claims_nothing = tile.verdict == "abstains" or (tile.verdict == "wrong" and tile.radius == 0)
-            radius = "" if claims_nothing else f"r = {tile.radius:.2f}"
-            answer = f"{sign} {tile.predict or tile.verdict}\n{radius}"
-            axes.set_xlabel(answer, fontsize=7.5, color=colour, labelpad=3)
+        for axes, thumbnail in zip(row, noisy[sigma], strict=True):
+            sign, colour, dashes = VERDICTS[thumbnail.verdict]
+            axes.imshow(thumbnail.pixels, cmap="gray", vmin=0, vmax=1)
+            axes.spines[:].set(color=colour, linestyle=dashes, linewidth=2)
+            uncertified = thumbnail.verdict == "abstains" or (thumbnail.verdict == "wrong" and thumbnail.radius == 0)
+            radius = "" if uncertified else f"r = {rounded_down(thumbnail.radius)}"
+            answer = _truncate(f"{sign} {thumbnail.predict or thumbnail.verdict}", 68, 7.5)
+            axes.set_xlabel(f"{answer}\n{radius}", fontsize=7.5, color=colour, labelpad=3)
     key = [Line2D([], [], color=c, linestyle=s, linewidth=2, label=f"{v} ({g})") for v, (g, c, s) in VERDICTS.items()]
     figure.legend(handles=key, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{label}: predicted class and certified L2 radius r (pixels in [0, 1])", fontsize=9)
@@ -400,48 +412,52 @@ def draw_sheet(clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Thumb
 
 
 def rounded_down(radius: float) -> str:
-    """Three decimals: never more than is certified."""
+    """`radius` with three decimals, never rounded up: the text must not claim more than is certified."""
     return str(Decimal(str(radius)).quantize(Decimal("0.001"), ROUND_DOWN))
 
 
 @figure_style()
-def draw_certified_images(tiles: Sequence[Thumbnail], settings: str) -> Figure:
-    """Images with class and certified radius below and `label` (here: where the image is from) above; `settings` is
-    part of the title. A verdict may also be "certified": then it is not known which class is right."""
-    columns = min(len(tiles), 8)
-    rows = -(-len(tiles) // columns)
+def draw_certified_images(thumbnails: Sequence[Thumbnail], settings: str) -> Figure:
+    """Images with `label` above and the predicted class with its certified radius below.
+
+    `settings` is the first line of the title. A verdict may also be "certified": the true class is unknown.
+    """
+    columns = min(len(thumbnails), 8)
+    rows = -(-len(thumbnails) // columns)
     figure = Figure(figsize=(max(1.25 * columns, 4.2), 1.62 * rows + 0.55))
     grid = figure.subplots(rows, columns, squeeze=False)
-    looks = {"certified": ("", TEXT_COLOR, "-")} | VERDICTS
-    for axes in grid.flat[len(tiles) :]:
+    verdicts = {"certified": ("", TEXT_COLOR, "-")} | VERDICTS
+    for axes in grid.flat[len(thumbnails) :]:
         axes.set_axis_off()
-    for axes, tile in zip(grid.flat, tiles, strict=False):
-        sign, colour, style = looks[tile.verdict]
-        axes.imshow(tile.pixels, cmap="gray", vmin=0, vmax=1)
+    for axes, thumbnail in zip(grid.flat, thumbnails, strict=False):
+        sign, colour, dashes = verdicts[thumbnail.verdict]
+        axes.imshow(thumbnail.pixels, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=2)
-        axes.set_title(_fitted(tile.label, 80, 6.5), fontsize=6.5, color=TEXT_COLOR, pad=3)
-        answer = _fitted(f"{sign} {tile.predict or tile.verdict}".strip(), 80, 7.5)
-        radius = f"r = {rounded_down(tile.radius)}" if tile.predict else ""
+        axes.spines[:].set(visible=True, color=colour, linestyle=dashes, linewidth=2)
+        axes.set_title(_truncate(thumbnail.label, 80, 6.5), fontsize=6.5, color=TEXT_COLOR, pad=3)
+        answer = _truncate(f"{sign} {thumbnail.predict or thumbnail.verdict}".strip(), 80, 7.5)
+        radius = f"r = {rounded_down(thumbnail.radius)}" if thumbnail.predict else ""
         axes.set_xlabel(f"{answer}\n{radius}", fontsize=7.5, color=colour, labelpad=3)
     figure.suptitle(f"{settings}\nclass and certified L2 radius r (pixels in [0, 1])", fontsize=9)
     return figure
 
 
-def _fitted(text: str, width: float, size: float) -> str:
-    """`text` without mathematics, its middle left out as far as it must be to be `width` points wide at most. Signs
-    that the font lacks (it has no Chinese, for one) become boxes."""
+def _truncate(text: str, width: float, size: float) -> str:
+    """`text` as a literal label of at most `width` points at font size `size`; its middle is cut out if necessary.
+
+    A box replaces each character that the font lacks, such as Chinese ones.
+    """
     font = get_font(findfont("DejaVu Sans"))
-    font.set_size(size, 7200)  # a hundred pixels to the point
+    font.set_size(size, 7200)  # a hundred pixels per point
     glyphs = font.get_charmap()
 
     def points(text: str) -> float:
         font.set_text(text)
-        return font.get_width_height()[0] / 6400  # it counts in 64ths of a pixel
+        return font.get_width_height()[0] / 6400  # in 64ths of a pixel
 
     text = short = "".join(sign if ord(sign) in glyphs else "□" for sign in text)
     kept = len(text)
     while points(short) > width:
         kept -= 1
         short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
-    return _plain(short)
+    return _literal(short)

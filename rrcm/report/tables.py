@@ -1,14 +1,14 @@
-"""TODO docstring."""
+"""The report's tables, each with full numbers for machines and as text for people, and the files made of them."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
 from rrcm.certification.results import sigma_name
-from rrcm.config import METHODS
 from rrcm.evaluation.metrics import (
     Certificates,
     average_certified_radius,
@@ -17,125 +17,166 @@ from rrcm.evaluation.metrics import (
     mean_samples,
     per_sigma_table,
 )
-from rrcm.utils.files import write_text
+from rrcm.methods import METHODS
+
+MARKDOWN_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>|$&~#"})
 
 
-def _tables(
-    certificates: Certificates,
-    others: Certificates,
-    radii: list[float],
-    budgets: pd.DataFrame,
-    latency: Mapping[str, dict],
-) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Each table twice: full numbers under names for machines, and text for people."""
-    best = best_sigma_table(certificates, radii)
-    cells = best.assign(
-        cell=[f"{100 * row.certified_accuracy:.1f} ({100 * row.at_zero:.1f})" for row in best.itertuples()],
-        column=[f"r = {radius:g}" for radius in best["radius"]],
-        method=_labels(best["method"]),
-    )
-    best_shown = cells.pivot(index="method", columns="column", values="cell")
-    best_shown = best_shown.loc[cells["method"].unique(), cells["column"].unique()].reset_index()
+class Table(NamedTuple):
+    """A table twice: full numbers under names for machines, and text under headings for people."""
 
-    marked = {(f"{label} (others' file)", sigma): frame for (label, sigma), frame in others.items()}
-    sigmas = per_sigma_table({**certificates, **marked}, radii)
-    sigmas_shown = sigmas.assign(
-        method=_labels(sigmas["method"]),
-        samples=["" if np.isnan(mean) else f"{mean:,.0f}" for mean in sigmas["samples"]],
-        acr=[f"{acr:.3f}" for acr in sigmas["acr"]],
-    )
-    for radius in radii:
-        sigmas_shown[radius] = [f"{100 * share:.1f}" for share in sigmas[radius]]
-    sigmas_shown = sigmas_shown.rename(columns={"acr": "ACR"} | {radius: f"r = {radius:g}" for radius in radii})
-    sigmas = sigmas.rename(columns={radius: f"r_{radius:g}" for radius in radii})
-
-    passes = {
-        "fine-tuning": "finetune_passes",
-        "pre-training share": "pretrain_share_passes",
-        "total": "total_passes",
-    }
-    seconds = {
-        "fine-tuning (s)": "finetune_seconds",
-        "pre-training share (s)": "pretrain_share_seconds",
-        "certification (s)": "certify_seconds",
-    }
-    budgets_shown = pd.DataFrame(
-        {"method": _labels(budgets["method"]), "sigma": budgets["sigma"]}
-        | {f"{name} (M passes)": [f"{value / 1e6:,.2f}" for value in budgets[key]] for name, key in passes.items()}
-        | {name: [f"{value:,.0f}" for value in budgets[key]] for name, key in seconds.items()}
-    )
-    tables = {
-        "best_sigma": (best, best_shown),
-        "per_sigma": (sigmas, sigmas_shown),
-        "budgets": (budgets, budgets_shown),
-    }
-    if latency:
-        numbers = pd.DataFrame(
-            {name: record[name] for name in ("method", "parameters", "device", "dtype", "batch_size")}
-            | {f"seconds_n_{n}": seconds for n, seconds in record["seconds"].items()}
-            for record in latency.values()
-        )
-        shown = numbers.assign(
-            method=_labels(numbers["method"]), parameters=[f"{count:,}" for count in numbers["parameters"]]
-        )
-        for name in numbers.columns[5:]:
-            shown[name] = [f"{value:.3g}" for value in numbers[name]]
-        tables["latency"] = (
-            numbers,
-            shown.rename(
-                columns=lambda name: (
-                    f"n = {int(name[10:]):,} (s)" if name[:10] == "seconds_n_" else name.replace("_", " ")
-                )
-            ),
-        )
-    return tables
+    numbers: pd.DataFrame
+    text: pd.DataFrame
 
 
-def _labels(methods: pd.Series) -> list[str]:
+def method_labels(methods: Sequence[str]) -> list[str]:
+    """The labels of methods by name. A name that is not in the table of methods stays as it is."""
     return [METHODS[name].label if name in METHODS else name for name in methods]
 
 
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_text(path, frame.round(6).to_csv(index=False, lineterminator="\n"))
+def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
+    """Certified accuracy with the best sigma at each radius, and the highest ACR of any sigma beside it.
+
+    The numbers are those of `best_sigma_table`. The text has percentages, and in parentheses the same model's certified
+    accuracy at r = 0; after the ACR, its sigma.
+    """
+    numbers = best_sigma_table(certificates, radii)
+    rows = {}
+    for row in numbers.itertuples():
+        cell = f"{100 * row.certified_accuracy:.1f} ({100 * row.at_zero:.1f})"
+        rows.setdefault(row.method, {})[f"r = {row.radius:g}"] = cell
+    for (method, sigma), frame in sorted(certificates.items(), key=lambda run: run[0][1]):
+        acr = average_certified_radius(frame)
+        if acr > rows[method].get("acr", -1):  # the smaller sigma of equals
+            rows[method] |= {"acr": acr, "ACR (σ)": f"{acr:.3f} ({sigma:g})"}
+    text = pd.DataFrame(rows.values()).drop(columns="acr")
+    text.insert(0, "method", method_labels(rows))
+    return Table(numbers, text)
 
 
-def _markdown(frame: pd.DataFrame) -> str:
-    return _tabulate(frame, "github") + "\n"
+def per_sigma(certificates: Certificates, external: Certificates, radii: Sequence[float]) -> Table:
+    """Images, mean samples, certified accuracy and ACR of each model. Rows of `external` are marked as such."""
+    marked = {(f"{label} (external)", sigma): frame for (label, sigma), frame in external.items()}
+    numbers = per_sigma_table({**certificates, **marked}, radii)
+    text = pd.DataFrame({"method": method_labels(numbers["method"])})
+    text["σ"] = [f"{sigma:g}" for sigma in numbers["sigma"]]
+    for radius in radii:
+        text[f"r = {radius:g}"] = [f"{100 * share:.1f}" for share in numbers[radius]]
+    text["ACR"] = [f"{acr:.3f}" for acr in numbers["acr"]]
+    text["images"] = [f"{count:,}" for count in numbers["images"]]
+    text["samples per image"] = ["" if np.isnan(mean) else f"{mean:,.0f}" for mean in numbers["samples"]]
+    return Table(numbers.rename(columns={radius: f"r_{radius:g}" for radius in radii}), text)
 
 
-def _latex(frame: pd.DataFrame) -> str:
-    """A booktabs table; special characters are escaped."""
-    return _tabulate(frame, "latex_booktabs").replace("sigma", r"$\sigma$") + "\n"
+def budgets(numbers: pd.DataFrame) -> Table:
+    """Compute and time of each model: `numbers` are those of `Inputs`."""
+    passes = {"fine-tuning": "finetune", "pre-training share": "pretrain_share", "total": "total"}
+    seconds = {"fine-tuning": "finetune", "pre-training share": "pretrain_share", "certification": "certify"}
+    text = pd.DataFrame(
+        {"method": method_labels(numbers["method"]), "σ": [f"{sigma:g}" for sigma in numbers["sigma"]]}
+        | {f"{name} (M passes)": [f"{n / 1e6:,.2f}" for n in numbers[f"{key}_passes"]] for name, key in passes.items()}
+        | {f"{name} (s)": [f"{n:,.1f}" for n in numbers[f"{key}_seconds"]] for name, key in seconds.items()}
+    )
+    return Table(numbers, text)
+
+
+def latency(records: Mapping[str, Mapping]) -> Table:
+    """Seconds to certify one image, with what they depend on, from the latency stage's records."""
+    facts = ["method", "parameters", "device", "dtype", "batch_size"]
+    numbers = pd.DataFrame(
+        {name: record[name] for name in facts} | {f"seconds_n_{n}": s for n, s in record["seconds"].items()}
+        for record in records.values()
+    )
+    text = numbers[facts].rename(columns={"batch_size": "batch size"})
+    text["method"] = method_labels(numbers["method"])
+    text["parameters"] = [f"{count:,}" for count in numbers["parameters"]]
+    for n in next(iter(records.values()))["seconds"]:
+        text[f"n = {int(n):,} (s)"] = [f"{value:.3g}" for value in numbers[f"seconds_n_{n}"]]
+    return Table(numbers, text)
+
+
+def published(dataset: str, methods: Sequence[str]) -> pd.DataFrame | None:
+    """The published results on `dataset` as text, or None when published.csv has none.
+
+    Certified accuracies are percentages, as published. The status is "here" if a row of `methods` has the same label:
+    then this report has its own result of that method. Otherwise it is "not run".
+    """
+    rows = read_published()
+    rows = rows[rows["dataset"] == dataset]
+    if rows.empty:
+        return None
+    cells = [dict(pair.split(":") for pair in text.split()) for text in rows["certified_accuracy"]]
+    radii = sorted({radius for row in cells for radius in row}, key=float)
+    here = {METHODS[name].label for name in methods}
+    text = rows[["method", "model", "sigma", "n"]].rename(columns={"sigma": "σ"})
+    for radius in radii:
+        text[f"r = {radius}"] = [row.get(radius, "") for row in cells]
+    text["ACR"] = rows["acr"]
+    text["status"] = ["here" if name in here else "not run" for name in rows["method"]]
+    text["source"] = rows["source"]
+    return text.reset_index(drop=True)
+
+
+def read_published() -> pd.DataFrame:
+    """Every row of published.csv, as text.
+
+    `certified_accuracy` lists radius:percentage. A percentage in parentheses is the same model's at r = 0.
+    """
+    with (files("rrcm.report") / "published.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def accuracy_curves(certificates: Certificates) -> pd.DataFrame:
+    """Certified accuracy at 81 radii from 0 to 4 sigma, so that the same radii recur in every experiment."""
+    grids = []
+    for (method, sigma), frame in certificates.items():
+        radii = sigma * np.arange(81) / 20  # 4 sigma is more than 100,000 samples can certify
+        accuracy = certified_accuracy(frame, radii)
+        grids.append(pd.DataFrame({"method": method, "sigma": sigma, "radius": radii, "certified_accuracy": accuracy}))
+    return pd.concat(grids)
+
+
+def metrics(certificates: Certificates, models: Mapping, radii: Sequence[float]) -> dict:
+    """Values for `dvc metrics` and `dvc exp show` as {metric: {method: {sigma: value}}}.
+
+    DVC joins the keys with dots, so the keys themselves have none.
+    """
+    values: dict[str, dict] = {}
+    for (method, sigma), frame in certificates.items():
+        of_model = {
+            "acr": average_certified_radius(frame),
+            "samples": mean_samples(frame),
+            "val_accuracy": models[method, sigma]["selected"]["val_accuracy"],
+        }
+        for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
+            of_model[f"certified_r_{radius:g}".replace(".", "_")] = share
+        for name, value in of_model.items():
+            of_method = values.setdefault(name, {}).setdefault(method, {})
+            of_method[sigma_name(sigma).replace(".", "_")] = round(value, 6)
+    return values
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """`frame` as CSV with six decimals."""
+    return frame.round(6).to_csv(index=False, lineterminator="\n")
+
+
+def markdown_text(frame: pd.DataFrame) -> str:
+    """`frame` as a Markdown table. Characters with a meaning in Markdown are escaped."""
+    return _tabulate(frame.rename(columns=escape_markdown).map(escape_markdown), "github") + "\n"
+
+
+def latex_text(frame: pd.DataFrame) -> str:
+    """`frame` as a LaTeX table for booktabs. Special characters are escaped."""
+    return _tabulate(frame, "latex_booktabs").replace("σ", r"$\sigma$") + "\n"
+
+
+def escape_markdown(value: object) -> str:
+    """Text that Markdown shows as it is, also in a cell of a table."""
+    return " ".join(str(value).split()).translate(MARKDOWN_ESCAPES)
 
 
 def _tabulate(frame: pd.DataFrame, style: str) -> str:
     names, align = list(frame.columns), ["left"] + ["right"] * (len(frame.columns) - 1)
     rows = frame.astype(str).values.tolist()
     return tabulate(rows, names, tablefmt=style, colalign=align, disable_numparse=True)
-
-
-def _curves(certificates: Certificates) -> pd.DataFrame:
-    """Certified accuracy on a grid of radii that depends on sigma alone, so that experiments compare."""
-    grids = []
-    for (method, sigma), frame in certificates.items():
-        radii = sigma * np.arange(81) / 20  # 4 sigma: beyond what 100,000 samples can certify
-        accuracy = certified_accuracy(frame, radii)
-        grids.append(pd.DataFrame({"method": method, "sigma": sigma, "radius": radii, "certified_accuracy": accuracy}))
-    return pd.concat(grids)
-
-
-def _metrics(certificates: Certificates, models: Mapping, radii: list[float]) -> dict:
-    """For `dvc metrics` and `dvc exp show`: metric, method, sigma. DVC joins keys by dots, so none has one inside."""
-    metrics: dict[str, dict] = {}
-    for (method, sigma), frame in certificates.items():
-        values = {
-            "acr": average_certified_radius(frame),
-            "samples": mean_samples(frame),
-            "val_accuracy": models[method, sigma]["selected"]["val_accuracy"],
-        }
-        for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
-            values[f"certified_r_{radius:g}".replace(".", "_")] = share
-        for name, value in values.items():
-            of_method = metrics.setdefault(name, {}).setdefault(method, {})
-            of_method[sigma_name(sigma).replace(".", "_")] = round(value, 6)
-    return metrics

@@ -117,10 +117,10 @@ class RepresentationMonitor:
         """Add the rows of this step to the training's state."""
         rows = self.evaluate(encoder)
         self.training.extra_state["representation"] += [{"step": step, **row} for row in rows]
-        if self.training.env.is_main and rows[0]["similarity"] > COLLAPSED:
+        if self.training.env.is_main and rows[0]["cross_image_cosine"] > COLLAPSED:
             print(
                 f"pretrain: the representations have collapsed at step {step}: different images have a mean cosine of "
-                f"{rows[0]['similarity']:.4f}; lower the learning rate, or the temperature",
+                f"{rows[0]['cross_image_cosine']:.4f}; lower the learning rate, or the temperature",
                 file=sys.stderr,
             )
 

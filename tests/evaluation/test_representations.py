@@ -1,4 +1,4 @@
-"""k-NN accuracy against scikit-learn, and what the numbers of a trajectory mean in cases with a known answer."""
+"""k-NN accuracy against scikit-learn, and the cosines along a trajectory in cases with a known answer."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from rrcm.evaluation.representations import Sample, centred, evaluate, knn_accuracy, same_and_cross_cosine
+from rrcm.evaluation.representations import EvalImages, centred, evaluate, knn_accuracy, same_and_cross_cosine
 from rrcm.utils.distributed import DistEnv
 
 ALONE = DistEnv(0, 1, torch.device("cpu"))
@@ -24,20 +24,20 @@ def test_knn_accuracy_against_scikit_learn():
     assert knn_accuracy(queries, labels, bank, bank_labels) == pytest.approx(expected, abs=1e-9)
 
 
-def test_own_and_others_are_means_over_pairs():
+def test_same_and_cross_cosine_are_means_over_pairs():
     torch.manual_seed(0)
-    quiet = torch.randn(30, 5) + 1
-    seen = quiet + torch.randn(30, 5)
-    cosine = nn.functional.cosine_similarity(seen[:, None], quiet[None], dim=-1)
-    own, others = same_and_cross_cosine(seen, quiet)
-    assert own == pytest.approx(float(cosine.diag().mean()), abs=1e-6)
-    assert others == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-6)
-    assert own > others + 0.1
+    clean = torch.randn(30, 5) + 1
+    noisy = clean + torch.randn(30, 5)
+    cosine = nn.functional.cosine_similarity(noisy[:, None], clean[None], dim=-1)
+    same, cross = same_and_cross_cosine(noisy, clean)
+    assert same == pytest.approx(float(cosine.diag().mean()), abs=1e-6)
+    assert cross == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-6)
+    assert same > cross + 0.1
     assert same_and_cross_cosine(torch.ones(9, 4), torch.ones(9, 4)) == (pytest.approx(1), pytest.approx(1))
 
 
 class Pixels(nn.Module):
-    """What it sees, times `gain`, and the same `common` for all images, is what it represents."""
+    """An encoder whose representation is the pixels times `gain` plus `common`."""
 
     def __init__(self, gain: float, common: float = 0.0):
         super().__init__()
@@ -47,34 +47,36 @@ class Pixels(nn.Module):
         return images.flatten(1) * self.gain + self.common
 
 
-def looks(encoder: nn.Module) -> list[dict]:
+def evaluate_pixels(encoder: nn.Module) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.arange(300) % 10
-    images, options = Sample(pixels, labels), {"t_min": 0.002, "seed": 0, "precision": "fp32", "process": ALONE}
+    images, options = EvalImages(pixels, labels), {"t_min": 0.002, "seed": 0, "precision": "fp32", "env": ALONE}
     return evaluate(encoder, images, images, sigmas=[0.25, 1.0], **options)
 
 
 def test_the_trajectory_of_pixels():
     """Uniform pixels x in [-1, 1] have variance 1/3, so the cosine of x and x + t e is 1 / sqrt(1 + 3 t^2)."""
-    clean, quiet, loud = looks(Pixels(1.0))
+    clean, quiet, loud = evaluate_pixels(Pixels(1.0))
     assert [row["sigma"] for row in (clean, quiet, loud)] == [0.0, 0.25, 1.0]
-    assert clean["cosine"] == pytest.approx(1) and clean["knn"] > 0.5
+    assert clean["same_image_cosine"] == pytest.approx(1) and clean["knn"] > 0.5
     for row, t in ((quiet, 0.5), (loud, 2.0)):
-        assert row["cosine"] == pytest.approx((1 + 3 * t**2) ** -0.5, abs=0.02)
-        assert abs(row["similarity"]) < 0.01
-        assert row["centred"] == pytest.approx(row["cosine"], abs=0.01)
-    assert looks(Pixels(5.0))[2]["cosine"] == pytest.approx(loud["cosine"], abs=1e-6)
+        assert row["same_image_cosine"] == pytest.approx((1 + 3 * t**2) ** -0.5, abs=0.02)
+        assert abs(row["cross_image_cosine"]) < 0.01
+        assert row["centred_cosine"] == pytest.approx(row["same_image_cosine"], abs=0.01)
+    assert evaluate_pixels(Pixels(5.0))[2]["same_image_cosine"] == pytest.approx(loud["same_image_cosine"], abs=1e-6)
 
 
-def test_what_all_images_have_in_common_makes_them_alike_but_not_still():
-    """With a constant c added, cosines rise to (c^2 + 1/3) / sqrt((c^2 + 1/3)(c^2 + 1/3 + t^2)), those with others to
-    c^2 / the same; centred ones stay."""
-    for plain, shifted, t in zip(looks(Pixels(1.0)), looks(Pixels(1.0, common=2.0)), (0.002, 0.5, 2.0), strict=True):
+def test_a_common_component_raises_all_cosines_but_the_centred_one():
+    """Adding a constant c raises the same-image cosine to (c^2 + 1/3) / d and the cross-image cosine to c^2 / d, where
+    d = sqrt((c^2 + 1/3)(c^2 + 1/3 + t^2)). The centred cosine does not change."""
+    for plain, shifted, t in zip(
+        evaluate_pixels(Pixels(1.0)), evaluate_pixels(Pixels(1.0, common=2.0)), (0.002, 0.5, 2.0), strict=True
+    ):
         expected = (1 + t**2 / (4 + 1 / 3)) ** -0.5
-        assert shifted["cosine"] == pytest.approx(expected, abs=0.02)
-        assert shifted["similarity"] == pytest.approx(expected * 4 / (4 + 1 / 3), abs=0.02)
-        assert shifted["centred"] == pytest.approx(plain["centred"], abs=1e-5)
+        assert shifted["same_image_cosine"] == pytest.approx(expected, abs=0.02)
+        assert shifted["cross_image_cosine"] == pytest.approx(expected * 4 / (4 + 1 / 3), abs=0.02)
+        assert shifted["centred_cosine"] == pytest.approx(plain["centred_cosine"], abs=1e-5)
 
 
 def test_centred_representations_have_no_mean():
@@ -85,7 +87,7 @@ def test_centred_representations_have_no_mean():
     )
 
 
-def test_a_collapsed_encoder_is_still_and_alike():
-    for row in looks(Pixels(0.0, common=1.0)):
-        assert (row["cosine"], row["similarity"]) == (pytest.approx(1), pytest.approx(1))
+def test_a_collapsed_encoder_has_cosines_of_one_and_chance_accuracy():
+    for row in evaluate_pixels(Pixels(0.0, common=1.0)):
+        assert (row["same_image_cosine"], row["cross_image_cosine"]) == (pytest.approx(1), pytest.approx(1))
         assert row["knn"] == pytest.approx(0.1, abs=0.05)

@@ -1,4 +1,4 @@
-"""Files of several groups side by side: the table's numbers, the picture, and what is said of bad input."""
+"""Comparing certificate files: the numbers in the table, the figure, and the errors for bad input."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ ONE = [HEADER, *ROWS]
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with two files of the same images, the second by a group with habits of its own."""
+    """A working folder with two files of the same images. The second has an extra column and CRLF line ends."""
     monkeypatch.chdir(tmp_path)
     Path("one.tsv").write_text("\n".join(ONE))
     other = [f"{line}\t{'sigma' if line == HEADER else 0.5}" for line in ONE]
@@ -31,9 +31,9 @@ def test_table_picture_and_no_note(files: Path, capsys: pytest.CaptureFixture):
     compare(["ours=one.tsv", "Cohen et al. 2019=other.txt"], "0,0.25,0.5,0.75", Path("compare.png"))
     shown = capsys.readouterr()
     assert [" ".join(line.split()) for line in shown.out.splitlines() if "-" not in line] == [
-        "images ACR r = 0 r = 0.25 r = 0.5 r = 0.75",
-        "ours 4 0.188 50.0 50.0 25.0 0.0",
-        "Cohen et al. 2019 4 0.312 50.0 50.0 25.0 25.0",
+        "images r = 0 r = 0.25 r = 0.5 r = 0.75 ACR",
+        "ours 4 50.0 50.0 25.0 0.0 0.188",
+        "Cohen et al. 2019 4 50.0 50.0 25.0 25.0 0.312",
     ]
     assert shown.err == ""
     with Image.open("compare.png") as image:
@@ -56,10 +56,10 @@ def test_svg_is_the_same_twice_and_names_are_taken_literally(files: Path):
         (lambda rows: [*rows[:-1], "60\t1\t0\t0.25\t0\t1"], "ours 4, more 4; 3 in all of them"),  # another label
     ],
 )
-def test_other_images_are_said_and_not_refused(files: Path, capsys: pytest.CaptureFixture, change, counts: str):
+def test_different_images_give_a_note(files: Path, capsys: pytest.CaptureFixture, change, counts: str):
     Path("more.tsv").write_text("\n".join(change(ONE)))
     compare(["ours=one.tsv", "more=more.tsv"], "0,1", Path("compare.png"))
-    assert capsys.readouterr().err == f"note: the files are of different images ({counts}): compare shares only\n"
+    assert capsys.readouterr().err == f"note: the files have different images ({counts}); compare shares only\n"
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_other_images_are_said_and_not_refused(files: Path, capsys: pytest.Captu
         (["one.tsv"], "'one.tsv': must be NAME=FILE"),
         (["=one.tsv"], "must be NAME=FILE"),
         (["ours="], "must be NAME=FILE"),
-        (["a=one.tsv", "a=other.txt"], "'a=other.txt': 'a' names one.tsv already"),
+        (["a=one.tsv", "a=other.txt"], "'a=other.txt': the name 'a' is taken by one.tsv"),
         (["a=none.tsv"], "none.tsv: no such file"),
         (["a=one.tsv", "b=bad.tsv"], "bad.tsv, line 2: has 1 tab-separated fields, must have 6"),
-        (["a=one.tsv", "--radii", "0,far"], "--radii 0,far: must be numbers of at least 0"),
-        (["a=one.tsv", "--radii", "0,-1"], "must be numbers of at least 0"),
+        (["a=one.tsv", "--radii", "0,far"], "--radii 0,far: must be numbers >= 0"),
+        (["a=one.tsv", "--radii", "0,-1"], "must be numbers >= 0"),
         (["a=one.tsv", "--output", "compare.jpg"], "--output compare.jpg: must end in .png or .svg"),
     ],
 )

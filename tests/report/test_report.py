@@ -1,4 +1,4 @@
-"""The report: the same bytes from the same inputs, right numbers in every table, clear words when input is missing."""
+"""The report: the same inputs give the same bytes, tables have the right numbers, missing inputs give clear errors."""
 
 import json
 import os
@@ -7,25 +7,28 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from html import unescape
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from matplotlib.cbook import pts_to_prestep
 from PIL import Image
 
 from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates, write_samples
 from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
-from rrcm.config import METHODS, Config, parse_config
+from rrcm.config import Config, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
-from rrcm.report import figures
+from rrcm.methods import METHODS
+from rrcm.report import figures, page, tables
 from rrcm.report.build import write_report
 from rrcm.report.figures import Thumbnail
-from rrcm.report.tables import _latex
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_file, write_csv, write_json
 
@@ -33,30 +36,30 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {"git": {"revision": "0" * 40, "dirty": False}, "hardware": {"cpu": "a CPU"}, "software": {"torch": "2"}}
 
 
-OTHERS = [  # the second is at a sigma of which there is no panel
+EXTERNAL = [  # the second has a sigma without a panel
     {"label": "Cohen et al. 2019", "sigma": 1.0, "path": "external/cohen_1.0.tsv"},
     {"label": "50 % more $_$", "sigma": 0.5, "path": "external/more_0.5.tsv"},
 ]
 
 
-def make_config(others: list[dict] = OTHERS, **changes: object) -> Config:
+def make_config(external: list[dict] = EXTERNAL, **changes: object) -> Config:
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    values["report"]["external_results"] = others
+    values["report"]["external_results"] = external
     return parse_config(
         values | {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
     )
 
 
-def refused(*others: dict) -> str:
-    """The one line that says why."""
+def config_error(*external: dict) -> str:
+    """The error, in one line, for these external results."""
     with pytest.raises(RRCMError) as error:
-        make_config(list(others))
+        make_config(list(external))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def make_inputs(config: Config, root: Path) -> None:
-    """What the other stages would leave under root, with invented but lifelike numbers."""
+    """Write what the other stages would leave under root, with invented but realistic numbers."""
     rng = np.random.default_rng(0)
     write_shards(config.data, 0, root / "data/shards")
     labels = ShardedDataset(root / "data/shards", "test").labels
@@ -66,24 +69,24 @@ def make_inputs(config: Config, root: Path) -> None:
     pretraining["consistency"] = 0.3 + 4 * np.exp(-steps / 60.0)
     pretraining["levels"] = 1 + 20 * 2 ** (steps // 134)
     write_csv(root / "models/pretrain/history.csv", pretraining.to_dict("records"))
-    looks = [
+    representations = [
         {
             "step": step,
             "sigma": s,
             "knn": 0.9 - 0.3 * s,
-            "cosine": 1 - s / (2 + step / 50),
-            "similarity": 0.2 + 0.1 * s,
-            "centred": 1 - s / (1 + step / 50),
+            "same_image_cosine": 1 - s / (2 + step / 50),
+            "cross_image_cosine": 0.2 + 0.1 * s,
+            "centred_cosine": 1 - s / (1 + step / 50),
         }
         for step in (0, 100, 200, 300)
         for s in (0.0, 0.25, 0.5, 1.0)
     ]
-    write_csv(root / "models/pretrain/representation.csv", looks)
+    write_csv(root / "models/pretrain/representation.csv", representations)
     write_json(root / "models/pretrain/config.json", {"compute": {"pretrain": 1.2e6}})
     write_json(root / "timings/pretrain/rrcm.json", {"seconds": 90.0, "environment": ENVIRONMENT})
     skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4], strict=True))
     for method in config.methods:
-        epochs = 68 if METHODS[method].matched else 20
+        epochs = 68 if METHODS[method].budget == "total" else 20
         for sigma in config.sigmas:
             place, environment = f"{method}/{sigma_name(sigma)}", ENVIRONMENT | {"hardware": {"cpu": method[0]}}
             z = rng.normal(1.3 - 0.9 * sigma + skill[method], 1.2, len(idx)).clip(max=2.46)
@@ -140,7 +143,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
     config, root = made
     values = config.model_dump(mode="json") | {"device": "cpu", "launcher": "torchrun --nproc-per-node 8"}
-    values["data"] |= {"root": "/home/someone", "workers": 3}  # nor do settings matter that change no result
+    values["data"] |= {"root": "/home/someone", "workers": 3}  # settings that change no result
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "matplotlibrc").write_text("xtick.labelsize: 20\naxes.facecolor: pink\n")  # a user's own style
     code = (
@@ -149,6 +152,7 @@ def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
     )
     surroundings = {"TZ": "Asia/Kathmandu", "LANG": "de_DE.UTF-8", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
     surroundings |= {"SOURCE_DATE_EPOCH": "1", "PYTHONPATH": str(REPOSITORY)}
+    surroundings |= {"MPLBACKEND": "module://not_installed.backend_inline"}  # from a notebook of another environment
     relative = os.path.relpath(root, tmp_path)
     subprocess.run([sys.executable, "-c", code, relative], cwd=tmp_path, env=os.environ | surroundings, check=True)
     first, again = files(root / "reports/digits"), files(tmp_path / "elsewhere")
@@ -158,7 +162,7 @@ def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
 
 def test_figures_are_whole_and_say_nothing_of_when_or_where(made):
     _, root = made
-    names = {"certified_accuracy", "envelope", "latency", "training", "representation", "sheet"}
+    names = {"certified_accuracy", "envelope", "latency", "training", "representation", "gallery"}
     report = root / "reports/digits"
     assert {path.stem for path in report.glob("*.png")} == names == {path.stem for path in report.glob("*.svg")}
     for name in names:
@@ -209,33 +213,60 @@ def test_numbers_agree_with_the_certificates(made):
 def test_report_says_what_the_numbers_say(made):
     config, root = made
     text = (root / "reports/digits/report.md").read_text()
-    finding = text.split("\n\n")[1]
+    assert "\n\n\n" not in text
+    headline = text.split("## Figures")[0]
+    assert headline.index("r = 0 |") < headline.index("ACR (σ) |") < headline.index("ACR, σ = 0.25")
+    assert "120 test images of digits, n = 1,000, alpha = 0.001" in headline
+    runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
+    frames = {(m, s): read_certificates(root / f"certificates/{m}/{sigma_name(s)}.tsv") for m, s in runs}
     for group, methods in {
         "fine-tuning budget": ["rrcm", "consistency"],
         "total compute": ["rrcm", "consistency_matched"],
     }.items():
-        sentence = finding.split(f"**At equal {group}**")[1]
-        for sigma in config.sigmas:
-            frames = {m: read_certificates(root / f"certificates/{m}/{sigma_name(sigma)}.tsv") for m in methods}
-            acr = {method: average_certified_radius(frame) for method, frame in frames.items()}
-            best = max(acr, key=acr.get)
-            clause = sentence.split(f"at σ = {sigma:g} ")[1].split(")")[0]
-            assert clause.startswith(METHODS[best].label + " ")
-            assert f"({acr[best]:.3f}, {max(acr.values()) - min(acr.values()):.3f} ± " in clause
+        sentence, table, *_ = headline.split(f"**At equal {group}**")[1].split("\n\n")
+        assert any(METHODS[method].label in sentence for method in methods)
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+        radii = config.report.radii
+        assert len(rows) == len(radii) + len(config.sigmas)
+        for radius, row in zip(radii, rows, strict=False):
+            best = {m: max(certified_accuracy(frames[m, s], [radius])[0] for s in config.sigmas) for m in methods}
+            assert_top_two(row, f"accuracy (%), r = {radius:g}", {m: 100 * share for m, share in best.items()}, ".1f")
+        for sigma, row in zip(config.sigmas, rows[len(radii) :], strict=True):
+            acr = {m: average_certified_radius(frames[m, sigma]) for m in methods}
+            assert_top_two(row, f"ACR, σ = {sigma:g}", acr, ".3f")
+
+
+def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: str) -> None:
+    """A row of a comparison has the best method, the second best and their difference."""
+    second, best = sorted(values, key=values.get)
+    assert row[0] == name
+    if values[best] > values[second]:
+        assert row[1:3] == [f"{METHODS[method].label} {values[method]:{digits}}" for method in (best, second)]
+    assert row[3].startswith(f"{values[best] - values[second]:{digits}} ± ")
+
+
+def test_leaders_have_the_highest_accuracy_at_their_radii():
+    certificates = {("rrcm", 0.5): frame_of(0.0, 0.6), ("gaussian", 0.5): frame_of(0.3, 0.3)}
+    leaders = page._leaders(certificates, [0.0, 0.25, 0.5, 0.75])
+    assert leaders == [(["rRCM", "Gaussian"], ["0"]), (["Gaussian"], ["0.25"]), (["rRCM"], ["0.5"])]
+
+
+def test_report_shows_its_figures_and_sources(made):
+    _, root = made
+    text = (root / "reports/digits/report.md").read_text()
     images = re.findall(r"!\[.*?\]\((.+?)\)", text)
     assert len(images) == 6
     assert all((root / "reports/digits" / image).exists() for image in images)
     assert "0" * 40 in text
     assert "cpu: a CPU" in text
     assert "timings/certify/rrcm/sigma_1.0.json" in text
-    for name in ("certificates/rrcm/sigma_0.25.tsv", "certificates/rrcm/sigma_0.25.samples.tsv", OTHERS[0]["path"]):
+    for name in ("certificates/rrcm/sigma_0.25.tsv", "certificates/rrcm/sigma_0.25.samples.tsv", EXTERNAL[0]["path"]):
         assert f"\n{sha256_file(root / name)}  {name}\n" in text
-    assert "120 test images of digits, n = 1,000, alpha = 0.001" in finding
 
 
-def test_what_was_pretrained_elsewhere_is_counted_and_compared_for_what_is_known(tmp_path: Path):
+def test_pretraining_elsewhere_is_named_and_not_counted(tmp_path: Path):
     finetune = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["finetune"]
-    finetune |= {"start": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
+    finetune |= {"initial_checkpoint": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
     config = make_config(methods=["rrcm", "timm", "consistency"], finetune=finetune, sigmas=[0.25])
     make_inputs(config, tmp_path)
     shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it
@@ -247,7 +278,7 @@ def test_what_was_pretrained_elsewhere_is_counted_and_compared_for_what_is_known
     text = (tmp_path / "out/report.md").read_text()
     assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text
     assert "timm ViT starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
-    assert "At equal fine-tuning budget" in text and "At equal total compute**" not in text
+    assert "**At equal fine-tuning budget**" in text and "**At equal total compute**" not in text
 
 
 def test_report_says_how_certificates_were_made(made, tmp_path: Path):
@@ -255,32 +286,109 @@ def test_report_says_how_certificates_were_made(made, tmp_path: Path):
     text = (root / "reports/digits/report.md").read_text()
     assert "`certify.stopping: sequential`" in text
     assert "100 samples choose" in text and "at most 1,000 more" in text
-    assert "multiples of 0.01 (`certify.radius_step`), so that ACR is a lower bound" in text
+    assert "multiples of 0.01 (`certify.radius_step`)" in text and "ACR is therefore a lower bound" in text
     fixed = config.certify.model_copy(update={"stopping": "fixed"})
     write_report(config.model_copy(update={"certify": fixed}), root, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "`certify.stopping: fixed`" in text and "sequential" not in text.split("## Figures")[0]
 
 
-def test_other_groups_stay_apart(made, tmp_path: Path):
+def test_external_results_stay_apart(made, tmp_path: Path):
     _, root = made
     report = root / "reports/digits"
     table = pd.read_csv(report / "per_sigma.csv").set_index(["method", "sigma"])
-    for other in OTHERS:
+    for other in EXTERNAL:
         frame = read_certificates(root / other["path"])
-        row = table.loc[(f"{other['label']} (others' file)", other["sigma"])]
+        row = table.loc[(f"{other['label']} (external)", other["sigma"])]
         assert row["images"] == len(frame)
         assert row["acr"] == pytest.approx(average_certified_radius(frame), abs=1e-6)
         assert np.isnan(row["samples"])
-    assert len(table) == 6 + len(OTHERS)
-    write_report(make_config(others=[]), root, tmp_path / "out")
+    assert len(table) == 6 + len(EXTERNAL)
+    write_report(make_config(external=[]), root, tmp_path / "out")
     without, same = tmp_path / "out", ["best_sigma.md", "metrics.json", "curves.csv", "budgets.md", "envelope.svg"]
     assert all((without / name).read_bytes() == (report / name).read_bytes() for name in same)
     assert len(pd.read_csv(without / "per_sigma.csv")) == 6
-    finding, finding_without = ((f / "report.md").read_text().split("\n\n")[1] for f in (report, without))
-    assert finding == finding_without
+    headline, headline_without = ((f / "report.md").read_text().split("## Figures")[0] for f in (report, without))
+    assert headline == headline_without
     assert "other groups" in (report / "report.md").read_text()
     assert "other groups" not in (without / "report.md").read_text()
+
+
+def test_no_two_methods_look_alike():
+    for (one, a), (other, b) in combinations(METHODS.items(), 2):
+        if a.colour.lower() == b.colour.lower():
+            assert one == b.base or other == a.base, f"{one} and {other} have the same colour"
+            assert figures.line_style(one)["linestyle"] != figures.line_style(other)["linestyle"]
+    for name, row in METHODS.items():
+        assert re.fullmatch("#[0-9A-Fa-f]{6}", row.colour), name
+        assert (row.base is not None) == (row.budget == "total"), name
+        assert row.base is None or METHODS[row.base].budget == "finetune", name
+
+
+CLASSES = ["Ba$$in", "a|b", "<b>&amp;", "x & y", "`tick`", "_under_ *star*", "日本", r"$\frac{1}", "[link](x)", "a\nb"]
+
+
+def test_class_names_survive_figures_and_markdown(made, tmp_path: Path):
+    config, root = made
+    shutil.copytree(root, tmp_path / "root")
+    manifest = tmp_path / "root/data/shards/manifest.json"
+    write_json(manifest, json.loads(manifest.read_text()) | {"classes": CLASSES})
+    config = config.model_copy(update={"report": config.report.model_copy(update={"gallery_images": 40})})
+    write_report(config, tmp_path / "root", tmp_path / "out")
+    ET.parse(tmp_path / "out/gallery.svg")
+    html = MarkdownIt("commonmark").enable("table").render((tmp_path / "out/report.md").read_text())
+    text = unescape(re.sub(r"<[^>]+>", "", html))
+    sentence = text.split("True classes, from left to right: ")[1].split(".\n")[0]
+    names = [" ".join(name.split()) for name in CLASSES]
+    assert set(re.split(", | and ", sentence)) == set(names)
+    table = MarkdownIt("commonmark").enable("table").render(tables.markdown_text(pd.DataFrame({"a|b": CLASSES})))
+    assert [unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", table)] == ["a|b", *names]
+
+
+def test_class_names_are_drawn_literally_and_fit():
+    thumbnails = [Thumbnail(np.zeros((2, 2, 1)), name, name * 9, 0.5, "correct") for name in CLASSES]
+    figure = figures.draw_gallery([each.pixels for each in thumbnails], {0.5: thumbnails}, "rRCM")
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_xlabel() == r"Ba\$\$in"
+    for axes in figure.axes:
+        assert axes.xaxis.label.get_window_extent().width < axes.get_window_extent().width
+
+
+def test_html_in_labels_and_paths_is_escaped(made, tmp_path: Path):
+    _, root = made
+    shutil.copytree(root, tmp_path / "root")
+    path = "external/</pre>&.tsv"
+    (tmp_path / "root/external/<").mkdir()
+    (tmp_path / "root" / path).write_bytes((root / EXTERNAL[0]["path"]).read_bytes())
+    config = make_config(external=[EXTERNAL[0] | {"label": "A & <i>B</i>", "path": path}])
+    write_report(config, tmp_path / "root", tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert text.count("<pre") == text.count("</pre>") == text.count("<details>") == text.count("</details>")
+    assert "external/&lt;/pre&gt;&amp;.tsv" in text and r"A \& \<i\>B\</i\> (external)" in text
+
+
+def test_published_results_are_labelled_and_apart(made, tmp_path: Path):
+    config, root = made
+    cifar10 = config.data.model_copy(update={"source": "cifar10"})
+    write_report(config.model_copy(update={"data": cifar10}), root, tmp_path / "out")
+    section = (tmp_path / "out/report.md").read_text().split("### Published results")[1].split("## Provenance")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    status = {row[0]: row[rows[0].index("status")] for row in rows[2:]}
+    assert status["Consistency"] == "here" and status["Gaussian"] == status["SmoothMix"] == "not run"
+    assert "None of these numbers was measured here" in section
+    assert "Published results" not in (root / "reports/digits/report.md").read_text()
+    for name in ("best_sigma.csv", "per_sigma.csv", "metrics.json", "certified_accuracy.svg"):
+        assert (tmp_path / "out" / name).read_bytes() == (root / "reports/digits" / name).read_bytes()
+
+
+def test_published_rows_are_whole():
+    rows = tables.read_published()
+    assert not rows.duplicated(["dataset", "method", "model", "sigma", "n", "source"]).any()
+    for row in rows.itertuples():
+        cells = [re.fullmatch(r"([\d.]+):([\d.]+)(\([\d.]+\))?", text) for text in row.certified_accuracy.split()]
+        assert cells and all(cells) and row.dataset and row.method and row.source
+        radii, shares = ([float(cell[i]) for cell in cells] for i in (1, 2))
+        assert radii == sorted(set(radii)) and shares == sorted(shares, reverse=True) and shares[0] <= 100
 
 
 def frame_of(*radii: float) -> pd.DataFrame:
@@ -289,11 +397,12 @@ def frame_of(*radii: float) -> pd.DataFrame:
 
 
 def test_a_step_holds_up_to_and_with_its_radius():
-    ours = {("rrcm", 0.5): frame_of(0.0, 0.25, 0.25, 0.5), ("gaussian", 0.5): frame_of(0.1)}
-    others = {("A", 0.5): frame_of(0.5, 0.75), ("B", 0.5): frame_of(0.3), ("B", 1.0): frame_of(9.0)}
-    (panel,) = figures.draw_certified_accuracy(ours, others).axes
+    certificates = {("rrcm", 0.5): frame_of(0.0, 0.25, 0.25, 0.5), ("gaussian", 0.5): frame_of(0.1)}
+    external = {("A", 0.5): frame_of(0.5, 0.75), ("B", 0.5): frame_of(0.3), ("B", 1.0): frame_of(9.0)}
+    (panel,) = figures.draw_certified_accuracy(certificates, external).axes
     lines = {line.get_label(): line for line in panel.get_lines()}
-    for label, frame in {"rRCM": ours["rrcm", 0.5], "Gaussian": ours["gaussian", 0.5], "A": others["A", 0.5]}.items():
+    drawn = {"rRCM": certificates["rrcm", 0.5], "Gaussian": certificates["gaussian", 0.5], "A": external["A", 0.5]}
+    for label, frame in drawn.items():
         x, y = pts_to_prestep(*lines[label].get_data())
         assert lines[label].get_drawstyle() == "steps-pre"
         for r in (0.05, 0.1, 0.15, 0.2499, 0.2501, 0.3, 0.4999, 0.5001, 0.7):
@@ -307,12 +416,16 @@ def test_a_step_holds_up_to_and_with_its_radius():
 
 def test_legend_names_every_line_once_and_fits():
     methods = {(method, sigma): frame_of(0.2, 0.4) for method in METHODS for sigma in (0.25, 0.5, 1.0)}
-    others = {("Salman et al. 2019", 1.0): frame_of(0.1), ("_$ by a group with quite a long name", 0.5): frame_of(0.3)}
+    external = {
+        ("Salman et al. 2019", 1.0): frame_of(0.1),
+        ("_$ by a group with a long name", 0.5): frame_of(0.3),
+    }
     for sigmas in ((0.25, 0.5, 1.0), (0.5, 1.0), (0.5,)):
-        figure = figures.draw_certified_accuracy({run: f for run, f in methods.items() if run[1] in sigmas}, others)
+        certificates = {run: frame for run, frame in methods.items() if run[1] in sigmas}
+        figure = figures.draw_certified_accuracy(certificates, external)
         (legend,) = figure.legends
         names = [text.get_text() for text in legend.get_texts()]
-        shown = {label.replace("$", r"\$") for label, sigma in others if sigma in sigmas}
+        shown = {label.replace("$", r"\$") for label, sigma in external if sigma in sigmas}
         assert sorted(names) == sorted({kind.label for kind in METHODS.values()} | shown)
         figure.draw_without_rendering()
         box = legend.get_window_extent()
@@ -320,26 +433,26 @@ def test_legend_names_every_line_once_and_fits():
         assert box.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes)
 
 
-def test_sheet_claims_no_radius_for_a_wrong_image():
+def test_gallery_claims_no_radius_for_a_wrong_image():
     answers = [("correct", "3", 0.0), ("wrong", "7", 0.0), ("wrong", "7", 0.25), ("abstains", "", 0.0)]
     tiles = [Thumbnail(np.zeros((2, 2, 1)), "3", predict, radius, verdict) for verdict, predict, radius in answers]
-    figure = figures.draw_sheet([tile.pixels for tile in tiles], {0.5: tiles}, "rRCM")
+    figure = figures.draw_gallery([tile.pixels for tile in tiles], {0.5: tiles}, "rRCM")
     below = [axes.get_xlabel() for axes in figure.axes[4:]]
-    assert below == ["✓ 3\nr = 0.00", "✗ 7\n", "✗ 7\nr = 0.25", "? abstains\n"]
+    assert below == ["✓ 3\nr = 0.000", "✗ 7\n", "✗ 7\nr = 0.250", "? abstains\n"]
 
 
-def test_others_are_checked_before_any_work():
-    good = OTHERS[0]
+def test_external_results_are_checked_before_any_work():
+    good = EXTERNAL[0]
     for path in ("cohen.tsv", "/external/cohen.tsv", "external_results", "external/../data/x.tsv", ""):
-        assert "must be a file below external/" in refused(good | {"path": path})
-    assert refused(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 is there twice; labels tell them apart")
-    assert "report.external_results.0.label = 'rRCM': is what a method of ours is called" in refused(
+        assert "must be a file below external/" in config_error(good | {"path": path})
+    assert config_error(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 is there twice; labels tell them apart")
+    assert "report.external_results.0.label = 'rRCM': is what a method of ours is called" in config_error(
         good | {"label": "rRCM"}
     )
-    assert "report.external_results.0.sigma = -1" in refused(good | {"sigma": -1})
-    assert "report.external_results.1.label = 'a|b'" in refused(good, good | {"label": "a|b"})
-    assert "report.external_results.0.file: unknown key" in refused(good | {"file": "x"})
-    assert "allowed here: label, sigma, path" in refused(good | {"zzz": "x"})
+    assert "report.external_results.0.sigma = -1" in config_error(good | {"sigma": -1})
+    assert "report.external_results.1.label = 'a|b'" in config_error(good, good | {"label": "a|b"})
+    assert "report.external_results.0.file: unknown key" in config_error(good | {"file": "x"})
+    assert "allowed here: label, sigma, path" in config_error(good | {"zzz": "x"})
 
 
 def test_latex_is_a_booktabs_table_with_escapes(made):
@@ -354,18 +467,18 @@ def test_latex_is_a_booktabs_table_with_escapes(made):
         assert not re.search(r"(?<!\\)[_%#]", text)
         columns = {line.count("&") for line in lines if line.endswith(r"\\")}
         assert len(columns) == 1
-    assert r"a\_b \& 50\% \#1 \$" in _latex(pd.DataFrame({"x_y": ["a_b & 50% #1 $"]}))
+    assert r"a\_b \& 50\% \#1 \$" in tables.latex_text(pd.DataFrame({"x_y": ["a_b & 50% #1 $"]}))
 
 
 def test_one_method_one_sigma_no_latency(tmp_path: Path):
-    config = make_config(others=[], methods=["gaussian"], sigmas=[0.5])
+    config = make_config(external=[], methods=["gaussian"], sigmas=[0.5])
     config = config.model_copy(update={"latency": config.latency.model_copy(update={"n": []})})
     make_inputs(config, tmp_path)
     for unused in ("models/pretrain/rrcm", "timings/pretrain/rrcm.json", "latency"):
         (tmp_path / unused).rename(tmp_path / f"unused-{Path(unused).name}")
     write_report(config, tmp_path, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
-    assert "No two methods to compare; ACR of Gaussian at σ = 0.5: 0." in text
+    assert "There is only one method, so there is no comparison." in text
     assert not (tmp_path / "out/latency.png").exists()
     assert not (tmp_path / "out/pretraining.csv").exists()
     assert "latency" not in text.split("## Provenance")[0]
@@ -396,30 +509,28 @@ def test_missing_input_names_file_and_command(made, tmp_path: Path, path: str, c
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_or_bad_file_of_others_is_named(made, tmp_path: Path):
+def test_missing_or_bad_external_file_is_named(made, tmp_path: Path):
     _, root = made
-    missing = OTHERS[1] | {"path": "external/none.tsv"}
+    missing = EXTERNAL[1] | {"path": "external/none.tsv"}
     message = r"report\.external_results\.1\.path: .*external/none\.tsv: no such file"
     with pytest.raises(RRCMError, match=message):
-        write_report(make_config(others=[OTHERS[0], missing]), root, tmp_path / "out")
+        write_report(make_config(external=[EXTERNAL[0], missing]), root, tmp_path / "out")
     (root / "external/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
     try:
         with pytest.raises(RRCMError, match=r"external/none\.tsv, line 2: has 4 tab-separated fields"):
-            write_report(make_config(others=[missing]), root, tmp_path / "out")
+            write_report(make_config(external=[missing]), root, tmp_path / "out")
     finally:
         (root / "external/none.tsv").unlink()
     assert not (tmp_path / "out").exists()
 
 
-def test_samples_of_other_images_are_refused(made, tmp_path: Path):
+def test_samples_of_other_images_raise(made, tmp_path: Path):
     config, root = made
     path = root / "certificates/rrcm/sigma_1.0.samples.tsv"
     kept = path.read_bytes()
     try:
         write_samples(path, read_samples(path).iloc[1:])
-        with pytest.raises(
-            RRCMError, match=r"sigma_1.0.samples.tsv: is of other images .*`dvc repro certify@rrcm-1.0`"
-        ):
+        with pytest.raises(RRCMError, match=r"sigma_1.0.samples.tsv: has other images .*`dvc repro certify@rrcm-1.0`"):
             write_report(config, root, tmp_path / "out")
     finally:
         path.write_bytes(kept)
@@ -429,7 +540,7 @@ MIXED = {"other images": r"sigma_1.0.tsv: certifies other images than", "other l
 
 
 @pytest.mark.parametrize("change", MIXED)
-def test_mixed_certificates_are_refused(made, tmp_path: Path, change: str):
+def test_mixed_certificates_raise(made, tmp_path: Path, change: str):
     config, root = made
     changed = root / "certificates/consistency/sigma_1.0.tsv"
     samples = changed.with_suffix(".samples.tsv")

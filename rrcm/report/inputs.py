@@ -1,0 +1,177 @@
+"""The files that a report is made from: where they are, and one function that reads and checks them all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from rrcm.certification.results import read_certificates, read_samples, sigma_name
+from rrcm.config import Config
+from rrcm.evaluation.metrics import Certificates
+from rrcm.methods import METHODS
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json
+
+Run = tuple[str, float]  # method, sigma
+
+
+class PretrainingFiles(NamedTuple):
+    """Outputs of one pre-training, relative to the root, and the stage that writes them."""
+
+    folder: str
+    timing: str
+    stage: str
+
+
+class Inputs(NamedTuple):
+    """All that the report shows, in the order of the settings."""
+
+    files: list[str]  # every file read, relative to the root
+    certificates: Certificates  # with the column samples
+    external: Certificates  # other groups' certificates by (label, sigma)
+    models: Mapping[Run, Mapping]  # config.json of each model folder
+    finetuning: pd.DataFrame  # one row per model and epoch
+    budgets: pd.DataFrame  # one row per model
+    pretraining: Mapping[str, pd.DataFrame]  # history.csv by objective
+    representations: Mapping[str, pd.DataFrame]  # representation.csv by objective
+    latency: Mapping[str, Mapping]  # by method
+
+
+def pretraining_files(objective: str) -> PretrainingFiles:
+    """Where the pre-training with `objective` leaves its outputs."""
+    return PretrainingFiles(
+        f"models/pretrain/{objective}", f"timings/pretrain/{objective}.json", f"pretrain@{objective}"
+    )
+
+
+def certificates_file(method: str, sigma: float) -> str:
+    """The certificates of a model, relative to the root."""
+    return f"certificates/{method}/{sigma_name(sigma)}.tsv"
+
+
+def read_inputs(config: Config, root: Path) -> Inputs:
+    """Read the outputs of the other stages under `root`, and the files in `report.external_results`.
+
+    Without `latency.n` nothing under latency/ is read. Raises `RRCMError` for a missing file, with the command that
+    makes it, and for certificates of different test images.
+    """
+    files = _list_files(config, root)
+    runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
+    certificates = {run: _read_certified(root, *run) for run in runs}
+    _check_same_images(certificates, root)
+    models = {run: read_json(root / _model_folder(*run) / "config.json") for run in runs}
+    external = config.report.external_results
+    folders = {name: root / pretraining_files(name).folder for name in config.pretrain.objectives}
+    return Inputs(
+        files=files,
+        certificates=certificates,
+        external={(each.label, each.sigma): read_certificates(root / each.path) for each in external},
+        models=models,
+        finetuning=pd.concat([_read_history(root, models[run], *run) for run in runs], ignore_index=True),
+        budgets=_read_budgets(config, root, models),
+        pretraining={name: _read_csv(folder / "history.csv") for name, folder in folders.items()},
+        representations={name: _read_csv(folder / "representation.csv") for name, folder in folders.items()},
+        latency={name: read_json(root / f"latency/{name}.json") for name in config.methods if config.latency.n},
+    )
+
+
+def _samples_file(method: str, sigma: float) -> str:
+    return f"certificates/{method}/{sigma_name(sigma)}.samples.tsv"
+
+
+def _model_folder(method: str, sigma: float) -> str:
+    return f"models/{method}/{sigma_name(sigma)}"
+
+
+def _list_files(config: Config, root: Path) -> list[str]:
+    """Every file the report is made from, relative to root. Raises `RRCMError` for the first that is missing."""
+    stages = {"data/shards/manifest.json": "shard-data"}
+    for objective in config.pretrain.objectives:
+        folder, timing, stage = pretraining_files(objective)
+        files = [f"{folder}/{name}" for name in ("config.json", "history.csv", "representation.csv")]
+        stages |= dict.fromkeys([*files, timing], stage)
+    for method in config.methods:
+        for sigma in config.sigmas:
+            record = f"{method}/{sigma_name(sigma)}.json"
+            files = [f"{_model_folder(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
+            stages |= dict.fromkeys([*files, f"timings/finetune/{record}"], f"finetune@{method}-{sigma}")
+            files = [certificates_file(method, sigma), _samples_file(method, sigma)]
+            stages |= dict.fromkeys([*files, f"timings/certify/{record}"], f"certify@{method}-{sigma}")
+        if config.latency.n:
+            stages[f"latency/{method}.json"] = f"latency@{method}"
+    for path, stage in stages.items():
+        if not (root / path).is_file():
+            raise RRCMError(f"{root / path}: no such file; run `dvc repro {stage}`, or fetch it with `dvc pull`")
+    for i, each in enumerate(config.report.external_results):
+        if not (root / each.path).is_file():
+            key = f"report.external_results.{i}.path"
+            raise RRCMError(f"{key}: {root / each.path}: no such file; add the file or remove the entry")
+    return [*stages, *(each.path for each in config.report.external_results)]
+
+
+def _read_certified(root: Path, method: str, sigma: float) -> pd.DataFrame:
+    """The certificates of a model with the number of samples that each image took."""
+    frame = read_certificates(root / certificates_file(method, sigma))
+    path = root / _samples_file(method, sigma)
+    samples = read_samples(path)
+    if not samples["idx"].equals(frame["idx"]):
+        raise RRCMError(
+            f"{path}: has other images than the certificates beside it; run `dvc repro certify@{method}-{sigma}`"
+        )
+    return frame.assign(samples=samples["samples"])
+
+
+def _check_same_images(certificates: Certificates, root: Path) -> None:
+    (first, expected), *others = certificates.items()
+    for run, frame in others:
+        if not frame[["idx", "label"]].equals(expected[["idx", "label"]]):
+            path = root / certificates_file(*run)
+            raise RRCMError(f"{path}: certifies other images than {certificates_file(*first)}; run `dvc repro` again")
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:  # pandas' own errors are ValueErrors
+        raise RRCMError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from None
+
+
+def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
+    """Fine-tuning per epoch with the compute spent so far: encoder forward passes, the pre-training share included."""
+    history = _read_csv(root / _model_folder(method, sigma) / "history.csv")
+    compute = model["compute"]["pretrain_share"] + model["compute"]["finetune"] * history["epoch"] / len(history)
+    return pd.DataFrame(
+        {
+            "method": method,
+            "sigma": sigma,
+            "epoch": history["epoch"],
+            "compute": compute,
+            "loss": history["loss"],
+            "val_accuracy": history["val_accuracy"],
+            "selected": history["epoch"] == model["selected"]["epoch"],
+        }
+    )
+
+
+def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> pd.DataFrame:
+    """Compute (encoder forward passes) and time (seconds) of each model."""
+    rows = []
+    for (method, sigma), model in models.items():
+        record, share = f"{method}/{sigma_name(sigma)}.json", 0.0
+        if config.finetune.uses_pretraining(method):
+            timing = pretraining_files(METHODS[method].initial_weights).timing
+            share = read_json(root / timing)["seconds"] / config.finetune.pretrain_cost_shared_by
+        rows.append(
+            {
+                "method": method,
+                "sigma": sigma,
+                "finetune_passes": model["compute"]["finetune"],
+                "pretrain_share_passes": model["compute"]["pretrain_share"],
+                "total_passes": model["compute"]["finetune"] + model["compute"]["pretrain_share"],
+                "finetune_seconds": read_json(root / "timings/finetune" / record)["seconds"],
+                "pretrain_share_seconds": share,
+                "certify_seconds": read_json(root / "timings/certify" / record)["seconds"],
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,183 @@
+"""report.md: the numbers that go into templates/report.md.jinja, which holds the prose."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+import pandas as pd
+import yaml
+from markupsafe import Markup
+
+from rrcm.config import Config
+from rrcm.evaluation.metrics import Certificates, best_sigma_table, certified_at, certified_radii, mean_difference
+from rrcm.methods import METHODS
+from rrcm.report.inputs import Inputs
+from rrcm.report.tables import escape_markdown, markdown_text, method_labels
+from rrcm.utils.files import read_json, sha256_file
+
+# settings that have no effect on what the report shows
+IGNORED_SETTINGS = {"device": True, "launcher": True, "attack": True, "data": {"root", "workers"}}
+
+
+class Leader(NamedTuple):
+    """The methods with the highest certified accuracy at some radii."""
+
+    labels: list[str]
+    radii: list[str]
+
+
+class Comparison(NamedTuple):
+    """Methods compared at equal cost."""
+
+    name: str
+    leaders: list[Leader]
+    table: Markup  # the two best methods at each radius and, by ACR, at each sigma
+
+
+class Environment(NamedTuple):
+    """Where some stages ran."""
+
+    records: list[str]  # their files under timings/ and latency/
+    text: str
+
+
+def render_report(
+    config: Config,
+    root: Path,
+    inputs: Inputs,
+    tables: Mapping[str, pd.DataFrame],
+    figures: Sequence[str],
+    gallery_classes: Sequence[str],
+) -> str:
+    """The text of report.md, from tables as text and the names of the figures beside it.
+
+    `gallery_classes` are the true classes of the images in the gallery. The template escapes every value for HTML, and
+    names also for Markdown.
+    """
+    records = [path for path in inputs.files if path.startswith(("timings/", "latency/"))]
+    environments = _environments(root, records)
+    text = _template().render(
+        config=config,
+        images=len(next(iter(inputs.certificates.values()))),
+        comparisons=_headline(config, inputs.certificates),
+        pretrained_elsewhere=[
+            (METHODS[name].label, config.finetune.initial_weights(name))
+            for name in config.methods
+            if METHODS[name].initial_weights is not None and not config.finetune.uses_pretraining(name)
+        ],
+        tables={name: _markdown_table(table) for name, table in tables.items()},
+        figures=figures,
+        gallery_method=METHODS[config.methods[0]].label,
+        gallery_classes=gallery_classes,
+        parameters=_yaml(config.model_dump(mode="json", exclude=IGNORED_SETTINGS)),
+        hashes=[f"{sha256_file(root / path)}  {path}" for path in inputs.files],
+        environments=environments,
+        num_records=len(records),
+    )
+    return text.rstrip("\n") + "\n"
+
+
+def _template() -> jinja2.Template:
+    """The template with its filters: `md` and `code` write a text as Markdown, `listing` joins texts with commas."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rrcm.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": _markdown, "code": _code, "listing": _listing}
+    return environment.get_template("report.md.jinja")
+
+
+def _headline(config: Config, certificates: Certificates) -> list[Comparison]:
+    """The comparisons that have at least two methods: at equal fine-tuning budget, and at equal total compute."""
+    groups = {
+        "fine-tuning budget": [name for name in config.methods if METHODS[name].budget == "finetune"],
+        "total compute": [
+            name for name in config.methods if METHODS[name].budget == "total" or config.finetune.uses_pretraining(name)
+        ],
+    }
+    return [
+        Comparison(
+            name,
+            _leaders({run: frame for run, frame in certificates.items() if run[0] in methods}, config.report.radii),
+            _markdown_table(_comparison_table(config, certificates, methods)),
+        )
+        for name, methods in groups.items()
+        if len(methods) > 1
+    ]
+
+
+def _leaders(certificates: Certificates, radii: Sequence[float]) -> list[Leader]:
+    """Who has the highest certified accuracy at which radii, best sigma each. Radii nobody certifies are left out."""
+    leaders: dict[tuple[str, ...], list[str]] = {}
+    for radius, rows in best_sigma_table(certificates, radii).groupby("radius"):
+        highest = rows["certified_accuracy"].max()
+        if highest > 0:
+            best = tuple(rows.loc[rows["certified_accuracy"] == highest, "method"])
+            leaders.setdefault(best, []).append(f"{radius:g}")
+    return [Leader(method_labels(methods), at) for methods, at in leaders.items()]
+
+
+def _comparison_table(config: Config, certificates: Certificates, methods: Sequence[str]) -> pd.DataFrame:
+    """The two best of `methods`: by certified accuracy (%) at each radius, best sigma, and by ACR at each sigma."""
+    rows = []
+    for radius in config.report.radii:
+        best = best_sigma_table(certificates, [radius]).set_index("method")["sigma"]
+        frames = {name: certificates[name, best[name]] for name in methods}
+        certified = {name: 100 * certified_at(frame, radius) for name, frame in frames.items()}
+        rows.append({"": f"accuracy (%), r = {radius:g}"} | _compare_top_two(certified, ".1f"))
+    for sigma in config.sigmas:
+        radii = {name: certified_radii(certificates[name, sigma]) for name in methods}
+        rows.append({"": f"ACR, σ = {sigma:g}"} | _compare_top_two(radii, ".3f"))
+    return pd.DataFrame(rows)
+
+
+def _compare_top_two(values: Mapping[str, np.ndarray], digits: str) -> dict[str, str]:
+    """The two methods with the highest means of `values` (one per image), and their paired difference."""
+    best, second = sorted(values, key=lambda name: -values[name].mean())[:2]
+    difference, half_width = mean_difference(values[best], values[second])
+    return {
+        "highest": f"{METHODS[best].label} {values[best].mean():{digits}}",
+        "second": f"{METHODS[second].label} {values[second].mean():{digits}}",
+        "difference": f"{difference:{digits}} ± {half_width:{digits}}",
+    }
+
+
+def _environments(root: Path, records: Sequence[str]) -> list[Environment]:
+    """Each distinct environment with the records that name it."""
+    by_text: dict[str, list[str]] = {}
+    for path in records:
+        by_text.setdefault(_yaml(read_json(root / path)["environment"]), []).append(path)
+    return [Environment(paths, f"{text}\n{_yaml({'records': paths})}") for text, paths in by_text.items()]
+
+
+def _yaml(values: Mapping) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+
+
+def _markdown_table(table: pd.DataFrame) -> Markup:
+    return Markup(markdown_text(table).strip("\n"))
+
+
+def _markdown(text: str) -> Markup:
+    return Markup(escape_markdown(text))
+
+
+def _code(text: str) -> Markup:
+    """A code span. Its fence is longer than any run of backticks in the text."""
+    text, fence = " ".join(str(text).split()), "`"
+    while fence in text:
+        fence += "`"
+    inner = f" {text} " if text.startswith("`") or text.endswith("`") else text
+    return Markup(f"{fence}{inner}{fence}")
+
+
+def _listing(texts: Sequence[str]) -> Markup:
+    """a, b and c."""
+    *first, last = (Markup(text) if isinstance(text, Markup) else Markup.escape(text) for text in texts)
+    return Markup(f"{Markup(', ').join(first)} and {last}") if first else last
