@@ -84,7 +84,7 @@ def synthetic_jpeg(rng: np.random.Generator) -> bytes:
 
 
 def loading_rate(images: ShardedDataset, transform: object, batch_size: int, workers: int, seconds: float) -> float:
-    """Images per second over at least `seconds`, after the first batches (after an epoch if the split is kept decoded)."""
+    """Images per second over at least `seconds`, after the first batches, or after an epoch of a split kept decoded."""
     epoch = steps_per_epoch(len(images), batch_size)
     loader = read(images, transform, batch_size, workers)
     for _ in range(max(epoch if images.small else 1, 2 * workers + 1)):

@@ -266,8 +266,8 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
 @pytest.mark.parametrize(
     ("start", "method", "said"),
     [
-        ({"start": "nowhere"}, "rrcm", "finetune.initial_checkpoint = 'nowhere': no such folder or file"),
-        ({"start": "vit.safetensors"}, "rrcm", "vit.safetensors"),
+        ({"initial_checkpoint": "nowhere"}, "rrcm", "finetune.initial_checkpoint = 'nowhere': no such folder or file"),
+        ({"initial_checkpoint": "vit.safetensors"}, "rrcm", "vit.safetensors"),
         ({"timm": {"model": "test_vitt", "weights": None}}, "timm", "did you mean test_vit"),
         (
             {"timm": {"model": "test_vit", "weights": "nowhere.safetensors"}},
@@ -276,7 +276,7 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
         ),
         ({"timm": {"model": "test_vit2", "weights": "vit.safetensors"}}, "timm", "not the weights of timm's test_vit2"),
         ({"timm": {"model": None, "weights": None}}, "timm", "finetune.timm.model null must be the name"),
-        ({"time": "nearest"}, "rrcm", "finetune.time_condition = 'nearest'"),
+        ({"time_condition": "nearest"}, "rrcm", "finetune.time_condition = 'nearest'"),
     ],
 )
 def test_starts_that_are_refused(project, start, method, said):
