@@ -85,7 +85,7 @@ class Views(Section):
 class Pretrain(Section):
     """Pre-training: losses, curriculum and schedules (Lei et al. 2025, section 4)."""
 
-    objectives: Annotated[list[str], Field(min_length=1)]  # keys of `rrcm.objectives.PRETRAINING`, one encoder each
+    objectives: list[str]  # keys of `rrcm.objectives.PRETRAINING`, one encoder each
     batch_size: Annotated[int, Field(ge=2)]  # images per step, over all processes
     steps: Count
     warmup_steps: Annotated[int, Field(ge=0)]

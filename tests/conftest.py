@@ -154,11 +154,11 @@ def change(project: Path, **settings: object) -> None:
         for parent in parents:
             section = section[parent]
         section[key] = value
-    write_params(project / "params.yaml", values)
+    (project / "params.yaml").write_text(yaml.safe_dump(with_derived(values)))
 
 
-def write_params(path: Path, values: dict) -> None:
-    """Write settings to `path`, and the derived ones anew unless the others are invalid."""
+def with_derived(values: dict) -> dict:
+    """Settings with the derived ones brought up to date, where the others make sense."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         values["derived"] = derived_settings(*(values[name] for name in ("methods", "sigmas", "pretrain", "finetune")))
-    path.write_text(yaml.safe_dump(values))
+    return values

@@ -18,7 +18,7 @@ from rrcm.report.tables import escape_markdown, markdown_text, method_labels
 from rrcm.utils.files import read_json, sha256_file
 
 # settings that have no effect on what the report shows
-IGNORED_SETTINGS = {"device": True, "launcher": True, "attack": True, "data": {"root", "workers"}}
+IGNORED_SETTINGS = {"derived": True, "device": True, "launcher": True, "attack": True, "data": {"root", "workers"}}
 
 
 class Leader(NamedTuple):

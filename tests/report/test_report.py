@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import with_derived
 from markdown_it import MarkdownIt
 from matplotlib.cbook import pts_to_prestep
 from PIL import Image
@@ -45,9 +46,8 @@ EXTERNAL = [  # the second has a sigma without a panel
 def make_config(external: list[dict] = EXTERNAL, **changes: object) -> Config:
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     values["report"]["external_results"] = external
-    return parse_config(
-        values | {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
-    )
+    values |= {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
+    return parse_config(with_derived(values))
 
 
 def config_error(*external: dict) -> str:
@@ -68,7 +68,7 @@ def make_inputs(config: Config, root: Path) -> None:
     pretraining = pd.DataFrame({"step": steps, "loss": 0.0, "contrastive": 1 + 9 * np.exp(-steps / 90.0)})
     pretraining["consistency"] = 0.3 + 4 * np.exp(-steps / 60.0)
     pretraining["levels"] = 1 + 20 * 2 ** (steps // 134)
-    write_csv(root / "models/pretrain/history.csv", pretraining.to_dict("records"))
+    write_csv(root / "models/pretrain/rrcm/history.csv", pretraining.to_dict("records"))
     representations = [
         {
             "step": step,
@@ -81,8 +81,8 @@ def make_inputs(config: Config, root: Path) -> None:
         for step in (0, 100, 200, 300)
         for s in (0.0, 0.25, 0.5, 1.0)
     ]
-    write_csv(root / "models/pretrain/representation.csv", representations)
-    write_json(root / "models/pretrain/config.json", {"compute": {"pretrain": 1.2e6}})
+    write_csv(root / "models/pretrain/rrcm/representation.csv", representations)
+    write_json(root / "models/pretrain/rrcm/config.json", {"compute": {"pretrain": 1.2e6}})
     write_json(root / "timings/pretrain/rrcm.json", {"seconds": 90.0, "environment": ENVIRONMENT})
     skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4], strict=True))
     for method in config.methods:
@@ -265,9 +265,10 @@ def test_report_shows_its_figures_and_sources(made):
 
 
 def test_pretraining_elsewhere_is_named_and_not_counted(tmp_path: Path):
-    finetune = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["finetune"]
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    finetune, pretrain = values["finetune"], values["pretrain"] | {"objectives": []}
     finetune |= {"initial_checkpoint": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
-    config = make_config(methods=["rrcm", "timm", "consistency"], finetune=finetune, sigmas=[0.25])
+    config = make_config(methods=["rrcm", "timm", "consistency"], pretrain=pretrain, finetune=finetune, sigmas=[0.25])
     make_inputs(config, tmp_path)
     shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it
     (tmp_path / "timings/pretrain/rrcm.json").unlink()
@@ -445,8 +446,8 @@ def test_external_results_are_checked_before_any_work():
     good = EXTERNAL[0]
     for path in ("cohen.tsv", "/external/cohen.tsv", "external_results", "external/../data/x.tsv", ""):
         assert "must be a file below external/" in config_error(good | {"path": path})
-    assert config_error(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 is there twice; labels tell them apart")
-    assert "report.external_results.0.label = 'rRCM': is what a method of ours is called" in config_error(
+    assert config_error(good, good).endswith("'Cohen et al. 2019' at sigma 1.0 appears twice; give each its own label")
+    assert "report.external_results.0.label = 'rRCM': is the label of a built-in method" in config_error(
         good | {"label": "rRCM"}
     )
     assert "report.external_results.0.sigma = -1" in config_error(good | {"sigma": -1})
@@ -471,7 +472,8 @@ def test_latex_is_a_booktabs_table_with_escapes(made):
 
 
 def test_one_method_one_sigma_no_latency(tmp_path: Path):
-    config = make_config(external=[], methods=["gaussian"], sigmas=[0.5])
+    pretrain = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["pretrain"] | {"objectives": []}
+    config = make_config(external=[], methods=["gaussian"], sigmas=[0.5], pretrain=pretrain)
     config = config.model_copy(update={"latency": config.latency.model_copy(update={"n": []})})
     make_inputs(config, tmp_path)
     for unused in ("models/pretrain/rrcm", "timings/pretrain/rrcm.json", "latency"):
@@ -488,7 +490,7 @@ def test_one_method_one_sigma_no_latency(tmp_path: Path):
     ("path", "command"),
     [
         ("data/shards/manifest.json", "dvc repro shard-data"),
-        ("models/pretrain/history.csv", "dvc repro pretrain"),
+        ("models/pretrain/rrcm/history.csv", "dvc repro pretrain@rrcm"),
         ("models/rrcm/sigma_1.0/history.csv", "dvc repro finetune@rrcm-1.0"),
         ("certificates/consistency/sigma_0.25.tsv", "dvc repro certify@consistency-0.25"),
         ("certificates/consistency/sigma_0.25.samples.tsv", "dvc repro certify@consistency-0.25"),
