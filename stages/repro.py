@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, BinaryIO, NoReturn
 
-from rrcm.utils.app import run  # first: it makes the imports below faster
+from rrcm.utils.app import run_command  # first: it makes the imports below faster
 
 # isort: split
 import dvc.commands.repro
@@ -486,4 +486,4 @@ def _relative(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    run(repro)
+    run_command(repro)

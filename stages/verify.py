@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from rrcm.utils.app import run  # first: it makes the imports below faster
+from rrcm.utils.app import run_command  # first: it makes the imports below faster
 
 # isort: split
 import pandas as pd
@@ -201,4 +201,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    run(verify)
+    run_command(verify)
