@@ -83,6 +83,7 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_in_parts_is_the_undivided_one(tmp_path):
     together(one_step, tmp_path)
     whole = load_file(tmp_path / "2-1.safetensors")
@@ -114,6 +115,7 @@ def train(folder: Path, shards: Path, world: int) -> None:
     finetune(config, "rrcm", 0.5, shards, folder / f"pretrain{world}", folder / f"tuned{world}", folder / "timing.json")
 
 
+@pytest.mark.slow
 def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
     """Ten steps each: the same images, augmentation and noise, so only the order of sums differs."""
     compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")
