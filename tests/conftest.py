@@ -77,6 +77,11 @@ PRELOAD = [
     "dvclive",  # trainings import it for their live metrics, with these modules of DVC
     "dvc.repo",
     "dvc.api",
+    "dvc.utils.hydra",  # stages import the rest where they need it
+    "hydra",
+    "sklearn.datasets",
+    "timm",
+    "webdataset",
 ]
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(PRELOAD)

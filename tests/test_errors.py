@@ -158,7 +158,9 @@ def test_files_that_are_not_an_authors_checkpoint(tmp_path, content, part):
 
 def test_a_loss_that_is_not_finite(project, trained):
     change(project, pretrain__lr=1e30, pretrain__warmup_steps=1)
-    assert_error(stage(project, "pretrain"), "is not finite at step", "images of train-00000.tar", "saved no state yet")
+    assert_error(
+        stage(project, "pretrain"), "is not finite at step", "images of train-00000.tar", "No state had been saved yet"
+    )
     assert not (project / "models").exists()
     shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     change(project, finetune__lr=1e30, finetune__warmup_epochs=0)

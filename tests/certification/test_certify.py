@@ -278,6 +278,7 @@ def test_forward_is_the_mean_softmax_over_its_copies(digits):
     assert (shares[0] - votes.softmax(1).mean(0)).abs().max() < 5 * math.sqrt(0.25 / 2000 + 0.25 / 4000)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_compiled_model_votes_the_same():
     torch.manual_seed(0)
@@ -476,6 +477,7 @@ def test_what_the_journal_has_is_not_done_again(certified):
     assert sum(seconds < 1e6 for seconds in timing.values()) == len(timing) - len(before)
 
 
+@pytest.mark.slow
 def test_the_death_of_a_worker_is_reported_and_loses_nothing(certified, trained):
     """Under the real torchrun: one of two workers is killed; the launcher says so, and running again continues.
 

@@ -245,6 +245,7 @@ def save_timm_vit(path: Path) -> nn.Module:
     return network
 
 
+@pytest.mark.slow
 def test_timms_vit_from_fine_tuning_to_certificate(project):
     """Neither models/pretrain nor our own network's size is asked for."""
     network = save_timm_vit(project / "vit.safetensors")

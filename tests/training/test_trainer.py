@@ -291,9 +291,8 @@ def test_a_collapse_is_reported(project, monkeypatch, capfd):
     monkeypatch.setattr(pretraining, "COLLAPSED", -1.0)
     change(project, pretrain__steps=6, pretrain__evaluate_every=5)
     config = load_config(project / "params.yaml")
-    pretraining.pretrain(
-        config, "rrcm", project / "data/shards", project / "models/pretrain/rrcm", project / "timing.json"
-    )
+    output = project / "models/pretrain/rrcm"
+    pretraining.pretrain(config, "rrcm", project / "data/shards", output, project / "timing.json")
     messages = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
     assert len(messages) == 3 and "step 5" in messages[1]
 

@@ -87,6 +87,7 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_in_chunks_is_the_undivided_step(tmp_path):
     together(one_step, tmp_path)
     whole = load_file(tmp_path / "2-1.safetensors")
@@ -114,18 +115,20 @@ def test_batch_norm_of_one_process_is_torchs():
 def train(folder: Path, shards: Path, world_size: int) -> None:
     os.environ["RRCM_RUNS"] = str(folder / "runs")
     config = load_config(folder / "params.yaml")
-    pretrain(config, shards, folder / f"pretrain{world_size}", folder / "timing.json")
+    encoders = folder / f"pretrain{world_size}"
+    pretrain(config, "rrcm", shards, encoders / "rrcm", folder / "timing.json")
     finetune(
         config,
         "rrcm",
         0.5,
         shards,
-        folder / f"pretrain{world_size}",
+        encoders,
         folder / f"tuned{world_size}",
         folder / "timing.json",
     )
 
 
+@pytest.mark.slow
 def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
     """Ten steps each, with the same images, augmentation and noise: only the order of sums differs."""
     compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")

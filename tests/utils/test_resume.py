@@ -46,7 +46,7 @@ def test_pre_training_resumes_after_kills_at_its_weak_points(project, trained):
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/lock")  # at the start
     assert kill_when(project, "pretrain", [], checkpoints)  # right after a checkpoint
     assert kill_when(project, "pretrain", [], checkpoints, count=2, later=5)  # between two
-    if kill_when(project, "pretrain", [], "models/.pretrain.tmp"):  # while writing the output, if we catch it
+    if kill_when(project, "pretrain", [], "models/pretrain/.rrcm.tmp"):  # while writing the output, if we catch it
         assert not output.exists()
         assert "resuming" in messages(stage(project, "pretrain"))
     assert files_of(output) == files_of(trained / "models/pretrain/rrcm")
@@ -74,7 +74,8 @@ def test_the_older_checkpoint_replaces_a_damaged_one(project, trained):
     assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
-def test_changed_settings_or_data_start_a_new_run(project, tmp_path):
+def test_changed_settings_or_data_start_a_new_run(project):
+    change(project, pretrain__steps=12, pretrain__max_levels=40)
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/*.safetensors")
     change(project, pretrain__lr=5e-4)
     assert "resuming" not in messages(stage(project, "pretrain"))
