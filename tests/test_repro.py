@@ -195,7 +195,11 @@ def test_by_default_stages_and_their_threads_fill_the_machine(tmp_path, monkeypa
 def test_a_failure_is_named_and_stops_the_rest(make):
     folder = slow_pipeline(make)
     stages = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
-    stages["bad"] = {"cmd": "cat started; echo boom; exit 3", "deps": ["first"], "outs": ["bad"]}  # once slow is there
+    stages["bad"] = {
+        "cmd": "cat started > /dev/null; echo boom; exit 3",
+        "deps": ["first"],
+        "outs": ["bad"],
+    }  # once slow is there
     stages["after"] = {"cmd": "echo > after", "deps": ["bad"], "outs": ["after"]}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     output = repro(folder, "--jobs", "2", status=1)
