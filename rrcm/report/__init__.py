@@ -1,8 +1,18 @@
-"""Figures, tables and the report."""
+"""Figures, tables and the report.
 
+Importing this package imports matplotlib with any value of MPLBACKEND. matplotlib itself fails when the variable names
+a backend that is not installed, such as the one that notebooks set. Our figures need no backend.
+"""
+
+import contextlib
 import os
+import sys
 
-try:
-    import matplotlib  # noqa: F401
-except ValueError:  # MPLBACKEND names a backend that is not installed here, such as a notebook's; we need none
-    del os.environ["MPLBACKEND"]
+if "matplotlib" not in sys.modules:
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend

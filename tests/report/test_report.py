@@ -152,7 +152,7 @@ def test_same_bytes_in_another_folder_and_surroundings(made, tmp_path: Path):
     )
     surroundings = {"TZ": "Asia/Kathmandu", "LANG": "de_DE.UTF-8", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
     surroundings |= {"SOURCE_DATE_EPOCH": "1", "PYTHONPATH": str(REPOSITORY)}
-    surroundings |= {"MPLBACKEND": "module://not_installed.backend_inline"}  # from a notebook of another environment
+    surroundings |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # a notebook's; not installed
     relative = os.path.relpath(root, tmp_path)
     subprocess.run([sys.executable, "-c", code, relative], cwd=tmp_path, env=os.environ | surroundings, check=True)
     first, again = files(root / "reports/digits"), files(tmp_path / "elsewhere")
