@@ -9,9 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-import torch
 from conftest import with_derived
-from torch import nn
 
 from rrcm.certification.certify import certify_split
 from rrcm.certification.results import read_certificates
@@ -44,7 +42,10 @@ class Stability:
         clean = classifier(batch["image"])
         noisy = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
         stability = soft_cross_entropy(noisy, clean.softmax(-1))
-        return {"loss": soft_cross_entropy(clean[None], batch["target"]) + self.weight * stability, "stability": stability}
+        return {
+            "loss": soft_cross_entropy(clean[None], batch["target"]) + self.weight * stability,
+            "stability": stability,
+        }
 
 
 class Jittered(NoiseConditionedClassifier):
@@ -105,7 +106,9 @@ def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_
     config = settings(project)
     write_shards(config.data, config.seed, tmp_path / "shards")
     model = tmp_path / "models/stability/sigma_0.25"
-    finetune(config, "stability", 0.25, tmp_path / "shards", tmp_path / "models/pretrain", model, tmp_path / "time.json")
+    finetune(
+        config, "stability", 0.25, tmp_path / "shards", tmp_path / "models/pretrain", model, tmp_path / "time.json"
+    )
 
     described = read_json(model / "config.json")
     assert (described["kind"], described["class_names"]) == ("jittered", ["horizontal", "vertical", "flat"])
@@ -129,7 +132,9 @@ def test_outside_objects_decide_the_identity_of_a_run(extended, project, tmp_pat
     from rrcm.training import finetune as module
 
     names = []
-    monkeypatch.setattr(module, "RunState", lambda name, identity: names.append(identity) or (_ for _ in ()).throw(Seen))
+    monkeypatch.setattr(
+        module, "RunState", lambda name, identity: names.append(identity) or (_ for _ in ()).throw(Seen)
+    )
     monkeypatch.chdir(tmp_path)
     config = settings(project)
     write_shards(config.data, config.seed, tmp_path / "shards")
