@@ -39,7 +39,7 @@ from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import environment
+from rrcm.utils.provenance import describe_environment
 
 
 class Found(NamedTuple):
@@ -142,7 +142,7 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
     options = {name: getattr(settings, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
     smoothed = SmoothedClassifier(network, sigma, len(split.classes), seed=config.seed, **options)
     fresh = SmoothedClassifier(network, sigma, len(split.classes), seed=seed, **options)
-    exact = same_computation(record, environment(device), smoothed.precision, smoothed.find_batch_size(pixels[0]))
+    exact = same_computation(record, describe_environment(device), smoothed.precision, smoothed.find_batch_size(pixels[0]))
 
     problems, identical = [], 0
     rows = sorted(random.Random(seed).sample(range(len(published)), min(images, len(published))))

@@ -12,7 +12,7 @@ from rrcm.models import vit
 from rrcm.models.base_classifiers import Classifier
 from rrcm.models.checkpoints import architecture, load_classifier, load_encoder, save_model
 from rrcm.models.vit import Block, NoiseConditionedViT, attention, time_embedding
-from rrcm.training.finetune import matched_epochs
+from rrcm.training.budget import matched_epochs
 from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
 
