@@ -8,6 +8,7 @@ one stage after another. stages/README.md says how this works.
 import contextlib
 import ctypes
 import fcntl
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,9 +25,6 @@ from typing import Annotated, BinaryIO, NoReturn
 from rrcm.utils.app import run_command  # first: it makes the imports below faster
 
 # isort: split
-import dvc.commands.repro
-import dvc.dvcfile
-import dvc.stage.run  # noqa: F401
 import psutil
 import typer
 import yaml
@@ -48,6 +46,10 @@ RAN, RESTORED, UNCHANGED = "ran", "restored from the cache", "up to date"
 LAUNCHERS = re.compile(r"\b(torchrun|torch\.distributed|srun|mpirun)\b")  # they take every GPU themselves
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
+USED_BY_DVC = """dvc.cachemgr dvc.cli.parser dvc.data_cloud dvc.dirs dvc.parsing.interpolate dvc.repo.artifacts
+    dvc.repo.datasets dvc.repo.metrics dvc.repo.open_repo dvc.repo.params dvc.repo.plots dvc.repo.stage dvc.rwlock
+    dvc.stage.run dvc.utils.strictyaml dvc_data.hashfile.db.local dvc_data.hashfile.status dulwich.ignore dulwich.index
+    ruamel.yaml scmrepo.git scmrepo.noscm"""
 
 
 @dataclass
@@ -74,6 +76,9 @@ def repro(
     logs.mkdir(parents=True, exist_ok=True)
     with _only_run(logs / "lock"):
         _restore_lockfile(logs / "dvc.lock")
+        for module in USED_BY_DVC.split():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)  # once here, and not again in the child of each stage
         stages = [Stage(*each) for each in _in_child(read_graph, targets or [])]
         if Path("dvc.lock").exists():
             shutil.copyfile("dvc.lock", logs / "dvc.lock")

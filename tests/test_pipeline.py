@@ -39,10 +39,8 @@ def run(folder: Path, *command: str, fails: bool = False) -> str:
 
 def ran(output: str) -> set[str]:
     """Stages that `dvc repro` or stages/repro.py says it ran, without their sigma."""
-    names = re.findall(r"^Running stage '(.*)'", output, re.MULTILINE) + re.findall(
-        r"^(.*): ran,", output, re.MULTILINE
-    )
-    return {name.removesuffix("-0.5") for name in names}
+    names = re.findall(r"^(?:Running stage '(.*)'|(.*): ran,)", output, re.MULTILINE)
+    return {(dvc or scheduler).removesuffix("-0.5") for dvc, scheduler in names}
 
 
 @pytest.fixture(scope="module")
