@@ -44,9 +44,9 @@ N0, ALPHA, THEIR_BATCH = 100, 0.001, 500  # as in the authors' script
 RADII = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
 LABELS = {
     "plain": "(a) one image at a time, float32, all n",
-    "fixed_fp32": "(b) ours, fixed, float32",
-    "fixed_bf16": "(c) ours, fixed, bfloat16",
-    "sequential_bf16": "(d) ours, sequential, bfloat16",
+    "fixed_fp32": "(b) rrcm, fixed, float32",
+    "fixed_bf16": "(c) rrcm, fixed, bfloat16",
+    "sequential_bf16": "(d) rrcm, sequential, bfloat16",
     "sequential_bf16_compiled": "    the same, compiled",
     "art": "(e) adversarial-robustness-toolbox, float32",
     "limit_fp32": "bare forward pass, float32",

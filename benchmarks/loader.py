@@ -6,7 +6,7 @@
   add workers until the rate exceeds the need. A split that fits in memory is kept decoded (data/shards.py); it is
   measured after a first epoch.
 - `colour and blur`: the rate at which the training process turns 8-bit views into model space on its device.
-- `need`: images per second of a bare pre-training step, measured with `train_step.py` (ours, D 192, depth 6, 8 x 8
+- `need`: images per second of a bare pre-training step, measured with `train_step.py` (rrcm, D 192, depth 6, 8 x 8
   patches, the loader's batch size, native precision), or given by `--need`.
 
     python benchmarks/loader.py data/shards
@@ -124,7 +124,7 @@ def step_rate(images: ShardedDataset, batch_size: int, device: torch.device) -> 
             batch=batch_size,
             device=str(device),
         ),
-        f"ours_{native_precision(device)}",
+        f"rrcm_{native_precision(device)}",
     )
     seconds = []
     for _ in range(6):

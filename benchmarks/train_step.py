@@ -1,21 +1,22 @@
-"""How fast a step of pre-training is and how much memory it takes: ours, the authors' formulation of it, the limit.
+"""Time and memory of a pre-training step: rrcm, the authors' formulation, and a limit.
 
-A step is everything between two batches: loss, backward, clipping, AdamW, both moving averages. All variants start
-from the same weights and get the same images, levels and noise; their first losses must agree. They take turns in this
-process, so that a machine whose speed drifts slows them alike; medians over the rounds are what counts. Peak memory is
-that of the first steps of a fresh process, less what it held before them: resident memory on a CPU, allocated on CUDA.
+A step is everything between two batches: loss, backward pass, clipping, AdamW, both moving averages. All variants start
+from the same weights and get the same images, levels and noise. Their first losses must agree. They take turns in one
+process, so drifting machine speed affects them alike. Compare medians over the rounds. Peak memory is that of the first
+steps of a fresh process, minus its memory before them: resident memory on a CPU, allocated memory on CUDA.
 
-The authors' formulation is six encoder passes one after the other in float32, the target of the consistency term with
-its graph kept, all tokens of the last block, the projector on every pass, attention by explicit products (as their code
-does without xformers; on CUDA torch's fused attention stands for that), AdamW and averages parameter by parameter. It
-is our own lines; `--reference PATH` runs their network and loss instead, from `rrcm/vit.py` and `rrcm/rrcm_denoiser.py`
-of a checkout, which need the package einops. Their `train.py` needs CUDA: what follows the loss stays our own lines.
+The authors' formulation runs six encoder passes one after the other in float32. The target of the consistency term
+keeps its graph, and the last block computes all tokens. The projector runs on every pass. Attention is explicit
+products, as in their code without xformers; on CUDA it is torch's fused attention. AdamW and the averages go parameter
+by parameter. We wrote these lines. `--reference PATH` runs the authors' network and loss instead, from `rrcm/vit.py`
+and `rrcm/rrcm_denoiser.py` of a checkout, and needs the package einops. Their `train.py` needs CUDA, so our lines still
+do everything after the loss.
 
-The limit is a step's matrix products alone: the same shapes, dtype and order, operands in memory, no allocation; three
-for each that has a backward pass.
+The limit is the matrix products of a step alone: same shapes, dtype and order, operands in memory, no allocation, three
+products for each one that has a backward pass.
 
     python benchmarks/train_step.py --batch 128 --output train_step_128.json
-    python benchmarks/train_step.py --variants ours_fp32,ours_fp32_2,ours_fp32_4,ours_fp32_8,ours_fp32_blocks
+    python benchmarks/train_step.py --variants rrcm_fp32,rrcm_fp32_2,rrcm_fp32_4,rrcm_fp32_8,rrcm_fp32_blocks
     python benchmarks/train_step.py --show train_step_128.json train_step_256.json
 """
 
@@ -59,14 +60,14 @@ TEMPERATURE, RATE, CLIP, TEACHER_EMA, STUDENT_EMA = 0.2, 1e-4, 2.0, 0.99, 0.9999
 MEMORY_STEPS = 3
 LABELS = {
     "authors_fp32": "(a) the authors' formulation, float32",
-    "ours_fp32": "(b) ours, float32",
-    "ours_bf16": "(c) ours, bfloat16",
-    "ours_fp32_compiled": "    (b) compiled",
-    "ours_bf16_compiled": "    (c) compiled",
-    "ours_fp32_blocks": "    (b) every block recomputed",
-    "ours_fp32_2": "    (b) in 2 parts",
-    "ours_fp32_4": "    (b) in 4 parts",
-    "ours_fp32_8": "    (b) in 8 parts",
+    "rrcm_fp32": "(b) rrcm, float32",
+    "rrcm_bf16": "(c) rrcm, bfloat16",
+    "rrcm_fp32_compiled": "    (b) compiled",
+    "rrcm_bf16_compiled": "    (c) compiled",
+    "rrcm_fp32_blocks": "    (b) blocks recomputed (grad_checkpointing)",
+    "rrcm_fp32_2": "    (b) in 2 chunks",
+    "rrcm_fp32_4": "    (b) in 4 chunks",
+    "rrcm_fp32_8": "    (b) in 8 chunks",
 }
 
 resume_gc()
@@ -75,7 +76,7 @@ Step = Callable[[], float]  # takes one step and returns its loss
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: the network, the batch, the device."""
+    """The measured network, batch and device."""
 
     image_size: int = 32
     channels: int = 3
@@ -101,7 +102,7 @@ class Inputs(NamedTuple):
 
 
 def build(setting: Setting, variant: str) -> Step:
-    """A fresh network and the step that trains it. The same weights and inputs whatever the variant."""
+    """A fresh network and a step that trains it. Weights and inputs are the same for every variant."""
     torch.manual_seed(0)
     encoder = NoiseConditionedViT(
         setting.image_size, setting.channels, setting.patch_size, setting.embed_dim, setting.depth, setting.num_heads
@@ -113,15 +114,15 @@ def build(setting: Setting, variant: str) -> Step:
         _, precision, *how = variant.split("_")
         encoder.grad_checkpointing = "blocks" in how
         num_chunks = next((int(number) for number in how if number.isdigit()), 1)
-        return our_step(student, inputs, precision, compiled="compiled" in how, num_chunks=num_chunks)
+        return rrcm_step(student, inputs, precision, compiled="compiled" in how, num_chunks=num_chunks)
     if setting.reference:
         return authors_step(*reference(setting, student, inputs))
     teacher = copy.deepcopy(student).requires_grad_(False)
     return authors_step(student, teacher, lambda: formulation(student, teacher, inputs))
 
 
-def our_step(student: EncoderWithProjector, inputs: Inputs, precision: str, compiled: bool, num_chunks: int) -> Step:
-    """What rrcm.training.pretrain does with a batch."""
+def rrcm_step(student: EncoderWithProjector, inputs: Inputs, precision: str, compiled: bool, num_chunks: int) -> Step:
+    """The step of rrcm.training.pretrain."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     average = copy.deepcopy(student.encoder).requires_grad_(False)
     parameters = list(student.parameters())
@@ -156,7 +157,7 @@ def our_step(student: EncoderWithProjector, inputs: Inputs, precision: str, comp
 
 
 def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], torch.Tensor]) -> Step:
-    """Their loop: torch's defaults, and averages of the whole network one parameter after the other."""
+    """The authors' loop: torch's defaults, averages of the whole network parameter by parameter."""
     average = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
 
@@ -175,7 +176,7 @@ def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], to
 
 
 def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, inputs: Inputs) -> torch.Tensor:
-    """The authors' loss pass by pass, (B,)."""
+    """The authors' loss, one pass after the other, (B,)."""
     image, view1, view2, noise = inputs
     quiet1, quiet2 = view1 + LEVELS[-1] * noise, view2 + LEVELS[-1] * noise
 
@@ -196,7 +197,7 @@ def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, in
 def plain_network(
     network: EncoderWithProjector, images: torch.Tensor, level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projection (B, E) and representation (B, D), every token of every block computed."""
+    """Projection (B, E) and representation (B, D). Computes every token of every block."""
     encoder = network.encoder
     t = torch.full((len(images),), level, device=images.device)
     patches = encoder.patch_embed.proj(images / (level**2 + 0.5**2) ** 0.5).flatten(2).transpose(1, 2)
@@ -222,14 +223,16 @@ def plain_attention(attention: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def reference(
     setting: Setting, student: EncoderWithProjector, inputs: Inputs
 ) -> tuple[nn.Module, nn.Module, Callable[[], torch.Tensor]]:
-    """The authors' own student, teacher and loss, with the weights of ours."""
+    """The authors' student, teacher and loss, with the weights of `student`."""
     folder = Path(setting.reference) / "rrcm"
-    with contextlib.redirect_stdout(sys.stderr):  # they print when imported and built
-        import_file("rrcm.resample", folder / "resample.py")  # by this name their loss imports it; we have none
+    with contextlib.redirect_stdout(sys.stderr):  # their code prints when imported and built
+        import_file(
+            "rrcm.resample", folder / "resample.py"
+        )  # their loss imports it by this name; rrcm has no such module
         denoiser = import_file("authors_denoiser", folder / "rrcm_denoiser.py").RepresentationKarrasDenoiser(
             tau=TEMPERATURE, num_timesteps=len(LEVELS), device=setting.device
         )
-        theirs = import_file("authors_vit", folder / "vit.py").rRCMViT(
+        network = import_file("authors_vit", folder / "vit.py").rRCMViT(
             image_size=setting.image_size,
             patch_size=setting.patch_size,
             in_channels=setting.channels,
@@ -240,14 +243,14 @@ def reference(
             num_heads=setting.num_heads,
         )
     weights = student.encoder.state_dict() | student.projector.state_dict(prefix="projection_head.")
-    theirs.load_state_dict(weights)
-    theirs.to(setting.device).train()
-    teacher = copy.deepcopy(theirs).requires_grad_(False)
+    network.load_state_dict(weights)
+    network.to(setting.device).train()
+    teacher = copy.deepcopy(network).requires_grad_(False)
     indices = torch.full((setting.batch,), N, device=setting.device)
 
     def losses() -> torch.Tensor:
         terms = denoiser.rRCMloss(
-            theirs,
+            network,
             inputs.image,
             len(LEVELS),
             indices=indices,
@@ -259,12 +262,12 @@ def reference(
         )
         return terms["loss"]
 
-    return theirs, teacher, losses
+    return network, teacher, losses
 
 
 def import_file(name: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise RRCMError(f"{path}: no such file; give --reference a checkout of the authors' repository")
+        raise RRCMError(f"{path}: no such file; --reference must be a checkout of the authors' repository")
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
@@ -275,7 +278,10 @@ def import_file(name: str, path: Path) -> ModuleType:
 
 
 class Product(NamedTuple):
-    """`count` products of a (rows, inner) with an (inner, columns) matrix, with the two of its backward pass or not."""
+    """`count` products of a (rows, inner) with an (inner, columns) matrix.
+
+    `backward` adds the two products of the backward pass of each.
+    """
 
     count: int
     rows: int
@@ -295,7 +301,7 @@ def products(setting: Setting, authors: bool) -> list[Product]:
             return Product(1, rows, inner, columns, backward)
 
         def block(queries: int) -> list[Product]:
-            """The first `queries` tokens, attending to all."""
+            """A block that computes the first `queries` tokens, which attend to all."""
             some, everything = images * queries, images * length
             qkv = [linear(everything, embed_dim, 3 * embed_dim)]
             if queries < length:
@@ -326,7 +332,7 @@ def products(setting: Setting, authors: bool) -> list[Product]:
 
 
 def limit(setting: Setting, authors: bool, precision: str) -> Step:
-    """The products of a step, as a step."""
+    """A step that computes only the matrix products."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     @cache
@@ -350,7 +356,7 @@ def limit(setting: Setting, authors: bool, precision: str) -> Step:
 
 
 def peak_memory(setting: Setting, variant: str) -> int:
-    """Bytes that the first steps of a fresh process take at most, on top of what it held before them."""
+    """Peak memory of the first steps in a fresh process, in bytes, minus its memory before them."""
     if not setting.plain_allocator:
         keep_freed_memory()
     step = build(setting, variant)
@@ -367,7 +373,7 @@ def peak_memory(setting: Setting, variant: str) -> int:
 
 
 def measure(
-    show: Annotated[list[Path] | None, typer.Argument(help="with --show: records of earlier runs")] = None,
+    show: Annotated[list[Path] | None, typer.Argument(help="with --show: OUTPUT of earlier runs")] = None,
     output: Path = Path("train_step.json"),
     image_size: int = Setting.image_size,
     channels: int = Setting.channels,
@@ -380,18 +386,18 @@ def measure(
     batch: int = Setting.batch,
     device: str = Setting.device,
     rounds: int = 7,
-    variants: str = "authors_fp32,ours_fp32,ours_bf16",
+    variants: str = "authors_fp32,rrcm_fp32,rrcm_bf16",
     plain_allocator: Annotated[bool, typer.Option(help="leave the memory allocator as it is")] = False,
     reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
-    only_show: Annotated[bool, typer.Option("--show", help="measure nothing")] = False,
+    only_show: Annotated[bool, typer.Option("--show", help="print earlier runs, measure nothing")] = False,
 ) -> None:
-    """Measure one setting and keep the figures in OUTPUT, or `--show` those of earlier runs."""
+    """Measure one setting and write the figures to OUTPUT, or `--show` those of earlier runs."""
     if only_show:
         print("\n\n".join(summary(read_json(path)) for path in show or []))
         return
     names = variants.split(",")
     if unknown := [name for name in names if name not in LABELS]:
-        raise RRCMError(f"variants {unknown[0]}: unknown; they are {', '.join(LABELS)}")
+        raise RRCMError(f"variants {unknown[0]}: unknown; choose from {', '.join(LABELS)}")
     setting = Setting(
         image_size,
         channels,
@@ -414,7 +420,7 @@ def measure(
     losses = {name: step() for name, step in steps.items()}  # warm-up, compilation
     for name, loss in losses.items():
         if not abs(loss / losses[names[0]] - 1) < (1e-2 if "bf16" in name else 1e-4):
-            raise RRCMError(f"{name} has a first loss of {loss:.5f}, {names[0]} of {losses[names[0]]:.5f}")
+            raise RRCMError(f"first losses differ: {name} {loss:.5f}, {names[0]} {losses[names[0]]:.5f}")
     steps |= {
         f"limit_{limit_of(name)}": limit(setting, name.startswith("authors"), name.split("_")[1]) for name in names
     }
@@ -426,8 +432,8 @@ def measure(
                 step()
                 seconds[name].append(time.perf_counter() - start)
             progress.update(1)
-    described = asdict(setting) | {"reference": "the authors' code" if reference_code else "our own lines"}
-    record = described | {
+    description = asdict(setting) | {"reference": "the authors' code" if reference_code else "our own lines"}
+    record = description | {
         "losses": losses,
         "seconds": seconds,
         "memory": memory,
@@ -442,7 +448,7 @@ def limit_of(variant: str) -> str:
 
 
 def summary(record: dict) -> str:
-    """Rates (median over the rounds, range), shares of the limit, peak memory."""
+    """A table: seconds per step (median and range over the rounds), share of the limit, peak memory."""
     seconds, memory = record["seconds"], record["memory"]
     rows = []
     names = [name for name in LABELS if name in seconds]
@@ -451,7 +457,7 @@ def summary(record: dict) -> str:
         times, limits = seconds[name], seconds[f"limit_{limit_of(name)}"]
         row = {
             "variant": LABELS[name],
-            "s a step (range)": f"{median(times):.3f} ({min(times):.3f} - {max(times):.3f})",
+            "s per step (range)": f"{median(times):.3f} ({min(times):.3f} - {max(times):.3f})",
             "images/s": f"{record['batch'] / median(times):,.0f}",
             "of the limit": f"{median(limits) / median(times):.2f}",
             "peak memory, MiB": f"{memory[name] / 2**20:,.0f}",

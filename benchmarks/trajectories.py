@@ -1,16 +1,19 @@
 """Compare pre-trainings by their representations of held-out images: cosines along a noise trajectory, k-NN accuracy.
 
-Reads the representation.csv of each pre-training. Several folders under one name are seeds: the table and the figure
-show their mean and range. `untrained` is the initial network of all of them.
+Reads the representation.csv of each pre-training. Folders with the same name are seeds: the table and the figure show
+their mean and range. `untrained` is the network before the first step.
 
-    for seed in 0 1 2; do for objective in rrcm moco_noise; do
-        python stages/compose.py seed=$seed pretrain.objective=$objective --output $objective-$seed.yaml
-        python stages/shard_data.py --params $objective-$seed.yaml --output build/shards-$seed
-        python stages/pretrain.py --params $objective-$seed.yaml --shards build/shards-$seed \\
-            --output build/$objective-$seed --timing build/t.json
-    done; done
-    python benchmarks/trajectories.py rRCM=build/rrcm-0 rRCM=build/rrcm-1 rRCM=build/rrcm-2 \\
-        "MoCo-v3 with noise=build/moco_noise-0" ... --figure trajectories.png
+    mkdir -p build
+    for seed in 0 1 2; do
+        python stages/compose.py seed=$seed 'pretrain.objectives=[rrcm,contrastive]' --output build/seed-$seed.yaml
+        python stages/shard_data.py --params build/seed-$seed.yaml --output build/shards-$seed
+        for objective in rrcm contrastive; do
+            python stages/pretrain.py $objective --params build/seed-$seed.yaml --shards build/shards-$seed \\
+                --models build/models-$seed --timings build/timings-$seed
+        done
+    done
+    python benchmarks/trajectories.py rRCM=build/models-0/rrcm rRCM=build/models-1/rrcm rRCM=build/models-2/rrcm \\
+        "without consistency=build/models-0/contrastive" ... --figure trajectories.png
 """
 
 from itertools import cycle
@@ -38,16 +41,17 @@ resume_gc()
 
 
 def read_representations(folders: list[str]) -> pd.DataFrame:
-    """Read the first and last evaluation in each of `folders` (NAME=FOLDER).
+    """The first and the last evaluation in each of `folders` (NAME=FOLDER), with the columns of `MEASURES`.
 
-    Returns one row per name, folder and noisy sigma, with the columns of `MEASURES`. Raises `RRCMError`.
+    One row per name, folder and sigma > 0; the first evaluation has the name `untrained`. Raises `RRCMError` if a
+    folder has no representation.csv.
     """
     rows = []
     for text in folders:
         name, _, folder = text.partition("=")
         path = Path(folder) / "representation.csv"
         if not (folder and path.is_file()):
-            raise RRCMError(f"{text!r}: must be NAME=FOLDER, a pre-training's folder with {path.name} in it")
+            raise RRCMError(f"{text!r}: must be NAME=FOLDER, a folder of a pre-training that contains {path.name}")
         frame = pd.read_csv(path).query("sigma > 0")
         rows.append(frame[frame["step"] == 0].assign(name=UNTRAINED, folder=folder))
         rows.append(frame[frame["step"] == frame["step"].max()].assign(name=name, folder=folder))
@@ -73,10 +77,10 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 
 def main(
-    folders: Annotated[list[str], typer.Argument(help="NAME=FOLDER of a pre-training; names may repeat (seeds)")],
-    figure: Annotated[Path | None, typer.Option(help="Also draw this file, .png or .svg")] = None,
+    folders: Annotated[list[str], typer.Argument(help="NAME=FOLDER of each pre-training; seeds share a name")],
+    figure: Annotated[Path | None, typer.Option(help="also draw this .png or .svg file")] = None,
 ) -> None:
-    """Print the measures of each pre-training, and draw them."""
+    """Print the measures of each pre-training and draw them."""
     rows, lines = read_representations(folders), []
     for (name, sigma), group in rows.groupby(["name", "sigma"], sort=False):
         ranges = [f"{group[m].mean():.3f} ({group[m].min():.3f} - {group[m].max():.3f})" for m in MEASURES]
