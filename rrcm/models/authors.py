@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
@@ -22,11 +22,11 @@ def load_authors_checkpoint(
     sigma: float | None = None,
     levels: int = 81,
     final_norm: bool = True,
-) -> EncoderWithProjector | Classifier:
+) -> EncoderWithProjector | NoiseConditionedClassifier:
     """Load a checkpoint of the paper's authors (a pickled state dict; read with `weights_only=True`, or safetensors).
 
     A pre-trained one (their names, with or without `module.`) gives an `EncoderWithProjector`; a fine-tuned one
-    (`base_model.` and `linear_head.`) gives a `Classifier` and needs the pixel `sigma` it was tuned for: its noise level is then the
+    (`base_model.` and `linear_head.`) gives a `NoiseConditionedClassifier` and needs the pixel `sigma` it was tuned for: its noise level is then the
     nearest of the `levels` Karras levels to 2 * sigma, as their code has it. `num_heads` cannot be read
     off the weights;
     the default is one per 64 dimensions, as in all their models. `final_norm=False` is for their CIFAR-10 fine-tuned
@@ -66,7 +66,7 @@ def load_authors_checkpoint(
         raise RRCMError(f"{path}: a fine-tuned checkpoint needs sigma=, the pixel noise it was tuned for")
     nearest = nearest_level(karras_levels(levels), 2 * sigma)
     head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
-    classifier = Classifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
+    classifier = NoiseConditionedClassifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
     load_weights(classifier.head, head, path)
     return classifier
 

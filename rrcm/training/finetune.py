@@ -16,7 +16,7 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models import noise_levels as schedules
 from rrcm.models import timm_vit as convert_timm_vit
 from rrcm.models import vit as model
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
 from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.models.timm_vit import load_timm
@@ -132,7 +132,7 @@ def _train(
 
     torch.manual_seed(derive_seed(seed, "finetune"))  # initial weights: the same for every scratch method and sigma
     encoder = load_initial_encoder(config, method, t, pretrained)
-    classifier = Classifier(encoder, len(images.classes), t).to(device).train()
+    classifier = NoiseConditionedClassifier(encoder, len(images.classes), t).to(device).train()
     rates = layerwise_lr_scales(classifier, settings.layer_decay)
     groups: dict[float, list[torch.Tensor]] = {}
     for name, parameter in classifier.named_parameters():
@@ -197,7 +197,7 @@ def _train(
         positions = [f"{copy} {p}" for copy in range(settings.num_noise) for p in batch["position"].tolist()]
         noise = normal_per_sample(copies.shape[1:], seed, "finetune noise", step, positions=positions, device=device)
         with training.autocast():
-            logits = forward(copies + sigma * noise, config.finetune.num_chunks)
+            logits = forward(copies + sigma * noise, num_chunks=config.finetune.num_chunks)
         logits = logits.float().unflatten(0, (settings.num_noise, -1))
         cross_entropy = -(soft * F.log_softmax(logits, dim=-1)).sum(-1).mean()
         regularizer = torch.zeros((), device=device)
@@ -224,6 +224,7 @@ def _train(
             save_model(
                 folder,
                 best,
+                class_names=images.classes,
                 method=method,
                 sigma=sigma,
                 seed=seed,
@@ -248,7 +249,7 @@ def _train(
 
 
 def linear_probe(
-    classifier: Classifier,
+    classifier: NoiseConditionedClassifier,
     images: ShardedDataset,
     config: Config,
     settings: FinetuneSettings,

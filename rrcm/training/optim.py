@@ -2,7 +2,7 @@
 
 import math
 
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 
 
 def teacher_decay(
@@ -27,7 +27,7 @@ def warmup_cosine(progress: float, warmup: float, total: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (total - warmup)))
 
 
-def layerwise_lr_scales(classifier: Classifier, decay: float) -> dict[str, float]:
+def layerwise_lr_scales(classifier: NoiseConditionedClassifier, decay: float) -> dict[str, float]:
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.

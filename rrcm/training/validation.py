@@ -2,7 +2,7 @@
 
 import torch
 
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast
 from rrcm.utils.rng import normal_per_sample
 
@@ -11,7 +11,7 @@ VALIDATION_COPIES = 4  # noisy copies of each validation image
 
 @torch.no_grad()
 def noisy_accuracy(
-    classifier: Classifier,
+    classifier: NoiseConditionedClassifier,
     pixels: torch.Tensor,
     labels: torch.Tensor,
     sigma: float,
