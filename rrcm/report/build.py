@@ -107,7 +107,7 @@ def _read_run(root: Path, method: str, sigma: float) -> pd.DataFrame:
         raise RRCMError(
             f"{path}: is of other images than the certificates beside it; run `dvc repro certify@{method}-{sigma}`"
         )
-    return frame.join(samples[["samples", "stopped"]])
+    return frame.join(samples[["samples", "stop_reason"]])
 
 
 def _model(method: str, sigma: float) -> str:
