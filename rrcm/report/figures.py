@@ -210,7 +210,7 @@ def draw_attack(
 ) -> Figure:
     """Certified accuracy and accuracy under attack within each of `radii`, a panel a sigma.
 
-    `summaries` by sigma are those of `attack.summarise`. Between the markers and the dotted line PREDICT abstains.
+    `summaries` by sigma are those of `attack.summarize`. Between the markers and the dotted line PREDICT abstains.
     """
     figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))
     panels = figure.subplots(1, len(certificates), sharey=True, squeeze=False)[0]
