@@ -51,9 +51,7 @@ def load_base_classifier(
     if weights is not None and path.exists():
         raise RRCMError(f"{weights}: weights are for a timm model, and {model} has its own; leave them out")
     if not final_norm and not path.is_file():
-        raise RRCMError(
-            f"{model}: only an authors' checkpoint file can skip the final norm; leave that option out"
-        )
+        raise RRCMError(f"{model}: only an authors' checkpoint file can skip the final norm; leave that option out")
     if path.is_dir():
         loaded = load_model_folder(path)
     elif path.exists():
