@@ -40,6 +40,7 @@ def save_model(
     *,
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: its numbers
     sigma: float | None = None,  # of a classifier, pixel units; None: its own
+    dtype: str = "fp32",  # bf16 rounds the weights in the file, which halves it; they are loaded as float32
     **metadata: object,
 ) -> None:
     """Write the model folder of an encoder or a classifier; `metadata` (JSON-able) goes into config.json too.
@@ -55,7 +56,10 @@ def save_model(
         config |= {"class_names": names, "sigma": model.sigma if sigma is None else sigma, "t": model.t}
     else:
         config = {"kind": "encoder", "format": FORMAT, "architecture": architecture(model)}
-    save_tensors(folder / "model.safetensors", model.state_dict())
+    tensors = model.state_dict()
+    if dtype == "bf16":
+        tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
+    save_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config | metadata)
 
 

@@ -102,6 +102,17 @@ def test_classes_without_names_are_numbered(tmp_path):
         save_model(tmp_path, small(), class_names=["cat", "dog"])
 
 
+def test_weights_can_be_published_in_bfloat16(tmp_path):
+    """Half the size; loaded they are the rounded weights in float32."""
+    for dtype in ("fp32", "bf16"):
+        save_model(tmp_path / dtype, small(), dtype=dtype)
+    sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("fp32", "bf16")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = load_classifier(tmp_path / "bf16").state_dict()
+    for name, weight in small().state_dict().items():
+        assert loaded[name].dtype == torch.float32 and torch.equal(loaded[name], weight.bfloat16().float())
+
+
 def test_an_encoder_has_a_kind_but_no_classes(tmp_path):
     save_model(tmp_path, small().encoder)
     assert read_json(tmp_path / "config.json")["kind"] == "encoder"
