@@ -1,8 +1,8 @@
-"""How fast certification is: the procedure of Cohen's and the authors' code, our engine, a second library, the limit.
+"""How fast certification is: Cohen's and the authors' procedure, our engine, a second library, the bare network.
 
-All run in this process on the same weights and test images: the sequential procedure on all images at once, as it is
-used, the others in turn on blocks of them, so that a machine whose speed drifts slows them alike; medians over blocks
-are what counts. What has been measured is kept in OUTPUT after each block, and a killed run goes on there.
+All variants run in one process on the same weights and test images. The sequential ones certify all images at once,
+which is how they are used. The others take turns on blocks of images, so that a drift in machine speed affects them
+alike; compare medians over blocks. OUTPUT is written after each block, and a killed run continues from it.
 
     python benchmarks/certify.py models/rrcm/sigma_0.5 data/shards --output digits_0.5.json
     python benchmarks/certify.py --show digits_0.25.json digits_0.5.json digits_1.0.json
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -31,7 +31,7 @@ from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import certified_accuracy
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import Block
 from rrcm.report.figures import OKABE_ITO, figure_style, save
@@ -57,9 +57,9 @@ Answers = list[tuple[int, float, int]]  # class or -1, radius, samples
 
 
 class WholeBlocks(nn.Module):
-    """The same network computing all tokens of the last block, as the authors' code does."""
+    """The same network with all tokens of the last block computed, as in the authors' code."""
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: NoiseConditionedClassifier):
         super().__init__()
         self.classifier = classifier
 
@@ -118,7 +118,7 @@ def ours(model: nn.Module, stopping: str, precision: str, batch_size: int | None
             )
             smoothed[sigma].certify(images[:1], n=2048, stopping="fixed")  # warm-up, compilation
         found = smoothed[sigma].certify(images, labels, stopping=stopping, n0=N0, n=n, alpha=ALPHA, indices=indices)
-        return [(answer.predict, answer.radius, answer.samples) for answer in found]
+        return [(answer.prediction, answer.radius, answer.samples) for answer in found]
 
     return certify
 
@@ -142,7 +142,7 @@ def art(model: nn.Module, images: torch.Tensor, sigma: float, n: int) -> Answers
 
 @torch.no_grad()
 def bare_forward(model: nn.Module, image: torch.Tensor, size: int, samples: int) -> float:
-    """Samples a second of nothing but forward passes on a batch that is there already."""
+    """Samples per second of forward passes alone, on one given batch."""
     batch = image + torch.randn(size, *image.shape)
     model(batch)
     start, passes = time.perf_counter(), max(1, samples // size)
@@ -161,15 +161,15 @@ def measure(
     images: int = 120,
     block: int = 12,
     variants: str = "plain,fixed_fp32,fixed_bf16,sequential_bf16,art,limit_fp32,limit_bf16",
-    sampled: Annotated[int, typer.Option(help="images of a block that slow variants run on; 0: all")] = 0,
-    sampled_n: Annotated[int, typer.Option(help="their n, where `sampled`")] = 5000,
+    sampled: Annotated[int, typer.Option(help="images per block for the variants that run on blocks; 0: all")] = 0,
+    sampled_n: Annotated[int, typer.Option(help="their n, with `sampled`")] = 5000,
     batch_size: int | None = None,
     plain_allocator: Annotated[bool, typer.Option(help="leave the memory allocator as it is")] = False,
     reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
     show: bool = False,
     figure: Annotated[Path | None, typer.Option(help="with --show: draw the times for whole tables")] = None,
 ) -> None:
-    """Measure one classifier and keep the figures in OUTPUT, or `--show` those of earlier runs."""
+    """Measure one classifier and write the figures to OUTPUT, or `--show` those of earlier runs."""
     if show:
         records = [read_json(path) for path in models or []]
         for record in records:
@@ -187,23 +187,16 @@ def measure(
     split, classifier = ShardedDataset(models[1], "test"), load_classifier(models[0])
     size = classifier.encoder.patch_embed.img_size[0]
     pixels, labels, indices = read_split(split, size, every, images)
-    pixels, labels, sigma = pixels.float() / 255, labels.tolist(), classifier.t / 2
-    whole = WholeBlocks(classifier)
-    rounded = SmoothedClassifier(classifier, sigma, 10, precision="bf16", batch_size=batch_size)
+    inputs = Inputs(pixels.float() / 255, labels.tolist(), indices, classifier.sigma)
     batches = {
-        "fp32": SmoothedClassifier(classifier, sigma, 10, batch_size=batch_size).find_batch_size(pixels[0]),
-        "bf16": rounded.find_batch_size(pixels[0]),
+        precision: SmoothedClassifier(
+            classifier, classifier.sigma, classifier.num_classes, precision=precision, batch_size=batch_size
+        ).find_batch_size(inputs.pixels[0])
+        for precision in ("fp32", "bf16")
     }
-    theirs = reference(reference_code) if reference_code else plain
-    engines = {
-        "fixed_fp32": ours(classifier, "fixed", "fp32", batch_size),
-        "fixed_bf16": ours(classifier, "fixed", "bf16", batch_size),
-        "sequential_bf16": ours(classifier, "sequential", "bf16", batch_size),
-        "sequential_bf16_compiled": ours(classifier, "sequential", "bf16", batch_size, compile=True),
-    }
-    described = {
+    description = {
         "model": str(models[0]),
-        "sigma": sigma,
+        "sigma": classifier.sigma,
         "n": n,
         "images": len(pixels),
         "sampled": [sampled, sampled_n] if sampled else None,
@@ -211,43 +204,82 @@ def measure(
         "freed_memory_kept": not plain_allocator,
         "reference": "the authors' core.py" if reference_code else "our own lines",
     }
-    record = described | {"environment": describe_environment("cpu"), "whole": {}, "blocks": []}
-    if output.is_file() and {key: read_json(output)[key] for key in described} == json.loads(json.dumps(described)):
+    record = description | {"environment": describe_environment("cpu"), "whole": {}, "blocks": []}
+    if output.is_file() and {key: read_json(output)[key] for key in description} == json.loads(json.dumps(description)):
         record = read_json(output)
+    engines = make_engines(classifier, batch_size, reference(reference_code) if reference_code else plain)
+    networks = {precision: bare_network(classifier, precision) for precision in ("fp32", "bf16")}
+    measure_whole(record, engines, names, inputs, n, output)
+    measure_blocks(record, engines, names, inputs, networks, block, output)
+    print(summary(record))
 
-    def timed(name: str, part: slice, count: int) -> dict:
-        start = time.perf_counter()
-        if name in engines:
-            answers = engines[name](labels[part], pixels[part], sigma, count, indices[part])
-        else:
-            answers = (art if name == "art" else theirs)(whole, pixels[part], sigma, count)
-        seconds = time.perf_counter() - start
-        rate = sum(answer[2] for answer in answers) / seconds
-        return {"n": count, "seconds": seconds, "samples_per_second": rate, "answers": answers}
 
+class Inputs(NamedTuple):
+    """Test images of a classifier."""
+
+    pixels: torch.Tensor  # (N, C, H, W), in [0, 1]
+    labels: list[int]
+    indices: list[int]
+    sigma: float
+
+
+def make_engines(classifier: NoiseConditionedClassifier, batch_size: int | None, theirs: Callable) -> dict:
+    """The variants by name, each a function of (labels, images, sigma, n, indices)."""
+    whole = WholeBlocks(classifier)
+    return {
+        "plain": lambda labels, images, sigma, n, indices: theirs(whole, images, sigma, n),
+        "art": lambda labels, images, sigma, n, indices: art(whole, images, sigma, n),
+        "fixed_fp32": ours(classifier, "fixed", "fp32", batch_size),
+        "fixed_bf16": ours(classifier, "fixed", "bf16", batch_size),
+        "sequential_bf16": ours(classifier, "sequential", "bf16", batch_size),
+        "sequential_bf16_compiled": ours(classifier, "sequential", "bf16", batch_size, compile=True),
+    }
+
+
+def bare_network(classifier: NoiseConditionedClassifier, precision: str) -> nn.Module:
+    """The network whose forward pass alone is the limit of a precision."""
+    smoothed = SmoothedClassifier(classifier, classifier.sigma, classifier.num_classes, precision=precision)
+    return WholeBlocks(smoothed.model)
+
+
+def timed(engine: Callable[..., Answers], inputs: Inputs, part: slice, n: int) -> dict:
+    """Certify a part of the images: seconds, samples per second and answers."""
+    start = time.perf_counter()
+    answers = engine(inputs.labels[part], inputs.pixels[part], inputs.sigma, n, inputs.indices[part])
+    seconds = time.perf_counter() - start
+    rate = sum(answer[2] for answer in answers) / seconds
+    return {"n": n, "seconds": seconds, "samples_per_second": rate, "answers": answers}
+
+
+def measure_whole(record: dict, engines: dict, names: list[str], inputs: Inputs, n: int, output: Path) -> None:
+    """Time the sequential variants on all images at once, which is how they are used."""
     for name in names:
         if name.startswith("sequential") and name not in record["whole"]:
-            engines[name](labels[:1], pixels[:1], sigma, 100, indices[:1])  # warm-up, compilation
-            record["whole"][name] = timed(name, slice(None), n)
+            timed(engines[name], inputs, slice(0, 1), 100)  # warm-up, compilation
+            record["whole"][name] = timed(engines[name], inputs, slice(None), n)
             write_json(output, record)
-    work = len(pixels) // block
-    with Progress(work, f"benchmark {models[0]}", "blocks", done=len(record["blocks"])) as progress:
-        for place in range(len(record["blocks"]), work):
-            some = slice(place * block, (place + 1) * block)
-            found: dict[str, object] = {"labels": labels[some]}
+
+
+def measure_blocks(
+    record: dict, engines: dict, names: list[str], inputs: Inputs, networks: dict, block: int, output: Path
+) -> None:
+    """Time the other variants in turn on blocks of images."""
+    sampled, sampled_n = record["sampled"] or (block, record["n"])
+    count = len(inputs.pixels) // block
+    with Progress(count, f"benchmark {record['model']}", "blocks", done=len(record["blocks"])) as progress:
+        for first in range(len(record["blocks"]) * block, count * block, block):
+            found: dict[str, object] = {"labels": inputs.labels[first : first + block]}
             for name in names:
                 if name.startswith("limit"):
                     precision = name.removeprefix("limit_")
-                    network = whole if precision == "fp32" else WholeBlocks(rounded.model)
-                    rate = bare_forward(network, pixels[some.start], batches[precision], 20 * batches[precision])
+                    size = record["batch_size"][precision]
+                    rate = bare_forward(networks[precision], inputs.pixels[first], size, 20 * size)
                     found[name] = {"samples_per_second": rate}
                 elif not name.startswith("sequential"):
-                    part = slice(some.start, some.start + sampled) if sampled else some
-                    found[name] = timed(name, part, sampled_n if sampled else n)
+                    found[name] = timed(engines[name], inputs, slice(first, first + sampled), sampled_n)
             record["blocks"].append(found)
             write_json(output, record)
             progress.update(1)
-    print(summary(record))
 
 
 def summary(record: dict) -> str:
@@ -288,7 +320,7 @@ def summary(record: dict) -> str:
 
 @figure_style()
 def draw(records: list[dict]) -> Figure:
-    """The time for a whole table by each variant, a panel a record, logarithmic."""
+    """The time of each variant for a whole table on a logarithmic axis, one panel per record."""
     figure = Figure(figsize=(7.2, 0.5 + 1.9 * len(records)))
     for axes, record in zip(figure.subplots(len(records), squeeze=False).flat, records, strict=True):
         images = sum(len(found["labels"]) for found in record["blocks"])
@@ -314,7 +346,7 @@ def draw(records: list[dict]) -> Figure:
 
 
 def _seconds(runs: list[dict], n: int, images: int) -> float:
-    """For all images: measured, or where fewer samples were drawn, computed from the median rate."""
+    """Seconds for all images: measured, or computed from the median rate if fewer samples were drawn."""
     if sum(len(run["answers"]) for run in runs) == images and all(run["n"] == n for run in runs):
         return sum(run["seconds"] for run in runs)
     return images * (N0 + n) / median(run["samples_per_second"] for run in runs)

@@ -1,7 +1,7 @@
-"""How many of a million votes change with the batch size, the number of threads, the precision, compilation.
+"""How many of a million votes change with the batch size, the number of threads and the precision.
 
-The noise is the same bits throughout; what differs is the network's own rounding, and a vote changes where two classes
-were almost tied. The first row is run twice, in another order of images: what is promised to be the same.
+All runs have the same noise, bit for bit. The network rounds differently, and votes that are nearly tied can change.
+The first row runs the images in another order, which must change no vote.
 
     python benchmarks/votes.py models/rrcm/sigma_0.5 data/shards
 """
@@ -22,7 +22,7 @@ from rrcm.utils.provenance import describe_environment
 
 
 class Recorder(nn.Module):
-    """Keeps every answer that the model gives."""
+    """Keeps the predictions of a model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -46,14 +46,16 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
         """(images, samples) classes."""
         torch.set_num_threads(threads)
         recorder = Recorder(classifier)
-        smoothed = SmoothedClassifier(recorder, classifier.t / 2, 10, batch_size=batch_size)
+        smoothed = SmoothedClassifier(recorder, classifier.sigma, classifier.num_classes, batch_size=batch_size)
         if precision == "bf16":
-            recorder.model = SmoothedClassifier(classifier, classifier.t / 2, 10, precision="bf16").model
+            recorder.model = SmoothedClassifier(
+                classifier, classifier.sigma, classifier.num_classes, precision="bf16"
+            ).model
         requests = [
             SampleRequest(image.float() / 255, index, ESTIMATE, 0, each)
             for image, index in zip(pixels, indices, strict=True)
         ]
-        smoothed.vote(requests[::-1] if backwards else requests)
+        smoothed.count_votes(requests[::-1] if backwards else requests)
         found = torch.cat(recorder.answers)[: each * len(pixels)].view(len(pixels), each)
         return found.flip(0) if backwards else found
 

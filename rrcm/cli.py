@@ -1,6 +1,8 @@
-"""The console command `rrcm`. What takes long to import is imported when a command runs."""
+"""The console command `rrcm`. Modules that take long to import are imported when a command runs."""
 
+import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -19,92 +21,114 @@ def rrcm() -> None:
 
 @app.command()
 @exit_on_error
-def certify(
-    folder: Annotated[Path, typer.Argument(help="Images, in it or below.", show_default=False)],
+def certify(  # long because each option has its own lines
+    folder: Annotated[Path, typer.Argument(help="Folder with images, subfolders included.", show_default=False)],
     model: Annotated[
         str,
         typer.Option(
             metavar="FOLDER|FILE|NAME",
-            help="A folder with model.safetensors and config.json, a fine-tuned checkpoint of the rRCM authors, or a "
-            "name of timm's.",
+            help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model name.",
         ),
     ],
     sigma: Annotated[
         float | None,
-        typer.Option(help="Noise, in pixel units (pixels in [0, 1]). Default: what a model folder was tuned for."),
+        typer.Option(help="Noise in pixel units (pixels in [0, 1]). Default: what the model was trained for."),
     ] = None,
     stopping: Annotated[
-        str, typer.Option(metavar="sequential|fixed", help="Stop an image when more samples gain nothing, or never.")
+        str,
+        typer.Option(
+            metavar="sequential|fixed", help="Stop as soon as the radius is decided, or always draw all samples."
+        ),
     ] = "sequential",
-    n: Annotated[int, typer.Option(help="Noisy samples an image, at most.")] = 100_000,
+    n: Annotated[int, typer.Option(help="Maximum number of noisy samples per image.")] = 100_000,
     n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
-    alpha: Annotated[float, typer.Option(help="Chance that a certificate is wrong, at most.")] = 0.001,
-    radius_step: Annotated[float, typer.Option(help="Sequential: radii are multiples of this, in pixel units.")] = 0.25,
-    precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="What the network computes in.")] = "fp32",
-    batch_size: Annotated[int | None, typer.Option(help="Samples a forward pass. Default: found by itself.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="The first so many images. Default: all.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="A text file, a class name a line, in order.")] = None,
+    alpha: Annotated[float, typer.Option(help="Maximum probability that a certificate is wrong.")] = 0.001,
+    radius_step: Annotated[
+        float, typer.Option(help="Sequential only: radii are multiples of this, in pixel units.")
+    ] = 0.25,
+    precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="Precision of the network.")] = "fp32",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Noisy samples per forward pass. Default: chosen automatically.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Certify only the first N images.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Text file with one class name per line, in the model's order.")
+    ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Of a timm model: a safetensors file, instead of a download.")
+        Path | None, typer.Option(help="Safetensors file with a timm model's weights, instead of a download.")
     ] = None,
     final_norm: Annotated[
-        bool, typer.Option(help="Of a checkpoint of the authors: their CIFAR-10 models skip the last LayerNorm.")
+        bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")
     ] = True,
-    output: Annotated[Path, typer.Option(help="Certificates: idx, label, predict, radius, correct, time.")] = Path(
-        "certificates.tsv"
-    ),
-    sheet: Annotated[Path, typer.Option(help="Picture of the images with their radii, .png or .svg.")] = Path(
-        "sheet.png"
+    output: Annotated[
+        Path, typer.Option(help="Certificates (TSV): idx, label, predict, radius, correct, time.")
+    ] = Path("certificates.tsv"),
+    gallery: Annotated[Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.")] = Path(
+        "gallery.png"
     ),
 ) -> None:
-    """Certify the images of FOLDER: the class of each, and the L2 radius within which nothing can change it."""
-    from rrcm.certification.certify_images import certify_folder, find_images
+    """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery."""
+    from rrcm.certification.certify_images import certify_folder, files_path, find_images, write_folder_certificates
     from rrcm.certification.stopping import make_stopping_rule
     from rrcm.models.load import load_base_classifier
+    from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery
+    from rrcm.report.figures import FORMATS, save
 
-    resume_gc()
-    find_images(folder)  # complains before a model is downloaded
-    subject = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
-    if sigma is None and subject.sigma is None:
-        raise RRCMError(f"{model}: any noise may be certified with; give --sigma, in pixel units")
-    noise = subject.sigma if sigma is None else sigma
-    plan = make_stopping_rule(stopping, noise, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
-    if subject.sigma not in (None, noise):
-        print(
-            f"note: {model} was tuned for sigma {subject.sigma:g}; certificates at {noise:g} are as sound, but "
-            "may be smaller and fewer",
-            file=sys.stderr,
-        )
-    print(
-        certify_folder(
-            folder,
-            subject,
-            plan,
-            output=output,
-            sheet=sheet,
-            limit=limit,
-            seed=seed,
-            precision=precision,
-            batch_size=batch_size,
-            device=device,
-        )
+    resume_gc()  # this function is long only because of its options
+    _check_outputs(output, files_path(output), gallery, FORMATS)
+    find_images(folder)  # fails before a model is downloaded
+    loaded = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
+    noise = loaded.sigma if sigma is None else sigma
+    if noise is None:
+        raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
+    rule = make_stopping_rule(stopping, noise, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
+    if loaded.sigma not in (None, noise):
+        note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
+        print(f"{note}, but may be smaller and fewer", file=sys.stderr)
+    found = certify_folder(
+        folder,
+        loaded,
+        rule,
+        exclude=gallery,
+        limit=limit,
+        seed=seed,
+        precision=precision,
+        batch_size=batch_size,
+        device=device,
     )
+    write_folder_certificates(output, found.frame)
+    save(draw_gallery(found, loaded, rule), gallery)
+    print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")
+    print(f"written: {output}, {files_path(output)}, {gallery}")
+
+
+def _check_outputs(output: Path, files: Path, gallery: Path, formats: Collection[str]) -> None:
+    """Raises `RRCMError` for output paths that cannot be written, before hours of computing."""
+    for path in (output, files, gallery):
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise RRCMError(f"{path}: no file can be written there; choose another path")
+    if gallery in (output, files):
+        raise RRCMError(f"{gallery}: is the path of both the certificates and the gallery; give two paths")
+    if gallery.suffix not in formats:
+        raise RRCMError(f"{gallery}: the gallery must end in {' or '.join(formats)}")
 
 
 @app.command()
 @exit_on_error
 def compare(
     files: Annotated[
-        list[str], typer.Argument(metavar="NAME=FILE...", help="A name for the legend, and a file.", show_default=False)
+        list[str],
+        typer.Argument(metavar="NAME=FILE...", help="Name for the legend and certificate file.", show_default=False),
     ],
     radii: Annotated[
         str, typer.Option(help="Radii of the table, in pixel units.")
     ] = "0,0.25,0.5,0.75,1,1.25,1.5,1.75,2",
-    output: Annotated[Path, typer.Option(help="Picture of the exact curves, .png or .svg.")] = Path("compare.png"),
+    output: Annotated[Path, typer.Option(help="Figure of the exact curves, .png or .svg.")] = Path("compare.png"),
 ) -> None:
-    """Compare certificates of any groups (idx, label, predict, radius, correct, time): ACR and certified accuracy."""
+    """Compare ACR and certified accuracy of certificate files (idx, label, predict, radius, correct, time)."""
     from rrcm.report.compare import compare as draw
 
     resume_gc()

@@ -1,10 +1,13 @@
-"""Attack the classifiers of one method, smoothed and not: attack/METHOD."""
+"""Attack the classifiers of one method, smoothed and unsmoothed: attack/METHOD."""
 
+import sys
 from pathlib import Path
 
 from rrcm.utils.app import run_command
 from rrcm.config import load_config
-from rrcm.evaluation.attack import attack_method
+from rrcm.evaluation.attack import attack_method, summary_line, write_results
+from rrcm.report.figures import FORMATS, draw_attack, save
+from rrcm.utils.files import atomic_directory
 
 
 def main(
@@ -15,9 +18,15 @@ def main(
     certificates: Path = Path("certificates"),
     attacks: Path = Path("attack"),
 ) -> None:
-    """Attack METHOD just below every certificate and at the report's radii."""
-    config = load_config(params)
-    attack_method(config, method, shards, models / method, certificates / method, attacks / method)
+    """Attack METHOD just inside each certified radius and at the report's radii."""
+    config, output = load_config(params), attacks / method
+    results = attack_method(config, method, shards, models / method, certificates / method)
+    with atomic_directory(output) as folder:
+        write_results(folder, method, results)
+        figure = draw_attack(method, results.tables, results.radii, results.summaries)
+        for suffix in FORMATS:
+            save(figure, folder / f"attack{suffix}")
+    print(summary_line(output, results.totals, config.certify.alpha), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv. Run it as it is, or under torchrun."""
+"""Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv. Runs alone or under torchrun."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def main(
     certificates: Path = Path("certificates"),
     timings: Path = Path("timings/certify"),
 ) -> None:
-    """Certify METHOD at smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
+    """Certify METHOD at smoothing noise SIGMA (pixel units). Continues a killed run."""
     name = f"{method}/{sigma_name(sigma)}"
     config = load_config(params)
     certify_split(config, sigma, shards, models / name, certificates / f"{name}.tsv", timings / f"{name}.json")

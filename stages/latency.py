@@ -1,4 +1,4 @@
-"""Measure the seconds that one image's certificate takes: latency/METHOD.json."""
+"""Measure how long it takes to certify one image: latency/METHOD.json."""
 
 from pathlib import Path
 

@@ -138,11 +138,13 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
     if published["idx"].tolist() != list(indices) or published["label"].tolist() != labels.tolist():
         return Found([f"{path}: its images or labels are not those of the test split"], 0, 0, False)
 
-    network = load_base_classifier(str(root / f"models/{model}")).network.to(device)
+    network = load_base_classifier(str(root / f"models/{model}")).classifier.to(device)
     options = {name: getattr(settings, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
     smoothed = SmoothedClassifier(network, sigma, len(split.classes), seed=config.seed, **options)
     fresh = SmoothedClassifier(network, sigma, len(split.classes), seed=seed, **options)
-    exact = same_computation(record, describe_environment(device), smoothed.precision, smoothed.find_batch_size(pixels[0]))
+    exact = same_computation(
+        record, describe_environment(device), smoothed.precision, smoothed.find_batch_size(pixels[0])
+    )
 
     problems, identical = [], 0
     rows = sorted(random.Random(seed).sample(range(len(published)), min(images, len(published))))
@@ -155,7 +157,7 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
             if exact and not is_identical(claim, again):
                 problems.append(f"{path}: image {claim['idx']} is published as {_text(claim)}, is now {again}")
             if claim["radius"] > 0:
-                (votes,) = fresh.vote([SampleRequest(image, claim["idx"], ESTIMATE, 0, settings.n)])
+                (votes,) = fresh.count_votes([SampleRequest(image, claim["idx"], ESTIMATE, 0, settings.n)])
                 hits = int(votes[claim["predict"]])
                 if is_contradicted(claim["radius"], sigma, hits, settings.n, alpha):
                     won = f"class {claim['predict']} wins {hits} of {settings.n} new samples"
@@ -166,8 +168,8 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
 
 def is_identical(published: pd.Series, again: Certificate) -> bool:
     """Whether class, radius, number of samples and reason to stop are the same."""
-    claim = (published["predict"], published["radius"], published["samples"], published["stopped"])
-    return claim == (again.predict, again.radius, again.samples, again.stopped)
+    claim = (published["predict"], published["radius"], published["samples"], published["stop_reason"])
+    return claim == (again.prediction, again.radius, again.samples, again.stop_reason)
 
 
 def is_contradicted(radius: float, sigma: float, hits: int, n: int, alpha: float) -> bool:
@@ -193,7 +195,7 @@ def _files(folder: Path) -> set[Path]:
 
 
 def _text(claim: pd.Series) -> str:
-    return ", ".join(f"{name}={claim[name]!r}" for name in ("predict", "radius", "samples", "stopped"))
+    return ", ".join(f"{name}={claim[name]!r}" for name in ("predict", "radius", "samples", "stop_reason"))
 
 
 def _say(line: str) -> None:

@@ -22,7 +22,7 @@ from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
 from rrcm.models.authors import load_authors_checkpoint
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.load import LoadedClassifier, class_folders, load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
@@ -37,10 +37,11 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ours() -> nn.Module:
-    """A classifier of ours in the folder `model`: 3 classes, 8 pixels grey. Its head answers by brightness."""
+def saved() -> nn.Module:
+    """A classifier in the model folder `model`: 3 classes, grey images of 8 pixels. Its head answers by brightness."""
     torch.manual_seed(0)
-    model = Classifier(NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=1, num_heads=2), 3, t=0.5).eval()
+    encoder = NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=1, num_heads=2)
+    model = NoiseConditionedClassifier(encoder, 3, t=0.5).eval()
     nn.init.normal_(model.head.weight)
     save_model("model", model)
     return model
@@ -76,49 +77,49 @@ def refused(answer: Result, *said: str) -> None:
 
 
 @pytest.mark.parametrize("stopping", ["fixed", "sequential"])
-def test_it_writes_and_prints_what_the_engine_certifies(ours, images, stopping):
+def test_it_writes_and_prints_what_the_engine_certifies(saved, images, stopping):
     answer = rrcm("images", "--model", "model", "--stopping", stopping, *SMALL)
     assert answer.exit_code == 0, answer.output
-    smoothed = SmoothedClassifier(ours, 0.25, 3, batch_size=64)
+    smoothed = SmoothedClassifier(saved, 0.25, 3, batch_size=64)
     expected = smoothed.certify(images, stopping=stopping, n0=20, n=300)
     frame = pd.read_csv("certificates.tsv", sep="\t")
     assert list(frame) == ["idx", "label", "predict", "radius", "correct", "time"]
     assert frame["label"].tolist() == [0, 1, 1, -1] and frame["idx"].tolist() == [0, 1, 2, 3]
-    assert frame["predict"].tolist() == [c.predict for c in expected]
+    assert frame["predict"].tolist() == [c.prediction for c in expected]
     assert frame["radius"].tolist() == [c.radius for c in expected]
-    assert frame["correct"].tolist() == [int(c.predict == y) for c, y in zip(expected, [0, 1, 1, None], strict=True)]
+    assert frame["correct"].tolist() == [int(c.prediction == y) for c, y in zip(expected, [0, 1, 1, None], strict=True)]
     assert (frame["time"] > 0).all()
 
     files = pd.read_csv("certificates.files.tsv", sep="\t", dtype=str, keep_default_na=False)
     assert files["file"].tolist() == ["0/a.png", "1/a.png", "1/b.png", "other/a.png"]
-    assert files["class"].tolist() == ["" if c.predict < 0 else str(c.predict) for c in expected]
+    assert files["class"].tolist() == ["" if c.prediction < 0 else str(c.prediction) for c in expected]
     assert files["samples"].tolist() == [str(c.samples) for c in expected]
-    assert files["stopped"].tolist() == [c.stopped for c in expected]
+    assert files["stop_reason"].tolist() == [c.stop_reason for c in expected]
 
     rows = [line.split() for line in answer.stdout.splitlines()[2:6]]
     assert [row[0] for row in rows] == files["file"].tolist()
-    shown = ["abstains" if c.predict < 0 else rounded_down(c.radius) for c in expected]
+    shown = ["abstains" if c.prediction < 0 else rounded_down(c.radius) for c in expected]
     assert [row[2] for row in rows] == shown
     abstained = shown.count("abstains")
     assert f"{4 - abstained} certified" in answer.stdout and f"{abstained} abstained" in answer.stdout
     assert "wrong with probability at most 0.001" in answer.stdout
-    assert Image.open("sheet.png").format == "PNG"
+    assert Image.open("gallery.png").format == "PNG"
     assert "4/4 images" in answer.stderr
 
 
-def test_the_file_reads_back_where_labels_are_known(ours, images):
+def test_the_file_reads_back_where_labels_are_known(saved, images):
     shutil.rmtree("images/other")
     frame = certified("images", "--model", "model")
     pd.testing.assert_frame_equal(read_certificates("certificates.tsv"), frame, check_exact=True)
 
 
-def test_an_abstention_of_unknown_label_is_not_correct(ours, images):
+def test_an_abstention_of_unknown_label_is_not_correct(saved, images):
     """Both are written as -1. 300 votes of 300 say nothing at this alpha."""
     frame = certified("images", "--model", "model", "--alpha", "1e-99", "--stopping", "fixed")
     assert (frame["predict"] == -1).all() and (frame["correct"] == 0).all() and (frame["label"] == -1).sum() == 1
 
 
-def test_seed_limit_and_another_sigma(ours, images):
+def test_seed_limit_and_another_sigma(saved, images):
     whole = certified("images", "--model", "model", "--stopping", "fixed")
     some = certified("images", "--model", "model", "--stopping", "fixed", "--limit", "2")
     columns = ["idx", "label", "predict", "radius", "correct"]
@@ -126,7 +127,7 @@ def test_seed_limit_and_another_sigma(ours, images):
     other = certified("images", "--model", "model", "--stopping", "fixed", "--seed", "1")
     assert other["radius"].tolist() != whole["radius"].tolist()
     answer = rrcm("images", "--model", "model", "--sigma", "0.3", *SMALL)
-    assert answer.exit_code == 0 and answer.stderr.startswith("note: model was tuned for sigma 0.25")
+    assert answer.exit_code == 0 and answer.stderr.startswith("note: model was trained for sigma 0.25")
 
 
 def test_images_are_found_as_people_sort_them():
@@ -139,20 +140,20 @@ def test_images_are_found_as_people_sort_them():
         "x.h5",
         ".hidden/a.png",
         ".a.png",
-        "sheet.png",
+        "gallery.png",
     ]:
         path = Path("images", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     Path("images/folder.png").mkdir()
-    found = [str(path.relative_to("images")) for path in find_images(Path("images"), but=Path("images/sheet.png"))]
-    assert found == ["a 1/c.gif", "b/1.jpg", "img2.PNG", "img10.png"]
+    found = find_images(Path("images"), exclude=Path("images/gallery.png"))
+    assert [str(path.relative_to("images")) for path in found] == ["a 1/c.gif", "b/1.jpg", "img2.PNG", "img10.png"]
 
 
 def subject(
     size: int, channels: int, names: list[str] | None = None, synsets: list[str] | None = None
 ) -> LoadedClassifier:
-    return LoadedClassifier(nn.Identity(), size, channels, None, names or ["a", "b"], synsets or [])
+    return LoadedClassifier(nn.Identity(), size, channels, names or ["a", "b"], synsets or [])
 
 
 def test_class_folders():
@@ -254,7 +255,7 @@ def test_a_timm_model_with_weights_of_a_file(images):
     inputs = torch.from_numpy(np.stack(pixels)).float() / 255
     expected = SmoothedClassifier(Pixels(), 1.0, 5, batch_size=55).certify(inputs, stopping="fixed", n0=10, n=100)
     frame = pd.read_csv("certificates.tsv", sep="\t")
-    assert frame["predict"].tolist() == [c.predict for c in expected]
+    assert frame["predict"].tolist() == [c.prediction for c in expected]
     assert frame["radius"].tolist() == [c.radius for c in expected]
 
     refused(
@@ -267,7 +268,7 @@ def test_a_timm_model_with_weights_of_a_file(images):
 def test_imagenets_classes_have_names():
     save_file(timm.create_model("test_vit").state_dict(), "weights.safetensors")
     known = load_base_classifier("test_vit", weights=Path("weights.safetensors"))
-    assert (known.names[0], known.synsets[0], len(known.names)) == ("tench", "n01440764", 1000)
+    assert (known.class_names[0], known.synsets[0], len(known.class_names)) == ("tench", "n01440764", 1000)
     assert class_folders(known)["n01440764"] == class_folders(known)["tench"] == 0
 
 
@@ -278,9 +279,20 @@ def test_weights_that_cannot_be_downloaded(images, model, monkeypatch):
     refused(rrcm("images", "--model", model, "--sigma", "1"), f"{model}: cannot download pretrained weights")
 
 
-def test_class_names_of_a_file(ours, images):
+def test_class_names_of_the_model_folder(saved, images):
+    """They name the predicted class in the output, and folders of images by class."""
+    save_model("model", saved, class_names=["cat", "dog", "fox"])
+    Path("images/other").rename("images/fox")
+    frame = certified("images", "--model", "model", "--stopping", "fixed")
+    assert frame["label"].tolist() == [0, 1, 1, 2]
+    files = pd.read_csv("certificates.files.tsv", sep="\t", keep_default_na=False)
+    names = {-1: "", 0: "cat", 1: "dog", 2: "fox"}
+    assert files["class"].tolist() == [names[k] for k in frame["predict"]] and set(files["class"]) - {""}
+
+
+def test_class_names_of_a_file(saved, images):
     Path("names.txt").write_text("cat\ndog\nfox\n")
-    assert load_base_classifier("model", classes=Path("names.txt")).names == ["cat", "dog", "fox"]
+    assert load_base_classifier("model", classes=Path("names.txt")).class_names == ["cat", "dog", "fox"]
     Path("images/other").rename("images/fox")
     assert certified("images", "--model", "model", "--classes", "names.txt")["label"].tolist() == [0, 1, 1, 2]
     Path("names.txt").write_text("cat\n")
@@ -307,18 +319,18 @@ def test_class_names_of_a_file(ours, images):
         (["images", "--model", "images"], "images/config.json: no such file"),
         (["images", "--model", "junk.pth", "--sigma", "1"], "junk.pth"),
         (["images", "--model", "model", "--weights", "junk.pth"], "weights are for a timm model"),
-        (["images", "--model", "model", "--no-final-norm"], "only a checkpoint file of the authors"),
+        (["images", "--model", "model", "--no-final-norm"], "only an authors' checkpoint file"),
         (["nowhere", "--model", "model"], "nowhere: no such folder"),
         (["empty", "--model", "model"], "empty: no images"),
         (["broken", "--model", "model"], "broken/2.png: cannot be decoded"),
         (["float", "--model", "model"], "float/a.tif: cannot be decoded (pixels of mode F"),
-        (["images", "--model", "model", "--sheet", "sheet.jpg"], "must end in .png or .svg"),
+        (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png or .svg"),
         (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),
         (["images", "--model", "model", "--output", "junk.pth/a.tsv"], "junk.pth/a.tsv: no file can be written"),
-        (["images", "--model", "model", "--output", "sheet.png"], "sheet.png: is to hold both"),
+        (["images", "--model", "model", "--output", "gallery.png"], "gallery.png: is the path of both"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_nothing_is_written(ours, images, arguments, said):
+def test_bad_input_ends_in_one_line_and_nothing_is_written(saved, images, arguments, said):
     for folder in ("empty", "broken", "float"):
         Path(folder).mkdir()
     Path("empty/notes.txt").write_text("no image")
@@ -326,25 +338,25 @@ def test_bad_input_ends_in_one_line_and_nothing_is_written(ours, images, argumen
     Path("broken/2.png").write_bytes(Path("broken/1.png").read_bytes()[:40])
     Image.fromarray(np.zeros((4, 4), np.float32)).save("float/a.tif")
     Path("junk.pth").write_bytes(b"not a checkpoint")
-    for name in ("certificates.tsv", "certificates.files.tsv", "sheet.png"):
+    for name in ("certificates.tsv", "certificates.files.tsv", "gallery.png"):
         Path(name).write_text("of an earlier run")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     refused(rrcm(*arguments), said)
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
-def test_an_interrupted_run_says_how_far_it_came(ours, images, monkeypatch):
-    run = SmoothedClassifier.run
+def test_an_interrupted_run_says_how_far_it_came(saved, images, monkeypatch):
+    run = SmoothedClassifier.certify_stream
 
     def interrupted(self, candidates, plan):
         for moved in run(self, candidates, plan, at_once=1):
             yield moved
-            if moved[0].index == 1 and moved[0].stopped:
+            if moved[0].index == 1 and moved[0].stop_reason:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(SmoothedClassifier, "run", interrupted)
+    monkeypatch.setattr(SmoothedClassifier, "certify_stream", interrupted)
     answer = rrcm("images", "--model", "model", *SMALL)
-    assert answer.exit_code == 130 and not list(Path().glob("*.tsv")) and not Path("sheet.png").exists()
+    assert answer.exit_code == 130 and not list(Path().glob("*.tsv")) and not Path("gallery.png").exists()
     assert answer.stderr == "interrupted: 2 of 4 images were finished, nothing was written\n"
 
 
@@ -355,7 +367,7 @@ def test_radii_are_never_shown_larger_than_they_are():
 
 
 @pytest.mark.parametrize("count", [1, 5, 24])
-def test_no_two_texts_of_the_sheet_touch(count):
+def test_no_two_texts_of_the_gallery_touch(count):
     """Names of all kinds: wide, long, with mathematics in them, with signs that the font lacks (which warns)."""
     names = ["W" * 60, "a/b.png", r"$\frac{1}{2}$ " + "long " * 20, "图像" * 30]
     kinds = ["certified", "correct", "wrong", "abstains"]
@@ -380,7 +392,7 @@ def test_no_two_texts_of_the_sheet_touch(count):
 
 
 @pytest.mark.slow
-def test_the_installed_command(ours, images):
+def test_the_installed_command(saved, images):
     """In a process of its own; and asking for help does not import torch."""
     installed = Path(sys.executable).with_name("rrcm")
     command = [str(installed)] if installed.exists() else [sys.executable, "-m", "rrcm.cli"]
@@ -390,7 +402,7 @@ def test_the_installed_command(ours, images):
         return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
 
     done = run("certify", "images", "--model", "model", *SMALL)
-    assert done.returncode == 0 and "other/a.png" in done.stdout and Path("sheet.png").exists(), done.stderr
+    assert done.returncode == 0 and "other/a.png" in done.stdout and Path("gallery.png").exists(), done.stderr
     failed = run("certify", "nowhere", "--model", "model")
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     code = "import sys; from rrcm.cli import app; app(['--help'], standalone_mode=False); print(sorted(sys.modules))"

@@ -112,7 +112,7 @@ def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_
 
     described = read_json(model / "config.json")
     assert (described["kind"], described["class_names"]) == ("jittered", ["horizontal", "vertical", "flat"])
-    assert list((model / "history.csv").open())[0].split(",")[:3] == ["epoch", "loss", "stability"]
+    assert (model / "history.csv").read_text().split(",")[:3] == ["epoch", "loss", "stability"]
     loaded = load_base_classifier(model)
     assert isinstance(loaded.classifier, Jittered) and loaded.num_classes == 3
 

@@ -1,7 +1,7 @@
-"""Certify a classifier on the test split: on one process or many, which share the images through torchrun's store.
+"""Certify a classifier on the test split, on one process or on many that share the images through torchrun's store.
 
-What happens to an image depends on it alone (smoothing.py), so any number of processes, in any order, killed and
-started again, writes the same bytes. Every process appends what it has counted to a journal of its own.
+Each image is certified independently of the others (smoothing.py). Any number of processes, in any order, killed and
+restarted, therefore writes the same bytes. Each process appends the counts of its images to a journal.
 """
 
 import contextlib
@@ -10,102 +10,112 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 import pandas as pd
 import torch.distributed as dist
+from torch import nn
 
-from rrcm.certification import stopping as stopping
 from rrcm.certification.results import COLUMNS, write_certificates, write_samples
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
-from rrcm.certification.stopping import Procedure, make_stopping_rule
+from rrcm.certification.stopping import StoppingRule, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.models.base_classifiers import Classifier
-from rrcm.models.checkpoints import load_classifier
-from rrcm.utils.distributed import pick_device
+from rrcm.models.load import load_model_folder
+from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.files import sha256_file, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 
+# With this file, the code that decides the result.
 
-class Team:
-    """The processes that torchrun started, on one node or several, or this one alone; they share a list of images."""
+
+class WorkQueue:
+    """A list of images shared by the processes that torchrun started, on one node or several, or by one process."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._store = next(dist.rendezvous("env://"))[0] if self.world_size > 1 else dist.HashStore()
 
-    def take(self) -> int:
-        """The place of the next image in the list: no two processes get the same."""
+    def next_index(self) -> int:
+        """The position of the next image in the list. Each position goes to one process."""
         return self._store.add("taken", 1) - 1
 
-    def finished(self, more: int = 0) -> int:
-        """How many images all processes have finished, after this one finished `more`."""
-        return self._store.add("finished", more)
+    def report_done(self, count: int = 0) -> int:
+        """Report `count` finished images of this process; returns the number of all processes together."""
+        return self._store.add("finished", count)
 
     def start(self) -> None:
-        """Called by the first process when the others may go on, and by those to wait for it."""
+        """Called by the first process to let the others begin, and by the others to wait for it."""
         if self.rank == 0:
             self._store.set("started", "")
         self._store.wait(["started"], timedelta(hours=1))
 
-    def end(self) -> Iterator[None]:
-        """This process is done. The first one waits for the others and yields now and then; should one of them die,
-        torchrun ends this one too."""
+    def close(self) -> Iterator[None]:
+        """Report that this process has finished.
+
+        The first process waits for the others and yields every few seconds meanwhile. If one of them dies, torchrun
+        ends this process too.
+        """
         self._store.set(f"ended {self.rank}", "")
         for rank in range(self.world_size if self.rank == 0 else 0):
             while not self._store.check([f"ended {rank}"]):
                 yield
-                with contextlib.suppress(RuntimeError):  # not yet
+                with contextlib.suppress(RuntimeError):  # the wait timed out
                     self._store.wait([f"ended {rank}"], timedelta(seconds=5))
 
 
 def certify_split(
     config: Config, sigma: float, shard_folder: Path | str, model_folder: Path, output: Path, timing: Path
 ) -> None:
-    """Certify every k-th test image and write `output` in the field's format (time 0: it would differ from run to run),
-    beside it OUTPUT.samples.tsv with the samples used and why sampling stopped; `timing` (JSON) has the true seconds.
+    """Certify every k-th test image and write `output` (TSV, Cohen et al.'s format), with OUTPUT.samples.tsv beside it.
 
-    Under torchrun all processes share the images. A killed run continues after the last samples it counted, on any
-    number of processes.
+    The column `time` is 0 because the true seconds differ from run to run; `timing` (JSON) has them. Under torchrun all
+    processes share the images. A killed run continues from the last samples it counted, on any number of processes.
+    Raises `RRCMError` for missing or damaged inputs.
     """
-    settings, device, team = config.certify, pick_device(config.device), Team()
+    set_threads(config.threads)
+    settings, device, queue = config.certify, pick_device(config.device), WorkQueue()
     images = ShardedDataset(shard_folder, "test")
-    if team.rank == 0:
+    if queue.rank == 0:
         images.verify()
-    smoothed = smooth(load_classifier(model_folder).to(device), sigma, config)
+    classifier = load_model_folder(model_folder).classifier
+    smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
     numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
-    plan = make_stopping_rule(settings.stopping, sigma, **numbers)
+    rule = make_stopping_rule(settings.stopping, sigma, **numbers)
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
     pixels = pixels.to(device).float() / 255
-    candidates = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
+    states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
-    inputs = {
-        "shards": images.fingerprint,
-        "model": sha256_file(model_folder / "model.safetensors"),
-        "network": sha256_file(model_folder / "config.json"),
-    }
+    model_files = sorted(path for path in model_folder.rglob("*") if path.is_file())
+    inputs = {"shards": images.fingerprint}
+    inputs |= {f"model/{path.relative_to(model_folder)}": sha256_file(path) for path in model_files}
     batch_size = smoothed.find_batch_size(pixels[0])
-    described = [settings.model_dump(mode="json"), config.seed, config.data.image_size, sigma, device.type]
-    described += [batch_size, smoothed.precision]
-    run = RunState(f"certify-{sigma}", fingerprint(described, inputs, __name__))
-    if team.rank == 0:
-        run.lock()
-    team.start()
-    _count_votes(smoothed, candidates, plan, team, run.folder, f"certify {model_folder}")
-    if team.rank > 0:
+    description = [
+        settings.model_dump(mode="json"),
+        config.seed,
+        config.data.image_size,
+        config.threads,
+        sigma,
+        device.type,
+    ]
+    description += [batch_size, smoothed.precision]
+    run_state = RunState(f"certify-{sigma}", fingerprint(description, inputs, __name__, classifier))
+    if queue.rank == 0:
+        run_state.lock()
+    queue.start()
+    _certify_share(smoothed, states, rule, queue, run_state.folder, f"certify {model_folder}")
+    if queue.rank > 0:
         return
 
-    _restore(candidates, run.folder)  # what the other processes did
-    frame = _frame(candidates, plan)
+    _restore(states, run_state.folder)  # the other processes' journals
+    frame = _frame(states, rule)
     write_certificates(output, frame)
     write_samples(output.with_suffix(".samples.tsv"), frame)
-    seconds, samples = sum(c.seconds for c in candidates), sum(c.samples for c in candidates)
+    seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
     write_json(
         timing,
         {
@@ -114,78 +124,85 @@ def certify_split(
             "samples_per_second": samples / seconds,
             "batch_size": batch_size,
             "dtype": smoothed.precision,
-            "processes": team.world_size,
-            "seconds_by_image": {str(candidate.index): candidate.seconds for candidate in candidates},
+            "processes": queue.world_size,
+            "seconds_by_image": {str(state.index): state.seconds for state in states},
             "environment": describe_environment(device),
         },
     )
-    run.finish()
+    run_state.finish()
 
 
-def smooth(network: Classifier, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
-    """The smoothed classifier that the settings certify, with further `options` of it."""
+def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
+    """`classifier` smoothed as the `certify` settings say, with further `options` of `SmoothedClassifier`."""
     settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
-    return SmoothedClassifier(network, sigma, network.head.out_features, seed=config.seed, **settings, **options)
+    return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
 
 
-def _count_votes(
-    smoothed: SmoothedClassifier, candidates: list[ImageState], plan: Procedure, team: Team, folder: Path, label: str
+def _certify_share(
+    smoothed: SmoothedClassifier,
+    states: list[ImageState],
+    rule: StoppingRule,
+    queue: WorkQueue,
+    folder: Path,
+    label: str,
 ) -> None:
-    """Certify this process's share of the candidates, after what the journals in `folder` say was done before."""
-    _restore(candidates, folder)
-    done = sum(candidate.stopped != "" for candidate in candidates)
-    before, start = sum(candidate.samples for candidate in candidates), time.monotonic()
+    """Certify this process's share of the images, starting from the journals in `folder`."""
+    _restore(states, folder)
+    done = sum(state.stop_reason != "" for state in states)
+    samples_before, start = sum(state.samples for state in states), time.monotonic()
 
     def share() -> Iterator[ImageState]:
-        while (place := team.take()) < len(candidates):
-            yield candidates[place]
+        while (position := queue.next_index()) < len(states):
+            yield states[position]
 
-    at_once = None if team.world_size == 1 else max(8, len(candidates) // (4 * team.world_size))
+    at_once = None if queue.world_size == 1 else max(8, len(states) // (4 * queue.world_size))
     with (
-        Progress(len(candidates), label, "images", done=done, quiet=team.rank > 0) as progress,
-        (folder / f"journal-{team.rank}.txt").open("a", encoding="utf-8") as journal,
+        Progress(len(states), label, "images", done=done, quiet=queue.rank > 0) as progress,
+        (folder / f"journal-{queue.rank}.txt").open("a", encoding="utf-8") as journal,
     ):
         journal.write("\n")  # ends the half line that a killed process may have left
-        for moved in smoothed.run(share(), plan, at_once=at_once):
-            _append(journal, moved)
-            finished = done + team.finished(sum(candidate.stopped != "" for candidate in moved))
-            rate = (sum(candidate.samples for candidate in candidates) - before) / (time.monotonic() - start)
+        for changed in smoothed.certify_stream(share(), rule, at_once=at_once):
+            _append(journal, changed)
+            finished = done + queue.report_done(sum(state.stop_reason != "" for state in changed))
+            rate = (sum(state.samples for state in states) - samples_before) / (time.monotonic() - start)
             progress.update(finished - progress.done, samples=f"{rate:,.0f}/s")
-        journal.close()  # before the others are told: on a network file system they see it now
-        for _ in team.end():
-            progress.update(done + team.finished() - progress.done)
-        progress.update(done + team.finished() - progress.done)
+        journal.close()  # before reporting: on a network file system the others see a file's content when it is closed
+        for _ in queue.close():
+            progress.update(done + queue.report_done() - progress.done)
+        progress.update(done + queue.report_done() - progress.done)
 
 
-def _append(journal: TextIO, candidates: Iterable[ImageState]) -> None:
-    """A line a candidate: checksum and state."""
-    for candidate in candidates:
-        state = {name: value for name, value in vars(candidate).items() if name != "image"}
-        text = json.dumps(state)
+def _append(journal: TextIO, states: Iterable[ImageState]) -> None:
+    """Write one line per image: checksum and state."""
+    for state in states:
+        text = json.dumps({name: value for name, value in vars(state).items() if name != "image"})
         journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
     journal.flush()
     os.fsync(journal.fileno())
 
 
-def _restore(candidates: Iterable[ImageState], folder: Path) -> None:
-    """Put candidates into the furthest state that any process's journal has of them. Half-written and damaged lines
-    count for nothing: what they would say is drawn again."""
-    by_index = {candidate.index: candidate for candidate in candidates}
+def _restore(states: Iterable[ImageState], folder: Path) -> None:
+    """Put each image into the most advanced state that the journals in `folder` have of it.
+
+    Incomplete and damaged lines are ignored; their samples are drawn again.
+    """
+    by_index = {state.index: state for state in states}
     for path in sorted(folder.glob("journal-*.txt")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             checksum, _, text = line.partition(" ")
             if checksum != f"{zlib.crc32(text.encode()):08x}":
                 continue
-            state = json.loads(text)
-            candidate = by_index[state["index"]]
-            if state["samples"] > candidate.samples:
-                vars(candidate).update(state)
+            saved = json.loads(text)
+            state = by_index[saved["index"]]
+            if saved["samples"] > state.samples:
+                vars(state).update(saved)
 
 
-def _frame(candidates: Iterable[ImageState], plan: Procedure) -> pd.DataFrame:
+def _frame(states: Iterable[ImageState], rule: StoppingRule) -> pd.DataFrame:
     rows = []
-    for candidate in candidates:
-        answer = certificate(candidate, plan)
-        correct = int(answer.predict == candidate.label)
-        rows.append((candidate.index, candidate.label, answer.predict, answer.radius, correct, 0, *astuple(answer)[2:]))
-    return pd.DataFrame(rows, columns=[*COLUMNS, "samples", "stopped"])
+    for state in states:
+        found = certificate(state, rule)
+        correct = int(found.prediction == state.label)
+        field = (state.index, state.label, found.prediction, found.radius, correct, 0)
+        rows.append((*field, found.samples, found.stop_reason))
+    return pd.DataFrame(rows, columns=[*COLUMNS, "samples", "stop_reason"])

@@ -1,8 +1,8 @@
-"""Certificates on disk and the numbers made from them: certified accuracy, ACR, and the two tables of the paper.
+"""Certificate files in the format of Cohen et al. 2019, and beside them our files of sample counts.
 
-A certificate frame has a row an image: `idx` (its place in the test split), `label`, `predict` (-1: abstained),
-`radius` (L2, pixel units), `correct` (0 or 1), `time` (seconds); ours also have `samples` (noisy copies drawn) and
-`stopped` (why no more were). Everything but the four file functions is pure.
+A certificate frame has one row per image: `idx` (position in the test split), `label`, `predict` (-1: abstained),
+`radius` (L2, pixel units), `correct` (0 or 1) and `time` (seconds). Our own frames also have `samples` (noisy samples
+drawn) and `stop_reason` (a constant of stopping.py).
 """
 
 import math
@@ -17,34 +17,36 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_path
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
-SAMPLES = ["idx", "samples", "stopped"]
-STOPPED = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
-UNKNOWN = -1  # label of an image whose class nobody has said
+SAMPLES = ["idx", "samples", "stop_reason"]
+STOP_REASONS = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
+UNKNOWN = -1  # label of an image of unknown class
 
 
 def sigma_name(sigma: float) -> str:
-    """sigma_0.25, sigma_1.0: as DVC's matrix writes it into the names of folders and files."""
+    """The name of a noise level in paths, such as sigma_0.25 or sigma_1.0; DVC's matrix writes it so."""
     return f"sigma_{float(sigma)}"
 
 
 def read_certificates(path: Path | str) -> pd.DataFrame:
     """Read a file in the format of Cohen et al. 2019, by any group.
 
-    `time` may be seconds or h:mm:ss.ffffff; it becomes seconds. Columns are found by name, others are left out; blank
-    lines may follow the last row. An image without a label or in two rows is refused: what it counts is not known.
-    Raises `RRCMError` naming the file, the line and what is wrong with it.
+    `time` may be in seconds or h:mm:ss.ffffff and is converted to seconds. Columns are found by name and other columns
+    are ignored. Blank lines may follow the last row. Unlabelled images and duplicate rows are rejected. Raises
+    `RRCMError` with the file, the line and the problem.
     """
     return pd.DataFrame(_read_rows(path, COLUMNS, _parse_certificate), columns=COLUMNS)
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """Read what `write_samples` wrote: idx, samples, stopped. Raises `RRCMError` as `read_certificates` does."""
+    """Read a file of `write_samples`: idx, samples, stop_reason. Raises `RRCMError` as `read_certificates` does."""
     return pd.DataFrame(_read_rows(path, SAMPLES, _parse_samples), columns=SAMPLES)
 
 
 def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
-    """Rows of a tab-separated file with a header. `parse` takes a row's fields in the order of `columns`, idx first,
-    and raises ValueError for bad ones."""
+    """Rows of a tab-separated file with a header.
+
+    `parse` takes the fields of a row in the order of `columns`, idx first, and raises ValueError for bad ones.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n").splitlines()
     except FileNotFoundError:
@@ -53,7 +55,7 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
         raise RRCMError(f"{path}: cannot be read as text ({error}); certify again") from None
     header = lines[0].split("\t") if lines else []
     if any(header.count(name) != 1 for name in columns):
-        raise RRCMError(f"{path}, line 1: must be a tab-separated header that has each of {' '.join(columns)} once")
+        raise RRCMError(f"{path}, line 1: must be a tab-separated header with each of {' '.join(columns)} once")
     places, rows = [header.index(name) for name in columns], {}
     for number, line in enumerate(lines[1:], start=2):
         fields = line.split("\t")
@@ -62,12 +64,12 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
                 raise ValueError(f"has {len(fields)} tab-separated fields, must have {len(header)}")
             row = parse(*(fields[place] for place in places))
             if row[0] in rows:
-                raise ValueError(f"idx {row[0]} is there twice")
+                raise ValueError(f"idx {row[0]} occurs twice")
         except ValueError as error:
             raise RRCMError(f"{path}, line {number}: {error}; correct it or certify again") from None
         rows[row[0]] = row
     if not rows:
-        raise RRCMError(f"{path}: holds no rows, only the header; certify again")
+        raise RRCMError(f"{path}: has a header but no rows; certify again")
     return list(rows.values())
 
 
@@ -75,9 +77,9 @@ def _parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
     idx, label, predict, correct = (int(fields[i]) for i in (0, 1, 2, 4))
     radius, time = float(fields[3]), _seconds(fields[5])
     if label == UNKNOWN:
-        raise ValueError("label -1: the true class is unknown, and with it the accuracy")
+        raise ValueError("label -1: the true class is unknown, so accuracy is undefined")
     if idx < 0 or label < 0 or predict < ABSTAIN:
-        raise ValueError(f"idx {idx}, label {label}, predict {predict}: must be classes and places, or predict -1")
+        raise ValueError(f"idx {idx}, label {label}, predict {predict}: must be at least 0, predict at least -1")
     if not (math.isfinite(radius) and radius >= 0) or (predict == ABSTAIN and radius > 0):
         raise ValueError(f"radius {fields[3]}: must be a finite number >= 0, and 0 when abstained")
     if correct != (predict == label):
@@ -86,16 +88,16 @@ def _parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
 
 
 def _parse_samples(*fields: str) -> tuple[int, int, str]:
-    idx, samples, stopped = int(fields[0]), int(fields[1]), fields[2]
+    idx, samples, stop_reason = int(fields[0]), int(fields[1]), fields[2]
     if idx < 0 or samples < 1:
-        raise ValueError(f"idx {idx}, samples {samples}: must be a place, and at least 1")
-    if stopped not in STOPPED:
-        raise ValueError(f"stopped {stopped!r}: must be {' or '.join(STOPPED)}")
-    return idx, samples, stopped
+        raise ValueError(f"idx {idx}, samples {samples}: must be at least 0 and at least 1")
+    if stop_reason not in STOP_REASONS:
+        raise ValueError(f"stop_reason {stop_reason!r}: must be {' or '.join(STOP_REASONS)}")
+    return idx, samples, stop_reason
 
 
 def _seconds(text: str) -> float:
-    """Seconds from `17.5` or from what Python prints for a timedelta, `0:00:17.540437` or `1 day, 2:00:00`."""
+    """Seconds from `17.5` or a printed Python timedelta: `0:00:17.540437`, `1 day, 2:00:00`."""
     clock = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)", text)
     if clock is None:
         return float(text)
@@ -104,12 +106,12 @@ def _seconds(text: str) -> float:
 
 
 def write_certificates(path: Path | str, frame: pd.DataFrame) -> None:
-    """Write a certificate frame in the field's format, atomically. Reading it gives the same numbers, bit for bit."""
+    """Write a certificate frame in Cohen et al.'s format, atomically. Numbers read back bit for bit."""
     with atomic_path(path) as scratch:
         frame[COLUMNS].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
 
 
 def write_samples(path: Path | str, frame: pd.DataFrame) -> None:
-    """Write what the field's format has no place for, atomically: idx, samples used, why sampling stopped."""
+    """Write the columns that Cohen et al.'s format lacks, atomically: idx, samples, stop_reason."""
     with atomic_path(path) as scratch:
         frame[SAMPLES].to_csv(scratch, sep="\t", index=False, lineterminator="\n")

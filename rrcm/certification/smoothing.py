@@ -1,9 +1,9 @@
 """Randomized smoothing of any torch classifier: noisy samples of many images in full batches, votes, certificates.
 
-A sample's noise is a function of (seed, image index, sample) alone (noise.py), and the network always sees batches of
-one shape, the last one padded. So an image's votes do not depend on its company: not on packing, order, processes or
-resumes. For another batch size, thread count, precision or device the network's own rounding differs, and with it the
-few votes that were almost ties.
+The noise of a sample depends on (seed, image index, sample) alone (noise.py). The network always sees batches of one
+shape; the last one is padded. Votes for an image therefore do not depend on the other images in the batch, their order,
+the process count or restarts. A different batch size, thread count, precision or device rounds differently and can
+still flip votes that are nearly tied.
 """
 
 import copy
@@ -18,59 +18,59 @@ import numpy as np
 import torch
 from torch import nn
 
-from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, counter_normal
+from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, CounterDraw, counter_normal
 from rrcm.certification.stopping import (
     ABSTAIN,
     WRONG_CLASS,
     GroupSequential,
-    Procedure,
+    StoppingRule,
     binomial_test,
-    check,
+    check_settings,
     make_stopping_rule,
 )
-from rrcm.models.base_classifiers import Classifier
 from rrcm.utils.distributed import native_precision
 from rrcm.utils.errors import RRCMError
 
-PASSES = 16  # batches between two looks at the counts: the device is waited for once in so many
+BATCHES_PER_SYNC = 16  # batches between two reads of the counts; each read waits for the device
 LARGEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """`predict` is the smoothed classifier's class within the L2 `radius` (pixel units) of the image, or ABSTAIN.
+    """The smoothed classifier predicts `prediction` everywhere within the L2 `radius` (pixel units) of the image.
 
-    `samples` were drawn, the ones that chose the class included; `stopped` says why no more (stopping.py). After
-    "wrong class" `predict` is the class that was chosen, and nothing is claimed of it: radius 0.
+    `prediction` is a class or ABSTAIN. `samples` counts all noisy samples, those that chose the class included.
+    `stop_reason` is a constant of stopping.py. After "wrong class" nothing is certified: `prediction` is the chosen
+    class and the radius is 0.
     """
 
-    predict: int
+    prediction: int
     radius: float
     samples: int
-    stopped: str
+    stop_reason: str
 
 
 @dataclass
 class ImageState:
-    """An image on its way to a certificate. All but `image` is small and JSON-able: a journal of it is a checkpoint."""
+    """An image on its way to a certificate. All but `image` is JSON-able, so a journal of it is a checkpoint."""
 
-    index: int  # names its noise
+    index: int  # selects the noise
     image: torch.Tensor = field(repr=False)  # (C, H, W) float32 in [0, 1]
-    label: int | None = None  # where known, `sequential` stops as soon as another class is chosen
-    selection: dict[str, int] = field(default_factory=dict)  # votes by class of the samples that choose the class
-    top: int = -1  # the chosen class
-    drawn: int = 0  # samples of the present purpose so far: selection, then estimation
-    count: int = 0  # votes for the chosen class among those
-    look: int = 0
-    level: int = 0  # radii of the grid that are certified
+    label: int | None = None  # if known, `GroupSequential` stops as soon as another class is chosen
+    selection_counts: dict[str, int] = field(default_factory=dict)  # votes by class among the n0 selection samples
+    top_class: int = -1  # the chosen class
+    num_drawn: int = 0  # samples of the current purpose: selection, then estimation
+    top_count: int = 0  # votes for the chosen class among the estimation samples
+    look: int = 0  # the next look
+    num_certified: int = 0  # radii of the grid
     samples: int = 0  # of both purposes
-    stopped: str = ""
-    seconds: float = 0.0  # its share of the computing so far; no part of the result
+    stop_reason: str = ""
+    seconds: float = 0.0  # share of the computing time; not part of the result
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Samples start..stop of an image for one purpose (a constant of rrcm.certification.noise)."""
+    """Samples start..stop of an image for one purpose, a constant of noise.py."""
 
     image: torch.Tensor
     index: int
@@ -82,17 +82,18 @@ class SampleRequest:
 class SmoothedClassifier(nn.Module):
     """The smoothed classifier g of any `model` that maps (B, C, H, W) float images in [0, 1] to (B, K) logits.
 
-    `certify` and `predict` are Cohen et al.'s CERTIFY and PREDICT, the first also group-sequentially. As a module it
-    maps images to the logarithm of the mean softmax over `samples` noisy copies of each, the same noise at every call:
-    differentiable, so that other libraries can wrap and attack it (Salman et al. 2019).
+    `certify` and `predict` are CERTIFY and PREDICT of Cohen et al. 2019. By default `certify` is group-sequential. As a
+    module it maps images to the logarithm of the mean softmax over `num_noise` noisy copies of each, with the same
+    noise at each call. This is differentiable, so other libraries can wrap and attack it (Salman et al. 2019).
 
         smoothed = SmoothedClassifier(model, sigma=0.5, num_classes=10)
         for certificate in smoothed.certify(images):
-            print(certificate.predict, certificate.radius)
+            print(certificate.prediction, certificate.radius)
 
-    `model` stays in eval mode (under batch statistics votes would depend on their company), on its device. With
-    `precision="bf16"` a copy of it computes in bfloat16; noise is always drawn and added in float32, and a certificate
-    is one of the function that was run.
+    `model` stays on its device and in eval mode, since batch statistics would make votes depend on other images. It may
+    be any module. Two attributes of `BaseClassifier` are read if present: `keeps_float32_input` and `stochastic`. With
+    `precision="bf16"` a copy of the model computes in bfloat16, and the certificate applies to that bfloat16 network.
+    Noise is always drawn and added in float32.
     """
 
     def __init__(
@@ -102,9 +103,9 @@ class SmoothedClassifier(nn.Module):
         num_classes: int,
         *,
         seed: int = 0,
-        samples: int = 16,  # noisy copies a forward pass as a module
-        batch_size: int | None = None,  # noisy copies a forward pass of the votes; None: `find_batch_size`
-        memory_gib: float | None = None,  # bound for that; None: 1/16 on a CPU (its caches), half the memory of a GPU
+        num_noise: int = 16,  # noisy copies per image in `forward`
+        batch_size: int | None = None,  # noisy samples per forward pass when voting; None: `find_batch_size`
+        memory_gib: float | None = None,  # its bound; None: 1/16 on a CPU (cache size), half the memory of a GPU
         precision: str = "fp32",  # bf16, or auto: bf16 where the model's device has instructions for it
         compile: bool = False,  # torch.compile; with CUDA graphs on a GPU, with frozen weights on a CPU
     ):
@@ -115,43 +116,46 @@ class SmoothedClassifier(nn.Module):
             raise RRCMError(f"sigma = {sigma}: must be above 0 and finite in float32, in pixel units")
         if num_classes < 2:
             raise RRCMError(f"num_classes = {num_classes}: must be at least 2")
-        if samples < 1 or (batch_size is not None and batch_size < 1):
-            raise RRCMError(f"samples = {samples}, batch_size = {batch_size}: must be at least 1")
+        if num_noise < 1 or (batch_size is not None and batch_size < 1):
+            raise RRCMError(f"num_noise = {num_noise}, batch_size = {batch_size}: must be at least 1")
         if memory_gib is not None and not 0 < memory_gib < math.inf:
             raise RRCMError(f"memory_gib = {memory_gib}: must be above 0 and finite")
         if precision not in ("auto", "fp32", "bf16"):
             raise RRCMError(f"precision = {precision!r}: must be auto, fp32 or bf16")
+        if compile and is_stochastic(model):
+            raise RRCMError("compile = True: a stochastic classifier cannot be compiled; set it to False")
         self.model = model
         if precision == "auto":
             precision = "bf16" if native_precision(self.device) == "bf16" else "fp32"
         self.model = (copy.deepcopy(model).bfloat16() if precision == "bf16" else model).eval()
-        self.sigma, self.num_classes, self.seed, self.samples = sigma, num_classes, seed, samples
+        self.sigma, self.num_classes, self.seed, self.num_noise = sigma, num_classes, seed, num_noise
         self.batch_size, self.memory_gib, self.precision = batch_size, memory_gib, precision
         self._network = (_compile(self.model, self.device) if compile else self.model,)  # a tuple: no second submodule
         self._batch_size: dict[tuple[int, ...], int] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where all computing is done."""
+        """The model's device, where everything is computed."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def train(self, mode: bool = True) -> "SmoothedClassifier":
-        """The model stays in eval mode."""
+        """Stay in eval mode."""
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """log of the mean softmax over noisy copies, (B, K) float32; differentiable. Image i has noise i."""
+        """Logarithm of the mean softmax over noisy copies: (B, C, H, W) float -> (B, K) float32, differentiable.
+
+        Image i of the batch has the noise of index i. Raises `RRCMError` for images of another shape or dtype.
+        """
         check_layout(images)
         images = images.float()
-        place = torch.arange(len(images), device=images.device)
-        sample = torch.arange(self.samples, device=images.device)
-        rows = place.repeat_interleave(self.samples)
-        noise = counter_normal(
-            images.shape[1:], self.seed, torch.full_like(rows, FORWARD), rows, sample.repeat(len(images))
-        )
-        noisy = images.repeat_interleave(self.samples, 0) + self.sigma * noise
-        logits = self._logits(noisy, self.model).float().log_softmax(-1)
-        return logits.unflatten(0, (len(images), self.samples)).logsumexp(1) - math.log(self.samples)
+        index = torch.arange(len(images), device=images.device).repeat_interleave(self.num_noise)
+        sample = torch.arange(self.num_noise, device=images.device).repeat(len(images))
+        purpose = torch.full_like(index, FORWARD)
+        noise = counter_normal(images.shape[1:], self.seed, purpose, index, sample)
+        noisy = images.repeat_interleave(self.num_noise, 0) + self.sigma * noise
+        logits = self._logits(noisy, self.model, purpose, index, sample).float().log_softmax(-1)
+        return logits.unflatten(0, (len(images), self.num_noise)).logsumexp(1) - math.log(self.num_noise)
 
     def certify(
         self,
@@ -165,18 +169,18 @@ class SmoothedClassifier(nn.Module):
         radius_step: float = 0.25,
         indices: Sequence[int] | None = None,
     ) -> list[Certificate]:
-        """A certificate an image, each wrong with probability at most alpha.
+        """One certificate per image, each wrong with probability at most alpha.
 
-        images (B, C, H, W) float in [0, 1]. `stopping` "fixed" is Cohen's CERTIFY with its exact bound; "sequential"
-        draws as many of the n samples as it takes to know which multiples of `radius_step` (pixel units) are certified.
-        With labels "sequential" is done as soon as the chosen class is wrong: for evaluations. `indices` (default 0, 1,
-        ...) name the images' noise under the seed. Raises `RRCMError` for impossible settings and images.
+        images (B, C, H, W) float in [0, 1]. `stopping` is "fixed", CERTIFY with its exact bound, or "sequential", which
+        draws only as many of the n samples as it takes to decide which multiples of `radius_step` (pixel units) are
+        certified. Labels are for evaluations: "sequential" then stops when the chosen class is wrong. `indices` select
+        the images' noise under the seed (default 0, 1, ...). Raises `RRCMError` for impossible settings and images.
         """
-        plan = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
-        candidates = self._candidates(images, labels, indices)
-        for _ in self.run(candidates, plan):
+        rule = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
+        states = self._image_states(images, labels, indices)
+        for _ in self.certify_stream(states, rule):
             pass
-        return [certificate(candidate, plan) for candidate in candidates]
+        return [certificate(state, rule) for state in states]
 
     def predict(
         self,
@@ -186,64 +190,67 @@ class SmoothedClassifier(nn.Module):
         alpha: float = 0.001,
         indices: Sequence[int] | None = None,
     ) -> list[int]:
-        """PREDICT: the smoothed classifier's class of each image or ABSTAIN; another class has chance <= alpha."""
-        check(self.sigma, 1, n, alpha)
-        candidates, answers = self._candidates(images, None, indices), []
-        room = PASSES * self.find_batch_size(images[0]) if candidates else 1
-        together = max(1, room // n)
-        for first in range(0, len(candidates), together):
-            some = candidates[first : first + together]
-            votes = sum(
-                self.vote([SampleRequest(c.image, c.index, PREDICT, start, min(n, start + room)) for c in some])
+        """PREDICT (Cohen et al. 2019): the smoothed classifier's class of each image, or ABSTAIN.
+
+        images (B, C, H, W) float in [0, 1]. Another class is returned with probability at most alpha. Raises
+        `RRCMError` for impossible settings and images.
+        """
+        check_settings(self.sigma, 1, n, alpha)
+        states, predictions = self._image_states(images, None, indices), []
+        room = BATCHES_PER_SYNC * self.find_batch_size(images[0]) if states else 1
+        group_size = max(1, room // n)
+        for first in range(0, len(states), group_size):
+            group = states[first : first + group_size]
+            counts = sum(
+                self.count_votes([SampleRequest(s.image, s.index, PREDICT, start, min(n, start + room)) for s in group])
                 for start in range(0, n, room)
             )
-            runner_up, top = np.sort(votes, axis=1)[:, -2:].T.tolist()
-            for classes, a, b in zip(votes, top, runner_up, strict=True):
-                answers.append(int(classes.argmax()) if binomial_test(a, a + b) <= alpha else ABSTAIN)
-        return answers
+            runner_up, top = np.sort(counts, axis=1)[:, -2:].T.tolist()
+            for votes, a, b in zip(counts, top, runner_up, strict=True):
+                predictions.append(int(votes.argmax()) if binomial_test(a, a + b) <= alpha else ABSTAIN)
+        return predictions
 
-    def run(
-        self, candidates: Iterable[ImageState], plan: Procedure, *, at_once: int | None = None
+    def certify_stream(
+        self, states: Iterable[ImageState], rule: StoppingRule, *, at_once: int | None = None
     ) -> Iterator[list[ImageState]]:
-        """Certify candidates, whatever state they are in, and yield those that moved on, again and again.
+        """Certify images, in whatever state they are, and yield after each round the states that changed.
 
-        Candidates are taken from the iterable when there is room for them in the next batches, at most `at_once` at a
-        time; samples of as many images as it takes are packed to fill those. What happens to an image depends on it
-        alone.
+        A state is taken from the iterable when the next batches have room for its samples. At most `at_once` images are
+        in progress. The samples of several images are packed to fill the batches.
         """
-        source, active = iter(candidates), deque()
+        source, active = iter(states), deque()
         while True:
             requests, chosen, room = [], [], None
             waiting = len(active)
             while room is None or room > 0:
                 if waiting:
-                    candidate, waiting = active.popleft(), waiting - 1
-                elif (at_once is not None and len(chosen) >= at_once) or (candidate := next(source, None)) is None:
+                    state, waiting = active.popleft(), waiting - 1
+                elif (at_once is not None and len(chosen) >= at_once) or (state := next(source, None)) is None:
                     break
-                elif candidate.stopped:
+                elif state.stop_reason:
                     continue
                 if room is None:
-                    room = PASSES * self.find_batch_size(candidate.image)
-                request = _next_samples(candidate, plan, room)
+                    room = BATCHES_PER_SYNC * self.find_batch_size(state.image)
+                request = _next_samples(state, rule, room)
                 requests.append(request)
-                chosen.append(candidate)
+                chosen.append(state)
                 room -= request.stop - request.start
             if not requests:
                 return
-            start, counts = time.monotonic(), self.vote(requests)
+            start, counts = time.monotonic(), self.count_votes(requests)
             seconds = (time.monotonic() - start) / sum(request.stop - request.start for request in requests)
-            for candidate, request, votes in zip(chosen, requests, counts, strict=True):
-                _advance(candidate, request, votes, plan)
-                candidate.seconds += seconds * (request.stop - request.start)
+            for state, request, votes in zip(chosen, requests, counts, strict=True):
+                _update(state, request, votes, rule)
+                state.seconds += seconds * (request.stop - request.start)
             yield chosen
-            active.extendleft(reversed([candidate for candidate in chosen if not candidate.stopped]))
+            active.extendleft(reversed([state for state in chosen if not state.stop_reason]))
 
     @torch.no_grad()
-    def vote(self, requests: Sequence[SampleRequest]) -> np.ndarray:
-        """SAMPLEUNDERNOISE of many images: how often each class is answered, (len(requests), K) int64.
+    def count_votes(self, requests: Sequence[SampleRequest]) -> np.ndarray:
+        """SAMPLEUNDERNOISE (Cohen et al. 2019) for many images: votes per class, (len(requests), K) int64.
 
         Samples are packed into batches of one shape. The device is waited for once, at the end. Raises `RRCMError` when
-        the model's answers are not (B, K) or not numbers.
+        the model does not return (B, K) logits or returns NaN.
         """
         device, lengths = self.device, [request.stop - request.start for request in requests]
         shape = requests[0].image.shape
@@ -251,141 +258,159 @@ class SmoothedClassifier(nn.Module):
         total = sum(lengths)
         padded = -(-total // size) * size
         of_row = np.repeat(np.arange(len(requests)), lengths)
-        sample = np.concatenate([np.arange(request.start, request.stop) for request in requests])
-        rows = np.zeros((4, padded), np.int64)  # request, purpose, image index, sample; the rest pads
+        rows = np.zeros((4, padded), np.int64)  # request, purpose, image index, sample; the rest is padding
         rows[:, :total] = (
             of_row,
             np.array([request.purpose for request in requests])[of_row],
             np.array([request.index for request in requests])[of_row],
-            sample,
+            np.concatenate([np.arange(request.start, request.stop) for request in requests]),
         )
         rows = torch.from_numpy(rows).to(device)
         real = (torch.arange(padded, device=device) < total).long()
         images = torch.stack([request.image for request in requests]).to(device, torch.float32)
         counts = torch.zeros(len(requests) * self.num_classes, dtype=torch.int64, device=device)
-        broken = torch.zeros((), dtype=torch.bool, device=device)
-        for batch in range(0, padded, size):
-            of, purpose, index, number = rows[:, batch : batch + size]
-            noise = counter_normal(shape, self.seed, purpose, index, number)
-            logits = self._logits(images[of].add_(noise, alpha=self.sigma), self._network[0])
-            counts.index_add_(0, of * self.num_classes + logits.argmax(1), real[batch : batch + size])
-            broken |= logits.isnan().any()
-        if broken:
-            raise RRCMError("the model answers NaN to noisy images: its votes would mean nothing")
+        any_nan = torch.zeros((), dtype=torch.bool, device=device)
+        for first in range(0, padded, size):
+            request, purpose, index, sample = rows[:, first : first + size]
+            noise = counter_normal(shape, self.seed, purpose, index, sample)
+            noisy = images[request].add_(noise, alpha=self.sigma)
+            logits = self._logits(noisy, self._network[0], purpose, index, sample)
+            counts.index_add_(0, request * self.num_classes + logits.argmax(1), real[first : first + size])
+            any_nan |= logits.isnan().any()
+        if any_nan:
+            raise RRCMError("the model returns NaN for noisy images, so its votes are meaningless; check its weights")
         return counts.view(len(requests), self.num_classes).cpu().numpy()
 
     def find_batch_size(self, image: torch.Tensor) -> int:
-        """`batch_size`, or where that is None the largest power of two up to 1024 whose forward pass fits `memory_gib`.
+        """`batch_size`, or if that is None the largest power of two up to 1024 whose forward pass fits `memory_gib`.
 
-        On a GPU a probe is measured, on a CPU the outputs of all layers are added up. Same device, same answer.
+        On a GPU the memory of a small batch is measured. On a CPU it is estimated from the largest output of a layer.
+        The answer is the same on the same device.
         """
         if self.batch_size is not None:
             return self.batch_size
         key = tuple(image.shape)
         if key not in self._batch_size:
-            self._batch_size[key] = self._probe(image)
+            self._batch_size[key] = self._largest_batch(image)
         return self._batch_size[key]
 
     @torch.no_grad()
-    def _probe(self, image: torch.Tensor) -> int:
+    def _largest_batch(self, image: torch.Tensor) -> int:
         device = self.device
         probe = image.to(device, torch.float32).expand(8, *image.shape)
+        rows = torch.zeros(3, len(probe), dtype=torch.int64, device=device)
         if device.type == "cuda":
             limit = (self.memory_gib or torch.cuda.get_device_properties(device).total_memory / 2**31) * 2**30
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            self._logits(probe, self.model)
+            self._logits(probe, self.model, *rows)
             needed = (torch.cuda.max_memory_allocated(device) - before) / len(probe)
         else:
             limit = (self.memory_gib or 1 / 16) * 2**30
             outputs = [probe.numel() * 4]
 
-            def note(layer: nn.Module, inputs: object, output: object) -> None:
+            def add_output(layer: nn.Module, inputs: object, output: object) -> None:
                 if isinstance(output, torch.Tensor):
                     outputs.append(output.numel() * output.element_size())
 
-            hooks = [layer.register_forward_hook(note) for layer in self.model.modules()]
+            hooks = [layer.register_forward_hook(add_output) for layer in self.model.modules()]
             try:
-                self._logits(probe, self.model)
+                self._logits(probe, self.model, *rows)
             finally:
                 for hook in hooks:
                     hook.remove()
-            needed = 4 * max(outputs) / len(probe)  # a layer's input and output, and what lies between
+            needed = 4 * max(outputs) / len(probe)  # a layer's input and output, and temporaries
         fits = max(1, int(limit / needed))
         return min(LARGEST_BATCH, 1 << (fits.bit_length() - 1))
 
-    def _logits(self, noisy: torch.Tensor, model: nn.Module) -> torch.Tensor:
-        """(B, K) of (B, C, H, W). Our own classifiers round their input themselves, after scaling it."""
-        if self.precision == "bf16" and not isinstance(self.model, Classifier):
+    def _logits(
+        self,
+        noisy: torch.Tensor,
+        network: nn.Module,
+        purpose: torch.Tensor,
+        index: torch.Tensor,
+        sample: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B, K) of noisy (B, C, H, W). Row i is sample[i] of image index[i] for purpose[i], each (B,) int64."""
+        if self.precision == "bf16" and not getattr(self.model, "keeps_float32_input", False):
             noisy = noisy.bfloat16()
-        logits = model(noisy)
-        if getattr(logits, "shape", None) != (len(noisy), self.num_classes):
-            answer = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-            must = (len(noisy), self.num_classes)
-            raise RRCMError(f"the model answers {answer} to a batch of {len(noisy)}: must be a tensor {must}")
+        if is_stochastic(self.model):
+            logits = network(noisy, draw=CounterDraw(self.seed, purpose, index, sample))
+        else:
+            logits = network(noisy)
+        expected = (len(noisy), self.num_classes)
+        if getattr(logits, "shape", None) != expected:
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+            raise RRCMError(f"the model returns {found} for a batch of {len(noisy)}: must be a tensor {expected}")
         return logits
 
-    def _candidates(
+    def _image_states(
         self, images: torch.Tensor, labels: Sequence[int] | torch.Tensor | None, indices: Sequence[int] | None
     ) -> list[ImageState]:
         check_images(images)
-        names = list(range(len(images))) if indices is None else whole_numbers("indices", indices)
-        if len(names) != len(images) or len(set(names)) != len(names):
-            raise RRCMError(f"indices: {len(names)} for {len(images)} images; must be one an image, all different")
-        if names and not (min(names) >= 0 and max(names) < 2**32):
-            raise RRCMError(f"indices from {min(names)} to {max(names)}: must be in [0, 2^32)")
+        indices = list(range(len(images))) if indices is None else whole_numbers("indices", indices)
+        if len(indices) != len(images) or len(set(indices)) != len(indices):
+            raise RRCMError(f"indices: {len(indices)} for {len(images)} images; must be one per image, all different")
+        if indices and not (min(indices) >= 0 and max(indices) < 2**32):
+            raise RRCMError(f"indices from {min(indices)} to {max(indices)}: must be in [0, 2^32)")
         if labels is None:
-            return [ImageState(name, image) for name, image in zip(names, images, strict=True)]
-        known = whole_numbers("labels", labels)
-        if len(known) != len(images):
-            raise RRCMError(f"labels: {len(known)} for {len(images)} images; must be one an image")
-        if known and not (min(known) >= 0 and max(known) < self.num_classes):
-            raise RRCMError(f"labels from {min(known)} to {max(known)}: must be in [0, {self.num_classes})")
-        return [ImageState(name, image, label) for name, image, label in zip(names, images, known, strict=True)]
+            return [ImageState(index, image) for index, image in zip(indices, images, strict=True)]
+        labels = whole_numbers("labels", labels)
+        if len(labels) != len(images):
+            raise RRCMError(f"labels: {len(labels)} for {len(images)} images; must be one per image")
+        if labels and not (min(labels) >= 0 and max(labels) < self.num_classes):
+            raise RRCMError(f"labels from {min(labels)} to {max(labels)}: must be in [0, {self.num_classes})")
+        return [ImageState(*each) for each in zip(indices, images, labels, strict=True)]
 
 
-def certificate(candidate: ImageState, plan: Procedure) -> Certificate:
-    """What a finished candidate has come to."""
-    if candidate.stopped == WRONG_CLASS:
-        return Certificate(candidate.top, 0.0, candidate.samples, WRONG_CLASS)
-    radius = plan.radius(candidate.count, candidate.level)
+def is_stochastic(model: nn.Module) -> bool:
+    """Whether `model` is a `BaseClassifier` that draws random numbers in its forward pass."""
+    return getattr(model, "stochastic", False)
+
+
+def certificate(state: ImageState, rule: StoppingRule) -> Certificate:
+    """The certificate of an image whose sampling has stopped."""
+    if state.stop_reason == WRONG_CLASS:
+        return Certificate(state.top_class, 0.0, state.samples, WRONG_CLASS)
+    radius = rule.radius(state.top_count, state.num_certified)
     if radius is None:
-        return Certificate(ABSTAIN, 0.0, candidate.samples, candidate.stopped)
-    return Certificate(candidate.top, radius, candidate.samples, candidate.stopped)
+        return Certificate(ABSTAIN, 0.0, state.samples, state.stop_reason)
+    return Certificate(state.top_class, radius, state.samples, state.stop_reason)
 
 
-def _next_samples(candidate: ImageState, plan: Procedure, room: int) -> SampleRequest:
-    """Up to the next look, or as far as there is room."""
-    purpose, stop = (SELECT, plan.n0) if candidate.top < 0 else (ESTIMATE, plan.looks[candidate.look])
-    start = candidate.drawn
-    return SampleRequest(candidate.image, candidate.index, purpose, start, min(stop, start + room))
+def _next_samples(state: ImageState, rule: StoppingRule, room: int) -> SampleRequest:
+    """The samples up to the next look, at most `room` of them."""
+    purpose, stop = (SELECT, rule.n0) if state.top_class < 0 else (ESTIMATE, rule.looks[state.look])
+    start = state.num_drawn
+    return SampleRequest(state.image, state.index, purpose, start, min(stop, start + room))
 
 
-def _advance(candidate: ImageState, request: SampleRequest, votes: np.ndarray, plan: Procedure) -> None:
-    """Count the votes; at the end of the selection choose the class, at a look judge."""
-    candidate.drawn = request.stop
-    candidate.samples += request.stop - request.start
+def _update(state: ImageState, request: SampleRequest, votes: np.ndarray, rule: StoppingRule) -> None:
+    """Add the votes. After the selection choose the class; at a look decide whether to stop."""
+    state.num_drawn = request.stop
+    state.samples += request.stop - request.start
     if request.purpose == SELECT:
-        for answer in np.flatnonzero(votes).tolist():  # named by text, as JSON does
-            candidate.selection[str(answer)] = candidate.selection.get(str(answer), 0) + int(votes[answer])
-        if candidate.drawn == plan.n0:
-            candidate.top = min((-votes, int(answer)) for answer, votes in candidate.selection.items())[1]
-            candidate.selection, candidate.drawn = {}, 0
-            if isinstance(plan, GroupSequential) and candidate.label not in (None, candidate.top):
-                candidate.stopped = WRONG_CLASS
+        counts = state.selection_counts
+        for k in np.flatnonzero(votes).tolist():
+            counts[str(k)] = counts.get(str(k), 0) + int(votes[k])  # JSON keys are text
+        if state.num_drawn == rule.n0:
+            state.top_class = min((-count, int(k)) for k, count in counts.items())[1]
+            state.selection_counts, state.num_drawn = {}, 0
+            if isinstance(rule, GroupSequential) and state.label not in (None, state.top_class):
+                state.stop_reason = WRONG_CLASS
         return
-    candidate.count += int(votes[candidate.top])
-    if candidate.drawn == plan.looks[candidate.look]:
-        candidate.level, candidate.stopped = plan.judge(candidate.look, candidate.count, candidate.level)
-        candidate.look += 1
+    state.top_count += int(votes[state.top_class])
+    if state.num_drawn == rule.looks[state.look]:
+        state.num_certified, state.stop_reason = rule.decide(state.look, state.top_count, state.num_certified)
+        state.look += 1
 
 
 def whole_numbers(name: str, numbers: Iterable[int] | torch.Tensor) -> list[int]:
-    """As a list. Raises `RRCMError` for anything but whole numbers."""
+    """The numbers as a list of int. Raises `RRCMError` for anything but whole numbers."""
     try:
         return [operator.index(number) for number in numbers]
     except TypeError:
-        raise RRCMError(f"{name}: must be whole numbers, one an image") from None
+        raise RRCMError(f"{name}: must be whole numbers, one per image") from None
 
 
 def check_layout(images: torch.Tensor) -> None:

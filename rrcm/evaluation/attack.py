@@ -1,18 +1,17 @@
-"""Attack the smoothed classifier, to see what its certificates are worth: PGD of Salman et al. 2019.
+"""Attack smoothed classifiers with PGD (Salman et al. 2019) to test their certificates.
 
-Within its radius a certificate allows no other class whatever is done to the image, so an attack that finds one has
-broken it. Beyond, an attack shows how much of the accuracy that is not certified is lost indeed. The same attack is
-made on the network without its defence, asked once and without noise, to show that the attack works. (That network was
-trained on noisy images, which alone makes it harder to attack than one that has seen only clean ones.)
+Inside its certified radius no attack may change the class; an attack that does refutes the certificate. Outside it, the
+attack gives an upper bound on robust accuracy. The base classifier is attacked too, without smoothing and noise, to
+show that the attack works. (Training on noisy images made it harder to attack than training on clean ones would.)
 
-An attacked image is judged by PREDICT, with noise that the attack has not seen. PREDICT may abstain, which no
-certificate excludes: it is counted by itself, neither as right nor as wrong. So up to PREDICT's and CERTIFY's own alpha
+PREDICT classifies the attacked image with noise that the attack has not seen. A certificate does not exclude that
+PREDICT abstains, so abstentions are counted separately, neither as right nor as wrong. Up to the error probabilities
+alpha of PREDICT and CERTIFY,
 
-    certified accuracy at r <= share of images right or abstained on under attack within r.
+    certified accuracy at r <= share of images that are right or abstained on under attack within r.
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,21 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rrcm.certification.certify import smooth
+from rrcm.certification.certify import make_smoothed_classifier
+from rrcm.certification.noise import FORWARD, CounterDraw
 from rrcm.certification.results import ABSTAIN, COLUMNS, read_certificates, sigma_name
-from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.smoothing import SmoothedClassifier, is_stochastic
 from rrcm.config import Attack, Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import certified_accuracy
-from rrcm.models.base_classifiers import Classifier
-from rrcm.models.checkpoints import load_classifier
-from rrcm.report.figures import FORMATS, draw_attack, save
-from rrcm.utils.distributed import pick_device
+from rrcm.models.base_classifiers import BaseClassifier
+from rrcm.models.load import load_model_folder
+from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_directory, write_json
+from rrcm.utils.files import write_json
 from rrcm.utils.progress import Progress
 
-JUST_BELOW = 0.999  # of a certificate's radius
+RADIUS_FRACTION = 0.999  # certificates are attacked within this fraction of their radius
 COUNTS = ("certificates", "broken", "abstained")
 
 
@@ -46,11 +45,11 @@ def pgd(
 ) -> torch.Tensor:
     """Images within `radius` of the given ones for which `classifier` finds `labels` unlikely: (B, C, H, W) float32.
 
-    Projected gradient ascent on the cross-entropy with steps of L2 length 2 radius / steps, after each back into the
-    ball and into [0, 1]. images (B, C, H, W) float32 in [0, 1], labels (B,) int64, radius (B,) L2 in pixel units;
-    `classifier` gives logits or log-probabilities (B, K) and treats images one by one. With a `SmoothedClassifier` this
-    is SmoothAdv_PGD (Salman et al. 2019, eq. 6 and section 3): its gradient is that of the log of the mean softmax over
-    noisy copies, the same ones in all steps.
+    Projected gradient ascent on the cross-entropy. Each step has the L2 length 2 radius / steps and is projected into
+    the ball and into [0, 1]. images (B, C, H, W) float32 in [0, 1], labels (B,) int64, radius (B,) L2 in pixel units.
+    `classifier` returns logits or log-probabilities (B, K), each row for its own image. With a `SmoothedClassifier`
+    this is SmoothAdv_PGD (Salman et al. 2019, eq. 6 and section 3): its gradient is that of the log of the mean softmax
+    over noisy copies, with the same noise in all steps.
     """
     length = 2 * radius.double() / steps
     attacked = images
@@ -58,18 +57,18 @@ def pgd(
         attacked = attacked.detach().requires_grad_()
         loss = F.cross_entropy(classifier(attacked).float(), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, attacked)
-        direction = F.normalize(gradient.double().flatten(1), dim=1, eps=1e-300)  # of a zero gradient zero
+        direction = F.normalize(gradient.double().flatten(1), dim=1, eps=1e-300)  # a zero gradient stays zero
         moved = attacked.detach().double() + (length[:, None] * direction).view_as(images)
         attacked = project(moved, images, radius)
     return attacked
 
 
 def project(moved: torch.Tensor, images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Move images back into the L2 balls around `images` and into the box [0, 1]: (B, C, H, W) float32.
+    """Move images back into the L2 balls around `images` and into [0, 1]: (B, C, H, W) float32.
 
-    `images` (float32) lie in the box, so clipping to it only brings a point nearer. The result is in the ball as the
-    numbers it has: rounding a pixel of the box to float32 moves it by at most 2^-25, the whole image of d pixels by at
-    most sqrt(d) 2^-25, and twice that is kept from the surface.
+    Clipping to [0, 1] only reduces the distance, because `images` (float32) are in [0, 1]. Rounding a pixel to float32
+    moves it by at most 2^-25, and so an image of d pixels by at most sqrt(d) 2^-25. The ball is shrunk by twice that,
+    so that the rounded result lies inside it.
     """
     offset = moved.double() - images.double()
     room = (radius.double() - math.sqrt(images[0].numel()) * 2**-24).clamp_min(0)
@@ -78,24 +77,37 @@ def project(moved: torch.Tensor, images: torch.Tensor, radius: torch.Tensor) -> 
 
 
 class AttackTarget(NamedTuple):
-    """What is attacked: the network that gives the gradients, and what is answered to images of these indices."""
+    """A classifier under attack."""
 
-    network: nn.Module
-    answer: Callable[[torch.Tensor, Sequence[int]], Sequence[int]]
+    network: nn.Module  # gives the gradients: (B, C, H, W) -> logits or log-probabilities (B, K)
+    predict: Callable[[torch.Tensor, Sequence[int]], Sequence[int]]  # images and their indices -> classes or ABSTAIN
 
 
-def smoothed_victim(smoothed: SmoothedClassifier, n: int, alpha: float) -> AttackTarget:
-    """The smoothed classifier: it answers as PREDICT does, with n samples."""
+def smoothed_target(smoothed: SmoothedClassifier, n: int, alpha: float) -> AttackTarget:
+    """The smoothed classifier, which predicts by PREDICT with n samples."""
     return AttackTarget(smoothed, lambda images, indices: smoothed.predict(images, n=n, alpha=alpha, indices=indices))
 
 
-def unsmoothed_victim(network: nn.Module) -> AttackTarget:
-    """The network itself, asked once and without noise."""
+def unsmoothed_target(classifier: BaseClassifier, seed: int = 0) -> AttackTarget:
+    """The base classifier, evaluated once and without noise."""
+    network = _FixedDraw(classifier, seed) if is_stochastic(classifier) else classifier
     return AttackTarget(network, lambda images, indices: network(images).argmax(1).tolist())
 
 
+class _FixedDraw(nn.Module):
+    """A stochastic classifier with the same draws at each call, so that an attack has a function to climb."""
+
+    def __init__(self, classifier: BaseClassifier, seed: int):
+        super().__init__()
+        self.classifier, self.seed = classifier, seed
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return self.classifier(images, draw=CounterDraw(self.seed, rows + FORWARD, rows, rows))
+
+
 def worst_predictions(
-    victim: AttackTarget,
+    target: AttackTarget,
     images: torch.Tensor,
     indices: np.ndarray,
     truth: np.ndarray,
@@ -103,22 +115,22 @@ def worst_predictions(
     settings: Attack,
     progress: Progress,
 ) -> np.ndarray:
-    """The worst answer found within each radius, (R, N) int64: another class than `truth`, else ABSTAIN, else `truth`.
+    """The worst prediction within each radius, (R, N) int64: a class other than `truth`, else ABSTAIN, else `truth`.
 
-    images (N, C, H, W), indices and truth (N,), radii (R, N) growing from row to row: what was found within a radius
-    counts for the larger ones too, and an image that is lost is not attacked again.
+    images (N, C, H, W) float32 in [0, 1], indices and truth (N,), radii (R, N) increasing from row to row. A result at
+    one radius also holds for the larger ones, and an image that is misclassified is not attacked again.
     """
     worst, found = np.empty(radii.shape, np.int64), truth.copy()
     for row, radius in zip(worst, radii, strict=True):
         standing = np.flatnonzero((found == truth) | (found == ABSTAIN))
         progress.update(len(truth) - len(standing))
         for first in range(0, len(standing), settings.batch_size):
-            some = standing[first : first + settings.batch_size]
-            labels, reach = (torch.from_numpy(values[some]).to(images.device) for values in (truth, radius))
-            attacked = pgd(victim.network, images[some], labels, reach, steps=settings.steps)
-            answers = np.array(victim.answer(attacked, indices[some].tolist()))
-            found[some] = np.where(answers == truth[some], found[some], answers)
-            progress.update(len(some))
+            batch = standing[first : first + settings.batch_size]
+            labels, reach = (torch.from_numpy(values[batch]).to(images.device) for values in (truth, radius))
+            attacked = pgd(target.network, images[batch], labels, reach, steps=settings.steps)
+            predictions = np.array(target.predict(attacked, indices[batch].tolist()))
+            found[batch] = np.where(predictions == truth[batch], found[batch], predictions)
+            progress.update(len(batch))
         row[:] = found
     return worst
 
@@ -126,114 +138,129 @@ def worst_predictions(
 def attack_classifier(
     config: Config,
     sigma: float,
-    network: Classifier,
+    classifier: BaseClassifier,
     certificates: pd.DataFrame,
     images: torch.Tensor,
     progress: Progress,
 ) -> pd.DataFrame:
-    """Attack one network, smoothed and unsmoothed, on `images` (N, C, H, W), of which `certificates` is the frame.
+    """Attack one classifier, smoothed and unsmoothed, on `images` (N, C, H, W), whose frame is `certificates`.
 
-    Returns the certificates with the worst answers to each image: `attacked` just below its radius (the truth being
-    what was certified; NA where no radius was), `broken` (0 or 1) when that is another class, and `r=R` and
-    `unsmoothed_r=R` within each radius R of the report (the truth being the label).
+    Returns the certificates with further columns. `attacked` is the worst prediction just inside the certified radius,
+    relative to the certified class; NA without a radius. `broken` is 1 where it is another class. `r=R` and
+    `unsmoothed_r=R` are the worst predictions within each radius R of the report, relative to the label.
     """
     settings = config.attack
-    smoothed = smooth(network, sigma, config, samples=settings.num_noise)
-    victims = {"": smoothed_victim(smoothed, settings.n, settings.alpha), "unsmoothed_": unsmoothed_victim(network)}
+    smoothed = make_smoothed_classifier(classifier, sigma, config, num_noise=settings.num_noise)
+    targets = {
+        "": smoothed_target(smoothed, settings.n, settings.alpha),
+        "unsmoothed_": unsmoothed_target(classifier, config.seed),
+    }
     table = certificates[COLUMNS[:-1]].copy()
     idx, label, predict, radius = (table[name].to_numpy() for name in ("idx", "label", "predict", "radius"))
-    claims, radii = np.flatnonzero(radius > 0), report_radii(config)
+    certified, radii = np.flatnonzero(radius > 0), report_radii(config)
 
-    case = (images[claims], idx[claims], predict[claims], JUST_BELOW * radius[None, claims])
-    (found,) = worst_predictions(victims[""], *case, settings, progress)
-    table["attacked"] = pd.Series(found, claims, "Int64")
+    inputs = (images[certified], idx[certified], predict[certified], RADIUS_FRACTION * radius[None, certified])
+    (found,) = worst_predictions(targets[""], *inputs, settings, progress)
+    table["attacked"] = pd.Series(found, certified, "Int64")
     table["broken"] = 0
-    table.loc[claims, "broken"] = ((found != predict[claims]) & (found != ABSTAIN)).astype(int)
+    table.loc[certified, "broken"] = ((found != predict[certified]) & (found != ABSTAIN)).astype(int)
     everywhere = np.repeat(np.array(radii)[:, None], len(table), axis=1)
-    for name, victim in victims.items():
-        found = worst_predictions(victim, images, idx, label, everywhere, settings, progress)
-        for r, answers in zip(radii, found, strict=True):
-            table[f"{name}r={r}"] = answers
+    for name, target in targets.items():
+        found = worst_predictions(target, images, idx, label, everywhere, settings, progress)
+        for r, predictions in zip(radii, found, strict=True):
+            table[f"{name}r={r}"] = predictions
     return table
 
 
 def report_radii(config: Config) -> list[float]:
-    """The report's radii in order, and 0: what is wrong without an attack is wrong under it."""
+    """The report's radii in order, with 0, which counts errors without an attack."""
     return sorted({0.0, *config.report.radii})
 
 
-def summarise(table: pd.DataFrame, radii: Sequence[float]) -> dict:
-    """The counts and curves of what `attack_classifier` returns, JSON-able. Lists have an entry a radius."""
-    label, answers = table["label"], {name: [table[f"{name}r={r}"] for r in radii] for name in ("", "unsmoothed_")}
+def summarize(table: pd.DataFrame, radii: Sequence[float]) -> dict:
+    """Counts and curves of a table of `attack_classifier`, JSON-able. Lists have one entry per radius."""
+    label, worst = table["label"], {name: [table[f"{name}r={r}"] for r in radii] for name in ("", "unsmoothed_")}
     return {
         "images": len(table),
         "certificates": int(table["attacked"].notna().sum()),
         "broken": int(table["broken"].sum()),
         "abstained": int((table["attacked"] == ABSTAIN).sum()),
         "certified_accuracy": certified_accuracy(table, radii).tolist(),
-        "accuracy": [float((found == label).mean()) for found in answers[""]],
-        "not_wrong": [float(((found == label) | (found == ABSTAIN)).mean()) for found in answers[""]],
-        "unsmoothed_accuracy": [float((found == label).mean()) for found in answers["unsmoothed_"]],
+        "accuracy": [float((found == label).mean()) for found in worst[""]],
+        "not_wrong": [float(((found == label) | (found == ABSTAIN)).mean()) for found in worst[""]],
+        "unsmoothed_accuracy": [float((found == label).mean()) for found in worst["unsmoothed_"]],
     }
 
 
-def attack_method(
-    config: Config, method: str, shard_folder: Path | str, models: Path, certificates: Path, output: Path
-) -> None:
-    """Attack a method's classifiers of all sigmas and write the folder `output`: sigma_S.tsv with the answers image by
-    image, summary.json with counts and accuracies, attack.png and attack.svg.
+class AttackResults(NamedTuple):
+    """The attack on the classifiers of a method."""
 
-    Reads sigma_S.tsv in `certificates` and the networks sigma_S in `models`. A broken certificate is no failure, as
-    each may be false with probability alpha: it is counted, and said on stderr. Raises `RRCMError` when a file is
-    missing or the certificates are of other images than the settings name.
+    radii: list[float]
+    tables: dict[float, pd.DataFrame]  # by sigma, of `attack_classifier`
+    summaries: dict[float, dict]  # by sigma, of `summarize`
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The COUNTS over all sigmas."""
+        return {name: sum(summary[name] for summary in self.summaries.values()) for name in COUNTS}
+
+
+def attack_method(
+    config: Config, method: str, shard_folder: Path | str, models: Path, certificates: Path
+) -> AttackResults:
+    """Attack a method's classifiers of all sigmas: the model folders sigma_S in `models`.
+
+    `certificates` has their certificates sigma_S.tsv. Raises `RRCMError` when a file is missing or when the
+    certificates are for other images than the settings select.
     """
-    device, settings = pick_device(config.device), config.attack
-    shards = ShardedDataset(shard_folder, "test")
-    shards.verify()
+    set_threads(config.threads)
+    device = pick_device(config.device)
+    images = ShardedDataset(shard_folder, "test")
+    images.verify()
     pixels, labels, indices = read_split(
-        shards, config.data.image_size, config.certify.every, config.certify.max_images
+        images, config.data.image_size, config.certify.every, config.certify.max_images
     )
-    networks, frames = {}, {}
+    classifiers, frames = {}, {}
     for sigma in config.sigmas:
         path = certificates / f"{sigma_name(sigma)}.tsv"
         if not path.is_file():
             raise RRCMError(f"{path}: no such file; make it with `dvc repro certify`, or fetch it with `dvc pull`")
         frames[sigma] = read_certificates(path)
         if frames[sigma]["idx"].tolist() != indices or frames[sigma]["label"].tolist() != labels.tolist():
-            raise RRCMError(f"{path}: certifies other images than the settings name; run `dvc repro certify` again")
-        networks[sigma] = load_classifier(models / sigma_name(sigma)).to(device)
+            raise RRCMError(f"{path}: is for other images than the settings select; run `dvc repro certify` again")
+        classifiers[sigma] = load_model_folder(models / sigma_name(sigma)).classifier.to(device)
 
-    rows, radii = evenly_spaced(len(indices), settings.max_images), report_radii(config)
-    images = pixels[rows].to(device).float() / 255
+    rows, radii = evenly_spaced(len(indices), config.attack.max_images), report_radii(config)
+    pixels = pixels[rows].to(device).float() / 255
     frames = {sigma: frame.iloc[rows].reset_index(drop=True) for sigma, frame in frames.items()}
-    jobs = sum(2 * len(radii) * len(frame) + int((frame["radius"] > 0).sum()) for frame in frames.values())
-    with Progress(jobs, f"attack {method}", "attacks") as progress:
+    attacks = sum(2 * len(radii) * len(frame) + int((frame["radius"] > 0).sum()) for frame in frames.values())
+    with Progress(attacks, f"attack {method}", "attacks") as progress:
         tables = {
-            sigma: attack_classifier(config, sigma, networks[sigma], frame, images, progress)
+            sigma: attack_classifier(config, sigma, classifiers[sigma], frame, pixels, progress)
             for sigma, frame in frames.items()
         }
+    return AttackResults(radii, tables, {sigma: summarize(table, radii) for sigma, table in tables.items()})
 
-    summaries = {sigma: summarise(table, radii) for sigma, table in tables.items()}
-    total = {name: sum(summary[name] for summary in summaries.values()) for name in COUNTS}
-    with atomic_directory(output) as folder:
-        for sigma, table in tables.items():
-            table.to_csv(folder / f"{sigma_name(sigma)}.tsv", sep="\t", index=False, lineterminator="\n")
-        by_sigma = {sigma_name(sigma): summary for sigma, summary in summaries.items()}
-        write_json(folder / "summary.json", {"method": method, **total, "radii": radii, **by_sigma})
-        figure = draw_attack(method, tables, radii, summaries)
-        for suffix in FORMATS:
-            save(figure, folder / f"attack{suffix}")
-    print(outcome(output, total, config.certify.alpha), file=sys.stderr)
+
+def write_results(folder: Path, method: str, results: AttackResults) -> None:
+    """Write into `folder` sigma_S.tsv with one row per image, and summary.json with counts and accuracies."""
+    for sigma, table in results.tables.items():
+        table.to_csv(folder / f"{sigma_name(sigma)}.tsv", sep="\t", index=False, lineterminator="\n")
+    by_sigma = {sigma_name(sigma): summary for sigma, summary in results.summaries.items()}
+    write_json(folder / "summary.json", {"method": method, **results.totals, "radii": results.radii, **by_sigma})
 
 
 def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
-    """At most `limit` of `count` places, evenly spread: test images may be sorted by class."""
+    """At most `limit` of the positions 0..count - 1, evenly spaced, since test images may be sorted by class."""
     return np.linspace(0, count - 1, min(count, limit or count)).astype(int)
 
 
-def outcome(output: Path, total: dict[str, int], alpha: float) -> str:
-    """One line: how many certificates were broken."""
-    broken, certificates = total["broken"], total["certificates"]
+def summary_line(output: Path, totals: dict[str, int], alpha: float) -> str:
+    """One line with the number of broken certificates; a warning if there are any.
+
+    A broken certificate is not an error, since each may be false with probability alpha.
+    """
+    broken, certificates = totals["broken"], totals["certificates"]
     line = f"{output}: {broken} of {certificates:,} certificates broken"
     if broken == 0:
         return line

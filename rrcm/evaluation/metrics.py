@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""What is computed from certificate frames: certified accuracy, ACR, envelopes, intervals and the paper's tables.
+
+A certificate frame has the columns of `rrcm.certification.results`. All functions are pure.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,12 +11,11 @@ import pandas as pd
 
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
-
 Certificates = Mapping[tuple[str, float], pd.DataFrame]  # (method, sigma) -> frame
 
 
 def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Share of the images that are correct with radius >= r, for each r of `radii`. Abstentions count as wrong."""
+    """Share of images that are correct with radius >= r, for each r in `radii` (R,). Abstentions count as wrong."""
     certified = np.sort(frame.loc[frame["correct"] == 1, "radius"])
     return (len(certified) - np.searchsorted(certified, radii)) / len(frame)
 
@@ -24,12 +26,12 @@ def certified_at(frame: pd.DataFrame, radius: float) -> np.ndarray:
 
 
 def certified_radii(frame: pd.DataFrame) -> np.ndarray:
-    """(N,) the radius of each image where correct, else 0: ACR is its mean."""
+    """(N,) the radius of each image where it is correct, else 0. Its mean is the ACR."""
     return (frame["radius"] * frame["correct"]).to_numpy()
 
 
 def average_certified_radius(frame: pd.DataFrame) -> float:
-    """ACR, in pixel units."""
+    """ACR (Zhai et al. 2020), in pixel units."""
     return float(certified_radii(frame).mean())
 
 
@@ -46,7 +48,7 @@ def mean_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 def wilson_interval(share: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % confidence interval of a binomial proportion observed as `share` of `count` images."""
+    """Wilson's 95 % confidence interval of a proportion observed as `share` of `count` images: (lower, upper)."""
     z2 = NORMAL_95**2 / count
     centre = (share + z2 / 2) / (1 + z2)
     half = np.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
@@ -54,10 +56,10 @@ def wilson_interval(share: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
-    """The highest certified accuracy over several models as an exact step curve; of one model, its own curve.
+    """The highest certified accuracy of several models as an exact step curve.
 
-    Returns (radii, accuracy), both (K,): accuracy[k] holds on the half-open interval (radii[k-1], radii[k]], so draw it
-    with steps that rise before the point. It starts at r = 0 and ends with the fall to 0.
+    Returns (radii, accuracy), both (K,). accuracy[k] holds on the half-open interval (radii[k-1], radii[k]], so draw it
+    with steps before the point ("pre"). The curve starts at r = 0 and ends with the drop to 0.
     """
     frames = list(frames)
     radii = np.unique(np.concatenate([[0.0], *(frame.loc[frame["correct"] == 1, "radius"] for frame in frames)]))
@@ -66,17 +68,17 @@ def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(frame: pd.DataFrame, radii: Sequence[float]) -> dict:
-    """The end of a table's row: `acr`, then certified accuracy (a share) in columns named by r."""
+    """The numbers of one run: `acr`, then certified accuracy (a share) under each radius."""
     return {"acr": average_certified_radius(frame)} | dict(zip(radii, certified_accuracy(frame, radii), strict=True))
 
 
 def mean_samples(frame: pd.DataFrame) -> float:
-    """Noisy copies drawn for an image, in the mean; NaN where the file does not say."""
+    """Mean number of noisy samples per image; NaN if the frame does not have it."""
     return float(frame["samples"].mean()) if "samples" in frame else math.nan
 
 
 def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:
-    """A row a method and sigma: `method`, `sigma`, `images`, `samples` (their mean), and the columns of `summary`."""
+    """One row per method and sigma: `method`, `sigma`, `images`, `samples` (mean), and the columns of `summary`."""
     rows = [
         {"method": method, "sigma": sigma, "images": len(frame), "samples": mean_samples(frame)} | summary(frame, radii)
         for (method, sigma), frame in certificates.items()
@@ -85,10 +87,10 @@ def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.Da
 
 
 def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:
-    """The paper's Table 1, a row a method and radius: `method`, `radius`, `sigma`, `certified_accuracy`, `at_zero`.
+    """The paper's Table 1, one row per method and radius.
 
-    `sigma` is the one with the highest certified accuracy at that radius (ties: the smaller), `at_zero` the certified
-    accuracy of that very model at r = 0.
+    Columns: `method`, `radius`, `sigma`, `certified_accuracy`, `at_zero`. `sigma` has the highest certified accuracy at
+    that radius (the smaller one on ties). `at_zero` is the certified accuracy of the same model at r = 0.
     """
     rows = []
     for method in dict.fromkeys(method for method, _ in certificates):

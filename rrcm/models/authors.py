@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
@@ -22,12 +22,12 @@ def load_authors_checkpoint(
     sigma: float | None = None,
     levels: int = 81,
     final_norm: bool = True,
-) -> EncoderWithProjector | Classifier:
+) -> EncoderWithProjector | NoiseConditionedClassifier:
     """Load a checkpoint of the authors: a pickled state dict, read with `weights_only=True`, or safetensors.
 
     A pretrained checkpoint gives an `EncoderWithProjector`. A fine-tuned one (names `base_model.` and `linear_head.`)
-    gives a `Classifier` and needs the pixel `sigma` it was tuned for. As in their code, its noise level is then the
-    nearest of the `levels` Karras levels to 2 * sigma. A prefix `module.` is ignored.
+    gives a `NoiseConditionedClassifier` and needs the pixel `sigma` it was tuned for. As in their code, its noise level
+    is then the nearest of the `levels` Karras levels to 2 * sigma. A prefix `module.` is ignored.
 
     `num_heads` cannot be read off the weights; the default is one head per 64 dimensions, as in all their models.
     `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
@@ -68,7 +68,7 @@ def load_authors_checkpoint(
         raise RRCMError(f"{path}: a fine-tuned checkpoint; pass sigma=, the pixel noise it was tuned for")
     nearest = nearest_level(karras_levels(levels), 2 * sigma)
     head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
-    classifier = Classifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
+    classifier = NoiseConditionedClassifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
     load_weights(classifier.head, head, path)
     return classifier
 

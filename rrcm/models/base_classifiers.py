@@ -1,6 +1,8 @@
-"""TODO docstring."""
+"""Base classifiers: what randomized smoothing smooths. The contract, and the classifiers we train."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -8,8 +10,37 @@ from torch import nn
 from rrcm.models.vit import NoiseConditionedViT, forward_in_chunks
 
 
-class Classifier(nn.Module):
-    """Encoder and linear head at one fixed noise level: noisy pixels in, logits out. This is what gets certified."""
+class Draw(Protocol):
+    """Random numbers for one batch. Row i depends only on the seed, the name, and the image and sample of row i."""
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Standard normal numbers, (B, *shape) float32. The same name gives the same numbers again."""
+        ...
+
+
+class BaseClassifier(nn.Module):
+    """A classifier of noisy images that can be smoothed.
+
+    Certification reads the four attributes below. It accepts a module without them too, and then assumes the defaults.
+    """
+
+    num_classes: int
+    sigma: float | None = None  # pixel noise it was trained for; None: any
+    keeps_float32_input: bool = False  # under bfloat16 it takes float32 pixels and rounds them itself
+    stochastic: bool = False  # its forward draws random numbers, from `draw` alone
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """noisy (B, C, H, W) float: images in [0, 1] plus Gaussian noise -> logits (B, num_classes).
+
+        `draw` is given only to a stochastic classifier.
+        """
+        raise NotImplementedError
+
+
+class NoiseConditionedClassifier(BaseClassifier):
+    """A noise-conditioned encoder and a linear head, at one fixed noise level t (model space)."""
+
+    keeps_float32_input = True  # the encoder scales its input first
 
     def __init__(self, encoder: NoiseConditionedViT, num_classes: int, t: float):
         super().__init__()
@@ -17,12 +48,29 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
-        self.t = t
+        self.num_classes, self.t, self.sigma = num_classes, t, t / 2
 
-    def forward(self, pixels: torch.Tensor, num_chunks: int = 1) -> torch.Tensor:
-        """pixels (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K)."""
-        return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, 2 * pixels - 1))
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None, *, num_chunks: int = 1) -> torch.Tensor:
+        """noisy (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K).
+
+        With `num_chunks` above 1 the encoder sees the batch in chunks, which saves memory in training.
+        """
+        return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, 2 * noisy - 1))
 
 
-NoiseConditionedClassifier = Classifier
+# What fine-tuning trains, by the `kind` of the model folder it writes.
 CLASSIFIERS = {"classifier": NoiseConditionedClassifier}
+
+
+class Normalized(BaseClassifier):
+    """A network that expects normalized images, as a classifier of pixels in [0, 1]."""
+
+    def __init__(self, network: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network, self.num_classes = network, num_classes
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes)."""
+        return self.network((noisy - self.mean) / self.std)

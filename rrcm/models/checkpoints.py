@@ -1,21 +1,25 @@
-"""Trained networks on disk: a folder with model.safetensors and config.json; the authors' released format; timm's."""
+"""Model folders: model.safetensors with the weights and config.json with what is needed to build the network again.
 
-from collections.abc import Mapping
+`kind` in config.json is "encoder" (pre-trained) or "classifier" (fine-tuned). Other kinds are loaded by load.py alone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rrcm.models.authors import load_authors_checkpoint
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
 from rrcm.utils.tensors import load_tensors, load_weights, save_tensors
 
+FORMAT = 2  # of config.json
 ARCHITECTURE = ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads")
-DETAILS = ("mlp_dim", "qkv_bias", "norm_eps")  # files from before there was a choice lack them: the paper's
+DETAILS = ("mlp_dim", "qkv_bias", "norm_eps")
 
 
 def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
-    """What must be known to build the encoder again, as keyword arguments of `NoiseConditionedViT`."""
+    """The keyword arguments of `NoiseConditionedViT` that build the same network: ARCHITECTURE and DETAILS."""
     block = encoder.blocks[0]
     return {
         "image_size": encoder.patch_embed.img_size[0],
@@ -31,63 +35,109 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
 
 
 def save_model(
-    folder: Path | str, model: NoiseConditionedViT | Classifier, class_names=None, dtype="fp32", **facts: object
+    folder: Path | str,
+    model: NoiseConditionedViT | NoiseConditionedClassifier,
+    *,
+    class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: its numbers
+    sigma: float | None = None,  # of a classifier, pixel units; None: its own
+    kind: str = "classifier",  # of a classifier, a key of `rrcm.models.load.KINDS`
+    dtype: str = "fp32",  # bf16 rounds the weights in the file, which halves it; they are loaded as float32
+    **metadata: object,
 ) -> None:
-    """Write `model` into `folder`: weights (float32) and config.json with its architecture and `facts` (JSON-able)."""
+    """Write the model folder of an encoder or a classifier; `metadata` (JSON-able) goes into config.json too.
+
+    Raises `RRCMError` when there is not one class name per class.
+    """
     folder = Path(folder)
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    described = {"format": 1, "architecture": architecture(encoder)}
-    if isinstance(model, Classifier):
-        described |= {"classes": model.head.out_features, "t": model.t}
+    if isinstance(model, NoiseConditionedClassifier):
+        names = [str(k) for k in range(model.num_classes)] if class_names is None else list(class_names)
+        if len(names) != model.num_classes:
+            raise RRCMError(f"{folder}: {len(names)} class names for {model.num_classes} classes; give one per class")
+        config = {"kind": kind, "format": FORMAT, "architecture": architecture(model.encoder)}
+        config |= {"class_names": names, "sigma": model.sigma if sigma is None else sigma, "t": model.t}
+    else:
+        config = {"kind": "encoder", "format": FORMAT, "architecture": architecture(model)}
     tensors = model.state_dict()
     if dtype == "bf16":
-        tensors = {name: t.bfloat16() for name, t in tensors.items()}
+        tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
     save_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", described | facts)
+    write_json(folder / "config.json", config | metadata)
+
+
+def read_model_config(folder: Path | str) -> dict:
+    """config.json of a model folder of any kind. Raises `RRCMError` when it is missing, damaged or outdated."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
+        raise RRCMError(f"{path}: has no `kind`, so it describes no model of this version; train it again or dvc pull")
+    if config.get("format") != FORMAT:
+        raise RRCMError(f"{path}: has format {config.get('format')!r}, must be {FORMAT}; train it again or dvc pull")
+    return config
+
+
+def check_kind(folder: Path | str, config: Mapping, known: Iterable[str]) -> None:
+    """Raises `RRCMError` unless the `kind` in the config of a model folder is among `known` kinds."""
+    if config["kind"] in known:
+        return
+    if config["kind"] == "encoder":
+        raise RRCMError(f"{folder}/config.json: this is an encoder without a head; fine-tune it first")
+    expected = " or ".join(sorted(known))
+    raise RRCMError(f"{folder}/config.json: kind {config['kind']!r} cannot be loaded here; must be {expected}")
 
 
 def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) -> NoiseConditionedViT:
-    """Load the encoder of a folder of ours or of a file of the authors, with or without a head or projector on it.
+    """Load the encoder of a model folder or of an authors' checkpoint file, without its head or projector.
 
-    With `expected`, which has ARCHITECTURE, other sizes are refused, and the authors' heads are as many as it says.
+    `expected` has the sizes of ARCHITECTURE; the number of heads of an authors' file is taken from it. Raises
+    `RRCMError` for other sizes, and for a file or folder that cannot be read.
     """
     path = Path(path)
     if path.is_file():
         num_heads = None if expected is None else expected["num_heads"]
-        encoder = load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # any sigma: it is for the head
+        encoder = load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # sigma matters to heads only
         _check_sizes(architecture(encoder), expected, path)
         return encoder
-    described = _read_config(path)
-    _check_sizes(described["architecture"], expected, path)
-    if "classes" in described:
-        return load_classifier(path).train().encoder
-    return load_weights(
-        NoiseConditionedViT(**described["architecture"]), load_tensors(path / "model.safetensors"), path
-    )
+    config = read_model_config(path)
+    check_kind(path, config, ("encoder", "classifier"))
+    _check_sizes(_architecture_of(path, config), expected, path)
+    if config["kind"] == "classifier":
+        return classifier_of(path, config).train().encoder
+    encoder = NoiseConditionedViT(**_architecture_of(path, config))
+    return load_weights(encoder, load_tensors(path / "model.safetensors"), path)
 
 
-def load_classifier(folder: Path | str) -> Classifier:
-    """Load a fine-tuned classifier, in eval mode."""
-    folder = Path(folder)
-    described = _read_config(folder)
-    if "classes" not in described:
-        raise RRCMError(f"{folder}/config.json: this is an encoder without a head; fine-tune it first")
-    model = Classifier(NoiseConditionedViT(**described["architecture"]), described["classes"], described["t"])
-    return load_weights(model, load_tensors(folder / "model.safetensors"), folder).eval()
+def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
+    """Load a fine-tuned classifier in eval mode. Raises `RRCMError` for a folder of another kind or a damaged one."""
+    config = read_model_config(folder)
+    check_kind(folder, config, ("classifier",))
+    return classifier_of(Path(folder), config)
 
 
-def _read_config(folder: Path) -> dict:
-    described = read_json(folder / "config.json")
-    found = described.get("architecture")
-    if not isinstance(found, dict) or not set(ARCHITECTURE) <= set(found) <= {*ARCHITECTURE, *DETAILS}:
-        raise RRCMError(f"{folder}/config.json: does not describe a network of rrcm; it must have `architecture`")
-    return described
+def classifier_of(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
+    """The classifier in a model folder of kind "classifier" whose config.json is `config`, in eval mode."""
+    names, t, sigma = (config.get(key) for key in ("class_names", "t", "sigma"))
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise RRCMError(f"{folder}/config.json: class_names must be a list of text; train it again or dvc pull")
+    for key, value in (("t", t), ("sigma", sigma)):
+        if not (isinstance(value, float | int) and value > 0):
+            raise RRCMError(f"{folder}/config.json: {key} = {value!r} must be above 0; train it again or dvc pull")
+    classifier = NoiseConditionedClassifier(NoiseConditionedViT(**_architecture_of(folder, config)), len(names), t)
+    classifier.sigma = sigma
+    return load_weights(classifier, load_tensors(folder / "model.safetensors"), folder).eval()
 
 
-def _check_sizes(found: Mapping, expected: Mapping | None, origin: Path) -> None:
+def _architecture_of(folder: Path, config: Mapping) -> dict:
+    found = config.get("architecture")
+    if not isinstance(found, dict) or set(found) != {*ARCHITECTURE, *DETAILS}:
+        names = ", ".join((*ARCHITECTURE, *DETAILS))
+        raise RRCMError(f"{folder}/config.json: architecture must have {names}; train it again or dvc pull")
+    return found
+
+
+def _check_sizes(found: Mapping, expected: Mapping | None, source: Path) -> None:
     for name in ARCHITECTURE if expected is not None else ():
         if found[name] != expected[name]:
             raise RRCMError(
-                f"{origin}: checkpoint of another architecture: {name} is {found[name]}, "
-                f"the settings want {expected[name]}; pre-train again or change the settings"
+                f"{source}: checkpoint of another architecture: {name} is {found[name]}, the settings want "
+                f"{expected[name]}; pre-train again or change the settings"
             )

@@ -1,125 +1,145 @@
-"""Whatever a person means by a model, as a classifier of pixels in [0, 1] that can be certified: a folder of ours, a
-file of the authors', or a name of timm's."""
+"""Load a base classifier from a model folder, a checkpoint file of the paper's authors, or a timm model name.
+
+A model folder is the contract between training and certification. Its config.json has a `kind`, and KINDS has a loader
+for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
+"""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
-from torch import nn
-
 from rrcm.models.authors import load_authors_checkpoint
-from rrcm.models.base_classifiers import Classifier
-from rrcm.models.checkpoints import load_classifier
-from rrcm.models.timm_vit import load_timm, suggest_timm_name
+from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
+from rrcm.models.checkpoints import check_kind, classifier_of, read_model_config
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import read_json
 
 
 class LoadedClassifier(NamedTuple):
-    """A classifier and what must be known to ask it."""
+    """A base classifier and the facts needed to certify images with it."""
 
-    network: nn.Module  # (B, channels, image_size, image_size) float32, pixels in [0, 1] plus noise -> (B, K) logits
-    image_size: int
+    classifier: BaseClassifier  # in eval mode
+    image_size: int  # side of its square input, pixels
     channels: int  # 1 or 3
-    sigma: float | None  # pixel noise that it was trained for, where known
-    names: list[str]  # of its K classes
-    synsets: list[str]  # of its K classes where they are ImageNet's: what ImageNet's folders are called
+    class_names: list[str]
+    synsets: list[str] = []  # noqa: RUF012 (never changed); of ImageNet classes: the names of ImageNet's folders
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
-class Normalized(nn.Module):
-    """A network of normalised images as one of pixels in [0, 1]."""
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], deviation: Sequence[float]):
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None])
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, C, H, W) -> logits (B, K)."""
-        return self.network((pixels - self.mean) / self.deviation)
+    @property
+    def sigma(self) -> float | None:
+        """The pixel noise that the classifier was trained for, if known."""
+        return getattr(self.classifier, "sigma", None)
 
 
 def load_base_classifier(
-    model: str,
+    model: Path | str,
     *,
-    sigma: float | None = None,  # pixel noise: the authors' files do not say which they were fine-tuned for
-    weights: Path | None = None,  # of a timm model: safetensors, instead of a download
+    sigma: float | None = None,  # pixel noise; the authors' files do not record it
+    weights: Path | None = None,  # safetensors file for a timm model, instead of a download
     final_norm: bool = True,  # False: the authors' CIFAR-10 models, which skip the last LayerNorm
-    classes: Path | None = None,  # a text file, a class name a line
+    classes: Path | None = None,  # text file with one class name per line
 ) -> LoadedClassifier:
-    """An existing folder is one of ours, an existing file one of the authors', anything else a name of timm's.
+    """Load an existing folder as a model folder, an existing file as an authors' checkpoint, or else a timm model.
 
-    Raises `RRCMError` for what is none of them, cannot be read or downloaded, or does not fit the other arguments.
+    Raises `RRCMError` when `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
     """
     path = Path(model)
     if weights is not None and path.exists():
         raise RRCMError(f"{weights}: weights are for a timm model, and {model} has its own; leave them out")
     if not final_norm and not path.is_file():
-        raise RRCMError(f"{model}: only a checkpoint file of the authors can skip the final norm; leave that out")
+        raise RRCMError(f"{model}: only an authors' checkpoint file can skip the final norm; leave that option out")
     if path.is_dir():
-        subject = _of_classifier(load_classifier(path))
-        subject = subject._replace(sigma=read_json(path / "config.json").get("sigma", subject.sigma))
+        loaded = load_model_folder(path)
     elif path.exists():
-        subject = _of_authors(path, sigma, final_norm)
-    elif complaint := suggest_timm_name(model):
-        raise RRCMError(f"{model}: no such folder or file, and {complaint}")
+        loaded = _load_authors(path, sigma, final_norm)
     else:
-        subject = _of_timm(model, weights)
-    return subject if classes is None else subject._replace(names=_read_names(classes, len(subject.names)))
+        loaded = _load_timm(str(model), weights)
+    return loaded if classes is None else loaded._replace(class_names=_read_class_names(classes, loaded.num_classes))
 
 
-def class_folders(subject: LoadedClassifier) -> dict[str, int]:
-    """The classes by what a folder of their images may be called: number, synset, or name where no other has it."""
-    count = Counter(subject.names)
-    numbers = {str(number): number for number in range(len(subject.names))}
-    synsets = {synset: number for number, synset in enumerate(subject.synsets)}
-    return numbers | synsets | {name: number for number, name in enumerate(subject.names) if count[name] == 1}
+def load_model_folder(folder: Path | str) -> LoadedClassifier:
+    """Load the classifier in a model folder of any kind in KINDS.
+
+    Raises `RRCMError` for a missing or damaged folder and for an unknown kind.
+    """
+    folder = Path(folder)
+    config = read_model_config(folder)
+    check_kind(folder, config, KINDS)
+    return KINDS[config["kind"]](folder, config)
 
 
-def _of_classifier(network: Classifier) -> LoadedClassifier:
-    encoder, numbers = network.encoder, [str(number) for number in range(network.head.out_features)]
-    return LoadedClassifier(network, encoder.patch_embed.img_size[0], encoder.in_chans, network.t / 2, numbers, [])
+def class_folders(loaded: LoadedClassifier) -> dict[str, int]:
+    """Folder names that identify a class: its number, its synset, or its name where no other class has the same."""
+    count = Counter(loaded.class_names)
+    numbers = {str(number): number for number in range(loaded.num_classes)}
+    synsets = {synset: number for number, synset in enumerate(loaded.synsets)}
+    return numbers | synsets | {name: number for number, name in enumerate(loaded.class_names) if count[name] == 1}
 
 
-def _of_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedClassifier:
+def _load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
+    return _describe(classifier_of(folder, config), config["class_names"])
+
+
+def _describe(classifier: NoiseConditionedClassifier, class_names: list[str] | None = None) -> LoadedClassifier:
+    encoder = classifier.encoder
+    numbers = [str(number) for number in range(classifier.num_classes)]
+    return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
+
+
+def _load_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedClassifier:
     if sigma is None:
-        raise RRCMError(f"{path}: does not say which noise it was fine-tuned for; give sigma, in pixel units")
-    network = load_authors_checkpoint(path, sigma=sigma, final_norm=final_norm)
-    if not isinstance(network, Classifier):
-        raise RRCMError(f"{path}: a pre-trained network has no classes; take a fine-tuned one")
-    subject = _of_classifier(network)._replace(sigma=sigma)  # the network is told the nearest of their noise levels
-    return _named_by_imagenet(subject, "imagenet-1k") if len(subject.names) == 1000 else subject
+        raise RRCMError(f"{path}: does not record the noise it was fine-tuned for; give sigma, in pixel units")
+    classifier = load_authors_checkpoint(path, sigma=sigma, final_norm=final_norm)
+    if not isinstance(classifier, NoiseConditionedClassifier):
+        raise RRCMError(f"{path}: a pre-trained network has no classes; use a fine-tuned one")
+    classifier.sigma = sigma  # its t is the nearest noise level of the authors' grid
+    loaded = _describe(classifier)
+    return _with_imagenet_names(loaded, "imagenet-1k") if loaded.num_classes == 1000 else loaded
 
 
-def _of_timm(name: str, weights: Path | None) -> LoadedClassifier:
+def _load_timm(name: str, weights: Path | None) -> LoadedClassifier:
+    from timm.data import infer_imagenet_subset, resolve_model_data_config  # timm takes seconds to import
+
+    from rrcm.models.timm_vit import load_timm, suggest_timm_name
+
+    if complaint := suggest_timm_name(name):
+        raise RRCMError(f"{name}: no such folder or file, and {complaint}")
     network = load_timm(name, weights)
     config = resolve_model_data_config(network)
     channels, height, width = config["input_size"]
     if channels not in (1, 3) or height != width:
-        raise RRCMError(f"{name}: is for images of {channels} x {height} x {width}: must be square, of 1 or 3 channels")
+        raise RRCMError(f"{name}: takes images of {channels} x {height} x {width}: must be square, of 1 or 3 channels")
+    classifier = Normalized(network, network.num_classes, config["mean"], config["std"]).eval()
     numbers = [str(number) for number in range(network.num_classes)]
-    normalized = Normalized(network, config["mean"], config["std"]).eval()
-    subject = LoadedClassifier(normalized, height, channels, None, numbers, [])
+    loaded = LoadedClassifier(classifier, height, channels, numbers)
     subset = infer_imagenet_subset(network)
-    return _named_by_imagenet(subject, subset) if subset else subject
+    return _with_imagenet_names(loaded, subset) if subset else loaded
 
 
-def _named_by_imagenet(subject: LoadedClassifier, subset: str) -> LoadedClassifier:
+def _with_imagenet_names(loaded: LoadedClassifier, subset: str) -> LoadedClassifier:
+    from timm.data import ImageNetInfo
+
     info = ImageNetInfo(subset)
     names = [info.index_to_description(k).split(",")[0] for k in range(info.num_classes())]
-    return subject._replace(names=names, synsets=info.label_names())
+    return loaded._replace(class_names=names, synsets=info.label_names())
 
 
-def _read_names(path: Path, count: int) -> list[str]:
+def _read_class_names(path: Path, count: int) -> list[str]:
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RRCMError(f"{path}: cannot be read as text ({one_line(error)})") from None
     names = [name.strip() for name in names if name.strip()]
     if len(names) != count:
-        raise RRCMError(f"{path}: has {len(names)} class names, the model {count} classes; give one a line, in order")
+        raise RRCMError(
+            f"{path}: has {len(names)} class names, the model {count} classes; give one per line, in the model's order"
+        )
     return names
+
+
+Loader = Callable[[Path, dict], LoadedClassifier]  # (model folder, its config.json) -> classifier
+KINDS: dict[str, Loader] = {"classifier": _load_classifier_folder}

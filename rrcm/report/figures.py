@@ -220,7 +220,7 @@ def draw_attack(
 ) -> Figure:
     """Certified accuracy and accuracy under attack within each of `radii`, with one panel per sigma.
 
-    `summaries` are the results of `attack.summarise` by sigma. In the shaded area between the two black lines the
+    `summaries` are the results of `attack.summarize` by sigma. In the shaded area between the two black lines the
     attacked classifier abstains.
     """
     figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))

@@ -168,6 +168,8 @@ def _train(
             folder,
             best.classifier,
             class_names=images.classes,
+            kind=METHODS[method].classifier,
+            sigma=sigma,
             dtype=config.finetune.weights_dtype,
             method=method,
             seed=config.seed,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 
 
 def teacher_decay(
@@ -45,7 +45,7 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
-def layerwise_lr_scales(classifier: Classifier, decay: float) -> dict[str, float]:
+def layerwise_lr_scales(classifier: NoiseConditionedClassifier, decay: float) -> dict[str, float]:
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.

@@ -21,7 +21,7 @@ from conftest import REPOSITORY, Answer, change, files_of, stage, start
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from rrcm.certification.noise import ESTIMATE, SELECT, counter_normal
+from rrcm.certification.noise import ESTIMATE, SELECT, CounterDraw, counter_normal
 from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import ABSTAIN, ImageState, SampleRequest, SmoothedClassifier, certificate
 from rrcm.certification.stopping import (
@@ -30,10 +30,11 @@ from rrcm.certification.stopping import (
     WHOLE_GRID,
     WRONG_CLASS,
     clopper_pearson_lower,
-    sequential,
+    group_sequential,
 )
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.checkpoints import load_classifier
 from rrcm.utils.errors import RRCMError
 
@@ -97,45 +98,45 @@ def test_fixed_is_plain_certify():
     answers = half_space(batch_size=64).certify(images, stopping="fixed", n0=20, n=300, indices=[5, 0, 9, 2, 7, 1])
     for image, index, answer in zip(images, [5, 0, 9, 2, 7, 1], answers, strict=True):
         predict, radius = plain_certify(HalfSpace(), image, 0.5, 20, 300, 0.001, index)
-        assert (answer.predict, answer.samples, answer.stopped) == (predict, 320, ALL_SAMPLES)
+        assert (answer.prediction, answer.samples, answer.stop_reason) == (predict, 320, ALL_SAMPLES)
         assert answer.radius == pytest.approx(radius, rel=1e-9)
-    assert {answer.predict for answer in answers} == {0, 1, ABSTAIN}
+    assert {answer.prediction for answer in answers} == {0, 1, ABSTAIN}
 
 
 def test_sequential_certifies_what_its_counts_allow():
     """The votes at the look where it stopped, counted again, certify its radius and not the next one."""
     images = torch.stack([torch.full((1, 4, 4), 0.5 + 0.025 * k) for k in range(20)])
-    smoothed, plan = half_space(), sequential(0.5, n=10_000, radius_step=0.1)
+    smoothed, rule = half_space(), group_sequential(0.5, n=10_000, radius_step=0.1)
     answers = smoothed.certify(images, n=10_000, radius_step=0.1)
-    assert {answer.stopped for answer in answers} == {ALL_SAMPLES, FUTILE, WHOLE_GRID}
+    assert {answer.stop_reason for answer in answers} == {ALL_SAMPLES, FUTILE, WHOLE_GRID}
     for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
         m = answer.samples - 100
-        (votes,) = smoothed.vote([SampleRequest(image, index, ESTIMATE, 0, m)])
+        (votes,) = smoothed.count_votes([SampleRequest(image, index, ESTIMATE, 0, m)])
         passed = [
-            int(smoothed.vote([SampleRequest(image, index, ESTIMATE, 0, look)])[0].max())
-            for look in plan.looks
+            int(smoothed.count_votes([SampleRequest(image, index, ESTIMATE, 0, look)])[0].max())
+            for look in rule.looks
             if look <= m
         ]
-        enough = (np.array(passed)[:, None] >= plan.needed[: len(passed)]).any(axis=0)
-        certified = [radius for radius, _ in takewhile(lambda each: each[1], zip(plan.radii, enough, strict=True))]
-        assert (answer.radius if answer.predict != ABSTAIN else None) == (certified[-1] if certified else None)
-        assert answer.predict in (ABSTAIN, int(votes.argmax()))
+        enough = (np.array(passed)[:, None] >= rule.efficacy_counts[: len(passed)]).any(axis=0)
+        certified = [radius for radius, _ in takewhile(lambda each: each[1], zip(rule.radii, enough, strict=True))]
+        assert (answer.radius if answer.prediction != ABSTAIN else None) == (certified[-1] if certified else None)
+        assert answer.prediction in (ABSTAIN, int(votes.argmax()))
 
 
 def test_the_radius_of_a_half_space_is_its_distance_from_below():
     """p_A = Phi(d / sigma) exactly; the certified radius is below d, and close to it at large n."""
     image, distance = torch.full((1, 1, 4, 4), 0.6), 0.1 * math.sqrt(16)
     (answer,) = half_space().certify(image, stopping="fixed")
-    assert answer.predict == 1 and distance - 0.02 < answer.radius < distance
+    assert answer.prediction == 1 and distance - 0.02 < answer.radius < distance
     (answer,) = half_space().certify(image, radius_step=0.125)
-    assert (answer.predict, answer.radius) == (1, 0.375) and answer.samples < 100_000
+    assert (answer.prediction, answer.radius) == (1, 0.375) and answer.samples < 100_000
 
 
 def test_certificates_are_wrong_no_more_often_than_alpha():
     """400 certificates at alpha 0.2 of images whose true radius is known: more than 108 above it has chance < 1e-3."""
     images, distance = torch.full((400, 1, 2, 2), 0.6), 0.2
     answers = half_space().certify(images, stopping="fixed", n0=10, n=200, alpha=0.2)
-    too_far = sum(answer.predict == 0 or answer.radius > distance for answer in answers)
+    too_far = sum(answer.prediction == 0 or answer.radius > distance for answer in answers)
     assert (
         20 <= too_far <= 108
     )  # the bound is exact, so it is not empty either: fewer has chance < 1e-9 at rate >= 0.15
@@ -145,12 +146,12 @@ def test_abstains_on_the_boundary_and_radius_is_capped_by_n():
     boundary, far = torch.full((1, 1, 4, 4), 0.5), torch.full((1, 1, 40, 40), 1.0)
     for stopping in ("fixed", "sequential"):
         (answer,) = half_space().certify(boundary, stopping=stopping, n=500)
-        assert (answer.predict, answer.radius) == (ABSTAIN, 0.0)
+        assert (answer.prediction, answer.radius) == (ABSTAIN, 0.0)
     assert half_space().predict(boundary, n=500) == [ABSTAIN]
     (answer,) = half_space().certify(far, stopping="fixed", n=500)
     assert answer.radius == pytest.approx(0.5 * norm.ppf(0.001 ** (1 / 500)), rel=1e-9)
     (answer,) = half_space().certify(far, n=500, radius_step=0.1)
-    assert (answer.radius, answer.stopped) == (1.1, WHOLE_GRID)  # 500 of 500 have a chance below alpha there
+    assert (answer.radius, answer.stop_reason) == (1.1, WHOLE_GRID)  # 500 of 500 have a chance below alpha there
     assert half_space().predict(far, n=500) == [1]
 
 
@@ -165,9 +166,9 @@ def test_predict_is_the_binomial_test(share, alpha):
 def test_an_evaluation_stops_at_a_wrong_class_and_only_then():
     images = torch.full((3, 1, 4, 4), 0.9)
     with_labels = half_space().certify(images, labels=[1, 0, 1], n=1000)
-    assert [answer.stopped for answer in with_labels] == [WHOLE_GRID, WRONG_CLASS, WHOLE_GRID]
-    assert (with_labels[1].predict, with_labels[1].radius, with_labels[1].samples) == (1, 0.0, 100)
-    assert half_space().certify(images, n=1000)[1].stopped == WHOLE_GRID
+    assert [answer.stop_reason for answer in with_labels] == [WHOLE_GRID, WRONG_CLASS, WHOLE_GRID]
+    assert (with_labels[1].prediction, with_labels[1].radius, with_labels[1].samples) == (1, 0.0, 100)
+    assert half_space().certify(images, n=1000)[1].stop_reason == WHOLE_GRID
     exact = half_space().certify(images, labels=[1, 0, 1], stopping="fixed", n=1000)  # Cohen's never stops early
     assert [answer.samples for answer in exact] == [1100] * 3 and exact[1].radius > 1
 
@@ -177,18 +178,18 @@ def test_an_evaluation_stops_at_a_wrong_class_and_only_then():
 
 def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) -> dict:
     _, pixels, labels, indices = digits
-    plan = sequential(smoothed.sigma, radius_step=0.05, **settings)
+    rule = group_sequential(smoothed.sigma, radius_step=0.05, **settings)
     candidates = [ImageState(*each) for each in list(zip(indices, pixels, labels, strict=True))[order]]
-    for moved in smoothed.run(candidates, plan, at_once=at_once):
+    for moved in smoothed.certify_stream(candidates, rule, at_once=at_once):
         assert len(moved) <= (at_once or len(pixels))
-    return {candidate.index: certificate(candidate, plan) for candidate in candidates}
+    return {candidate.index: certificate(candidate, rule) for candidate in candidates}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_certificates_do_not_depend_on_company_or_order(digits, precision):
     smoothed = SmoothedClassifier(digits[0], 0.5, 10, batch_size=256, precision=precision)
     expected = certificates(smoothed, digits, n=2000)
-    assert {answer.stopped for answer in expected.values()} >= {ALL_SAMPLES, FUTILE, WRONG_CLASS}
+    assert {answer.stop_reason for answer in expected.values()} >= {ALL_SAMPLES, FUTILE, WRONG_CLASS}
     assert certificates(smoothed, digits, n=2000, order=slice(None, None, -1)) == expected
     assert certificates(smoothed, digits, n=2000, at_once=1) == expected
     assert certificates(smoothed, digits, n=2000, at_once=5) == expected
@@ -201,7 +202,8 @@ def test_another_batch_size_changes_next_to_no_vote(digits):
     model, pixels, _, _ = digits
     requests = [SampleRequest(image, i, ESTIMATE, 0, 10_000) for i, image in enumerate(pixels[:4])]
     votes = [
-        SmoothedClassifier(model, 0.5, 10, batch_size=size, precision="bf16").vote(requests) for size in (64, 1000)
+        SmoothedClassifier(model, 0.5, 10, batch_size=size, precision="bf16").count_votes(requests)
+        for size in (64, 1000)
     ]
     assert np.abs(votes[0] - votes[1]).sum(1).max() / 2 <= 20
     one, other = (
@@ -214,7 +216,7 @@ def test_another_batch_size_changes_next_to_no_vote(digits):
 def test_every_sample_is_drawn_once_and_padding_does_not_vote(batch_size):
     smoothed, images = half_space(batch_size=batch_size), torch.rand(3, 1, 4, 4)
     lengths = [1050, 1, 77]
-    votes = smoothed.vote(
+    votes = smoothed.count_votes(
         [SampleRequest(image, i, ESTIMATE, 3, 3 + m) for i, (image, m) in enumerate(zip(images, lengths, strict=True))]
     )
     assert votes.sum(1).tolist() == lengths
@@ -271,7 +273,7 @@ def test_it_is_a_module_that_stays_in_eval_mode(digits):
 
 def test_forward_is_the_mean_softmax_over_its_copies(digits):
     model, pixels, _, _ = digits
-    smoothed = SmoothedClassifier(model, 0.5, 10, samples=2000)
+    smoothed = SmoothedClassifier(model, 0.5, 10, num_noise=2000)
     with torch.no_grad():
         shares = smoothed(pixels[:2]).exp()
         votes = model(pixels[0] + 0.5 * torch.randn(4000, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
@@ -284,7 +286,7 @@ def test_a_compiled_model_votes_the_same():
     torch.manual_seed(0)
     model, image = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10)), torch.rand(1, 8, 8)
     plain, compiled = (
-        SmoothedClassifier(model, 0.5, 10, batch_size=250, compile=switch).vote(
+        SmoothedClassifier(model, 0.5, 10, batch_size=250, compile=switch).count_votes(
             [SampleRequest(image, 0, ESTIMATE, 0, 2000)]
         )
         for switch in (False, True)
@@ -351,10 +353,10 @@ def test_a_second_library_agrees(digits):
     ours = SmoothedClassifier(model, sigma, 10).certify(pixels, stopping="fixed", n=n, indices=indices)
     decided = 0
     for answer, predict, radius in zip(ours, classes, radii, strict=True):
-        if answer.predict == ABSTAIN or predict == -1:
+        if answer.prediction == ABSTAIN or predict == -1:
             continue
         decided += 1
-        assert answer.predict == predict
+        assert answer.prediction == predict
         p, q = norm.cdf(answer.radius / sigma), norm.cdf(radius / sigma)
         assert abs(p - q) < 5 * math.sqrt(2 * max(p * (1 - p), 1e-3) / n)
     assert decided >= 3
@@ -369,6 +371,106 @@ def test_a_second_library_wraps_it(digits):
     with torch.no_grad():
         assert np.allclose(wrapped.predict(pixels[:4].numpy()), smoothed(pixels[:4]).numpy(), atol=1e-6)
     assert np.abs(wrapped.loss_gradient(pixels[:4].numpy(), np.eye(10)[:4])).sum() > 0
+
+
+# --- stochastic classifiers -------------------------------------------------------------------------------------------
+
+
+class Dithered(BaseClassifier):
+    """Compares the mean pixel with 0.5 after adding noise of its own: class 1 with probability Phi(d / s)."""
+
+    num_classes, stochastic = 2, True
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, noisy: torch.Tensor, draw=None) -> torch.Tensor:
+        score = noisy.flatten(1).mean(1) - 0.5 + 0.3 * draw.normal("dither", (3,)).to(noisy.dtype).mean(1)
+        return self.gain * torch.stack([-score, score], dim=1)
+
+
+def dithered(**options) -> SmoothedClassifier:
+    return SmoothedClassifier(Dithered(), 0.5, 2, **options)
+
+
+GREYS = torch.stack([torch.full((1, 2, 2), 0.3 + 0.05 * k) for k in range(10)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stochastic_classifier_votes_the_same_in_any_company(precision):
+    requests = [SampleRequest(image, 7 * i, ESTIMATE, 5, 400 + 20 * i) for i, image in enumerate(GREYS)]
+    expected = dithered(batch_size=64, precision=precision).count_votes(requests)
+    assert (expected.min(1) > 20).all()  # no image is decided without chance
+    for size in (13, 4096):
+        assert (dithered(batch_size=size, precision=precision).count_votes(requests) == expected).all()
+    order = [3, 9, 0, 5, 1, 2, 8, 4, 7, 6]
+    backwards = dithered(batch_size=100, precision=precision).count_votes([requests[i] for i in order])
+    assert (backwards == expected[order]).all()
+    halves = [
+        dithered(precision=precision).count_votes([SampleRequest(r.image, r.index, ESTIMATE, start, stop)])[0]
+        for r in requests
+        for start, stop in ((5, 100), (100, r.stop))
+    ]
+    assert (np.array(halves).reshape(10, 2, 2).sum(1) == expected).all()
+
+
+def test_a_stochastic_classifier_is_certified_the_same_in_any_company_and_after_a_kill():
+    settings = {"n": 2000, "radius_step": 0.1}
+    expected = dithered(batch_size=64).certify(GREYS, **settings)
+    assert len({answer.radius for answer in expected}) > 2
+    assert dithered(batch_size=500).certify(GREYS, **settings) == expected
+    order = list(range(10))[::-1]
+    assert dithered(batch_size=33).certify(GREYS[order], indices=order, **settings) == expected[::-1]
+
+    rule, states = group_sequential(0.5, **settings), [ImageState(i, image) for i, image in enumerate(GREYS)]
+    next(dithered(batch_size=10).certify_stream(states, rule, at_once=4))  # stopped after one round, saved and restored
+    saved = [json.loads(json.dumps({k: v for k, v in vars(state).items() if k != "image"})) for state in states]
+    restored = [ImageState(image=image, **state) for image, state in zip(GREYS, saved, strict=True)]
+    assert any(state.samples for state in restored) and not all(state.stop_reason for state in restored)
+    for _ in dithered(batch_size=77).certify_stream(restored, rule):
+        pass
+    assert [certificate(state, rule) for state in restored] == expected
+
+
+def test_a_stochastic_classifier_is_given_draws_by_predict_and_forward():
+    assert dithered().predict(GREYS, n=1000) == dithered(batch_size=9).predict(GREYS, n=1000)
+    smoothed, images = dithered(num_noise=5000), GREYS.clone().requires_grad_()
+    shares = smoothed(images).exp()
+    assert torch.equal(shares, smoothed(images).exp())
+    assert (shares[1:, 1] > shares[:-1, 1]).all()
+    shares[:, 1].sum().backward()
+    assert (images.grad > 0).all()
+    one, other = dithered(seed=1)(GREYS), dithered(seed=2)(GREYS)
+    assert not torch.allclose(one, other)
+
+
+def test_a_stochastic_classifier_answers_with_the_probability_of_both_noises():
+    """Smoothing noise and its own are independent: their variances add up."""
+    n, distance = 40_000, 0.1
+    ((_, count),) = dithered().count_votes([SampleRequest(torch.full((1, 2, 2), 0.6), 0, ESTIMATE, 0, n)])
+    p = norm.cdf(distance / math.sqrt(0.5**2 / 4 + 0.3**2 / 3))
+    assert abs(count / n - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_draws_depend_on_their_row_and_name_alone():
+    purpose, image, sample = torch.tensor([[1, 1, 2], [0, 5, 5], [0, 0, 9]])
+    draw = CounterDraw(0, purpose, image, sample)
+    whole = draw.normal("a", (2, 3))
+    assert whole.shape == (3, 2, 3) and whole.dtype == torch.float32
+    assert torch.equal(draw.normal("a", (2, 3)), whole)
+    for row in range(3):
+        alone = CounterDraw(0, *(values[row : row + 1] for values in (purpose, image, sample)))
+        assert torch.equal(alone.normal("a", (2, 3))[0], whole[row])
+    different = [whole, draw.normal("b", (2, 3)), CounterDraw(1, purpose, image, sample).normal("a", (2, 3))]
+    different += [counter_normal((2, 3), 0, purpose, image, sample)]  # the smoothing noise
+    values = torch.cat(different).flatten()
+    assert len(values.unique()) == len(values)
+
+
+def test_a_stochastic_classifier_is_not_compiled():
+    with pytest.raises(RRCMError, match=r"^compile = True: a stochastic classifier cannot be compiled.*$"):
+        dithered(compile=True)
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
@@ -396,11 +498,11 @@ def test_the_stage_writes_what_the_engine_answers(trained):
     answers = smoothed.certify(
         pixels.float() / 255, labels, n=1000, radius_step=config.certify.radius_step, indices=indices
     )
-    assert frame["predict"].tolist() == [answer.predict for answer in answers]
+    assert frame["predict"].tolist() == [answer.prediction for answer in answers]
     assert frame["radius"].tolist() == [answer.radius for answer in answers]
     rows = [line.split("\t") for line in (trained / "certificates/rrcm/sigma_0.5.samples.tsv").read_text().splitlines()]
-    assert rows[0] == ["idx", "samples", "stopped"]
-    assert rows[1:] == [[str(i), str(a.samples), a.stopped] for i, a in zip(indices, answers, strict=True)]
+    assert rows[0] == ["idx", "samples", "stop_reason"]
+    assert rows[1:] == [[str(i), str(a.samples), a.stop_reason] for i, a in zip(indices, answers, strict=True)]
 
 
 def test_the_stage_does_fixed_as_well(certified):
@@ -424,18 +526,18 @@ def crew(folder: Path, world: int = 2) -> list:
 
 
 def test_two_processes_write_the_same_bytes(certified, trained):
-    init_distributed = crew(certified)
-    for process in init_distributed:
+    processes = crew(certified)
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in init_distributed] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
 
 
-def kill_at(folder: Path, lines: int, init_distributed: list) -> None:
+def kill_at(folder: Path, lines: int, processes: list) -> None:
     """SIGKILL the processes when their journals hold so many lines."""
     while sum(path.read_text().count("\n") for path in folder.glob("runs/certify-*/journal-*.txt")) < lines:
-        assert any(process.is_alive() for process in init_distributed), "it was done before it could be killed"
-    for process in init_distributed:
+        assert any(process.is_alive() for process in processes), "it was done before it could be killed"
+    for process in processes:
         process.kill()
         process.join()
 
@@ -448,15 +550,20 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
     journal = folder / "journal-0.txt"
     *_, last = journal.read_text().splitlines()
     checksum, _, text = last.partition(" ")
-    furthest = json.loads(text) | {"top": 3, "count": 0, "samples": 10**6, "stopped": ALL_SAMPLES}  # if it is believed
+    furthest = json.loads(text) | {
+        "top_class": 3,
+        "top_count": 0,
+        "samples": 10**6,
+        "stop_reason": ALL_SAMPLES,
+    }  # if it is believed
     with journal.open("a") as file:
         file.write(f'{checksum} {json.dumps(furthest)}\n12345678 {{"index": 1, "lab')
     kill_at(certified, 80, [start(certified, "certify", "rrcm", "0.5")])
     assert not (certified / "certificates").exists()
-    init_distributed = crew(certified)
-    for process in init_distributed:
+    processes = crew(certified)
+    for process in processes:
         process.join()
-    assert [process.exitcode for process in init_distributed] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
     assert not list((certified / "runs").glob("*"))
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, WORD, box_muller, counter_normal, philox4x32
+from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, UINT32, box_muller, counter_normal, philox4x32
 
 
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((WORD,) * 4, (WORD, WORD), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((UINT32,) * 4, (UINT32, UINT32), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             (0xA4093822, 0x299F31D0),
@@ -85,7 +85,7 @@ def test_it_is_standard_normal():
 
 
 def test_the_extreme_words_are_finite():
-    words = torch.tensor([0, 1, 2**31, WORD])
+    words = torch.tensor([0, 1, 2**31, UINT32])
     one, other = (side.flatten() for side in torch.meshgrid(words, words, indexing="ij"))
     normals = torch.stack(box_muller(one, other))
     assert normals.isfinite().all() and normals.abs().max() < 6.8

@@ -80,8 +80,8 @@ def test_reads_what_other_groups_write(tmp_path: Path):
 
 
 def test_samples_read_back_as_written(tmp_path: Path):
-    rows = [(3, 200, "hopeless"), (0, 100, "wrong class"), (6, 1100, "all samples"), (9, 850, "whole grid")]
-    frame = pd.DataFrame(rows, columns=["idx", "samples", "stopped"])
+    rows = [(3, 200, "futile"), (0, 100, "wrong class"), (6, 1100, "all samples"), (9, 850, "whole grid")]
+    frame = pd.DataFrame(rows, columns=["idx", "samples", "stop_reason"])
     write_samples(tmp_path / "samples.tsv", frame.assign(label=0))
     pd.testing.assert_frame_equal(read_samples(tmp_path / "samples.tsv"), frame)
 
@@ -90,16 +90,16 @@ def test_samples_read_back_as_written(tmp_path: Path):
     ("row", "message"),
     [
         ("3\t100", "has 2 tab-separated fields, must have 3"),
-        ("3\tmany\thopeless", "invalid literal for int"),
-        ("3\t0\thopeless", "idx 3, samples 0: must be a place, and at least 1"),
-        ("-3\t100\thopeless", "idx -3, samples 100: must be a place"),
-        ("3\t100\tbored", "stopped 'bored': must be all samples or whole grid or hopeless or wrong class"),
-        ("0\t100\thopeless", "idx 0 is there twice"),
+        ("3\tmany\tfutile", "invalid literal for int"),
+        ("3\t0\tfutile", "idx 3, samples 0: must be at least 0 and at least 1"),
+        ("-3\t100\tfutile", "idx -3, samples 100: must be at least 0"),
+        ("3\t100\tbored", "stop_reason 'bored': must be all samples or whole grid or futile or wrong class"),
+        ("0\t100\tfutile", "idx 0 occurs twice"),
     ],
 )
 def test_malformed_samples_name_file_and_line(tmp_path: Path, row: str, message: str):
     path = tmp_path / "bad.samples.tsv"
-    path.write_text(f"idx\tsamples\tstopped\n0\t100\thopeless\n{row}\n")
+    path.write_text(f"idx\tsamples\tstop_reason\n0\t100\tfutile\n{row}\n")
     with pytest.raises(RRCMError) as error:
         read_samples(path)
     assert str(error.value).startswith(f"{path}, line 3: ")
@@ -132,9 +132,9 @@ def test_written_certificates_read_back_bit_for_bit(tmp_path_factory: pytest.Tem
         ("1\t1\t2\t0.5\t1\t0", "correct 1 does not fit label 1 and predict 2"),
         ("1\t1\t1\t0.5\t0\t0", "correct 0 does not fit"),
         ("1\t-1\t-1\t0\t0\t0", "label -1: the true class is unknown"),
-        ("1\t-2\t-1\t0\t0\t0", "must be classes and places"),
-        ("1\t1\t-2\t0\t0\t0", "or predict -1"),
-        ("0\t1\t1\t0.5\t1\t0", "idx 0 is there twice"),
+        ("1\t-2\t-1\t0\t0\t0", "must be at least 0"),
+        ("1\t1\t-2\t0\t0\t0", "predict at least -1"),
+        ("0\t1\t1\t0.5\t1\t0", "idx 0 occurs twice"),
         ("1\t1\t1\t0.5\t1\tsoon", "could not convert string to float: 'soon'"),
     ],
 )
@@ -153,10 +153,10 @@ def test_malformed_row_names_file_and_line(tmp_path: Path, row: str, message: st
     [
         (None, "no such file"),
         (b"", "line 1: must be a tab-separated header"),
-        (HEADER.replace("\t", ",").encode(), "line 1: must be a tab-separated header that has each of idx label"),
+        (HEADER.replace("\t", ",").encode(), "line 1: must be a tab-separated header with each of idx label"),
         (HEADER.replace("radius\t", "").encode(), "line 1: must be a tab-separated header"),  # as of Cohen's PREDICT
         (f"{HEADER}\tradius".encode(), "line 1: .* once"),
-        (HEADER.encode() + b"\n", "holds no rows"),
+        (HEADER.encode() + b"\n", "has a header but no rows"),
         (b"\xff\xfe", "cannot be read as text"),
     ],
 )

@@ -24,7 +24,7 @@ from rrcm.certification.stopping import (
     WHOLE_GRID,
     WRONG_CLASS,
     clopper_pearson_lower,
-    sequential,
+    group_sequential,
 )
 from rrcm.utils.errors import RRCMError
 
@@ -35,7 +35,7 @@ CLASSES = st.sampled_from([2, 3, 10, 1000])
 SIGMAS = st.floats(-4, 4).map(lambda exponent: 10**exponent)
 ALPHAS = st.sampled_from([1e-300, 1e-9, 0.001, 0.05, 0.3, 0.5])
 SAMPLES = st.integers(1, 500)
-PROCEDURES = st.sampled_from(["fixed", "sequential"])
+STOPPING = st.sampled_from(["fixed", "sequential"])
 
 
 class Constant(nn.Module):
@@ -73,7 +73,7 @@ def cases(draw: st.DrawFn) -> tuple[SmoothedClassifier, torch.Tensor]:
     classes = draw(CLASSES)
     model = Linear(math.prod(shape), classes, draw(st.integers(0, 3)))
     smoothed = SmoothedClassifier(
-        model, draw(SIGMAS), classes, seed=draw(st.integers(-1, 5)), batch_size=draw(BATCH_SIZES), samples=5
+        model, draw(SIGMAS), classes, seed=draw(st.integers(-1, 5)), batch_size=draw(BATCH_SIZES), num_noise=5
     )
     return smoothed, torch.rand(count, *shape, generator=generator)
 
@@ -88,15 +88,15 @@ def check_sane(answers: list[Certificate], images: int, classes: int, n0: int, n
     """What holds of any answer."""
     assert len(answers) == images
     for answer in answers:
-        assert isinstance(answer.predict, int)
+        assert isinstance(answer.prediction, int)
         assert isinstance(answer.samples, int)
-        assert ABSTAIN <= answer.predict < classes
+        assert ABSTAIN <= answer.prediction < classes
         assert 0 <= answer.radius < math.inf
         assert n0 <= answer.samples <= n0 + n
-        assert answer.stopped in (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
-        if answer.predict == ABSTAIN or answer.stopped == WRONG_CLASS:
+        assert answer.stop_reason in (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
+        if answer.prediction == ABSTAIN or answer.stop_reason == WRONG_CLASS:
             assert answer.radius == 0
-        if answer.stopped == WRONG_CLASS:
+        if answer.stop_reason == WRONG_CLASS:
             assert answer.samples == n0
 
 
@@ -121,21 +121,21 @@ def test_a_constant_classifier_has_the_radius_of_n_votes_out_of_n(classes, data,
     bound = alpha ** (1 / n)
     right = (ABSTAIN, 0.0) if bound < 0.5 else (answer, pytest.approx(sigma * ndtri(bound), rel=1e-9, abs=1e-9 * sigma))
     for certificate in smoothed.certify(images, stopping="fixed", **numbers):
-        assert (certificate.predict, certificate.radius) == right
-        assert (certificate.samples, certificate.stopped) == (n0 + n, ALL_SAMPLES)
+        assert (certificate.prediction, certificate.radius) == right
+        assert (certificate.samples, certificate.stop_reason) == (n0 + n, ALL_SAMPLES)
 
     reach = sigma * ndtri(bound)
     answers = smoothed.certify(images, radius_step=radius_step, **numbers)
     check_sane(answers, 2, classes, n0, n)
     for certificate in answers:
-        assert certificate.predict == (answer if reach >= 0 else ABSTAIN)
+        assert certificate.prediction == (answer if reach >= 0 else ABSTAIN)
         assert certificate.radius == pytest.approx(radius_step * (max(reach, 0) // radius_step), rel=1e-9)
-        assert certificate.stopped == WHOLE_GRID if reach >= 0 else certificate.stopped in (FUTILE, ALL_SAMPLES)
+        assert certificate.stop_reason == WHOLE_GRID if reach >= 0 else certificate.stop_reason in (FUTILE, ALL_SAMPLES)
 
     assert smoothed.predict(images, n=n, alpha=alpha) == [answer if binomtest(n, n).pvalue <= alpha else ABSTAIN] * 2
 
 
-@given(cases(), PROCEDURES, SAMPLES, st.integers(1, 50), ALPHAS, st.floats(0.1, 3), BATCH_SIZES, st.data())
+@given(cases(), STOPPING, SAMPLES, st.integers(1, 50), ALPHAS, st.floats(0.1, 3), BATCH_SIZES, st.data())
 @QUICK
 def test_an_image_has_one_answer(case, stopping, n, n0, alpha, step, batch_size, data):
     """Whatever the batch size, the company, the order and the float type; and labels only end it sooner."""
@@ -153,13 +153,13 @@ def test_an_image_has_one_answer(case, stopping, n, n0, alpha, step, batch_size,
 
     labels = data.draw(st.lists(st.integers(0, 1), min_size=len(images), max_size=len(images)))
     for labelled, answer, label in zip(smoothed.certify(images, labels, **options), answers, labels, strict=True):
-        if labelled.stopped == WRONG_CLASS:
+        if labelled.stop_reason == WRONG_CLASS:
             assert stopping == "sequential"
-            assert labelled.predict != label
-            assert answer.predict in (ABSTAIN, labelled.predict)
+            assert labelled.prediction != label
+            assert answer.prediction in (ABSTAIN, labelled.prediction)
         else:
             assert labelled == answer
-            assert stopping == "fixed" or answer.predict in (ABSTAIN, label)
+            assert stopping == "fixed" or answer.prediction in (ABSTAIN, label)
 
 
 @given(cases(), SAMPLES, st.integers(1, 50), ALPHAS, st.floats(0.1, 3))
@@ -168,23 +168,25 @@ def test_sequential_is_fixed_at_each_look(case, n, n0, alpha, step):
     """Counted again, sample by sample: the radii are certified one by one, each when the exact bound of `fixed` at a
     look, with the alpha that is left for that radius there, reaches it."""
     smoothed, images = case
-    plan = sequential(smoothed.sigma, n0=n0, n=n, alpha=alpha, radius_step=step * smoothed.sigma)
+    rule = group_sequential(smoothed.sigma, n0=n0, n=n, alpha=alpha, radius_step=step * smoothed.sigma)
     answers = smoothed.certify(images, n=n, n0=n0, alpha=alpha, radius_step=step * smoothed.sigma)
-    spent = binom.sf(plan.needed - 1, np.array(plan.looks)[:, None], ndtr(np.array(plan.radii) / smoothed.sigma))
-    left = np.cumsum(plan.alphas)[:, None] - np.cumsum(spent, axis=0) + spent  # (looks, radii)
+    spent = binom.sf(
+        rule.efficacy_counts - 1, np.array(rule.looks)[:, None], ndtr(np.array(rule.radii) / smoothed.sigma)
+    )
+    left = np.cumsum(rule.alphas)[:, None] - np.cumsum(spent, axis=0) + spent  # (looks, radii)
     for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
-        top = smoothed.vote([SampleRequest(image, index, SELECT, 0, n0)])[0].argmax()
-        level, seen = 0, [look for look in plan.looks if look <= answer.samples - n0]
+        top = smoothed.count_votes([SampleRequest(image, index, SELECT, 0, n0)])[0].argmax()
+        level, seen = 0, [look for look in rule.looks if look <= answer.samples - n0]
         assert seen[-1] == answer.samples - n0
         for look, alphas in zip(seen, left[: len(seen)], strict=True):
-            count = int(smoothed.vote([SampleRequest(image, index, ESTIMATE, 0, look)])[0][top])
-            while level < len(plan.radii):
+            count = int(smoothed.count_votes([SampleRequest(image, index, ESTIMATE, 0, look)])[0][top])
+            while level < len(rule.radii):
                 bound = clopper_pearson_lower(count, look, alphas[level])
-                if bound < ndtr(plan.radii[level] / smoothed.sigma) * (1 - 1e-12):
+                if bound < ndtr(rule.radii[level] / smoothed.sigma) * (1 - 1e-12):
                     break
                 level += 1
-        assert (answer.predict, answer.radius) == ((top, plan.radii[level - 1]) if level else (ABSTAIN, 0.0))
-        assert answer.stopped == FUTILE or answer.samples == n0 + n or level == len(plan.radii)
+        assert (answer.prediction, answer.radius) == ((top, rule.radii[level - 1]) if level else (ABSTAIN, 0.0))
+        assert answer.stop_reason == FUTILE or answer.samples == n0 + n or level == len(rule.radii)
 
 
 @given(cases(), SAMPLES, ALPHAS, BATCH_SIZES)
@@ -198,7 +200,7 @@ def test_predict_is_the_binomial_test_of_plainly_counted_votes(case, n, alpha, b
         noise = counter_normal(images.shape[1:], smoothed.seed, PREDICT * row, index * row, torch.arange(n))
         noisy = images[index].expand_as(noise).add(noise, alpha=smoothed.sigma)
         votes = smoothed.model(noisy).argmax(1).bincount(minlength=smoothed.num_classes).numpy()
-        assert (smoothed.vote([SampleRequest(images[index], index, PREDICT, 0, n)])[0] == votes).all()
+        assert (smoothed.count_votes([SampleRequest(images[index], index, PREDICT, 0, n)])[0] == votes).all()
         runner_up, top = np.sort(votes)[-2:].tolist()
         sure = binomtest(top, top + runner_up).pvalue <= alpha
         assert answer == (votes.argmax() if sure else ABSTAIN)
@@ -226,7 +228,7 @@ COUNTS = st.sampled_from([-1, 0, 1, 2, 101, 2**31, 10**30, 1.0, 100.5, math.inf,
 
 
 @given(
-    PROCEDURES,
+    STOPPING,
     NUMBERS,
     st.fixed_dictionaries({}, optional={"alpha": NUMBERS, "radius_step": NUMBERS, "n": COUNTS, "n0": COUNTS}),
     st.booleans(),
@@ -319,14 +321,14 @@ class Wrong(nn.Module):
 )
 def test_a_model_that_does_not_answer_a_logit_a_class_is_refused(change, batch_size, method):
     smoothed = SmoothedClassifier(Wrong(change), 0.5, 3, batch_size=batch_size)
-    with pytest.raises(RRCMError, match=r"^the model answers .*$"):
+    with pytest.raises(RRCMError, match=r"^the model returns .*$"):
         getattr(smoothed, method)(torch.zeros(2, 1, 2, 2))
 
 
 @pytest.mark.parametrize("stopping", ["fixed", "sequential"])
 def test_a_model_that_answers_nan_is_refused(stopping):
     smoothed = SmoothedClassifier(Wrong(lambda logits: logits.log()), 0.5, 3)  # of negative pixels
-    with pytest.raises(RRCMError, match=r"^the model answers NaN .*$"):
+    with pytest.raises(RRCMError, match=r"^the model returns NaN .*$"):
         smoothed.certify(torch.zeros(2, 1, 2, 2), stopping=stopping, n=50)
 
 
@@ -337,6 +339,6 @@ def test_impossible_memory_is_refused(memory_gib):
 
 
 @pytest.mark.parametrize("stopping", ["", "Fixed", None])
-def test_an_unknown_procedure_is_refused(stopping):
+def test_an_unknown_stopping_rule_is_refused(stopping):
     with pytest.raises(RRCMError, match=r"^stopping = .*$"):
         SmoothedClassifier(Linear(4, 2), 0.5, 2).certify(torch.zeros(1, 1, 2, 2), stopping=stopping)

@@ -15,8 +15,9 @@ from rrcm.certification.results import ABSTAIN, read_certificates, write_certifi
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Attack, load_config
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.evaluation.attack import evenly_spaced, pgd, project, smoothed_victim, worst_predictions
+from rrcm.evaluation.attack import evenly_spaced, pgd, project, smoothed_target, unsmoothed_target, worst_predictions
 from rrcm.evaluation.metrics import certified_accuracy
+from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.progress import Progress
 
@@ -97,7 +98,7 @@ def test_a_smoothed_half_space_falls_just_above_its_radius_and_not_below():
     """Smoothed, a half-space is itself: its radius is the distance to the plane. PREDICT errs with chance 1e-6."""
     torch.manual_seed(2)
     direction = nn.functional.normalize(torch.randn(16), dim=0)
-    smoothed = SmoothedClassifier(half_space(direction), 0.25, 2, samples=8)
+    smoothed = SmoothedClassifier(half_space(direction), 0.25, 2, num_noise=8)
     images = (0.5 + 0.25 * direction).view(1, 1, 4, 4).repeat(4, 1, 1, 1)
     labels, radius = torch.ones(4, dtype=torch.int64), 0.25 * torch.tensor([0.0, 0.96, 1.04, 1.3])
     attacked = pgd(smoothed, images, labels, radius, steps=10)
@@ -109,19 +110,19 @@ def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
     answers = {7: [1, 1, 1], 8: [1, ABSTAIN, 1], 9: [ABSTAIN, 0, None], 10: [2, None, None]}
     asked, radii = dict.fromkeys(answers, 0), [0.0, 0.1, 0.2]
 
-    def answer(images: torch.Tensor, indices: list[int]) -> list[int]:
-        assert len(images) == len(indices) <= SETTINGS.batch
+    def predict(images: torch.Tensor, indices: list[int]) -> list[int]:
+        assert len(images) == len(indices) <= SETTINGS.batch_size
         found = [answers[index][asked[index]] for index in indices]
         for index in indices:
             asked[index] += 1
         return found
 
-    victim = smoothed_victim(SmoothedClassifier(half_space(torch.ones(4)), 0.5, 2), n=1, alpha=0.5)._replace(
-        answer=answer
+    target = smoothed_target(SmoothedClassifier(half_space(torch.ones(4)), 0.5, 2), n=1, alpha=0.5)._replace(
+        predict=predict
     )
     with Progress(12, "attack", "attacks") as progress:
         worst = worst_predictions(
-            victim,
+            target,
             torch.full((4, 1, 2, 2), 0.5),
             np.array([7, 8, 9, 10]),
             np.ones(4, np.int64),
@@ -131,6 +132,29 @@ def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
         )
     assert worst.T.tolist() == [[1, 1, 1], [1, ABSTAIN, ABSTAIN], [ABSTAIN, 0, 0], [2, 2, 2]]
     assert progress.done == 12
+
+
+def test_the_base_classifier_is_attacked_without_noise_of_its_own_changing():
+    """A stochastic one keeps its draws, so that the attack climbs one function, and reaches its worst case."""
+
+    class Shifted(BaseClassifier):
+        num_classes, stochastic = 2, True
+
+        def forward(self, noisy, draw=None):
+            score = noisy.flatten(1).mean(1) - 0.5 + 0.1 * draw.normal("shift", (1,))[:, 0]
+            return torch.stack([-score, score], dim=1)
+
+    target = unsmoothed_target(Shifted(), seed=3)
+    images = torch.full((3, 1, 4, 4), 0.9)
+    logits = target.network(images)
+    assert torch.equal(logits, target.network(images)) and torch.equal(logits[0], logits[2])
+    assert target.predict(images, [5, 6, 7]) == [1, 1, 1]
+    distance = 4 * float(logits[0, 1].detach())  # the mean of 16 pixels moves by a quarter of the L2 distance
+    for factor, expected in ((0.95, 1), (1.05, 0)):
+        radius = torch.full((3,), factor * distance)
+        attacked = pgd(target.network, images, torch.ones(3, dtype=torch.int64), radius)
+        assert target.predict(attacked, [5, 6, 7]) == [expected] * 3
+    assert unsmoothed_target(half_space(torch.ones(4))).predict(torch.ones(1, 1, 2, 2), [0]) == [1]
 
 
 def test_a_part_of_the_images_is_spread_over_all():
@@ -221,7 +245,7 @@ def test_a_false_certificate_is_found_and_said(attackable):
 def test_certificates_that_are_missing_or_of_other_images_are_refused(attackable):
     path = attackable / "certificates/rrcm/sigma_0.5.tsv"
     write_certificates(path, read_certificates(path).iloc[1:])
-    for complaint in ("certifies other images than the settings name", "no such file"):
+    for complaint in ("is for other images than the settings select", "no such file"):
         answer = stage(attackable, "attack", "rrcm")
         assert answer.returncode == 1
         assert answer.stderr.startswith(f"error: certificates/rrcm/sigma_0.5.tsv: {complaint}")

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from rrcm.models import vit
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import architecture, load_classifier, load_encoder, save_model
 from rrcm.models.vit import Block, NoiseConditionedViT, attention, time_embedding
 from rrcm.training.budget import matched_epochs
@@ -165,7 +165,7 @@ def test_moco_initialisation_has_its_bounds():
 
 
 def test_models_come_back_from_disk_bit_for_bit(tmp_path):
-    classifier = Classifier(small(), num_classes=7, t=1.0).eval()
+    classifier = NoiseConditionedClassifier(small(), num_classes=7, t=1.0).eval()
     save_model(tmp_path / "c", classifier, method="rrcm")
     save_model(tmp_path / "e", classifier.encoder)
     pixels = torch.rand(2, 1, 8, 8)
@@ -177,7 +177,7 @@ def test_models_come_back_from_disk_bit_for_bit(tmp_path):
 
 
 def test_layer_rates():
-    rates = layerwise_lr_scales(Classifier(small(), 10, 1.0), 0.5)
+    rates = layerwise_lr_scales(NoiseConditionedClassifier(small(), 10, 1.0), 0.5)
     assert rates["encoder.patch_embed.proj.weight"] == rates["encoder.cls_token"] == rates["encoder.pos_embed"] == 0.125
     assert rates["encoder.blocks.0.attn.qkv.weight"] == 0.25 and rates["encoder.blocks.1.mlp.fc1.bias"] == 0.5
     assert rates["encoder.norm.weight"] == rates["head.weight"] == 1.0

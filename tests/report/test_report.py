@@ -95,10 +95,10 @@ def make_inputs(config: Config, root: Path) -> None:
             predict[abs(z) < 0.1] = -1
             step, correct = config.certify.radius_step, predict == label
             radius = np.where(correct, step * (sigma * abs(z) // step), 0.0)
-            stopped = np.select([correct, predict < 0], [ALL_SAMPLES, FUTILE], WRONG_CLASS)
+            stop_reason = np.select([correct, predict < 0], [ALL_SAMPLES, FUTILE], WRONG_CLASS)
             samples = np.select([correct, predict < 0], [1100, 325], 100)
             frame = pd.DataFrame({"idx": idx, "label": label, "predict": predict, "radius": radius})
-            frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stopped=stopped)
+            frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stop_reason=stop_reason)
             write_certificates(root / f"certificates/{place}.tsv", frame)
             write_samples(root / f"certificates/{place}.samples.tsv", frame)
             accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill[method]) * np.arange(1, epochs + 1) / 9))

@@ -22,7 +22,7 @@ from torch import nn
 
 from rrcm.config import load_config
 from rrcm.data.augment import mixup_pairs
-from rrcm.models.base_classifiers import Classifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives.contrastive import contrastive_loss, info_nce
 from rrcm.objectives.rrcm import rrcm_loss
@@ -105,9 +105,10 @@ def test_a_classifier_in_chunks_has_the_gradients_of_the_whole_batch():
     gradients = []
     for num_chunks in (1, 4):
         torch.manual_seed(0)
-        classifier = Classifier(NoiseConditionedViT(16, 1, 4, embed_dim=32, depth=2, num_heads=2), 10, t=1.0)
+        encoder = NoiseConditionedViT(16, 1, 4, embed_dim=32, depth=2, num_heads=2)
+        classifier = NoiseConditionedClassifier(encoder, 10, t=1.0)
         nn.init.normal_(classifier.head.weight)
-        classifier(torch.randn(32, 1, 16, 16), num_chunks).square().sum().backward()
+        classifier(torch.randn(32, 1, 16, 16), num_chunks=num_chunks).square().sum().backward()
         gradients.append({name: p.grad for name, p in classifier.named_parameters()})
     for name, value in gradients[0].items():
         assert (gradients[1][name] - value).norm() <= 1e-5 * value.norm(), name

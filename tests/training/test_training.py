@@ -147,7 +147,7 @@ def test_colour_images_through_every_stage(project):
     red = torch.zeros(3, 16, 16) + torch.tensor([0.7, 0.25, 0.25])[:, None, None]
     (answer,) = SmoothedClassifier(classifier, 0.25, 2).certify(red[None], n=500)
     classes = read_json(project / "data/shards/manifest.json")["classes"]
-    assert classes[answer.predict] == "red" and answer.radius > 0.1
+    assert classes[answer.prediction] == "red" and answer.radius > 0.1
 
 
 @pytest.mark.slow

@@ -1,0 +1,50 @@
+"""The certificates of a folder's images for people: a table, a summary, and a gallery of the images."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from rrcm.certification.certify_images import FolderCertificates, read_image
+from rrcm.certification.results import ABSTAIN, UNKNOWN
+from rrcm.certification.stopping import StoppingRule
+from rrcm.models.load import LoadedClassifier
+from rrcm.report.figures import Thumbnail, draw_certified_images, rounded_down, verdict
+
+GALLERY_IMAGES = 48
+
+
+def certificate_table(frame: pd.DataFrame) -> str:
+    """One line per image: file, class, radius, samples."""
+    columns = {
+        "file": frame["file"],
+        "class": frame["class"].replace("", "-"),
+        "radius": np.where(frame["predict"] == ABSTAIN, "abstains", frame["radius"].map(rounded_down)),
+        "samples": frame["samples"].map("{:,}".format),
+    }
+    return tabulate(columns, headers="keys", disable_numparse=True, colalign=("left", "left", "right", "right"))
+
+
+def certificate_summary(found: FolderCertificates, rule: StoppingRule) -> str:
+    """One line with the numbers of certified, correct and abstained images, the time and the error probability."""
+    frame = found.frame
+    labelled, abstained = frame[frame["label"] != UNKNOWN], (frame["predict"] == ABSTAIN).sum()
+    correct = f" ({labelled['correct'].sum():,} of {len(labelled):,} labelled ones correct)" if len(labelled) else ""
+    return (
+        f"{len(frame) - abstained:,} certified{correct}, {abstained:,} abstained; {found.seconds:.1f} s, "
+        f"{frame['samples'].sum() / found.seconds:,.0f} samples/s; each certificate is wrong with probability at most "
+        f"{rule.alpha:g}"
+    )
+
+
+def draw_gallery(found: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule) -> Figure:
+    """The first GALLERY_IMAGES images with their classes and radii."""
+    count = len(found.paths)
+    thumbnails = []
+    for path, (_, row) in zip(found.paths[:GALLERY_IMAGES], found.frame.iterrows(), strict=False):
+        unlabelled = row["label"] == UNKNOWN and row["predict"] != ABSTAIN
+        kind = "certified" if unlabelled else verdict(row["predict"], row["label"])
+        pixels = read_image(path, loaded).transpose(1, 2, 0) / 255
+        thumbnails.append(Thumbnail(pixels, row["file"], row["class"], row["radius"], kind))
+    part = f", the first {GALLERY_IMAGES} of {count:,} images" if count > GALLERY_IMAGES else ""
+    return draw_certified_images(thumbnails, f"σ = {rule.sigma:g}, n = {rule.looks[-1]:,}, α = {rule.alpha:g}{part}")
