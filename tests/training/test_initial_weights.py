@@ -220,7 +220,7 @@ def test_a_classifier_of_ours_tuned_again(project, trained):
     assert answer.returncode == 0, answer.stderr
     folder = project / "models/rrcm/sigma_0.5"
     made = read_json(folder / "config.json")
-    assert made["start"] == str(trained / "models/rrcm/sigma_0.5") and made["compute"]["pretrain_share"] == 0
+    assert made["initial_weights"] == str(trained / "models/rrcm/sigma_0.5") and made["compute"]["pretrain_share"] == 0
     assert made["sigma"] == 0.5 and made["t"] != 1.0 and abs(made["t"] - 1.0) < 0.05
     assert load_base_classifier(str(folder)).sigma == 0.5
 
@@ -243,7 +243,7 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
         answer = stage(project, command, "timm", "0.5")
         assert answer.returncode == 0, answer.stderr
     made = read_json(project / "models/timm/sigma_0.5/config.json")
-    assert made["start"] == "test_vit" and made["compute"]["pretrain_share"] == 0
+    assert made["initial_weights"] == "test_vit" and made["compute"]["pretrain_share"] == 0
     assert [made["architecture"][name] for name in ("image_size", "embed_dim", "depth", "mlp_dim")] == [8, 64, 6, 192]
     started = convert_timm_vit(network, "it", image_size=8, channels=1, patch_size=4, t=1.0).state_dict()
     tuned = load_classifier(project / "models/timm/sigma_0.5").encoder.state_dict()
