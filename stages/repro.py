@@ -8,23 +8,30 @@ one stage after another. stages/README.md says how this works.
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, NoReturn
 
 from rrcm.utils.app import run_command  # first: it makes the imports below faster
 
 # isort: split
+import dvc.stage.run
 import psutil
 import typer
 import yaml
@@ -33,6 +40,7 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import modify_yaml
 
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
@@ -43,6 +51,10 @@ REFRESH = 0.5  # seconds between two drawings on a terminal
 LOG_EVERY = 10.0  # seconds between two reports elsewhere
 TAIL = 15  # lines of a failed stage's log to show
 RAN, RESTORED, UNCHANGED = "ran", "restored from the cache", "up to date"
+# Imported once here, so that a stage that is a plain Python script is forked in no time instead of importing them anew.
+WARM = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.finetune", "rrcm.certification.certify"]
+WARM += ["rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset", "rrcm.report.build"]
+MIN_WARM = 3  # stages from which on the imports here pay
 LAUNCHERS = re.compile(r"\b(torchrun|torch\.distributed|srun|mpirun)\b")  # they take every GPU themselves
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
@@ -85,6 +97,8 @@ def repro(
         gpus = visible_gpus()
         jobs = jobs or default_jobs(gpus)
         print(f"{len(stages)} stages, {jobs} at once; their output goes to {_relative(logs)}/", file=sys.stderr)
+        if sum(stage.changed and is_python(stage.command) for stage in stages) >= MIN_WARM:
+            warm_up()
         scheduler = Scheduler(stages, jobs, gpus, logs)
         scheduler.run()
         if not targets and any(stage.outcome != UNCHANGED for stage in stages):
@@ -372,6 +386,76 @@ def _params() -> dict:
         return {}
 
 
+def is_python(command: str) -> bool:
+    """Whether a stage's command is a Python script of stages/ and no more, as `python stages/certify.py rrcm 0.5`."""
+    return re.fullmatch(r"python stages/\w+\.py[\w. -]*", command) is not None
+
+
+def warm_up() -> None:
+    """Import what the stages need. Nothing here computes, so no thread is started and no GPU is touched."""
+    for name in WARM:
+        importlib.import_module(name)
+    _warm_sources.update({path: path.stat().st_mtime_ns for path in _own_sources()})
+    gc.collect()
+    gc.freeze()  # the children share these pages
+
+
+_warm_sources: dict[Path, int] = {}  # modification times of the rrcm modules that were imported
+
+
+def _own_sources() -> list[Path]:
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "rrcm"]
+    return [Path(module.__file__) for module in modules if getattr(module, "__file__", None)]
+
+
+def _run_warm(cold: Callable, executable: str, command: str, *, cwd: str, env: dict, **options: object) -> None:
+    """Stands in for DVC's function that runs a stage's command: forks this process, where the imports are done.
+
+    Anything but a Python script of stages/ goes to `cold`, DVC's own function, and so does everything once the code
+    differs from what was imported.
+    """
+    unchanged = all(path.exists() and path.stat().st_mtime_ns == time for path, time in _warm_sources.items())
+    if not (_warm_sources and unchanged and is_python(command)):
+        cold(executable, command, cwd=cwd, env=env, **options)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _become_stage(shlex.split(command)[1:], cwd, env)
+    _, status = os.waitpid(pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise StageCmdFailedError(command, code)
+
+
+def _become_stage(arguments: list[str], cwd: str, env: dict) -> NoReturn:
+    """In a new child: be `python ARGUMENTS`."""
+    status = 1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for signo in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(signo, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        logging.root.handlers.clear()  # DVC's
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            status = int(end.code or 0)
+        else:
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _become_dvc(name: str, log: BinaryIO, gpu: str | None, scheduler: int) -> NoReturn:
     """In a new child: be the command `dvc --wait-for-lock repro --single-item NAME`, in a process group of its own."""
     status = 255
@@ -390,6 +474,7 @@ def _become_dvc(name: str, log: BinaryIO, gpu: str | None, scheduler: int) -> No
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         arguments = ["--wait-for-lock", "repro", "--single-item", name]
         sys.argv = ["dvc", *arguments]
+        dvc.stage.run._run = partial(_run_warm, dvc.stage.run._run)
         status = dvc_main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -99,17 +99,25 @@ def outputs(folder: Path, *names: str) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (*names, "dvc.lock")}
 
 
-def slow_pipeline(make, name: str = "pipeline") -> Path:
-    """first -> slow -> last. Without the file `go`, slow writes into the pipe `started` and waits to be stopped."""
+def slow_pipeline(make, name: str = "pipeline", script: str = "slow.py") -> Path:
+    """first -> slow -> last. Without the file `go`, slow writes into the pipe `started` and waits to be stopped.
+
+    A script in stages/ is forked from the scheduler, if there are some of them to run.
+    """
+    others = [f"other{i}" for i in range(2 * script.startswith("stages/"))]
     folder = make(
         {
             "first": DIAMOND["first"],
-            "slow": {"cmd": "python slow.py", "deps": ["first"], "outs": ["slow"]},
+            **{each: {"cmd": f"python stages/{each}.py", "deps": ["first"], "outs": [each]} for each in others},
+            "slow": {"cmd": f"python {script}", "deps": ["first", *others], "outs": ["slow"]},
             "last": {"cmd": "cat slow > last", "deps": ["slow"], "outs": ["last"]},
         },
         name,
     )
-    (folder / "slow.py").write_text(SLOW)
+    (folder / "stages").mkdir()
+    (folder / script).write_text(SLOW)
+    for each in others:
+        (folder / f"stages/{each}.py").write_text(f"open({each!r}, 'w').close()\n")
     os.mkfifo(folder / "started")
     return folder
 
@@ -211,12 +219,13 @@ def test_a_failure_is_named_and_stops_the_rest(make):
 
 
 @pytest.mark.parametrize("signo, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_or_killed_it_leaves_nothing_behind_and_goes_on(make, signo, status):
-    undisturbed = slow_pipeline(make, "undisturbed")
+@pytest.mark.parametrize("script", ["slow.py", "stages/slow.py"])
+def test_stopped_or_killed_it_leaves_nothing_behind_and_goes_on(make, signo, status, script):
+    undisturbed = slow_pipeline(make, "undisturbed", script)
     (undisturbed / "go").touch()
     repro(undisturbed)
 
-    folder = slow_pipeline(make)
+    folder = slow_pipeline(make, script=script)
     process = start(folder)
     with (folder / "started").open() as pipe:
         pipe.read()
@@ -306,3 +315,55 @@ def test_outside_of_a_repository_and_for_unknown_targets_it_says_so_in_one_line(
     assert output.startswith("error: ") and "not inside of a DVC repository" in output and output.count("\n") == 1
     output = repro(make(DIAMOND), "nope", status=1)
     assert output.startswith("error: ") and "nope" in output and output.count("\n") == 1
+
+
+WHOLE = """\
+import os, sys
+from pathlib import Path
+
+imported = "torch" in sys.modules
+name, *words = sys.argv[1:]
+Path(name).write_text(f"{imported} {words} {os.environ['DVC_STAGE']} {__name__} {Path.cwd().name}")
+sys.exit({"good": None, "bad": 3, "ugly": "it went wrong"}[words[0]])
+"""
+
+
+def scripts(make, ending: str) -> Path:
+    """Three stages that are Python scripts; the last one ends as told."""
+    names = {"one": "good", "two": "good", "three": ending}
+    folder = make({n: {"cmd": f"python stages/whole.py {n} {w} -x", "outs": [n]} for n, w in names.items()})
+    (folder / "stages").mkdir()
+    (folder / "stages/whole.py").write_text(WHOLE)
+    return folder
+
+
+def test_python_scripts_are_forked_with_the_imports_done_and_else_as_dvc_runs_them(make):
+    folder = scripts(make, "good")
+    repro(folder, "--jobs", "1")
+    for name in ("one", "two", "three"):
+        assert (folder / name).read_text() == f"True ['good', '-x'] {name} __main__ pipeline"
+    subprocess.run(["dvc", "repro", "-f", "one"], cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    assert (folder / "one").read_text() == "False ['good', '-x'] one __main__ pipeline"
+
+
+@pytest.mark.parametrize("ending", ["bad", "ugly", "unknown"])
+def test_a_forked_script_that_fails_is_named(make, ending):
+    folder = scripts(make, ending)
+    printed = repro(folder, "--jobs", "1", status=1)
+    assert "error: stage three failed" in printed
+    if ending != "bad":
+        assert {"ugly": "it went wrong", "unknown": "KeyError: 'unknown'"}[ending] in printed
+
+
+def test_code_that_changed_since_it_was_imported_is_imported_anew(monkeypatch):
+    module = runpy.run_path(str(REPOSITORY / "stages/repro.py"))
+    cold = []
+    run = lambda command: module["_run_warm"](  # noqa: E731
+        lambda *args, **kwargs: cold.append(args[1]), "sh", command, cwd=".", env={}
+    )
+    source = REPOSITORY / "rrcm/methods.py"
+    module["_warm_sources"][source] = source.stat().st_mtime_ns - 1
+    run("python stages/whole.py one good")
+    assert cold == ["python stages/whole.py one good"]
+    for command in ("torchrun stages/whole.py", "python stages/a.py; rm b", "python other.py", "python stages/a.py $X"):
+        assert not module["is_python"](command)
