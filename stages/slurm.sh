@@ -1,10 +1,10 @@
 #!/bin/bash
 # A training or certification stage on several nodes under Slurm, with the repository on a file system they share:
 #
-#     sbatch --nodes 4 --gpus-per-node 8 --time 24:00:00 stages/slurm.sh stages/pretrain.py
+#     sbatch --nodes 4 --gpus-per-node 8 --time 24:00:00 stages/slurm.sh stages/pretrain.py rrcm
 #     sbatch --nodes 1 --gpus-per-node 8 stages/slurm.sh stages/finetune.py rrcm 0.5
 #
-# then `dvc commit pretrain` (or finetune@rrcm-0.5) records what it made. Before the time limit, and when the job is
+# then `dvc commit pretrain@rrcm` (or finetune@rrcm-0.5) records what it made. Before the time limit, and when the job is
 # preempted, the stage saves its state and the job is queued again; it goes on where it was.
 #SBATCH --job-name=rrcm
 #SBATCH --ntasks-per-node=1
