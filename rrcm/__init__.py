@@ -1,12 +1,13 @@
-"""rRCM: Robust Representation Consistency Model (Lei et al., ICLR 2025), pre-trained, fine-tuned and certified.
+"""rRCM: Robust Representation Consistency Model (Lei et al., ICLR 2025). Pre-training, fine-tuning, certification.
 
-The names below are the core for use without the pipeline; importing them starts nothing and needs no GPU. They are
-loaded on first use: torch and timm take seconds to import, and stages that only read settings or draw do without.
+The names below are the core for use without the pipeline. They are loaded on first use, because torch takes seconds to
+import, and stages that only read settings or draw figures do without it.
 """
 
 from importlib import import_module
 
 _HOMES = {
+    "BaseClassifier": "rrcm.models.base_classifiers",
     "Certificate": "rrcm.certification.smoothing",
     "NoiseConditionedViT": "rrcm.models.vit",
     "SmoothedClassifier": "rrcm.certification.smoothing",
@@ -14,6 +15,7 @@ _HOMES = {
     "info_nce": "rrcm.objectives.contrastive",
     "karras_levels": "rrcm.models.noise_levels",
     "load_authors_checkpoint": "rrcm.models.authors",
+    "load_base_classifier": "rrcm.models.load",
     "num_levels": "rrcm.objectives.rrcm",
     "rrcm_loss": "rrcm.objectives.rrcm",
     "teacher_decay": "rrcm.training.optim",
