@@ -14,6 +14,8 @@ import yaml
 import zc.lockfile
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow  # starts schedulers and DVC
+
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(REPOSITORY),

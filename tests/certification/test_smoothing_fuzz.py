@@ -28,6 +28,8 @@ from rrcm.certification.stopping import (
 )
 from rrcm.utils.errors import RRCMError
 
+pytestmark = pytest.mark.slow  # hundreds of random settings
+
 QUICK = settings(derandomize=True, deadline=None, max_examples=100)
 
 BATCH_SIZES = st.sampled_from([None, 7, 33, 257, 1001])

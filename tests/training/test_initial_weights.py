@@ -23,6 +23,8 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 from rrcm.utils.tensors import sha256_tensors
 
+pytestmark = pytest.mark.slow  # trains from each kind of start
+
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # each channel its own
 OURS = {"image_size": 16, "channels": 3, "patch_size": 4}
 AUTHORS = ["data.image_size=16", "data.channels=3", "model.embed_dim=48", "model.num_heads=3", "pretrain.max_levels=20"]

@@ -246,6 +246,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(project, trained):
     assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained):
     """Images, views and noise are the same. Sums are taken in another order, and the steps amplify the difference."""
     pretrain_and_kill(project, 1)
