@@ -23,11 +23,6 @@ def numpy_rng(seed: int, *key: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(derive_seed(seed, *key)))
 
 
-def torch_rng(device: torch.device | str, seed: int, *key: str | int) -> torch.Generator:
-    """A torch generator on `device` for the stream named by `key`. CPU and CUDA streams differ."""
-    return torch.Generator(device).manual_seed(derive_seed(seed, *key))
-
-
 def normal_per_sample(
     shape: tuple[int, ...], seed: int, *key: str | int, positions: Sequence[int | str], device: torch.device | str
 ) -> torch.Tensor:
