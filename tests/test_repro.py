@@ -254,8 +254,12 @@ def test_a_command_that_survives_everything_is_waited_for(make):
     process = start(folder)
     command = psutil.Process(int((folder / "started").read_text()))
     parents = [parent for parent in command.parents() if parent.pid != os.getpid()]
-    for parent in parents[: [parent.pid for parent in parents].index(process.pid) + 1][::-1]:
-        parent.send_signal(signal.SIGSTOP)  # all at once, as far as they can tell
+    parents = parents[: [parent.pid for parent in parents].index(process.pid) + 1]
+    for parent in parents:  # all at once, as far as they can tell: DVC learns of no death and passes nothing on
+        parent.send_signal(signal.SIGSTOP)
+        while parent.status() != psutil.STATUS_STOPPED:
+            os.sched_yield()
+    for parent in parents:
         parent.kill()
     finish(process, -9)
     if not command.is_running():
