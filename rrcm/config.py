@@ -5,12 +5,24 @@ scaled to [-1, 1]), so t = 2 * sigma.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from rrcm.methods import METHODS, derived_settings
 from rrcm.utils.errors import RRCMError
@@ -162,6 +174,70 @@ class FinetuneSettings(Section):
     objectives: ObjectiveSettings
 
 
+def _one_or_each(validate: Callable[[object], object], setting: object) -> object:
+    """A setting that is one value, or a mapping of values by what they are for. Each value is validated alike."""
+    if not isinstance(setting, Mapping):
+        return validate(setting)
+    errors = []
+    for key, value in setting.items():
+        try:
+            _check_key(str(key))
+            validate(value)
+        except ValidationError as error:
+            errors += [{**each, "loc": (str(key), *each["loc"])} for each in error.errors(include_url=False)]
+        except ValueError as error:
+            errors.append({"type": "value_error", "loc": (str(key),), "input": setting, "ctx": {"error": error}})
+    if errors:
+        raise ValidationError.from_exception_data("setting", errors)
+    return {key: validate(value) for key, value in setting.items()}
+
+
+def _check_key(key: str) -> None:
+    """Raises ValueError unless `key` is `default`, `scratch`, or a noise level as its files are named: `sigma_0.5`."""
+    if key in ("default", "scratch"):
+        return
+    try:
+        sigma = float(key.removeprefix("sigma_"))
+    except ValueError:
+        close = difflib.get_close_matches(key, ["default", "scratch"], n=1)
+        hint = f"did you mean {close[0]}?" if close else "allowed here: default, scratch, and noise such as sigma_0.5"
+        raise ValueError(f"unknown key; {hint}") from None
+    if key != f"sigma_{sigma}":
+        raise ValueError(f"unknown key; did you mean sigma_{sigma}?")
+
+
+def _varying(section: type[Section]) -> type[Section]:
+    """`section` with settings, also those of nested sections, that may be mappings as `_one_or_each` takes them."""
+    fields = {}
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if name in section.model_fields:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                fields[name] = (_varying(kind), ...)
+            else:
+                validate = TypeAdapter(kind, config=section.model_config).validate_python
+                fields[name] = (Annotated[Any, PlainValidator(partial(_one_or_each, validate))], ...)
+    return create_model(section.__name__, __base__=Section, **fields)
+
+
+def _choose(settings: Section, section: type[Section], keys: Sequence[str], path: str) -> dict:
+    """The values of `section` in its varying `settings`: in a mapping, that of the first of `keys` that it has.
+
+    Raises ValueError if it has none of them.
+    """
+    chosen = {}
+    for name, field in section.model_fields.items():
+        value, place = getattr(settings, name), f"{path}.{name}"
+        if isinstance(value, Section):
+            value = _choose(value, field.annotation, keys, place)
+        elif isinstance(value, Mapping):
+            key = next((key for key in keys if key in value), None)
+            if key is None:
+                raise ValueError(f"{place}: has no value for {keys[-2]}; add {keys[-2]} or default")
+            value = value[key]
+        chosen[name] = value
+    return chosen
+
+
 class TimmViT(Section):
     """The ViT from timm that method `timm` starts from."""
 
@@ -169,14 +245,16 @@ class TimmViT(Section):
     weights: str | None  # a safetensors file; null: timm downloads the weights
 
 
-class Finetune(FinetuneSettings):
-    """Fine-tuning, with its initial weights and with overrides per sigma and for training from scratch."""
+class Finetune(_varying(FinetuneSettings)):
+    """Fine-tuning: its initial weights, and the settings of all trainings.
+
+    A setting of `FinetuneSettings` is one value, or a mapping with the keys `sigma_0.5` (for that noise), `scratch`
+    (for methods with random initial weights) and `default`. `scratch` comes first, then the noise, then `default`.
+    """
 
     initial_checkpoint: str | None  # model folder or authors' file that replaces models/pretrain/<objective>
     time_condition: Literal["exact", "nearest_level"]  # t = 2 sigma, or the nearest level of pre-training to it
     timm: TimmViT
-    scratch_overrides: dict[str, Any]  # settings for methods with random initial weights
-    sigma_overrides: list[dict[str, Any]]  # entries {sigma: s, setting: value, ...}
     pretrain_cost_shared_by: Count  # number of fine-tuned models that share the compute of one pre-training
     precision: Precision
     weights_dtype: Literal["bf16", "fp32"]  # of the weights that are selected, saved and certified
@@ -186,14 +264,10 @@ class Finetune(FinetuneSettings):
     checkpoint_every: Count  # epochs
 
     def settings(self, method: str, sigma: float) -> FinetuneSettings:
-        """The settings of one training: the common ones, overridden for its sigma, then for training from scratch."""
-        settings = self._common()
-        for entry in self.sigma_overrides:
-            if entry.get("sigma") == sigma:
-                settings = _merge(settings, {name: value for name, value in entry.items() if name != "sigma"})
-        if METHODS[method].initial_weights is None:
-            settings = _merge(settings, self.scratch_overrides)
-        return FinetuneSettings.model_validate(settings)
+        """The settings of one training. Raises ValueError if one has no value for it."""
+        keys = ["scratch"] if METHODS[method].initial_weights is None else []
+        keys += [f"sigma_{float(sigma)}", "default"]
+        return FinetuneSettings.model_validate(_choose(self, FinetuneSettings, keys, "finetune"))
 
     def initial_weights(self, method: str) -> str:
         """Where a method's weights come from: `scratch`, a folder, a file, or the name of a ViT in timm."""
@@ -205,24 +279,6 @@ class Finetune(FinetuneSettings):
     def uses_pretraining(self, method: str) -> bool:
         """Whether a method starts from models/pretrain/, so that the compute of its pre-training counts."""
         return METHODS[method].pretrained_here and self.initial_checkpoint is None
-
-    def _common(self) -> dict:
-        values = self.model_dump()
-        return {name: values[name] for name in FinetuneSettings.model_fields}
-
-    @model_validator(mode="after")
-    def overrides_fit(self) -> Self:
-        entries = {"scratch_overrides": self.scratch_overrides}
-        for number, entry in enumerate(self.sigma_overrides):
-            if not isinstance(entry.get("sigma"), float | int):
-                raise ValueError(f"sigma_overrides.{number}: needs a number `sigma`, the noise level it is for")
-            entries[f"sigma_overrides.{number}"] = {name: value for name, value in entry.items() if name != "sigma"}
-        for key, entry in entries.items():
-            try:
-                FinetuneSettings.model_validate(_merge(self._common(), entry))
-            except ValidationError as error:
-                raise ValueError(f"{key}.{describe(error, FinetuneSettings)}") from None
-        return self
 
 
 class Certify(Section):
@@ -351,6 +407,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def every_training_has_settings(self) -> Self:
+        for method in self.methods:
+            for sigma in self.sigmas:
+                self.finetune.settings(method, sigma)
+        return self
+
+    @model_validator(mode="after")
     def sizes_fit(self) -> Self:
         if self.data.image_size % self.model.patch_size:
             raise ValueError(
@@ -371,15 +434,6 @@ class Config(Section):
         if self.derived != derived_settings(**values):
             raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
         return self
-
-
-def _merge(settings: Mapping, overrides: Mapping) -> dict:
-    """`settings` with `overrides`; nested sections are merged, not replaced."""
-    merged = dict(settings)
-    for name, value in overrides.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merge(merged[name], value) if nested else value
-    return merged
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:

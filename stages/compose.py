@@ -9,11 +9,12 @@ import typer
 import yaml
 from dvc.exceptions import DvcException
 from dvc.utils.hydra import compose_and_dump
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
 
 from rrcm.utils.app import run_command
 from rrcm.config import parse_config
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
 
 
 def compose(
@@ -25,10 +26,12 @@ def compose(
         draft = Path(folder) / "params.yaml"
         try:
             compose_and_dump(draft, str(conf), None, "config", str(conf / "plugins"), overrides or [])
-        except (DvcException, HydraException) as error:
+        except MissingConfigException as error:
             profiles = ", ".join(sorted(file.stem for file in (conf / "profile").glob("*.yaml")))
-            raise RRCMError(f"{str(error.__cause__ or error).splitlines()[0]}; profiles are {profiles}") from None
-        config = parse_config(yaml.safe_load(draft.read_text()), "conf")
+            raise RRCMError(f"{str(error).splitlines()[0]}; profiles are {profiles}") from None
+        except (DvcException, HydraException, OmegaConfBaseException) as error:
+            raise RRCMError(one_line(error)) from None
+        config = parse_config(yaml.safe_load(draft.read_text(encoding="utf-8")), "conf")
         draft.replace(output)
     print(f"{output}: profile {config.profile}", file=sys.stderr)
 

@@ -14,9 +14,9 @@ from rrcm.utils.errors import RRCMError
 PROFILES = sorted(path.stem for path in (REPOSITORY / "conf/profile").glob("*.yaml"))
 
 
-def profile(tmp_path, name):
-    conf = REPOSITORY / "conf"
-    compose_and_dump(tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), [f"profile={name}"])
+def profile(tmp_path, name, *overrides):
+    conf, overrides = REPOSITORY / "conf", [f"profile={name}", *overrides]
+    compose_and_dump(tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), overrides)
     return load_config(tmp_path / "params.yaml")
 
 
@@ -106,10 +106,48 @@ def test_params_yaml_is_the_composed_default(tmp_path):
     assert filecmp.cmp(tmp_path / "params.yaml", REPOSITORY / "params.yaml", shallow=False), "run `make params`"
 
 
-def test_overrides_reach_their_run(tmp_path):
-    config = load_config(compose(tmp_path / "params.yaml", "finetune.sigma_overrides=[{sigma: 0.5, lr: 7.0e-4}]"))
-    assert config.finetune.settings("rrcm", 0.5).lr == 7e-4 != config.finetune.settings("rrcm", 0.25).lr
-    assert config.finetune.settings("gaussian", 0.5).layer_decay == 1.0
+def chosen(config, name):
+    """The value of a setting, or of one of the objective `consistency`, by method and sigma."""
+    found = {}
+    for method in config.methods:
+        for sigma in config.sigmas:
+            settings = config.finetune.settings(method, sigma)
+            found[method, sigma] = getattr(settings.objectives.consistency, name, getattr(settings, name, None))
+    return found
+
+
+LR = "finetune.lr={default: 1.0e-3, sigma_0.5: 2.0e-3, scratch: 3.0e-3}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "expected"),  # expected of rrcm at 0.25 and 0.5, and of gaussian_matched at 0.25 and 0.5
+    [
+        ([], "layer_decay", (0.9, 0.9, 1.0, 1.0)),
+        ([LR], "lr", (1e-3, 2e-3, 3e-3, 3e-3)),  # scratch comes before the sigma, and the sigma before default
+        ([LR, "finetune.lr=7e-3"], "lr", (7e-3, 7e-3, 7e-3, 7e-3)),  # one value is for every sigma and every start
+        ([LR, "finetune.lr.default=7e-3"], "lr", (7e-3, 2e-3, 3e-3, 3e-3)),
+        ([LR, "finetune.lr={sigma_0.5: 7e-3}"], "lr", (1e-3, 7e-3, 3e-3, 3e-3)),
+        ([LR, "+finetune.lr={sigma_0.25: 7e-3}"], "lr", (7e-3, 2e-3, 3e-3, 3e-3)),
+        (["finetune.layer_decay=0.8"], "layer_decay", (0.8, 0.8, 0.8, 0.8)),
+        (
+            ["finetune.objectives.consistency.consistency_weight={sigma_0.25: 5, default: 6}"],
+            "consistency_weight",
+            (5.0, 6.0, 5.0, 6.0),
+        ),
+        (["finetune.lr={sigma_0.25: 1e-3, sigma_0.5: 2e-3, sigma_9.0: 1.0}"], "lr", (1e-3, 2e-3, 1e-3, 2e-3)),
+    ],
+)
+def test_a_setting_is_one_value_or_one_for_each_noise_and_start(tmp_path, overrides, name, expected):
+    config = load_config(compose(tmp_path / "params.yaml", *overrides))
+    assert tuple(chosen(config, name).values()) == expected
+
+
+def test_an_override_beats_the_profile(tmp_path):
+    """The batch of imagenet_b at sigma 0.5 is 2,048."""
+    assert set(chosen(profile(tmp_path, "imagenet_b"), "batch_size").values()) == {1024, 2048, 256}
+    config = profile(tmp_path, "imagenet_b", "finetune.batch_size=32", "finetune.epochs.default=9")
+    assert set(chosen(config, "batch_size").values()) == {32}
+    assert set(chosen(config, "epochs").values()) == {9, 50}
 
 
 @pytest.mark.parametrize(
@@ -132,8 +170,25 @@ def test_overrides_reach_their_run(tmp_path):
         ({"pretrain__warmup_steps": 30}, "warmup_steps 30 must be below steps 30"),
         ({"model__num_heads": 5}, "embed_dim 32 must be even and a multiple of num_heads 5"),
         ({"model__patch_size": 3}, "data.image_size 8 must be a multiple of model.patch_size 3"),
-        ({"finetune__scratch_overrides": {"lrr": 1}}, "finetune: scratch_overrides.lrr: unknown key; did you mean lr?"),
-        ({"finetune__sigma_overrides": [{"lr": 1e-3}]}, "sigma_overrides.0: needs a number `sigma`"),
+        ({"finetune__lrr": 1e-3}, "finetune.lrr: unknown key; did you mean lr?"),
+        ({"finetune__sigma_overrides": []}, "finetune.sigma_overrides: unknown key; allowed here: epochs"),
+        ({"finetune__lr": {}}, "finetune.lr: has no value for sigma_0.25; add sigma_0.25 or default"),
+        ({"finetune__lr": {"scratch": 1.0}}, "finetune.lr: has no value for sigma_0.25; add sigma_0.25 or default"),
+        ({"finetune__lr": {"sigma_0.25": 1.0}}, "finetune.lr: has no value for sigma_0.5; add sigma_0.5 or default"),
+        ({"finetune__lr": {"defualt": 1.0}}, "finetune.lr.defualt: unknown key; did you mean default?"),
+        ({"finetune__lr": {0.5: 1.0, "default": 1.0}}, "finetune.lr.0.5: unknown key; did you mean sigma_0.5?"),
+        ({"finetune__lr": {"sigma_1": 1.0}}, "finetune.lr.sigma_1: unknown key; did you mean sigma_1.0?"),
+        ({"finetune__lr": {"rrcm": 1.0}}, "finetune.lr.rrcm: unknown key; allowed here: default, scratch, and noise"),
+        ({"finetune__lr": {"default": 1.0, "sigma_9.0": 0}}, "finetune.lr.sigma_9.0 = 0: should be greater than 0"),
+        ({"finetune__lr": {"default": "fast"}}, "finetune.lr.default = 'fast': should be a valid number"),
+        ({"finetune__lr": {"default": float("inf")}}, "finetune.lr.default = inf: should be a finite number"),
+        ({"finetune__lr": {"default": {"scratch": 1.0}}}, "finetune.lr.default: should be a valid number"),
+        (
+            {"finetune__objectives__consistency__entropy_weight": {"default": 1.0, "scratch": -1}},
+            "finetune.objectives.consistency.entropy_weight.scratch = -1: should be greater than or equal to 0",
+        ),
+        ({"finetune__objectives__consistncy": {}}, "finetune.objectives.consistncy: unknown key; did you mean"),
+        ({"finetune__epochs": {"default": 1, "sigma_0.5": 0, "scratch": 0}}, "finetune.epochs.scratch = 0: should"),
         ({"profile": "../etc"}, "profile = '../etc'"),
     ],
 )

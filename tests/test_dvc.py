@@ -90,6 +90,7 @@ def committed(tmp_path_factory) -> Path:
 
 
 METHODS = ["sigmas=[0.5]", "methods=[rrcm,consistency,consistency_matched,gaussian]"]
+METHODS += ["finetune.lr={default: 5e-3, sigma_0.5: 4e-3}"]  # DVC has to cope with such keys
 
 
 @pytest.fixture
@@ -133,6 +134,7 @@ def test_a_new_row_of_the_table_retrains_nothing(repository):
         ("pretrain.lr=7e-3", {"pretrain@rrcm", "plot"}),
         ("pretrain.steps=31", {"pretrain@rrcm", "finetune@consistency_matched-0.5", "plot"}),
         ("pretrain.objectives=[rrcm,contrastive]", {"pretrain@contrastive", "plot"}),
+        ("finetune.lr=4e-3", {"plot", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
         ("seed=1", {"shard-data", "pretrain@rrcm", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
     ],
 )

@@ -26,6 +26,10 @@ def assert_error(answer: Answer, *parts: str) -> None:
 def test_unknown_profile_or_key(tmp_path):
     assert_error(stage(tmp_path, "compose", "profile=mnist"), "profile/mnist", "digits, fashion_mnist")
     assert_error(stage(tmp_path, "compose", "+certify.nn=3"), "certify.nn: unknown key; did you mean n?")
+    assert_error(stage(tmp_path, "compose", "certify.nn=3"), "override 'certify.nn'. To append", "+certify.nn=3")
+    assert_error(stage(tmp_path, "compose", "finetune.layer_decay={sigma_0.5: 1}"), "use +finetune.layer_decay={s")
+    assert_error(stage(tmp_path, "compose", "certify={n: 3"), "no viable alternative at input '{n: 3'")
+    assert_error(stage(tmp_path, "compose", "certify.n=${n}"), "Interpolation key 'n' not found")
     assert not (tmp_path / "params.yaml").exists()
 
 
