@@ -89,7 +89,7 @@ COLUMNS += ["label_smoothing", "consistency_weight"]
         ("kather", "timm", 0.25, (150, 5, 1024, 2e-4, 0.65, "randaugment", 0.8, 1.0, 0.1, 10)),
         ("imagenet_b_deep", "consistency", 1.0, (150, 5, 256, 1e-4, 1.0, "flip", 0.8, 1.0, 0, 20)),
         ("imagefolder", "rrcm", 0.25, (150, 5, 256, 2e-4, 0.65, "randaugment", 0.8, 1.0, 0.1, 10)),
-        ("imagefolder", "rrcm", 0.5, (50, 5, 2048, 2e-4, 0.65, "crop_flip", 0.8, 1.0, 0, 20)),
+        ("imagefolder", "rrcm", 0.5, (50, 5, 256, 2e-4, 0.65, "crop_flip", 0.8, 1.0, 0, 20)),
     ],
 )
 def test_settings_of_each_training(tmp_path, name, method, sigma, row):
