@@ -121,7 +121,9 @@ class Pretrain(Section):
     log_every: Count  # steps
     evaluate_every: Count  # steps between evaluations of the representations on the validation split
     evaluate_sigmas: Annotated[list[Positive], Field(min_length=1)]  # noise of these evaluations, pixel units
-    evaluate_images: Count  # at most, from the validation split and (as neighbours) from the training split
+    evaluate_images: Annotated[
+        int, Field(ge=2)
+    ]  # at most, from the validation split and (as neighbours) from the training split
     checkpoint_every: Count  # steps
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from pathlib import Path
 from rrcm.utils.app import run_command
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
+from rrcm.training.checks import check_before_training
 from rrcm.training.finetune import finetune
 from rrcm.utils.errors import RRCMError
 
@@ -22,6 +23,7 @@ def main(
     config = load_config(params)
     if method not in config.methods or sigma not in config.sigmas:
         raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
+    check_before_training(config, shards)
     name = f"{method}/{sigma_name(sigma)}"
     finetune(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json")
 

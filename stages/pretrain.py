@@ -7,6 +7,7 @@ import typer
 
 from rrcm.utils.app import run_command
 from rrcm.config import load_config
+from rrcm.training.checks import check_before_training
 from rrcm.training.pretrain import pretrain
 
 
@@ -18,7 +19,9 @@ def main(
     timings: Path = Path("timings/pretrain"),
 ) -> None:
     """Pre-train on OBJECTIVE. Continues where a killed run stopped. SHARDS is a folder or a URL."""
-    pretrain(load_config(params), objective, shards, models / objective, timings / f"{objective}.json")
+    config = load_config(params)
+    check_before_training(config, shards)
+    pretrain(config, objective, shards, models / objective, timings / f"{objective}.json")
 
 
 if __name__ == "__main__":

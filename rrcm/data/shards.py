@@ -225,6 +225,12 @@ def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch
     return pixels
 
 
+def read_manifest(root: str | Path) -> Manifest:
+    """The manifest of a shard folder or URL. Raises `RRCMError` if it cannot be read."""
+    root = str(root).rstrip("/")
+    return _read_manifest(f"{root}/manifest.json", "://" in root)
+
+
 def _read_manifest(location: str, remote: bool) -> Manifest:
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,113 @@
+"""What can be known before training: whether all later stages can work with these settings and this data set."""
+
+import os
+from pathlib import Path
+
+from rrcm.certification.stopping import check_settings, make_stopping_rule
+from rrcm.config import Config
+from rrcm.data.shards import Manifest, read_manifest
+from rrcm.methods import METHODS
+from rrcm.models.base_classifiers import CLASSIFIERS
+from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
+from rrcm.training.finetune import load_initial_encoder, time_condition
+from rrcm.utils.errors import RRCMError
+
+
+def check_before_training(config: Config, shard_folder: Path | str) -> None:
+    """Find settings with which a later stage would fail, before hours of training.
+
+    All pre-trainings, all fine-tunings and what follows them are checked against the manifest of the shards and the
+    number of processes that torchrun has started. Weights from outside this pipeline are loaded once, as fine-tuning
+    does; apart from that no network is built. Raises `RRCMError` with the key, its value and the bound.
+    """
+    manifest, processes = read_manifest(shard_folder), int(os.environ.get("WORLD_SIZE", 1))
+    _check_data(config, manifest)
+    images = sum(manifest.splits["train"].counts)
+    for objective in config.pretrain.objectives:
+        build_pretraining_objective(config, objective)
+        _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
+    for method in config.methods:
+        for sigma in config.sigmas:
+            _check_finetuning(config, method, sigma, images, processes)
+    _check_initial_weights(config)
+    _check_certification(config)
+    _check_external_results(config)
+
+
+def _check_data(config: Config, manifest: Manifest) -> None:
+    for name in ("source", "image_size", "channels"):
+        wanted, found = getattr(config.data, name), getattr(manifest, name)
+        if wanted != found:
+            raise RRCMError(
+                f"data.{name} = {wanted}: the shards were written with {found}; correct it, or run shard-data again"
+            )
+    if len(manifest.classes) < 2:
+        raise RRCMError(f"data.source = {config.data.source}: has {len(manifest.classes)} class; must have at least 2")
+    needed = {"train": 2, "val": 2, "test": 1}  # representations are compared between validation images
+    for split, least in needed.items():
+        images = sum(manifest.splits[split].counts) if split in manifest.splits else 0
+        if images < least:
+            raise RRCMError(
+                f"data.source = {config.data.source}: has {images} {split} images; must have {least} or more"
+            )
+
+
+def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, images: int, processes: int) -> None:
+    key = f"{section}.batch_size = {batch_size}{who}"
+    if batch_size > images:
+        raise RRCMError(f"{key}: must be at most {images}, the number of training images")
+    if batch_size % processes:
+        raise RRCMError(f"{key}: must be a multiple of {processes}, the number of processes")
+    if num_chunks > batch_size // processes:
+        raise RRCMError(f"{section}.num_chunks = {num_chunks}: must be at most {batch_size // processes}, as {key}")
+
+
+def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
+    settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
+    build_finetuning_objective(settings, method, sigma)
+    if kind.classifier not in CLASSIFIERS:
+        raise RRCMError(f"{method}: no such classifier {kind.classifier}; there are {', '.join(CLASSIFIERS)}")
+    if config.certify.compile and getattr(CLASSIFIERS[kind.classifier], "stochastic", False):
+        raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
+    _check_batch("finetune", who, settings.batch_size, config.finetune.num_chunks, images, processes)
+    if (settings.mixup or settings.cutmix) and settings.batch_size // processes % 2:
+        raise RRCMError(
+            f"finetune.batch_size = {settings.batch_size}{who}: must be a multiple of {2 * processes}, as mixup pairs "
+            "the images of each process"
+        )
+
+
+def _check_initial_weights(config: Config) -> None:
+    outside = {
+        config.finetune.initial_weights(method): method
+        for method in config.methods
+        if METHODS[method].initial_weights is not None and not config.finetune.uses_pretraining(method)
+    }
+    for method in outside.values():
+        load_initial_encoder(config, method, time_condition(config, method, config.sigmas[0]), Path("models/pretrain"))
+
+
+def _check_certification(config: Config) -> None:
+    settings, attack = config.certify, config.attack
+    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
+    section = "certify"
+    try:
+        for sigma in config.sigmas:
+            make_stopping_rule(settings.stopping, sigma, **numbers)
+        section = "latency"
+        for n in config.latency.n:
+            check_settings(config.sigmas[0], min(n, settings.n0), n, settings.alpha)
+        section = "attack"
+        check_settings(config.sigmas[0], 1, attack.n, attack.alpha)
+    except RRCMError as error:
+        raise RRCMError(f"{section}.{error}") from None
+
+
+def _check_external_results(config: Config) -> None:
+    for number, result in enumerate(config.report.external_results):
+        from rrcm.certification.results import read_certificates  # imports pandas
+
+        try:
+            read_certificates(result.path)
+        except RRCMError as error:
+            raise RRCMError(f"report.external_results.{number}: {error}") from None

@@ -1,0 +1,144 @@
+"""What is known before training is said before training: one line with the key, its value and the bound."""
+
+import json
+
+import pytest
+import torch
+from conftest import change, stage
+
+from rrcm.config import load_config
+from rrcm.methods import METHODS, Method
+from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
+from rrcm.training.checks import check_before_training
+from rrcm.utils.errors import RRCMError
+
+TRAINING_IMAGES = 1295
+
+
+def complaint(project):
+    with pytest.raises(RRCMError) as caught:
+        check_before_training(load_config(project / "params.yaml"), project / "data/shards")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_good_settings_pass_without_a_network(project, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "__init__", None)
+    check_before_training(load_config(project / "params.yaml"), project / "data/shards")
+
+
+@pytest.mark.parametrize(
+    ("change_of", "said"),
+    [
+        ({"pretrain__objectives": ["rrcm", "rcm"]}, "rcm: no such objective"),
+        ({"pretrain__batch_size": 2048}, f"pretrain.batch_size = 2048: must be at most {TRAINING_IMAGES}, the number"),
+        ({"pretrain__num_chunks": 65}, "pretrain.num_chunks = 65: must be at most 64, as pretrain.batch_size = 64"),
+        (
+            {"finetune__batch_size": {"default": 32, "sigma_0.5": 2048}},
+            f"finetune.batch_size = 2048 (rrcm at sigma 0.5): must be at most {TRAINING_IMAGES}, the number",
+        ),
+        (
+            {"finetune__batch_size": {"default": 32, "scratch": 2048}},
+            f"finetune.batch_size = 2048 (gaussian_matched at sigma 0.25): must be at most {TRAINING_IMAGES}",
+        ),
+        (
+            {"finetune__mixup": 0.8, "finetune__batch_size": 33},
+            "finetune.batch_size = 33 (rrcm at sigma 0.25): must be",
+        ),
+        (
+            {"finetune__cutmix": {"default": 0, "sigma_0.5": 1}, "finetune__batch_size": 9},
+            "at sigma 0.5): must be a mul",
+        ),
+        ({"finetune__num_chunks": 129}, "finetune.num_chunks = 129: must be at most 128, as finetune.batch_size = 128"),
+        (
+            {"finetune__initial_checkpoint": "nowhere"},
+            "finetune.initial_checkpoint = 'nowhere': no such folder or file",
+        ),
+        (
+            {"data__image_size": 16},
+            "data.image_size = 16: the shards were written with 8; correct it, or run shard-data",
+        ),
+        ({"data__channels": 3}, "data.channels = 3: the shards were written with 1"),
+        ({"data__source": "cifar10"}, "data.source = cifar10: the shards were written with digits"),
+        ({"certify__radius_step": 1e-6, "report__radii": [0.0]}, "certify.radius_step = 1e-06: gives"),
+        ({"certify__n": 2**31}, "certify.n = 2147483648: must be a whole number of samples"),
+        ({"latency__n": [100, 2**31]}, "latency.n = 2147483648: must be"),
+        ({"attack__methods": ["rrcm"], "attack__n": 2**31}, "attack.n = 2147483648: must be"),
+        (
+            {"report__external_results": [{"label": "Cohen", "sigma": 0.5, "path": "external/cohen.tsv"}]},
+            "report.external_results.0: external/cohen.tsv: no such file",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_or_each_other(project, monkeypatch, change_of, said):
+    monkeypatch.chdir(project)
+    change(project, **change_of)
+    assert said in complaint(project)
+
+
+@pytest.mark.parametrize(
+    ("change_of", "said"),
+    [
+        ({}, "pretrain.batch_size = 64: must be a multiple of 3, the number of processes"),
+        ({"pretrain__batch_size": 63}, "finetune.batch_size = 128 (rrcm at sigma 0.25): must be a multiple of 3"),
+        (
+            {"pretrain__batch_size": 63, "finetune__batch_size": 9, "finetune__mixup": 0.8},
+            "finetune.batch_size = 9 (rrcm at sigma 0.25): must be a multiple of 6, as mixup pairs",
+        ),
+        ({"pretrain__batch_size": 63, "pretrain__num_chunks": 22}, "pretrain.num_chunks = 22: must be at most 21"),
+    ],
+)
+def test_batches_are_shared_by_the_processes(project, monkeypatch, change_of, said):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    change(project, **change_of)
+    assert said in complaint(project)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"classes": ["cat"]}, "data.source = digits: has 1 class; must have at least 2"),
+        ({"val": None}, "data.source = digits: has 0 val images; must have 2 or more"),
+        ({"val": [1, 0]}, "data.source = digits: has 1 val images; must have 2 or more"),
+        ({"test": [0, 0]}, "data.source = digits: has 0 test images; must have 1 or more"),
+    ],
+)
+def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
+    manifest = json.loads((project / "data/shards/manifest.json").read_text())
+    (project / "data/shards").unlink()
+    (project / "data/shards").mkdir()
+    for name, value in part.items():
+        if name == "classes":
+            manifest["classes"] = value
+        elif value is None:
+            del manifest["splits"][name]
+        else:
+            manifest["splits"][name]["counts"] = value
+    (project / "data/shards/manifest.json").write_text(json.dumps(manifest))
+    assert said in complaint(project)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compile", "said"),
+    [
+        ("jitered", False, "jittered: no such classifier jitered; there are classifier, jittered"),
+        ("jittered", True, "certify.compile = True: jittered is stochastic and cannot be compiled"),
+    ],
+)
+def test_rows_of_the_table_that_cannot_be_certified(project, monkeypatch, kind, compile, said):
+    stochastic = type("Jittered", (NoiseConditionedClassifier,), {"stochastic": True})
+    row = Method(None, "gaussian", "finetune", kind, base=None, label="Jittered", colour="#E69F00")
+    monkeypatch.setitem(METHODS, "jittered", row)
+    monkeypatch.setitem(CLASSIFIERS, "jittered", stochastic)
+    change(project, methods=["jittered"], certify__compile=compile)
+    assert said in complaint(project)
+
+
+@pytest.mark.parametrize("command", [("pretrain", "rrcm"), ("finetune", "gaussian_matched", "0.25")])
+def test_a_stage_fails_before_it_starts(project, command):
+    """For a setting of another training, which runs hours later."""
+    change(project, finetune__batch_size={"default": 32, "sigma_0.5": 2048})
+    answer = stage(project, *command)
+    assert answer.returncode == 1 and answer.stderr.startswith("error: finetune.batch_size = 2048 (rrcm at sigma 0.5)")
+    assert len(answer.stderr.splitlines()) == 1
+    assert not (project / "models").exists() and not (project / "runs").exists()
