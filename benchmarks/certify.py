@@ -17,6 +17,9 @@ from statistics import median
 from typing import Annotated, NamedTuple
 from unittest import mock
 
+from rrcm.report.figures import OKABE_ITO, figure_style, save  # first: with it matplotlib takes any MPLBACKEND
+
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -34,7 +37,6 @@ from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import Block
-from rrcm.report.figures import OKABE_ITO, figure_style, save
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
 from rrcm.utils.progress import Progress

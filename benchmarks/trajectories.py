@@ -20,13 +20,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
+from rrcm.report.figures import OKABE_ITO, figure_style, save  # first: with it matplotlib takes any MPLBACKEND
+
+# isort: split
 import pandas as pd
 import typer
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from rrcm.utils.app import exit_on_error, make_app, resume_gc
-from rrcm.report.figures import OKABE_ITO, figure_style, save
 from rrcm.utils.errors import RRCMError
 
 MEASURES = {
