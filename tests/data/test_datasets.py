@@ -328,20 +328,29 @@ def test_errors_name_the_wrong_folder(tmp_path: Path):
         return one_line(error)
 
     assert f"{tmp_path / 'none'}: no such dataset folder" in complaint("imagefolder", tmp_path / "none")
-    assert f"{tmp_path / 'none' / 'train'}: no such" in complaint("imagenet", tmp_path / "none")
+    assert f"{tmp_path / 'none'}: no such" in complaint("imagenet", tmp_path / "none")
     for source in ("fashion_mnist", "cifar10", "pathmnist"):
         assert f"data.root {tmp_path / 'none'}: no such" in complaint(source, tmp_path / "none", 28)
     assert "data.root: imagenet has no default folder" in complaint("imagenet", None)
     write_folders(tmp_path / "a/train", {"x": 1, "y": 1})
     write_folders(tmp_path / "a/val", {"x": 1, "z": 1})
-    assert "class folder z is not in" in complaint("imagenet", tmp_path / "a")
-    assert f"{tmp_path / 'a/test'}: no such" in complaint("imagefolder", tmp_path / "a")
+    assert "class folder z is not among the training images" in complaint("imagenet", tmp_path / "a")
+    assert f"{tmp_path / 'a'}: holds train/, val/ but no test/; rename" in complaint("imagefolder", tmp_path / "a")
     (tmp_path / "a/train/empty").mkdir()
     assert f"{tmp_path / 'a/train/empty'}: class folder without images" in complaint(
         "imagefolder", tmp_path / "a/train"
     )
     (tmp_path / "bare").mkdir()
     assert f"{tmp_path / 'bare'}: holds no class folders" in complaint("imagefolder", tmp_path / "bare")
+    write_folders(tmp_path / "b/Training", {"x": 1, "y": 1})
+    write_folders(tmp_path / "b/Testing", {"x": 1, "y": 1})
+    assert "holds Testing/, Training/ but no train/; rename" in complaint("imagefolder", tmp_path / "b")
+    write_folders(tmp_path / "c/wrapper/x", {"1": 1, "2": 1})
+    assert "holds one class, wrapper; a classifier needs two" in complaint("imagefolder", tmp_path / "c")
+    write_folders(tmp_path / "d", {"caf\u00e9": 1, "cafe\u0301": 1})
+    assert "two class folders are called caf\u00e9" in complaint("imagefolder", tmp_path / "d")
+    write_folders(tmp_path / "e", {"a": 1, "b\nc": 1})
+    assert r"class folder 'b\nc' is not printable text" in complaint("imagefolder", tmp_path / "e")
 
 
 def test_without_network_the_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
