@@ -8,6 +8,7 @@ import difflib
 import gzip
 import math
 import os
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -131,17 +132,21 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def read_cifar10(data: Data) -> RawDataset:
     """CIFAR-10 (Krizhevsky 2009), 32 x 32 RGB, binary version, from data.root or a download."""
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import download_url
 
     root = _download_folder(data)
     extracted = root / "cifar-10-binary/cifar-10-batches-bin"
     folder = _first_with([root, root / "cifar-10-batches-bin", extracted], "test_batch.bin")
     if folder is None:
+        name = CIFAR10_URL.rpartition("/")[2]
         with atomic_directory(root / "cifar-10-binary") as scratch:
-            _download(
-                "cifar10", CIFAR10_URL, lambda: download_and_extract_archive(CIFAR10_URL, scratch, md5=CIFAR10_MD5)
-            )
-            (scratch / CIFAR10_URL.rpartition("/")[2]).unlink()
+            _download("cifar10", CIFAR10_URL, lambda: download_url(CIFAR10_URL, scratch, name, CIFAR10_MD5))
+            try:
+                with tarfile.open(scratch / name) as archive:
+                    archive.extractall(scratch, filter="data")  # nothing leaves the folder
+            except (OSError, EOFError, tarfile.TarError) as error:
+                raise RRCMError(f"{CIFAR10_URL}: cannot be unpacked ({one_line(error)}); download it again") from None
+            (scratch / name).unlink()
         folder = extracted
     try:
         classes = (folder / "batches.meta.txt").read_text(encoding="ascii").split()

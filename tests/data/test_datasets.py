@@ -183,6 +183,18 @@ def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: py
     assert len(read_dataset(data).test.labels) == 20  # no second download
 
 
+def test_an_archive_cannot_leave_its_folder(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
+    folder, address = web
+    archive = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../../../../escaped"))
+    monkeypatch.setattr(datasets, "CIFAR10_URL", f"{address}/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(RRCMError, match="cannot be unpacked"):
+        read_dataset(settings("cifar10", tmp_path, 32))
+    assert not list(tmp_path.rglob("escaped")) and not list(tmp_path.parent.glob("escaped"))
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "label"])
 def test_cifar10_damaged(tmp_path: Path, damage: str):
     write_cifar(tmp_path)
