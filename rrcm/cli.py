@@ -52,7 +52,10 @@ def certify(  # long because each option has its own lines
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Certify only the first N images.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Certify only N images, evenly spaced over the folder.")] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read.")
+    ] = False,
     classes: Annotated[
         Path | None, typer.Option(help="Text file with one class name per line, in the model's order.")
     ] = None,
@@ -63,22 +66,28 @@ def certify(  # long because each option has its own lines
         bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")
     ] = True,
     output: Annotated[
-        Path, typer.Option(help="Certificates (TSV): idx, label, predict, radius, correct, time.")
+        Path, typer.Option(help="Certificates (TSV): idx, label, predict, radius, correct, time (always 0).")
     ] = Path("certificates.tsv"),
     gallery: Annotated[Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.")] = Path(
         "gallery.png"
     ),
 ) -> None:
-    """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery."""
+    """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery.
+
+    A run that is stopped continues when the same command is given again.
+    """
     from rrcm.certification.certify_images import certify_folder, files_path, find_images, write_folder_certificates
     from rrcm.certification.stopping import make_stopping_rule
+    from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
-    from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery
+    from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery, note_on_labels
     from rrcm.report.figures import FORMATS, save
 
     resume_gc()  # this function is long only because of its options
     _check_outputs(output, files_path(output), gallery, FORMATS)
-    find_images(folder)  # fails before a model is downloaded
+    images = find_images(folder, [gallery])  # fails before a model is downloaded
+    if left_out := describe_left_out(images.left_out):
+        print(f"note: left out {left_out}", file=sys.stderr)
     loaded = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
     noise = loaded.sigma if sigma is None else sigma
     if noise is None:
@@ -88,11 +97,12 @@ def certify(  # long because each option has its own lines
         note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
         print(f"{note}, but may be smaller and fewer", file=sys.stderr)
     found = certify_folder(
-        folder,
+        images,
         loaded,
         rule,
-        exclude=gallery,
+        output,
         limit=limit,
+        skip_unreadable=skip_unreadable,
         seed=seed,
         precision=precision,
         batch_size=batch_size,
@@ -101,7 +111,10 @@ def certify(  # long because each option has its own lines
     write_folder_certificates(output, found.frame)
     save(draw_gallery(found, loaded, rule), gallery)
     print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")
+    if note := note_on_labels(found.frame):
+        print(f"note: {note}", file=sys.stderr)
     print(f"written: {output}, {files_path(output)}, {gallery}")
+    found.run.finish()
 
 
 def _check_outputs(output: Path, files: Path, gallery: Path, formats: Collection[str]) -> None:

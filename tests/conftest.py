@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import yaml
 from dvc.utils.hydra import compose_and_dump
@@ -17,6 +18,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.methods import derived_settings
 
 REPOSITORY = Path(__file__).parent.parent
+hypothesis.settings.register_profile("thorough", max_examples=1000)  # --hypothesis-profile=thorough
 TINY = [
     "sigmas=[0.25,0.5]",
     "methods=[rrcm,gaussian_matched]",

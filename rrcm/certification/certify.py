@@ -5,19 +5,17 @@ restarted, therefore writes the same bytes. Each process appends the counts of i
 """
 
 import contextlib
-import json
 import os
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
 
 import pandas as pd
 import torch.distributed as dist
 from torch import nn
 
+from rrcm.certification.journal import append_states, open_journal, restore_states
 from rrcm.certification.results import COLUMNS, write_certificates, write_samples
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import StoppingRule, make_stopping_rule
@@ -111,7 +109,7 @@ def certify_split(
     if queue.rank > 0:
         return
 
-    _restore(states, run_state.folder)  # the other processes' journals
+    restore_states(states, run_state.folder)  # the other processes' journals
     frame = _frame(states, rule)
     write_certificates(output, frame)
     write_samples(output.with_suffix(".samples.tsv"), frame)
@@ -147,7 +145,7 @@ def _certify_share(
     label: str,
 ) -> None:
     """Certify this process's share of the images, starting from the journals in `folder`."""
-    _restore(states, folder)
+    restore_states(states, folder)
     done = sum(state.stop_reason != "" for state in states)
     samples_before, start = sum(state.samples for state in states), time.monotonic()
 
@@ -158,11 +156,10 @@ def _certify_share(
     at_once = None if queue.world_size == 1 else max(8, len(states) // (4 * queue.world_size))
     with (
         Progress(len(states), label, "images", done=done, quiet=queue.rank > 0) as progress,
-        (folder / f"journal-{queue.rank}.txt").open("a", encoding="utf-8") as journal,
+        open_journal(folder, queue.rank) as journal,
     ):
-        journal.write("\n")  # ends the half line that a killed process may have left
         for changed in smoothed.certify_stream(share(), rule, at_once=at_once):
-            _append(journal, changed)
+            append_states(journal, changed)
             finished = done + queue.report_done(sum(state.stop_reason != "" for state in changed))
             rate = (sum(state.samples for state in states) - samples_before) / (time.monotonic() - start)
             progress.update(finished - progress.done, samples=f"{rate:,.0f}/s")
@@ -170,32 +167,6 @@ def _certify_share(
         for _ in queue.close():
             progress.update(done + queue.report_done() - progress.done)
         progress.update(done + queue.report_done() - progress.done)
-
-
-def _append(journal: TextIO, states: Iterable[ImageState]) -> None:
-    """Write one line per image: checksum and state."""
-    for state in states:
-        text = json.dumps({name: value for name, value in vars(state).items() if name != "image"})
-        journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
-    journal.flush()
-    os.fsync(journal.fileno())
-
-
-def _restore(states: Iterable[ImageState], folder: Path) -> None:
-    """Put each image into the most advanced state that the journals in `folder` have of it.
-
-    Incomplete and damaged lines are ignored; their samples are drawn again.
-    """
-    by_index = {state.index: state for state in states}
-    for path in sorted(folder.glob("journal-*.txt")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            checksum, _, text = line.partition(" ")
-            if checksum != f"{zlib.crc32(text.encode()):08x}":
-                continue
-            saved = json.loads(text)
-            state = by_index[saved["index"]]
-            if saved["samples"] > state.samples:
-                vars(state).update(saved)
 
 
 def _frame(states: Iterable[ImageState], rule: StoppingRule) -> pd.DataFrame:

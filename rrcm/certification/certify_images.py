@@ -1,27 +1,32 @@
 """Certify the images of a folder: find and decode them, certify them in order, write the certificates."""
 
+import hashlib
 import re
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
+from rrcm.certification.journal import append_states, open_journal, restore_states
 from rrcm.certification.results import ABSTAIN, COLUMNS, UNKNOWN, write_certificates
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import StoppingRule
 from rrcm.data.augment import centre_crop, to_array
+from rrcm.data.images import Listing, describe_left_out, label_of, list_images, read_image, refuse_unreadable
+from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier, class_folders
 from rrcm.utils.distributed import pick_device
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import atomic_path
 from rrcm.utils.progress import Progress
+from rrcm.utils.resume import RunState, fingerprint
+from rrcm.utils.tensors import sha256_tensors
 
-UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that PIL lists but cannot decode by itself
 FILES = ["idx", "file", "class", "samples", "stop_reason"]
 
 
@@ -30,86 +35,58 @@ class FolderCertificates(NamedTuple):
 
     frame: pd.DataFrame  # one row per image: COLUMNS, then `file`, `class` (a name or ""), `samples`, `stop_reason`
     paths: list[Path]  # of the images, in the same order
-    seconds: float
+    seconds: float  # of computing, over all starts
+    run: RunState  # to be finished when everything is written
 
 
-def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """Files in `folder` and below with the extension of an image format, in natural order: img2 before img10.
+def find_images(folder: Path, exclude: Collection[Path] = ()) -> Listing:
+    """`list_images`, without the files `exclude`. Raises `RRCMError` if there is none."""
+    found = list_images(folder)
+    excluded = {path.resolve() for path in exclude}
+    found.files = [file for file in found.files if (folder / file).resolve() not in excluded]
+    if not found.files:
+        left_out = describe_left_out(found.left_out)
+        raise RRCMError(
+            f"{printable(folder)}: no images in it or below{f', only {left_out}' if left_out else ''}; "
+            "give a folder with png, jpg or similar files"
+        )
+    return found
 
-    Hidden files and the file `exclude` are left out. Raises `RRCMError` when there are none.
+
+def read_pixels(path: Path, loaded: LoadedClassifier) -> np.ndarray:
+    """The central square of an image file at the classifier's size, as in the pipeline: uint8 (C, H, W).
+
+    Raises `RRCMError` for a file that cannot be decoded.
     """
-    if not folder.is_dir():
-        raise RRCMError(f"{folder}: no such folder; give one with images")
-    formats = Image.registered_extensions()
-    suffixes = {suffix for suffix, name in formats.items() if name in Image.OPEN.keys() - UNREADABLE}
-    relative = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    visible = [path for path in relative if not any(part.startswith(".") for part in path.parts)]
-    images = [folder / path for path in sorted(visible, key=_natural_order) if not (folder / path).is_dir()]
-    images = [path for path in images if exclude is None or path.resolve() != exclude.resolve()]
-    if not images:
-        raise RRCMError(f"{folder}: no images in it or below; give a folder with png, jpg or similar files")
-    return images
-
-
-def _natural_order(path: Path) -> tuple:
-    """Sort key: numbers inside names by value. The path itself decides between 1.png and 01.png."""
-    parts = [re.split(r"(\d+)", part.casefold()) for part in path.parts]
-    return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts], str(path)
-
-
-def read_image(path: Path, loaded: LoadedClassifier) -> np.ndarray:
-    """The central square of an image file at the classifier's size: uint8 (C, H, W).
-
-    It is cropped and resized as in the pipeline's evaluation. 16-bit grey becomes 8-bit, transparent pixels are put on
-    white, and of an animation the first frame is read. Raises `RRCMError` for a file that cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()  # decodes all of it: a truncated file opens without an error
-            pixels = _opaque(image).convert("L" if loaded.channels == 1 else "RGB")
-            return to_array(centre_crop(pixels, loaded.image_size))
-    except Exception as error:  # decoders raise anything on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RRCMError(f"{path}: cannot be decoded ({reason}); replace or remove it") from None
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """The image without alpha, 8 bits per channel."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(f"pixels of mode {image.mode} outside 0..65535 have no known white")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA"))
-    return image
+    return to_array(centre_crop(read_image(path, loaded.channels), loaded.image_size))
 
 
 def certify_folder(
-    folder: Path,
+    found: Listing,
     loaded: LoadedClassifier,
     rule: StoppingRule,
+    output: Path,
     *,
-    exclude: Path | None = None,
     limit: int | None = None,
+    skip_unreadable: bool = False,
     seed: int = 0,
     precision: str = "fp32",
     batch_size: int | None = None,
     device: str = "auto",
 ) -> FolderCertificates:
-    """Certify the images of `folder`, or the first `limit` of them, without the file `exclude`.
+    """Certify the images that `find_images` found, or `limit` of them, evenly spaced.
 
     Image i of the sorted list has the noise of index i under the seed. An image in a folder named after a class has a
     known label. Any other image has the label UNKNOWN and is never counted as correct. Certificates do not depend on
     labels.
 
     All images are decoded before the first is certified, and again when they are needed, so memory does not grow with
-    the folder. Raises `RRCMError` for bad input, and KeyboardInterrupt with a text that says how many were finished.
+    the folder. The counts are kept in a hidden folder beside `output` until the run is finished, so a killed run
+    continues. Raises `RRCMError` for bad input, after naming all unreadable images unless they are skipped, and
+    KeyboardInterrupt with a text that says how many images are finished.
     """
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
-    paths = find_images(folder, exclude)[:limit]
     smoothed = SmoothedClassifier(
         loaded.classifier.to(_pick_device(device)),
         rule.sigma,
@@ -118,13 +95,19 @@ def certify_folder(
         batch_size=batch_size,
         precision=precision,
     )
-    for path in paths:
-        read_image(path, loaded)
-    start = time.monotonic()
-    states = _certify_states(smoothed, paths, loaded, rule, f"certify {folder}")
-    seconds = time.monotonic() - start
-    frame = _frame(states, rule, [path.relative_to(folder) for path in paths], loaded)
-    return FolderCertificates(frame, paths, seconds)
+    positions = evenly_spaced(len(found.files), limit).tolist()
+    files, content = _check_images(found, positions, loaded, skip_unreadable)
+    example = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
+    description = [repr(rule), seed, smoothed.find_batch_size(example), smoothed.precision, smoothed.device.type]
+    inputs = {"images": content, "weights": sha256_tensors(loaded.classifier.state_dict())}
+    mark = fingerprint(description, inputs, __name__, loaded.classifier)
+    run = RunState(f".{output.name}", mark, output.absolute().parent)
+    run.lock()
+    states = _certify_files(smoothed, found.folder, files, loaded, rule, run)
+    paths = [found.folder / file for file in files.values()]
+    return FolderCertificates(
+        _frame(states, rule, list(files.values()), loaded), paths, sum(state.seconds for state in states), run
+    )
 
 
 def write_folder_certificates(output: Path, frame: pd.DataFrame) -> None:
@@ -145,27 +128,61 @@ def _pick_device(name: str) -> torch.device:
     return pick_device(name)
 
 
-def _certify_states(
-    smoothed: SmoothedClassifier, paths: Sequence[Path], loaded: LoadedClassifier, rule: StoppingRule, label: str
+def _check_images(
+    found: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
+) -> tuple[dict[int, Path], str]:
+    """Decode the images at `positions` of the list: the readable files by position, and a hash of their pixels."""
+    files, problems, content = {}, [], hashlib.sha256()
+    for position in positions:
+        try:
+            content.update(b"%d " % position + read_pixels(found.folder / found.files[position], loaded).tobytes())
+            files[position] = found.files[position]
+        except RRCMError as error:
+            problems.append(str(error))
+    if problems and not (skip_unreadable and files):
+        advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if files else "")
+        refuse_unreadable(problems, len(positions), advice)
+    if problems:
+        print(*problems, f"note: goes on without {len(problems):,} images, named above", sep="\n", file=sys.stderr)
+    return files, content.hexdigest()
+
+
+def _certify_files(
+    smoothed: SmoothedClassifier,
+    folder: Path,
+    files: dict[int, Path],
+    loaded: LoadedClassifier,
+    rule: StoppingRule,
+    run: RunState,
 ) -> list[ImageState]:
-    """The finished states in the order of `paths`. The pixels of an image are dropped as soon as it is finished."""
-    states: list[ImageState] = []
+    """The finished states of the `files`, by their positions. Pixels are dropped as soon as an image is finished."""
+    nothing = torch.empty(0)
+    states = [ImageState(position, nothing) for position in files]
+    restore_states(states, run.folder)
+    done, samples_before = sum(state.stop_reason != "" for state in states), sum(state.samples for state in states)
+    if samples_before:
+        print(f"resuming: {done:,} of {len(states):,} images are finished", file=sys.stderr)
 
     def decoded() -> Iterator[ImageState]:
-        for index, path in enumerate(paths):
-            states.append(ImageState(index, torch.from_numpy(read_image(path, loaded).copy()).float() / 255))
-            yield states[-1]
+        for state in states:
+            if not state.stop_reason:
+                pixels = read_pixels(folder / files[state.index], loaded)
+                state.image = torch.from_numpy(pixels.copy()).float() / 255
+                yield state
 
-    with Progress(len(paths), label, "images") as progress:
+    label = f"certify {printable(folder)}"
+    with Progress(len(states), label, "images", done=done) as progress, open_journal(run.folder) as journal:
         try:
             for changed in smoothed.certify_stream(decoded(), rule):
+                append_states(journal, changed)
                 finished = [state for state in changed if state.stop_reason]
                 for state in finished:
-                    state.image = torch.empty(0)
-                rate = sum(state.samples for state in states) / (time.monotonic() - progress.start)
+                    state.image = nothing
+                samples = sum(state.samples for state in states) - samples_before
+                rate = samples / (time.monotonic() - progress.start)
                 progress.update(len(finished), samples=f"{rate:,.0f}/s")
         except KeyboardInterrupt:
-            text = f": {progress.done} of {len(paths)} images were finished, nothing was written"
+            text = f": {progress.done} of {len(states)} images are finished; the same command continues from there"
             raise KeyboardInterrupt(text) from None
     return states
 
@@ -173,16 +190,12 @@ def _certify_states(
 def _frame(
     states: Sequence[ImageState], rule: StoppingRule, files: Sequence[Path], loaded: LoadedClassifier
 ) -> pd.DataFrame:
-    """The frame of `FolderCertificates`; `files` are relative to the folder."""
+    """The frame of `FolderCertificates`; `files` are relative to the folder. `time` is 0, as in the pipeline."""
     classes, rows = class_folders(loaded), []
     for state, file in zip(states, files, strict=True):
-        found, label = certificate(state, rule), classes.get(file.parent.name, UNKNOWN)
+        label = label_of(file, classes)
+        found, label = certificate(state, rule), UNKNOWN if label is None else label
         name = "" if found.prediction == ABSTAIN else loaded.class_names[found.prediction]
         field = (state.index, label, found.prediction, found.radius, int(found.prediction == label != UNKNOWN))
-        rows.append((*field, state.seconds, _printable(file), name, found.samples, found.stop_reason))
+        rows.append((*field, 0, printable(file), name, found.samples, found.stop_reason))
     return pd.DataFrame(rows, columns=[*COLUMNS, *FILES[1:]])
-
-
-def _printable(path: Path) -> str:
-    """The path without control characters: file names may contain line ends and bytes that are not text."""
-    return "".join(character if character.isprintable() else "?" for character in str(path))

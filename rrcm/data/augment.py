@@ -20,18 +20,24 @@ from rrcm.config import Views
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SOLARIZE = range(8)  # columns of `sample_color_blur`
 JITTER = (0.4, 0.4, 0.2, 0.1)  # MoCo-v3's strengths of the first four columns
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
+LONGEST = 32  # longer side by shorter side from which on an image is cut before it is resized
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue in a grey value (ITU-R BT.601)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` (antialiased bicubic) and cut the central square.
 
-    An image that is size x size already is returned as it is.
+    An image that is size x size already is returned as it is. Of a very long one only the middle is resized.
     """
     if image.size == (size, size):
         return image
     width, height = image.size
     short = min(width, height)
+    if max(width, height) > LONGEST * short:  # a strip of 20,000 x 2 pixels would become one of 2,240,000 x 224
+        w, h = min(width, LONGEST * short), min(height, LONGEST * short)
+        left, top = (width - w) // 2, (height - h) // 2
+        image = image.crop((left, top, left + w, top + h))
+        width, height = w, h
     width, height = size * width // short, size * height // short
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -7,19 +7,24 @@ later, when the shards are written (sharding.py).
 import difflib
 import gzip
 import math
+import os
+import tarfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from rrcm.config import Data
-from rrcm.utils.errors import RRCMError, one_line
+from rrcm.data.images import SUFFIXES, class_name, is_left_out, label_of, list_images, natural_order
+from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory
 from rrcm.utils.rng import numpy_rng
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+CLASS_ORDER = "natural"  # of class folders: 2 before 10
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval"}  # never classes alone
 TEST_FRACTION = 0.2  # for data sets without an official test set
 RAW = Path("data/raw")  # without data.root, downloads go to RAW/<source>
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -40,18 +45,28 @@ class RawDataset(NamedTuple):
     classes: list[str]  # class names
     train: RawSplit
     test: RawSplit
+    class_order: str | None = None  # how class folders were ordered
+    left_out: Mapping[str, int] = {}  # files in its folder that are no images of it: number by reason
 
 
 def read_dataset(data: Data) -> RawDataset:
     """Read the data set `data.source`. If it is public and not on this machine, download it first.
 
-    Raises `RRCMError` for an unknown name, a missing folder or file, a folder without images, or a damaged file.
+    Raises `RRCMError` for an unknown name, a missing folder or file, a folder without images, a damaged file, and fewer
+    than two classes.
     """
     if data.source not in DATASETS:
         close = difflib.get_close_matches(data.source, DATASETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known data sets: {', '.join(DATASETS)}"
         raise RRCMError(f"data.source {data.source}: unknown data set; {hint}")
-    return DATASETS[data.source](data)
+    dataset = DATASETS[data.source](data)
+    if len(dataset.classes) < 2:
+        name = printable(dataset.classes[0])
+        raise RRCMError(
+            f"data.root {data.root}: holds one class, {name}; a classifier needs two. "
+            "Set data.root to the folder whose subfolders are the classes"
+        )
+    return dataset
 
 
 def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -117,17 +132,21 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def read_cifar10(data: Data) -> RawDataset:
     """CIFAR-10 (Krizhevsky 2009), 32 x 32 RGB, binary version, from data.root or a download."""
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import download_url
 
     root = _download_folder(data)
     extracted = root / "cifar-10-binary/cifar-10-batches-bin"
     folder = _first_with([root, root / "cifar-10-batches-bin", extracted], "test_batch.bin")
     if folder is None:
+        name = CIFAR10_URL.rpartition("/")[2]
         with atomic_directory(root / "cifar-10-binary") as scratch:
-            _download(
-                "cifar10", CIFAR10_URL, lambda: download_and_extract_archive(CIFAR10_URL, scratch, md5=CIFAR10_MD5)
-            )
-            (scratch / CIFAR10_URL.rpartition("/")[2]).unlink()
+            _download("cifar10", CIFAR10_URL, lambda: download_url(CIFAR10_URL, scratch, name, CIFAR10_MD5))
+            try:
+                with tarfile.open(scratch / name) as archive:
+                    archive.extractall(scratch, filter="data")  # nothing leaves the folder
+            except (OSError, EOFError, tarfile.TarError) as error:
+                raise RRCMError(f"{CIFAR10_URL}: cannot be unpacked ({one_line(error)}); download it again") from None
+            (scratch / name).unlink()
         folder = extracted
     try:
         classes = (folder / "batches.meta.txt").read_text(encoding="ascii").split()
@@ -175,53 +194,74 @@ def read_pathmnist(data: Data) -> RawDataset:
 
 def read_imagenet(data: Data) -> RawDataset:
     """ImageNet's folders train/ and val/. The official validation images are our test images."""
-    return _read_folders(_root(data), "val")
+    return _read_train_and_test(_root(data), "val")
 
 
 def read_imagefolder(data: Data) -> RawDataset:
     """Class folders under train/ and test/. If they lie directly under the root, a test set is split off."""
     root = _root(data)
-    if (root / "train").is_dir():
-        return _read_folders(root, "test")
-    classes = _class_names(root)
-    return _split_off_test(classes, *_list_images(root, classes))
+    names = _folders(root)
+    if "train" in names or (names and all(name.casefold() in SPLIT_NAMES for name in names)):
+        return _read_train_and_test(root, "test")
+    classes, images, left_out = _read_class_folders(root)
+    return _split_off_test(classes, *images)._replace(class_order=CLASS_ORDER, left_out=left_out)
 
 
-def _read_folders(root: Path, test: str) -> RawDataset:
+def _read_train_and_test(root: Path, test: str) -> RawDataset:
     """Class folders below root/train and root/`test`."""
-    classes = _class_names(root / "train")
-    unknown = sorted(set(_class_names(root / test)) - set(classes))
-    if unknown:
-        raise RRCMError(f"{root / test}: class folder {unknown[0]} is not in {root / 'train'}; remove or rename it")
-    return RawDataset(
-        classes, _list_images(root / "train", classes), _list_images(root / test, _class_names(root / test), classes)
-    )
+    names = _folders(root)
+    for name, content in (("train", "training"), (test, "test")):
+        if name not in names:
+            found = ", ".join(f"{printable(other)}/" for other in names[:5]) or "no folders"
+            raise RRCMError(
+                f"{root}: holds {found} but no {name}/; rename the folder of the {content} images to {name}/ "
+                "(validation images are split off train/)"
+            )
+    classes, train, left_out = _read_class_folders(root / "train")
+    _, test_images, left_out_of_test = _read_class_folders(root / test, classes)
+    left_out += left_out_of_test
+    for name in set(names) - {"train", test}:
+        left_out[f"images in {printable(name)}/, which is not used"] += len(list_images(root / name).files)
+    return RawDataset(classes, train, test_images, CLASS_ORDER, left_out)
 
 
-def _class_names(folder: Path) -> list[str]:
-    """Names of the class folders, sorted."""
+def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list[str], RawSplit, Counter[str]]:
+    """Class names in natural order (or the given `classes`), image files with labels, and what was left out.
+
+    Raises `RRCMError` for folders that cannot be classes, are not among the given ones, or hold no images.
+    """
+    by_class: dict[str, Path] = {}
+    for name in _folders(folder):
+        try:
+            other = by_class.setdefault(class_name(name), folder / name)
+        except ValueError as error:
+            raise RRCMError(f"{folder}: class folder {name!r} {error}") from None
+        if other.name != name:
+            raise RRCMError(f"{folder}: two class folders are called {class_name(name)}; rename one of them")
+    if not by_class:
+        raise RRCMError(f"{folder}: holds no class folders; put the images of each class into its own folder")
+    if unknown := [name for name in by_class if classes and name not in classes]:
+        raise RRCMError(f"{folder}: class folder {unknown[0]} is not among the training images; remove or rename it")
+    labels = {name: label for label, name in enumerate(classes or sorted(by_class, key=natural_order))}
+    found = list_images(folder)
+    labelled = [(file, label) for file in found.files if (label := label_of(file, labels)) is not None]
+    found.left_out["images outside class folders"] += len(found.files) - len(labelled)
+    with_images = {label for _, label in labelled}
+    for name, path in by_class.items():
+        if labels[name] not in with_images:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise RRCMError(f"{path}: class folder without images ({kinds}); add some or remove it")
+    files = np.empty(len(labelled), object)
+    files[:] = [folder / file for file, _ in labelled]
+    return list(labels), RawSplit(files, np.array([label for _, label in labelled], np.int64)), found.left_out
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder` that are read, in natural order. Raises `RRCMError` if there is none such."""
     try:
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return sorted((e.name for e in os.scandir(folder) if e.is_dir() and not is_left_out(e.name)), key=natural_order)
     except OSError as error:
         raise RRCMError(f"{folder}: no such dataset folder ({error.strerror}); set data.root to where it is") from None
-    if not names:
-        raise RRCMError(f"{folder}: holds no class folders; put the images of each class into its own folder")
-    return names
-
-
-def _list_images(folder: Path, names: list[str], classes: list[str] | None = None) -> RawSplit:
-    """Image files of the class folders `names`, sorted. Labels are indices into `classes` (default: `names`)."""
-    paths, labels = [], []
-    for name in names:
-        files = sorted(
-            p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-        )
-        if not files:
-            suffixes = ", ".join(sorted(SUFFIXES))
-            raise RRCMError(f"{folder / name}: class folder without images ({suffixes}); add some or remove it")
-        paths += files
-        labels += [(classes or names).index(name)] * len(files)
-    return RawSplit(np.array(paths, object), np.array(labels, np.int64))
 
 
 def _root(data: Data) -> Path:

@@ -5,6 +5,7 @@ The bytes depend on the raw data set, the settings and the seed only.
 
 import io
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -14,13 +15,14 @@ from PIL import Image
 
 from rrcm.config import Data
 from rrcm.data.datasets import RawSplit, read_dataset, stratified_split
+from rrcm.data.images import decode_image, describe_left_out, refuse_unreadable
 from rrcm.data.shards import BLOCK, LABEL, FileEntry, Manifest, Shard, Split
-from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, sha256_file, write_text
 from rrcm.utils.progress import Progress
 from rrcm.utils.rng import numpy_rng
 
-EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
+KEPT = {b"\xff\xd8": "jpg", b"\x89PNG": "png"}  # by content: ImageNet has a PNG file named .JPEG
 
 
 def write_shards(data: Data, seed: int, output: Path) -> None:
@@ -30,7 +32,7 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
     "every k-th test image" is well defined. Every image file is decoded once. `data.workers` threads do the work, since
     reading, decoding and compressing release Python's lock; their number does not change the bytes.
 
-    Raises `RRCMError` that names the first unreadable image and counts the others, or if no class has two training
+    Prints what was left out. Raises `RRCMError` after naming all unreadable images, or if no class has two training
     images.
     """
     dataset = read_dataset(data)
@@ -61,8 +63,7 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
                 counts = np.bincount(index[:, LABEL], minlength=len(dataset.classes)).tolist()
                 written[name] = Split(counts=counts, index=FileEntry(**_file_entry(path)), shards=shards)
         if unreadable:
-            others = f" (and {len(unreadable) - 1} other files)" if len(unreadable) > 1 else ""
-            raise RRCMError(f"{unreadable[0]}{others}")
+            refuse_unreadable(unreadable, total, "replace or remove them")
         manifest = Manifest(
             format="rrcm-shards-1",
             source=data.source,
@@ -70,9 +71,13 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
             channels=data.channels,
             image_size=data.image_size,
             classes=dataset.classes,
+            class_order=dataset.class_order,
+            left_out={reason: count for reason, count in sorted(dataset.left_out.items()) if count} or None,
             splits=written,
         )
-        write_text(folder / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+        write_text(folder / "manifest.json", manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
+    if manifest.left_out:
+        print(f"note: left out {describe_left_out(manifest.left_out)}", file=sys.stderr)
 
 
 def _file_entry(path: Path) -> dict[str, str | int]:
@@ -108,22 +113,15 @@ def _encode(image: np.ndarray | Path) -> tuple[str, bytes]:
         return "png", _png(Image.fromarray(image))
     try:
         content = image.read_bytes()
-        with Image.open(io.BytesIO(content)) as decoded:
-            decoded.load()  # decode all of it: a truncated file opens without error
-            kind = decoded.format  # by content: ImageNet has a PNG file named .JPEG
-            if decoded.mode not in EIGHT_BIT:
-                raise ValueError(f"pixels of mode {decoded.mode}, not 8 bits per channel")
-            if kind in ("JPEG", "MPO"):
-                return "jpg", content
-            return "png", content if kind == "PNG" else _png(decoded)
-    except Exception as error:  # decoders raise any exception on damaged files
-        raise RRCMError(f"{image}: cannot be decoded ({one_line(error)}); replace or remove it") from None
+        picture = decode_image(content)  # all of it: a truncated file opens without an error
+    except (OSError, ValueError) as error:
+        raise RRCMError(f"{printable(image)}: cannot be decoded ({one_line(error)})") from None
+    kind = next((kind for magic, kind in KEPT.items() if content.startswith(magic)), None)
+    return (kind, content) if kind else ("png", _png(picture))
 
 
 def _png(image: Image.Image) -> bytes:
     """The image as PNG bytes."""
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):  # modes that PNG lacks
-        image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

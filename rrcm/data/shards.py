@@ -8,7 +8,6 @@ the image's tar header in its shard, size of the image in bytes, label, key.
 
 import fcntl
 import hashlib
-import io
 import os
 import tarfile
 import tempfile
@@ -24,6 +23,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rrcm.data.augment import centre_crop, to_array
+from rrcm.data.images import decode_image, to_channels
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import atomic_path, sha256_file
 
@@ -74,6 +74,8 @@ class Manifest(_Strict):
     channels: Literal[1, 3]
     image_size: int
     classes: list[str]
+    class_order: Literal["natural"] | None = None  # of class folders: 2 before 10; None: the data set has its own order
+    left_out: dict[str, int] | None = None  # files in the data set's folder that are no images of it, by reason
     splits: dict[Literal["train", "val", "test"], Split]
 
 
@@ -110,7 +112,7 @@ class ShardedDataset:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest. It holds the hash of every shard, so this identifies the exact data."""
-        return hashlib.sha256(self.manifest.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.manifest.model_dump_json(exclude_none=True).encode()).hexdigest()
 
     @property
     def labels(self) -> np.ndarray:
@@ -198,9 +200,8 @@ class ShardedDataset:
                 f"{file.name}: holds {header.name} where {key:08d} should be: from another run; {RERUN_HINT}"
             )
         try:
-            with Image.open(io.BytesIO(content[BLOCK:])) as image:
-                return image.convert("L" if self.channels == 1 else "RGB")
-        except Exception as error:  # decoders raise anything on damaged bytes
+            return to_channels(decode_image(content[BLOCK:]), self.channels)
+        except ValueError as error:
             raise RRCMError(
                 f"{file.name}: sample {key:08d} cannot be decoded ({one_line(error)}); {RERUN_HINT}"
             ) from None
@@ -209,12 +210,17 @@ class ShardedDataset:
 def read_split(
     images: ShardedDataset, size: int, every: int = 1, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Read every `every`-th image of a split, at most `limit` images.
+    """Read every `every`-th image of a split; of these at most `limit`, evenly spaced.
 
     Returns pixels uint8 (N, C, size, size), labels int64 (N,) and the indices of the images in the split.
     """
-    rows = list(range(0, len(images), every)[:limit])
+    rows = (every * evenly_spaced(len(range(0, len(images), every)), limit)).tolist()
     return read_pixels(images, size, rows), torch.from_numpy(images.labels[rows]), rows
+
+
+def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of the positions 0..count - 1, evenly spaced, since images may be sorted by class: int64."""
+    return np.linspace(0, count - 1, min(count, limit or count)).astype(np.int64)
 
 
 def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from rrcm.certification.noise import FORWARD, CounterDraw
 from rrcm.certification.results import ABSTAIN, COLUMNS, read_certificates, sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier, is_stochastic
 from rrcm.config import Attack, Config
-from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.load import load_model_folder
@@ -248,11 +248,6 @@ def write_results(folder: Path, method: str, results: AttackResults) -> None:
         table.to_csv(folder / f"{sigma_name(sigma)}.tsv", sep="\t", index=False, lineterminator="\n")
     by_sigma = {sigma_name(sigma): summary for sigma, summary in results.summaries.items()}
     write_json(folder / "summary.json", {"method": method, **results.totals, "radii": results.radii, **by_sigma})
-
-
-def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
-    """At most `limit` of the positions 0..count - 1, evenly spaced, since test images may be sorted by class."""
-    return np.linspace(0, count - 1, min(count, limit or count)).astype(int)
 
 
 def summary_line(output: Path, totals: dict[str, int], alpha: float) -> str:

@@ -4,6 +4,7 @@ A model folder is the contract between training and certification. Its config.js
 for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +74,17 @@ def load_model_folder(folder: Path | str) -> LoadedClassifier:
 
 
 def class_folders(loaded: LoadedClassifier) -> dict[str, int]:
-    """Folder names that identify a class: its number, its synset, or its name where no other class has the same."""
-    count = Counter(loaded.class_names)
-    numbers = {str(number): number for number in range(loaded.num_classes)}
-    synsets = {synset: number for number, synset in enumerate(loaded.synsets)}
-    return numbers | synsets | {name: number for number, name in enumerate(loaded.class_names) if count[name] == 1}
+    """Folder names that identify a class: its name where no other class has the same, its synset, or its number.
+
+    Numbers identify classes only if no class has a number as its name, since class 10 may be called 11.
+    """
+    names = [unicodedata.normalize("NFC", name) for name in loaded.class_names]
+    count = Counter(names)
+    folders = {name: number for number, name in enumerate(names) if count[name] == 1}
+    folders |= {synset: number for number, synset in enumerate(loaded.synsets)}
+    if not any(name.isdecimal() for name in names):
+        folders |= {str(number): number for number in range(loaded.num_classes)}
+    return folders
 
 
 def _load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:

@@ -1,13 +1,16 @@
 """The certificates of a folder's images for people: a table, a summary, and a gallery of the images."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from rrcm.certification.certify_images import FolderCertificates, read_image
+from rrcm.certification.certify_images import FolderCertificates, read_pixels
 from rrcm.certification.results import ABSTAIN, UNKNOWN
 from rrcm.certification.stopping import StoppingRule
+from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier
 from rrcm.report.figures import Thumbnail, draw_certified_images, rounded_down, verdict
 
@@ -37,14 +40,25 @@ def certificate_summary(found: FolderCertificates, rule: StoppingRule) -> str:
     )
 
 
+def note_on_labels(frame: pd.DataFrame) -> str | None:
+    """If some images are labelled: one line about those in folders that are named after no class."""
+    folders = frame.loc[frame["label"] == UNKNOWN, "file"].map(lambda file: Path(file).parent)
+    others = sorted({str(folder) for folder in folders} - {"."})
+    if not others or len(folders) == len(frame):
+        return None
+    names = ", ".join(others[:5]) + (" and others" if len(others) > 5 else "")
+    return f"{len(folders):,} images have no label; no class of the model is called {names}"
+
+
 def draw_gallery(found: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule) -> Figure:
-    """The first GALLERY_IMAGES images with their classes and radii."""
+    """At most GALLERY_IMAGES images, evenly spaced, with their classes and radii."""
     count = len(found.paths)
     thumbnails = []
-    for path, (_, row) in zip(found.paths[:GALLERY_IMAGES], found.frame.iterrows(), strict=False):
+    for i in evenly_spaced(count, GALLERY_IMAGES):
+        path, row = found.paths[i], found.frame.iloc[i]
         unlabelled = row["label"] == UNKNOWN and row["predict"] != ABSTAIN
         kind = "certified" if unlabelled else verdict(row["predict"], row["label"])
-        pixels = read_image(path, loaded).transpose(1, 2, 0) / 255
+        pixels = read_pixels(path, loaded).transpose(1, 2, 0) / 255
         thumbnails.append(Thumbnail(pixels, row["file"], row["class"], row["radius"], kind))
-    part = f", the first {GALLERY_IMAGES} of {count:,} images" if count > GALLERY_IMAGES else ""
+    part = f", {GALLERY_IMAGES} of {count:,} images" if count > GALLERY_IMAGES else ""
     return draw_certified_images(thumbnails, f"σ = {rule.sigma:g}, n = {rule.looks[-1]:,}, α = {rule.alpha:g}{part}")

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import gc
 import sys
+import warnings
 from collections.abc import Callable
 
 gc.disable()
@@ -58,6 +59,7 @@ def resume_gc() -> None:
 def run_app(app: typer.Typer) -> None:
     """Run the application with this process's arguments, and exit."""
     keep_freed_memory()
+    warnings.filterwarnings("ignore", module="PIL")  # of large pictures and odd metadata, which are read all the same
     try:
         app()
     finally:

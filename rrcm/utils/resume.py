@@ -77,8 +77,8 @@ class RunState:
 
     keep = 2  # the older one is used if the newest is damaged
 
-    def __init__(self, name: str, fingerprint: str):
-        self.folder = runs_directory() / f"{name}-{fingerprint}"
+    def __init__(self, name: str, fingerprint: str, parent: Path | None = None):
+        self.folder = (parent or runs_directory()) / f"{name}-{fingerprint}"
 
     def lock(self) -> None:
         """Claim the run for this process until it ends. Raises `RRCMError` if another process holds it."""

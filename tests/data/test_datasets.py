@@ -183,6 +183,18 @@ def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: py
     assert len(read_dataset(data).test.labels) == 20  # no second download
 
 
+def test_an_archive_cannot_leave_its_folder(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
+    folder, address = web
+    archive = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../../../../escaped"))
+    monkeypatch.setattr(datasets, "CIFAR10_URL", f"{address}/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(RRCMError, match="cannot be unpacked"):
+        read_dataset(settings("cifar10", tmp_path, 32))
+    assert not list(tmp_path.rglob("escaped")) and not list(tmp_path.parent.glob("escaped"))
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "label"])
 def test_cifar10_damaged(tmp_path: Path, damage: str):
     write_cifar(tmp_path)
@@ -328,20 +340,29 @@ def test_errors_name_the_wrong_folder(tmp_path: Path):
         return one_line(error)
 
     assert f"{tmp_path / 'none'}: no such dataset folder" in complaint("imagefolder", tmp_path / "none")
-    assert f"{tmp_path / 'none' / 'train'}: no such" in complaint("imagenet", tmp_path / "none")
+    assert f"{tmp_path / 'none'}: no such" in complaint("imagenet", tmp_path / "none")
     for source in ("fashion_mnist", "cifar10", "pathmnist"):
         assert f"data.root {tmp_path / 'none'}: no such" in complaint(source, tmp_path / "none", 28)
     assert "data.root: imagenet has no default folder" in complaint("imagenet", None)
     write_folders(tmp_path / "a/train", {"x": 1, "y": 1})
     write_folders(tmp_path / "a/val", {"x": 1, "z": 1})
-    assert "class folder z is not in" in complaint("imagenet", tmp_path / "a")
-    assert f"{tmp_path / 'a/test'}: no such" in complaint("imagefolder", tmp_path / "a")
+    assert "class folder z is not among the training images" in complaint("imagenet", tmp_path / "a")
+    assert f"{tmp_path / 'a'}: holds train/, val/ but no test/; rename" in complaint("imagefolder", tmp_path / "a")
     (tmp_path / "a/train/empty").mkdir()
     assert f"{tmp_path / 'a/train/empty'}: class folder without images" in complaint(
         "imagefolder", tmp_path / "a/train"
     )
     (tmp_path / "bare").mkdir()
     assert f"{tmp_path / 'bare'}: holds no class folders" in complaint("imagefolder", tmp_path / "bare")
+    write_folders(tmp_path / "b/Training", {"x": 1, "y": 1})
+    write_folders(tmp_path / "b/Testing", {"x": 1, "y": 1})
+    assert "holds Testing/, Training/ but no train/; rename" in complaint("imagefolder", tmp_path / "b")
+    write_folders(tmp_path / "c/wrapper/x", {"1": 1, "2": 1})
+    assert "holds one class, wrapper; a classifier needs two" in complaint("imagefolder", tmp_path / "c")
+    write_folders(tmp_path / "d", {"caf\u00e9": 1, "cafe\u0301": 1})
+    assert "two class folders are called caf\u00e9" in complaint("imagefolder", tmp_path / "d")
+    write_folders(tmp_path / "e", {"a": 1, "b\nc": 1})
+    assert r"class folder 'b\nc' is not printable text" in complaint("imagefolder", tmp_path / "e")
 
 
 def test_without_network_the_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

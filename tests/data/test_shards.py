@@ -19,6 +19,7 @@ from PIL import Image
 from rrcm.config import Data
 from rrcm.data import shards
 from rrcm.data.datasets import read_dataset
+from rrcm.data.images import read_image
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.utils.errors import RRCMError
@@ -151,9 +152,7 @@ def test_files_are_kept_as_they_are_or_without_loss(photos: Path, tmp_path: Path
             if kind in ("JPEG", "PNG"):
                 assert content == path.read_bytes()
             assert Image.open(io.BytesIO(content)).format == ("JPEG" if kind == "JPEG" else "PNG")
-            assert image.mode == "RGB" and np.array_equal(
-                np.asarray(image), np.asarray(Image.open(path).convert("RGB"))
-            )
+            assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.asarray(read_image(path, 3)))
             seen += 1
     assert seen == 22
     tar = b"".join(path.read_bytes() for path in (tmp_path / "shards").glob("*.tar"))
@@ -166,22 +165,53 @@ def test_gray_data_from_colour_files(photos: Path, tmp_path: Path):
     assert pixels.shape[1:] == (1, 6, 6) and len(labels) == len(pixels)
 
 
-def test_unreadable_images_are_named_and_nothing_is_written(photos: Path, tmp_path: Path):
+def test_unreadable_images_are_all_named_and_nothing_is_written(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     data = settings(source="imagefolder", root=str(photos), channels=3, workers=2, shard_size=2)
     write_shards(data, 0, tmp_path / "shards")
     before = contents(tmp_path / "shards")
     cut = photos / "cat/0.jpg"
     cut.write_bytes(cut.read_bytes()[:-200])  # the header is intact
-    text = complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
-    assert f"{cut}: cannot be decoded" in text and "other" not in text
     (photos / "dog/3.png").write_bytes(b"")
-    Image.fromarray(np.full((5, 5), 40000, np.uint16)).save(photos / "dog/4.tif")
-    assert "(and 2 other files)" in complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
-    cut.unlink()
-    (photos / "dog/3.png").unlink()
-    assert "4.tif: cannot be decoded (pixels of mode I;16" in complaint(lambda: write_shards(data, 0, tmp_path / "new"))
+    Image.fromarray(np.full((5, 5), 0.5, np.float32)).save(photos / "dog/4.tif")
+    capsys.readouterr()
+    text = complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
+    assert text == "3 of 23 images cannot be read, named above; replace or remove them"
+    said = capsys.readouterr().err
+    for path in (cut, photos / "dog/3.png", photos / "dog/4.tif"):
+        assert f"{path}: cannot be decoded (" in said
     assert contents(tmp_path / "shards") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "shards"]
+
+
+def test_left_out_files_and_the_order_of_classes_are_in_the_manifest(photos: Path, tmp_path: Path):
+    (photos / "cat/old").mkdir()
+    (photos / "cat/0.jpg").rename(photos / "cat/old/0.jpg")
+    for name in (
+        "notes.txt",
+        ".hidden.png",
+        "cat/a.heic",
+        "cat/b.HEIC",
+        "@eaDir/cat/a.png",
+        "dog/Thumbs.db",
+        "top.png",
+    ):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(photos / name, "PNG")
+    write_shards(settings(source="imagefolder", root=str(photos), channels=3), 0, tmp_path / "shards")
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    assert (
+        manifest["class_order"] == "natural" and sum(map(sum, (s["counts"] for s in manifest["splits"].values()))) == 22
+    )
+    assert manifest["left_out"] == {
+        ".db files": 1,
+        ".heic files": 2,
+        ".txt files": 1,
+        "files in @eaDir": 1,
+        "hidden files": 1,
+        "images outside class folders": 1,
+    }
 
 
 def test_nothing_to_validate_on(tmp_path: Path):
@@ -267,12 +297,23 @@ def test_bad_manifest_and_index(digits: Path, tmp_path: Path):
 def test_read_split(digits: Path):
     images = ShardedDataset(digits, "test")
     pixels, labels, rows = read_split(images, 8, every=7, limit=20)
-    assert rows == list(range(0, 140, 7)) and pixels.shape == (20, 1, 8, 8)
+    assert rows == [7 * round(i) for i in np.floor(np.linspace(0, 51, 20))] and pixels.shape == (20, 1, 8, 8)
     assert pixels.dtype == torch.uint8 and labels.dtype == torch.int64
     source = read_dataset(settings()).test
     assert np.array_equal(pixels[:, 0].numpy(), source.images[rows]) and labels.tolist() == source.labels[rows].tolist()
     assert len(read_split(images, 8)[0]) == len(images)
     assert read_split(images, 5, limit=2)[0].shape == (2, 1, 5, 5)
+
+
+def test_a_limit_spreads_over_a_split_that_is_sorted_by_class(tmp_path: Path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(30):
+            Image.new("L", (2, 2), i).save(tmp_path / "photos" / name / f"{i}.png")
+    write_shards(settings(source="imagefolder", root=str(tmp_path / "photos")), 0, tmp_path / "shards")
+    images = ShardedDataset(tmp_path / "shards", "test")  # 18 images
+    _, labels, rows = read_split(images, 2, limit=9)
+    assert np.bincount(labels).tolist() == [3, 3, 3] and len(set(rows)) == 9
 
 
 def test_reader_pickles_and_keeps_few_files_open(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,8 +14,8 @@ from torch import nn
 from rrcm.certification.results import ABSTAIN, read_certificates, write_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Attack, load_config
-from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.evaluation.attack import evenly_spaced, pgd, project, smoothed_target, unsmoothed_target, worst_predictions
+from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
+from rrcm.evaluation.attack import pgd, project, smoothed_target, unsmoothed_target, worst_predictions
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.utils.errors import RRCMError

@@ -1,0 +1,218 @@
+"""Image files as people have them: which files of a folder are read, in which order, with which labels and pixels.
+
+Training (sharding.py, shards.py) and `rrcm certify` both use these functions, so they see the same pictures with the
+same labels. README.md says what is read how.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from rrcm.utils.errors import RRCMError, one_line, printable
+
+# Only these decoders of Pillow are used, whatever a file is called: some others start programs (EPS) or are untested.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = {".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo"}
+SUFFIXES |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+# Folders that operating systems and network drives fill with thumbnails and copies.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
+DARKEST = 4096  # a 16-bit image below this in all pixels is taken for one of fewer bits in the wrong scale
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The picture in an image file's bytes, in mode L or RGB, as a viewer on a white page shows it.
+
+    The orientation in its EXIF data is applied, transparent pixels are put on white, 16 bits per channel become 8, and
+    of several frames the first is taken. Colour profiles are ignored. A decoded L or RGB image, saved without loss and
+    decoded again, is unchanged.
+
+    Raises ValueError that says why the file cannot be decoded, or has no known white.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.load()  # all of it: a truncated file opens without an error
+            deep = _bits_per_channel(image, content) > 8
+            with contextlib.suppress(Exception):  # EXIF data that cannot be read has no orientation
+                ImageOps.exif_transpose(image, in_place=True)
+            picture = _flattened(image)
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise ValueError(f"has more than the {limit:.0f} million pixels that are read; shrink it") from None
+    except Exception as error:  # decoders raise anything on damaged files
+        raise ValueError(one_line(error)) from None
+    if deep and picture.mode == "RGB" and 0 < np.asarray(picture).max() < DARKEST // 256:
+        raise ValueError(_too_dark(DARKEST))
+    return picture
+
+
+def read_image(path: Path, channels: int) -> Image.Image:
+    """`decode_image` of a file, in mode L (channels 1) or RGB (3). Raises `RRCMError` naming the file."""
+    try:
+        return to_channels(decode_image(path.read_bytes()), channels)
+    except (OSError, ValueError) as error:
+        raise RRCMError(f"{printable(path)}: cannot be decoded ({one_line(error)})") from None
+
+
+def to_channels(picture: Image.Image, channels: int) -> Image.Image:
+    """The picture in mode L (channels 1: the luma of ITU-R BT.601) or RGB (3)."""
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def _bits_per_channel(image: Image.Image, content: bytes) -> int:
+    """Bits that the file stores per channel; 8 where Pillow has scaled them already."""
+    if image.format == "PNG":
+        return content[24]  # of the IHDR chunk, which is always the first
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,)))  # BitsPerSample
+    return 8
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """The image in mode L or RGB: 8 bits per channel, transparency on white."""
+    if image.mode.startswith("I"):
+        return _eight_bits(image)
+    if image.mode == "F":
+        raise ValueError("pixels of mode F have no known white; convert it to 8 bits per channel")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("L" if grey else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 9 to 16 bits in 8 bits. Its white is the largest value that its file can store or names."""
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
+    white = 2 ** min(tags.get(258, (16,))[0], 16) - 1  # BitsPerSample
+    if values.min() < 0 or values.max() > white:
+        raise ValueError(f"pixels of mode {image.mode} outside 0..{white} have no known white; convert it to 8 bits")
+    named = tags.get(281, (0,))[0]  # MaxSampleValue
+    if 0 < named < white and values.max() <= named:
+        white = named
+    if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white
+        values = white - values
+    if white > DARKEST and 0 < values.max() < DARKEST:
+        raise ValueError(_too_dark(values.max() + 1))
+    return Image.fromarray(np.round(values / white * 255).astype(np.uint8))
+
+
+def _too_dark(bound: int) -> str:
+    return (
+        f"16 bits per channel, but no value reaches {bound:,} of 65,535, so it would be black; "
+        "if it stores fewer bits, scale them to 16 or convert it to 8"
+    )
+
+
+@dataclass
+class Listing:
+    """The image files of a folder and what was left out of it."""
+
+    folder: Path
+    files: list[Path] = field(default_factory=list)  # relative to `folder`, in natural order
+    left_out: Counter[str] = field(default_factory=Counter)  # number of files by reason
+
+
+def list_images(folder: Path) -> Listing:
+    """The image files in `folder` and below, in natural order: img2 before img10.
+
+    An image file has a suffix of SUFFIXES, in any case. Links are followed, but not back to a folder above. Hidden
+    files and SYSTEM_FOLDERS are left out. Raises `RRCMError` if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise RRCMError(f"{printable(folder)}: no such folder; give one with images")
+    found = Listing(folder)
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(), frozenset())]  # folder, those that lead to it
+    while waiting:
+        relative, above = waiting.pop()
+        try:
+            status, entries = (folder / relative).stat(), list(os.scandir(folder / relative))
+        except OSError as error:
+            found.left_out[f"folders that cannot be opened ({error.strerror})"] += 1
+            continue
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            found.left_out["links back to a folder above"] += 1
+            continue
+        for entry in entries:
+            if reason := _reason_to_leave_out(entry):
+                found.left_out[reason] += _count_files(entry)
+            elif entry.is_dir():
+                waiting.append((relative / entry.name, above | {here}))
+            else:
+                found.files.append(relative / entry.name)
+    found.files.sort(key=natural_order)
+    return found
+
+
+def _reason_to_leave_out(entry: os.DirEntry) -> str | None:
+    """None for an image file and for a folder that is read."""
+    suffix = Path(entry.name).suffix.lower()
+    if is_left_out(entry.name):
+        return f"files in {entry.name}" if entry.name in SYSTEM_FOLDERS else "hidden files"
+    if entry.is_dir() or (suffix in SUFFIXES and entry.is_file()):
+        return None
+    if entry.is_file():
+        return f"{printable(suffix)} files" if suffix else "files without an extension"
+    return "links that lead nowhere" if entry.is_symlink() else "special files"
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is never read: hidden ones and SYSTEM_FOLDERS."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _count_files(entry: os.DirEntry) -> int:
+    """Number of files in a folder and below, links not followed; 1 for a file."""
+    if not entry.is_dir(follow_symlinks=False):
+        return 1
+    return sum(len(files) for _, _, files in os.walk(entry.path))
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """One line that says what was left out, most files first: `12 hidden files, 3 .txt files`."""
+    ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {reason}" for reason, count in ordered if count)
+
+
+def natural_order(path: Path | str) -> tuple:
+    """Sort key: numbers inside names by value, else as text without case. The path itself decides between 1 and 01."""
+    parts = [re.split(r"(\d+)", part.casefold()) for part in Path(path).parts]
+    return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts], str(path)
+
+
+def class_name(folder_name: str) -> str:
+    """The class that a folder is named after: its name, with composed characters (Unicode NFC; macOS decomposes them).
+
+    Raises ValueError for a name that is not printable text.
+    """
+    name = unicodedata.normalize("NFC", folder_name)
+    if not (name.isprintable() and name.strip()):
+        raise ValueError("is not printable text, so it cannot name a class; rename it")
+    return name
+
+
+def label_of(file: Path, classes: Mapping[str, int]) -> int | None:
+    """The label of an image file by its path below the data set's folder; None if no folder is named after a class.
+
+    The first folder that is named after a class counts, so in cat/2021/dog/1.jpg it is cat. `classes` maps class names
+    to labels.
+    """
+    names = (unicodedata.normalize("NFC", part) for part in file.parts[:-1])
+    return next((classes[name] for name in names if name in classes), None)
+
+
+def refuse_unreadable(problems: Sequence[str], total: int, advice: str) -> NoReturn:
+    """Print one line per file that cannot be read. Raises `RRCMError` that counts them and says what to do."""
+    print(*problems, sep="\n", file=sys.stderr)
+    raise RRCMError(f"{len(problems):,} of {total:,} images cannot be read, named above; {advice}")
