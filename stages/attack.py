@@ -1,9 +1,10 @@
 """Attack the classifiers of one method, smoothed and unsmoothed: attack/METHOD."""
 
+from environment import run_command
+
 import sys
 from pathlib import Path
 
-from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.evaluation.attack import attack_method, summary_line, write_results
 from rrcm.report.figures import FORMATS, draw_attack, save

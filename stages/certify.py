@@ -1,8 +1,9 @@
 """Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv. Runs alone or under torchrun."""
 
+from environment import run_command
+
 from pathlib import Path
 
-from rrcm.utils.app import run_command
 from rrcm.certification.certify import certify_split
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config

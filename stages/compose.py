@@ -1,5 +1,7 @@
 """Compose conf/ into params.yaml, as `dvc exp run -S ...` does, and check it."""
 
+from environment import run_command
+
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +14,6 @@ from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from rrcm.utils.app import run_command
 from rrcm.config import parse_config
 from rrcm.utils.errors import RRCMError, one_line
 

@@ -1,8 +1,9 @@
 """Train one classifier: models/METHOD/sigma_SIGMA. Run it as it is, or under torchrun for many processes."""
 
+from environment import run_command
+
 from pathlib import Path
 
-from rrcm.utils.app import run_command
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
 from rrcm.training.checks import check_before_training

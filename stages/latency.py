@@ -1,8 +1,9 @@
 """Measure how long it takes to certify one image: latency/METHOD.json."""
 
+from environment import run_command
+
 from pathlib import Path
 
-from rrcm.utils.app import run_command
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
 from rrcm.evaluation.latency import measure_latency

@@ -1,8 +1,9 @@
 """Write the report of the profile: every figure and table under reports/PROFILE."""
 
+from environment import run_command
+
 from pathlib import Path
 
-from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.report.build import write_report
 

@@ -1,11 +1,12 @@
 """Pre-train the encoder: models/pretrain/OBJECTIVE. Run it as it is, or under torchrun for many processes."""
 
+from environment import run_command
+
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.training.checks import check_before_training
 from rrcm.training.pretrain import pretrain

@@ -5,6 +5,8 @@ decides whether to run it, restore it from its cache or skip it, and records it 
 one stage after another. stages/README.md says how this works.
 """
 
+from environment import run_command
+
 import contextlib
 import ctypes
 import fcntl
@@ -28,9 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, NoReturn
 
-from rrcm.utils.app import run_command  # first: it makes the imports below faster
-
-# isort: split
 import dvc.stage.run
 import psutil
 import typer

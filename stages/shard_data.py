@@ -1,8 +1,9 @@
 """Write the data set as WebDataset shards: data/shards."""
 
+from environment import run_command
+
 from pathlib import Path
 
-from rrcm.utils.app import run_command
 from rrcm.config import load_config
 from rrcm.data.sharding import write_shards
 

@@ -9,6 +9,8 @@
    True certificates pass all of these tests together with probability at least 1 - alpha, as the bounds share alpha.
 """
 
+from environment import run_command
+
 import json
 import random
 import secrets
@@ -19,9 +21,6 @@ import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from rrcm.utils.app import run_command  # first: it makes the imports below faster
-
-# isort: split
 import pandas as pd
 import torch
 import typer

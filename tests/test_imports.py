@@ -10,7 +10,8 @@ from conftest import REPOSITORY
 
 SLOW = {"timm", "torchvision", "sklearn", "matplotlib", "webdataset", "dvclive", "dvc"}
 LOADED = """
-import json, runpy, sys
+import json, os.path, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))  # as `python FILE` has it
 runpy.run_path(sys.argv[1], run_name="stage")
 print(json.dumps(list(sys.modules)))
 """
@@ -33,3 +34,20 @@ def test_a_command_that_draws_needs_no_backend(command):
     """A notebook tells its child processes a backend that may not be installed here."""
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", LOADED, command], cwd=REPOSITORY, env=environment, check=True)
+
+
+@pytest.mark.parametrize("command", sorted(path.name for path in (REPOSITORY / "stages").glob("*.py")))
+def test_a_command_outside_the_environment_says_so(command):
+    """As `dvc repro` starts it, when the environment is not active, with the system's Python."""
+    bare = [sys.executable, "-E", "-S", str(REPOSITORY / "stages" / command)]  # without the installed packages
+    answer = subprocess.run(bare, capture_output=True, text=True)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: ") and len(answer.stderr.splitlines()) == 1
+    assert "No module named 'rrcm'; activate the environment with `source .venv/bin/activate`" in answer.stderr
+
+
+def test_a_python_that_is_too_old_is_named():
+    code = "import sys; sys.version_info = (3, 9, 2); sys.path.insert(0, 'stages'); import environment"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (answer.returncode, len(answer.stderr.splitlines())) == (1, 1)
+    assert answer.stderr.startswith("error: this is Python 3.9, rrcm needs 3.11 or newer; activate the environment")

@@ -1,0 +1,14 @@
+"""Imported first by every command here: outside the environment it ends in one line, and not deep in its imports."""
+
+import sys
+
+HINT = "activate the environment with `source .venv/bin/activate`, or make it with `make install`"
+
+if sys.version_info < (3, 11):  # noqa: UP036 (that is what is checked)
+    sys.exit(f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}, rrcm needs 3.11 or newer; {HINT}")
+try:
+    from rrcm.utils.app import run_command
+except ImportError as error:
+    sys.exit(f"error: {sys.executable}: {error}; {HINT}")
+
+__all__ = ["run_command"]
