@@ -13,6 +13,8 @@ PROFILE ?= digits
 JOBS ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_USER := 0
+unexport PYTHONHOME PYTHONPATH # they would bring packages of another environment
 
 repro: $(VENV)/.installed
 	@python stages/repro.py $(if $(JOBS),--jobs $(JOBS))
@@ -35,16 +37,23 @@ install: $(VENV)/.installed
 params: $(VENV)/.installed
 	python stages/compose.py profile=$(PROFILE)
 
-$(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rrcm needs Python 3.11 or newer; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || { $(NEW_VENV); } # none, or one that was left half-made
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
-	touch $@
+	@test -e .git || python -m dvc config --local core.no_scm true # a downloaded archive: DVC would refuse to work
+	@touch $@
+
+define NEW_VENV
+	rm -rf $(VENV)/bin; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or newer; choose one with PYTHON=python3.12" >&2; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip' 2> /dev/null \
+		|| { echo "error: $(PYTHON) lacks ensurepip, which brings pip; on Debian: apt install python3-venv" >&2; exit 1; }; \
+	$(PYTHON) -m venv --clear $(VENV)
+endef
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	touch $@
+	@touch $@
 
 .PHONY: repro verify test test-fast lint install params
