@@ -4,6 +4,7 @@ The Python here is a shell script that makes environments with another such scri
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -58,8 +59,8 @@ def test_the_environment_is_made_once(folder):
 @pytest.mark.parametrize(
     ("python", "problem", "said"),
     [
-        ("./nowhere", None, "error: ./nowhere is not Python 3.11 or newer; choose one with PYTHON=python3.12"),
-        ("./outer", "too_old", "error: ./outer is not Python 3.11 or newer; choose one with PYTHON=python3.12"),
+        ("./nowhere", None, "error: ./nowhere is not Python 3.11.4 or newer; choose one with PYTHON=python3.12"),
+        ("./outer", "too_old", "error: ./outer is not Python 3.11.4 or newer; choose one with PYTHON=python3.12"),
         ("./outer", "no_ensurepip", "error: ./outer lacks ensurepip, which brings pip; on Debian: apt install"),
     ],
 )
@@ -94,3 +95,11 @@ def test_a_stopped_installation_goes_on(folder):
 def test_dvc_is_told_that_there_is_no_git(folder):
     (folder / ".git").rmdir()  # a downloaded archive
     assert make(folder) == (0, "", ["venv", "pip ", "-m dvc config --local core.no_scm true"])
+
+
+def test_all_places_name_the_same_python():
+    (version,) = re.findall(r'requires-python = ">=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
+    assert f"Python {version} or newer" in (REPOSITORY / "README.md").read_text()
+    for name in ("Makefile", "stages/environment.py"):
+        text = (REPOSITORY / name).read_text()
+        assert f"{version} or newer" in text and f"sys.version_info < ({version.replace('.', ', ')})" in text
