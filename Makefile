@@ -13,8 +13,10 @@ PROFILE ?= digits
 JOBS ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# the same in any shell: UTF-8 in any locale, and no packages of another environment
+export PYTHONUTF8 := 1
 export PIP_USER := 0
-unexport PYTHONHOME PYTHONPATH # they would bring packages of another environment
+unexport PYTHONHOME PYTHONPATH
 
 repro: $(VENV)/.installed
 	@python stages/repro.py $(if $(JOBS),--jobs $(JOBS))

@@ -291,7 +291,7 @@ class Scheduler:
 
     def _read_seconds(self) -> dict[str, float]:
         try:
-            return json.loads((self.logs / "seconds.json").read_text())
+            return json.loads((self.logs / "seconds.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 
@@ -354,7 +354,8 @@ def sort_lockfile(order: list[str]) -> None:
     """Put the entries of dvc.lock in DVC's order, in which a serial `dvc repro` writes them, whichever ended first."""
     path = Path("dvc.lock")
     with contextlib.suppress(LockError), Repo().lock:
-        names = list(yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get("stages", {}))
+        text = path.read_text(encoding="utf-8")
+        names = list(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get("stages", {}))
         wanted = [name for name in order if name in names] + [name for name in names if name not in order]
         if names != wanted:
             with modify_yaml(path) as data:
@@ -380,7 +381,7 @@ def default_jobs(gpus: list[str]) -> int:
 
 def _params() -> dict:
     try:
-        return yaml.safe_load(Path("params.yaml").read_text()) or {}
+        return yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError):
         return {}
 
@@ -567,7 +568,7 @@ def _print_results() -> None:
     """The best-sigma table of this profile, where there is one."""
     report = Path("reports") / str(_params().get("profile"))
     if report.is_dir():
-        print(f"\n{(report / 'best_sigma.md').read_text()}\nThe report: {report}/report.md")
+        print(f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}\nThe report: {report}/report.md")
 
 
 def _relative(path: Path) -> str:
