@@ -1,6 +1,10 @@
 """The exceptions for errors that the user can fix."""
 
+import re
 import textwrap
+
+# what moves the cursor, breaks a line or turns the order of the text around it; and bytes of names that are not UTF-8
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RRCMError(Exception):
@@ -14,3 +18,8 @@ class Interrupted(RRCMError):
 def one_line(error: Exception) -> str:
     """The message of another library's error, shortened to one line of at most 300 characters."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` in one line that cannot disturb a terminal or a page: control characters become escapes such as \\x1b."""
+    return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
