@@ -10,6 +10,7 @@ from rrcm.certification.results import read_certificates, read_samples, sigma_na
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import METHODS
+from rrcm.report.external import read_external_certificates
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
@@ -66,7 +67,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     return Inputs(
         files=files,
         certificates=certificates,
-        external={(each.label, each.sigma): read_certificates(root / each.path) for each in external},
+        external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},
         models=models,
         finetuning=pd.concat([_read_history(root, models[run], *run) for run in runs], ignore_index=True),
         budgets=_read_budgets(config, root, models),

@@ -519,7 +519,7 @@ def test_missing_or_bad_external_file_is_named(made, tmp_path: Path):
         write_report(make_config(external=[EXTERNAL[0], missing]), root, tmp_path / "out")
     (root / "external/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
     try:
-        with pytest.raises(RRCMError, match=r"external/none\.tsv, line 2: has 4 tab-separated fields"):
+        with pytest.raises(RRCMError, match=r"external/none\.tsv, line 2: has 4 columns, must have 6"):
             write_report(make_config(external=[missing]), root, tmp_path / "out")
     finally:
         (root / "external/none.tsv").unlink()
