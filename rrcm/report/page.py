@@ -15,6 +15,7 @@ from rrcm.evaluation.metrics import Certificates, best_sigma_table, certified_at
 from rrcm.methods import METHODS
 from rrcm.report.inputs import Inputs
 from rrcm.report.tables import escape_markdown, markdown_text, method_labels
+from rrcm.utils.errors import printable
 from rrcm.utils.files import read_json, sha256_file
 
 # settings that have no effect on what the report shows
@@ -72,7 +73,7 @@ def render_report(
         gallery_method=METHODS[config.methods[0]].label,
         gallery_classes=gallery_classes,
         parameters=_yaml(config.model_dump(mode="json", exclude=IGNORED_SETTINGS)),
-        hashes=[f"{sha256_file(root / path)}  {path}" for path in inputs.files],
+        hashes=[f"{sha256_file(root / path)}  {printable(path)}" for path in inputs.files],
         environments=environments,
         num_records=len(records),
     )
@@ -157,7 +158,8 @@ def _environments(root: Path, records: Sequence[str]) -> list[Environment]:
 
 
 def _yaml(values: Mapping) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _markdown_table(table: pd.DataFrame) -> Markup:
@@ -170,7 +172,7 @@ def _markdown(text: str) -> Markup:
 
 def _code(text: str) -> Markup:
     """A code span. Its fence is longer than any run of backticks in the text."""
-    text, fence = " ".join(str(text).split()), "`"
+    text, fence = printable(" ".join(str(text).split())), "`"
     while fence in text:
         fence += "`"
     inner = f" {text} " if text.startswith("`") or text.endswith("`") else text
