@@ -37,6 +37,13 @@ class Comparison(NamedTuple):
     table: Markup  # the two best methods at each radius and, by ACR, at each sigma
 
 
+class ClassCount(NamedTuple):
+    """How many of the certified images show a class."""
+
+    name: str
+    images: int
+
+
 class Environment(NamedTuple):
     """Where some stages ran."""
 
@@ -59,9 +66,12 @@ def render_report(
     """
     records = [path for path in inputs.files if path.startswith(("timings/", "latency/"))]
     environments = _environments(root, records)
+    labels = next(iter(inputs.certificates.values()))["label"]
+    counts = np.bincount(labels, minlength=len(inputs.classes)).tolist()
     text = _template().render(
         config=config,
-        images=len(next(iter(inputs.certificates.values()))),
+        images=len(labels),
+        class_counts=[ClassCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         comparisons=_headline(config, inputs.certificates),
         pretrained_elsewhere=[
             (METHODS[name].label, config.finetune.initial_weights(name))
