@@ -28,13 +28,13 @@ def sigma_name(sigma: float) -> str:
 
 
 def read_certificates(path: Path | str) -> pd.DataFrame:
-    """Read a file in the format of Cohen et al. 2019, by any group.
+    """Read a file in the format of Cohen et al. 2019, as we write it; report/external.py reads other groups' files.
 
     `time` may be in seconds or h:mm:ss.ffffff and is converted to seconds. Columns are found by name and other columns
     are ignored. Blank lines may follow the last row. Unlabelled images and duplicate rows are rejected. Raises
     `RRCMError` with the file, the line and the problem.
     """
-    return pd.DataFrame(_read_rows(path, COLUMNS, _parse_certificate), columns=COLUMNS)
+    return pd.DataFrame(_read_rows(path, COLUMNS, parse_certificate), columns=COLUMNS)
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
@@ -73,7 +73,8 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
     return list(rows.values())
 
 
-def _parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
+def parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
+    """The values of a row from its fields, both in the order of COLUMNS. Raises ValueError for impossible ones."""
     idx, label, predict, correct = (int(fields[i]) for i in (0, 1, 2, 4))
     radius, time = float(fields[3]), _seconds(fields[5])
     if label == UNKNOWN:

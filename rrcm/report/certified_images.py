@@ -13,6 +13,7 @@ from rrcm.certification.stopping import StoppingRule
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier
 from rrcm.report.figures import Thumbnail, draw_certified_images, rounded_down, verdict
+from rrcm.utils.errors import printable
 
 GALLERY_IMAGES = 48
 
@@ -20,8 +21,8 @@ GALLERY_IMAGES = 48
 def certificate_table(frame: pd.DataFrame) -> str:
     """One line per image: file, class, radius, samples."""
     columns = {
-        "file": frame["file"],
-        "class": frame["class"].replace("", "-"),
+        "file": frame["file"].map(printable),
+        "class": frame["class"].replace("", "-").map(printable),
         "radius": np.where(frame["predict"] == ABSTAIN, "abstains", frame["radius"].map(rounded_down)),
         "samples": frame["samples"].map("{:,}".format),
     }

@@ -1,4 +1,4 @@
-"""Compare certificates from any source: one table and one figure from files in the format of Cohen et al. 2019."""
+"""Compare certificates from any source: one table and one figure from files that report/external.py reads."""
 
 import math
 import sys
@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from rrcm.certification.results import read_certificates
 from rrcm.evaluation.metrics import summary
 from rrcm.report import figures
-from rrcm.utils.errors import RRCMError
+from rrcm.report.external import read_external_certificates
+from rrcm.utils.errors import RRCMError, printable
 
 
 def compare(files: Sequence[str], radii: str, output: Path) -> None:
@@ -22,7 +22,7 @@ def compare(files: Sequence[str], radii: str, output: Path) -> None:
     numbers, paths = parse_radii(radii), parse_files(files)
     if output.suffix not in figures.FORMATS:
         raise RRCMError(f"--output {output}: must end in {' or '.join(figures.FORMATS)}")
-    certificates = {name: read_certificates(path) for name, path in paths.items()}
+    certificates = {name: read_external_certificates(path) for name, path in paths.items()}
     figures.save(figures.draw_comparison(certificates), output)
     print(comparison_table(certificates, numbers))
     if note := check_same_images(certificates):
@@ -34,10 +34,10 @@ def parse_files(files: Sequence[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for text in files:
         name, _, path = text.partition("=")
-        if not (name and path):
+        if not (name.strip() and path):
             raise RRCMError(f"{text!r}: must be NAME=FILE, a name for the legend and a file of certificates")
         if name in paths:
-            raise RRCMError(f"{text!r}: the name {name!r} is taken by {paths[name]}; choose another")
+            raise RRCMError(f"{text!r}: the name {name!r} is taken by {paths[name]}; choose another, or join the files")
         paths[name] = path
     return paths
 
@@ -58,17 +58,18 @@ def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[f
     rows = []
     for name, frame in certificates.items():
         acr, *shares = summary(frame, radii).values()
-        rows.append([name, f"{len(frame):,}", *(f"{100 * share:.1f}" for share in shares), f"{acr:.3f}"])
+        rows.append([printable(name), f"{len(frame):,}", *(f"{100 * share:.1f}" for share in shares), f"{acr:.3f}"])
     headers = ["", "images", *(f"r = {radius:g}" for radius in dict.fromkeys(radii)), "ACR"]
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
 
 
 def check_same_images(certificates: Mapping[str, pd.DataFrame]) -> str | None:
-    """A note if the files do not have the same images with the same labels, else None."""
+    """A note if the files do not have the same image numbers with the same labels, else None."""
     images = {name: set(zip(frame["idx"], frame["label"], strict=True)) for name, frame in certificates.items()}
     common = set.intersection(*images.values())
     if all(each == common for each in images.values()):
         return None
-    counts = ", ".join(f"{name} {len(each):,}" for name, each in images.items())
-    return f"the files have different images ({counts}; {len(common):,} in all of them); compare shares only"
+    counts = ", ".join(f"{printable(name)} {len(each):,}" for name, each in images.items())
+    same = f"{len(common):,} in all of them"
+    return f"the files have different images, or number them differently ({counts}; {same}); compare shares only"

@@ -5,6 +5,8 @@ can tell apart. A method has the same colour in every figure. Methods at equal t
 """
 
 import math
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import ROUND_DOWN, Decimal
@@ -19,12 +21,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rrcm.certification.results import ABSTAIN
 from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
 from rrcm.methods import METHODS
+from rrcm.utils.errors import UNPRINTABLE
 from rrcm.utils.files import atomic_path
 
 STYLE = {
@@ -99,11 +101,6 @@ def marker_style(style: Mapping) -> dict:
     return {"color": style["color"], "markerfacecolor": face, "markeredgewidth": 1.2}
 
 
-def _literal(text: str) -> str:
-    """`text` as matplotlib shows it literally: a dollar sign does not start a formula."""
-    return text.replace("$", r"\$")
-
-
 def _draw_curve(axes: Axes, frames: Iterable[pd.DataFrame], **style: object) -> tuple[np.ndarray, np.ndarray]:
     """Draw the envelope of `frames` and return its radii and accuracies (shares).
 
@@ -125,20 +122,22 @@ def _set_curve_axes(axes: Axes, reach: float) -> None:
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """Put one legend for all panels below them, in rows, with as many columns as fit.
 
-    The figure grows in height by the second and later rows.
+    The figure grows in height by the second and later rows. A label that is wider than the figure is shortened.
     """
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-    labels = [label for label in lines if not label.startswith("_child")]  # matplotlib's name for "no label"
-    widths = [TextPath((0, 0), label, size=9).get_extents().width / 72 + 0.7 for label in labels]  # inches, with line
+    labels = [label for label in lines if not re.fullmatch(r"_child\d+", label)]  # matplotlib's name for "no label"
+    width, line_width = figure.get_figwidth(), 0.7  # inches; of the whole legend, and of a line with its spaces
+    texts = {label: _truncate(label, 72 * (width - line_width) - 1, 9) for label in labels}
+    widths = [_text_width(texts[label], 9) / 72 + line_width for label in labels]
 
     def fit(columns: int) -> bool:
-        return sum(max(widths[column::columns]) for column in range(columns)) < figure.get_figwidth()
+        return sum(max(widths[column::columns]) for column in range(columns)) < width
 
     columns = max((n for n in range(1, 1 + len(labels)) if fit(n)), default=1)
     figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(labels) / columns) - 1))
     labels = [label for column in range(columns) for label in labels[column::columns]]  # matplotlib fills down columns
-    handles = [lines[label] for label in labels]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.4)
+    handles, texts = [lines[label] for label in labels], [texts[label] for label in labels]
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, handlelength=2.4)
 
 
 @figure_style()
@@ -153,7 +152,7 @@ def draw_certified_accuracy(certificates: Certificates, external: Certificates) 
     panels = figure.subplots(1, len(sigmas), sharey=True, squeeze=False)[0]
     labels = dict.fromkeys(label for label, _ in external)
     line_styles = {
-        label: {"color": colour, "linestyle": dashes, "label": _literal(label)}
+        label: {"color": colour, "linestyle": dashes, "label": label}
         for label, (dashes, colour) in zip(labels, cycle(EXTERNAL_STYLES), strict=False)
     }
     for panel, sigma in zip(panels, sigmas, strict=True):
@@ -203,7 +202,7 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
     reach = 0.0
     line_styles = cycle(product(["-", "--", ":"], OKABE_ITO))
     for (name, frame), (dashes, colour) in zip(certificates.items(), line_styles, strict=False):
-        radii, _ = _draw_curve(axes, [frame], linestyle=dashes, color=colour, label=_literal(name))
+        radii, _ = _draw_curve(axes, [frame], linestyle=dashes, color=colour, label=name)
         reach = max(reach, radii[-1])
     _set_curve_axes(axes, reach or 1)
     axes.set_ylabel("certified accuracy (%)")
@@ -443,21 +442,25 @@ def draw_certified_images(thumbnails: Sequence[Thumbnail], settings: str) -> Fig
 
 
 def _truncate(text: str, width: float, size: float) -> str:
-    """`text` as a literal label of at most `width` points at font size `size`; its middle is cut out if necessary.
+    """`text` as a label of at most `width` points at font size `size`; its middle is cut out if necessary.
 
-    A box replaces each character that the font lacks, such as Chinese ones.
+    A dollar sign starts no formula. A box replaces each character that the font lacks, such as Chinese ones, and each
+    that has no shape of its own, such as a line break.
     """
+    glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
+    text = "".join("□" if UNPRINTABLE.match(sign) or ord(sign) not in glyphs else sign for sign in text)
+    if _text_width(text, size) > width:
+
+        def cut(kept: int) -> str:
+            return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+
+        text = cut(bisect_right(range(1, len(text)), width, key=lambda kept: _text_width(cut(kept), size)))
+    return text.replace("$", r"\$")
+
+
+def _text_width(text: str, size: float) -> float:
+    """The width of `text`, without formulas, in points at font size `size`."""
     font = get_font(findfont("DejaVu Sans"))
     font.set_size(size, 7200)  # a hundred pixels per point
-    glyphs = font.get_charmap()
-
-    def points(text: str) -> float:
-        font.set_text(text)
-        return font.get_width_height()[0] / 6400  # in 64ths of a pixel
-
-    text = short = "".join(sign if ord(sign) in glyphs else "□" for sign in text)
-    kept = len(text)
-    while points(short) > width:
-        kept -= 1
-        short = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
-    return _literal(short)
+    font.set_text(text)
+    return font.get_width_height()[0] / 6400  # in 64ths of a pixel

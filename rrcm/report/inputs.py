@@ -1,6 +1,6 @@
 """The files that a report is made from: where they are, and one function that reads and checks them all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +10,11 @@ from rrcm.certification.results import read_certificates, read_samples, sigma_na
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import METHODS
+from rrcm.report.external import read_external_certificates
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
+
+MANIFEST = "data/shards/manifest.json"
 
 Run = tuple[str, float]  # method, sigma
 
@@ -28,6 +31,7 @@ class Inputs(NamedTuple):
     """All that the report shows, in the order of the settings."""
 
     files: list[str]  # every file read, relative to the root
+    classes: list[str]  # names; a label is an index into them
     certificates: Certificates  # with the column samples
     external: Certificates  # other groups' certificates by (label, sigma)
     models: Mapping[Run, Mapping]  # config.json of each model folder
@@ -60,13 +64,16 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
     certificates = {run: _read_certified(root, *run) for run in runs}
     _check_same_images(certificates, root)
+    classes = read_json(root / MANIFEST)["classes"]
+    _check_labels(certificates, classes, root)
     models = {run: read_json(root / _model_folder(*run) / "config.json") for run in runs}
     external = config.report.external_results
     folders = {name: root / pretraining_files(name).folder for name in config.pretrain.objectives}
     return Inputs(
         files=files,
+        classes=classes,
         certificates=certificates,
-        external={(each.label, each.sigma): read_certificates(root / each.path) for each in external},
+        external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},
         models=models,
         finetuning=pd.concat([_read_history(root, models[run], *run) for run in runs], ignore_index=True),
         budgets=_read_budgets(config, root, models),
@@ -86,7 +93,7 @@ def _model_folder(method: str, sigma: float) -> str:
 
 def _list_files(config: Config, root: Path) -> list[str]:
     """Every file the report is made from, relative to root. Raises `RRCMError` for the first that is missing."""
-    stages = {"data/shards/manifest.json": "shard-data"}
+    stages = {MANIFEST: "shard-data"}
     for objective in config.pretrain.objectives:
         folder, timing, stage = pretraining_files(objective)
         files = [f"{folder}/{name}" for name in ("config.json", "history.csv", "representation.csv")]
@@ -128,6 +135,14 @@ def _check_same_images(certificates: Certificates, root: Path) -> None:
         if not frame[["idx", "label"]].equals(expected[["idx", "label"]]):
             path = root / certificates_file(*run)
             raise RRCMError(f"{path}: certifies other images than {certificates_file(*first)}; run `dvc repro` again")
+
+
+def _check_labels(certificates: Certificates, classes: Sequence[str], root: Path) -> None:
+    run, frame = next(iter(certificates.items()))  # all have the same labels
+    label = int(frame["label"].max())
+    if label >= len(classes):
+        problem = f"has label {label}, but the images in data/shards are of {len(classes)} classes"
+        raise RRCMError(f"{root / certificates_file(*run)}: {problem}; run `dvc repro` again")
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from rrcm.evaluation.metrics import Certificates, best_sigma_table, certified_at
 from rrcm.methods import METHODS
 from rrcm.report.inputs import Inputs
 from rrcm.report.tables import escape_markdown, markdown_text, method_labels
+from rrcm.utils.errors import printable
 from rrcm.utils.files import read_json, sha256_file
 
 # settings that have no effect on what the report shows
@@ -34,6 +35,13 @@ class Comparison(NamedTuple):
     name: str
     leaders: list[Leader]
     table: Markup  # the two best methods at each radius and, by ACR, at each sigma
+
+
+class ClassCount(NamedTuple):
+    """How many of the certified images show a class."""
+
+    name: str
+    images: int
 
 
 class Environment(NamedTuple):
@@ -58,9 +66,12 @@ def render_report(
     """
     records = [path for path in inputs.files if path.startswith(("timings/", "latency/"))]
     environments = _environments(root, records)
+    labels = next(iter(inputs.certificates.values()))["label"]
+    counts = np.bincount(labels, minlength=len(inputs.classes)).tolist()
     text = _template().render(
         config=config,
-        images=len(next(iter(inputs.certificates.values()))),
+        images=len(labels),
+        class_counts=[ClassCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         comparisons=_headline(config, inputs.certificates),
         pretrained_elsewhere=[
             (METHODS[name].label, config.finetune.initial_weights(name))
@@ -72,7 +83,7 @@ def render_report(
         gallery_method=METHODS[config.methods[0]].label,
         gallery_classes=gallery_classes,
         parameters=_yaml(config.model_dump(mode="json", exclude=IGNORED_SETTINGS)),
-        hashes=[f"{sha256_file(root / path)}  {path}" for path in inputs.files],
+        hashes=[f"{sha256_file(root / path)}  {printable(path)}" for path in inputs.files],
         environments=environments,
         num_records=len(records),
     )
@@ -157,7 +168,8 @@ def _environments(root: Path, records: Sequence[str]) -> list[Environment]:
 
 
 def _yaml(values: Mapping) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _markdown_table(table: pd.DataFrame) -> Markup:
@@ -170,7 +182,7 @@ def _markdown(text: str) -> Markup:
 
 def _code(text: str) -> Markup:
     """A code span. Its fence is longer than any run of backticks in the text."""
-    text, fence = " ".join(str(text).split()), "`"
+    text, fence = printable(" ".join(str(text).split())), "`"
     while fence in text:
         fence += "`"
     inner = f" {text} " if text.startswith("`") or text.endswith("`") else text

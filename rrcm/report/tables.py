@@ -18,6 +18,7 @@ from rrcm.evaluation.metrics import (
     per_sigma_table,
 )
 from rrcm.methods import METHODS
+from rrcm.utils.errors import printable
 
 MARKDOWN_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>|$&~#"})
 
@@ -168,12 +169,12 @@ def markdown_text(frame: pd.DataFrame) -> str:
 
 def latex_text(frame: pd.DataFrame) -> str:
     """`frame` as a LaTeX table for booktabs. Special characters are escaped."""
-    return _tabulate(frame, "latex_booktabs").replace("σ", r"$\sigma$") + "\n"
+    return _tabulate(frame.map(lambda cell: printable(str(cell))), "latex_booktabs").replace("σ", r"$\sigma$") + "\n"
 
 
 def escape_markdown(value: object) -> str:
-    """Text that Markdown shows as it is, also in a cell of a table."""
-    return " ".join(str(value).split()).translate(MARKDOWN_ESCAPES)
+    """Text that Markdown shows as it is, also in a cell of a table. Control characters are shown as escapes."""
+    return printable(" ".join(str(value).split())).translate(MARKDOWN_ESCAPES)
 
 
 def _tabulate(frame: pd.DataFrame, style: str) -> str:

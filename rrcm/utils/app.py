@@ -16,7 +16,7 @@ gc.disable()
 
 import typer  # noqa: E402
 
-from rrcm.utils.errors import Interrupted, RRCMError  # noqa: E402
+from rrcm.utils.errors import Interrupted, RRCMError, printable  # noqa: E402
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 TERMINATED = 143  # exit status after SIGTERM
@@ -41,7 +41,7 @@ def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
             print(stop, file=sys.stderr)
             raise typer.Exit(TERMINATED) from None
         except RRCMError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interruption:
             print(f"interrupted{interruption}", file=sys.stderr)
@@ -60,6 +60,7 @@ def run_app(app: typer.Typer) -> None:
     """Run the application with this process's arguments, and exit."""
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="PIL")  # of large pictures and odd metadata, which are read all the same
+    sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr; else some names end in a traceback
     try:
         app()
     finally:

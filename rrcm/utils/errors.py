@@ -1,6 +1,10 @@
 """The exceptions for errors that the user can fix."""
 
+import re
 import textwrap
+
+# what moves the cursor, breaks a line or turns the order of the text around it; and bytes of names that are not UTF-8
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RRCMError(Exception):
@@ -17,5 +21,5 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: object) -> str:
-    """The text without control characters: file names may contain line ends and bytes that are not text."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
+    """A text or path in one line that cannot disturb a terminal or a page: control characters become escapes."""
+    return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), str(text))

@@ -185,7 +185,7 @@ def test_no_decoder_that_starts_a_program_is_used(monkeypatch: pytest.MonkeyPatc
 def test_read_image_names_the_file(tmp_path: Path):
     path = tmp_path / "line\nend.png"
     path.write_bytes(b"no")
-    with pytest.raises(RRCMError, match=r"line\?end.png: cannot be decoded") as error:
+    with pytest.raises(RRCMError, match=r"line\\nend.png: cannot be decoded") as error:
         read_image(path, 3)
     assert "\n" not in str(error.value)
     with pytest.raises(RRCMError, match=r"none.png: cannot be decoded"):

@@ -1,15 +1,17 @@
 """Comparing certificate files: the numbers in the table, the figure, and the errors for bad input."""
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from PIL import Image
 
-from rrcm.report.compare import compare, parse_files, parse_radii
-from rrcm.utils.errors import RRCMError
+from rrcm.report.compare import check_same_images, compare, parse_files, parse_radii
+from rrcm.utils.errors import RRCMError, printable
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 ROWS = ["0\t3\t3\t0.5\t1\t0:00:17.5", "20\t7\t1\t0.9\t0\t0:00:17", "40\t8\t-1\t0.0\t0\t1", "60\t0\t0\t0.25\t1\t1"]
@@ -59,7 +61,10 @@ def test_svg_is_the_same_twice_and_names_are_taken_literally(files: Path):
 def test_different_images_give_a_note(files: Path, capsys: pytest.CaptureFixture, change, counts: str):
     Path("more.tsv").write_text("\n".join(change(ONE)))
     compare(["ours=one.tsv", "more=more.tsv"], "0,1", Path("compare.png"))
-    assert capsys.readouterr().err == f"note: the files have different images ({counts}); compare shares only\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: the files have different images, or number them differently ({counts}); compare shares only\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,10 +72,14 @@ def test_different_images_give_a_note(files: Path, capsys: pytest.CaptureFixture
     [
         (["one.tsv"], "'one.tsv': must be NAME=FILE"),
         (["=one.tsv"], "must be NAME=FILE"),
+        ([" =one.tsv"], "must be NAME=FILE"),
         (["ours="], "must be NAME=FILE"),
-        (["a=one.tsv", "a=other.txt"], "'a=other.txt': the name 'a' is taken by one.tsv"),
+        (
+            ["a=one.tsv", "a=other.txt"],
+            "'a=other.txt': the name 'a' is taken by one.tsv; choose another, or join the files",
+        ),
         (["a=none.tsv"], "none.tsv: no such file"),
-        (["a=one.tsv", "b=bad.tsv"], "bad.tsv, line 2: has 1 tab-separated fields, must have 6"),
+        (["a=one.tsv", "b=bad.tsv"], "bad.tsv, line 2: has 1 columns, must have 6"),
         (["a=one.tsv", "--radii", "0,far"], "--radii 0,far: must be numbers >= 0"),
         (["a=one.tsv", "--radii", "0,-1"], "must be numbers >= 0"),
         (["a=one.tsv", "--output", "compare.jpg"], "--output compare.jpg: must end in .png or .svg"),
@@ -87,6 +96,51 @@ def test_bad_input_ends_in_one_line_and_leaves_the_picture(files: Path, capsys, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert Path("compare.png").read_text() == "as it was"
+
+
+HOSTILE = ["<b>|`$", "two\nlines", "\x1b[2J\x07", "\u202egnp", "日本 \U0001f600", "bad\udcff", "\x01", "n" * 300]
+
+
+def test_names_of_any_kind(files: Path, capsys: pytest.CaptureFixture):
+    compare([*(f"{name}=one.tsv" for name in HOSTILE)], "0,1", Path("compare.svg"))
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == [printable(name) for name in HOSTILE]
+    assert all(printable(line) == line for line in lines)
+    assert shown.err == ""
+    ET.parse("compare.svg")
+    frames = {name: pd.DataFrame({"idx": [i], "label": [0]}) for i, name in enumerate(("\x1b", "a"))}
+    assert "(\\x1b 1, a 1; 0 in all of them)" in check_same_images(frames)
+
+
+def test_file_names_of_any_kind_end_in_one_line(files: Path, capsys: pytest.CaptureFixture):
+    from rrcm.cli import app
+
+    with pytest.raises(SystemExit):
+        app(["compare", "a=no\n\x1b[2J\u202e.tsv"])
+    assert capsys.readouterr().err == "error: no\\n\\x1b[2J\\u202e.tsv: no such file\n"
+
+
+def test_a_terminal_without_the_letters(files: Path):
+    command = [sys.executable, "-m", "rrcm.cli", "compare", "σ=one.tsv", "--radii", "0"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u03c3" in done.stdout
+
+
+def test_a_file_of_the_rrcm_authors(files: Path, capsys: pytest.CaptureFixture):
+    Path("certify_result_0.5.txt").write_text("".join(f"{row.split(chr(9), 1)[1]}\n" for row in ROWS))
+    compare(["ours=one.tsv", "theirs=certify_result_0.5.txt"], "0,0.5", Path("compare.png"))
+    shown = capsys.readouterr()
+    ours, theirs = (line.split() for line in shown.out.splitlines()[2:])
+    assert ours[1:] == theirs[1:]
+    assumed, different = shown.err.splitlines()
+    assert assumed.startswith("note: certify_result_0.5.txt: no header, so the columns are label, predict, radius,")
+    assert different == (
+        "note: the files have different images, or number them differently "
+        "(ours 4, theirs 4; 1 in all of them); compare shares only"
+    )
 
 
 def test_arguments():

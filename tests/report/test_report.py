@@ -16,6 +16,8 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import with_derived
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.cbook import pts_to_prestep
 from PIL import Image
@@ -28,9 +30,11 @@ from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
 from rrcm.report import figures, page, tables
-from rrcm.report.build import write_report
+from rrcm.report.build import make_tables, read_gallery, write_report
+from rrcm.report.certified_images import certificate_table
 from rrcm.report.figures import Thumbnail
-from rrcm.utils.errors import RRCMError
+from rrcm.report.inputs import Inputs, read_inputs
+from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import sha256_file, write_csv, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -329,30 +333,143 @@ def test_no_two_methods_look_alike():
 CLASSES = ["Ba$$in", "a|b", "<b>&amp;", "x & y", "`tick`", "_under_ *star*", "日本", r"$\frac{1}", "[link](x)", "a\nb"]
 
 
-def test_class_names_survive_figures_and_markdown(made, tmp_path: Path):
+HOSTILE = [
+    "<script>alert(1)</script><!--",
+    "](javascript:alert(1)) ![x](y) <a@b.c>",
+    "two\r\nlines\tof \x1b[31mred\x07\x9b2J",
+    "\u202egnp.exe\u2066",
+    "\u05e2\u05d1\u05e8\u05d9\u05ea\u200f \ufdfd",
+    "\U0001f600 \U0001f3f3\ufe0f\u200d\U0001f308",
+    "n" * 150 + "m" * 150,
+    "null\x00 \x85\u2028",
+    "~~x~~ \\$ &lt; https:",
+    "\\",
+]
+
+
+def with_classes(root: Path, classes: list[str]) -> Path:
+    """A copy of the inputs in root/../renamed whose manifest has other class names."""
+    copy = root.parent / "renamed"
+    shutil.copytree(root, copy, dirs_exist_ok=True)
+    manifest = copy / "data/shards/manifest.json"
+    write_json(manifest, json.loads(manifest.read_text()) | {"classes": classes})
+    return copy
+
+
+def render(config: Config, root: Path, inputs: Inputs, gallery_classes: list[str]) -> str:
+    """report.md without the figures that not every profile has."""
+    texts = {name: table.text for name, table in make_tables(config, inputs).items()}
+    return page.render_report(config, root, inputs, texts, [], gallery_classes)
+
+
+def to_html(markdown: str) -> str:
+    return MarkdownIt("commonmark").enable("table").render(markdown)
+
+
+def plain_text(html: str) -> str:
+    return unescape(re.sub(r"<[^>]+>", "", html))
+
+
+@pytest.mark.parametrize("classes", [CLASSES, HOSTILE], ids=["odd", "hostile"])
+def test_class_names_survive_figures_and_markdown(made, tmp_path: Path, classes: list[str]):
     config, root = made
-    shutil.copytree(root, tmp_path / "root")
-    manifest = tmp_path / "root/data/shards/manifest.json"
-    write_json(manifest, json.loads(manifest.read_text()) | {"classes": CLASSES})
-    config = config.model_copy(update={"report": config.report.model_copy(update={"gallery_images": 40})})
-    write_report(config, tmp_path / "root", tmp_path / "out")
-    ET.parse(tmp_path / "out/gallery.svg")
-    html = MarkdownIt("commonmark").enable("table").render((tmp_path / "out/report.md").read_text())
-    text = unescape(re.sub(r"<[^>]+>", "", html))
-    sentence = text.split("True classes, from left to right: ")[1].split(".\n")[0]
-    names = [" ".join(name.split()) for name in CLASSES]
-    assert set(re.split(", | and ", sentence)) == set(names)
-    table = MarkdownIt("commonmark").enable("table").render(tables.markdown_text(pd.DataFrame({"a|b": CLASSES})))
+    renamed = with_classes(root, classes)
+    inputs = read_inputs(config, renamed)
+    gallery = read_gallery(config, renamed, inputs.certificates)
+    figures.save(figures.draw_gallery(gallery.clean, gallery.noisy, "rRCM"), tmp_path / "gallery.svg")
+    ET.parse(tmp_path / "gallery.svg")
+    html = to_html(render(config, renamed, inputs, gallery.classes))
+    names = [printable(" ".join(name.split())) for name in classes]
+    frame = read_certificates(root / "certificates/rrcm/sigma_1.0.tsv")
+    *first, last = [f"{name} ({(frame['label'] == label).sum()})" for label, name in enumerate(names)]
+    assert f"\nImages of each class: {', '.join(first)} and {last}.\n" in plain_text(html).replace("</p>", "\n")
+    sentence = plain_text(html).split("True classes, from left to right: ")[1].split(".\n")[0]
+    assert set(re.split(", | and ", sentence)) <= set(names)
+    assert not {"script", "a", "b", "i", "del"} & set(re.findall(r"<(\w+)", html))
+    assert html.count("<img") == 4
+    assert printable(html.replace("\n", "")) == html.replace("\n", "")
+    table = to_html(tables.markdown_text(pd.DataFrame({"a|b": classes})))
     assert [unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", table)] == ["a|b", *names]
+    assert printable(tables.latex_text(pd.DataFrame({"": classes})).replace("\n", "")).count(r"\\") >= len(classes)
 
 
-def test_class_names_are_drawn_literally_and_fit():
-    thumbnails = [Thumbnail(np.zeros((2, 2, 1)), name, name * 9, 0.5, "correct") for name in CLASSES]
+@given(st.text(st.characters(), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_shown_by_markdown_as_it_is(text: str):
+    text = f"-{text}"  # at least one visible character
+    html = to_html(f"Class {tables.escape_markdown(text)}, code {page._code(text)}.\n")
+    shown = printable(" ".join(text.split()))
+    assert unescape(html) == f"<p>Class {shown}, code <code>{shown}</code>.</p>\n"
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence"),
+    [
+        ([12, 0, 1300], r"Images of each class: \*0\* (12), \*1\* (0) and \*2\* (1,300)."),
+        ([1] * 500 + [0] * 500, "They are from 500 of the 1,000 classes, 1 image each."),
+        ([5] * 21, "They are from all 21 classes, 5 images each."),
+        ([4] * 20 + [6], "They are from all 21 classes, 4 to 6 images each."),
+    ],
+)
+def test_report_says_how_many_images_of_which_classes(made, counts: list[int], sentence: str):
+    config, root = made
+    inputs = read_inputs(config, root)
+    (run, frame), *others = inputs.certificates.items()
+    frame = frame.iloc[[0] * sum(counts)].assign(label=np.repeat(np.arange(len(counts)), counts))
+    inputs = inputs._replace(classes=[f"*{i}*" for i in range(len(counts))])
+    inputs = inputs._replace(certificates={run: frame} | {each: frame for each, _ in others})
+    text = render(config, root, inputs, ["0"])
+    assert (
+        f"\n{sum(counts):,} test images of digits, n = 1,000, alpha = 0.001, training seed 0.\n{sentence}\n\n" in text
+    )
+
+
+def test_more_classes_in_the_certificates_than_in_the_shards(made, tmp_path: Path):
+    config, root = made
+    with pytest.raises(
+        RRCMError, match=r"sigma_0.25.tsv: has label 9, but the images in data/shards are of 3 classes; run"
+    ):
+        write_report(config, with_classes(root, ["a", "b", "c"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("classes", [CLASSES, HOSTILE], ids=["odd", "hostile"])
+@pytest.mark.filterwarnings("error")
+def test_class_names_are_drawn_literally_and_fit(classes: list[str]):
+    thumbnails = [Thumbnail(np.zeros((2, 2, 1)), name, name * 9, 0.5, "correct") for name in classes]
     figure = figures.draw_gallery([each.pixels for each in thumbnails], {0.5: thumbnails}, "rRCM")
     figure.draw_without_rendering()
-    assert figure.axes[0].get_xlabel() == r"Ba\$\$in"
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert classes is HOSTILE or labels[0] == r"Ba\$\$in"
+    assert all(printable(line) == line for label in labels for line in label.split("\n"))
     for axes in figure.axes:
         assert axes.xaxis.label.get_window_extent().width < axes.get_window_extent().width
+
+
+def test_names_in_the_table_of_certify_leave_the_terminal_alone():
+    names = [*HOSTILE, "not UTF-8 \udcff"]
+    frame = pd.DataFrame({"file": names, "class": names, "predict": 0, "radius": 0.5, "samples": 100})
+    lines = certificate_table(frame).split("\n")
+    assert len(lines) == 2 + len(names) and all(printable(line) == line for line in lines)
+
+
+@pytest.mark.filterwarnings("error")
+def test_legend_takes_any_name(tmp_path: Path):
+    names = [
+        *CLASSES,
+        *HOSTILE,
+        "not UTF-8 \udcff",
+        " ",
+        "_child",
+        "n" * 149 + "o" + "m" * 150,
+    ]  # the last is like another when shortened
+    figure = figures.draw_comparison({name: frame_of(0.1, 0.2) for name in names})
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(names)
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    figures.save(figure, tmp_path / "names.svg")
+    ET.parse(tmp_path / "names.svg")
 
 
 def test_html_in_labels_and_paths_is_escaped(made, tmp_path: Path):
@@ -361,11 +478,18 @@ def test_html_in_labels_and_paths_is_escaped(made, tmp_path: Path):
     path = "external/</pre>&.tsv"
     (tmp_path / "root/external/<").mkdir()
     (tmp_path / "root" / path).write_bytes((root / EXTERNAL[0]["path"]).read_bytes())
-    config = make_config(external=[EXTERNAL[0] | {"label": "A & <i>B</i>", "path": path}])
+    label = "A & <i>B</i>\x1b[0m\u202e\r$x$"
+    config = make_config(external=[EXTERNAL[0] | {"label": label, "path": path}])
     write_report(config, tmp_path / "root", tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert text.count("<pre") == text.count("</pre>") == text.count("<details>") == text.count("</details>")
-    assert "external/&lt;/pre&gt;&amp;.tsv" in text and r"A \& \<i\>B\</i\> (external)" in text
+    assert "external/&lt;/pre&gt;&amp;.tsv" in text
+    assert r"A \& \<i\>B\</i\>\\x1b\[0m\\u202e \$x\$ (external)" in text
+    for path in (tmp_path / "out").glob("*.svg"):
+        ET.parse(path)
+    for path in [*(tmp_path / "out").glob("*.md"), *(tmp_path / "out").glob("*.tex")]:
+        lines = path.read_text().replace("\n", "")
+        assert printable(lines) == lines
 
 
 def test_published_results_are_labelled_and_apart(made, tmp_path: Path):
@@ -519,7 +643,7 @@ def test_missing_or_bad_external_file_is_named(made, tmp_path: Path):
         write_report(make_config(external=[EXTERNAL[0], missing]), root, tmp_path / "out")
     (root / "external/none.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\n")
     try:
-        with pytest.raises(RRCMError, match=r"external/none\.tsv, line 2: has 4 tab-separated fields"):
+        with pytest.raises(RRCMError, match=r"external/none\.tsv, line 2: has 4 columns, must have 6"):
             write_report(make_config(external=[missing]), root, tmp_path / "out")
     finally:
         (root / "external/none.tsv").unlink()

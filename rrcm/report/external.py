@@ -1,0 +1,224 @@
+"""Certificate files of other groups, which certify.py prints in as many ways as it has been copied.
+
+A habit is read where its meaning is clear. What had to be assumed is said in one note on stderr, and what is unclear is
+refused. The table in external/README.md lists the habits.
+"""
+
+import codecs
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from rrcm.certification.results import COLUMNS, parse_certificate
+from rrcm.utils.errors import RRCMError, one_line, printable
+
+REQUIRED = ["label", "predict", "radius"]
+LAYOUTS = {6: COLUMNS, 5: COLUMNS[1:]}  # columns without a header: Cohen et al.'s, and those of the rRCM authors
+SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", None: "blanks"}
+ABOUT_COLUMNS = "the first line must name the columns: label, predict, radius and, where there are, idx, correct, time"
+
+
+class _Table(NamedTuple):
+    """The rows of a file as text, with what was assumed to find them."""
+
+    columns: list[str]
+    rows: list[tuple[int, list[str]]]  # line number, one cell per column
+    assumed: list[str]
+
+
+def read_external_certificates(path: Path | str) -> pd.DataFrame:
+    """Read another group's certificates as a frame like that of `read_certificates`; prints a note of what was assumed.
+
+    Without a column `idx` the rows are numbered in the order of the file. Without a column `time` it is NaN. Raises
+    `RRCMError` with the file, the line, the problem and what to do.
+    """
+    table = _find_rows(path, _read_lines(path))
+    rows, assumed = _interpret(path, table)
+    if assumed := table.assumed + assumed:
+        print(f"note: {printable(str(path))}: {'; '.join(assumed)}", file=sys.stderr)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _read_lines(path: Path | str) -> list[str]:
+    """The lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it. Bytes of other encodings are escaped."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise RRCMError(f"{path}: no such file") from None
+    except OSError as error:
+        raise RRCMError(f"{path}: cannot be read ({one_line(error)}); give a file of certificates") from None
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in data and not wide:
+        raise RRCMError(f"{path}: is not a text file; export it as text, where {ABOUT_COLUMNS}")
+    return data.decode("utf-16" if wide else "utf-8-sig", errors="backslashreplace").splitlines()
+
+
+def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
+    """Find the header and the rows of a file.
+
+    A header may come again, where files of one run were joined. Lines of text may stand before a header and at the end,
+    but not between rows: there they could hide a row.
+    """
+    separator = _separator(lines)
+    columns: list[str] = []
+    rows: list[tuple[int, list[str]]] = []
+    headers, texts = [], []
+    start, text_after_rows = 0, 0  # the first row under the last header, and the line of text that ended its rows
+    for number, line in enumerate(lines, start=1):
+        cells = _split(line, separator)
+        if _is_header(line):
+            names = _check_header(path, number, line, separator)
+            if columns and names != columns:
+                raise RRCMError(f"{path}, line {number}: names other columns than the rows above; split the file here")
+            columns, start, text_after_rows = names, len(rows), 0
+            headers.append(number)
+        elif line.strip() and not columns and _is_number(cells[0]):
+            columns = _layout(path, number, cells)
+            rows.append((number, cells))
+        elif columns and _is_row(cells, columns, bool(text_after_rows)):
+            if text_after_rows:
+                problem = f"a row after text, which is in line {text_after_rows}"
+                raise RRCMError(f"{path}, line {number}: {problem}; remove the text if it is no part of the results")
+            rows.append((number, cells))
+        elif line.strip():
+            texts.append((number, line))
+            text_after_rows = number if len(rows) > start else 0
+    if not rows:
+        raise RRCMError(f"{path}: has no rows of certificates; each is a line, and {ABOUT_COLUMNS}")
+    return _Table(columns, rows, list(_assumed(columns, separator, headers, texts)))
+
+
+def _assumed(
+    columns: Sequence[str], separator: str | None, headers: Sequence[int], texts: Sequence[tuple[int, str]]
+) -> Iterator[str]:
+    """What was assumed about the form of a file."""
+    if separator != "\t":
+        yield f"columns are separated by {SEPARATORS[separator]}"
+    if not headers:
+        yield f"no header, so the columns are {', '.join(columns)}"
+    if len(headers) > 1:
+        yield f"{len(headers)} headers, so the file joins parts of one run"
+    if "idx" not in columns:
+        yield "no column idx, so rows are numbered 0, 1, 2, ... in the order of the file"
+    if "time" not in columns:
+        yield "no column time, so times are unknown"
+    if texts:
+        count = f"{len(texts)} lines that are not rows were left out, the first is" if len(texts) > 1 else "left out:"
+        yield f"{count} line {texts[0][0]}, {texts[0][1].strip()[:60]!r}"
+
+
+def _separator(lines: Sequence[str]) -> str | None:
+    """The sign between the columns, as in the first row. None stands for blanks."""
+    after_header = next((number for number, line in enumerate(lines, start=1) if _is_header(line)), 0)
+    for line in lines[after_header:]:
+        if line.strip() and (after_header or _is_number(re.split(r"[\t,;\s]", line.strip())[0])):
+            return next((sign for sign in "\t,;" if sign in line), None)
+    return "\t"
+
+
+def _split(line: str, separator: str | None) -> list[str]:
+    return [cell.strip().strip('"') for cell in line.split(separator)] or [""]
+
+
+def _is_header(line: str) -> bool:
+    """Whether a line has the names of at least three of our columns."""
+    return len(set(COLUMNS) & set(re.split(r'[\t,;\s"]+', line.lower()))) >= 3
+
+
+def _check_header(path: Path | str, number: int, line: str, separator: str | None) -> list[str]:
+    """The names in a header, which may be separated by blanks where the rows are not. Raises `RRCMError`."""
+    names = [name.lower() for name in _split(line, separator if separator and separator in line else None)]
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise RRCMError(f"{path}, line {number}: names the column {name} twice; rename one")
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise RRCMError(f"{path}, line {number}: no column {' '.join(missing)}; {ABOUT_COLUMNS}")
+    return names
+
+
+def _layout(path: Path | str, number: int, cells: Sequence[str]) -> list[str]:
+    """The columns of a file without a header. Raises `RRCMError` where they could be others."""
+    if len(cells) not in LAYOUTS or (len(cells) == 5 and ":" not in cells[-1]):
+        known = "6, or 5 of which the last is a time such as 0:00:17.5"
+        raise RRCMError(f"{path}, line {number}: no header and {len(cells)} columns, not {known}; {ABOUT_COLUMNS}")
+    return list(LAYOUTS[len(cells)])
+
+
+def _is_row(cells: Sequence[str], columns: Sequence[str], after_text: bool) -> bool:
+    """Whether a line is a row, perhaps a broken one. In doubt it is, because a row must not be taken for text."""
+    if len(cells) != len(columns):
+        return _is_number(cells[0]) and not after_text
+    return any(_is_number(cells[columns.index(name)]) for name in REQUIRED)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(_plain(text))
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(text: str) -> str:
+    """A number without the wrapping of a printed tensor: 3 from tensor([3], device='cuda:0')."""
+    return re.sub(r"^tensor\(\[?([^\],]+)\]?(?:,.*)?\)$", r"\1", text)
+
+
+def _interpret(path: Path | str, table: _Table) -> tuple[list[tuple], list[str]]:
+    """The rows as values in the order of COLUMNS, and what was assumed about their meaning."""
+    rows: dict[int, tuple] = {}
+    marks, uncertified = [], 0
+    for number, cells in table.rows:
+        try:
+            if len(cells) != len(table.columns):
+                raise ValueError(f"has {len(cells)} columns, must have {len(table.columns)}")
+            cell = dict(zip(table.columns, cells, strict=True))
+            label, predict = _integer(cell, "label"), _integer(cell, "predict")
+            radius, right = _plain(cell["radius"]), label == predict
+            if not right and not float(radius) >= 0:
+                radius, uncertified = "0", uncertified + 1
+            idx = _integer(cell, "idx") if "idx" in cell else len(rows)
+            marks.append(_integer(cell, "correct") if "correct" in cell else int(right))
+            fields = (str(value) for value in (idx, label, predict, radius, int(right)))
+            row = parse_certificate(*fields, cell.get("time", "nan"))
+            if idx in rows:
+                raise ValueError(f"idx {idx} occurs twice, as where one file holds several runs")
+        except ValueError as error:
+            raise RRCMError(f"{path}, line {number}: {error}; correct it") from None
+        rows[idx] = row
+    assumed = _check_correct(path, table, list(rows.values()), marks)
+    if uncertified:
+        assumed.append(f"a radius of -1 or nan is 0 ({uncertified:,} of {len(rows):,} images, all wrong or abstained)")
+    return list(rows.values()), assumed
+
+
+def _check_correct(path: Path | str, table: _Table, rows: Sequence[tuple], marks: Sequence[int]) -> list[str]:
+    """What was assumed about the column `correct`. Raises `RRCMError` where it does not fit label and predict."""
+    right = [correct for *_, correct, _ in rows]
+    if "correct" not in table.columns:
+        return ["no column correct, so an image is correct where predict is its label"]
+    if marks == right:
+        return []
+    if marks == list(accumulate(right)):
+        return ["correct counts the correct images so far, so an image is correct where predict is its label"]
+    for (number, _), (_, label, predict, *_), mark in zip(table.rows, rows, marks, strict=True):
+        if mark != (label == predict):
+            problem = f"correct {mark} does not fit label {label} and predict {predict}"
+            raise RRCMError(f"{path}, line {number}: {problem}; correct it, or remove the column")
+    return []
+
+
+def _integer(cell: Mapping[str, str], name: str) -> int:
+    """The whole number in a column: 3, 3.0, tensor(3), True. Raises ValueError."""
+    text = {"true": "1", "false": "0"}.get(cell[name].lower(), _plain(cell[name]))
+    value = float(text) if _is_number(text) else math.nan
+    if not value.is_integer():
+        raise ValueError(f"{name} {cell[name]!r}: must be a whole number")
+    return int(value)
