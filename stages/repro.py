@@ -521,7 +521,7 @@ def _in_child(function: Callable, argument: object) -> object:
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         try:
             sender.send((function(argument), None))
-        except DvcException as error:
+        except (DvcException, OSError) as error:
             cause = f" {error.__cause__}" if error.__cause__ else ""
             sender.send((None, one_line(RRCMError(f"{error}{cause}"))))
 

@@ -6,6 +6,7 @@ imports and at exit costs 40 % of a stage's start-up time.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import sys
@@ -20,6 +21,7 @@ from rrcm.utils.errors import Interrupted, RRCMError, printable  # noqa: E402
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 TERMINATED = 143  # exit status after SIGTERM
+FORBIDDEN_OR_FULL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 def make_app() -> typer.Typer:
@@ -30,7 +32,8 @@ def make_app() -> typer.Typer:
 def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap `command` so that it exits without a traceback.
 
-    An `RRCMError` is printed in one line on stderr, exit status 1. Ctrl-C gives status 130, `Interrupted` 143.
+    An `RRCMError` is printed in one line on stderr, exit status 1. So is a file that the system does not let us read or
+    write. Ctrl-C gives status 130, `Interrupted` 143.
     """
 
     @functools.wraps(command)
@@ -42,6 +45,11 @@ def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(TERMINATED) from None
         except RRCMError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno not in FORBIDDEN_OR_FULL:
+                raise
+            print(f"error: {printable(error.filename)}: {error.strerror}; check permissions and disk", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interruption:
             print(f"interrupted{interruption}", file=sys.stderr)
