@@ -44,6 +44,7 @@ from dvc.utils.serialize import modify_yaml
 
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
 from rrcm.utils.files import write_json
+from rrcm.utils.progress import can_redraw
 
 GRACE = 60  # seconds that a stage has to save its state after SIGTERM
 REFRESH = 0.5  # seconds between two drawings on a terminal
@@ -300,7 +301,7 @@ class Display:
     """Lines on stderr: on a terminal the status is drawn anew in place, elsewhere it is printed now and then."""
 
     def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+        self.live = can_redraw()
         self.drawn = 0
         self.last = time.monotonic()
 

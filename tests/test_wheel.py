@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # built once
+pytestmark += [pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists the files to copy")]
 
 IMPORT_ALL = """
 import pkgutil, sys

@@ -1,10 +1,16 @@
 """Progress of a long computation: a bar on a terminal, plain lines in a log."""
 
+import os
 import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal on which lines can be drawn again in place. That of an editor may not be."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Progress:
@@ -23,7 +29,7 @@ class Progress:
         self.quiet = quiet
         self.metrics: dict[str, str] = {}
         self.start = self.last_print = time.monotonic()
-        live = sys.stderr.isatty() and not quiet
+        live = can_redraw() and not quiet
         self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True) if live else None
         self.below: tqdm | None = None  # second line, for the metrics
 

@@ -29,18 +29,29 @@ def test_metrics_stay_until_they_are_replaced(capsys):
     assert lines[-1].startswith("work: 5/5 steps, ") and ", took " in lines[-1]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("shown", [{}, {"loss": "2.50"}])
 def test_a_terminal_shows_the_metrics_on_their_own_line(monkeypatch, shown):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with Progress(2, "work", "steps") as progress:
         progress.update(1, **shown)
         progress.update(1)
     assert "2/2" in terminal.getvalue()
     assert ("loss 2.50" in terminal.getvalue()) == bool(shown)
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Progress(2, "work", "steps") as progress:
+        progress.update(2, loss="2.50")
+    (line,) = terminal.getvalue().splitlines()
+    assert line.startswith("work: 2/2 steps, ") and "\r" not in line and "\x1b" not in line
 
 
 def test_other_processes_are_quiet(capsys):
