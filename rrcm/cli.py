@@ -27,7 +27,8 @@ def certify(  # long because each option has its own lines
         str,
         typer.Option(
             metavar="FOLDER|FILE|NAME",
-            help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model name.",
+            help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model: its name, "
+            "hf-hub:owner/name, or a snapshot folder.",
         ),
     ],
     sigma: Annotated[
@@ -60,7 +61,7 @@ def certify(  # long because each option has its own lines
         Path | None, typer.Option(help="Text file with one class name per line, in the model's order.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Safetensors file with a timm model's weights, instead of a download.")
+        Path | None, typer.Option(help="File with the weights of a timm name, instead of a download.")
     ] = None,
     final_norm: Annotated[
         bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")

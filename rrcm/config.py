@@ -243,8 +243,8 @@ def _choose(settings: Section, section: type[Section], keys: Sequence[str], path
 class TimmViT(Section):
     """The ViT from timm that method `timm` starts from."""
 
-    model: str | None  # timm's name of it; null if no method starts from timm
-    weights: str | None  # a safetensors file; null: timm downloads the weights
+    model: str | None  # timm's name of it, a snapshot folder or hf-hub:owner/name; null if no method starts from timm
+    weights: str | None  # a file, for a timm name; null: timm downloads the weights
 
 
 class Finetune(_varying(FinetuneSettings)):

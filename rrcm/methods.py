@@ -6,6 +6,7 @@ changing a row retrains that method alone, and adding a row retrains nothing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
@@ -96,10 +97,18 @@ def initial_weights_path(method: str, finetune: Mapping) -> str:
     """
     kind = METHODS[method]
     if kind.pretrained_here:
-        return finetune["initial_checkpoint"] or f"models/pretrain/{kind.initial_weights}"
+        return _expand(finetune["initial_checkpoint"] or f"models/pretrain/{kind.initial_weights}")
     if kind.initial_weights == "timm":
-        return finetune["timm"]["weights"] or "rrcm/models/timm_vit.py"
+        model, weights = finetune["timm"]["model"] or "", finetune["timm"]["weights"]
+        folder = _expand(model.removeprefix("local-dir:"))
+        if not weights and folder and Path(folder).is_dir():
+            return folder
+        return _expand(weights) if weights else "rrcm/models/timm_vit.py"
     return "rrcm/models/vit.py"
+
+
+def _expand(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~/") else path  # DVC takes a ~ literally
 
 
 def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping) -> dict:

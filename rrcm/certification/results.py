@@ -28,7 +28,7 @@ def sigma_name(sigma: float) -> str:
 
 
 def read_certificates(path: Path | str) -> pd.DataFrame:
-    """Read a file in the format of Cohen et al. 2019, as we write it; report/external.py reads other groups' files.
+    """Read a file in the format of Cohen et al. 2019, as we write it; external.py reads other groups' files.
 
     `time` may be in seconds or h:mm:ss.ffffff and is converted to seconds. Columns are found by name and other columns
     are ignored. Blank lines may follow the last row. Unlabelled images and duplicate rows are rejected. Raises

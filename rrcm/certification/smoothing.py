@@ -6,18 +6,29 @@ the process count or restarts. A different batch size, thread count, precision o
 still flip votes that are nearly tied.
 """
 
-import copy
 import math
 import operator
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import nn
 
+from rrcm.certification.networks import (
+    attribute,
+    batch_limits,
+    check_independence,
+    in_batches,
+    largest_output,
+    logits_of,
+    prepare,
+    set_eval,
+    without_compilation,
+)
 from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, CounterDraw, counter_normal
 from rrcm.certification.stopping import (
     ABSTAIN,
@@ -29,10 +40,11 @@ from rrcm.certification.stopping import (
     make_stopping_rule,
 )
 from rrcm.utils.distributed import native_precision
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
 
 BATCHES_PER_SYNC = 16  # batches between two reads of the counts; each read waits for the device
 LARGEST_BATCH = 1024
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}  # of logits whose rounding may depend on the batch, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -91,9 +103,12 @@ class SmoothedClassifier(nn.Module):
             print(certificate.prediction, certificate.radius)
 
     `model` stays on its device and in eval mode, since batch statistics would make votes depend on other images. It may
-    be any module. Two attributes of `BaseClassifier` are read if present: `keeps_float32_input` and `stochastic`. With
-    `precision="bf16"` a copy of the model computes in bfloat16, and the certificate applies to that bfloat16 network.
-    Noise is always drawn and added in float32.
+    be any module, also one that was scripted, traced, compiled or exported. It returns the logits, or an object with
+    `logits`. A program exported for certain batches gets such batches. Two attributes of `BaseClassifier` are read if
+    present: `keeps_float32_input` and `stochastic`. With `precision="bf16"` a copy of the model computes in bfloat16,
+    and the certificate applies to that bfloat16 network. Noise is always drawn and added in float32.
+
+    What the model raises is raised as an `RRCMError` of one line, with the original as its cause.
     """
 
     def __init__(
@@ -111,7 +126,8 @@ class SmoothedClassifier(nn.Module):
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise RRCMError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+            hint = "; pass its .module()" if type(model).__name__ == "ExportedProgram" else ""
+            raise RRCMError(f"model is a {type(model).__name__}: must be a torch.nn.Module{hint}")
         if not torch.finfo(torch.float32).tiny <= sigma <= torch.finfo(torch.float32).max:
             raise RRCMError(f"sigma = {sigma}: must be above 0 and finite in float32, in pixel units")
         if num_classes < 2:
@@ -124,23 +140,32 @@ class SmoothedClassifier(nn.Module):
             raise RRCMError(f"precision = {precision!r}: must be auto, fp32 or bf16")
         if compile and is_stochastic(model):
             raise RRCMError("compile = True: a stochastic classifier cannot be compiled; set it to False")
+        if compile and isinstance(model, torch.jit.ScriptModule):
+            raise RRCMError("compile = True: a scripted or traced model cannot be compiled; set it to False")
         self.model = model
         if precision == "auto":
             precision = "bf16" if native_precision(self.device) == "bf16" else "fp32"
-        self.model = (copy.deepcopy(model).bfloat16() if precision == "bf16" else model).eval()
+        self.model = prepare(model, precision)
         self.sigma, self.num_classes, self.seed, self.num_noise = sigma, num_classes, seed, num_noise
         self.batch_size, self.memory_gib, self.precision = batch_size, memory_gib, precision
         self._network = (_compile(self.model, self.device) if compile else self.model,)  # a tuple: no second submodule
+        self._batch_limits = batch_limits(self.model)
         self._batch_size: dict[tuple[int, ...], int] = {}
+        self._checked: set[tuple[int, ...]] = set()  # image shapes
 
     @property
     def device(self) -> torch.device:
-        """The model's device, where everything is computed."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        """The model's device, where everything is computed. A model without any tensor goes where the images are."""
+        return self._device(torch.device("cpu"))
+
+    def _device(self, default: torch.device) -> torch.device:
+        return next((t.device for t in chain(self.model.parameters(), self.model.buffers())), default)
 
     def train(self, mode: bool = True) -> "SmoothedClassifier":
         """Stay in eval mode."""
-        return super().train(False)
+        self.training = False
+        set_eval(self.model)
+        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logarithm of the mean softmax over noisy copies: (B, C, H, W) float -> (B, K) float32, differentiable.
@@ -149,6 +174,8 @@ class SmoothedClassifier(nn.Module):
         """
         check_layout(images)
         images = images.float()
+        if len(images):
+            self._check_independence(images[0].detach())
         index = torch.arange(len(images), device=images.device).repeat_interleave(self.num_noise)
         sample = torch.arange(self.num_noise, device=images.device).repeat(len(images))
         purpose = torch.full_like(index, FORWARD)
@@ -250,9 +277,10 @@ class SmoothedClassifier(nn.Module):
         """SAMPLEUNDERNOISE (Cohen et al. 2019) for many images: votes per class, (len(requests), K) int64.
 
         Samples are packed into batches of one shape. The device is waited for once, at the end. Raises `RRCMError` when
-        the model does not return (B, K) logits or returns NaN.
+        the model does not return (B, K) logits or returns NaN, and when its answer to an image depends on the others.
         """
-        device, lengths = self.device, [request.stop - request.start for request in requests]
+        self._check_independence(requests[0].image)
+        device, lengths = self._device(requests[0].image.device), [each.stop - each.start for each in requests]
         shape = requests[0].image.shape
         size = self.find_batch_size(requests[0].image)
         total = sum(lengths)
@@ -285,7 +313,7 @@ class SmoothedClassifier(nn.Module):
         """`batch_size`, or if that is None the largest power of two up to 1024 whose forward pass fits `memory_gib`.
 
         On a GPU the memory of a small batch is measured. On a CPU it is estimated from the largest output of a layer.
-        The answer is the same on the same device.
+        The answer is the same on the same device. A program that was exported for certain batches decides first.
         """
         if self.batch_size is not None:
             return self.batch_size
@@ -295,33 +323,38 @@ class SmoothedClassifier(nn.Module):
         return self._batch_size[key]
 
     @torch.no_grad()
+    def _check_independence(self, image: torch.Tensor) -> None:
+        """`check_independence` of the model, once per shape of images."""
+        if tuple(image.shape) not in self._checked:
+            probe = image.to(self._device(image.device), torch.float32).repeat(min(8, self.batch_size or 8), 1, 1, 1)
+            rows = torch.zeros(3, len(probe), dtype=torch.int64, device=probe.device)
+            with without_compilation():
+                check_independence(
+                    lambda noisy: self._logits(noisy, self.model, *rows), probe, TOLERANCE[self.precision]
+                )
+            self._checked.add(tuple(image.shape))
+
+    @torch.no_grad()
     def _largest_batch(self, image: torch.Tensor) -> int:
-        device = self.device
-        probe = image.to(device, torch.float32).expand(8, *image.shape)
-        rows = torch.zeros(3, len(probe), dtype=torch.int64, device=device)
+        device = self._device(image.device)
         if device.type == "cuda":
             limit = (self.memory_gib or torch.cuda.get_device_properties(device).total_memory / 2**31) * 2**30
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            self._logits(probe, self.model, *rows)
-            needed = (torch.cuda.max_memory_allocated(device) - before) / len(probe)
         else:
             limit = (self.memory_gib or 1 / 16) * 2**30
-            outputs = [probe.numel() * 4]
-
-            def add_output(layer: nn.Module, inputs: object, output: object) -> None:
-                if isinstance(output, torch.Tensor):
-                    outputs.append(output.numel() * output.element_size())
-
-            hooks = [layer.register_forward_hook(add_output) for layer in self.model.modules()]
-            try:
+        probe = image.to(device, torch.float32).repeat(8, 1, 1, 1)
+        rows = torch.zeros(3, len(probe), dtype=torch.int64, device=device)
+        with without_compilation():
+            if device.type == "cuda":
                 self._logits(probe, self.model, *rows)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            needed = 4 * max(outputs) / len(probe)  # a layer's input and output, and temporaries
+                needed = (torch.cuda.max_memory_allocated(device) - before) / len(probe)
+            else:
+                largest = largest_output(self.model, lambda: self._logits(probe, self.model, *rows))
+                needed = 4 * max(largest, probe.numel() * 4) / len(probe)  # a layer's input, output, and temporaries
         fits = max(1, int(limit / needed))
-        return min(LARGEST_BATCH, 1 << (fits.bit_length() - 1))
+        smallest, largest = self._batch_limits
+        return max(smallest, min(LARGEST_BATCH, largest, 1 << (fits.bit_length() - 1)))
 
     def _logits(
         self,
@@ -332,17 +365,31 @@ class SmoothedClassifier(nn.Module):
         sample: torch.Tensor,
     ) -> torch.Tensor:
         """(B, K) of noisy (B, C, H, W). Row i is sample[i] of image index[i] for purpose[i], each (B,) int64."""
-        if self.precision == "bf16" and not getattr(self.model, "keeps_float32_input", False):
+        if self.precision == "bf16" and not attribute(self.model, "keeps_float32_input"):
             noisy = noisy.bfloat16()
-        if is_stochastic(self.model):
-            logits = network(noisy, draw=CounterDraw(self.seed, purpose, index, sample))
-        else:
-            logits = network(noisy)
+        try:
+            if is_stochastic(self.model):
+                logits = logits_of(network(noisy, draw=CounterDraw(self.seed, purpose, index, sample)))
+            else:
+                logits = logits_of(in_batches(network, noisy, self._batch_limits))
+        except (RRCMError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # it is the model's own
+            where = f"{len(noisy)} images of {' x '.join(map(str, noisy.shape[1:]))} in {self.precision}"
+            hint = "; use precision fp32" if self.precision == "bf16" else ""
+            if not hint and any(p.is_floating_point() and p.dtype != torch.float32 for p in self.model.parameters()):
+                hint = "; convert the model with .float()"
+            raise RRCMError(f"the model fails on {where} ({_reason(error)}){hint}") from error
         expected = (len(noisy), self.num_classes)
-        if getattr(logits, "shape", None) != expected:
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-            raise RRCMError(f"the model returns {found} for a batch of {len(noisy)}: must be a tensor {expected}")
-        return logits
+        if isinstance(logits, torch.Tensor) and logits.shape == expected:
+            return logits
+        hint = "; wrap the model so that it returns its logits alone"
+        if isinstance(logits, torch.Tensor):
+            found = tuple(logits.shape)
+            hint = f"; set num_classes = {found[1]}" if len(found) == 2 and found[0] == len(noisy) else ""
+        else:
+            found = f"a {type(logits).__name__}"
+        raise RRCMError(f"the model returns {found} for a batch of {len(noisy)}: must be a tensor {expected}{hint}")
 
     def _image_states(
         self, images: torch.Tensor, labels: Sequence[int] | torch.Tensor | None, indices: Sequence[int] | None
@@ -365,7 +412,7 @@ class SmoothedClassifier(nn.Module):
 
 def is_stochastic(model: nn.Module) -> bool:
     """Whether `model` is a `BaseClassifier` that draws random numbers in its forward pass."""
-    return getattr(model, "stochastic", False)
+    return attribute(model, "stochastic")
 
 
 def certificate(state: ImageState, rule: StoppingRule) -> Certificate:
@@ -438,3 +485,9 @@ def _compile(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return torch.compile(model, mode="reduce-overhead", dynamic=False)
     return torch.compile(model, dynamic=False, options={"freezing": True})
+
+
+def _reason(error: Exception) -> str:
+    """What a model raised, in one line; TorchScript says it last."""
+    lines = str(error).strip().splitlines()
+    return one_line(RuntimeError(lines[-1])) if "TorchScript" in str(error) else one_line(error)

@@ -63,7 +63,7 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
                 counts = np.bincount(index[:, LABEL], minlength=len(dataset.classes)).tolist()
                 written[name] = Split(counts=counts, index=FileEntry(**_file_entry(path)), shards=shards)
         if unreadable:
-            refuse_unreadable(unreadable, total, "replace or remove them")
+            refuse_unreadable(sorted(unreadable), total, "replace or remove them")
         manifest = Manifest(
             format="rrcm-shards-1",
             source=data.source,

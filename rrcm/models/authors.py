@@ -1,8 +1,6 @@
 """Read checkpoints released by the paper's authors."""
 
-import pickle
-import struct
-import zipfile
+import math
 from pathlib import Path
 
 import torch
@@ -23,11 +21,11 @@ def load_authors_checkpoint(
     levels: int = 81,
     final_norm: bool = True,
 ) -> EncoderWithProjector | NoiseConditionedClassifier:
-    """Load a checkpoint of the authors: a pickled state dict, read with `weights_only=True`, or safetensors.
+    """Load a checkpoint of the authors, in any format that `load_tensors` reads.
 
     A pretrained checkpoint gives an `EncoderWithProjector`. A fine-tuned one (names `base_model.` and `linear_head.`)
     gives a `NoiseConditionedClassifier` and needs the pixel `sigma` it was tuned for. As in their code, its noise level
-    is then the nearest of the `levels` Karras levels to 2 * sigma. A prefix `module.` is ignored.
+    is then the nearest of the `levels` Karras levels to 2 * sigma.
 
     `num_heads` cannot be read off the weights; the default is one head per 64 dimensions, as in all their models.
     `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
@@ -35,7 +33,7 @@ def load_authors_checkpoint(
     Raises `RRCMError` for any other file.
     """
     path = Path(path)
-    weights = {name.removeprefix("module."): tensor for name, tensor in _read_authors_file(path).items()}
+    weights = load_tensors(path)
     fine_tuned = any(name.startswith("base_model.") for name in weights)
     prefix = "base_model." if fine_tuned else ""
     trunk = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
@@ -46,9 +44,11 @@ def load_authors_checkpoint(
     }
     try:
         embed_dim, channels, patch_size, _ = trunk["patch_embed.proj.weight"].shape
-        grid = round((trunk["pos_embed"].shape[1] - 2) ** 0.5)
-        depth = 1 + max(int(name.split(".")[1]) for name in trunk if name.startswith("blocks."))
-    except (KeyError, ValueError):
+        grid = math.isqrt(trunk["pos_embed"].shape[1] - 2)
+        depth = len({int(name.split(".")[1]) for name in trunk if name.startswith("blocks.")})
+        if not min(embed_dim, channels, patch_size, grid, depth):
+            raise ValueError
+    except (KeyError, ValueError, IndexError):
         raise RRCMError(f"{path}: not an authors' checkpoint (holds no ViT with a time token)") from None
     num_heads = num_heads or embed_dim // 64
     if num_heads == 0 or embed_dim % num_heads:
@@ -61,32 +61,20 @@ def load_authors_checkpoint(
     if not fine_tuned:
         if not projector:
             raise RRCMError(f"{path}: neither a projection_head nor a linear_head: not an authors' checkpoint")
-        model = EncoderWithProjector(encoder, hidden=len(projector["0.weight"]), out=len(projector["6.weight"]))
+        hidden, out = (_rows(projector, name, path) for name in ("0.weight", "6.weight"))
+        model = EncoderWithProjector(encoder, hidden, out)
         load_weights(model.projector, projector, path)
         return model
     if sigma is None:
         raise RRCMError(f"{path}: a fine-tuned checkpoint; pass sigma=, the pixel noise it was tuned for")
     nearest = nearest_level(karras_levels(levels), 2 * sigma)
     head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
-    classifier = NoiseConditionedClassifier(encoder, len(head["bias"]) if "bias" in head else 0, nearest)
+    classifier = NoiseConditionedClassifier(encoder, _rows(head, "bias", path), nearest)
     load_weights(classifier.head, head, path)
     return classifier
 
 
-def _read_authors_file(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RRCMError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise RRCMError(
-            f"{path}: a pickle that holds more than tensors, or is damaged; no code in it was run"
-        ) from None
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
-        reason = (str(error).splitlines() or ["empty"])[0]
-        raise RRCMError(f"{path}: truncated or not a torch checkpoint ({reason})") from None
-    if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
-        raise RRCMError(f"{path}: not a state dict of tensors")
-    return weights
+def _rows(weights: dict[str, torch.Tensor], name: str, path: Path) -> int:
+    if name not in weights or weights[name].ndim == 0:
+        raise RRCMError(f"{path}: not an authors' checkpoint (the {name} of its head is missing or has no rows)")
+    return len(weights[name])

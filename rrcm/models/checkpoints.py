@@ -10,7 +10,7 @@ from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import read_json, write_json
+from rrcm.utils.files import expand_user, read_json, write_json
 from rrcm.utils.tensors import load_tensors, load_weights, save_tensors
 
 FORMAT = 2  # of config.json
@@ -68,6 +68,11 @@ def read_model_config(folder: Path | str) -> dict:
     """config.json of a model folder of any kind. Raises `RRCMError` when it is missing, damaged or outdated."""
     path = Path(folder) / "config.json"
     config = read_json(path)
+    if isinstance(config, dict) and (isinstance(config.get("architecture"), str) or "architectures" in config):
+        raise RRCMError(
+            f"{path}: of timm or transformers, not of a model folder; timm models are for `rrcm certify --model` and, "
+            "as finetune.timm.model, for method timm; smooth others in Python with SmoothedClassifier"
+        )
     if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
         raise RRCMError(f"{path}: has no `kind`, so it describes no model of this version; train it again or dvc pull")
     if config.get("format") != FORMAT:
@@ -91,7 +96,7 @@ def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) ->
     `expected` has the sizes of ARCHITECTURE; the number of heads of an authors' file is taken from it. Raises
     `RRCMError` for other sizes, and for a file or folder that cannot be read.
     """
-    path = Path(path)
+    path = expand_user(path)
     if path.is_file():
         num_heads = None if expected is None else expected["num_heads"]
         encoder = load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # sigma matters to heads only

@@ -1,4 +1,4 @@
-"""Load a base classifier from a model folder, a checkpoint file of the paper's authors, or a timm model name.
+"""Load a base classifier from a model folder, a checkpoint file of the paper's authors, or as a timm model.
 
 A model folder is the contract between training and certification. Its config.json has a `kind`, and KINDS has a loader
 for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
@@ -13,7 +13,9 @@ from typing import NamedTuple
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import check_kind, classifier_of, read_model_config
+from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.files import expand_user
 
 
 class LoadedClassifier(NamedTuple):
@@ -23,7 +25,7 @@ class LoadedClassifier(NamedTuple):
     image_size: int  # side of its square input, pixels
     channels: int  # 1 or 3
     class_names: list[str]
-    synsets: list[str] = []  # noqa: RUF012 (never changed); of ImageNet classes: the names of ImageNet's folders
+    synsets: list[str] = []  # noqa: RUF012 (never changed); short unique names: of ImageNet classes, its folders
 
     @property
     def num_classes(self) -> int:
@@ -40,20 +42,22 @@ def load_base_classifier(
     model: Path | str,
     *,
     sigma: float | None = None,  # pixel noise; the authors' files do not record it
-    weights: Path | None = None,  # safetensors file for a timm model, instead of a download
+    weights: Path | None = None,  # file with a timm model's weights, instead of a download
     final_norm: bool = True,  # False: the authors' CIFAR-10 models, which skip the last LayerNorm
     classes: Path | None = None,  # text file with one class name per line
 ) -> LoadedClassifier:
-    """Load an existing folder as a model folder, an existing file as an authors' checkpoint, or else a timm model.
+    """Load a model folder or a timm snapshot folder, a file as an authors' checkpoint, or else a timm model by name.
 
     Raises `RRCMError` when `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
     """
-    path = Path(model)
+    path = expand_user(str(model).removeprefix(FOLDER))
     if weights is not None and path.exists():
         raise RRCMError(f"{weights}: weights are for a timm model, and {model} has its own; leave them out")
     if not final_norm and not path.is_file():
         raise RRCMError(f"{model}: only an authors' checkpoint file can skip the final norm; leave that option out")
-    if path.is_dir():
+    if path.is_dir() and is_snapshot(path):
+        loaded = _load_timm(str(path), None)
+    elif path.is_dir():
         loaded = load_model_folder(path)
     elif path.exists():
         loaded = _load_authors(path, sigma, final_norm)
@@ -78,11 +82,13 @@ def class_folders(loaded: LoadedClassifier) -> dict[str, int]:
 
     Numbers identify classes only if no class has a number as its name, since class 10 may be called 11.
     """
-    names = [unicodedata.normalize("NFC", name) for name in loaded.class_names]
+    names, synsets = (
+        [unicodedata.normalize("NFC", name) for name in each] for each in (loaded.class_names, loaded.synsets)
+    )
     count = Counter(names)
     folders = {name: number for number, name in enumerate(names) if count[name] == 1}
-    folders |= {synset: number for number, synset in enumerate(loaded.synsets)}
-    if not any(name.isdecimal() for name in names):
+    folders |= {synset: number for number, synset in enumerate(synsets)}
+    if not any(name.isdecimal() for name in names + synsets):
         folders |= {str(number): number for number in range(loaded.num_classes)}
     return folders
 
@@ -111,18 +117,24 @@ def _load_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedCl
 def _load_timm(name: str, weights: Path | None) -> LoadedClassifier:
     from timm.data import infer_imagenet_subset, resolve_model_data_config  # timm takes seconds to import
 
-    from rrcm.models.timm_vit import load_timm, suggest_timm_name
-
-    if complaint := suggest_timm_name(name):
+    known = name.startswith((*HUB, FOLDER)) or Path(name).is_dir()
+    if not known and (complaint := suggest_timm_name(name)):
         raise RRCMError(f"{name}: no such folder or file, and {complaint}")
     network = load_timm(name, weights)
+    if network.num_classes < 2:
+        raise RRCMError(f"{name}: has {network.num_classes} classes; certify a model that was fine-tuned for classes")
     config = resolve_model_data_config(network)
     channels, height, width = config["input_size"]
+    stem = getattr(network, "patch_embed", None)
+    if getattr(stem, "strict_img_size", False) and stem.img_size:  # its configuration may be of another size
+        height, width = stem.img_size
     if channels not in (1, 3) or height != width:
         raise RRCMError(f"{name}: takes images of {channels} x {height} x {width}: must be square, of 1 or 3 channels")
     classifier = Normalized(network, network.num_classes, config["mean"], config["std"]).eval()
     numbers = [str(number) for number in range(network.num_classes)]
     loaded = LoadedClassifier(classifier, height, channels, numbers)
+    if names := class_names(network, name):
+        return loaded._replace(class_names=names[0], synsets=names[1])
     subset = infer_imagenet_subset(network)
     return _with_imagenet_names(loaded, subset) if subset else loaded
 
@@ -137,7 +149,7 @@ def _with_imagenet_names(loaded: LoadedClassifier, subset: str) -> LoadedClassif
 
 def _read_class_names(path: Path, count: int) -> list[str]:
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = expand_user(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RRCMError(f"{path}: cannot be read as text ({one_line(error)})") from None
     names = [name.strip() for name in names if name.strip()]

@@ -1,19 +1,16 @@
-"""Load timm models, and convert a pretrained timm ViT into our noise-conditioned ViT.
+"""Convert a pretrained timm ViT into our noise-conditioned ViT.
 
 timm is imported inside the functions: it takes more than a second, and most runs do not need it.
 """
 
-import difflib
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, time_embedding
-from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.tensors import load_tensors, load_weights
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.tensors import load_weights
 
 
 @torch.no_grad()
@@ -113,49 +110,3 @@ def unsupported_feature(network: nn.Module, channels: int) -> str | None:
         "a norm inside its MLPs": not isinstance(mlp.norm, nn.Identity),
     }
     return next((feature for feature, present in features.items() if present), None)
-
-
-def suggest_timm_name(name: str) -> str | None:
-    """None if timm has a model of this name; else a message with similar names."""
-    import timm
-
-    if timm.is_model(name):
-        return None
-    close = difflib.get_close_matches(name, timm.list_models(), n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all names"
-    return f"timm has no model of that name; {hint}"
-
-
-def load_timm(name: str, weights: Path | str | None = None) -> nn.Module:
-    """A pretrained timm model: timm downloads the weights, or they come from a safetensors file.
-
-    With a file the model has as many classes as the weights. Raises `RRCMError` for an unknown name, for weights that
-    cannot be downloaded, and for weights of another model.
-    """
-    import timm
-
-    if complaint := suggest_timm_name(name):
-        raise RRCMError(f"{name}: {complaint}")
-    if weights is not None:
-        return _load_timm_file(name, Path(weights))
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
-    try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub, the protocols and timm each raise their own
-        raise RRCMError(
-            f"{name}: cannot download pretrained weights ({one_line(error)}); pass a local file of them"
-        ) from None
-
-
-def _load_timm_file(name: str, weights: Path) -> nn.Module:
-    import timm
-
-    tensors = load_tensors(weights)
-    try:
-        config = timm.get_pretrained_cfg(name)
-        head = tensors.get(f"{config.classifier}.weight") if config else None
-        num_classes = config.num_classes if head is None else len(head)
-        overlay = {"file": str(weights), "num_classes": num_classes}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
-    except Exception as error:  # each of timm's loaders raises its own
-        raise RRCMError(f"{weights}: not the weights of timm's {name} ({one_line(error)})") from None

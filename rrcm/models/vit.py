@@ -195,11 +195,11 @@ class NoiseConditionedViT(nn.Module):
         images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
         t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
         """
-        t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(len(images))
+        t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()
         patches = self.patch_embed((c_in[:, None, None, None] * images).to(self.patch_embed.proj.weight.dtype))
         time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
-        class_token = self.cls_token.expand(len(images), -1, -1).to(patches.dtype)
+        class_token = self.cls_token.expand(images.shape[0], -1, -1).to(patches.dtype)
         tokens = torch.cat([class_token, time_token[:, None], patches], dim=1) + self.pos_embed
         *blocks, last = self.blocks
         for block in blocks:

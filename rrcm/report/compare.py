@@ -1,4 +1,4 @@
-"""Compare certificates from any source: one table and one figure from files that report/external.py reads."""
+"""Compare certificates from any source: one table and one figure from files that certification/external.py reads."""
 
 import math
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
+from rrcm.certification.external import read_external_certificates
 from rrcm.evaluation.metrics import summary
 from rrcm.report import figures
-from rrcm.report.external import read_external_certificates
 from rrcm.utils.errors import RRCMError, printable
 
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from rrcm.certification.external import read_external_certificates
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import METHODS
-from rrcm.report.external import read_external_certificates
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 

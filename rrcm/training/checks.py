@@ -105,9 +105,9 @@ def _check_certification(config: Config) -> None:
 
 def _check_external_results(config: Config) -> None:
     for number, result in enumerate(config.report.external_results):
-        from rrcm.certification.results import read_certificates  # imports pandas
+        from rrcm.certification.external import read_external_certificates  # imports pandas
 
         try:
-            read_certificates(result.path)
+            read_external_certificates(result.path)
         except RRCMError as error:
             raise RRCMError(f"report.external_results.{number}: {error}") from None

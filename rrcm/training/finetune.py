@@ -24,6 +24,7 @@ from rrcm.training.trainer import Trainer
 from rrcm.training.validation import NoisyValidation
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, init_distributed, resolve_precision, set_threads
 from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import expand_user
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 from rrcm.utils.tensors import sha256_tensors
@@ -66,15 +67,16 @@ def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path
     kind, settings, sizes = METHODS[method], config.finetune, config.data.model_dump() | config.model.model_dump()
     encoder = build_encoder(config.model, config.data)
     if kind.initial_weights == "timm":
-        from rrcm.models.timm_vit import convert_timm_vit, load_timm  # seconds of import
+        from rrcm.models.timm_models import load_timm
+        from rrcm.models.timm_vit import convert_timm_vit  # seconds of import
 
         network = load_timm(settings.timm.model, settings.timm.weights)
         shape = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
         encoder = convert_timm_vit(network, settings.timm.model, **shape, t=t)
     elif kind.initial_weights is not None:
-        if settings.initial_checkpoint is not None and not Path(settings.initial_checkpoint).exists():
+        path = expand_user(settings.initial_checkpoint or pretrained / kind.initial_weights)
+        if settings.initial_checkpoint is not None and not path.exists():
             raise RRCMError(f"finetune.initial_checkpoint = {settings.initial_checkpoint!r}: no such folder or file")
-        path = settings.initial_checkpoint or pretrained / kind.initial_weights
         encoder = load_encoder(path, {name: sizes[name] for name in ARCHITECTURE})
     encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
     encoder.grad_checkpointing = config.model.grad_checkpointing

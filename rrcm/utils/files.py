@@ -57,6 +57,14 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def expand_user(path: Path | str) -> Path:
+    """`path` with the home directory in place of a leading ~, which shells leave as it is in `--option=~/path`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with atomic_path(path) as scratch:

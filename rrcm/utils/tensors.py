@@ -1,6 +1,11 @@
-"""Tensors on disk (safetensors), their hashes, and strict loading into a module."""
+"""Tensors on disk, their hashes, and strict loading into a module."""
 
+import argparse
 import hashlib
+import pickle
+import struct
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +19,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_path
 
 Network = TypeVar("Network", bound=nn.Module)
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")  # timm's order: averages first
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -31,13 +37,87 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file. Raises `RRCMError` if it is missing, truncated or in another format."""
+    """Read the weights in a file: safetensors, or a checkpoint of torch, told apart by their first bytes.
+
+    A checkpoint is read with `weights_only=True`, which runs no code that is hidden in it. Its weights may lie under
+    one of the keys NESTED. What torch.compile, DataParallel and their kind prepend to names is removed.
+
+    Raises `RRCMError` if the file is missing, truncated, in another format, or holds more than tensors.
+    """
     try:
-        return load_file(path)
+        with path.open("rb") as file:
+            head = file.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            raise RRCMError(f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull` in that folder")
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            raise RRCMError(f"{path}: a web page, not the weights; download the file itself")
+        is_checkpoint = head.startswith((b"PK", b"\x80"))
+        if head[8:9] == b"{" or (path.suffix == ".safetensors" and not is_checkpoint):
+            return plain_names(load_file(path), path)
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file; run the stage that writes it, or dvc pull") from None
     except (SafetensorError, OSError) as error:
         raise RRCMError(f"{path}: truncated or not a safetensors file ({error}); rebuild it or run dvc pull") from None
+    return plain_names(_load_checkpoint(path), path)
+
+
+def _load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with (
+            path.open("rb") as file,  # given the path, newer versions of torch go by its suffix
+            warnings.catch_warnings(action="ignore"),  # of unusual pickle protocols
+            torch.serialization.safe_globals([argparse.Namespace]),  # as timm: settings beside the weights
+        ):
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RRCMError(
+            f"{path}: a pickle that holds more than tensors{_foreign_names(path)}, or is damaged; no code in it was "
+            "run; save the state dict alone, best as safetensors"
+        ) from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
+        if "TorchScript" in str(error) or path.suffix == ".pt2":
+            raise RRCMError(
+                f"{path}: a program, not weights; load it in Python with torch.jit.load or torch.export.load and pass "
+                "it to SmoothedClassifier"
+            ) from None
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise RRCMError(f"{path}: truncated or not a torch checkpoint ({reason})") from None
+    while isinstance(weights, dict) and (key := next((k for k in NESTED if isinstance(weights.get(k), dict)), None)):
+        weights = weights[key]
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise RRCMError(f"{path}: not a state dict of tensors")
+    for name, tensor in weights.items():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.is_meta:
+            raise RRCMError(f"{path}: not a state dict of tensors: {name} is no dense tensor with values")
+    return weights
+
+
+def _foreign_names(path: Path) -> str:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # an old format, or damaged
+        return ""
+    return f" ({', '.join(sorted(names)[:5])})" if names else ""
+
+
+def plain_names(tensors: Mapping[str, torch.Tensor], source: Path | str) -> dict[str, torch.Tensor]:
+    """The weights under the names that they have in the network itself.
+
+    torch.compile adds `_orig_mod.` anywhere in a name. DataParallel, DistributedDataParallel and averages of weights
+    add `module.` in front, and an average counts its terms in `n_averaged`. Raises `RRCMError`, which calls the weights
+    `source`, when two weights get the same name.
+    """
+    plain = {}
+    for name, tensor in tensors.items():
+        parts = [part for part in name.split(".") if part != "_orig_mod"]
+        while parts[0] == "module" and len(parts) > 1:
+            del parts[0]
+        if plain.setdefault(".".join(parts), tensor) is not tensor:
+            raise RRCMError(f"{source}: two weights are called {'.'.join(parts)} without their prefixes")
+    if any(name.startswith("module.") for name in tensors):
+        plain.pop("n_averaged", None)
+    return plain
 
 
 def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -48,7 +128,7 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 def load_weights(model: Network, tensors: Mapping[str, torch.Tensor], source: Path | str) -> Network:
     """Load `tensors` into `model` and return it.
 
-    Raises `RRCMError` if names or shapes differ; the message calls the weights `source`.
+    Raises `RRCMError` if names, shapes or kinds of numbers differ; the message calls the weights `source`.
     """
     expected = model.state_dict()
     for name in expected.keys() | tensors.keys():
@@ -58,5 +138,9 @@ def load_weights(model: Network, tensors: Mapping[str, torch.Tensor], source: Pa
         if expected[name].shape != tensors[name].shape:
             shapes = f"{tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
             raise RRCMError(f"{source}: {name} has shape {shapes}: checkpoint of another architecture")
+        if expected[name].is_floating_point() != tensors[name].is_floating_point():
+            raise RRCMError(
+                f"{source}: {name} has numbers of type {tensors[name].dtype}: quantized weights; save floats"
+            )
     model.load_state_dict(tensors)
     return model

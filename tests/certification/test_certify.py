@@ -215,6 +215,8 @@ def test_another_batch_size_changes_next_to_no_vote(digits):
 @pytest.mark.parametrize("batch_size", [1, 100, 250, 1000, 4000])
 def test_every_sample_is_drawn_once_and_padding_does_not_vote(batch_size):
     smoothed, images = half_space(batch_size=batch_size), torch.rand(3, 1, 4, 4)
+    smoothed.count_votes([SampleRequest(images[0], 0, ESTIMATE, 0, 1)])  # the first call tests the model as well
+    smoothed.model.seen.clear()
     lengths = [1050, 1, 77]
     votes = smoothed.count_votes(
         [SampleRequest(image, i, ESTIMATE, 3, 3 + m) for i, (image, m) in enumerate(zip(images, lengths, strict=True))]

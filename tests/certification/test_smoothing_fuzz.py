@@ -316,7 +316,7 @@ class Wrong(nn.Module):
         lambda logits: logits[:-1],
         lambda logits: logits[..., None],
         lambda logits: (logits,),
-        lambda logits: {"logits": logits},
+        lambda logits: {"scores": logits},
         lambda logits: None,
     ],
     ids=["no classes", "too few classes", "too few images", "too many dimensions", "tuple", "dict", "None"],

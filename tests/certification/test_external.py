@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rrcm.certification.external import read_external_certificates
 from rrcm.certification.results import COLUMNS, read_certificates
-from rrcm.report.external import read_external_certificates
 from rrcm.utils.errors import RRCMError
 
 HEADER = "\t".join(COLUMNS)

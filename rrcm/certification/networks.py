@@ -1,0 +1,169 @@
+"""What torch modules of any kind need before they can be smoothed: eval mode, a copy in bfloat16, batches of a size.
+
+A module may be plain, scripted, traced, exported, compiled, or wrapped for several devices.
+"""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rrcm.utils.errors import RRCMError, one_line
+
+Graphs = GraphModule | torch.jit.ScriptModule  # their layers are operations of a graph, which take no hooks
+
+
+def prepare(model: nn.Module, precision: str) -> nn.Module:
+    """`model` in eval mode, or for precision "bf16" a copy of it in bfloat16. Raises `RRCMError` if there is none."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) or (
+        isinstance(model, nn.DataParallel) and attribute(model, "stochastic")
+    ):
+        model = model.module  # the first waits for the other processes in each batch, the second hands out no draws
+    if precision == "bf16":
+        if any(isinstance(module, torch.jit.ScriptModule) and _has_constants(module) for module in model.modules()):
+            raise RRCMError(
+                "precision = bf16: the model has weights as constants in its graph, which cannot be converted; use fp32"
+            )
+        try:
+            with torch.no_grad():  # a copy of a scripted module remembers where it comes from
+                model = copy.deepcopy(model)
+                model = model.to(torch.bfloat16) if isinstance(model, torch.jit.ScriptModule) else model.bfloat16()
+        except Exception as error:  # each kind of module raises its own
+            raise RRCMError(
+                f"precision = bf16: the model cannot be copied in bfloat16 ({one_line(error)}); use fp32"
+            ) from error
+    set_eval(model)
+    return model
+
+
+def attribute(model: nn.Module, name: str) -> bool:
+    """A flag of `BaseClassifier`, also of a model inside `DataParallel`. False if the model has none."""
+    return getattr(model.module if isinstance(model, nn.DataParallel) else model, name, False)
+
+
+def set_eval(model: nn.Module) -> None:
+    """`model.eval()`, also where a part of the model is an exported program, which has no modes and says so."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        for child in model.children():
+            set_eval(child)
+        model.training = False
+
+
+def _has_constants(model: torch.jit.ScriptModule) -> bool:
+    """Whether float tensors are part of the program, as after `torch.jit.freeze`. A network of two types may crash."""
+    graph = getattr(model, "inlined_graph", None)  # its nodes live as long as this reference; a part may have none
+    blocks = [graph] if graph else []
+    while blocks:
+        for node in blocks.pop().nodes():
+            blocks += node.blocks()
+            value = node.output().toIValue() if node.kind() == "prim::Constant" else None
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim:
+                return True
+    return False
+
+
+def batch_limits(model: nn.Module) -> tuple[int, int]:
+    """The smallest and the largest batch that an exported program in `model` takes; the same for a fixed batch."""
+    for module in model.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            value = node.meta.get("val") if node.op == "placeholder" else None
+            if isinstance(value, torch.Tensor) and value.ndim:
+                size = value.shape[0]
+                if isinstance(size, int):
+                    return size, size
+                bounds = size.node.shape_env.bound_sympy(size.node.expr)
+                return max(1, int(bounds.lower)), int(bounds.upper) if bounds.upper < sys.maxsize else sys.maxsize
+    return 1, sys.maxsize
+
+
+def in_batches(network: Callable, noisy: torch.Tensor, limits: tuple[int, int]) -> object:
+    """`network(noisy)` in batches within `limits`. The last one is padded; in one batch the answer may be anything."""
+    smallest, largest = limits
+    if smallest <= max(1, len(noisy)) <= largest:
+        return network(noisy)
+    answers = []
+    for rows in noisy.split(largest):
+        missing = max(0, smallest - len(rows))
+        answer = logits_of(network(torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])))
+        if not isinstance(answer, torch.Tensor):
+            return answer
+        answers.append(answer[: len(rows)])
+    return torch.cat(answers)
+
+
+def logits_of(answer: object) -> object:
+    """The `logits` of an answer that has them under this name, as those of transformers; else the answer itself."""
+    if isinstance(answer, Mapping):
+        return answer.get("logits", answer)
+    return getattr(answer, "logits", answer)
+
+
+@contextlib.contextmanager
+def without_compilation() -> Iterator[None]:
+    """Run models that torch.compile has compiled as they were before."""
+    if "torch._dynamo" not in sys.modules:  # then none is compiled; its import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def check_independence(run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, tolerance: float) -> None:
+    """Raises `RRCMError` if `run`, which maps a batch to logits, depends on chance or on the rest of the batch.
+
+    Modules in eval mode still do if they were exported or traced in training mode, or call dropout in a wrong way.
+    """
+    company = batch.clone()
+    company[1:] = 4 * torch.rand(company[1:].shape, generator=torch.Generator().manual_seed(0)).to(batch)
+    states = _random_states(batch.device)
+    answers = [run(rows)[0].float() for rows in (batch, company)]
+    if any(not torch.equal(*pair) for pair in zip(states, _random_states(batch.device), strict=True)):
+        raise RRCMError(
+            "the model draws random numbers in eval mode, as dropout in training mode does; call eval() before you "
+            "export or trace it, or subclass BaseClassifier with stochastic = True"
+        )
+    if (answers[0] - answers[1]).abs().max() > tolerance * answers[0].abs().max():  # not so if there are NaN
+        raise RRCMError(
+            "the model's answer to an image depends on the other images of the batch, as with batch norms in training "
+            "mode or dynamic quantization; call eval() before you export or trace it, and let it keep its statistics"
+        )
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def largest_output(model: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes of the largest tensor that a layer of `model` returns, or an operation of its graph, during `run()`."""
+    sizes = [0]
+
+    def add(output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    class AddOutputs(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            add(output)
+            return output
+
+    if any(isinstance(module, Graphs) for module in model.modules()):
+        for _ in range(2):  # TorchScript optimises its graph in the first runs, and fails to do so in this mode
+            run()
+        with AddOutputs():
+            run()
+        return max(sizes)
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: add(output)) for layer in model.modules()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(sizes)
