@@ -39,6 +39,7 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+from dvc.scm import SCMError
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import modify_yaml
 
@@ -524,7 +525,8 @@ def _in_child(function: Callable, argument: object) -> object:
             sender.send((function(argument), None))
         except (DvcException, OSError) as error:
             cause = f" {error.__cause__}" if error.__cause__ else ""
-            sender.send((None, one_line(RRCMError(f"{error}{cause}"))))
+            hint = "; `make install` tells DVC to do without git" if isinstance(error, SCMError) else ""
+            sender.send((None, one_line(RRCMError(f"{error}{cause}{hint}"))))
 
     process = fork.Process(target=work)
     process.start()

@@ -45,6 +45,13 @@ def test_a_sigma_that_is_not_in_the_settings(project):
     assert_error(stage(project, "finetune", "rrcm", "0.7"), "rrcm at sigma 0.7", "[0.25, 0.5]")
 
 
+def test_a_folder_without_git(tmp_path):
+    """A copy of the files alone, in which no `make` has told DVC to do without git."""
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
+    assert_error(stage(tmp_path, "repro"), "not a git repository; `make install` tells DVC to do without git")
+
+
 @pytest.fixture
 def pictures(project):
     """An image folder: two classes of six 8x8 images."""
