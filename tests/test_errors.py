@@ -3,11 +3,12 @@
 import os
 import pickle
 import resource
+import runpy
 import shutil
 
 import pytest
 import torch
-from conftest import Answer, change, files_of, server, stage
+from conftest import REPOSITORY, Answer, change, files_of, server, stage
 from PIL import Image
 
 from rrcm import load_authors_checkpoint
@@ -26,11 +27,24 @@ def assert_error(answer: Answer, *parts: str) -> None:
 def test_unknown_profile_or_key(tmp_path):
     assert_error(stage(tmp_path, "compose", "profile=mnist"), "profile/mnist", "digits, fashion_mnist")
     assert_error(stage(tmp_path, "compose", "+certify.nn=3"), "certify.nn: unknown key; did you mean n?")
-    assert_error(stage(tmp_path, "compose", "certify.nn=3"), "override 'certify.nn'. To append", "+certify.nn=3")
-    assert_error(stage(tmp_path, "compose", "finetune.layer_decay={sigma_0.5: 1}"), "use +finetune.layer_decay={s")
-    assert_error(stage(tmp_path, "compose", "certify={n: 3"), "no viable alternative at input '{n: 3'")
-    assert_error(stage(tmp_path, "compose", "certify.n=${n}"), "Interpolation key 'n' not found")
     assert not (tmp_path / "params.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("certify.nn=3", "Could not override 'certify.nn'. To append to your config use +certify.nn=3"),
+        ("finetune.layer_decay={sigma_0.5: 1}", "use +finetune.layer_decay={sigma_0.5: 1}"),
+        ("certify={n: 3", "no viable alternative at input '{n: 3'"),
+        ("certify.n=${n}", "Interpolation key 'n' not found"),
+    ],
+)
+def test_overrides_that_cannot_be_composed(tmp_path, override, said):
+    compose = runpy.run_path(str(REPOSITORY / "stages/compose.py"))["compose"]
+    with pytest.raises(RRCMError) as caught:
+        compose([override], tmp_path / "params.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value) and "profiles are" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["shard_data", "pretrain", "plot"])
