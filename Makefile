@@ -47,8 +47,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 define NEW_VENV
 	rm -rf $(VENV)/bin; \
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' 2> /dev/null \
-		|| { echo "error: $(PYTHON) is not Python 3.11.4 or newer; choose one with PYTHON=python3.12" >&2; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or newer; choose one with PYTHON=python3.12" >&2; exit 1; }; \
 	$(PYTHON) -c 'import ensurepip' 2> /dev/null \
 		|| { echo "error: $(PYTHON) lacks ensurepip, which brings pip; on Debian: apt install python3-venv" >&2; exit 1; }; \
 	$(PYTHON) -m venv --clear $(VENV)

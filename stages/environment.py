@@ -5,8 +5,8 @@ import sys
 HINT = "activate the environment with `source .venv/bin/activate`, or make it with `make install`"
 VERSION = ".".join(map(str, sys.version_info[:3]))
 
-if sys.version_info < (3, 11, 4):
-    sys.exit(f"error: this is Python {VERSION}, rrcm needs 3.11.4 or newer; {HINT}")
+if sys.version_info < (3, 11):
+    sys.exit(f"error: this is Python {VERSION}, rrcm needs 3.11 or newer; {HINT}")
 try:
     from rrcm.utils.app import run_command
 except ImportError as error:

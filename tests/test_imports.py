@@ -50,4 +50,4 @@ def test_a_python_that_is_too_old_is_named():
     code = "import sys; sys.version_info = (3, 9, 2); sys.path.insert(0, 'stages'); import environment"
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert (answer.returncode, len(answer.stderr.splitlines())) == (1, 1)
-    assert answer.stderr.startswith("error: this is Python 3.9.2, rrcm needs 3.11.4 or newer; activate the")
+    assert answer.stderr.startswith("error: this is Python 3.9.2, rrcm needs 3.11 or newer; activate the")

@@ -59,8 +59,8 @@ def test_the_environment_is_made_once(folder):
 @pytest.mark.parametrize(
     ("python", "problem", "said"),
     [
-        ("./nowhere", None, "error: ./nowhere is not Python 3.11.4 or newer; choose one with PYTHON=python3.12"),
-        ("./outer", "too_old", "error: ./outer is not Python 3.11.4 or newer; choose one with PYTHON=python3.12"),
+        ("./nowhere", None, "error: ./nowhere is not Python 3.11 or newer; choose one with PYTHON=python3.12"),
+        ("./outer", "too_old", "error: ./outer is not Python 3.11 or newer; choose one with PYTHON=python3.12"),
         ("./outer", "no_ensurepip", "error: ./outer lacks ensurepip, which brings pip; on Debian: apt install"),
     ],
 )

@@ -29,6 +29,7 @@ TEST_FRACTION = 0.2  # for data sets without an official test set
 RAW = Path("data/raw")  # without data.root, downloads go to RAW/<source>
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the Python version is a pickle
+CIFAR10_FILES = ["batches.meta.txt", *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 
 
@@ -141,10 +142,13 @@ def read_cifar10(data: Data) -> RawDataset:
         name = CIFAR10_URL.rpartition("/")[2]
         with atomic_directory(root / "cifar-10-binary") as scratch:
             _download("cifar10", CIFAR10_URL, lambda: download_url(CIFAR10_URL, scratch, name, CIFAR10_MD5))
+            (scratch / extracted.name).mkdir()
             try:
                 with tarfile.open(scratch / name) as archive:
-                    archive.extractall(scratch, filter="data")  # nothing leaves the folder
-            except (OSError, EOFError, tarfile.TarError) as error:
+                    for file in CIFAR10_FILES:  # by name, so that nothing else of the archive is written anywhere
+                        content = archive.extractfile(f"{extracted.name}/{file}")
+                        (scratch / extracted.name / file).write_bytes(content.read())
+            except (OSError, EOFError, AttributeError, KeyError, tarfile.TarError) as error:
                 raise RRCMError(f"{CIFAR10_URL}: cannot be unpacked ({one_line(error)}); download it again") from None
             (scratch / name).unlink()
         folder = extracted

@@ -188,6 +188,10 @@ def test_an_archive_cannot_leave_its_folder(tmp_path: Path, web: tuple[Path, str
     archive = folder / "cifar-10-binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("../../../../escaped"))
+        for name in datasets.CIFAR10_FILES:
+            link = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "../../../../../../../etc/passwd"
+            tar.addfile(link)
     monkeypatch.setattr(datasets, "CIFAR10_URL", f"{address}/cifar-10-binary.tar.gz")
     monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     with pytest.raises(RRCMError, match="cannot be unpacked"):
