@@ -42,7 +42,8 @@ def describe_environment(device: object) -> dict:
 def _revision(folder: Path) -> dict | None:
     def git(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
+            command = ["git", "--no-optional-locks", "-C", folder, *arguments]  # killed, it would leave index.lock
+            answer = subprocess.run(command, capture_output=True, text=True)
         except OSError:  # no git on this machine
             return None
         return answer.stdout.strip() if answer.returncode == 0 else None
