@@ -35,6 +35,7 @@ import psutil
 import typer
 import yaml
 from dvc.cli import main as dvc_main
+from dvc.dvcfile import Lockfile
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
@@ -95,6 +96,8 @@ def repro(
         stages = [Stage(*each) for each in _in_child(read_graph, targets or [])]
         if Path("dvc.lock").exists():
             shutil.copyfile("dvc.lock", logs / "dvc.lock")
+        else:
+            (logs / "dvc.lock").write_bytes(b"")
         gpus = visible_gpus()
         jobs = jobs or default_jobs(gpus)
         print(f"{len(stages)} stages, {jobs} at once; their output goes to {_relative(logs)}/", file=sys.stderr)
@@ -102,7 +105,7 @@ def repro(
             warm_up()
         scheduler = Scheduler(stages, jobs, gpus, logs)
         scheduler.run()
-        if not targets and any(stage.outcome != UNCHANGED for stage in stages):
+        if not targets:  # though nothing ran: an earlier run may have been killed just before this
             _in_child(sort_lockfile, [stage.name for stage in stages])
         (logs / "dvc.lock").unlink(missing_ok=True)
     counts = [f"{sum(stage.outcome == kind for stage in stages)} {kind}" for kind in (RAN, RESTORED, UNCHANGED)]
@@ -339,6 +342,7 @@ def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
     while True:
         try:
             with repo.lock:
+                _drop_damaged(Path(repo.tmp_dir) / "rwlock")
                 graph = get_active_graph(repo.index.graph)
                 steps = plan_repro(graph, collect_stages(repo, targets or ["dvc.yaml"]))
                 return [
@@ -355,7 +359,7 @@ def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
 def sort_lockfile(order: list[str]) -> None:
     """Put the entries of dvc.lock in DVC's order, in which a serial `dvc repro` writes them, whichever ended first."""
     path = Path("dvc.lock")
-    with contextlib.suppress(LockError), Repo().lock:
+    with contextlib.suppress(LockError, FileNotFoundError), Repo().lock:
         text = path.read_text(encoding="utf-8")
         names = list(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get("stages", {}))
         wanted = [name for name in order if name in names] + [name for name in names if name not in order]
@@ -557,14 +561,39 @@ def _only_run(path: Path) -> Iterator[None]:
 def _restore_lockfile(copy: Path) -> None:
     """Replace a dvc.lock that DVC was killed in the middle of writing by its copy from before that run.
 
-    DVC's run cache still has the stages that finished since.
+    An empty copy says that there was none. DVC's run cache still has the stages that finished since.
     """
     lockfile = Path("dvc.lock")
-    if copy.exists() and lockfile.exists() and not lockfile.read_bytes().endswith(b"\n"):
+    if copy.exists() and lockfile.exists() and not _is_complete(lockfile.read_bytes()):
         print(
             "dvc.lock is half-written, as a killed run left it; taking its copy from before that run", file=sys.stderr
         )
-        copy.replace(lockfile)
+        if copy.stat().st_size:
+            copy.replace(lockfile)
+        else:
+            lockfile.unlink()
+
+
+def _is_complete(lock: bytes) -> bool:
+    """Whether DVC can read the content of a dvc.lock, which ends with a line end."""
+    try:
+        Lockfile.validate(yaml.load(lock, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    except (yaml.YAMLError, DvcException):
+        return False
+    return lock.endswith(b"\n")
+
+
+def _drop_damaged(claims: Path) -> None:
+    """Delete DVC's list of the paths that its processes read and write if one was killed in the middle of writing it.
+
+    DVC would refuse to work. To be called under DVC's lock, which every process that writes the list holds.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads(claims.read_bytes())
+        except ValueError:
+            print(f"{_relative(claims)} is half-written, as a killed run left it; deleting it", file=sys.stderr)
+            claims.unlink()
 
 
 def _print_results() -> None:

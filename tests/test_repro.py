@@ -275,16 +275,57 @@ def test_a_command_that_survives_everything_is_waited_for(make):
     assert (folder / "slow").read_text() == "new\n"
 
 
-def test_a_half_written_lock_file_is_put_back(make):
+@pytest.mark.parametrize("cut", ["", "first:\n", "md5: eb26", "deps:\n"])
+def test_a_half_written_lock_file_is_put_back(make, cut):
     folder = make(DIAMOND)
     repro(folder)
     made = outputs(folder, *DIAMOND)
+    text = made["dvc.lock"].decode()
     shutil.copy(folder / "dvc.lock", folder / "runs/logs/dvc.lock")  # as a run that is killed leaves it
-    (folder / "dvc.lock").write_bytes(made["dvc.lock"][:100])
+    (folder / "dvc.lock").write_text(text[: text.index(cut) + len(cut)])
     output = repro(folder)
     assert "half-written" in output and "5 up to date" in output
     assert outputs(folder, *DIAMOND) == made
     assert not (folder / "runs/logs/dvc.lock").exists()
+
+
+def test_killed_while_dvc_writes_its_first_lock_file_it_goes_on(make):
+    """DVC empties the file first. There was none before that could be put back."""
+    undisturbed, folder = make(DIAMOND, "undisturbed"), make(DIAMOND)
+    repro(undisturbed)
+    (folder / "dvc.yaml").write_text(
+        yaml.safe_dump({"stages": {"wait": {"cmd": "echo > started; cat never", "outs": ["wait"]}, **DIAMOND}})
+    )
+    for name in ("started", "never"):
+        os.mkfifo(folder / name)
+    process = start(folder, "wait")
+    (folder / "started").read_text()
+    (folder / "dvc.lock").touch()
+    process.kill()
+    finish(process, -9)
+    shutil.copy(undisturbed / "dvc.yaml", folder / "dvc.yaml")
+    assert "half-written" in repro(folder)
+    assert outputs(folder, *DIAMOND) == outputs(undisturbed, *DIAMOND)
+
+
+@pytest.mark.parametrize("text", ["", '{"read": {"first": [{"pid"'])
+def test_killed_while_dvc_writes_its_list_of_readers_and_writers_it_goes_on(make, text):
+    folder = make(DIAMOND)
+    (folder / ".dvc/tmp").mkdir(exist_ok=True)
+    (folder / ".dvc/tmp/rwlock").write_text(text)
+    output = repro(folder)
+    assert ".dvc/tmp/rwlock" in output and "5 ran" in output
+
+
+def test_killed_before_the_lock_file_is_sorted_it_is_sorted_by_the_next_run(make):
+    folder = make(DIAMOND)
+    repro(folder)
+    made = outputs(folder, *DIAMOND)
+    lock = yaml.safe_load(made["dvc.lock"])
+    lock["stages"] = dict(reversed(lock["stages"].items()))
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    assert "5 up to date" in repro(folder)
+    assert outputs(folder, *DIAMOND) == made
 
 
 def test_it_waits_for_another_dvc_command(make):
