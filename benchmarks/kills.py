@@ -141,6 +141,7 @@ def _become(words: list[str], folder: Path, log: Path, cold: bool) -> None:
         os.execv(sys.executable, [sys.executable, *program, *arguments])
     multiprocessing.set_start_method(None, force=True)  # the default again
     sys.argv = [path, *arguments]
+    sys.path.insert(0, str(REPOSITORY / "stages"))
     if script == "rrcm":
         runpy.run_module("rrcm.cli", run_name="__main__")
     else:
