@@ -191,7 +191,7 @@ def _one_or_each(validate: Callable[[object], object], setting: object) -> objec
             errors.append({"type": "value_error", "loc": (str(key),), "input": setting, "ctx": {"error": error}})
     if errors:
         raise ValidationError.from_exception_data("setting", errors)
-    return {key: validate(value) for key, value in setting.items()}
+    return {key: validate(setting[key]) for key in sorted(setting)}
 
 
 def _check_key(key: str) -> None:
