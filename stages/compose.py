@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rrcm.config import parse_config
 from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.files import write_text
 
 
 def compose(
@@ -23,7 +24,7 @@ def compose(
 ) -> None:
     """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10 or certify.n=2000."""
     conf = Path(__file__).resolve().parent.parent / "conf"
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "params.yaml"
         try:
             compose_and_dump(draft, str(conf), None, "config", str(conf / "plugins"), overrides or [])
@@ -33,7 +34,7 @@ def compose(
         except (DvcException, HydraException, OmegaConfBaseException) as error:
             raise RRCMError(one_line(error)) from None
         config = parse_config(yaml.safe_load(draft.read_text(encoding="utf-8")), "conf")
-        draft.replace(output)
+        write_text(output, draft.read_text(encoding="utf-8"))
     print(f"{output}: profile {config.profile}", file=sys.stderr)
 
 

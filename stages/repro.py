@@ -9,7 +9,6 @@ from environment import run_command
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import importlib
 import json
@@ -45,7 +44,7 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import modify_yaml
 
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
-from rrcm.utils.files import write_json
+from rrcm.utils.files import atomic_path, has_locks, lock_file, write_json, writing
 from rrcm.utils.progress import can_redraw
 
 GRACE = 60  # seconds that a stage has to save its state after SIGTERM
@@ -87,7 +86,8 @@ def repro(
     """Bring TARGETS and all they depend on up to date. Continues where a killed run stopped."""
     start = time.monotonic()
     logs = Path(os.environ.get("RRCM_RUNS", "runs")).absolute() / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    with writing(logs, "or set RRCM_RUNS to another folder"):
+        logs.mkdir(parents=True, exist_ok=True)
     with _only_run(logs / "lock"):
         _restore_lockfile(logs / "dvc.lock")
         for module in USED_BY_DVC.split():
@@ -95,7 +95,8 @@ def repro(
                 importlib.import_module(module)  # once here, and not again in the child of each stage
         stages = [Stage(*each) for each in _in_child(read_graph, targets or [])]
         if Path("dvc.lock").exists():
-            shutil.copyfile("dvc.lock", logs / "dvc.lock")
+            with atomic_path(logs / "dvc.lock") as copy:
+                shutil.copyfile("dvc.lock", copy)
         else:
             (logs / "dvc.lock").write_bytes(b"")
         gpus = visible_gpus()
@@ -170,10 +171,9 @@ class Scheduler:
             self._start(stage, wanted)
 
     def _start(self, stage: Stage, wanted: int) -> None:
-        log = self._log(stage).open("ab")
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by all who have this log open: the stage's processes
-        except BlockingIOError:
+        with writing(self._log(stage)):
+            log = self._log(stage).open("ab")
+        if not lock_file(log):  # held by all who have this log open: the stage's processes
             if stage.name not in self.waiting_said:
                 self.display.say(f"{stage.name}: still runs since an earlier start that was killed; waiting for it")
                 self.waiting_said.add(stage.name)
@@ -351,9 +351,25 @@ def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
                 ]
         except LockError as error:
             if not said:
-                print(f"another DVC command is at work here; waiting for it ({one_line(error)})", file=sys.stderr)
+                hint = _check_dvc_locks(repo)
+                print(f"another DVC command is at work here; waiting for it{hint} ({one_line(error)})", file=sys.stderr)
                 said = True
             time.sleep(1)
+
+
+def _check_dvc_locks(repo: Repo) -> str:
+    """Raises `RRCMError` if DVC has no lock because its folder has none; DVC itself says that another process has it.
+
+    Returns what else may be the reason, with DVC's other kind of locks.
+    """
+    path = Path(repo.tmp_dir) / "lock"
+    if repo.config["core"].get("hardlink_lock"):
+        return f"; if none is, delete {path}"
+    with path.open("a") as file:
+        if not has_locks(file):
+            other_kind = f"rm -f {_relative(path.parent)}/*lock; dvc config --local core.hardlink_lock true"
+            raise RRCMError(f"{repo.tmp_dir}: has no file locks, which DVC needs; run `{other_kind}`")
+    return ""
 
 
 def sort_lockfile(order: list[str]) -> None:
@@ -527,6 +543,8 @@ def _in_child(function: Callable, argument: object) -> object:
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         try:
             sender.send((function(argument), None))
+        except RRCMError as error:
+            sender.send((None, str(error)))
         except (DvcException, OSError) as error:
             cause = f" {error.__cause__}" if error.__cause__ else ""
             hint = "; `make install` tells DVC to do without git" if isinstance(error, SCMError) else ""
@@ -549,12 +567,12 @@ def _in_child(function: Callable, argument: object) -> object:
 @contextlib.contextmanager
 def _only_run(path: Path) -> Iterator[None]:
     """Hold a lock so that one scheduler at a time works in this repository."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with writing(path, "or set RRCM_RUNS to another folder"):
+        file = path.open("w")
+    with file:
+        if not lock_file(file, unprotected="start no second `make repro`, and after a kill wait for its stages to end"):
             print("another run is at work here, or just ending; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, wait=True)
         yield
 
 
@@ -569,7 +587,9 @@ def _restore_lockfile(copy: Path) -> None:
             "dvc.lock is half-written, as a killed run left it; taking its copy from before that run", file=sys.stderr
         )
         if copy.stat().st_size:
-            copy.replace(lockfile)
+            with atomic_path(lockfile) as scratch:  # the copy may be on another file system
+                shutil.copyfile(copy, scratch)
+            copy.unlink()
         else:
             lockfile.unlink()
 

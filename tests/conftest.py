@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +120,19 @@ def stage(folder: Path, name: str, *arguments: str) -> Answer:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Relative path and content of every file in a folder and below."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a shell script that may mount what it likes; skip the test where that is not allowed."""
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if answer.returncode == 77 or "Operation not permitted" in answer.stderr:
+        pytest.skip("needs the right to mount")
+    return answer
 
 
 @pytest.fixture(scope="session")

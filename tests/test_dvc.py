@@ -24,7 +24,7 @@ MODULES = {
 }
 # Modules that can stop a stage but not change what it computes. Settings and the method table are watched by value.
 NO_RESULTS = {"config", "methods", "utils.app", "utils.errors", "utils.files", "utils.progress", "utils.provenance"}
-NO_RESULTS |= {"utils.resume", "utils.tensors"}
+NO_RESULTS |= {"utils.resume", "utils.tensors", "data.verification"}
 
 
 def definition(stage: str) -> dict:

@@ -196,11 +196,11 @@ def test_a_loss_that_is_not_finite(project, trained):
     assert not (project / "models/rrcm").exists()
 
 
-def _limited(folder, limit):
+def _limited(folder, limit, name, *arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from conftest import _run_stage
 
-    _run_stage(folder, "pretrain", (), {})
+    _run_stage(folder, name, arguments, {})
 
 
 def test_a_full_disk_while_an_output_is_written(project, trained):
@@ -208,10 +208,21 @@ def test_a_full_disk_while_an_output_is_written(project, trained):
     shutil.copytree(trained / "models/pretrain/rrcm", project / "models/pretrain/rrcm")
     before = files_of(project / "models/pretrain/rrcm")
     change(project, pretrain__checkpoint_every=1000)
-    process = server.Process(target=_limited, args=(project, 40_000))
+    process = server.Process(target=_limited, args=(project, 40_000, "pretrain"))
     process.start()
     process.join()
     answer = Answer(process.exitcode, "", (project / "stderr").read_text())
     assert_error(answer, "cannot write it", "nothing was overwritten")
     assert files_of(project / "models/pretrain/rrcm") == before
     assert [path.name for path in (project / "models").iterdir()] == ["pretrain"]
+
+
+def test_a_full_disk_while_certifying(project, trained):
+    shutil.copytree(trained / "models/rrcm", project / "models/rrcm")
+    process = server.Process(target=_limited, args=(project, 3000, "certify", "rrcm", "0.5"))
+    process.start()
+    process.join()
+    answer = Answer(process.exitcode, "", (project / "stderr").read_text())
+    assert_error(answer, "runs/certify-0.5-", "cannot write it", "run it again to continue")
+    assert stage(project, "certify", "rrcm", "0.5").returncode == 0
+    assert files_of(project / "certificates") == files_of(trained / "certificates")

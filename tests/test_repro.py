@@ -328,6 +328,32 @@ def test_killed_before_the_lock_file_is_sorted_it_is_sorted_by_the_next_run(make
     assert outputs(folder, *DIAMOND) == made
 
 
+NO_LOCKS = """\
+import errno, fcntl
+
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = flock
+"""
+
+
+def test_on_a_file_system_without_locks_it_says_what_to_set_and_then_runs(make, tmp_path):
+    """DVC itself says that another process has its lock."""
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/sitecustomize.py").write_text(NO_LOCKS)  # Python runs it at every start
+    environment = {"PYTHONPATH": f"{tmp_path / 'without'}:{REPOSITORY}"}
+    folder = make(DIAMOND)
+    note, line = repro(folder, status=1, **environment).splitlines()
+    assert note.startswith("note: ") and "runs/logs has no file locks (No locks available); start no second" in note
+    setting = "rm -f .dvc/tmp/*lock; dvc config --local core.hardlink_lock true"
+    assert line == f"error: {folder}/.dvc/tmp: has no file locks, which DVC needs; run `{setting}`"
+    subprocess.run(setting, shell=True, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    printed = repro(folder, "--jobs", "2", **environment)
+    assert "5 ran" in printed and printed.count("note: ") == 1
+    assert (folder / "last").read_text() == "first\nleft\nfirst\nright\n"
+
+
 def test_it_waits_for_another_dvc_command(make):
     folder = make(DIAMOND)
     (folder / ".dvc/tmp").mkdir(exist_ok=True)

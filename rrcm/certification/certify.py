@@ -4,15 +4,11 @@ Each image is certified independently of the others (smoothing.py). Any number o
 restarted, therefore writes the same bytes. Each process appends the counts of its images to a journal.
 """
 
-import contextlib
-import os
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
-import torch.distributed as dist
 from torch import nn
 
 from rrcm.certification.journal import append_states, open_journal, restore_states
@@ -21,8 +17,9 @@ from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certifi
 from rrcm.certification.stopping import StoppingRule, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.verification import verify_shards
 from rrcm.models.load import load_model_folder
-from rrcm.utils.distributed import pick_device, set_threads
+from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import sha256_file, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
@@ -31,41 +28,7 @@ from rrcm.utils.resume import RunState, fingerprint
 # With this file, the code that decides the result.
 
 
-class WorkQueue:
-    """A list of images shared by the processes that torchrun started, on one node or several, or by one process."""
-
-    def __init__(self) -> None:
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._store = next(dist.rendezvous("env://"))[0] if self.world_size > 1 else dist.HashStore()
-
-    def next_index(self) -> int:
-        """The position of the next image in the list. Each position goes to one process."""
-        return self._store.add("taken", 1) - 1
-
-    def report_done(self, count: int = 0) -> int:
-        """Report `count` finished images of this process; returns the number of all processes together."""
-        return self._store.add("finished", count)
-
-    def start(self) -> None:
-        """Called by the first process to let the others begin, and by the others to wait for it."""
-        if self.rank == 0:
-            self._store.set("started", "")
-        self._store.wait(["started"], timedelta(hours=1))
-
-    def close(self) -> Iterator[None]:
-        """Report that this process has finished.
-
-        The first process waits for the others and yields every few seconds meanwhile. If one of them dies, torchrun
-        ends this process too.
-        """
-        self._store.set(f"ended {self.rank}", "")
-        for rank in range(self.world_size if self.rank == 0 else 0):
-            while not self._store.check([f"ended {rank}"]):
-                yield
-                with contextlib.suppress(RuntimeError):  # the wait timed out
-                    self._store.wait([f"ended {rank}"], timedelta(seconds=5))
-
-
+@explain_lost_processes()
 def certify_split(
     config: Config, sigma: float, shard_folder: Path | str, model_folder: Path, output: Path, timing: Path
 ) -> None:
@@ -76,10 +39,10 @@ def certify_split(
     Raises `RRCMError` for missing or damaged inputs.
     """
     set_threads(config.threads)
-    settings, device, queue = config.certify, pick_device(config.device), WorkQueue()
+    settings, env = config.certify, connect(config.device)
+    device, queue = env.device, WorkQueue(env, "images")
     images = ShardedDataset(shard_folder, "test")
-    if queue.rank == 0:
-        images.verify()
+    verify_shards([images], env)
     classifier = load_model_folder(model_folder).classifier
     smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
     numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}

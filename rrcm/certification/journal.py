@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rrcm.certification.smoothing import ImageState
+from rrcm.utils.files import writing
 
 
 @contextmanager
 def open_journal(folder: Path, rank: int = 0) -> Iterator[TextIO]:
     """Open the journal of one process in `folder`, to append to it."""
-    with (folder / f"journal-{rank}.txt").open("a", encoding="utf-8") as journal:
+    path = folder / f"journal-{rank}.txt"
+    with writing(path, "run it again to continue"), path.open("a", encoding="utf-8") as journal:
         journal.write("\n")  # ends the half line that a killed process may have left
         yield journal
 

@@ -20,7 +20,7 @@ import numpy as np
 from rrcm.config import Data
 from rrcm.data.images import SUFFIXES, class_name, is_left_out, label_of, list_images, natural_order
 from rrcm.utils.errors import RRCMError, one_line, printable
-from rrcm.utils.files import atomic_directory
+from rrcm.utils.files import atomic_directory, in_repository
 from rrcm.utils.rng import numpy_rng
 
 CLASS_ORDER = "natural"  # of class folders: 2 before 10
@@ -272,14 +272,15 @@ def _root(data: Data) -> Path:
     """data.root, for data sets that cannot be downloaded."""
     if data.root is None:
         raise RRCMError(f"data.root: {data.source} has no default folder; set it to the folder of your images")
-    return Path(data.root)
+    return in_repository(data.root)
 
 
 def _download_folder(data: Data) -> Path:
     """Folder of a data set that can be downloaded: data.root, which must exist, or RAW/<source>."""
-    if data.root and not Path(data.root).is_dir():
+    folder = in_repository(data.root or RAW / data.source)
+    if data.root and not folder.is_dir():
         raise RRCMError(f"data.root {data.root}: no such dataset folder; create it to download there, or set null")
-    return Path(data.root) if data.root else RAW / data.source
+    return folder
 
 
 def _first_with(folders: Iterable[Path], name: str) -> Path | None:

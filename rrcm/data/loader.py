@@ -4,8 +4,15 @@ The images of global batch k and their augmentation are a pure function of the d
 on the number of processes or workers, or on where a run was resumed.
 """
 
+import errno
+import multiprocessing
+import os
+import re
+import shutil
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
@@ -13,7 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from rrcm.data.shards import ShardedDataset
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.files import HINTS
 from rrcm.utils.rng import numpy_rng
 
 Transform = Callable[[Image.Image, np.random.Generator], dict[str, np.ndarray]]
@@ -84,8 +92,8 @@ def batch_loader(
     contiguous slice of every batch. A batch holds the stacked results of `transform`, and int64 `label` and `position`
     (index in the global batch). `transform` gets its own generator for each (seed, epoch, image).
 
-    Raises `RRCMError` if the ranks cannot share the batch equally, the split is smaller than a batch, or a shard is
-    damaged; errors in workers surface unchanged.
+    Raises `RRCMError` if the ranks cannot share the batch equally, the split is smaller than a batch, a shard is
+    damaged, or a worker dies.
     """
     if batch_size % world_size:
         raise RRCMError(f"batch_size {batch_size} is not a multiple of the {world_size} processes; choose a multiple")
@@ -95,7 +103,7 @@ def batch_loader(
         batch_size=None,  # each item is a whole batch
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # DataLoader draws a seed; keep the global generator untouched
     )
     return _unwrap(loader)
@@ -103,10 +111,54 @@ def batch_loader(
 
 def _unwrap(loader: DataLoader) -> Generator[Batch]:
     """Yield the batches; raise an error that a worker returned."""
-    for batch in loader:
-        if isinstance(batch, RRCMError):
-            raise batch
-        yield batch
+    with explain_lost_workers(receiving=loader.num_workers > 0):
+        if loader.num_workers:
+            multiprocessing.Lock()  # it cannot be had without /dev/shm, of which the loader would complain at length
+        batches = iter(loader)
+    try:
+        while True:
+            with explain_lost_workers(receiving=loader.num_workers > 0):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if isinstance(batch, RRCMError):
+                raise batch
+            yield batch
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # torch waits until nobody refers to them, and a traceback may do so to the end
+
+
+@contextmanager
+def explain_lost_workers(receiving: bool = False) -> Iterator[None]:
+    """Turn what torch raises when a loader worker has died into one line that says what to set.
+
+    torch raises it wherever the main thread is at that moment. While it is `receiving` a batch, there are other errors
+    too: a batch comes through shared memory and open files.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        from_transform = str(error).startswith("Caught ")  # an error in the worker's own code, with its traceback
+        if from_transform or not (receiving or "DataLoader worker" in str(error)):
+            raise
+        raise RRCMError(f"a loader worker failed: {_advice(error)}; data.workers=0 does without workers") from None
+
+
+def _advice(error: Exception) -> str:
+    """Why a loader worker died, and what to do about it. A signal or an exit status may be in the error's cause."""
+    text = f"{type(error).__name__} {error} {error.__cause__}"
+    code = re.search(r"exit code (\d+)", text)
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    if number == errno.ENOSPC or re.search("bus error|shared memory|no space left", text, re.IGNORECASE):
+        with suppress(OSError):
+            size = shutil.disk_usage("/dev/shm").total / 2**20
+            return f"/dev/shm is full ({size:,.0f} MiB); make it larger (docker run --shm-size=16g, or --ipc=host)"
+    if number == errno.EMFILE or re.search("too many open files|ancdata|EOFError", text, re.IGNORECASE):
+        return "too many open files; raise the limit (ulimit -n 65536)"
+    if "signal: Killed" in text:
+        return "it was killed, most likely for lack of memory; allow more memory, or set fewer data.workers"
+    return one_line(error)
 
 
 def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int) -> str:
@@ -119,9 +171,20 @@ def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int)
     return f"images of {', '.join(names[:3])}{more}"
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Clusters send SIGTERM to all processes. The training process decides when to stop; workers wait for it."""
+def _start_worker(worker: int) -> None:
+    """Clusters send SIGTERM to all processes. The training process decides when to stop; workers wait for it.
+
+    A worker that cannot send its batch ends. Otherwise the batch would be dropped, and the training would wait for it
+    for ever.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error: Exception, batch: object) -> None:
+    """End this worker; its exit status is the number of the error, which torch may give in the text only."""
+    number = getattr(error, "errno", None) or int(next(iter(re.findall(r"\((\d+)\)", str(error))[-1:]), 1))
+    os._exit(number)
 
 
 class GlobalBatches(Dataset):
@@ -145,9 +208,13 @@ class GlobalBatches(Dataset):
             self.epoch = epoch
             self.batches = epoch_batches(self.images.shard_sizes, self.batch_size, self.seed, epoch)
         try:
-            samples = [self._sample(row) for row in self.batches[k, self.positions].tolist()]
+            samples = [self._sample(row) for row in self.batches[k, self.positions.numpy()].tolist()]
         except RRCMError as error:
             return error
+        except OSError as error:
+            reason = f"{error.strerror or one_line(error)}{f': {error.filename}' if error.filename else ''}"
+            hint = HINTS.get(error.errno, "correct that and run again")
+            return RRCMError(f"{self.images.root}: cannot be read ({reason}); {hint}")
         batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
         return batch | {"position": self.positions.clone()}
 

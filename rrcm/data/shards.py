@@ -6,14 +6,13 @@ and val share the positions of the raw training images. The index is int64 (N, 4
 the image's tar header in its shard, size of the image in bytes, label, key.
 """
 
-import fcntl
 import hashlib
 import os
 import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rrcm.data.augment import centre_crop, to_array
 from rrcm.data.images import decode_image, to_channels
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import atomic_path, sha256_file
+from rrcm.utils.files import HINTS, atomic_path, lock_file, sha256_file, writing
 
 OFFSET, SIZE, LABEL, KEY = range(4)  # columns of the index
 BLOCK = 512  # size of a tar block in bytes
@@ -133,25 +132,18 @@ class ShardedDataset:
                 self._decoded_bytes += image.width * image.height * self.channels + 1024  # plus the object itself
         return image, label, f"{key:08d}"
 
-    def verify(self) -> None:
-        """Check size and hash of every local shard of the split.
+    def complaint(self, shard: Shard) -> str | None:
+        """What is wrong with the size or hash of a local shard of the split: one line, or None.
 
         Remote shards are checked when they are downloaded.
         """
-        if self.remote:
-            return
-
-        def complaint(shard: Shard) -> str | None:
-            try:
+        try:
+            if not self.remote:
                 _check(self._local(shard), shard)
-            except RRCMError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(8) as pool:
-            complaints = [c for c in pool.map(complaint, self.split.shards) if c]
-        if complaints:
-            others = f" (and {len(complaints) - 1} other shards)" if len(complaints) > 1 else ""
-            raise RRCMError(complaints[0] + others)
+        except RRCMError as error:
+            return str(error)
+        except OSError as error:
+            return f"{self._local(shard)}: cannot be read ({error.strerror}); correct that, or {RERUN_HINT}"
 
     def _read_index(self) -> np.ndarray:
         entry = self.split.index
@@ -168,10 +160,13 @@ class ShardedDataset:
             return Path(self.root) / entry.name
         path = self.cache / f"{entry.sha256}{Path(entry.name).suffix}"
         if not path.exists():
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # several loader workers may need the same shard
+            with writing(self.cache, "or set XDG_CACHE_HOME to another folder"):
+                self.cache.mkdir(parents=True, exist_ok=True)
+                lock = path.with_suffix(".lock").open("w")
+            with lock:
+                lock_file(lock, wait=True)  # several loader workers may need the same shard
                 if not path.exists():
+                    _delete_abandoned(path)
                     _download(f"{self.root}/{entry.name}", path, entry)
         return path
 
@@ -274,16 +269,29 @@ def _check(path: Path, entry: FileEntry) -> None:
 
 
 def _download(url: str, path: Path, entry: FileEntry) -> None:
-    """Download a file of the manifest to `path`, atomically, and check its size and hash."""
-    with atomic_path(path) as scratch:
+    """Download a file of the manifest to `path`, atomically, and check its size and hash.
+
+    Where locks do not reach, as between machines, several processes may do so at once.
+    """
+    with atomic_path(path, shared=True) as scratch:
         try:
             _fetch(url, scratch)
         except OSError as error:
+            if error.errno in HINTS:
+                raise
             raise RRCMError(f"{url}: download failed ({one_line(error)}); check the address and run again") from None
         if scratch.stat().st_size != entry.bytes or sha256_file(scratch) != entry.sha256:
             raise RRCMError(
                 f"{url}: does not match manifest.json: damaged or from another run; upload the shards again"
             )
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete what downloads to `path` left that were killed: files that have not grown for a day."""
+    for scratch in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > 24 * 3600:
+                scratch.unlink()
 
 
 def _fetch(url: str, path: Path) -> None:
@@ -300,6 +308,8 @@ def _fetch(url: str, path: Path) -> None:
                 f"{url}: cannot be opened ({one_line(error)}); correct the address or install the package"
             ) from None
         except Exception as error:  # each protocol raises its own exceptions
+            if isinstance(error, OSError) and error.errno in HINTS:  # of this machine, as a full disk
+                raise
             if pause is None or isinstance(error, FileNotFoundError):
                 raise OSError(one_line(error)) from error
             time.sleep(pause)

@@ -28,6 +28,7 @@ from rrcm.certification.results import ABSTAIN, COLUMNS, read_certificates, sigm
 from rrcm.certification.smoothing import SmoothedClassifier, is_stochastic
 from rrcm.config import Attack, Config
 from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
+from rrcm.data.verification import verify_shards
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.load import load_model_folder
@@ -216,7 +217,7 @@ def attack_method(
     set_threads(config.threads)
     device = pick_device(config.device)
     images = ShardedDataset(shard_folder, "test")
-    images.verify()
+    verify_shards([images])
     pixels, labels, indices = read_split(
         images, config.data.image_size, config.certify.every, config.certify.max_images
     )

@@ -11,6 +11,7 @@ from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import load_initial_encoder, time_condition
 from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import expand_user, in_repository
 
 
 def check_before_training(config: Config, shard_folder: Path | str) -> None:
@@ -78,6 +79,13 @@ def _check_finetuning(config: Config, method: str, sigma: float, images: int, pr
 
 
 def _check_initial_weights(config: Config) -> None:
+    given = config.finetune
+    for name, path in {"initial_checkpoint": given.initial_checkpoint, "timm.weights": given.timm.weights}.items():
+        if path and not expand_user(path).exists() and in_repository(path).exists():
+            raise RRCMError(
+                f"finetune.{name} = {path!r}: is not in the copy of the repository that this experiment works in; give "
+                f"an absolute path, or `dvc exp run` the option --copy-paths {path}"
+            )
     outside = {
         config.finetune.initial_weights(method): method
         for method in config.methods

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from rrcm.config import Config, FinetuneSettings
 from rrcm.data.augment import FinetuneTransform, mixup_pairs
-from rrcm.data.loader import batch_loader, describe_step, steps_per_epoch
+from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, steps_per_epoch
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.verification import verify_shards
 from rrcm.methods import METHODS
 from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
@@ -42,11 +43,9 @@ def finetune(
     ends with the same bytes.
     """
     set_threads(config.threads)
-    with init_distributed(config.device) as env:
+    with init_distributed(config.device) as env, explain_lost_workers():
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
-        if env.is_main:
-            images.verify()
-            validation.verify()
+        verify_shards([images, validation], env)
         _train(config, method, sigma, images, validation, pretrained, env, output, timing)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from rrcm.config import Config
 from rrcm.data.augment import PretrainTransform, color_blur
-from rrcm.data.loader import batch_loader, describe_step
+from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
+from rrcm.data.verification import verify_shards
 from rrcm.evaluation.representations import COLLAPSED, evaluate, load_eval_images
 from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
@@ -36,11 +37,9 @@ def pretrain(config: Config, objective: str, shard_folder: Path | str, output: P
     """
     loss = build_pretraining_objective(config, objective)
     set_threads(config.threads)
-    with init_distributed(config.device) as env:
+    with init_distributed(config.device) as env, explain_lost_workers():
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
-        if env.is_main:
-            images.verify()
-            validation.verify()
+        verify_shards([images, validation], env)
         _train(config, objective, loss, images, validation, env, output, timing)
 
 

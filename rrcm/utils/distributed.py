@@ -1,28 +1,34 @@
-"""Processes and devices: start-up, collectives, BatchNorm over the global batch, precision.
+"""Processes and devices: start-up, collectives, shared work, BatchNorm over the global batch, precision.
 
 With one process every collective is the identity. So the same code runs on one process and on many, on CPUs (gloo) and
 on GPUs (nccl).
 """
 
+import itertools
+import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
+
+_connections = itertools.count()  # the same in every process
 
 
 @dataclass(frozen=True)
 class DistEnv:
-    """Rank of this process, number of processes, and the device it computes on."""
+    """Rank of this process, number of processes, the device it computes on, and the store that all processes share."""
 
     rank: int
     world_size: int
     device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -38,6 +44,11 @@ def pick_device(name: str) -> torch.device:
     local_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device({"auto": local_gpu if gpus else "cpu", "cuda": local_gpu}.get(name, name))
     if device.type == "cuda" and device.index >= gpus:
+        if gpus and str(device) == local_gpu:
+            raise RRCMError(
+                f"device = {name!r}: process {device.index + 1} of this machine finds {gpus} CUDA devices; "
+                f"start at most {gpus} processes here, or show it more in CUDA_VISIBLE_DEVICES"
+            )
         raise RRCMError(f"device = {name!r}: this machine has {gpus} CUDA devices; use auto or cpu")
     return device
 
@@ -51,20 +62,106 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def connect(device: str) -> DistEnv:
+    """Find the processes that torchrun started, on one node or several. They share a store, but no collectives yet."""
+    chosen, count = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return DistEnv(0, 1, chosen)
+    try:
+        store, rank, _ = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise RRCMError(f"WORLD_SIZE is {count}, but {one_line(error)}; start the processes with torchrun") from None
+    return DistEnv(rank, count, chosen, dist.PrefixStore(f"connection {next(_connections)}", store))
+
+
+@contextmanager
+def explain_lost_processes() -> Iterator[None]:
+    """Turn what torch says when another process has died into one line. That process has said why it died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RRCMError(f"another process of this run has ended; its message says why ({one_line(error)})") from None
+
+
 @contextmanager
 def init_distributed(device: str) -> Iterator[DistEnv]:
     """Join torchrun's process group, described by its environment variables; without torchrun run alone."""
-    chosen = pick_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield DistEnv(0, 1, chosen)
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield DistEnv(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
-        dist.destroy_process_group()
+    with explain_lost_processes():
+        env = connect(device)
+        if env.device.type == "cuda":
+            torch.cuda.set_device(env.device)
+        if env.world_size == 1:
+            yield env
+            return
+        if device not in ("auto", "cuda", "cpu"):
+            raise RRCMError(f"device = {device!r}: one GPU for {env.world_size} processes; use cuda, a GPU for each")
+        backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
+        store = dist.PrefixStore("group", env.store)
+        dist.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size)
+        try:
+            yield env
+        finally:
+            dist.destroy_process_group()
+
+
+class WorkQueue:
+    """Numbered pieces of work that the processes of a run share. Each takes the next one when it has finished one.
+
+    No process waits for another for a limited time only: if one dies, torchrun ends the others. `name` is unique in a
+    run. Methods may be called by several threads.
+    """
+
+    def __init__(self, env: DistEnv, name: str) -> None:
+        self.rank, self.world_size = env.rank, env.world_size
+        self._store = dist.PrefixStore(f"queue {name}", env.store)
+
+    def next_index(self) -> int:
+        """The number of the next piece. Each number goes to one process."""
+        return self._store.add("taken", 1) - 1
+
+    def report_done(self, count: int = 0) -> int:
+        """Report `count` finished pieces of this process; returns the number of all processes together."""
+        return self._store.add("finished", count)
+
+    def report_problem(self, index: int, text: str) -> None:
+        """Tell all processes what is wrong with a piece. To be called before the piece is reported as done."""
+        self._store.set(f"problem {self._store.add('problems', 1)}", json.dumps([index, text]))
+
+    def problems(self) -> list[str]:
+        """All texts that were reported, in the order of the pieces."""
+        count = self._store.add("problems", 0)
+        return [text for _, text in sorted(json.loads(self._store.get(f"problem {i + 1}")) for i in range(count))]
+
+    def start(self) -> None:
+        """Called by the first process to let the others begin, and by the others to wait for it."""
+        if self.rank == 0:
+            self._store.set("started", "")
+        for _ in _poll(lambda: self._store.check(["started"])):
+            pass
+
+    def wait_for(self, total: int) -> Iterator[None]:
+        """Yield now and then until all processes together have finished `total` pieces."""
+        return _poll(lambda: self.report_done() >= total)
+
+    def close(self) -> Iterator[None]:
+        """Report that this process needs the queue no longer. The first one waits for the others, and yields meanwhile.
+
+        It may keep the store, so it must not end before them.
+        """
+        self._store.set(f"ended {self.rank}", "")
+        if self.rank == 0:
+            yield from _poll(lambda: self._store.check([f"ended {rank}" for rank in range(self.world_size)]))
+
+
+def _poll(condition: Callable[[], bool]) -> Iterator[None]:
+    """Yield until the condition holds: often at first, later once a second."""
+    pause = 0.002
+    while not condition():
+        yield
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def world_size() -> int:

@@ -1,60 +1,246 @@
-"""Atomic writes of files and folders, JSON, and hashes."""
+"""Atomic writes of files and folders, file locks, JSON, hashes, and paths in DVC's experiments.
+
+Not every place behaves like a local disk. Network file systems may lack locks, folders of a container's image cannot be
+renamed, and nothing can be renamed over a mount point. What differs is handled here.
+"""
 
 import csv
+import errno
+import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.errors import RRCMError, one_line
+
+LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# Errors of a rename: a folder of a lower layer of overlayfs, another file system, a mount point, or not supported.
+NO_RENAME = {errno.EXDEV, errno.EBUSY, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
+HINTS |= dict.fromkeys((errno.EACCES, errno.EPERM), "get permission to write there")
+HINTS |= {errno.EROFS: "mount it writable", errno.EMFILE: "raise the limit of open files (ulimit -n)"}
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def writing(path: Path | str, addition: str = "") -> Iterator[None]:
+    """Turn an OSError of the body into an `RRCMError`: one line that names `path`, the reason and what to do.
+
+    `addition` ends the line.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        if isinstance(error.filename, str | os.PathLike) and Path(error.filename).absolute() != Path(path).absolute():
+            reason += f": {error.filename}"
+        parts = [f"{path}: cannot write it ({reason})", HINTS.get(error.errno), addition]
+        raise RRCMError("; ".join(part for part in parts if part)) from error
+
+
+@contextmanager
+def atomic_path(path: Path | str, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
-    On any error the temporary file is removed and `path` is unchanged. A failed write (disk full, file too large, no
-    permission) raises `RRCMError` naming `path`.
+    A symbolic link is replaced, not followed: it may lead into DVC's cache. With `shared`, several processes may write
+    `path` at once. On any error the temporary file is removed and `path` is unchanged. A failed write (disk full, file
+    too large, no permission) raises `RRCMError` naming `path`.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: the next run overwrites what a killed one left
+    writer = f".{os.uname().nodename}-{os.getpid()}" if shared else ""  # else the next run overwrites what is left
+    scratch = path.with_name(f".{path.name}{writer}.tmp")
+    with writing(path, "nothing was overwritten"):
+        try:
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise RRCMError(f"{path}: is a device or a pipe; give the path of a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.unlink(missing_ok=True)  # it may be another user's, who was killed
+            yield scratch
+            _flush_file(scratch)
+            _put_file(scratch, path)
+        finally:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+
+def _put_file(scratch: Path, path: Path) -> None:
+    """Rename `scratch` to `path`. Where that is impossible (a file mounted into a container) rewrite its content."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
-        raise RRCMError(f"{path}: cannot write it ({error.strerror or error}); nothing was overwritten") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+        if error.errno not in NO_RENAME:
+            raise
+        kept = path.with_name(f"{path.name}.new")
+        try:
+            with scratch.open("rb") as source, path.open("r+b" if path.exists() else "wb") as target:
+                shutil.copyfileobj(source, target)
+                target.truncate()
+            _flush_file(path)
+        except OSError as failure:
+            scratch.replace(kept)
+            raise RRCMError(
+                f"{path}: only a part could be written ({failure.strerror}); all of it is in {kept}"
+            ) from failure
 
 
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """Like `atomic_path` for a folder: yield an empty one beside `path`, then swap it into place."""
+    """Like `atomic_path` for a folder: yield an empty one beside `path`, then swap it into place.
+
+    A symbolic link to a folder is followed. If a process is killed in the swap, or the swap fails, the new folder stays
+    complete under its temporary name, and the next call puts it into place before anything else.
+    """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp")  # a fixed name: the next run overwrites what a killed one left
-    aside = path.with_name(f".{path.name}.old.tmp")  # the old folder, until the new one is in place
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    scratch, ready = (path.with_name(f".{path.name}{name}.tmp") for name in ("", ".ready"))
+    unchanged, complete = "nothing was overwritten", f"{scratch} is complete, the next run will put it into place"
+    with writing(path, complete if ready.exists() else unchanged):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _swap(path, scratch, ready)
+        _delete(scratch)
+        scratch.mkdir()
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        yield scratch
-        if path.exists():
-            path.replace(aside)
-        scratch.replace(path)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        if aside.exists() and not path.exists():
-            aside.replace(path)
-        raise RRCMError(f"{path}: cannot write it ({error.strerror or error}); nothing was overwritten") from error
+        with writing(path, unchanged):
+            yield scratch
+            _flush_tree(scratch)
+            ready.touch()
+        with writing(path, complete):
+            _swap(path, scratch, ready)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not ready.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(path: Path, scratch: Path, ready: Path) -> None:
+    """If the file `ready` exists, `scratch` is a complete folder: put it in the place of `path`.
+
+    It can be killed anywhere and called again. Until the new folder is in place, `scratch` is complete.
+    """
+    aside = path.with_name(f".{path.name}.old.tmp")
+    if scratch.exists() and ready.exists():
+        _flush_folder(path.parent)
+        _delete(aside)
+        _clear(path, aside)
+        try:
+            scratch.replace(path)
+        except OSError as error:
+            if error.errno not in NO_RENAME:
+                if aside.exists():
+                    aside.replace(path)
+                raise
+            shutil.copytree(scratch, path, symlinks=True, dirs_exist_ok=True)
+            _flush_tree(path)
+    elif aside.exists() and not path.exists():
+        aside.replace(path)
+    ready.unlink(missing_ok=True)
+    for leftover in (scratch, aside):
+        with suppress(OSError):
+            _delete(leftover)
+
+
+def _clear(path: Path, aside: Path) -> None:
+    """Rename the old folder to `aside`, or delete it where folders cannot be renamed. A mount point stays, empty."""
+    try:
+        path.replace(aside)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        for entry in path.iterdir():
+            _delete(entry)
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # rmtree names the last part of a path only
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flush a folder and all below to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _flush_file(Path(root) / name)
+        _flush_folder(Path(root))
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the file system can."""
+    with suppress(OSError):
+        _flush_file(folder)
+
+
+def _flush_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(file: IO, *, wait: bool = False, unprotected: str = "") -> bool:
+    """Lock an open file, for this process and its children, until all have closed it.
+
+    False if another process holds the lock; with `wait`, wait for it instead. On a file system without locks this
+    returns True and prints a note, once, that ends with `unprotected`: what the user has to watch.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in LOCKED and not wait:
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
+        if unprotected:
+            _note_once(f"note: {Path(file.name).parent} has no file locks ({error.strerror}); {unprotected}")
+    return True
+
+
+def has_locks(file: IO) -> bool:
+    """Whether the file system of an open file has locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in NO_LOCKS
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return True
+
+
+@functools.cache
+def _note_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def in_repository(path: Path | str) -> Path:
+    """A relative path as it was meant where an experiment was started.
+
+    Experiments with `--temp` or `--queue` work in a throw-away copy of the repository below .dvc/tmp/exps, without the
+    files that git ignores. A relative path that is not in the copy is one in the repository itself. Any other path is
+    returned as it is, but for a leading ~.
+    """
+    path = expand_user(path)
+    if not path.is_absolute() and not path.exists():
+        for folder in Path.cwd().parents:
+            if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+                return folder.parents[2] / path
+    return path
 
 
 def expand_user(path: Path | str) -> Path:

@@ -18,19 +18,28 @@ class Progress:
 
     On a terminal it shows a tqdm bar and the metrics on a line below. Elsewhere (log file, CI) it prints a line with
     rate and time left every `interval` seconds. Resumed work starts at `done`; the rate counts this process's work
-    only. `quiet` prints nothing.
+    only. `quiet` prints nothing; `only_if_long` prints nothing about work that takes less than `interval` seconds.
     """
 
     def __init__(
-        self, total: int, label: str, unit: str, *, done: int = 0, interval: float = 10.0, quiet: bool = False
+        self,
+        total: int,
+        label: str,
+        unit: str,
+        *,
+        done: int = 0,
+        interval: float = 10.0,
+        quiet: bool = False,
+        only_if_long: bool = False,
     ):
         self.total, self.label, self.unit, self.interval = total, label, unit, interval
         self.done = self.start_done = done
-        self.quiet = quiet
+        self.quiet, self.delay = quiet, interval if only_if_long else 0.0
         self.metrics: dict[str, str] = {}
         self.start = self.last_print = time.monotonic()
         live = can_redraw() and not quiet
-        self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True) if live else None
+        options = {"unit": f" {unit}", "dynamic_ncols": True, "delay": self.delay}
+        self.bar = tqdm(total=total, initial=done, desc=label, **options) if live else None
         self.below: tqdm | None = None  # second line, for the metrics
 
     def __enter__(self) -> "Progress":
@@ -41,7 +50,7 @@ class Progress:
             self.bar.close()
             if self.below is not None:
                 self.below.close()
-        elif not self.quiet and kind is None:
+        elif not self.quiet and kind is None and time.monotonic() - self.start >= self.delay:
             self._print(time.monotonic())
 
     def update(self, count: int = 1, **metrics: str) -> None:

@@ -5,7 +5,7 @@ ones. It is deleted when the outputs are in place.
 """
 
 import ast
-import fcntl
+import errno
 import hashlib
 import inspect
 import json
@@ -13,30 +13,22 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_path, sha256_file, write_text
+from rrcm.utils.files import atomic_path, in_repository, lock_file, sha256_file, write_text, writing
 from rrcm.utils.tensors import write_tensors
 
 
 def runs_directory() -> Path:
-    """The folder of unfinished runs: $RRCM_RUNS, else `runs/` here.
-
-    Experiments with `--temp` or `--queue` work in a throw-away copy under .dvc/tmp/exps. They use the `runs/` of the
-    repository that they were started in.
-    """
-    if folder := os.environ.get("RRCM_RUNS"):
-        return Path(folder)
-    here = Path.cwd()
-    for folder in here.parents:
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            return folder.parents[2] / "runs"
-    return here / "runs"
+    """The folder of unfinished runs: $RRCM_RUNS, else `runs/` of this repository, also for DVC's experiments."""
+    return Path(os.environ.get("RRCM_RUNS") or in_repository("runs").absolute())
 
 
 def source_files(module: str) -> dict[str, Path]:
@@ -72,6 +64,9 @@ def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objec
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+DAMAGED = {errno.ENOENT, errno.EIO}  # what reading a damaged checkpoint may say; anything else is no damage
+
+
 class RunState:
     """The newest checkpoints of one run, each a safetensors file written atomically, with its SHA-256."""
 
@@ -79,15 +74,17 @@ class RunState:
 
     def __init__(self, name: str, fingerprint: str, parent: Path | None = None):
         self.folder = (parent or runs_directory()) / f"{name}-{fingerprint}"
+        self._elsewhere = "" if parent else "or set RRCM_RUNS to another folder"
+        self._lock: IO | None = None
 
     def lock(self) -> None:
         """Claim the run for this process until it ends. Raises `RRCMError` if another process holds it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RRCMError(f"{self.folder}: this run is locked by another process; wait for it or stop it") from None
+        with writing(self.folder, self._elsewhere):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+            if not lock_file(self._lock, unprotected="do not start the same run twice at once"):
+                raise RRCMError(f"{self.folder}: this run is locked by another process; wait for it or stop it")
+            os.register_at_fork(after_in_child=self._lock.close)  # loader workers may live longer than this process
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Write the state after `step` steps. `metadata` is JSON-able."""
@@ -95,20 +92,26 @@ class RunState:
         with atomic_path(path) as scratch:
             write_tensors(scratch, tensors, {"metadata": json.dumps(metadata)})
             write_text(path.with_suffix(".sha256"), sha256_file(scratch))  # first: no checkpoint is ever without
-        for old in self._checkpoints()[self.keep :]:
-            old.with_suffix(".sha256").unlink(missing_ok=True)
-            old.unlink()
+        with writing(self.folder):
+            for old in self._checkpoints()[self.keep :]:
+                old.with_suffix(".sha256").unlink(missing_ok=True)
+                old.unlink()
 
     def load(self) -> tuple[int, dict[str, torch.Tensor], dict] | None:
-        """The newest readable state as (step, tensors, metadata), or None. Prints a line if it skips a damaged one."""
+        """The newest sound state as (step, tensors, metadata), or None. Prints a line if it skips a damaged one.
+
+        Raises `RRCMError` for one that may be sound but cannot be read, as another user's.
+        """
         for path in self._checkpoints():
             try:
                 if sha256_file(path) != path.with_suffix(".sha256").read_text():
-                    raise OSError("it does not match its hash")
+                    raise ValueError("it does not match its hash")
                 with safe_open(path, "pt") as file:
                     metadata = json.loads(file.metadata()["metadata"])
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, OSError) and error.errno not in DAMAGED:
+                    raise RRCMError(f"{path}: cannot be read ({error.strerror}); correct that or delete it") from None
                 print(f"{path}: damaged checkpoint skipped ({error}); an older one is used", file=sys.stderr)
                 continue
             print(f"resuming {self.folder.name} after step {int(path.stem)}", file=sys.stderr)
@@ -125,6 +128,10 @@ class RunState:
     def finish(self) -> None:
         """Delete the state. To be called when the outputs are in place."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+            with suppress(OSError):  # NFS keeps a deleted file, under another name, while it is open
+                self.folder.rmdir()
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)

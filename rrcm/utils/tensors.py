@@ -2,11 +2,14 @@
 
 import argparse
 import hashlib
+import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,10 +27,16 @@ NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "mode
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; the caller flushes and renames it. Raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
     except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(None, str(error)) from error
+    with suppress(OSError):  # not every file system has modes
+        path.chmod(mode)  # it was written for this user's eyes only
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -384,3 +384,15 @@ def test_an_idx_file_needs_its_whole_header(tmp_path: Path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(stream.getvalue())
     with pytest.raises(RRCMError, match="not an idx file"):
         read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
+
+
+def test_relative_folders_are_found_from_a_copy_that_dvc_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Queued experiments run in one, without the files that git ignores."""
+    write_folders(tmp_path / "pictures", {"a": 5, "b": 5})
+    write_fashion(tmp_path / "data/raw/fashion_mnist")
+    copy = tmp_path / ".dvc/tmp/exps/tmpabc"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    assert read_dataset(settings("imagefolder", Path("pictures"))).classes == ["a", "b"]
+    read_dataset(settings("fashion_mnist", size=28, channels=1))  # as it was downloaded before

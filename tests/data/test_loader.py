@@ -1,7 +1,14 @@
 """The loader: each sample once per epoch, and the same batches bit for bit for any number of processes and workers."""
 
+import errno
 import http.server
 import itertools
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -9,10 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import in_own_mounts
 
 from rrcm.config import Data, Views
 from rrcm.data.augment import FinetuneTransform, PretrainTransform
-from rrcm.data.loader import batch_loader, describe_step, epoch_batches, epoch_order, steps_per_epoch, stream_count
+from rrcm.data.loader import (
+    batch_loader,
+    describe_step,
+    epoch_batches,
+    epoch_order,
+    explain_lost_workers,
+    steps_per_epoch,
+    stream_count,
+)
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
 from rrcm.utils.errors import RRCMError
@@ -204,6 +220,90 @@ def test_an_error_in_a_worker_is_one_line(folder: Path, tmp_path: Path, workers:
     with pytest.raises(RRCMError) as error:
         collect(ShardedDataset(tmp_path, "train"), name_pixels, batch_size=len(images), last_step=1, workers=workers)
     assert str(error.value).startswith(f"{damaged}: has ") and "\n" not in str(error.value)
+
+
+def end_with(signo: int, image, rng) -> dict[str, np.ndarray]:
+    os.kill(os.getpid(), signo)
+
+
+def open_no_more_files(image, rng) -> dict[str, np.ndarray]:
+    """The batch is made, but its tensors, which come as open files, cannot be sent."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    return {"image": np.zeros(1)}
+
+
+def cannot_read(image, rng) -> dict[str, np.ndarray]:
+    raise OSError(errno.ESTALE, "Stale file handle", "/shards/train-00000.tar")
+
+
+@pytest.mark.parametrize(
+    ("transform", "line"),
+    [
+        (partial(end_with, signal.SIGKILL), r"it was killed, most likely for lack of memory; allow more memory, .*"),
+        (partial(end_with, signal.SIGBUS), r"/dev/shm is full \([\d,]+ MiB\); make it larger \(docker run --shm.*"),
+        (open_no_more_files, r"too many open files; raise the limit \(ulimit -n 65536\)"),
+    ],
+    ids=["out of memory", "bus error", "open files"],
+)
+def test_the_death_of_a_worker_is_one_line(folder: Path, transform, line: str):
+    with pytest.raises(RRCMError) as error:
+        collect(ShardedDataset(folder, "train"), transform, batch_size=1, last_step=5, workers=1)
+    expected = f"a loader worker failed: {line}; data.workers=0 does without workers"
+    assert re.fullmatch(expected, str(error.value)), error.value
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_cannot_be_read_is_one_line(folder: Path, workers: int):
+    with pytest.raises(RRCMError, match=r"cannot be read \(Stale file handle: /shards/train-00000.tar\); correct"):
+        collect(ShardedDataset(folder, "train"), cannot_read, batch_size=100, last_step=1, workers=workers)
+
+
+def test_a_bug_in_a_worker_stays_an_error_and_leaves_no_worker(folder: Path):
+    """Workers ignore SIGTERM: one that is left would keep this process from ending."""
+    with pytest.raises(ZeroDivisionError, match="Caught ZeroDivisionError in DataLoader worker"):
+        collect(ShardedDataset(folder, "train"), lambda image, rng: 1 / 0, batch_size=100, last_step=5, workers=1)
+    assert not multiprocessing.active_children()
+
+
+def test_torch_tells_of_a_dead_worker_anywhere():
+    """In the middle of a training step, that is, where it may have raised something else."""
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+    with pytest.raises(RRCMError, match="/dev/shm is full"), explain_lost_workers():
+        raise killed
+    for error in (RuntimeError("no space left on the GPU"), OSError(errno.ENOSPC, "of an output")):
+        with pytest.raises(type(error)), explain_lost_workers():
+            raise error
+
+
+SMALL = """\
+mount -t tmpfs -o size=$1 tmpfs /dev/shm || exit 77
+exec "$2" -c '
+import sys
+import numpy as np
+from rrcm.data.loader import batch_loader
+from rrcm.data.shards import ShardedDataset
+from rrcm.utils.errors import RRCMError
+transform = lambda image, rng: {"image": np.zeros(20_000, np.uint8)}
+try:
+    images = ShardedDataset(sys.argv[1], "train")
+    list(batch_loader(images, transform, batch_size=100, seed=0, first_step=0, last_step=5, workers=2))
+except RRCMError as error:
+    print(error)
+' "$3"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [("1m", "/dev/shm is full (1 MiB); make it larger"), ("1m,ro", "[Errno 30] Read-only file system")],
+)
+def test_a_small_dev_shm_is_one_line(folder: Path, size: str, line: str):
+    """A real one. torch alone drops the batch and waits for it for ever."""
+    answer = in_own_mounts(SMALL, size, sys.executable, folder)
+    assert answer.stdout.startswith(f"a loader worker failed: {line}") and answer.stdout.count("\n") == 1
+    assert answer.stderr == ""
 
 
 def test_workers_read_a_url(folder: Path, tmp_path: Path):

@@ -1,14 +1,19 @@
 """Shards: the same bytes for any number of workers, read back without loss; error messages name damaged files."""
 
+import errno
+import fcntl
 import http.server
 import io
 import json
+import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +27,7 @@ from rrcm.data.datasets import read_dataset
 from rrcm.data.images import read_image
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.verification import verify_shards
 from rrcm.utils.errors import RRCMError
 
 
@@ -128,7 +134,7 @@ def test_manifest(digits: Path):
 def test_reader_agrees_with_webdataset(digits: Path):
     for split in ("train", "val", "test"):
         images, samples = ShardedDataset(digits, split), images_and_labels(digits, split)
-        images.verify()
+        verify_shards([images])
         assert len(images) == len(samples) == len(images.labels)
         for i, (key, (content, label)) in enumerate(samples.items()):
             image, our_label, our_key = images.read(i)
@@ -241,17 +247,17 @@ def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
             shutil.copy(tmp_path / "other/train-00002.tar", path)
     images = ShardedDataset(folder, "train")
     word = {"flipped": "hash", "missing": "missing"}.get(damage, "from another run")
-    text = complaint(images.verify)
+    text = complaint(lambda: verify_shards([images]))
     assert str(path) in text and word in text and "shard-data" in text
     assert "(and" not in text
     (folder / "train-00004.tar").unlink()
-    assert "(and 1 other shards)" in complaint(images.verify)
+    assert "(and 1 other shards)" in complaint(lambda: verify_shards([images]))
     if damage in ("truncated", "missing"):
         assert str(path) in complaint(lambda: images.read(650))
 
 
 def test_reading_unverified_damage_is_named(digits: Path, tmp_path: Path):
-    """A shard of the right size with wrong bytes, read without `verify`."""
+    """A shard of the right size with wrong bytes, read without `verify_shards`."""
     folder = copy(digits, tmp_path)
     path, images = folder / "train-00001.tar", ShardedDataset(folder, "train")
     offset, size, _, key = images.index[310].tolist()
@@ -359,7 +365,7 @@ def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkey
     assert np.array_equal(images.read(3)[0], local.read(3)[0])
     assert asked.count("/val-00000.tar") == 2  # the first attempt failed
     again = ShardedDataset(address + "/", "val", tmp_path / "cache")
-    again.verify()
+    verify_shards([again])
     assert [again.read(i)[2] for i in range(len(again))] == [local.read(i)[2] for i in range(len(local))]
     assert asked.count("/val-00000.tar") == 2 and asked.count("/val.index.npy") == 1
     assert asked.count("/manifest.json") == 2
@@ -380,3 +386,58 @@ def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, m
     assert "manifest.json: cannot be read" in complaint(lambda: ShardedDataset(f"{address}/none", "train", tmp_path))
     assert "cannot be opened" in complaint(lambda: ShardedDataset("nonsense://x", "train", tmp_path))
     assert not [p for p in (tmp_path / "cache").iterdir() if "tmp" in p.name]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_downloads_at_once_do_not_mix(web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool):
+    """Locks may be missing, or hold on one machine only. Each download has a file of its own."""
+    folder, address, _ = web
+    cache, fetch = tmp_path / "cache", shards._fetch
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", _no_locks)
+
+    def fetch_while_another_does(url: str, path: Path) -> None:
+        for scratch in cache.glob(".*.tar.*.tmp"):
+            assert scratch != path and scratch.read_bytes() == b"another machine's"
+        other.write_bytes(b"another machine's")
+        fetch(url, path)
+
+    images = ShardedDataset(address, "train", cache)
+    name = f".{images.split.shards[0].sha256}.tar"
+    other, abandoned = cache / f"{name}.node2-7.tmp", cache / f"{name}.node3-7.tmp"
+    abandoned.write_bytes(b"killed")
+    os.utime(abandoned, (0, 0))
+    monkeypatch.setattr(shards, "_fetch", fetch_while_another_does)
+    assert np.array_equal(images.read(0)[0], ShardedDataset(folder, "train").read(0)[0])
+    assert [path for path in cache.iterdir() if path.suffix == ".tmp"] == [other]
+
+
+def _no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "line"),
+    [
+        ("get_file", errno.ENOSPC, r"\.tar: cannot write it \(No space left on device\); free some space; nothing was"),
+        ("get_file", errno.ETIMEDOUT, r"train-00000\.tar: download failed \(.*timed out.*\); check the address"),
+        (
+            "mkdir",
+            errno.EROFS,
+            r"cache: cannot write it \(Read-only file system\); mount .*; or set XDG_CACHE_HOME",
+        ),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_not_called_a_failed_download(
+    web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, line: str
+):
+    images = ShardedDataset(web[1], "train", tmp_path / "cache")
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("fsspec.url_to_fs", lambda url: (SimpleNamespace(get_file=fails), url))
+    if where == "mkdir":
+        monkeypatch.setattr(Path, "mkdir", fails)
+    assert re.search(line, complaint(lambda: images.read(0)))

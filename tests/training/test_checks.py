@@ -27,6 +27,20 @@ def test_good_settings_pass_without_a_network(project, monkeypatch):
     check_before_training(load_config(project / "params.yaml"), project / "data/shards")
 
 
+@pytest.mark.parametrize("key", ["initial_checkpoint", "timm__weights"])
+def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch, key):
+    """DVC copies what git or DVC has. It misses the weights itself, but says no more than that, and later."""
+    change(project, **{f"finetune__{key}": "weights/file"})
+    (project / "weights").mkdir()
+    (project / "weights/file").touch()
+    copy = project / ".dvc/tmp/exps/tmpabc"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    name = key.replace("__", ".")
+    assert complaint(project).startswith(f"finetune.{name} = 'weights/file': is not in the copy of the repository that")
+    assert complaint(project).endswith("--copy-paths weights/file")
+
+
 @pytest.mark.parametrize(
     ("change_of", "said"),
     [

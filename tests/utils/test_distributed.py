@@ -2,25 +2,36 @@
 
 import multiprocessing
 import os
+import shutil
 import socket
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import compose
+from conftest import REPOSITORY, compose
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
+from rrcm.data import shards as shards_module
+from rrcm.data.shards import ShardedDataset
+from rrcm.data.verification import verify_shards
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training.finetune import finetune
 from rrcm.training.pretrain import pretrain
+from rrcm.utils import distributed
 from rrcm.utils.distributed import (
+    DistEnv,
     SyncBatchNorm1d,
+    WorkQueue,
     all_reduce_sum,
+    explain_lost_processes,
     init_distributed,
     native_precision,
     pick_device,
@@ -112,6 +123,81 @@ def test_batch_norm_of_one_process_is_torchs():
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+def verify_twice(folder: Path, shards: Path) -> None:
+    """Check the shards, also as damaged in `folder`; this process writes which it checked and what it was told."""
+    checked, check = [], shards_module._check
+    shards_module._check = lambda path, entry: [checked.append(path.name), check(path, entry)]
+    for _ in range(2):  # a second connection of the same processes does not see the first one's queue
+        with init_distributed("cpu") as env:
+            checked.clear()
+            verify_shards([ShardedDataset(shards, split) for split in ("train", "val")], env)
+    (folder / f"checked-{env.rank}").write_text("\n".join(name for name in checked if name.endswith(".tar")))
+    try:
+        with init_distributed("cpu") as env:
+            verify_shards([ShardedDataset(folder / "damaged", "train")], env)
+    except RRCMError as error:
+        (folder / f"told-{env.rank}").write_text(str(error))
+
+
+def test_processes_share_the_hashing_and_all_learn_of_damage(tmp_path, tiny_shards):
+    shutil.copytree(tiny_shards, tmp_path / "damaged")
+    damaged = sorted((tmp_path / "damaged").glob("train-*.tar"))[1:3]
+    for path in damaged:
+        path.write_bytes(b"")
+    together(verify_twice, tmp_path, tiny_shards)
+    checked = [name for rank in range(2) for name in (tmp_path / f"checked-{rank}").read_text().splitlines()]
+    tars = [path.name for split in ("train", "val") for path in tiny_shards.glob(f"{split}-*.tar")]
+    assert sorted(checked) == sorted(tars)
+    told = {(tmp_path / f"told-{rank}").read_text() for rank in range(2)}
+    assert len(told) == 1 and next(iter(told)).startswith(f"{damaged[0]}: has 0 bytes, ")
+    assert next(iter(told)).endswith("(and 1 other shards)")
+
+
+def lose_the_other(folder: Path, rank_that_ends: int) -> None:
+    with init_distributed("cpu") as env:
+        if env.rank == rank_that_ends:
+            os._exit(0)  # it has said why
+        try:
+            with explain_lost_processes():
+                all_reduce_sum(torch.ones(2))
+        except RRCMError as error:
+            (folder / "said").write_text(str(error))
+            os._exit(0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_peer_has_died_says_so_in_one_line(tmp_path, rank):
+    together(lose_the_other, tmp_path, rank)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("another process of this run has ended; its message says why (") and "\n" not in said
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="a bug"), explain_lost_processes():
+        raise RuntimeError("a bug")
+
+
+class SlowStore(dist.HashStore):
+    """A store on which the first process does not appear for a long time."""
+
+    polls = 20_000
+
+    def check(self, keys: list[str]) -> bool:
+        self.polls -= 1
+        return self.polls < 0
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        raise RuntimeError(f"timed out after {timeout}")
+
+
+def test_a_process_waits_for_the_first_one_without_a_limit(monkeypatch):
+    slept = []
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: store)
+    WorkQueue(DistEnv(1, 2, CPU, SlowStore()), "work").start()
+    assert sum(slept) > 5 * 3600
+
+
 def train(folder: Path, shards: Path, world_size: int) -> None:
     os.environ["RRCM_RUNS"] = str(folder / "runs")
     config = load_config(folder / "params.yaml")
@@ -180,7 +266,45 @@ def test_cuda_without_an_index_is_the_gpu_of_the_local_rank(monkeypatch):
     assert str(pick_device("cuda:1")) == "cuda:1" and str(pick_device("cpu")) == "cpu"
     with pytest.raises(RRCMError, match="'cuda:4': this machine has 4 CUDA devices"):
         pick_device("cuda:4")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    for name in ("auto", "cuda"):
+        with pytest.raises(RRCMError, match=f"'{name}': process 5 .* finds 4 CUDA devices; start at most 4 processes"):
+            pick_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert str(pick_device("auto")) == "cpu"
     with pytest.raises(RRCMError, match="'cuda': this machine has 0 CUDA devices"):
         pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "cpu", "WORLD_SIZE is 2, but .*MASTER_ADDR.* torchrun"),
+        ({}, "cuda:0", "'cuda:0': one GPU for 2 processes; use cuda"),
+    ],
+)
+def test_processes_that_cannot_work_together(monkeypatch, environment, device, message):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not environment:
+        monkeypatch.setattr(distributed, "connect", lambda name: DistEnv(0, 2, torch.device(name)))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(RRCMError, match=message), init_distributed(device):
+        pass
+
+
+@pytest.mark.slow
+def test_damage_is_said_without_a_traceback_under_torchrun(project, tiny_shards):
+    """Of a process that torchrun has stopped meanwhile there may be no word."""
+    shards = Path(shutil.copytree(tiny_shards, project / "damaged"))
+    (shards / "train-00001.tar").write_bytes(b"")
+    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2"]
+    command = [*torchrun, "--log-dir", "logs", "--redirects", "3"]
+    command += [REPOSITORY / "stages/pretrain.py", "--shards", shards]
+    environment = os.environ | {"RRCM_RUNS": str(project / "runs"), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, cwd=project, env=environment, capture_output=True).returncode == 1
+    said = [path.read_text() for path in (project / "logs").rglob("stderr.log")]
+    assert len(said) == 2 and any(said)
+    for text in filter(None, said):
+        assert text.startswith(f"error: {shards}/train-00001.tar: has 0 bytes") and text.count("\n") == 1

@@ -54,6 +54,13 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
     assert line.startswith("work: 2/2 steps, ") and "\r" not in line and "\x1b" not in line
 
 
+@pytest.mark.parametrize(("interval", "lines"), [(0.0, 2), (3600.0, 0)])
+def test_short_work_can_be_silent(capsys, interval, lines):
+    with Progress(2, "work", "steps", interval=interval, only_if_long=True) as progress:
+        progress.update()
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_other_processes_are_quiet(capsys):
     with Progress(2, "work", "steps", interval=0.0, quiet=True) as progress:
         progress.update(2, loss="1")

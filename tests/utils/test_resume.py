@@ -1,13 +1,22 @@
 """Resuming: a stage that is killed with SIGKILL and run again ends with the bytes of an undisturbed run."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
+import sys
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
-from conftest import Answer, change, files_of, stage, start
+import torch
+from conftest import Answer, change, files_of, in_own_mounts, stage, start
+
+from rrcm.utils import resume
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.resume import RunState, runs_directory
+from rrcm.utils.tensors import write_tensors
 
 
 def kill_when(folder: Path, name: str, arguments: list[str], pattern: str, count: int = 1, later: int = 0) -> bool:
@@ -102,9 +111,89 @@ def test_a_run_is_locked_while_it_is_running(project):
     assert second.returncode == 1 and "another process" in second.stderr
 
 
-def test_runs_of_dvc_experiments_are_kept_in_the_repository(monkeypatch, tmp_path):
-    from rrcm.utils.resume import runs_directory
+@pytest.fixture
+def state(monkeypatch, tmp_path) -> RunState:
+    monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "runs"))
+    return RunState("train", "0")
 
+
+def fail(number: int):
+    """A function that raises what the system does."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+def test_without_locks_a_run_goes_on_with_a_note(monkeypatch, state, capsys):
+    monkeypatch.setattr(fcntl, "flock", fail(errno.ENOLCK))
+    state.lock()
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {state.folder} has no file locks (No locks available); do not start the same run twice at once"
+    ]
+
+
+@pytest.mark.parametrize(("where", "number"), [("mkdir", errno.EROFS), ("open", errno.EACCES)])
+def test_a_runs_folder_that_cannot_be_written_is_one_line(monkeypatch, state, where, number):
+    """A read-only mount; a lock file that another user has left."""
+    monkeypatch.setattr(Path, where, fail(number))
+    with pytest.raises(RRCMError, match=rf"{state.folder}: cannot write it \({os.strerror(number)}.*set RRCM_RUNS to"):
+        state.lock()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(monkeypatch, state, capsys):
+    state.save(1, {"a": torch.ones(2)}, {})
+    monkeypatch.setattr(resume, "write_tensors", fail(errno.ENOSPC))
+    with pytest.raises(
+        RRCMError, match=r"000000002.safetensors: cannot write it \(No space .*; free some space; nothing"
+    ):
+        state.save(2, {"a": torch.ones(2)}, {})
+    assert state.load()[0] == 1 and len(list(state.folder.iterdir())) == 2
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
+    """A group shares models and runs. safetensors alone writes for the owner's eyes only."""
+    (tmp_path / "other").touch()
+    write_tensors(tmp_path / "weights", {"a": torch.ones(2)})
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+SMALL = """\
+mount -t tmpfs -o size=16k tmpfs "$1" || exit 77
+exec "$2" -c '
+import sys, torch
+from pathlib import Path
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.tensors import save_tensors
+try:
+    save_tensors(Path(sys.argv[1]) / "weights", {"a": torch.ones(10_000)})
+except RRCMError as error:
+    print(error)
+' "$1"
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_is_one_line(tmp_path):
+    """safetensors has an error of its own for it."""
+    answer = in_own_mounts(SMALL, tmp_path, sys.executable)
+    assert answer.stdout == (
+        f"{tmp_path}/weights: cannot write it (No space left on device); free some space; nothing was overwritten\n"
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(monkeypatch, state):
+    """As another user's. Skipped in silence it would be trained again, and deleted."""
+    state.save(1, {"a": torch.ones(2)}, {})
+    monkeypatch.setattr(resume, "sha256_file", fail(errno.EACCES))
+    with pytest.raises(RRCMError, match=r"1.safetensors: cannot be read \(Permission denied\)"):
+        state.load()
+    monkeypatch.setattr(resume, "sha256_file", fail(errno.EIO))
+    assert state.load() is None
+
+
+def test_runs_of_dvc_experiments_are_kept_in_the_repository(monkeypatch, tmp_path):
     monkeypatch.delenv("RRCM_RUNS", raising=False)
     monkeypatch.chdir(tmp_path)
     assert runs_directory() == tmp_path / "runs"

@@ -1,0 +1,295 @@
+"""Writing where a place is not like a local disk: no locks, no renames, kills at any step, errors in one line."""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import files_of, in_own_mounts
+
+from rrcm.utils import files
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import atomic_directory, atomic_path, has_locks, in_repository, lock_file, write_text, writing
+
+OLD, NEW = ({"a": word, "below/b": word} for word in (b"old", b"new"))
+
+
+def fill(folder: Path, content: dict[str, bytes]) -> None:
+    for name, text in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def replace_folder(path: Path) -> None:
+    with atomic_directory(path) as folder:
+        fill(folder, NEW)
+
+
+def cannot_rename(monkeypatch: pytest.MonkeyPatch, place: str, path: Path) -> None:
+    """Let renames of folders fail as they do in `place`."""
+    replace, remove, inode = os.replace, os.rmdir, path.stat().st_ino
+    refused = {
+        "local disk": lambda source, target: 0,
+        "overlayfs": lambda source, target: errno.EXDEV * (source.stat().st_ino == inode),
+        "no folder can be renamed": lambda source, target: errno.EXDEV * source.is_dir(),
+        "mount point": lambda source, target: errno.EBUSY * (path in (source, target)),
+    }[place]
+
+    def fails(source: Path, target: Path) -> None:
+        if number := refused(Path(source), Path(target)):
+            raise OSError(number, os.strerror(number), str(source), None, str(target))
+        replace(source, target)
+
+    def rmdir(folder: Path, **options: object) -> None:
+        if place == "mount point" and folder == path:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+        remove(folder, **options)
+
+    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(os, "rmdir", rmdir)
+
+
+PLACES = ["local disk", "overlayfs", "no folder can be renamed", "mount point"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_folder_is_replaced_wherever_it_is(tmp_path, monkeypatch, place):
+    path = tmp_path / "out"
+    fill(path, OLD | {"gone": b"old"})
+    cannot_rename(monkeypatch, place, path)
+    replace_folder(path)
+    assert files_of(tmp_path) == {f"out/{name}": text for name, text in NEW.items()}
+    assert names(tmp_path) == ["out"]
+
+
+def killed_at(step: int, path: Path) -> bool:
+    """Replace the folder in a child that ends at once before its `step`-th change of the disk; False: it has fewer."""
+    pid = os.fork()
+    if pid == 0:
+        changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+        left = step
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal left
+            if event in changes or (event == "open" and arguments[2] & os.O_CREAT):
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        replace_folder(path)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kill_at_any_step_loses_neither_folder(tmp_path, monkeypatch, place):
+    """The next run stops early, so that nothing it makes can stand in for what was lost."""
+    path, kept, step = tmp_path / "out", set(), 0
+    while True:
+        fill(path, OLD)
+        cannot_rename(monkeypatch, place, path)
+        step += 1
+        if not killed_at(step, path):
+            break
+        with pytest.raises(RuntimeError), atomic_directory(path):
+            raise RuntimeError("stopped early")
+        assert files_of(tmp_path) in [{f"out/{n}": text for n, text in each.items()} for each in (OLD, NEW)], step
+        kept |= set(files_of(path).values())
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path)
+    assert step > 10 and kept == {b"old", b"new"}
+
+
+def test_an_error_in_the_swap_keeps_the_new_folder_for_the_next_run(tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    fill(path, OLD)
+    cannot_rename(monkeypatch, "no folder can be renamed", path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(RRCMError, match=r"No space left.*free some space; .*\.out\.tmp is complete, the next run will"):
+        replace_folder(path)
+    with pytest.raises(RRCMError, match=r"\.out\.tmp is complete"):  # still full: said before any work
+        replace_folder(path)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError), atomic_directory(path):
+        raise RuntimeError("stopped early")
+    assert files_of(tmp_path) == {f"out/{name}": text for name, text in NEW.items()}
+
+
+OVERLAY = """\
+mount -t overlay overlay -o lowerdir="$1/lower",upperdir="$1/upper",workdir="$1/work" "$1/merged" || exit 77
+cd "$1/merged" && exec "$2" -c '
+import os
+from rrcm.utils.files import atomic_directory
+try:
+    os.rename("out", "other")
+except OSError as error:
+    print(error.strerror)
+with atomic_directory("out") as folder:
+    (folder / "a").write_text("new")
+print(sorted(os.listdir()), sorted(os.listdir("out")), open("out/a").read())
+'
+"""
+
+
+def test_a_folder_of_a_container_image_is_replaced(tmp_path):
+    """On a real overlayfs, whose lower layer has the old folder."""
+    for name in ("lower/out", "upper", "work", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+    fill(tmp_path / "lower/out", OLD)
+    answer = in_own_mounts(OVERLAY, tmp_path, sys.executable)
+    assert answer.stdout.splitlines() == ["Invalid cross-device link", "['out'] ['a'] new"], answer.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_file_that_is_mounted_is_rewritten(tmp_path, monkeypatch, number):
+    path = tmp_path / "file"
+    path.write_text("a longer old text")
+    inode, replace = path.stat().st_ino, os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(target) == path:
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    write_text(path, "new")
+    assert path.read_text() == "new" and path.stat().st_ino == inode and names(tmp_path) == ["file"]
+    monkeypatch.setattr(shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+    with pytest.raises(RRCMError, match=r"only a part could be written \(disk full\); all of it is in .*file\.new"):
+        write_text(path, "newer")
+    assert (tmp_path / "file.new").read_text() == "newer"
+
+
+def test_a_linked_folder_stays_a_link_and_a_linked_file_is_not_written_through(tmp_path):
+    (tmp_path / "big").mkdir()
+    fill(tmp_path / "big/out", OLD)
+    (tmp_path / "out").symlink_to("big/out")
+    (tmp_path / "new").symlink_to("big/new")  # its target does not exist yet
+    for name in ("out", "new"):
+        replace_folder(tmp_path / name)
+        assert (tmp_path / name).is_symlink() and files_of(tmp_path / "big" / name) == NEW
+    assert names(tmp_path) == ["big", "new", "out"] and names(tmp_path / "big") == ["new", "out"]
+    (tmp_path / "cache").write_text("DVC's")
+    (tmp_path / "file").symlink_to("cache")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "cache").read_text() == "DVC's" and (tmp_path / "file").read_text() == "new"
+
+
+def test_a_device_is_not_replaced_by_a_file():
+    with pytest.raises(RRCMError, match="/dev/null: is a device"):
+        write_text("/dev/null", "text")
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_killed_run_left_is_overwritten_unless_others_may_be_writing_it(tmp_path, shared):
+    left = tmp_path / ".file.tmp"
+    left.mkdir() if shared else left.symlink_to("elsewhere")
+    with atomic_path(tmp_path / "file", shared=shared) as scratch:
+        scratch.write_text("new")
+        assert (scratch == left) == (not shared)
+    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "elsewhere").exists()
+    assert left.exists() == shared
+
+
+def fail(number: int, name: str | None = None):
+    """A function that raises what the system does; `name`: the file that it complains of, default its argument."""
+
+    def fails(path: object = None, *_: object, **__: object) -> None:
+        culprit = [] if number == errno.ENOSPC else [name or str(path)]
+        raise OSError(number, os.strerror(number), *culprit)
+
+    return fails
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), replace_folder], ids=["file", "folder"])
+@pytest.mark.parametrize(
+    ("module", "step", "number", "line"),
+    [
+        (os, "fsync", errno.ENOSPC, r"\(No space left on device\); free some space"),
+        (os, "unlink", errno.EROFS, r"\(Read-only file system: \S*\.out\.\S*tmp\); mount it writable"),
+        (Path, "mkdir", errno.EACCES, r"\(Permission denied: \S*\); get permission to write there"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, write, module, step, number, line):
+    """A full disk shows when data are flushed."""
+    path = tmp_path / "out"
+    fill(path, OLD) if write is replace_folder else path.write_bytes(b"old")
+    before = files_of(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RRCMError) as caught:
+        patch.setattr(module, step, fail(number))
+        write(path)
+    assert re.fullmatch(f"{path}: cannot write it {line}; nothing was overwritten", str(caught.value))
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), replace_folder], ids=["file", "folder"])
+def test_leftovers_of_another_user_are_named(tmp_path, monkeypatch, write):
+    path, left = tmp_path / "out", tmp_path / ".out.tmp"
+    fill(left, OLD) if write is replace_folder else left.write_bytes(b"old")
+    monkeypatch.setattr(shutil, "rmtree", fail(errno.EACCES, "a"))  # it names the last part of a path only
+    monkeypatch.setattr(os, "unlink", lambda path: fail(errno.EACCES)(path) if os.path.lexists(path) else None)
+    with pytest.raises(RRCMError, match=rf"^{path}: cannot write it \(Permission denied: {left}\); get permission"):
+        write(path)
+    assert left.exists() and not path.exists()
+
+
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files._note_once.cache_clear()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_without_locks_it_goes_on_with_one_note(tmp_path, monkeypatch, capsys, number):
+    refuse_locks(monkeypatch, number)
+    with (tmp_path / "lock").open("w") as file:
+        assert not has_locks(file)
+        for wait in (False, True, False):
+            assert lock_file(file, wait=wait, unprotected="be careful")
+    note = capsys.readouterr().err
+    assert note == f"note: {tmp_path} has no file locks ({os.strerror(number)}); be careful\n"
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_process_holds(tmp_path, monkeypatch, capsys, number):
+    refuse_locks(monkeypatch, number)
+    with (tmp_path / "lock").open("w") as file:
+        assert has_locks(file) and not lock_file(file, unprotected="never said")
+    assert capsys.readouterr().err == ""
+
+
+def test_another_error_of_a_lock_is_not_taken_for_a_lock(tmp_path, monkeypatch):
+    refuse_locks(monkeypatch, errno.EIO)
+    with (
+        (tmp_path / "lock").open("w") as file,
+        pytest.raises(RRCMError, match="Input/output error"),
+        writing(file.name),
+    ):
+        lock_file(file)
+
+
+def test_a_relative_path_is_found_from_a_copy_that_dvc_makes(tmp_path, monkeypatch):
+    for name in ("pictures", "both", ".dvc/tmp/exps/standalone/tmpabc/both"):
+        (tmp_path / name).mkdir(parents=True)
+    for here, found in [
+        (tmp_path, Path("pictures")),
+        (tmp_path / ".dvc/tmp/exps/standalone/tmpabc", tmp_path / "pictures"),
+    ]:
+        monkeypatch.chdir(here)
+        assert in_repository("pictures") == found
+        assert in_repository("both") == Path("both")  # what is in git or DVC: of the experiment's own revision
+        assert in_repository("/anywhere") == Path("/anywhere")
+    assert in_repository("new") == tmp_path / "new"
