@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -84,7 +85,7 @@ class RunState:
             self._lock = (self.folder / "lock").open("w")
             if not lock_file(self._lock, unprotected="do not start the same run twice at once"):
                 raise RRCMError(f"{self.folder}: this run is locked by another process; wait for it or stop it")
-            os.register_at_fork(after_in_child=self._lock.close)  # loader workers may live longer than this process
+            _close_in_children(self._lock)  # loader workers may live longer than this process
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Write the state after `step` steps. `metadata` is JSON-able."""
@@ -135,6 +136,17 @@ class RunState:
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def _close_in_children(file: IO) -> None:
+    """Close an open file in each process that is forked from now on, as long as this one has it open."""
+    reference = weakref.ref(file)
+
+    def close() -> None:
+        if (found := reference()) is not None:
+            found.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def pack_state(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -203,3 +203,22 @@ def test_runs_of_dvc_experiments_are_kept_in_the_repository(monkeypatch, tmp_pat
     assert runs_directory() == tmp_path / "runs"
     monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "elsewhere"))
     assert runs_directory() == tmp_path / "elsewhere"
+
+
+def test_a_process_that_outlives_the_run_does_not_hold_its_lock(state):
+    """As loader workers do for some seconds when the main process is killed."""
+    state.lock()
+    (ready, says_ready), (end, says_end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(says_end)
+        os.write(says_ready, b"1")
+        os.read(end, 1)  # until the test ends
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        state._lock.close()  # what the kernel does for a killed process
+        state.lock()
+    finally:
+        os.close(says_end)
+        os.waitpid(child, 0)
