@@ -133,12 +133,14 @@ def _check_images(
 ) -> tuple[dict[int, Path], str]:
     """Decode the images at `positions` of the list: the readable files by position, and a hash of their pixels."""
     files, problems, content = {}, [], hashlib.sha256()
-    for position in positions:
-        try:
-            content.update(b"%d " % position + read_pixels(found.folder / found.files[position], loaded).tobytes())
-            files[position] = found.files[position]
-        except RRCMError as error:
-            problems.append(str(error))
+    with Progress(len(positions), f"read {printable(found.folder)}", "images", only_if_long=True) as progress:
+        for position in positions:
+            try:
+                content.update(b"%d " % position + read_pixels(found.folder / found.files[position], loaded).tobytes())
+                files[position] = found.files[position]
+            except RRCMError as error:
+                problems.append(str(error))
+            progress.update()
     if problems and not (skip_unreadable and files):
         advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if files else "")
         refuse_unreadable(problems, len(positions), advice)
