@@ -45,7 +45,8 @@ def folder(tmp_path) -> Path:
 def make(folder: Path, python: str = "./outer") -> tuple[int, str, list[str]]:
     """Exit status, standard error and calls of `make install`."""
     (folder / "calls").write_text("")
-    environment = os.environ | {"PYTHONPATH": "/elsewhere", "PYTHONHOME": "/nowhere", "MAKEFLAGS": "-j4"}
+    environment = os.environ | {"PYTHONPATH": "/elsewhere", "PYTHONHOME": "/nowhere"}
+    environment |= {"MAKEFLAGS": "-j4", "MAKELEVEL": "0"}  # the tests may run under `make test`
     command = ["make", "install", f"PYTHON={python}"]
     answer = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return answer.returncode, answer.stderr, (folder / "calls").read_text().splitlines()
