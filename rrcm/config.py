@@ -144,6 +144,12 @@ class Pretrain(Section):
         return self
 
 
+class StabilitySettings(Section):
+    """Stability training (Li et al. 2019)."""
+
+    stability_weight: NonNegative  # lambda
+
+
 class ConsistencySettings(Section):
     """Consistency regularization (Jeong & Shin 2020)."""
 
@@ -151,10 +157,42 @@ class ConsistencySettings(Section):
     entropy_weight: NonNegative  # eta
 
 
+class MACERSettings(Section):
+    """MACER (Zhai et al. 2020)."""
+
+    num_noise: Annotated[int, Field(ge=2)]  # k, in place of the common one
+    radius_weight: NonNegative  # lambda
+    beta: Positive  # inverse temperature of the soft votes
+    gamma: Positive  # of the hinge
+    deferred_epochs: NonNegative  # epochs before the radius loss begins
+
+
+class SmoothAdvSettings(Section):
+    """SmoothAdv (Salman et al. 2019)."""
+
+    attack_radius: NonNegative  # epsilon, L2, pixel units
+    attack_steps: Count  # T
+    attack_warmup_epochs: NonNegative  # over which epsilon grows
+
+
+class SmoothMixSettings(Section):
+    """SmoothMix (Jeong et al. 2021)."""
+
+    mix_weight: NonNegative  # eta
+    attack_step: Positive  # alpha, L2, pixel units
+    attack_steps: Count  # T
+    one_step_clean_end: bool  # mix from the adversary after one step instead of the clean image
+    mix_warmup_epochs: NonNegative  # over which eta and the clean end's distance grow
+
+
 class ObjectiveSettings(Section):
     """Settings of the fine-tuning objectives, a block for each that has any."""
 
+    stability: StabilitySettings
     consistency: ConsistencySettings
+    macer: MACERSettings
+    smoothadv: SmoothAdvSettings
+    smoothmix: SmoothMixSettings
 
 
 class FinetuneSettings(Section):

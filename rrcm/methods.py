@@ -66,6 +66,42 @@ TABLE = {
         "label": "timm ViT",
         "colour": "#CC79A7",
     },
+    "stability": {
+        "initial_weights": None,
+        "objective": "stability",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "Stability",
+        "colour": "#999999",
+    },
+    "macer": {
+        "initial_weights": None,
+        "objective": "macer",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "MACER",
+        "colour": "#882255",
+    },
+    "smoothadv": {
+        "initial_weights": None,
+        "objective": "smoothadv",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "SmoothAdv",
+        "colour": "#E69F00",
+    },
+    "smoothmix": {
+        "initial_weights": None,
+        "objective": "smoothmix",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "label": "SmoothMix",
+        "colour": "#56B4E9",
+    },
 }
 
 

@@ -32,6 +32,7 @@ from rrcm.data.verification import verify_shards
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.load import load_model_folder
+from rrcm.objectives.adversarial import ascend
 from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_json
@@ -52,16 +53,13 @@ def pgd(
     this is SmoothAdv_PGD (Salman et al. 2019, eq. 6 and section 3): its gradient is that of the log of the mean softmax
     over noisy copies, with the same noise in all steps.
     """
-    length = 2 * radius.double() / steps
-    attacked = images
-    for _ in range(steps if radius.any() else 0):
-        attacked = attacked.detach().requires_grad_()
-        loss = F.cross_entropy(classifier(attacked).float(), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, attacked)
-        direction = F.normalize(gradient.double().flatten(1), dim=1, eps=1e-300)  # a zero gradient stays zero
-        moved = attacked.detach().double() + (length[:, None] * direction).view_as(images)
-        attacked = project(moved, images, radius)
-    return attacked
+    return ascend(
+        lambda attacked: F.cross_entropy(classifier(attacked).float(), labels, reduction="sum"),
+        images,
+        steps=steps if radius.any() else 0,
+        length=2 * radius / steps,
+        project=lambda moved: project(moved, images, radius),
+    )
 
 
 def project(moved: torch.Tensor, images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,18 @@
 from rrcm.objectives.consistency import Consistency
 from rrcm.objectives.contrastive import Contrastive
 from rrcm.objectives.gaussian import Gaussian
+from rrcm.objectives.macer import MACER
 from rrcm.objectives.rrcm import RRCM
+from rrcm.objectives.smoothadv import SmoothAdv
+from rrcm.objectives.smoothmix import SmoothMix
+from rrcm.objectives.stability import Stability
 
 PRETRAINING = {"rrcm": RRCM, "contrastive": Contrastive}
-FINETUNING = {"gaussian": Gaussian, "consistency": Consistency}
+FINETUNING = {
+    "gaussian": Gaussian,
+    "stability": Stability,
+    "consistency": Consistency,
+    "macer": MACER,
+    "smoothadv": SmoothAdv,
+    "smoothmix": SmoothMix,
+}

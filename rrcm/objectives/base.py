@@ -1,7 +1,8 @@
 """The contract between an objective and the training loop that minimizes it."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,7 +14,17 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.rng import normal_per_sample, numpy_rng
 
 Batch = Mapping[str, torch.Tensor]
-Classifier = Callable[[torch.Tensor], torch.Tensor]  # noisy pixels (B, C, H, W) -> logits (B, K) float32
+
+
+class Classifier(Protocol):
+    """The network in training, as a fine-tuning objective sees it."""
+
+    def __call__(self, noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
+        """noisy (B, C, H, W): images in [0, 1] plus noise -> logits (B, K) float32.
+
+        `frozen` is for attacks: the network is in eval mode, and gradients reach the pixels alone.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Draw:
     positions: Sequence[int]  # of this process's images in the global batch
     batch_size: int  # images of the global batch
     device: torch.device
+    epoch: float = 0.0  # of fine-tuning: steps before this one, in epochs
 
     def normal(self, name: str, shape: tuple[int, ...], copies: int | None = None) -> torch.Tensor:
         """Standard normal float32 noise, (B, *shape). With `copies`: (copies * B, *shape), copy by copy."""
@@ -35,6 +47,13 @@ class Draw:
         if copies is not None:
             positions = [f"{copy} {position}" for copy in range(copies) for position in self.positions]
         return normal_per_sample(shape, self.seed, name, self.step, positions=positions, device=self.device)
+
+    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> torch.Tensor:
+        """Uniform float32 numbers in [0, 1), (B, *shape)."""
+        rows = [
+            numpy_rng(self.seed, name, self.step, position).random(shape, np.float32) for position in self.positions
+        ]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
 
     def generator(self, name: str) -> np.random.Generator:
         """A generator with the same numbers in every process."""
@@ -83,6 +102,11 @@ def noisy_logits(
     copies = images.repeat(num_noise, 1, 1, 1)
     noise = draw.normal("finetune noise", images.shape[1:], copies=num_noise)
     return classifier(copies + sigma * noise).unflatten(0, (num_noise, -1))
+
+
+def linear_warmup(epoch: float, warmup_epochs: float) -> float:
+    """The share of a setting that grows from epoch to epoch and is 1 in the last epoch of its warm-up."""
+    return min(1.0, (math.floor(epoch) + 1) / warmup_epochs) if warmup_epochs else 1.0
 
 
 def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

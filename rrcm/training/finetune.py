@@ -138,17 +138,14 @@ def _train(
         linear_probe(classifier, images, config, settings, env, probe_level(config, method, classifier))
     if config.finetune.compile:
         classifier.compile()
-    forward, peak_lr = training.wrap_ddp(classifier), settings.lr * settings.batch_size / 256
-
-    def classify(noisy: torch.Tensor) -> torch.Tensor:
-        with training.autocast():
-            return forward(noisy, num_chunks=config.finetune.num_chunks).float()
-
+    classify = NoisyClassifier(classifier, training, config.finetune.num_chunks)
+    peak_lr = settings.lr * settings.batch_size / 256
     for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
         # schedule
-        lr = peak_lr * warmup_cosine(step / budget.epoch_steps, settings.warmup_epochs, budget.epochs)
+        passed = step / budget.epoch_steps  # epochs
+        lr = peak_lr * warmup_cosine(passed, settings.warmup_epochs, budget.epochs)
         # loss
-        draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
+        draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device, passed)
         losses = objective(classify, targets(batch, step), draw)
         # optimizer
         training.optimizer_step(losses["loss"], lr)
@@ -197,6 +194,23 @@ def build_classifier(
     torch.manual_seed(derive_seed(config.seed, "finetune"))
     encoder = load_initial_encoder(config, method, t, pretrained)
     return CLASSIFIERS[METHODS[method].classifier](encoder, num_classes, t)
+
+
+class NoisyClassifier:
+    """The classifier as objectives see it: on all processes, in the precision and the chunks of training."""
+
+    def __init__(self, classifier: NoiseConditionedClassifier, training: Trainer, num_chunks: int):
+        self.classifier, self.forward = classifier, training.wrap_ddp(classifier)
+        self.autocast, self.num_chunks = training.autocast, num_chunks
+
+    def __call__(self, noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
+        """noisy (B, C, H, W) -> logits (B, K) float32. `frozen`: in eval mode, and no gradient is exchanged."""
+        network = self.classifier.eval() if frozen else self.forward
+        try:
+            with self.autocast():
+                return network(noisy, num_chunks=self.num_chunks).float()
+        finally:
+            self.classifier.train()
 
 
 class BestWeights:

@@ -11,7 +11,9 @@ from rrcm.methods import METHODS
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING
-from rrcm.objectives.base import Draw, build_objective, soft_cross_entropy
+from rrcm.objectives.adversarial import ascend
+from rrcm.objectives.base import Draw, build_objective, noisy_logits, soft_cross_entropy
+from rrcm.objectives.smoothadv import smoothadv_attack, smoothed_cross_entropy
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.utils.errors import RRCMError
 
@@ -53,7 +55,7 @@ def finetuning_gradients(config: Config, method: str, step: int = 3) -> dict:
     torch.nn.init.normal_(classifier.head.weight)
     objective = build_finetuning_objective(config.finetune.settings(method, 0.5), method, 0.5)
     batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
-    losses = objective(lambda noisy: classifier(noisy), batch, Draw(0, step, range(B), B, CPU))
+    losses = objective(lambda noisy, frozen=False: classifier(noisy), batch, Draw(0, step, range(B), B, CPU, 1.0))
     assert set(losses) == {"loss", *objective.terms}
     losses["loss"].backward()
     return losses | {key: p.grad for key, p in classifier.named_parameters()}
@@ -86,12 +88,12 @@ def test_finetuning_reaches_every_parameter_and_draws_by_seed_and_step(config, m
 
 @pytest.mark.parametrize("name", {**PRETRAINING, **FINETUNING})
 def test_cost_counts_the_passes_through_the_encoder(config, name):
-    """Every image that goes through the encoder counts once, three times where a backward pass follows."""
-    passes, module = 0.0, encoder()
+    """An image that goes through the encoder counts once, and the way back counts twice, or once for pixels alone."""
+    passes, for_pixels_alone, module = 0.0, False, encoder()
 
     def count(_, inputs, output):
         nonlocal passes
-        passes += len(inputs[0]) * (3 if output.requires_grad else 1)
+        passes += len(inputs[0]) * (2 if for_pixels_alone else 3 if output.requires_grad else 1)
 
     module.register_forward_hook(count)
     if name in PRETRAINING:
@@ -104,23 +106,77 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
         objective(SimpleNamespace(student=student, teacher=teacher), batch, Draw(0, 3, range(B), B, CPU))
     else:
         classifier = CLASSIFIERS["classifier"](module, K, 1.0).train()
-        settings = {"sigma": 0.5, "num_noise": 2, "consistency_weight": 1.0, "entropy_weight": 0.5}
+        settings = config.finetune.settings("gaussian", 0.5).model_dump()
+        settings |= {"sigma": 0.5, **settings["objectives"].get(name, {})}
         objective = build_objective(FINETUNING, name, settings)
         batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
-        objective(classifier, batch, Draw(0, 3, range(B), B, CPU))
+
+        def classify(noisy, *, frozen=False):
+            nonlocal for_pixels_alone
+            for_pixels_alone = frozen
+            return classifier(noisy)
+
+        objective(classify, batch, Draw(0, 3, range(B), B, CPU))
     assert passes == objective.forwards_per_image * B
 
 
-def test_consistency_without_its_weights_is_gaussian(config):
-    """Jeong & Shin 2020: lambda = eta = 0 leaves the cross-entropy of the m copies."""
-    settings = {"sigma": 0.5, "num_noise": 2, "consistency_weight": 0.0, "entropy_weight": 0.0}
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, K))
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("consistency", {"consistency_weight": 0.0, "entropy_weight": 0.0}),
+        ("smoothadv", {"attack_radius": 0.0, "attack_steps": 2, "attack_warmup_epochs": 0.0}),
+        (
+            "smoothmix",
+            {"mix_weight": 0.0, "attack_step": 0.5, "attack_steps": 2, "one_step_clean_end": False}
+            | {"mix_warmup_epochs": 0.0},
+        ),
+    ],
+)
+def test_without_its_own_part_an_objective_is_gaussian(name, settings):
+    """lambda = eta = 0, epsilon = 0: the cross-entropy of the m copies is left, with the same noise."""
+    settings |= {"sigma": 0.5, "num_noise": 2}
     batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
     one, other = (
-        build_objective(FINETUNING, name, settings)(model, batch, Draw(0, 0, range(B), B, CPU))["loss"]
-        for name in ("consistency", "gaussian")
+        build_objective(FINETUNING, each, settings)(linear, batch, Draw(0, 0, range(B), B, CPU))["loss"]
+        for each in (name, "gaussian")
     )
     torch.testing.assert_close(one, other)
+
+
+def linear(noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
+    """Logits of a fixed linear classifier."""
+    weight = torch.randn(K, 64, generator=torch.Generator().manual_seed(2))
+    return noisy.flatten(1) @ weight.T
+
+
+def test_macer_without_its_radius_loss_is_the_soft_cross_entropy(config):
+    settings = config.finetune.settings("macer", 0.5).objectives.macer.model_dump() | {"sigma": 0.5}
+    batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
+    draw = Draw(0, 0, range(B), B, CPU)
+    deferred, without = (
+        build_objective(FINETUNING, "macer", settings | each)(linear, batch, draw)
+        for each in ({"deferred_epochs": 1.0}, {"radius_weight": 0.0})
+    )
+    assert torch.equal(deferred["loss"], without["loss"]) and without["radius_loss"] == 0
+    logits = noisy_logits(linear, batch["image"], draw, 0.5, settings["num_noise"])
+    mean = logits.softmax(-1).mean(0)
+    torch.testing.assert_close(without["loss"], -(batch["target"] * mean.log()).sum(1).mean())
+
+
+def test_attacks_stay_in_range_and_raise_the_loss():
+    image, target = images(B, 1, 8, 8), torch.eye(K)[torch.arange(B) % K]
+    noise = 0.1 * torch.randn(2, B, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def loss(attacked: torch.Tensor) -> torch.Tensor:
+        logits = linear((attacked + noise).flatten(0, 1)).unflatten(0, (2, B))
+        return smoothed_cross_entropy(logits, target)
+
+    attacked = smoothadv_attack(linear, image, target, noise, radius=0.5, steps=4)
+    assert (loss(attacked) > loss(image)).all() and attacked.min() >= 0 and attacked.max() <= 1
+    assert ((attacked - image).flatten(1).norm(dim=1) <= 0.5 + 1e-6).all()
+    flat = torch.full((1, 1, 8, 8), 0.5)
+    still = ascend(lambda x: 0 * x.sum(), flat, steps=2, length=1.0, project=lambda x: x)
+    assert torch.equal(still, flat)  # a gradient of 0 leads nowhere
 
 
 def test_soft_cross_entropy_is_torchs():
@@ -139,7 +195,7 @@ def test_a_draw_depends_on_position_not_on_company():
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("macre", {}, "macre: no such objective; rrcm/objectives/__init__.py has gaussian, consistency"),
+        ("macre", {}, f"macre: no such objective; rrcm/objectives/__init__.py has {', '.join(FINETUNING)}"),
         ("gaussian", {"sigma": 0.5}, "objective gaussian: needs the setting num_noise"),
     ],
 )

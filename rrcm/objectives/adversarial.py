@@ -1,0 +1,46 @@
+"""Projected gradient ascent in the L2 norm, which adversarial objectives and `rrcm.evaluation.attack` share."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def ascend(
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    *,
+    steps: int,
+    length: float | torch.Tensor,
+    project: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Take `steps` steps of L2 `length` up the gradient of `loss`, each followed by `project`: (B, ...) like `start`.
+
+    `loss` maps (B, ...) to a scalar, the sum of one loss per row. `length` is a number, or (B,) for one per row. A row
+    whose gradient is 0 stays where it is. No gradient flows back through the result.
+    """
+    found = start.detach()
+    for _ in range(steps):
+        found = found.requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(found), found)
+        found = project(found.detach() + length_of_rows(length, start) * direction(gradient))
+    return found.detach()
+
+
+def direction(gradient: torch.Tensor) -> torch.Tensor:
+    """Each row of (B, ...) scaled to L2 norm 1; rows of 0 stay 0."""
+    tiny = torch.finfo(gradient.dtype).tiny
+    return F.normalize(gradient.flatten(1), dim=1, eps=tiny).view_as(gradient)
+
+
+def length_of_rows(length: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    """A length per row, (B,), in a shape that multiplies rows of `like`; a number stays as it is."""
+    return length.view(-1, *[1] * (like.ndim - 1)) if isinstance(length, torch.Tensor) else length
+
+
+def project_to_ball(moved: torch.Tensor, centre: torch.Tensor, radius: float) -> torch.Tensor:
+    """Rows of `moved` at most `radius` (L2) away from `centre`: farther ones are moved back onto the ball."""
+    offset = moved - centre
+    norm = offset.flatten(1).norm(dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
+    return centre + offset * length_of_rows((radius / norm).clamp_max(1), offset)

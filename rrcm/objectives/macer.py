@@ -1,0 +1,57 @@
+"""MACER (Zhai et al. 2020): maximize the certified radius of a soft smoothed classifier."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.special import ndtri
+
+from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits
+
+
+def macer_loss(
+    logits: torch.Tensor, target: torch.Tensor, *, sigma: float, radius_weight: float, beta: float, gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classification loss and the radius loss of MACER (Zhai et al. 2020, eq. 10 and algorithm 1), two scalars.
+
+    logits (k, B, K) of k noisy copies, target (B, K) class probabilities, whose largest is the label.
+    xi = Phi^-1(phat_1) - Phi^-1(phat_2), with phat the mean of softmax(beta logits); sigma xi / 2 is the soft radius. A
+    hinge at gamma pushes it up for images that phat classifies correctly, as far as their xi is finite.
+    """
+    mean = logits.softmax(-1).mean(0).clamp_min(torch.finfo(logits.dtype).tiny)
+    classification = -(target * mean.log()).sum(-1).mean()
+
+    phat = (beta * logits).softmax(-1).mean(0)
+    top, classes = phat.topk(2)
+    correct = classes[:, 0] == target.argmax(-1)
+    finite = (top > 0).all(-1) & (top < 1).all(-1)
+    top = torch.where(finite[:, None], top, 0.5)  # first: the gradient of an infinite Phi^-1 would be NaN
+    margin = ndtri(top[:, 0]) - ndtri(top[:, 1])
+    counted = correct & finite & margin.isfinite() & (margin.abs() <= gamma)
+    hinge = torch.where(counted, gamma - margin, 0.0).sum() / len(margin)
+    return classification, radius_weight * sigma / 2 * hinge
+
+
+@dataclass(frozen=True)
+class MACER:
+    """`macer_loss` over k noisy copies. The radius loss may be deferred by some epochs, against divergence."""
+
+    sigma: float  # pixel units
+    num_noise: int  # k
+    radius_weight: float  # lambda
+    beta: float
+    gamma: float
+    deferred_epochs: float  # without radius loss
+    terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "radius_loss")
+
+    @property
+    def forwards_per_image(self) -> float:
+        return 3 * self.num_noise
+
+    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        logits = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        weight = self.radius_weight if draw.epoch >= self.deferred_epochs else 0.0
+        classification, radius = macer_loss(
+            logits, batch["target"], sigma=self.sigma, radius_weight=weight, beta=self.beta, gamma=self.gamma
+        )
+        return {"loss": classification + radius, "cross_entropy": classification, "radius_loss": radius}

@@ -1,0 +1,38 @@
+"""Stability training (Li et al. 2019): a noisy copy is to be classified as its clean image."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits, soft_cross_entropy
+
+
+def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
+    """H(softmax f(x), softmax f(x + e)), averaged over noisy copies (Li et al. 2019, eq. 9).
+
+    clean_logits (B, K), noisy_logits (m, B, K) -> (B,). Neither side is detached.
+    """
+    return -(clean_logits.softmax(-1) * F.log_softmax(noisy_logits, dim=-1)).sum(-1).mean(0)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """CE(f(x), y) + lambda H(f(x), f(x + e)) (Li et al. 2019, section 4)."""
+
+    sigma: float  # pixel units
+    num_noise: int  # m; 1 in the paper
+    stability_weight: float  # lambda
+    terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "regularizer")
+
+    @property
+    def forwards_per_image(self) -> float:
+        return 3 * (1 + self.num_noise)
+
+    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        clean = classifier(batch["image"])
+        noisy = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        cross_entropy = soft_cross_entropy(clean[None], batch["target"])
+        regularizer = self.stability_weight * stability_regularizer(clean, noisy).mean()
+        return {"loss": cross_entropy + regularizer, "cross_entropy": cross_entropy, "regularizer": regularizer}
