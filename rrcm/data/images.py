@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rrcm.utils.errors import RRCMError, one_line, printable
 
@@ -49,6 +49,8 @@ def decode_image(content: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise ValueError(f"has more than the {limit:.0f} million pixels that are read; shrink it") from None
+    except UnidentifiedImageError:
+        raise ValueError("is not an image of a kind that is read") from None
     except Exception as error:  # decoders raise anything on damaged files
         raise ValueError(one_line(error)) from None
     if deep and picture.mode == "RGB" and 0 < np.asarray(picture).max() < DARKEST // 256:

@@ -166,7 +166,8 @@ def test_bombs_and_damage():
     assert "has more than the 179 million pixels" in complaint(encoded(Image.new("1", (20000, 20000))))
     whole = encoded(COLOURS)
     complaint(whole[:-60])
-    complaint(b"")
+    for content in (b"", b"no image"):
+        assert complaint(content) == "is not an image of a kind that is read"
     assert "mode F" in complaint(encoded(np.zeros((2, 2), np.float32), "TIFF"))
     assert "outside 0..65535" in complaint(encoded(np.full((2, 2), 70000, np.int32), "TIFF"))
     text = PngImagePlugin.PngInfo()
