@@ -328,7 +328,7 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--weights", "junk.pth"], "weights are for a timm model"),
         (["images", "--model", "model", "--no-final-norm"], "only an authors' checkpoint file"),
         (["nowhere", "--model", "model"], "nowhere: no such folder"),
-        (["empty", "--model", "model"], "empty: no images in it or below, only 1 .txt files"),
+        (["empty", "--model", "model"], "empty: no images in it or below, only .txt files (1)"),
         (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png or .svg"),
         (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),
         (["images", "--model", "model", "--output", "junk.pth/a.tsv"], "junk.pth/a.tsv: no file can be written"),
@@ -438,8 +438,8 @@ def test_it_says_what_is_left_out_and_which_folders_are_no_class(saved, images):
     Path("images/@eaDir/0").mkdir(parents=True)
     Path("images/@eaDir/0/a.png").touch()
     answer = rrcm("images", "--model", "model", *SMALL)
-    assert "note: left out 1 .txt files, 1 files in @eaDir\n" in answer.stderr
-    assert "note: 1 images have no label; no class of the model is called other\n" in answer.stderr
+    assert "note: left out .txt files (1), files in @eaDir (1)\n" in answer.stderr
+    assert "note: 1 of 4 images have no label; no class of the model is called other\n" in answer.stderr
 
 
 def test_radii_are_never_shown_larger_than_they_are():

@@ -20,7 +20,7 @@ from rrcm.methods import METHODS, Method
 from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
 from rrcm.models.load import KINDS, load_base_classifier
 from rrcm.objectives import FINETUNING
-from rrcm.objectives.base import noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import draw_noise, noisy_logits, soft_cross_entropy
 from rrcm.training.finetune import finetune
 from rrcm.utils.files import read_json
 
@@ -40,7 +40,8 @@ class Stability:
 
     def __call__(self, classifier, batch, draw):
         clean = classifier(batch["image"])
-        noisy = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+        noisy = noisy_logits(classifier, batch["image"], noise)
         stability = soft_cross_entropy(noisy, clean.softmax(-1))
         return {
             "loss": soft_cross_entropy(clean[None], batch["target"]) + self.weight * stability,

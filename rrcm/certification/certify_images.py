@@ -145,7 +145,8 @@ def _check_images(
         advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if files else "")
         refuse_unreadable(problems, len(positions), advice)
     if problems:
-        print(*problems, f"note: goes on without {len(problems):,} images, named above", sep="\n", file=sys.stderr)
+        skipped = f"note: skips {len(problems):,} of {len(positions):,} images, named above"
+        print(*problems, skipped, sep="\n", file=sys.stderr)
     return files, content.hexdigest()
 
 

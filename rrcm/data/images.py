@@ -182,9 +182,9 @@ def _count_files(entry: os.DirEntry) -> int:
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """One line that says what was left out, most files first: `12 hidden files, 3 .txt files`."""
+    """One line that says what was left out, most files first: `hidden files (12), .txt files (3)`."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {reason}" for reason, count in ordered if count)
+    return ", ".join(f"{reason} ({count:,})" for reason, count in ordered if count)
 
 
 def natural_order(path: Path | str) -> tuple:

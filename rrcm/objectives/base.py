@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -95,13 +95,15 @@ def build_objective(kinds: Mapping[str, type[ObjectiveType]], name: str, setting
     return kinds[name](**{p.name: settings[p.name] for p in parameters if p.name in settings})
 
 
-def noisy_logits(
-    classifier: Classifier, images: torch.Tensor, draw: Draw, sigma: float, num_noise: int
-) -> torch.Tensor:
-    """Logits of `num_noise` copies of each image with Gaussian noise of pixel `sigma`: (B, C, H, W) -> (m, B, K)."""
-    copies = images.repeat(num_noise, 1, 1, 1)
+def draw_noise(images: torch.Tensor, draw: Draw, sigma: float, num_noise: int) -> torch.Tensor:
+    """Gaussian noise of pixel `sigma` for `num_noise` copies of each image: (B, C, H, W) -> (m, B, C, H, W)."""
     noise = draw.normal("finetune noise", images.shape[1:], copies=num_noise)
-    return classifier(copies + sigma * noise).unflatten(0, (num_noise, -1))
+    return sigma * noise.unflatten(0, (num_noise, -1))
+
+
+def noisy_logits(classifier: Callable, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Logits of the images (B, C, H, W) with each noise of (m, B, C, H, W): (m, B, K)."""
+    return classifier((images + noise).flatten(0, 1)).unflatten(0, noise.shape[:2])
 
 
 def linear_warmup(epoch: float, warmup_epochs: float) -> float:
@@ -112,3 +114,12 @@ def linear_warmup(epoch: float, warmup_epochs: float) -> float:
 def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of logits (m, B, K) against class probabilities (B, K): a scalar."""
     return -(target * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+
+def smoothed_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-log mean_i softmax(z_i)_y: the cross-entropy of the soft smoothed classifier (Salman et al. 2019, eq. 6).
+
+    logits (m, B, K), target (B, K) class probabilities -> (B,). The logarithm is outside the mean.
+    """
+    mean = logits.softmax(-1).mean(0)
+    return -(target * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)

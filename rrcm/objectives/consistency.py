@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, soft_cross_entropy
 
 
 def consistency_regularizer(
@@ -39,7 +39,8 @@ class Consistency:
         return 3 * self.num_noise
 
     def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        logits = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+        logits = noisy_logits(classifier, batch["image"], noise)
         cross_entropy = soft_cross_entropy(logits, batch["target"])
         regularizer = consistency_regularizer(logits, self.consistency_weight, self.entropy_weight).mean()
         return {"loss": cross_entropy + regularizer, "cross_entropy": cross_entropy, "regularizer": regularizer}

@@ -6,21 +6,19 @@ from typing import ClassVar
 import torch
 from torch.special import ndtri
 
-from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits
+from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, smoothed_cross_entropy
 
 
 def macer_loss(
     logits: torch.Tensor, target: torch.Tensor, *, sigma: float, radius_weight: float, beta: float, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The classification loss and the radius loss of MACER (Zhai et al. 2020, eq. 10 and algorithm 1), two scalars.
+    """The classification loss and the radius loss of MACER (Zhai et al. 2020), two scalars.
 
     logits (k, B, K) of k noisy copies, target (B, K) class probabilities, whose largest is the label.
     xi = Phi^-1(phat_1) - Phi^-1(phat_2), with phat the mean of softmax(beta logits); sigma xi / 2 is the soft radius. A
     hinge at gamma pushes it up for images that phat classifies correctly, as far as their xi is finite.
     """
-    mean = logits.softmax(-1).mean(0).clamp_min(torch.finfo(logits.dtype).tiny)
-    classification = -(target * mean.log()).sum(-1).mean()
-
+    classification = smoothed_cross_entropy(logits, target).mean()
     phat = (beta * logits).softmax(-1).mean(0)
     top, classes = phat.topk(2)
     correct = classes[:, 0] == target.argmax(-1)
@@ -49,7 +47,8 @@ class MACER:
         return 3 * self.num_noise
 
     def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        logits = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+        logits = noisy_logits(classifier, batch["image"], noise)
         weight = self.radius_weight if draw.epoch >= self.deferred_epochs else 0.0
         classification, radius = macer_loss(
             logits, batch["target"], sigma=self.sigma, radius_weight=weight, beta=self.beta, gamma=self.gamma

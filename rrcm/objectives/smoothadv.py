@@ -7,16 +7,16 @@ from typing import ClassVar
 import torch
 
 from rrcm.objectives.adversarial import ascend, project_to_ball
-from rrcm.objectives.base import Batch, Classifier, Draw, linear_warmup, soft_cross_entropy
-
-
-def smoothed_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """-log mean_i softmax(z_i)_y: the cross-entropy of the soft smoothed classifier (Salman et al. 2019, eq. 6).
-
-    logits (m, B, K), target (B, K) class probabilities -> (B,). The logarithm is outside the mean.
-    """
-    mean = logits.softmax(-1).mean(0)
-    return -(target * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    Draw,
+    draw_noise,
+    linear_warmup,
+    noisy_logits,
+    smoothed_cross_entropy,
+    soft_cross_entropy,
+)
 
 
 def smoothadv_attack(
@@ -35,8 +35,7 @@ def smoothadv_attack(
     """
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
-        logits = classifier((attacked + noise).flatten(0, 1)).unflatten(0, noise.shape[:2])
-        return smoothed_cross_entropy(logits, target).sum()
+        return smoothed_cross_entropy(noisy_logits(classifier, attacked, noise), target).sum()
 
     def project(moved: torch.Tensor) -> torch.Tensor:
         return project_to_ball(moved.clamp(0, 1), images, radius)  # stays in [0, 1], where `images` are
@@ -62,10 +61,8 @@ class SmoothAdv:
 
     def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
         images, target = batch["image"], batch["target"]
-        noise = self.sigma * draw.normal("finetune noise", images.shape[1:], copies=self.num_noise)
-        noise = noise.unflatten(0, (self.num_noise, -1))
+        noise = draw_noise(images, draw, self.sigma, self.num_noise)
         radius = self.attack_radius * linear_warmup(draw.epoch, self.attack_warmup_epochs)
         frozen = partial(classifier, frozen=True)
         attacked = smoothadv_attack(frozen, images, target, noise, radius=radius, steps=self.attack_steps)
-        logits = classifier((attacked + noise).flatten(0, 1)).unflatten(0, noise.shape[:2])
-        return {"loss": soft_cross_entropy(logits, target)}
+        return {"loss": soft_cross_entropy(noisy_logits(classifier, attacked, noise), target)}

@@ -8,8 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from rrcm.objectives.adversarial import ascend, project_to_ball
-from rrcm.objectives.base import Batch, Classifier, Draw, linear_warmup, soft_cross_entropy
-from rrcm.objectives.smoothadv import smoothed_cross_entropy
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    Draw,
+    draw_noise,
+    linear_warmup,
+    noisy_logits,
+    smoothed_cross_entropy,
+    soft_cross_entropy,
+)
 
 
 def smoothmix_attack(
@@ -21,20 +29,19 @@ def smoothmix_attack(
     length: float,
     steps: int,
 ) -> torch.Tensor:
-    """`steps` steps of `length` up the loss of the smoothed classifier, without a ball, clipped to [0, 1] (eq. 5).
+    """`steps` steps of `length` up the loss of the smoothed classifier, without a ball, clipped to [0, 1].
 
     images (B, C, H, W) in [0, 1], target (B, K), noise (m, B, C, H, W) in pixel units. `classifier` is frozen.
     """
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
-        logits = classifier((attacked + noise).flatten(0, 1)).unflatten(0, noise.shape[:2])
-        return smoothed_cross_entropy(logits, target).sum()
+        return smoothed_cross_entropy(noisy_logits(classifier, attacked, noise), target).sum()
 
     return ascend(loss, images, steps=steps, length=length, project=lambda moved: moved.clamp(0, 1))
 
 
 def mixed_target(mean: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """(1 - u) pbar + u / K: mean prediction (B, K) and the adversary's share u (B,) -> (B, K) (eq. 7)."""
+    """(1 - u) pbar + u / K: mean prediction (B, K) and the adversary's share u (B,) -> (B, K)."""
     return torch.lerp(mean, torch.full_like(mean, 1 / mean.shape[-1]), share[:, None])
 
 
@@ -44,7 +51,7 @@ def smoothmix_loss(
     """mean_i CE(z_i, y), and mean_i KL(`mixed_target` || softmax z'_i) where the mean prediction is right: scalars.
 
     logits and mixed_logits (m, B, K), target (B, K) class probabilities, share (B,). The mean prediction is not
-    detached (Jeong et al. 2021, eqs. 7 to 9).
+    detached (Jeong et al. 2021).
     """
     mean = logits.softmax(-1).mean(0)
     right = mean.argmax(-1) == target.argmax(-1)
@@ -76,8 +83,8 @@ class SmoothMix:
         return (3 + 3 + 2 * self.attack_steps) * self.num_noise  # gradients of pixels alone cost one pass
 
     def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        images, target, m = batch["image"], batch["target"], self.num_noise
-        noise = self.sigma * draw.normal("finetune noise", images.shape[1:], copies=m).unflatten(0, (m, -1))
+        images, target = batch["image"], batch["target"]
+        noise = draw_noise(images, draw, self.sigma, self.num_noise)
         grown, share = linear_warmup(draw.epoch, self.mix_warmup_epochs), draw.uniform("mix share") / 2
         attack = partial(smoothmix_attack, partial(classifier, frozen=True), length=self.attack_step)
         moved = attack(images, target, noise, steps=1)
@@ -85,8 +92,7 @@ class SmoothMix:
         clean = project_to_ball(moved, images, grown * self.attack_step) if self.one_step_clean_end else images
         mixed = torch.lerp(clean, adversary, share[:, None, None, None])
 
-        logits = classifier((clean + noise).flatten(0, 1)).unflatten(0, (m, -1))
-        mixed_logits = classifier((mixed + noise).flatten(0, 1)).unflatten(0, (m, -1))
+        logits, mixed_logits = (noisy_logits(classifier, each, noise) for each in (clean, mixed))
         cross_entropy, mix_loss = smoothmix_loss(logits, mixed_logits, target, share)
         mix_loss = grown * self.mix_weight * mix_loss
         return {"loss": cross_entropy + mix_loss, "cross_entropy": cross_entropy, "mix_loss": mix_loss}

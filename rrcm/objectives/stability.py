@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.base import Batch, Classifier, Draw, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, soft_cross_entropy
 
 
 def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
-    """H(softmax f(x), softmax f(x + e)), averaged over noisy copies (Li et al. 2019, eq. 9).
+    """H(softmax f(x), softmax f(x + e)), averaged over noisy copies (Li et al. 2019).
 
     clean_logits (B, K), noisy_logits (m, B, K) -> (B,). Neither side is detached.
     """
@@ -19,7 +19,7 @@ def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor
 
 @dataclass(frozen=True)
 class Stability:
-    """CE(f(x), y) + lambda H(f(x), f(x + e)) (Li et al. 2019, section 4)."""
+    """CE(f(x), y) + lambda H(f(x), f(x + e)) (Li et al. 2019)."""
 
     sigma: float  # pixel units
     num_noise: int  # m; 1 in the paper
@@ -32,7 +32,8 @@ class Stability:
 
     def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
         clean = classifier(batch["image"])
-        noisy = noisy_logits(classifier, batch["image"], draw, self.sigma, self.num_noise)
+        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+        noisy = noisy_logits(classifier, batch["image"], noise)
         cross_entropy = soft_cross_entropy(clean[None], batch["target"])
         regularizer = self.stability_weight * stability_regularizer(clean, noisy).mean()
         return {"loss": cross_entropy + regularizer, "cross_entropy": cross_entropy, "regularizer": regularizer}

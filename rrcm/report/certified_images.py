@@ -48,7 +48,7 @@ def note_on_labels(frame: pd.DataFrame) -> str | None:
     if not others or len(folders) == len(frame):
         return None
     names = ", ".join(others[:5]) + (" and others" if len(others) > 5 else "")
-    return f"{len(folders):,} images have no label; no class of the model is called {names}"
+    return f"{len(folders):,} of {len(frame):,} images have no label; no class of the model is called {names}"
 
 
 def draw_gallery(found: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule) -> Figure:

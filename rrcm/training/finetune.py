@@ -138,7 +138,7 @@ def _train(
         linear_probe(classifier, images, config, settings, env, probe_level(config, method, classifier))
     if config.finetune.compile:
         classifier.compile()
-    classify = NoisyClassifier(classifier, training, config.finetune.num_chunks)
+    classify = WrappedClassifier(classifier, training, config.finetune.num_chunks)
     peak_lr = settings.lr * settings.batch_size / 256
     for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
         # schedule
@@ -196,7 +196,7 @@ def build_classifier(
     return CLASSIFIERS[METHODS[method].classifier](encoder, num_classes, t)
 
 
-class NoisyClassifier:
+class WrappedClassifier:
     """The classifier as objectives see it: on all processes, in the precision and the chunks of training."""
 
     def __init__(self, classifier: NoiseConditionedClassifier, training: Trainer, num_chunks: int):

@@ -176,7 +176,7 @@ outcomes: Counter[str] = Counter()
 
 @FOLDERS
 @given(tree=TREES, tests=st.one_of(st.none(), TREES), channels=st.sampled_from([1, 3]), loose=st.booleans())
-def test_training_and_certification_see_the_same(tree, tests, channels, loose):
+def compare(tree, tests, channels, loose):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
         root, output = Path(folder, "photos"), Path(folder, "shards")
         build(root if tests is None else root / "train", tree)
@@ -193,7 +193,7 @@ def test_training_and_certification_see_the_same(tree, tests, channels, loose):
             except RRCMError as error:
                 assert not output.exists()
                 if "cannot be read, named above" not in one_line(error):
-                    outcomes[one_line(error).rpartition(": ")[2]] += 1
+                    outcomes["refused"] += 1
                     return
                 assert one_line(error).startswith(f"{said.getvalue().count(': cannot be decoded (')} of ")
                 assert remove_unreadable(root, channels)  # certification cannot read them either
@@ -207,7 +207,8 @@ def test_training_and_certification_see_the_same(tree, tests, channels, loose):
         outcomes["compared"] += 1
 
 
-def test_most_folders_were_compared():
+def test_training_and_certification_see_the_same():
+    compare()
     total = sum(outcomes.values())
     print(f"\n{total} folders, {outcomes['compared']} compared, the others refused in one line")
     assert outcomes["compared"] > total / 3

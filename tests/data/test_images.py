@@ -205,7 +205,7 @@ def test_order_and_kinds(tmp_path: Path):
     found = list_images(tmp_path)
     assert list(map(str, found.files)) == ["2/a9.jpeg", "2/a10.jpg", "2/x/deep/1.webp", "10/b.PNG", "x.png"]
     assert found.left_out == {".txt files": 1, ".heic files": 1, "files without an extension": 1}
-    assert describe_left_out(found.left_out) == "1 .heic files, 1 .txt files, 1 files without an extension"
+    assert describe_left_out(found.left_out) == ".heic files (1), .txt files (1), files without an extension (1)"
     assert all(suffix == suffix.lower() for suffix in SUFFIXES)
 
 

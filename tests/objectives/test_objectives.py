@@ -12,8 +12,15 @@ from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.adversarial import ascend
-from rrcm.objectives.base import Draw, build_objective, noisy_logits, soft_cross_entropy
-from rrcm.objectives.smoothadv import smoothadv_attack, smoothed_cross_entropy
+from rrcm.objectives.base import (
+    Draw,
+    build_objective,
+    draw_noise,
+    noisy_logits,
+    smoothed_cross_entropy,
+    soft_cross_entropy,
+)
+from rrcm.objectives.smoothadv import smoothadv_attack
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.utils.errors import RRCMError
 
@@ -158,7 +165,7 @@ def test_macer_without_its_radius_loss_is_the_soft_cross_entropy(config):
         for each in ({"deferred_epochs": 1.0}, {"radius_weight": 0.0})
     )
     assert torch.equal(deferred["loss"], without["loss"]) and without["radius_loss"] == 0
-    logits = noisy_logits(linear, batch["image"], draw, 0.5, settings["num_noise"])
+    logits = noisy_logits(linear, batch["image"], draw_noise(batch["image"], draw, 0.5, settings["num_noise"]))
     mean = logits.softmax(-1).mean(0)
     torch.testing.assert_close(without["loss"], -(batch["target"] * mean.log()).sum(1).mean())
 
@@ -168,8 +175,7 @@ def test_attacks_stay_in_range_and_raise_the_loss():
     noise = 0.1 * torch.randn(2, B, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
-        logits = linear((attacked + noise).flatten(0, 1)).unflatten(0, (2, B))
-        return smoothed_cross_entropy(logits, target)
+        return smoothed_cross_entropy(noisy_logits(linear, attacked, noise), target)
 
     attacked = smoothadv_attack(linear, image, target, noise, radius=0.5, steps=4)
     assert (loss(attacked) > loss(image)).all() and attacked.min() >= 0 and attacked.max() <= 1

@@ -67,7 +67,6 @@ def test_smoothmix(name):
     adversary = smoothmix_attack(network, first, TARGET, NOISE, length=length, steps=int(steps) - 1)
     clean = project_to_ball(first, X, grown * length) if one_step else X
     close(adversary - X, REFERENCE[f"{name}_adversary"] - X)
-    assert torch.equal(clean, X) if not one_step else True
     close(clean, REFERENCE[f"{name}_clean_end"])
     mixed = torch.lerp(clean, adversary, share[:, None, None, None])
     cross_entropy, mix = smoothmix_loss(network.copies(clean + NOISE), network.copies(mixed + NOISE), TARGET, share)

@@ -1,5 +1,6 @@
 """The training stages: their outputs, and the settings that the default profile does not use."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,15 +10,18 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, Answer, change, stage
 from safetensors.torch import load_file
+from torch import nn
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.models.checkpoints import load_classifier, load_encoder
+from rrcm.training.finetune import WrappedClassifier
 from rrcm.utils.files import read_json
 
 
@@ -179,3 +183,15 @@ def test_shards_behind_a_url(project, trained):
         server.shutdown()
     assert_same_weights(project / "models/pretrain/rrcm", trained / "models/pretrain/rrcm")
     assert list(project.glob(".cache/rrcm/*.tar"))
+
+
+def test_a_frozen_pass_is_in_eval_mode_and_leaves_training_mode_on():
+    """Attacks must not update batch statistics, and the pass after them must again."""
+    network = nn.BatchNorm2d(1).train()
+    network.forward = lambda noisy, num_chunks: nn.BatchNorm2d.forward(network, noisy)
+    training = SimpleNamespace(wrap_ddp=lambda module: module, autocast=contextlib.nullcontext)
+    classify, noisy = WrappedClassifier(network, training, num_chunks=1), torch.rand(4, 1, 2, 2) + 3
+    torch.testing.assert_close(classify(noisy, frozen=True), noisy, rtol=1e-4, atol=0)  # the initial statistics
+    assert network.num_batches_tracked == 0 and network.training
+    classify(noisy)
+    assert network.num_batches_tracked == 1
