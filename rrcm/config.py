@@ -63,8 +63,15 @@ class Data(Section):
 
 
 class Model(Section):
-    """The noise-conditioned ViT (class token, time token, patches) and its projector."""
+    """The network: the noise-conditioned ViT (class token, time token, patches) and its projector, or another trunk.
 
+    The other trunks are for methods that start from scratch. They use `architecture`, `pixel_mean` and `pixel_std`; all
+    other settings are of the ViT.
+    """
+
+    architecture: str  # vit, or another trunk: lenet, resnet110, or the name of a timm model
+    pixel_mean: list[float] | None  # of another trunk, per channel of pixels in [0, 1]; null: not normalized
+    pixel_std: list[Positive] | None
     patch_size: Count
     embed_dim: Count
     depth: Count
@@ -77,6 +84,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def shapes_fit(self) -> Self:
+        if (self.pixel_mean is None) != (self.pixel_std is None):
+            raise ValueError("pixel_mean and pixel_std must both be given, or both be null")
         if self.embed_dim % self.num_heads or self.embed_dim % 2:
             raise ValueError(f"embed_dim {self.embed_dim} must be even and a multiple of num_heads {self.num_heads}")
         return self
@@ -144,6 +153,12 @@ class Pretrain(Section):
         return self
 
 
+class GaussianSettings(Section):
+    """Gaussian augmentation (Cohen et al. 2019)."""
+
+    num_noise: Count | None  # m; null: the common one
+
+
 class StabilitySettings(Section):
     """Stability training (Li et al. 2019)."""
 
@@ -170,6 +185,7 @@ class MACERSettings(Section):
 class SmoothAdvSettings(Section):
     """SmoothAdv (Salman et al. 2019)."""
 
+    num_noise: Count | None  # m; null: the common one
     attack_radius: NonNegative  # epsilon, L2, pixel units
     attack_steps: Count  # T
     attack_warmup_epochs: NonNegative  # over which epsilon grows
@@ -188,6 +204,7 @@ class SmoothMixSettings(Section):
 class ObjectiveSettings(Section):
     """Settings of the fine-tuning objectives, a block for each that has any."""
 
+    gaussian: GaussianSettings
     stability: StabilitySettings
     consistency: ConsistencySettings
     macer: MACERSettings
@@ -204,8 +221,12 @@ class FinetuneSettings(Section):
     lr: Positive  # per 256 images of a batch
     layer_decay: Annotated[float, Field(gt=0, le=1)]  # learning-rate factor from one layer to the layer below it
     weight_decay: NonNegative
+    optimizer: Literal["adamw", "sgd"]
+    momentum: Rate  # of sgd
+    lr_schedule: Literal["cosine", "step"]  # after warm-up: to zero, or a tenth after every lr_step_epochs
+    lr_step_epochs: Positive
     num_noise: Count  # m, noisy copies of each image
-    augmentation: Literal["none", "flip", "crop_flip", "randaugment"]
+    augmentation: Literal["none", "flip", "pad_crop_flip", "crop_flip", "randaugment"]
     mixup: NonNegative
     cutmix: NonNegative
     mixup_switch_prob: Probability
@@ -425,6 +446,27 @@ class Config(Section):
         return values
 
     @model_validator(mode="after")
+    def another_trunk_starts_from_scratch(self) -> Self:
+        name = self.model.architecture
+        if name == "vit":
+            return self
+        for method in self.methods:
+            if METHODS[method].initial_weights is not None or METHODS[method].budget != "finetune":
+                raise ValueError(f"methods: {method} needs model.architecture vit, not {name}; leave it out")
+            for sigma in self.sigmas:
+                if self.finetune.settings(method, sigma).layer_decay != 1:
+                    raise ValueError(f"finetune.layer_decay must be 1 with model.architecture {name}")
+        if self.pretrain.objectives:
+            raise ValueError(f"pretrain.objectives must be [] with model.architecture {name}, which is not pre-trained")
+        if self.finetune.num_chunks != 1:
+            raise ValueError(f"finetune.num_chunks must be 1 with model.architecture {name}")
+        for key in ("pixel_mean", "pixel_std"):
+            values = getattr(self.model, key)
+            if values is not None and len(values) != self.data.channels:
+                raise ValueError(f"model.{key} {values} must have data.channels {self.data.channels} values")
+        return self
+
+    @model_validator(mode="after")
     def methods_fit(self) -> Self:
         for name in ("sigmas", "methods"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
@@ -455,7 +497,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def sizes_fit(self) -> Self:
-        if self.data.image_size % self.model.patch_size:
+        if self.model.architecture == "vit" and self.data.image_size % self.model.patch_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
             )

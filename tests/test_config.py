@@ -22,7 +22,8 @@ def profile(tmp_path, name, *overrides):
 
 def test_there_are_these_profiles():
     small = {"digits", "fashion_mnist", "cifar10", "kather", "imagefolder"}
-    assert set(PROFILES) == small | {"imagenet_b", "imagenet_s", "imagenet_b_deep"}
+    published = {"fashion_mnist_lenet", "cifar10_resnet110"}
+    assert set(PROFILES) == small | published | {"imagenet_b", "imagenet_s", "imagenet_b_deep"}
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rrcm.config import Views
 
@@ -217,6 +217,12 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return (matrix(images.shape[2]) @ images @ matrix(images.shape[3]).mT).clamp(0, 1)
 
 
+def pad_and_crop(image: Image.Image, border: int, rng: np.random.Generator) -> Image.Image:
+    """A random crop of the image with a black border of `border` pixels, as large as the image was."""
+    left, top = rng.integers(2 * border + 1, size=2).tolist()
+    return ImageOps.expand(image, border).crop((left, top, left + image.width, top + image.height))
+
+
 @dataclass(frozen=True)
 class FinetuneTransform:
     """Make a fine-tuning sample of an image: `image`, uint8 (C, size, size).
@@ -224,6 +230,7 @@ class FinetuneTransform:
     `augmentation` is one of
     none: centre crop;
     flip: centre crop, flipped at random;
+    pad_crop_flip: random crop after a black border of an eighth of the side, flipped at random (He et al. 2016);
     crop_flip: random resized crop of at least 40 % of the area, flipped at random;
     randaugment: random resized crop of at least 8 %, flipped at random, then timm's rand-m9-mstd0.5-inc1.
     """
@@ -234,6 +241,8 @@ class FinetuneTransform:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         if self.augmentation in ("none", "flip"):
             image = centre_crop(image, self.size)
+        elif self.augmentation == "pad_crop_flip":
+            image = pad_and_crop(centre_crop(image, self.size), self.size // 8, rng)
         else:
             min_area = 0.4 if self.augmentation == "crop_flip" else 0.08
             image = random_resized_crop(image, self.size, min_area, Image.Resampling.BICUBIC, rng)

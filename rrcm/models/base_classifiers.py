@@ -1,6 +1,6 @@
 """Base classifiers: what randomized smoothing smooths. The contract, and the classifiers we train."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -74,3 +74,16 @@ class Normalized(BaseClassifier):
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes)."""
         return self.network((noisy - self.mean) / self.std)
+
+
+class NetworkClassifier(Normalized):
+    """A network without a noise level, trained from scratch on images with noise of one pixel sigma.
+
+    `architecture` says how to build it again (`rrcm.models.architectures.network_classifier`).
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, architecture: Mapping, sigma: float):
+        channels = architecture["channels"]
+        mean, std = architecture["pixel_mean"] or [0.0] * channels, architecture["pixel_std"] or [1.0] * channels
+        super().__init__(network, num_classes, mean, std)
+        self.architecture, self.sigma = dict(architecture), sigma

@@ -1,13 +1,14 @@
 """Model folders: model.safetensors with the weights and config.json with what is needed to build the network again.
 
-`kind` in config.json is "encoder" (pre-trained) or "classifier" (fine-tuned). Other kinds are loaded by load.py alone.
+`kind` in config.json is "encoder" (pre-trained), "classifier" (fine-tuned), or "network" (a classifier on another
+trunk). Other kinds are loaded by load.py alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rrcm.models.authors import load_authors_checkpoint
-from rrcm.models.base_classifiers import NoiseConditionedClassifier
+from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user, read_json, write_json
@@ -36,11 +37,11 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
 
 def save_model(
     folder: Path | str,
-    model: NoiseConditionedViT | NoiseConditionedClassifier,
+    model: NoiseConditionedViT | NoiseConditionedClassifier | NetworkClassifier,
     *,
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: its numbers
     sigma: float | None = None,  # of a classifier, pixel units; None: its own
-    kind: str = "classifier",  # of a classifier, a key of `rrcm.models.load.KINDS`
+    kind: str = "classifier",  # of a classifier with our encoder, a key of `rrcm.models.load.KINDS`
     dtype: str = "fp32",  # bf16 rounds the weights in the file, which halves it; they are loaded as float32
     **metadata: object,
 ) -> None:
@@ -49,14 +50,18 @@ def save_model(
     Raises `RRCMError` when there is not one class name per class.
     """
     folder = Path(folder)
-    if isinstance(model, NoiseConditionedClassifier):
+    if isinstance(model, NoiseConditionedViT):
+        config = {"kind": "encoder", "format": FORMAT, "architecture": architecture(model)}
+    else:
         names = [str(k) for k in range(model.num_classes)] if class_names is None else list(class_names)
         if len(names) != model.num_classes:
             raise RRCMError(f"{folder}: {len(names)} class names for {model.num_classes} classes; give one per class")
-        config = {"kind": kind, "format": FORMAT, "architecture": architecture(model.encoder)}
-        config |= {"class_names": names, "sigma": model.sigma if sigma is None else sigma, "t": model.t}
-    else:
-        config = {"kind": "encoder", "format": FORMAT, "architecture": architecture(model)}
+        if isinstance(model, NetworkClassifier):
+            config = {"kind": "network", "format": FORMAT, "architecture": model.architecture}
+        else:
+            config = {"kind": kind, "format": FORMAT, "architecture": architecture(model.encoder)}
+        config |= {"class_names": names, "sigma": model.sigma if sigma is None else sigma}
+        config |= {"t": model.t} if isinstance(model, NoiseConditionedClassifier) else {}
     tensors = model.state_dict()
     if dtype == "bf16":
         tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -120,15 +125,21 @@ def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
 
 def classifier_of(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
     """The classifier in a model folder of kind "classifier" whose config.json is `config`, in eval mode."""
-    names, t, sigma = (config.get(key) for key in ("class_names", "t", "sigma"))
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise RRCMError(f"{folder}/config.json: class_names must be a list of text; train it again or dvc pull")
+    names, t, sigma = class_names_of(folder, config), config.get("t"), config.get("sigma")
     for key, value in (("t", t), ("sigma", sigma)):
         if not (isinstance(value, float | int) and value > 0):
             raise RRCMError(f"{folder}/config.json: {key} = {value!r} must be above 0; train it again or dvc pull")
     classifier = NoiseConditionedClassifier(NoiseConditionedViT(**_architecture_of(folder, config)), len(names), t)
     classifier.sigma = sigma
     return load_weights(classifier, load_tensors(folder / "model.safetensors"), folder).eval()
+
+
+def class_names_of(folder: Path, config: Mapping) -> list[str]:
+    """The class names in the config.json of a classifier. Raises `RRCMError` unless they are a list of text."""
+    names = config.get("class_names")
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise RRCMError(f"{folder}/config.json: class_names must be a list of text; train it again or dvc pull")
+    return names
 
 
 def _architecture_of(folder: Path, config: Mapping) -> dict:

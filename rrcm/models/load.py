@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from rrcm.models.architectures import network_classifier
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
-from rrcm.models.checkpoints import check_kind, classifier_of, read_model_config
+from rrcm.models.checkpoints import check_kind, class_names_of, classifier_of, read_model_config
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user
+from rrcm.utils.tensors import load_tensors, load_weights
 
 
 class LoadedClassifier(NamedTuple):
@@ -97,6 +99,16 @@ def _load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
     return _describe(classifier_of(folder, config), config["class_names"])
 
 
+def _load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
+    names, architecture = class_names_of(folder, config), config.get("architecture")
+    try:
+        classifier = network_classifier(architecture, len(names), float(config["sigma"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RRCMError(f"{folder}/config.json: describes no network ({one_line(error)}); train it again") from None
+    load_weights(classifier, load_tensors(folder / "model.safetensors"), folder)
+    return LoadedClassifier(classifier.eval(), architecture["image_size"], architecture["channels"], names)
+
+
 def _describe(classifier: NoiseConditionedClassifier, class_names: list[str] | None = None) -> LoadedClassifier:
     encoder = classifier.encoder
     numbers = [str(number) for number in range(classifier.num_classes)]
@@ -161,4 +173,4 @@ def _read_class_names(path: Path, count: int) -> list[str]:
 
 
 Loader = Callable[[Path, dict], LoadedClassifier]  # (model folder, its config.json) -> classifier
-KINDS: dict[str, Loader] = {"classifier": _load_classifier_folder}
+KINDS: dict[str, Loader] = {"classifier": _load_classifier_folder, "network": _load_network_folder}

@@ -20,7 +20,8 @@ def build_pretraining_objective(config: Config, name: str) -> Objective:
 def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: float) -> Objective:
     """The objective of a method, with the common settings and those of its own block."""
     name, values = METHODS[method].objective, settings.model_dump()
-    return build_objective(FINETUNING, name, values | values["objectives"].get(name, {}) | {"sigma": sigma})
+    own = {key: value for key, value in values["objectives"].get(name, {}).items() if value is not None}
+    return build_objective(FINETUNING, name, values | own | {"sigma": sigma})
 
 
 def pretraining_compute(config: Config, objective: str) -> float:

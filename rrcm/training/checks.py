@@ -3,14 +3,17 @@
 import os
 from pathlib import Path
 
+import torch
+
 from rrcm.certification.stopping import check_settings, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
 from rrcm.methods import METHODS
+from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
-from rrcm.training.finetune import load_initial_encoder, time_condition
-from rrcm.utils.errors import RRCMError
+from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
+from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, in_repository
 
 
@@ -30,6 +33,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     for method in config.methods:
         for sigma in config.sigmas:
             _check_finetuning(config, method, sigma, images, processes)
+    _check_trunk(config, len(manifest.classes))
     _check_initial_weights(config)
     _check_certification(config)
     _check_external_results(config)
@@ -76,6 +80,21 @@ def _check_finetuning(config: Config, method: str, sigma: float, images: int, pr
             f"finetune.batch_size = {settings.batch_size}{who}: must be a multiple of {2 * processes}, as mixup pairs "
             "the images of each process"
         )
+
+
+def _check_trunk(config: Config, num_classes: int) -> None:
+    name, size = config.model.architecture, config.data.image_size
+    if name == "vit":
+        return
+    classifier = network_classifier(trunk(config), num_classes, config.sigmas[0]).eval()
+    try:
+        with torch.inference_mode():
+            classifier(torch.zeros(1, config.data.channels, size, size))
+    except Exception as error:  # each network raises its own
+        problem = f"cannot take images of {size} x {size} pixels ({one_line(error)})"
+        raise RRCMError(
+            f"model.architecture = {name!r}: {problem}; choose another, or a larger data.image_size"
+        ) from None
 
 
 def _check_initial_weights(config: Config) -> None:

@@ -14,13 +14,14 @@ from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, 
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.methods import METHODS
-from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
+from rrcm.models.architectures import network_classifier
+from rrcm.models.base_classifiers import CLASSIFIERS, NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
 from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
 from rrcm.objectives.base import Batch, Draw, Objective
 from rrcm.training.budget import Budget, build_finetuning_objective, plan_budget
-from rrcm.training.optim import adamw, layerwise_lr_scales, warmup_cosine
+from rrcm.training.optim import build_optimizer, layerwise_lr_scales, warmup_cosine, warmup_step
 from rrcm.training.trainer import Trainer
 from rrcm.training.validation import NoisyValidation
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, init_distributed, resolve_precision, set_threads
@@ -29,6 +30,8 @@ from rrcm.utils.files import expand_user
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 from rrcm.utils.tensors import sha256_tensors
+
+Classifier = NoiseConditionedClassifier | NetworkClassifier
 
 APPEARANCE = {"label", "colour", "base"}  # columns of the method table that decide no result
 
@@ -143,7 +146,7 @@ def _train(
     for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
         # schedule
         passed = step / budget.epoch_steps  # epochs
-        lr = peak_lr * warmup_cosine(passed, settings.warmup_epochs, budget.epochs)
+        lr = peak_lr * lr_factor(settings, passed, budget.epochs)
         # loss
         draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device, passed)
         losses = objective(classify, targets(batch, step), draw)
@@ -186,29 +189,43 @@ def _train(
     training.publish(output, timing, save, budget.total_steps * settings.batch_size)
 
 
-def build_classifier(
-    config: Config, method: str, sigma: float, num_classes: int, pretrained: Path
-) -> NoiseConditionedClassifier:
+def lr_factor(settings: FinetuneSettings, passed: float, epochs: int) -> float:
+    """Learning rate after `passed` of `epochs` epochs, as a share of its peak."""
+    if settings.lr_schedule == "step":
+        return warmup_step(passed, settings.warmup_epochs, settings.lr_step_epochs)
+    return warmup_cosine(passed, settings.warmup_epochs, epochs)
+
+
+def build_classifier(config: Config, method: str, sigma: float, num_classes: int, pretrained: Path) -> Classifier:
     """The classifier before the first step. All methods that start from scratch start from the same weights."""
-    t = time_condition(config, method, sigma)
     torch.manual_seed(derive_seed(config.seed, "finetune"))
+    if config.model.architecture != "vit":
+        return network_classifier(trunk(config), num_classes, sigma)
+    t = time_condition(config, method, sigma)
     encoder = load_initial_encoder(config, method, t, pretrained)
     return CLASSIFIERS[METHODS[method].classifier](encoder, num_classes, t)
+
+
+def trunk(config: Config) -> dict[str, object]:
+    """The network that takes the place of the ViT, as `network_classifier` takes it and a model folder records it."""
+    sizes = {"image_size": config.data.image_size, "channels": config.data.channels}
+    normalization = {"pixel_mean": config.model.pixel_mean, "pixel_std": config.model.pixel_std}
+    return {"name": config.model.architecture, **sizes, **normalization}
 
 
 class WrappedClassifier:
     """The classifier as objectives see it: on all processes, in the precision and the chunks of training."""
 
-    def __init__(self, classifier: NoiseConditionedClassifier, training: Trainer, num_chunks: int):
+    def __init__(self, classifier: Classifier, training: Trainer, num_chunks: int):
         self.classifier, self.forward = classifier, training.wrap_ddp(classifier)
-        self.autocast, self.num_chunks = training.autocast, num_chunks
+        self.autocast, self.chunks = training.autocast, {"num_chunks": num_chunks} if num_chunks > 1 else {}
 
     def __call__(self, noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
         """noisy (B, C, H, W) -> logits (B, K) float32. `frozen`: in eval mode, and no gradient is exchanged."""
         network = self.classifier.eval() if frozen else self.forward
         try:
             with self.autocast():
-                return network(noisy, num_chunks=self.num_chunks).float()
+                return network(noisy, **self.chunks).float()
         finally:
             self.classifier.train()
 
@@ -216,9 +233,7 @@ class WrappedClassifier:
 class BestWeights:
     """The weights with the best accuracy on noisy validation images, as they will be saved: rounded."""
 
-    def __init__(
-        self, classifier: NoiseConditionedClassifier, config: Config, sigma: float, split: ShardedDataset, env: DistEnv
-    ):
+    def __init__(self, classifier: Classifier, config: Config, sigma: float, split: ShardedDataset, env: DistEnv):
         self.classifier = copy.deepcopy(classifier).requires_grad_(False)
         self.candidate = copy.deepcopy(self.classifier)
         self.dtype = torch.bfloat16 if config.finetune.weights_dtype == "bf16" else torch.float32
@@ -226,7 +241,7 @@ class BestWeights:
         precision = resolve_precision(env.device, config.finetune.precision)
         self.accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, env)
 
-    def update(self, classifier: NoiseConditionedClassifier, epoch: int, training: Trainer) -> float:
+    def update(self, classifier: Classifier, epoch: int, training: Trainer) -> float:
         """The accuracy of `classifier` now. If it is the best so far, its weights are kept."""
         rounded = {name: value.to(self.dtype) for name, value in classifier.state_dict().items()}
         self.candidate.load_state_dict(rounded)
@@ -243,7 +258,7 @@ def build_trainer(
     sigma: float,
     objective: Objective,
     budget: Budget,
-    classifier: NoiseConditionedClassifier,
+    classifier: Classifier,
     best: BestWeights,
     images: ShardedDataset,
     env: DistEnv,
@@ -261,12 +276,11 @@ def build_trainer(
         {
             "method": row,
             "sigma": sigma,
-            "t": classifier.t,
             "budget": asdict(budget),
-            "architecture": architecture(classifier.encoder),
+            "architecture": describe(classifier),
             **config.model_dump(mode="json", include={"seed", "data", "model", "finetune"}),
         },
-        {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.encoder.state_dict())},
+        {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.state_dict())},
         __name__,
         objective,
         classifier,
@@ -277,7 +291,13 @@ def build_trainer(
         label=f"finetune {method} sigma {sigma:g}",
         total_steps=budget.total_steps,
         modules={"classifier": classifier, "best": best.classifier},
-        optimizer=adamw(groups.items(), lr=settings.lr * settings.batch_size / 256, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer(
+            groups.items(),
+            lr=settings.lr * settings.batch_size / 256,
+            weight_decay=settings.weight_decay,
+            name=settings.optimizer,
+            momentum=settings.momentum,
+        ),
         precision=config.finetune.precision,
         metrics=["loss", *objective.terms],
         checkpoint_every=config.finetune.checkpoint_every * budget.epoch_steps,
@@ -285,6 +305,13 @@ def build_trainer(
     )
     training.extra_state = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
     return training
+
+
+def describe(classifier: Classifier) -> dict[str, object]:
+    """What builds the same network."""
+    if isinstance(classifier, NetworkClassifier):
+        return classifier.architecture
+    return {**architecture(classifier.encoder), "t": classifier.t}
 
 
 def train_batches(

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from rrcm.models.base_classifiers import NoiseConditionedClassifier
-
 
 def teacher_decay(
     step: int, total_steps: int, *, start: float = 0.99, end: float = 0.9999, steepness: float = 10.0
@@ -37,19 +35,40 @@ def warmup_cosine(progress: float, warmup: float, total: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (total - warmup)))
 
 
-def adamw(
-    parameters: Iterable[tuple[float, list[nn.Parameter]]], *, lr: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW over groups (lr_scale, parameters). `Trainer.optimizer_step` multiplies the rate with each `lr_scale`."""
+def warmup_step(progress: float, warmup: float, every: float) -> float:
+    """Learning-rate factor in [0, 1]: linear from 0 at progress 0 to 1 at `warmup`, then a tenth after each `every`.
+
+    The three share a unit. `every` counts from progress 0.
+    """
+    return min(1.0, progress / warmup if warmup else 1.0) * 0.1 ** (progress // every)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[float, list[nn.Parameter]]],
+    *,
+    lr: float,
+    weight_decay: float,
+    name: str = "adamw",
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """AdamW, or `sgd` with `momentum`, over groups (lr_scale, parameters).
+
+    `Trainer.optimizer_step` multiplies the rate with each `lr_scale`.
+    """
     groups = [{"params": group, "lr_scale": scale} for scale, group in parameters]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
-def layerwise_lr_scales(classifier: NoiseConditionedClassifier, decay: float) -> dict[str, float]:
+def layerwise_lr_scales(classifier: nn.Module, decay: float) -> dict[str, float]:
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.
+    Without decay (1) the classifier may be any network.
     """
+    if decay == 1:
+        return {name: 1.0 for name, parameter in classifier.named_parameters() if parameter.requires_grad}
     last = len(classifier.encoder.blocks) + 1
     scales = {}
     for name, parameter in classifier.named_parameters():

@@ -19,7 +19,7 @@ from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
 from rrcm.objectives.base import Batch, Draw, Objective
 from rrcm.training.budget import build_pretraining_objective, pretraining_compute
-from rrcm.training.optim import adamw, teacher_decay, update_average, warmup_cosine
+from rrcm.training.optim import build_optimizer, teacher_decay, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import DistEnv, init_distributed, set_threads
 from rrcm.utils.files import write_csv
@@ -219,7 +219,7 @@ def build_trainer(
         label=f"pretrain {name}",
         total_steps=settings.steps,
         modules={"student": networks.student, "teacher": networks.teacher, "ema_encoder": networks.ema_encoder},
-        optimizer=adamw([(1.0, parameters)], lr=settings.lr, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer([(1.0, parameters)], lr=settings.lr, weight_decay=settings.weight_decay),
         precision=settings.precision,
         metrics=["loss", *objective.terms, "grad_norm"],
         checkpoint_every=settings.checkpoint_every,

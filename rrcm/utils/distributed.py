@@ -241,6 +241,32 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """`SyncBatchNorm1d` for (B, C, H, W). One process uses torch's kernels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        rows = x.movedim(1, -1)
+        return SyncBatchNorm1d.forward(self, rows.flatten(0, 2)).view(rows.shape).movedim(-1, 1)
+
+
+def sync_batch_norm(network: nn.Module) -> nn.Module:
+    """`network` with every BatchNorm of images over the global batch. Weights and their names stay.
+
+    Raises `RRCMError` in a training by several processes if the network has a BatchNorm of another kind.
+    """
+    for module in network.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                synced = SyncBatchNorm2d(child.num_features, child.eps, child.momentum, child.affine)
+                synced.load_state_dict(child.state_dict())
+                setattr(module, name, synced)
+            elif isinstance(child, nn.modules.batchnorm._BatchNorm) and world_size() > 1:
+                raise RRCMError(f"{type(child).__name__}: several processes cannot share it; train with one process")
+    return network
+
+
 def native_precision(device: torch.device) -> str:
     """The fast precision of a device: bf16 where it has instructions for it; else fp16 on a GPU, fp32 on a CPU.
 

@@ -247,6 +247,15 @@ def test_finetune_samples(mode: str):
     assert len({x.tobytes() for x in results("randaugment")}) > 35
 
 
+def test_pad_crop_flip_takes_every_window_of_the_padded_image():
+    image = photo(16, 16)
+    padded = np.pad(to_array(image), ((0, 0), (2, 2), (2, 2)))
+    windows = [padded[:, i : i + 16, j : j + 16] for i in range(5) for j in range(5)]
+    expected = {x.tobytes() for window in windows for x in (window, window[:, :, ::-1])}
+    found = {FinetuneTransform("pad_crop_flip", 16)(image, numpy_rng(0, i))["image"].tobytes() for i in range(600)}
+    assert found == expected  # each is missed with a chance of (1 - 1/50)^600, less than 1e-5
+
+
 def test_crop_flip_keeps_at_least_40_percent(monkeypatch: pytest.MonkeyPatch):
     areas, image, crop = [], photo(100, 100), Image.Image.crop
     monkeypatch.setattr(

@@ -36,6 +36,7 @@ from rrcm.utils.distributed import (
     native_precision,
     pick_device,
     resolve_precision,
+    sync_batch_norm,
 )
 from rrcm.utils.errors import RRCMError
 
@@ -106,6 +107,29 @@ def test_a_step_of_two_processes_in_chunks_is_the_undivided_step(tmp_path):
         together(one_step, tmp_path, num_chunks)
         for name, value in load_file(tmp_path / f"2-{num_chunks}.safetensors").items():
             assert (value - whole[name]).norm() <= 1e-5 * whole[name].norm(), (num_chunks, name)
+
+
+def batch_norm_of_images(folder: Path) -> None:
+    """Outputs, gradients and running averages of this process's part of a batch; rank 0 writes them."""
+    torch.manual_seed(0)
+    norm, batch = sync_batch_norm(torch.nn.Sequential(torch.nn.BatchNorm2d(3))), 3 * torch.randn(8, 3, 4, 5) + 2
+    with init_distributed("cpu") as env:
+        part = batch.chunk(env.world_size)[env.rank].requires_grad_()
+        out = norm(part)
+        out.pow(3).sum().backward()
+        found = {"out": out.detach(), "grad": part.grad} | {name: b.float() for name, b in norm.named_buffers()}
+        found = {name: value.contiguous() for name, value in found.items()}
+        save_file(found, folder / f"{env.world_size}-{env.rank}.safetensors")
+
+
+def test_batch_norm_of_images_sees_the_global_batch(tmp_path):
+    for world_size in (1, 2):
+        together(batch_norm_of_images, tmp_path, world_size=world_size)
+    whole, *halves = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    for name in ("out", "grad"):
+        torch.testing.assert_close(torch.cat([half[name] for half in halves]), whole[name], rtol=1e-4, atol=1e-4)
+    for name in whole.keys() - {"out", "grad"}:
+        torch.testing.assert_close(halves[0][name], whole[name])
 
 
 def test_batch_norm_of_one_process_is_torchs():

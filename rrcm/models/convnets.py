@@ -1,0 +1,85 @@
+"""The networks of the papers on small images: LeNet and ResNet-110. Both take pixels, not noise levels."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LeNet(nn.Module):
+    """conv 20 5x5, pool, conv 50 5x5, pool, fc 500, ReLU, fc: of the papers on MNIST (Zhai et al. 2020).
+
+    Parameters are named as in PyTorch's MNIST example, from which the papers have it.
+    """
+
+    def __init__(self, image_size: int, channels: int, num_classes: int):
+        super().__init__()
+        side = ((image_size - 4) // 2 - 4) // 2  # after two unpadded convolutions and poolings
+        if side < 1:
+            raise ValueError(f"images of {image_size} pixels are too small for a LeNet, which needs 16")
+        self.conv1 = nn.Conv2d(channels, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(50 * side * side, 500)
+        self.fc2 = nn.Linear(500, num_classes)
+        self.to(memory_format=torch.channels_last)  # a step takes half the time on a CPU
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> logits (B, K)."""
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(self.conv1(x), 2).relu()  # the ReLU commutes with the pooling, and here it is cheaper
+        x = F.max_pool2d(self.conv2(x), 2).relu()
+        return self.fc2(self.fc1(x.flatten(1)).relu())
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, and a shortcut: 1x1 where the size changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride != 1 or in_channels != channels:
+            shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) -> (B, channels, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(x)) + shortcut).relu()
+
+
+class ResNet(nn.Module):
+    """The residual network for CIFAR (He et al. 2016, section 4.2): three stages of 16, 32 and 64 channels.
+
+    Depth 110 is that of the papers on randomized smoothing. As there, convolutions start from He's normal distribution.
+    """
+
+    def __init__(self, depth: int, channels: int, num_classes: int):
+        super().__init__()
+        blocks = (depth - 2) // 6  # per stage, of two convolutions each
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, stride=1)
+        self.layer2 = self._stage(16, 32, blocks, stride=2)
+        self.layer3 = self._stage(32, 64, blocks, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                fan_out = layer.out_channels * math.prod(layer.kernel_size)
+                nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        rest = (ResidualBlock(channels, channels, 1) for _ in range(blocks - 1))
+        return nn.Sequential(ResidualBlock(in_channels, channels, stride), *rest)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> logits (B, K)."""
+        x = self.bn1(self.conv1(images)).relu()
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
