@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from rrcm.methods import METHODS, derived_settings
+from rrcm.methods import METHODS, REFERENCE, derived_settings
 from rrcm.utils.errors import RRCMError
 
 
@@ -313,6 +313,7 @@ class Finetune(_varying(FinetuneSettings)):
     (for methods with random initial weights) and `default`. `scratch` comes first, then the noise, then `default`.
     """
 
+    budget: Literal["epochs", "passes"]  # what all methods get: `epochs`, or the encoder passes that rRCM's epochs cost
     initial_checkpoint: str | None  # model folder or authors' file that replaces models/pretrain/<objective>
     time_condition: Literal["exact", "nearest_level"]  # t = 2 sigma, or the nearest level of pre-training to it
     timm: TimmViT
@@ -490,7 +491,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def every_training_has_settings(self) -> Self:
-        for method in self.methods:
+        by_passes = self.finetune.budget == "passes" or any(METHODS[name].budget == "total" for name in self.methods)
+        for method in [*self.methods, *([REFERENCE] if by_passes else [])]:
             for sigma in self.sigmas:
                 self.finetune.settings(method, sigma)
         return self

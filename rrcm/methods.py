@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
 
 TABLE = {
@@ -75,6 +76,15 @@ TABLE = {
         "label": "Stability",
         "colour": "#999999",
     },
+    "stability_matched": {
+        "initial_weights": None,
+        "objective": "stability",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "stability",
+        "label": "Stability, matched compute",
+        "colour": "#999999",
+    },
     "macer": {
         "initial_weights": None,
         "objective": "macer",
@@ -82,6 +92,15 @@ TABLE = {
         "classifier": "classifier",
         "base": None,
         "label": "MACER",
+        "colour": "#882255",
+    },
+    "macer_matched": {
+        "initial_weights": None,
+        "objective": "macer",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "macer",
+        "label": "MACER, matched compute",
         "colour": "#882255",
     },
     "smoothadv": {
@@ -93,6 +112,15 @@ TABLE = {
         "label": "SmoothAdv",
         "colour": "#E69F00",
     },
+    "smoothadv_matched": {
+        "initial_weights": None,
+        "objective": "smoothadv",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "smoothadv",
+        "label": "SmoothAdv, matched compute",
+        "colour": "#E69F00",
+    },
     "smoothmix": {
         "initial_weights": None,
         "objective": "smoothmix",
@@ -100,6 +128,15 @@ TABLE = {
         "classifier": "classifier",
         "base": None,
         "label": "SmoothMix",
+        "colour": "#56B4E9",
+    },
+    "smoothmix_matched": {
+        "initial_weights": None,
+        "objective": "smoothmix",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "smoothmix",
+        "label": "SmoothMix, matched compute",
         "colour": "#56B4E9",
     },
 }
@@ -150,10 +187,12 @@ def _expand(path: str) -> str:
 def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping) -> dict:
     """The settings that follow from others and METHODS, for DVC, whose templates cannot look anything up.
 
-    `finetune`: the stages, by name, with what each depends on. `matched_compute`: by method, the pre-training whose
-    compute it gets (null: none), so that a matched method is trained again when that compute changes.
+    `finetune`: the stages, by name, with what each depends on. `matched_compute`: by method, the objectives whose
+    compute it gets (null: none), so that it is trained again when that compute changes.
     """
     matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}
+    reference = {"finetune_objective": METHODS[REFERENCE].objective}
+    compute = {"finetune": reference if finetune["budget"] == "passes" else None, "total": reference | matched}
     return {
         "finetune": {
             f"{method}-{sigma}": {
@@ -164,5 +203,5 @@ def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping,
             for method in methods
             for sigma in sigmas
         },
-        "matched_compute": {method: matched if METHODS[method].budget == "total" else None for method in methods},
+        "matched_compute": {method: compute[METHODS[method].budget] for method in methods},
     }

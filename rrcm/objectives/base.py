@@ -39,7 +39,7 @@ class Draw:
     positions: Sequence[int]  # of this process's images in the global batch
     batch_size: int  # images of the global batch
     device: torch.device
-    epoch: float = 0.0  # of fine-tuning: steps before this one, in epochs
+    epoch: float = 0.0  # of fine-tuning: where its schedules are before this step
 
     def normal(self, name: str, shape: tuple[int, ...], copies: int | None = None) -> torch.Tensor:
         """Standard normal float32 noise, (B, *shape). With `copies`: (copies * B, *shape), copy by copy."""

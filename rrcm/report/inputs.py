@@ -155,13 +155,13 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
     """Fine-tuning per epoch with the compute spent so far: encoder forward passes, the pre-training share included."""
     history = _read_csv(root / _model_folder(method, sigma) / "history.csv")
-    compute = model["compute"]["pretrain_share"] + model["compute"]["finetune"] * history["epoch"] / len(history)
+    spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
     return pd.DataFrame(
         {
             "method": method,
             "sigma": sigma,
             "epoch": history["epoch"],
-            "compute": compute,
+            "compute": model["compute"]["pretrain_share"] + spent,
             "loss": history["loss"],
             "val_accuracy": history["val_accuracy"],
             "selected": history["epoch"] == model["selected"]["epoch"],

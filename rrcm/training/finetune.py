@@ -132,7 +132,7 @@ def _train(
 ) -> None:
     settings, num_classes = config.finetune.settings(method, sigma), len(images.classes)
     objective = build_finetuning_objective(settings, method, sigma)
-    budget = plan_budget(config, method, settings, objective, len(images), pretrained)
+    budget = plan_budget(config, method, sigma, objective, len(images), pretrained)
     targets = Targets(settings, num_classes, config.seed, env)
     classifier = build_classifier(config, method, sigma, num_classes, pretrained).to(env.device).train()
     best = BestWeights(classifier, config, sigma, validation, env)
@@ -145,8 +145,8 @@ def _train(
     peak_lr = settings.lr * settings.batch_size / 256
     for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
         # schedule
-        passed = step / budget.epoch_steps  # epochs
-        lr = peak_lr * lr_factor(settings, passed, budget.epochs)
+        passed = budget.schedule_epoch(step)
+        lr = peak_lr * lr_factor(settings, passed, budget.schedule_epochs)
         # loss
         draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device, passed)
         losses = objective(classify, targets(batch, step), draw)
@@ -154,11 +154,12 @@ def _train(
         training.optimizer_step(losses["loss"], lr)
         training.accumulate_metrics(losses["loss"], *(losses[term] for term in objective.terms))
         # validation and logging
-        epoch, into_epoch = divmod(step + 1, budget.epoch_steps)
-        if into_epoch:
+        epoch, into_epoch = budget.epochs_after(step + 1), (step + 1) % budget.epoch_steps
+        last = step + 1 == budget.total_steps
+        if into_epoch and not last:
             continue
-        means, accuracy, shown = training.mean_metrics(budget.epoch_steps), None, {}
-        if epoch % budget.evaluate_every == 0 or epoch == budget.epochs:
+        means, accuracy, shown = training.mean_metrics(into_epoch or budget.epoch_steps), None, {}
+        if epoch % budget.evaluate_every == 0 or last:
             accuracy = best.update(classifier, epoch, training)
             shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
         training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": lr}, **shown)
@@ -183,13 +184,13 @@ def _train(
                 "epochs": budget.epochs,
             },
             selected=training.extra_state["selected"],
-            compute={"finetune": budget.epochs * budget.epoch_compute, "pretrain_share": budget.pretrain_share},
+            compute={"finetune": budget.compute, "pretrain_share": budget.pretrain_share},
         )
 
     training.publish(output, timing, save, budget.total_steps * settings.batch_size)
 
 
-def lr_factor(settings: FinetuneSettings, passed: float, epochs: int) -> float:
+def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float:
     """Learning rate after `passed` of `epochs` epochs, as a share of its peak."""
     if settings.lr_schedule == "step":
         return warmup_step(passed, settings.warmup_epochs, settings.lr_step_epochs)

@@ -12,7 +12,6 @@ from rrcm.models import vit
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import architecture, load_classifier, load_encoder, save_model
 from rrcm.models.vit import Block, NoiseConditionedViT, attention, time_embedding
-from rrcm.training.budget import matched_epochs
 from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
 
@@ -181,10 +180,6 @@ def test_layer_rates():
     assert rates["encoder.patch_embed.proj.weight"] == rates["encoder.cls_token"] == rates["encoder.pos_embed"] == 0.125
     assert rates["encoder.blocks.0.attn.qkv.weight"] == 0.25 and rates["encoder.blocks.1.mlp.fc1.bias"] == 0.5
     assert rates["encoder.norm.weight"] == rates["head.weight"] == 1.0
-
-
-def test_matched_epochs_spend_the_same_compute():
-    assert matched_epochs(10, pretrain_compute=12_000, shared_by=3, epoch_compute=400) == 20
 
 
 def test_warmup_cosine():

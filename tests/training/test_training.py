@@ -74,6 +74,18 @@ def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
     assert spent["compute"] == {"finetune": spent["training"]["epochs"] * epoch, "pretrain_share": 0.0}
 
 
+def test_equal_passes_end_within_an_epoch(project):
+    """SmoothAdv with T = 4 and m = 2 costs 22 passes per image, rRCM's fine-tuning 6 in each of 60 steps."""
+    change(project, methods=["smoothadv"], pretrain__objectives=[], finetune__budget="passes")
+    succeed(stage(project, "finetune", "smoothadv", "0.5"))
+    spent = read_json(project / "models/smoothadv/sigma_0.5/config.json")
+    assert spent["compute"]["finetune"] == 16 * 22 * 128  # 60 * 6 / 22 = 16.4 steps
+    history = pd.read_csv(project / "models/smoothadv/sigma_0.5/history.csv")
+    assert history["epoch"].tolist() == [1, 1.6] and history["val_accuracy"].notna().all()
+    assert spent["training"]["epochs"] == 1.6 and spent["selected"]["epoch"] in (1, 1.6)
+    assert history["lr"].iloc[-1] < 0.05 * history["lr"].iloc[0]  # the schedule ends with the training
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(project, precision):
     change(project, pretrain__precision=precision, finetune__precision=precision, certify__precision="bf16")
