@@ -403,8 +403,9 @@ class ExternalResult(Section):
 
 
 class Report(Section):
-    """Contents of the tables and figures."""
+    """Contents of the tables and figures, and where they are written."""
 
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # of the folder below reports/
     radii: Annotated[list[NonNegative], Field(min_length=1)]  # L2, pixel units
     gallery_images: Count
     external_results: list[ExternalResult]  # drawn and listed beside the methods

@@ -22,15 +22,16 @@ from rrcm.utils.files import write_text
 def compose(
     overrides: Annotated[list[str] | None, typer.Argument()] = None, output: Path = Path("params.yaml")
 ) -> None:
-    """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10 or certify.n=2000."""
+    """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10, preset=all or certify.n=2000."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "params.yaml"
         try:
             compose_and_dump(draft, str(conf), None, "config", str(conf / "plugins"), overrides or [])
         except MissingConfigException as error:
-            profiles = ", ".join(sorted(file.stem for file in (conf / "profile").glob("*.yaml")))
-            raise RRCMError(f"{str(error).splitlines()[0]}; profiles are {profiles}") from None
+            group = (error.missing_cfg_file or "").split("/")[0]
+            known = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
+            raise RRCMError(f"{str(error).splitlines()[0]}; conf/{group} has {known}") from None
         except (DvcException, HydraException, OmegaConfBaseException) as error:
             raise RRCMError(one_line(error)) from None
         config = parse_config(yaml.safe_load(draft.read_text(encoding="utf-8")), "conf")

@@ -1,4 +1,4 @@
-"""Write the report of the profile: every figure and table under reports/PROFILE."""
+"""Write the report of the profile: every figure and table under reports/."""
 
 from environment import run_command
 
@@ -11,7 +11,7 @@ from rrcm.report.build import write_report
 def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) -> None:
     """Write the report from certificates, histories and timings."""
     config = load_config(params)
-    write_report(config, Path(), reports / config.profile)
+    write_report(config, Path(), reports / config.report.name)
 
 
 if __name__ == "__main__":

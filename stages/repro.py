@@ -617,8 +617,8 @@ def _drop_damaged(claims: Path) -> None:
 
 
 def _print_results() -> None:
-    """The best-sigma table of this profile, where there is one."""
-    report = Path("reports") / str(_params().get("profile"))
+    """The best-sigma table of these settings, where there is one."""
+    report = Path("reports") / str(_params().get("report", {}).get("name"))
     if report.is_dir():
         print(f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}\nThe report: {report}/report.md")
 

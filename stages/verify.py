@@ -62,7 +62,7 @@ def verify(
 
     _say("1/4 dvc pull, dvc status")
     problems = check_artifacts()
-    _say(f"2/4 draw reports/{config.profile} again")
+    _say(f"2/4 draw reports/{config.report.name} again")
     drawn, differences = check_report(config, root)
     problems += differences
 
@@ -102,9 +102,9 @@ def check_artifacts() -> list[str]:
 def check_report(config: Config, root: Path) -> tuple[int, list[str]]:
     """Draw the report of `root` into a scratch folder: (files drawn, differences from the published one)."""
     with tempfile.TemporaryDirectory() as scratch:
-        drawn = Path(scratch) / config.profile
+        drawn = Path(scratch) / config.report.name
         write_report(config, root, drawn)
-        return len(_files(drawn)), compare_folders(root / "reports" / config.profile, drawn)
+        return len(_files(drawn)), compare_folders(root / "reports" / config.report.name, drawn)
 
 
 def compare_folders(published: Path, drawn: Path) -> list[str]:

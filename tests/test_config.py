@@ -8,6 +8,7 @@ from conftest import REPOSITORY, change, compose, stage
 from dvc.utils.hydra import compose_and_dump
 
 from rrcm.config import load_config
+from rrcm.methods import METHODS, REFERENCE
 from rrcm.models.vit import EncoderWithProjector, build_encoder, parameter_count
 from rrcm.utils.errors import RRCMError
 
@@ -107,6 +108,42 @@ def test_params_yaml_is_the_composed_default(tmp_path):
     assert filecmp.cmp(tmp_path / "params.yaml", REPOSITORY / "params.yaml", shallow=False), "run `make params`"
 
 
+PRESETS = sorted(path.stem for path in (REPOSITORY / "conf/preset").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_presets_compose_with_every_profile(tmp_path, name):
+    plain = profile(tmp_path, name)
+    assert profile(tmp_path, name, "preset=default") == plain and plain.report.name == name
+    for preset in PRESETS:
+        config = profile(tmp_path, name, f"preset={preset}")
+        assert config.report.name == (name if preset == "default" else f"{name}_{preset}")
+        same = {"profile", "seed", "sigmas", "data", "model", "certify", "latency"}
+        assert config.model_dump(include=same) == plain.model_dump(include=same)
+    equal_passes = profile(tmp_path, name, "preset=all").finetune
+    assert equal_passes.model_copy(update={"budget": "epochs"}) == plain.finetune
+
+
+def test_presets_hold_every_method(tmp_path):
+    """But `timm`, which needs a network of timm. In `all` each method from scratch stands with both budgets."""
+    presets = {name: profile(tmp_path, "digits", f"preset={name}") for name in PRESETS}
+    assert set(PRESETS) == {"default", "all", "pretraining", "ablation"}
+    assert set().union(*(config.methods for config in presets.values())) == set(METHODS) - {"timm"}
+    scratch = {name for name, kind in METHODS.items() if kind.initial_weights is None}
+    assert scratch <= set(presets["all"].methods)
+    for name, config in presets.items():
+        assert config.methods[0] == REFERENCE
+        started_from = {METHODS[method].initial_weights for method in config.methods} - {None}
+        assert started_from == set(config.pretrain.objectives), name
+
+
+@pytest.mark.parametrize("overrides", [["methods=[rrcm,gaussian]"], ["preset=all", "methods=[rrcm,gaussian]"]])
+def test_a_list_of_methods_beats_the_preset(tmp_path, overrides):
+    answer = stage(tmp_path, "compose", "--output", "params.yaml", *overrides)
+    assert answer.returncode == 0, answer.stderr
+    assert load_config(tmp_path / "params.yaml").methods == ["rrcm", "gaussian"]
+
+
 def chosen(config, name):
     """The value of a setting, or of one of the objective `consistency`, by method and sigma."""
     found = {}
@@ -191,6 +228,12 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"finetune__objectives__consistncy": {}}, "finetune.objectives.consistncy: unknown key; did you mean"),
         ({"finetune__epochs": {"default": 1, "sigma_0.5": 0, "scratch": 0}}, "finetune.epochs.scratch = 0: should"),
         ({"profile": "../etc"}, "profile = '../etc'"),
+        ({"report__name": "../etc"}, "report.name = '../etc'"),
+        ({"finetune__budget": "steps"}, "finetune.budget = 'steps': should be 'epochs' or 'passes'"),
+        (
+            {"methods": ["gaussian_matched"], "finetune__lr": {"scratch": 1.0}},  # the budget is that of rrcm
+            "finetune.lr: has no value for sigma_0.25; add sigma_0.25 or default",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(project, change_of, said):

@@ -43,7 +43,7 @@ def test_overrides_that_cannot_be_composed(tmp_path, override, said):
     compose = runpy.run_path(str(REPOSITORY / "stages/compose.py"))["compose"]
     with pytest.raises(RRCMError) as caught:
         compose([override], tmp_path / "params.yaml")
-    assert said in str(caught.value) and "\n" not in str(caught.value) and "profiles are" not in str(caught.value)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and "conf/profile has" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
