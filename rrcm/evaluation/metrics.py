@@ -5,13 +5,23 @@ A certificate frame has the columns of `rrcm.certification.results`. All functio
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 Certificates = Mapping[tuple[str, float], pd.DataFrame]  # (method, sigma) -> frame
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -35,16 +45,34 @@ def average_certified_radius(frame: pd.DataFrame) -> float:
     return float(certified_radii(frame).mean())
 
 
-def acr_difference(one: pd.DataFrame, other: pd.DataFrame) -> tuple[float, float]:
-    """ACR of `one` less that of `other`, and the half width of its 95 % interval. Rows are the same images in order."""
-    return mean_difference(certified_radii(one), certified_radii(other))
+def acr_difference(one: pd.DataFrame, other: pd.DataFrame) -> Interval:
+    """ACR of `one` less that of `other`: the normal interval of the mean difference. Rows are the same images."""
+    differences = certified_radii(one) - certified_radii(other)
+    spread = differences.std(ddof=1) if len(differences) > 1 else math.inf
+    mean, half_width = float(differences.mean()), float(NORMAL_95 * spread / math.sqrt(len(differences)))
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
-def mean_difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Mean of `one` - `other` and the half width of its 95 % normal interval, both (N,) with one value per image."""
-    difference = one - other
-    spread = difference.std(ddof=1) if len(difference) > 1 else math.inf
-    return float(difference.mean()), float(NORMAL_95 * spread / math.sqrt(len(difference)))
+def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float) -> Interval:
+    """Certified accuracy at `radius` of `one` less that of `other`, as shares. Rows are the same images.
+
+    The adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4): one image is added to each of the
+    two kinds that only one of the classifiers gets right. So it keeps its width where the two hardly ever differ.
+    """
+    first, second = certified_at(one, radius), certified_at(other, radius)
+    gained, lost, count = int((first > second).sum()), int((first < second).sum()), len(first)
+    more, less = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    centre, half_width = more - less, NORMAL_95 * math.sqrt((more + less - (more - less) ** 2) / (count + 2))
+    return Interval((gained - lost) / count, centre - half_width, centre + half_width)
+
+
+def mean_over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
+    """The mean of one value per seed with its t interval: infinite for a single seed."""
+    count = len(values)
+    if count < 2:
+        return Interval(float(np.mean(values)), -math.inf, math.inf)
+    mean, half_width = np.mean(values), stdtrit(count - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(count)
+    return Interval(float(mean), float(mean - half_width), float(mean + half_width))
 
 
 def wilson_interval(share: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,3 +136,25 @@ def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.D
                 }
             )
     return pd.DataFrame(rows)
+
+
+def differences_table(certificates: Certificates, reference: str, radii: Sequence[float]) -> pd.DataFrame:
+    """Each method less `reference`: in certified accuracy at each radius, best sigma each, and in ACR at each sigma.
+
+    One row per method and measure: `method`, `measure` ("certified_accuracy" or "acr"), `at` (radius or sigma), `value`
+    of the method, `difference`, `low`, `high`. The reference has no difference to itself (NaN).
+    """
+    methods = [reference, *(name for name in dict.fromkeys(name for name, _ in certificates) if name != reference)]
+    best = best_sigma_table(certificates, radii).set_index(["method", "radius"])
+    rows = []
+    for method in methods:
+        for radius in radii:
+            one, other = (certificates[name, best.loc[(name, radius), "sigma"]] for name in (method, reference))
+            value = best.loc[(method, radius), "certified_accuracy"]
+            rows.append((method, "certified_accuracy", radius, value, *accuracy_difference(one, other, radius)))
+        for sigma in sorted({sigma for _, sigma in certificates}):
+            one, other = certificates[method, sigma], certificates[reference, sigma]
+            rows.append((method, "acr", sigma, average_certified_radius(one), *acr_difference(one, other)))
+    table = pd.DataFrame(rows, columns=["method", "measure", "at", "value", "difference", "low", "high"])
+    table.loc[table["method"] == reference, ["difference", "low", "high"]] = np.nan
+    return table

@@ -87,6 +87,8 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
         "per_sigma": tables.per_sigma(inputs.certificates, inputs.external, config.report.radii),
         "budgets": tables.budgets(inputs.budgets),
     }
+    if len(config.methods) > 1:
+        made["differences"] = tables.differences(inputs.certificates, config.report.radii, config.seed)
     return made | ({"latency": tables.latency(inputs.latency)} if inputs.latency else {})
 
 

@@ -181,6 +181,7 @@ def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
             {
                 "method": method,
                 "sigma": sigma,
+                "epochs": model["training"]["epochs"],
                 "finetune_passes": model["compute"]["finetune"],
                 "pretrain_share_passes": model["compute"]["pretrain_share"],
                 "total_passes": model["compute"]["finetune"] + model["compute"]["pretrain_share"],

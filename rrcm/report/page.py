@@ -11,13 +11,21 @@ import yaml
 from markupsafe import Markup
 
 from rrcm.config import Config
-from rrcm.evaluation.metrics import Certificates, best_sigma_table, certified_at, certified_radii, mean_difference
+from rrcm.evaluation.metrics import (
+    Certificates,
+    Interval,
+    accuracy_difference,
+    acr_difference,
+    average_certified_radius,
+    best_sigma_table,
+)
 from rrcm.methods import METHODS
 from rrcm.report.inputs import Inputs
-from rrcm.report.tables import escape_markdown, markdown_text, method_labels
+from rrcm.report.tables import escape_markdown, interval_text, markdown_text, method_labels, reference_method
 from rrcm.utils.errors import printable
 from rrcm.utils.files import read_json, sha256_file
 
+EQUAL_COMPUTE = 0.1  # whole epochs and steps leave differences of some percent
 # settings that have no effect on what the report shows
 IGNORED_SETTINGS = {"derived": True, "device": True, "launcher": True, "attack": True, "data": {"root", "workers"}}
 
@@ -72,12 +80,13 @@ def render_report(
         config=config,
         images=len(labels),
         class_counts=[ClassCount(*each) for each in zip(inputs.classes, counts, strict=True)],
-        comparisons=_headline(config, inputs.certificates),
+        comparisons=_headline(config, inputs),
         pretrained_elsewhere=[
             (METHODS[name].label, config.finetune.initial_weights(name))
             for name in config.methods
             if METHODS[name].initial_weights is not None and not config.finetune.uses_pretraining(name)
         ],
+        reference=METHODS[reference_method(config.methods)].label,
         tables={name: _markdown_table(table) for name, table in tables.items()},
         figures=figures,
         gallery_method=METHODS[config.methods[0]].label,
@@ -104,13 +113,16 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.md.jinja")
 
 
-def _headline(config: Config, certificates: Certificates) -> list[Comparison]:
+def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
     """The comparisons that have at least two methods: at equal fine-tuning budget, and at equal total compute."""
+    certificates, passes = inputs.certificates, inputs.budgets.groupby("method")["total_passes"].sum()
+    total = [
+        name for name in config.methods if METHODS[name].budget == "total" or config.finetune.uses_pretraining(name)
+    ]
+    least, most = ((1 + side * EQUAL_COMPUTE) * passes.get(reference_method(total), 0) for side in (-1, 1))
     groups = {
         "fine-tuning budget": [name for name in config.methods if METHODS[name].budget == "finetune"],
-        "total compute": [
-            name for name in config.methods if METHODS[name].budget == "total" or config.finetune.uses_pretraining(name)
-        ],
+        "total compute": [name for name in total if least <= passes[name] <= most],
     }
     return [
         Comparison(
@@ -138,25 +150,30 @@ def _comparison_table(config: Config, certificates: Certificates, methods: Seque
     """The two best of `methods`: by certified accuracy (%) at each radius, best sigma, and by ACR at each sigma."""
     rows = []
     for radius in config.report.radii:
-        best = best_sigma_table(certificates, [radius]).set_index("method")["sigma"]
-        frames = {name: certificates[name, best[name]] for name in methods}
-        certified = {name: 100 * certified_at(frame, radius) for name, frame in frames.items()}
-        rows.append({"": f"accuracy (%), r = {radius:g}"} | _compare_top_two(certified, ".1f"))
+        best = best_sigma_table(certificates, [radius]).set_index("method")
+        accuracy = {name: best.loc[name, "certified_accuracy"] for name in methods}
+        first, second = _top_two(accuracy)
+        frames = (certificates[name, best.loc[name, "sigma"]] for name in (first, second))
+        difference = accuracy_difference(*frames, radius)
+        rows.append([f"accuracy (%), r = {radius:g}", *_named(accuracy, first, second, 100, ".1f", difference)])
     for sigma in config.sigmas:
-        radii = {name: certified_radii(certificates[name, sigma]) for name in methods}
-        rows.append({"": f"ACR, σ = {sigma:g}"} | _compare_top_two(radii, ".3f"))
-    return pd.DataFrame(rows)
+        acr = {name: average_certified_radius(certificates[name, sigma]) for name in methods}
+        first, second = _top_two(acr)
+        difference = acr_difference(certificates[first, sigma], certificates[second, sigma])
+        rows.append([f"ACR, σ = {sigma:g}", *_named(acr, first, second, 1, ".3f", difference)])
+    return pd.DataFrame(rows, columns=["", "highest", "second", "difference"])
 
 
-def _compare_top_two(values: Mapping[str, np.ndarray], digits: str) -> dict[str, str]:
-    """The two methods with the highest means of `values` (one per image), and their paired difference."""
-    best, second = sorted(values, key=lambda name: -values[name].mean())[:2]
-    difference, half_width = mean_difference(values[best], values[second])
-    return {
-        "highest": f"{METHODS[best].label} {values[best].mean():{digits}}",
-        "second": f"{METHODS[second].label} {values[second].mean():{digits}}",
-        "difference": f"{difference:{digits}} ± {half_width:{digits}}",
-    }
+def _top_two(values: Mapping[str, float]) -> list[str]:
+    return sorted(values, key=lambda name: -values[name])[:2]
+
+
+def _named(
+    values: Mapping[str, float], first: str, second: str, unit: float, digits: str, difference: Interval
+) -> list[str]:
+    """Two methods with their values and their difference, all of them `unit` times as large."""
+    named = [f"{METHODS[name].label} {unit * values[name]:{digits}}" for name in (first, second)]
+    return [*named, interval_text(Interval(*(unit * bound for bound in difference)), digits)]
 
 
 def _environments(root: Path, records: Sequence[str]) -> list[Environment]:

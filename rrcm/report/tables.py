@@ -11,15 +11,18 @@ from tabulate import tabulate
 from rrcm.certification.results import sigma_name
 from rrcm.evaluation.metrics import (
     Certificates,
+    Interval,
     average_certified_radius,
     best_sigma_table,
     certified_accuracy,
+    differences_table,
     mean_samples,
     per_sigma_table,
 )
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, REFERENCE
 from rrcm.utils.errors import printable
 
+MEASURES = {"certified_accuracy": ("r", 100, ".1f"), "acr": ("ACR, σ", 1, ".3f")}  # name, unit, digits
 MARKDOWN_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>|$&~#"})
 
 
@@ -33,6 +36,16 @@ class Table(NamedTuple):
 def method_labels(methods: Sequence[str]) -> list[str]:
     """The labels of methods by name. A name that is not in the table of methods stays as it is."""
     return [METHODS[name].label if name in METHODS else name for name in methods]
+
+
+def reference_method(methods: Sequence[str]) -> str:
+    """The method that others are compared with: rRCM, or the first of `methods` where it is missing."""
+    return REFERENCE if REFERENCE in methods else next(iter(methods), REFERENCE)
+
+
+def interval_text(interval: Interval, digits: str) -> str:
+    """An estimate and its interval, such as 0.065 (0.044 to 0.086)."""
+    return f"{interval.value:{digits}} ({interval.low:{digits}} to {interval.high:{digits}})"
 
 
 def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
@@ -69,13 +82,40 @@ def per_sigma(certificates: Certificates, external: Certificates, radii: Sequenc
     return Table(numbers.rename(columns={radius: f"r_{radius:g}" for radius in radii}), text)
 
 
+def differences(certificates: Certificates, radii: Sequence[float], seed: int) -> Table:
+    """Each method less the reference, on the same images: the numbers of `differences_table`, with the training seed.
+
+    The text has a row for each method but the reference: differences of accuracy in percentage points and of ACR.
+    """
+    methods = list(dict.fromkeys(method for method, _ in certificates))
+    numbers = differences_table(certificates, reference_method(methods), radii)
+    numbers.insert(0, "seed", seed)
+    return Table(numbers, differences_text(numbers.dropna(subset="difference"), "difference"))
+
+
+def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
+    """`column` of each measure with the interval `low` to `high` as text, one row per method."""
+    rows: dict[str, dict] = {}
+    for row in numbers.itertuples():
+        name, unit, digits = MEASURES[row.measure]
+        interval = Interval(*(unit * bound for bound in (getattr(row, column), row.low, row.high)))
+        rows.setdefault(row.method, {})[f"{name} = {row.at:g}"] = interval_text(interval, digits)
+    text = pd.DataFrame(rows.values())
+    text.insert(0, "method", method_labels(rows))
+    return text
+
+
 def budgets(numbers: pd.DataFrame) -> Table:
-    """Compute and time of each model: `numbers` are those of `Inputs`."""
+    """Length, compute and time of each model: `numbers` are those of `Inputs`."""
     passes = {"fine-tuning": "finetune", "pre-training share": "pretrain_share", "total": "total"}
     seconds = {"fine-tuning": "finetune", "pre-training share": "pretrain_share", "certification": "certify"}
     text = pd.DataFrame(
-        {"method": method_labels(numbers["method"]), "σ": [f"{sigma:g}" for sigma in numbers["sigma"]]}
-        | {f"{name} (M passes)": [f"{n / 1e6:,.2f}" for n in numbers[f"{key}_passes"]] for name, key in passes.items()}
+        {
+            "method": method_labels(numbers["method"]),
+            "σ": [f"{sigma:g}" for sigma in numbers["sigma"]],
+            "epochs": [f"{epochs:.4g}" for epochs in numbers["epochs"]],
+        }
+        | {f"{name} (M passes)": [f"{n / 1e6:,.3f}" for n in numbers[f"{key}_passes"]] for name, key in passes.items()}
         | {f"{name} (s)": [f"{n:,.1f}" for n in numbers[f"{key}_seconds"]] for name, key in seconds.items()}
     )
     return Table(numbers, text)

@@ -88,7 +88,7 @@ def make_inputs(config: Config, root: Path) -> None:
     write_csv(root / "models/pretrain/rrcm/representation.csv", representations)
     write_json(root / "models/pretrain/rrcm/config.json", {"compute": {"pretrain": 1.2e6}})
     write_json(root / "timings/pretrain/rrcm.json", {"seconds": 90.0, "environment": ENVIRONMENT})
-    skill = dict(zip(METHODS, [0.5, 0.3, 0.0, 0.55, 0.1, 0.4, 0.2, 0.35, 0.45, 0.25], strict=True))
+    skill = dict(zip(METHODS, np.linspace(0.5, -0.3, len(METHODS)), strict=True)) | {"consistency_matched": 0.55}
     for method in config.methods:
         epochs = 68 if METHODS[method].budget == "total" else 20
         for sigma in config.sigmas:
@@ -115,6 +115,7 @@ def make_inputs(config: Config, root: Path) -> None:
             share = 4e5 if config.finetune.uses_pretraining(method) else 0.0
             details = {"method": method, "sigma": sigma, "seed": 0, "parameters": 208_000}
             details |= {"selected": {"epoch": epochs - 1, "val_accuracy": float(accuracy[-2])}}
+            details |= {"training": {"epochs": epochs}}
             write_json(
                 root / f"models/{place}/config.json",
                 details | {"compute": {"finetune": 8448.0 * epochs, "pretrain_share": share}},
@@ -204,6 +205,13 @@ def test_numbers_agree_with_the_certificates(made):
             expected = certified_accuracy(frame, drawn["radius"].to_numpy())
             assert list(drawn["certified_accuracy"]) == pytest.approx(list(expected), abs=1e-6)
     assert not any("." in key for key in re.findall(r'"([^"]+)":', json.dumps(metrics)))
+    differences = pd.read_csv(report / "differences.csv").set_index(["method", "measure", "at"]).sort_index()
+    assert set(differences["seed"]) == {config.seed}
+    acr = differences.xs("acr", level="measure")
+    assert acr["value"].to_dict() == pytest.approx(table.loc[acr.index, "acr"].to_dict(), abs=1e-6)
+    assert acr.loc[("consistency", 1.0), "difference"] == pytest.approx(
+        table.loc[("consistency", 1.0), "acr"] - table.loc[("rrcm", 1.0), "acr"], abs=2e-6
+    )
     budgets = pd.read_csv(report / "budgets.csv").set_index(["method", "sigma"])
     assert budgets.loc[("rrcm", 0.25), "total_passes"] == 8448 * 20 + 4e5
     assert budgets.loc[("rrcm", 0.25), "pretrain_share_seconds"] == 30
@@ -246,7 +254,19 @@ def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: 
     assert row[0] == name
     if values[best] > values[second]:
         assert row[1:3] == [f"{METHODS[method].label} {values[method]:{digits}}" for method in (best, second)]
-    assert row[3].startswith(f"{values[best] - values[second]:{digits}} ± ")
+    assert row[3].startswith(f"{values[best] - values[second]:{digits}} (")
+
+
+def test_equal_total_compute_is_read_from_what_was_spent(made):
+    """An encoder whose pre-training was cheaper does not stand beside rRCM at equal total compute."""
+    config, root = made
+    inputs = read_inputs(config, root)
+    passes = inputs.budgets["total_passes"].where(
+        inputs.budgets["method"] == "rrcm", inputs.budgets["total_passes"] / 2
+    )
+    cheap = inputs._replace(budgets=inputs.budgets.assign(total_passes=passes))
+    names = [[comparison.name for comparison in page._headline(config, each)] for each in (inputs, cheap)]
+    assert names == [["fine-tuning budget", "total compute"], ["fine-tuning budget"]]
 
 
 def test_leaders_have_the_highest_accuracy_at_their_radii():

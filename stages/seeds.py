@@ -1,0 +1,16 @@
+"""Compare reports of the same methods with different training seeds. This is no DVC stage."""
+
+from environment import run_command
+
+from pathlib import Path
+
+from rrcm.report.seeds import seeds_text
+
+
+def seeds(reports: list[Path]) -> None:
+    """Print means over seeds, and mean differences to rRCM, with 95 % intervals. REPORTS: folders below reports/."""
+    print(seeds_text(reports))
+
+
+if __name__ == "__main__":
+    run_command(seeds)

@@ -1,0 +1,84 @@
+"""Reports of several seeds in one table, and what cannot be compared."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY, stage
+
+from rrcm.evaluation.metrics import mean_over_seeds
+from rrcm.report.seeds import over_seeds, read_reports, seeds_text
+from rrcm.utils.errors import RRCMError
+
+ACCURACY = {"rrcm": [0.9, 0.8, 0.88], "gaussian": [0.6, 0.55, 0.65]}  # by seed
+
+
+def write_report(folder: Path, seed: int, **changes: list) -> Path:
+    """A report's differences.csv with certified accuracy at r = 0.5 and half of it as ACR at sigma 1."""
+    rows = []
+    for method, values in ACCURACY.items():
+        for measure, at, scale in (("certified_accuracy", 0.5, 1.0), ("acr", 1.0, 0.5)):
+            difference = values[seed] - ACCURACY["rrcm"][seed] if method != "rrcm" else None
+            difference = None if difference is None else scale * difference
+            rows.append([seed, method, measure, at, scale * values[seed], difference])
+    frame = pd.DataFrame(rows, columns=["seed", "method", "measure", "at", "value", "difference"])
+    folder.mkdir()
+    frame.assign(low=0.0, high=0.0, **changes).to_csv(folder / "differences.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> list[Path]:
+    return [write_report(tmp_path / f"seed_{seed}", seed) for seed in range(3)]
+
+
+def test_means_over_seeds_and_the_interval_of_their_differences(reports: list[Path]):
+    numbers = read_reports(reports)
+    values = over_seeds(numbers, "value").set_index(["method", "measure"])
+    assert tuple(values.loc[("rrcm", "certified_accuracy"), ["value", "low", "high"]]) == pytest.approx(
+        mean_over_seeds(ACCURACY["rrcm"])
+    )
+    differences = over_seeds(numbers, "difference")
+    assert differences["method"].tolist() == ["gaussian", "gaussian"]  # the reference has none
+    expected = mean_over_seeds([-0.3, -0.25, -0.23])
+    assert tuple(differences.loc[0, ["difference", "low", "high"]]) == pytest.approx(expected)
+
+
+def test_the_tables_as_the_command_prints_them(reports: list[Path], tmp_path: Path):
+    answer = stage(tmp_path, "seeds", *map(str, reports))
+    assert (answer.returncode, answer.stdout) == (0, f"{seeds_text(reports)}\n")
+    assert "with the best σ and ACR, mean over seeds 0, 1, 2." in answer.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in answer.stdout.splitlines() if "|" in line]
+    assert rows[0] == rows[4] == ["method", "r = 0.5", "ACR, σ = 1"]
+    assert [row[0] for row in (rows[2], rows[3], rows[6])] == ["rRCM", "Gaussian", "Gaussian"]
+    assert rows[6][1:] == ["-26.0 (-35.0 to -17.0)", "-0.130 (-0.175 to -0.085)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: [folder / "seed_0"], "at least two seeds"),
+        (lambda folder: [folder / "seed_0", folder / "none"], "none/differences.csv: no such file"),
+        (lambda folder: [folder / "seed_0", write_report(folder / "again", 0)], "again: has seed 0 like"),
+        (lambda folder: [folder / "seed_0", write_report(folder / "at", 1, at=9.0)], "at: compares other methods"),
+        (lambda folder: [folder / "seed_0", write_report(folder / "empty", 1).with_name("old")], "no such file"),
+    ],
+)
+def test_reports_that_cannot_be_compared(reports: list[Path], tmp_path: Path, change, said: str):
+    with pytest.raises(RRCMError, match=said) as caught:
+        seeds_text(change(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_a_column_is_said(reports: list[Path]):
+    path = reports[1] / "differences.csv"
+    path.write_text(path.read_text().replace("seed,", "sed,"))
+    with pytest.raises(RRCMError, match="has no seed; run `dvc repro plot` again"):
+        seeds_text(reports)
+
+
+def test_the_published_report_can_be_read():
+    published = REPOSITORY / "reports/digits/differences.csv"
+    if published.exists():
+        with pytest.raises(RRCMError, match="has seed 0 like"):
+            read_reports([published.parent, published.parent])
