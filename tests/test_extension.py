@@ -74,7 +74,9 @@ def stripes(data) -> RawDataset:
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"initial_weights": None, "objective": "stability", "budget": "finetune", "classifier": "jittered"}
-    monkeypatch.setitem(METHODS, "stability", Method(**row, base=None, label="Stability", colour="#E69F00"))
+    monkeypatch.setitem(
+        METHODS, "stability", Method(**row, base=None, family="noise", label="Stability", colour="#E69F00")
+    )
     monkeypatch.setitem(FINETUNING, "stability", Stability)
     monkeypatch.setitem(CLASSIFIERS, "jittered", Jittered)
     monkeypatch.setitem(DATASETS, "stripes", stripes)

@@ -1,7 +1,9 @@
 """The figures, in one style, as PNG and SVG files that are byte-identical when drawn again.
 
 Each function returns a figure, and `save` writes it. The colours are those of Okabe and Ito, which colour-blind readers
-can tell apart. A method has the same colour in every figure. Methods at equal total compute are dashed.
+can tell apart. A method has the same colour in every figure, and its family the same marker. Methods at equal total
+compute are dashed, with hollow markers. More than `MAX_TOGETHER` methods are drawn in small multiples: one family in
+each, with rRCM, and all others in grey behind them.
 """
 
 import math
@@ -25,7 +27,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from rrcm.certification.results import ABSTAIN
 from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, REFERENCE
 from rrcm.utils.errors import UNPRINTABLE
 from rrcm.utils.files import atomic_path
 
@@ -47,6 +49,17 @@ STYLE = {
     "svg.hashsalt": "rrcm",  # else element names are random
 }
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = {  # by family
+    "rRCM": "o",
+    "other pre-training": "v",
+    "noise": "s",
+    "regularization": "^",
+    "adversarial": "D",
+    "ensemble": "P",
+}
+MAX_TOGETHER = 6  # methods in one panel
+MARKS = 4  # markers on a curve
+OTHERS = {"color": "#d4d4d4", "linewidth": 0.8, "zorder": 1}  # methods behind those of a panel
 EXTERNAL_STYLES = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # dashes, colour
 FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # metadata left out of the files
 RADIUS_LABEL = "L2 radius r (pixels in [0, 1])"
@@ -90,28 +103,64 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def line_style(method: str) -> dict:
-    """Colour, line style and label of a row of the method table, as arguments of `Axes.plot`."""
+    """Colour, line style, marker and label of a row of the method table, as arguments of `Axes.plot`."""
     row = METHODS[method]
-    return {"color": row.colour, "linestyle": "-" if row.base is None else (0, (4, 1.5)), "label": row.label}
+    matched = row.budget == "total"
+    return {
+        "color": row.colour,
+        "linestyle": (0, (4, 1.5)) if matched else "-",
+        "marker": MARKERS[row.family],
+        "markersize": 4.5,
+        "markerfacecolor": "white" if matched else row.colour,
+        "markeredgewidth": 1.2,
+        "label": row.label,
+    }
 
 
-def marker_style(style: Mapping) -> dict:
-    """The marker that goes with a line: hollow when the line is not solid."""
-    face = style["color"] if style["linestyle"] == "-" else "white"
-    return {"color": style["color"], "markerfacecolor": face, "markeredgewidth": 1.2}
+class Group(NamedTuple):
+    """Methods that a panel shows in colour."""
+
+    title: str  # "" for all methods
+    methods: list[str]
 
 
-def _draw_curve(axes: Axes, frames: Iterable[pd.DataFrame], **style: object) -> tuple[np.ndarray, np.ndarray]:
+def panel_groups(methods: Iterable[str]) -> list[Group]:
+    """One group of all methods if they are few, else one for each family, with rRCM in each."""
+    methods = list(dict.fromkeys(methods))
+    if len(methods) <= MAX_TOGETHER:
+        return [Group("", methods)]
+    families: dict[str, list[str]] = {}
+    for name in methods:
+        families.setdefault(METHODS[name].family, []).append(name)
+    always = [REFERENCE] if REFERENCE in methods else []
+    return [Group(family, list(dict.fromkeys([*always, *members]))) for family, members in families.items()]
+
+
+def _draw_curve(
+    axes: Axes, frames: Iterable[pd.DataFrame], phase: float = 0.5, **style: object
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw the envelope of `frames` and return its radii and accuracies (shares).
 
     An accuracy holds up to and including its radius. If the curve falls right after r = 0, as it can with radii on a
-    grid, a dot shows the value at r = 0.
+    grid, a marker shows the value at r = 0. `phase` in [0, 1] moves the other markers, so that curves differ in it.
     """
     radii, accuracy = envelope(frames)
-    axes.plot(radii, 100 * accuracy, drawstyle="steps-pre", **style)
-    if accuracy[1] < accuracy[0]:
-        axes.plot(0, 100 * accuracy[0], "o", markersize=4, clip_on=False, zorder=3, **marker_style(style))
+    falls = accuracy[1] < accuracy[0] and "label" in style
+    marks = np.searchsorted(radii[:-1], radii[-1] * (np.arange(MARKS) + phase) / MARKS).clip(max=len(radii) - 2)
+    marked = sorted({*([0] if falls else []), *marks.tolist()})
+    axes.plot(radii, 100 * accuracy, drawstyle="steps-pre", markevery=marked, clip_on=False, **style)
+    if falls and "marker" not in style:
+        axes.plot(0, 100 * accuracy[0], "o", markersize=4, clip_on=False, zorder=3, color=style["color"])
     return radii, accuracy
+
+
+def _others(methods: Iterable[str], group: Group) -> list[str]:
+    return [name for name in methods if name not in group.methods]
+
+
+def _phases(count: int) -> list[float]:
+    """`phase` of so many curves in one panel."""
+    return [(i + 0.5) / count for i in range(count)]
 
 
 def _set_curve_axes(axes: Axes, reach: float) -> None:
@@ -142,36 +191,70 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
 
 @figure_style()
 def draw_certified_accuracy(certificates: Certificates, external: Certificates) -> Figure:
-    """Exact curves of certified accuracy against radius, with one panel per sigma.
+    """Exact curves of certified accuracy against radius: a column of panels per sigma, a row per group of methods.
 
     Bands are 95 % Wilson intervals, drawn for solid lines only. `external` holds other groups' certificates by (label,
-    sigma). They appear in the panel of their sigma, if there is one.
+    sigma). They appear in the panels of their sigma, if there is one: of many methods, in a row of their own.
     """
     sigmas = sorted({sigma for _, sigma in certificates})
-    figure = Figure(figsize=(max(3.4 * len(sigmas), 4.2), 3.6))
-    panels = figure.subplots(1, len(sigmas), sharey=True, squeeze=False)[0]
-    labels = dict.fromkeys(label for label, _ in external)
-    line_styles = {
+    groups = panel_groups(method for method, _ in certificates)
+    labels = list(dict.fromkeys(label for label, sigma in external if sigma in sigmas))
+    styles = {
         label: {"color": colour, "linestyle": dashes, "label": label}
         for label, (dashes, colour) in zip(labels, cycle(EXTERNAL_STYLES), strict=False)
     }
-    for panel, sigma in zip(panels, sigmas, strict=True):
+    many = len(groups) > 1
+    rows = [(group, [] if many else labels) for group in groups]
+    if many and labels:
+        rows.append((Group("other groups", groups[0].methods[:1]), labels))
+    figure = Figure(figsize=(max(3.4 * len(sigmas), 4.2) + 2.2 * many, 0.6 + 2.3 * len(rows) if many else 3.6))
+    panels = figure.subplots(len(rows), len(sigmas), sharey=True, sharex="col", squeeze=False)
+    for place, sigma in enumerate(sigmas):
+        of_sigma, others = _of_sigma(certificates, sigma), _of_sigma(external, sigma)
         reach = 0.0
-        for method, frame in _of_sigma(certificates, sigma).items():
-            style = line_style(method)
-            radii, accuracy = _draw_curve(panel, [frame], **style)
-            if style["linestyle"] == "-":
-                low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frame)))
-                panel.fill_between(radii[:-1], low, high, step="pre", color=style["color"], alpha=0.12, linewidth=0)
-            reach = max(reach, radii[-1])
-        for label, frame in _of_sigma(external, sigma).items():
-            radii, _ = _draw_curve(panel, [frame], **line_styles[label])
-            reach = max(reach, radii[-1])
-        _set_curve_axes(panel, reach or sigma)
-        panel.set_title(f"σ = {sigma:g}")
-    panels[0].set_ylabel("certified accuracy (%)")
-    _legend(figure, panels)
+        for panel, (group, shown) in zip(panels[:, place], rows, strict=True):
+            reach = max(reach, _draw_group(panel, of_sigma, group))
+            for label in [label for label in shown if label in others]:
+                radii, _ = _draw_curve(panel, [others[label]], **styles[label])
+                reach = max(reach, radii[-1])
+        for panel in panels[:, place]:
+            _set_curve_axes(panel, reach or sigma)
+            panel.label_outer()
+        panels[0, place].set_title(f"σ = {sigma:g}")
+    for row in panels:
+        row[0].set_ylabel("certified accuracy (%)")
+    _legends(figure, panels, [group for group, _ in rows])
     return figure
+
+
+def _draw_group(panel: Axes, frames: Mapping[str, pd.DataFrame], group: Group) -> float:
+    """The curves of one sigma: those of `group` in colour with their intervals, others in grey. Returns their reach."""
+    reach = 0.0
+    for method in _others(frames, group):
+        radii, _ = _draw_curve(panel, [frames[method]], **OTHERS)
+        reach = max(reach, radii[-1])
+    for method, phase in zip(group.methods, _phases(len(group.methods)), strict=True):
+        style, frame = line_style(method), frames[method]
+        radii, accuracy = _draw_curve(panel, [frame], phase, **style)
+        if style["linestyle"] == "-":
+            low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frame)))
+            panel.fill_between(radii[:-1], low, high, step="pre", color=style["color"], alpha=0.12, linewidth=0)
+        reach = max(reach, radii[-1])
+    return reach
+
+
+def _legends(figure: Figure, rows: np.ndarray, groups: Sequence[Group]) -> None:
+    """One legend below all panels, or for several groups one at the right of each row of panels."""
+    if len(groups) == 1:
+        _legend(figure, rows.flat)
+        return
+    for row, group in zip(rows, groups, strict=True):
+        lines = {
+            line.get_label(): line for axes in row for line in axes.get_lines() if line.get_label()[:6] != "_child"
+        }
+        texts = [_truncate(text, 150, 8) for text in lines]
+        place = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.04), "alignment": "left"}
+        row[-1].legend(lines.values(), texts, title=group.title, fontsize=8, handlelength=2.4, **place)
 
 
 def _of_sigma(certificates: Certificates, sigma: float) -> dict[str, pd.DataFrame]:
@@ -180,17 +263,30 @@ def _of_sigma(certificates: Certificates, sigma: float) -> dict[str, pd.DataFram
 
 @figure_style()
 def draw_envelope(certificates: Certificates) -> Figure:
-    """Certified accuracy against radius, with the best sigma at each radius and one line per method."""
-    figure = Figure(figsize=(5.6, 4.2))
-    axes = figure.subplots()
-    reach = 0.0
-    for method in dict.fromkeys(method for method, _ in certificates):
-        frames = (frame for (name, _), frame in certificates.items() if name == method)
-        radii, _ = _draw_curve(axes, frames, **line_style(method))
-        reach = max(reach, radii[-1])
-    _set_curve_axes(axes, reach or 1)
-    axes.set(ylabel="certified accuracy (%)", title="best σ at each radius")
-    _legend(figure, [axes])
+    """Certified accuracy against radius, with the best sigma at each radius: a line per method, a panel per group."""
+    of_method: dict[str, list[pd.DataFrame]] = {}
+    for (method, _), frame in certificates.items():
+        of_method.setdefault(method, []).append(frame)
+    groups = panel_groups(of_method)
+    columns = min(len(groups), 2)
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(5.6, 4.2) if len(groups) == 1 else (5.6 * columns, 0.4 + 2.6 * rows))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for panel in panels.flat[len(groups) :]:
+        panel.remove()
+    shown, reach = panels.flat[: len(groups)], 0.0
+    for panel, group in zip(shown, groups, strict=True):
+        for method in _others(of_method, group):
+            _draw_curve(panel, of_method[method], **OTHERS)
+        for method, phase in zip(group.methods, _phases(len(group.methods)), strict=True):
+            radii, _ = _draw_curve(panel, of_method[method], phase, **line_style(method))
+            reach = max(reach, radii[-1])
+    for panel in shown:
+        _set_curve_axes(panel, reach or 1)
+        panel.set_ylabel("certified accuracy (%)")
+    for panel in shown[:columns]:
+        panel.set_title("best σ at each radius")
+    _legends(figure, shown[:, None], groups)
     return figure
 
 
@@ -249,7 +345,7 @@ def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: 
     `latency` holds the latency stage's record of each method and `accuracy` shares. The area of a marker is
     proportional to the number of parameters.
     """
-    figure = Figure(figsize=(7.2, 3.8))
+    figure = Figure(figsize=(7.2, max(3.8, 0.9 + 0.24 * len(latency))))
     axes = figure.subplots()
     seconds = {method: record["seconds"][str(n)] for method, record in latency.items()}
     ranked = sorted(latency, key=lambda method: accuracy[method])
@@ -261,12 +357,14 @@ def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: 
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     largest = max(record["parameters"] for record in latency.values())
-    heights = _spread_labels([100 * accuracy[method] for method in ranked], room=0.07 * axes.get_ylim()[1])
+    heights = _spread_labels(
+        [100 * accuracy[method] for method in ranked], room=0.25 / figure.get_figheight() * axes.get_ylim()[1]
+    )
     for method, height in zip(ranked, heights, strict=True):
         style, parameters = line_style(method), latency[method]["parameters"]
-        point, face = (seconds[method], 100 * accuracy[method]), marker_style(style)["markerfacecolor"]
-        area = 90 * parameters / largest
-        axes.scatter(*point, area, facecolor=face, edgecolor=style["color"], linewidth=1.6, zorder=3, clip_on=False)
+        point = (seconds[method], 100 * accuracy[method])
+        look = {"facecolor": style["markerfacecolor"], "edgecolor": style["color"], "marker": style["marker"]}
+        axes.scatter(*point, 90 * parameters / largest, linewidth=1.6, zorder=3, clip_on=False, **look)
         text = f"{style['label']}: {point[1]:.1f} %, {parameters / 1e6:.2g} M"
         _label_point(axes, text, point, height, style["color"])
     first = latency[ranked[0]]
@@ -303,32 +401,65 @@ def _spread_labels(values: Sequence[float], room: float) -> list[float]:
 def draw_training(pretraining: Mapping[str, pd.DataFrame], finetuning: pd.DataFrame) -> Figure:
     """Pre-training losses (nats) with the number of noise levels, and validation accuracy under noise per sigma.
 
-    `pretraining` holds the history of each pre-training objective; each gets a column of panels. `finetuning` has one
-    row per epoch: method, sigma, compute (encoder forward passes, including the share of the pre-training),
-    val_accuracy (a share, or missing), selected (bool).
+    `pretraining` holds the history of each pre-training objective; each gets a panel above that of its levels.
+    `finetuning` has one row per evaluation: method, sigma, compute (encoder forward passes, including the share of the
+    pre-training), val_accuracy (a share, or missing), selected (bool). The marker of a line is at the selected weights.
     """
     sigmas = sorted(finetuning["sigma"].unique())
-    columns = [*((name, f"{name} levels") for name in pretraining), *((f"{s}", f"{s}") for s in sigmas)]
-    figure = Figure(figsize=(max(2.9 * len(columns), 4.2), 3.5))
-    panels = figure.subplot_mosaic([list(row) for row in zip(*columns, strict=True)], height_ratios=[3, 1])
+    groups = panel_groups(finetuning["method"])
+    layout, ratios = _training_layout(list(pretraining), sigmas, len(groups))
+    width = 2.9 * len(layout[0]) + 2.2 * (len(groups) > 1)
+    figure = Figure(figsize=(max(width, 4.2), 0.4 + 0.78 * sum(ratios)))
+    panels = figure.subplot_mosaic(layout, height_ratios=ratios)
     for name, history in pretraining.items():
-        _draw_pretraining(panels[name], panels[f"{name} levels"], history)
-        panels[name].set_title("pre-training" if len(pretraining) == 1 else f"pre-training, {name}")
-    for sigma in sigmas:
-        panel = panels[f"{sigma}"]
-        for method, run in finetuning[finetuning["sigma"] == sigma].groupby("method", sort=False):
-            style, evaluated = line_style(method), run.dropna(subset="val_accuracy")
-            panel.plot(evaluated["compute"], 100 * evaluated["val_accuracy"], **style)
-            kept = evaluated[evaluated["selected"]]
-            panel.plot(kept["compute"], 100 * kept["val_accuracy"], "o", markersize=5, **marker_style(style))
-        panel.set(title=f"fine-tuning, σ = {sigma:g}", ylim=(0, 102), xlim=(0, None))
-        panel.set_xlabel("compute (encoder forward passes)")
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        panel.tick_params(labelleft=sigma == sigmas[0])
-    panels[f"{sigmas[0]}"].set_ylabel("validation accuracy under noise (%)")
-    _legend(figure, [panels[f"{sigmas[0]}"]])
+        _draw_pretraining(panels[f"{name} loss"], panels[f"{name} levels"], history)
+        panels[f"{name} loss"].set_title("pre-training" if len(pretraining) == 1 else f"pre-training, {name}")
+    rows = np.array([[panels[f"{row} {sigma}"] for sigma in sigmas] for row in range(len(groups))])
+    for place, sigma in enumerate(sigmas):
+        runs = dict(iter(finetuning[finetuning["sigma"] == sigma].groupby("method", sort=False)))
+        most = max(run["compute"].max() for run in runs.values())
+        for panel, group in zip(rows[:, place], groups, strict=True):
+            _draw_finetuning(panel, runs, group)
+            panel.set(ylim=(0, 102), xlim=(0, 1.04 * most))
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+            panel.tick_params(labelleft=place == 0, labelbottom=panel is rows[-1, place])
+        rows[0, place].set_title(f"fine-tuning, σ = {sigma:g}")
+        rows[-1, place].set_xlabel("compute (encoder forward passes)")
+    for row in rows:
+        row[0].set_ylabel("validation accuracy\nunder noise (%)")
+    _legends(figure, rows, groups)
     return figure
+
+
+def _training_layout(
+    objectives: Sequence[str], sigmas: Sequence[float], groups: int
+) -> tuple[list[list[str]], list[float]]:
+    """Rows of panels and their relative heights: pre-training to the left of fine-tuning, or above if there is much."""
+    if len(objectives) <= 1 and groups == 1:
+        rows = [
+            [*(f"{name} {part}" for name in objectives), *(f"0 {s}" for s in sigmas)] for part in ("loss", "levels")
+        ]
+        return rows, [3, 1]
+    width = max(len(sigmas), min(3, len(objectives)))
+    layout, ratios = [], []
+    for first in range(0, len(objectives), width):
+        names = objectives[first : first + width]
+        layout += [[f"{name} {part}" for name in names] for part in ("loss", "levels")]
+        ratios += [2.4, 1.1]
+    for row in range(groups):
+        layout.append([f"{row} {sigma}" for sigma in sigmas])
+        ratios.append(2.8)
+    return [[*row, *["."] * (width - len(row))] for row in layout], ratios
+
+
+def _draw_finetuning(panel: Axes, runs: Mapping[str, pd.DataFrame], group: Group) -> None:
+    """The validation accuracies of one sigma: those of `group` in colour, others in grey."""
+    for method in [*_others(runs, group), *group.methods]:
+        evaluated = runs[method].dropna(subset="val_accuracy")
+        kept = np.flatnonzero(evaluated["selected"]).tolist()
+        style = line_style(method) | {"markevery": kept} if method in group.methods else OTHERS
+        panel.plot(evaluated["compute"], 100 * evaluated["val_accuracy"], **style)
 
 
 def _draw_pretraining(losses: Axes, levels: Axes, history: pd.DataFrame) -> None:

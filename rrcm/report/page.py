@@ -20,6 +20,7 @@ from rrcm.evaluation.metrics import (
     best_sigma_table,
 )
 from rrcm.methods import METHODS
+from rrcm.report.figures import panel_groups
 from rrcm.report.inputs import Inputs
 from rrcm.report.tables import escape_markdown, interval_text, markdown_text, method_labels, reference_method
 from rrcm.utils.errors import printable
@@ -86,6 +87,7 @@ def render_report(
             for name in config.methods
             if METHODS[name].initial_weights is not None and not config.finetune.uses_pretraining(name)
         ],
+        small_multiples=len(panel_groups(config.methods)) > 1,
         reference=METHODS[reference_method(config.methods)].label,
         tables={name: _markdown_table(table) for name, table in tables.items()},
         figures=figures,

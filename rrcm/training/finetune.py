@@ -33,7 +33,7 @@ from rrcm.utils.tensors import sha256_tensors
 
 Classifier = NoiseConditionedClassifier | NetworkClassifier
 
-APPEARANCE = {"label", "colour", "base"}  # columns of the method table that decide no result
+APPEARANCE = {"label", "colour", "base", "family"}  # columns of the method table that decide no result
 
 
 def finetune(

@@ -346,6 +346,7 @@ def test_no_two_methods_look_alike():
             assert figures.line_style(one)["linestyle"] != figures.line_style(other)["linestyle"]
     for name, row in METHODS.items():
         assert re.fullmatch("#[0-9A-Fa-f]{6}", row.colour), name
+        assert row.family in figures.MARKERS, name
         assert (row.base is not None) == (row.budget == "total"), name
         assert row.base is None or METHODS[row.base].budget == "finetune", name
 
@@ -553,14 +554,16 @@ def test_a_step_holds_up_to_and_with_its_radius():
         for r in (0.05, 0.1, 0.15, 0.2499, 0.2501, 0.3, 0.4999, 0.5001, 0.7):
             k = np.flatnonzero((x[:-1] < r) & (r <= x[1:]))  # level pieces are the ones with width
             assert (y[k[0]] if len(k) else 0) == pytest.approx(100 * certified_accuracy(frame, [r])[0])
-    dots = [line for line in panel.get_lines() if line.get_marker() == "o"]
-    assert [dot.get_data() for dot in dots] == [([0], [100])]  # only rRCM's has a step at 0
+    at_zero = {label for label in ("rRCM", "Gaussian") if 0 in lines[label].get_markevery()}
+    assert at_zero == {"rRCM"}  # only its curve has a step at 0
+    assert not [line for line in panel.get_lines() if line.get_label() not in lines]
     assert panel.get_xlim()[1] == pytest.approx(1.03 * 0.75)
     assert len({(lines[name].get_color(), str(lines[name].get_linestyle())) for name in ("A", "B")}) == 2
 
 
 def test_legend_names_every_line_once_and_fits():
-    methods = {(method, sigma): frame_of(0.2, 0.4) for method in METHODS for sigma in (0.25, 0.5, 1.0)}
+    together = list(METHODS)[: figures.MAX_TOGETHER]
+    methods = {(method, sigma): frame_of(0.2, 0.4) for method in together for sigma in (0.25, 0.5, 1.0)}
     external = {
         ("Salman et al. 2019", 1.0): frame_of(0.1),
         ("_$ by a group with a long name", 0.5): frame_of(0.3),
@@ -571,11 +574,53 @@ def test_legend_names_every_line_once_and_fits():
         (legend,) = figure.legends
         names = [text.get_text() for text in legend.get_texts()]
         shown = {label.replace("$", r"\$") for label, sigma in external if sigma in sigmas}
-        assert sorted(names) == sorted({kind.label for kind in METHODS.values()} | shown)
+        assert sorted(names) == sorted({METHODS[name].label for name in together} | shown)
         figure.draw_without_rendering()
         box = legend.get_window_extent()
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
         assert box.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes)
+
+
+def many_methods(draw: str):
+    """A figure of all methods by its name, with the number of panels per legend."""
+    runs = {(method, sigma): frame_of(0.2, 0.4) for method in METHODS for sigma in (0.25, 0.5, 1.0)}
+    if draw == "certified_accuracy":
+        return figures.draw_certified_accuracy(runs, {("A group with a long name " * 5, 1.0): frame_of(0.1)}), 3
+    if draw == "envelope":
+        return figures.draw_envelope(runs), 1
+    row = {"compute": [1.0, 2.0], "val_accuracy": [0.5, 0.6], "selected": [False, True]}
+    finetuning = pd.concat(pd.DataFrame(row).assign(method=method, sigma=sigma) for method, sigma in runs)
+    history = pd.DataFrame({"step": [1, 2], "loss": 1.0, "contrastive": 1.0, "lr": 0.1})
+    pretraining = dict.fromkeys(("one", "two", "three", "four"), history)
+    return figures.draw_training(pretraining, finetuning), 3
+
+
+@pytest.mark.parametrize("draw", ["certified_accuracy", "envelope", "training"])
+def test_many_methods_are_drawn_one_family_at_a_time(draw: str):
+    """Each method is in colour in one row, rRCM in all, the others are grey. No legend covers anything else."""
+    figure, columns = many_methods(draw)
+    figure.draw_without_rendering()
+    legends = [
+        (axes, legend) for axes in figure.axes if (legend := axes.get_legend()) and legend.get_title().get_text()
+    ]
+    named = {legend.get_title().get_text(): [text.get_text() for text in legend.get_texts()] for _, legend in legends}
+    by_family = {family: [k.label for k in METHODS.values() if k.family == family] for family in named}
+    for family, labels in named.items():
+        assert labels[0] == "rRCM"
+        assert family == "other groups" or sorted({"rRCM", *by_family[family]}) == sorted(labels)
+    assert set(by_family) >= {kind.family for kind in METHODS.values()}
+    panels = [axes for axes in figure.axes if any(line.get_label() == "rRCM" for line in axes.get_lines())]
+    assert len(panels) == columns * len(legends)
+    for panel in panels:
+        in_colour = [line for line in panel.get_lines() if line.get_color() != figures.OTHERS["color"]]
+        grey = len(panel.get_lines()) - len(in_colour)
+        assert grey + sum(line.get_label() in {kind.label for kind in METHODS.values()} for line in in_colour) == len(
+            METHODS
+        )
+    boxes = [legend.get_window_extent() for _, legend in legends]
+    assert all(box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
+    others = [axes.get_window_extent() for axes in figure.axes]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i] + others)
 
 
 def test_gallery_claims_no_radius_for_a_wrong_image():
@@ -602,7 +647,7 @@ def test_external_results_are_checked_before_any_work():
 
 def test_latex_is_a_booktabs_table_with_escapes(made):
     _, root = made
-    for name in ("best_sigma", "per_sigma", "budgets", "latency"):
+    for name in ("best_sigma", "per_sigma", "differences", "budgets", "latency"):
         text = (root / f"reports/digits/{name}.tex").read_text()
         lines = text.splitlines()
         assert lines[0].startswith(r"\begin{tabular}{l")

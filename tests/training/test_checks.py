@@ -141,7 +141,7 @@ def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
 )
 def test_rows_of_the_table_that_cannot_be_certified(project, monkeypatch, kind, compile, said):
     stochastic = type("Jittered", (NoiseConditionedClassifier,), {"stochastic": True})
-    row = Method(None, "gaussian", "finetune", kind, base=None, label="Jittered", colour="#E69F00")
+    row = Method(None, "gaussian", "finetune", kind, None, "noise", "Jittered", "#E69F00")
     monkeypatch.setitem(METHODS, "jittered", row)
     monkeypatch.setitem(CLASSIFIERS, "jittered", stochastic)
     change(project, methods=["jittered"], certify__compile=compile)
