@@ -13,6 +13,7 @@ from rrcm.models.vit import EncoderWithProjector, build_encoder, parameter_count
 from rrcm.utils.errors import RRCMError
 
 PROFILES = sorted(path.stem for path in (REPOSITORY / "conf/profile").glob("*.yaml"))
+OTHER_TRUNKS = {"fashion_mnist_lenet", "cifar10_resnet110"}  # which are not pre-trained
 
 
 def profile(tmp_path, name, *overrides):
@@ -23,8 +24,7 @@ def profile(tmp_path, name, *overrides):
 
 def test_there_are_these_profiles():
     small = {"digits", "fashion_mnist", "cifar10", "kather", "imagefolder"}
-    published = {"fashion_mnist_lenet", "cifar10_resnet110"}
-    assert set(PROFILES) == small | published | {"imagenet_b", "imagenet_s", "imagenet_b_deep"}
+    assert set(PROFILES) == small | OTHER_TRUNKS | {"imagenet_b", "imagenet_s", "imagenet_b_deep"}
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -111,7 +111,7 @@ def test_params_yaml_is_the_composed_default(tmp_path):
 PRESETS = sorted(path.stem for path in (REPOSITORY / "conf/preset").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("name", sorted(set(PROFILES) - OTHER_TRUNKS))
 def test_presets_compose_with_every_profile(tmp_path, name):
     plain = profile(tmp_path, name)
     assert profile(tmp_path, name, "preset=default") == plain and plain.report.name == name
@@ -122,6 +122,13 @@ def test_presets_compose_with_every_profile(tmp_path, name):
         assert config.model_dump(include=same) == plain.model_dump(include=same)
     equal_passes = profile(tmp_path, name, "preset=all").finetune
     assert equal_passes.model_copy(update={"budget": "epochs"}) == plain.finetune
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_TRUNKS))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"default"}))
+def test_presets_with_pretraining_need_our_trunk(tmp_path, name, preset):
+    with pytest.raises(RRCMError, match=r"methods: rrcm needs model\.architecture vit"):
+        profile(tmp_path, name, f"preset={preset}")
 
 
 def test_presets_hold_every_method(tmp_path):
