@@ -259,3 +259,30 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
     (tmp_path / "params.yaml").write_text("[]")
     with pytest.raises(RRCMError, match="must be a mapping"):
         load_config(tmp_path / "params.yaml")
+
+
+def pretraining(tmp_path, steps):
+    return profile(tmp_path, "fashion_mnist", f"pretrain.steps={steps}").pretrain
+
+
+def test_schedules_that_follow_the_steps_pass_through_the_papers(tmp_path):
+    """At 300,000 steps, CIFAR-10's: the grid, the noise range, and the horizons of both averages."""
+    names = ("min_levels", "max_levels", "t_max", "teacher_decay_start", "teacher_decay_end", "ema_decay")
+    paper = profile(tmp_path, "cifar10").pretrain
+    assert pretraining(tmp_path, 300_000).model_dump(include={*names}) == paper.model_dump(include={*names})
+
+
+@pytest.mark.parametrize("steps", [40, 360, 1200, 7200, 50_000, 600_000])
+def test_schedules_that_follow_the_steps_fit_any_number(tmp_path, steps):
+    settings, longer = pretraining(tmp_path, steps), pretraining(tmp_path, 2 * steps)
+    assert settings.warmup_steps < steps and settings.min_levels <= settings.max_levels <= longer.max_levels <= 80
+    assert settings.ema_decay <= longer.ema_decay and settings.teacher_decay_end <= longer.teacher_decay_end
+    assert settings.t_max >= 2 * max(settings.evaluate_sigmas)  # the trajectory passes every noise that is certified
+
+
+def test_layer_decay_follows_the_length_of_fine_tuning(tmp_path):
+    decays = [
+        profile(tmp_path, "fashion_mnist", f"finetune.epochs={epochs}").finetune.settings("rrcm", 0.5).layer_decay
+        for epochs in (1, 2, 10, 100, 300)
+    ]
+    assert decays == pytest.approx([0.9975, 0.995, 0.975, 0.75, 0.75])
