@@ -141,12 +141,15 @@ def compare(
         str, typer.Option(help="Radii of the table, in pixel units.")
     ] = "0,0.25,0.5,0.75,1,1.25,1.5,1.75,2",
     output: Annotated[Path, typer.Option(help="Figure of the exact curves, .png or .svg.")] = Path("compare.png"),
+    reference: Annotated[
+        str | None, typer.Option(help="A name. Print the differences to it on common images, with 95 % intervals.")
+    ] = None,
 ) -> None:
     """Compare ACR and certified accuracy of certificate files (idx, label, predict, radius, correct, time)."""
     from rrcm.report.compare import compare as draw
 
     resume_gc()
-    draw(files, radii, output)
+    draw(files, radii, output, reference)
 
 
 def main() -> None:

@@ -9,22 +9,28 @@ import pandas as pd
 from tabulate import tabulate
 
 from rrcm.certification.external import read_external_certificates
-from rrcm.evaluation.metrics import summary
+from rrcm.evaluation.metrics import Interval, accuracy_difference, acr_difference, summary
 from rrcm.report import figures
+from rrcm.report.tables import interval_text
 from rrcm.utils.errors import RRCMError, printable
 
 
-def compare(files: Sequence[str], radii: str, output: Path) -> None:
+def compare(files: Sequence[str], radii: str, output: Path, reference: str | None = None) -> None:
     """Print ACR and certified accuracy, and draw the exact curves as `output` (.png or .svg).
 
-    `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. Raises `RRCMError` for bad input.
+    `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. With the name `reference`, the differences to its
+    certificates of the same images are printed too. Raises `RRCMError` for bad input.
     """
     numbers, paths = parse_radii(radii), parse_files(files)
+    if reference is not None and reference not in paths:
+        raise RRCMError(f"--reference {reference!r}: must be one of the names {', '.join(map(repr, paths))}")
     if output.suffix not in figures.FORMATS:
         raise RRCMError(f"--output {output}: must end in {' or '.join(figures.FORMATS)}")
     certificates = {name: read_external_certificates(path) for name, path in paths.items()}
     figures.save(figures.draw_comparison(certificates), output)
     print(comparison_table(certificates, numbers))
+    if reference is not None:
+        print(f"\n{differences_table(certificates, reference, numbers)}")
     if note := check_same_images(certificates):
         print(f"note: {note}", file=sys.stderr)
 
@@ -59,7 +65,33 @@ def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[f
     for name, frame in certificates.items():
         acr, *shares = summary(frame, radii).values()
         rows.append([printable(name), f"{len(frame):,}", *(f"{100 * share:.1f}" for share in shares), f"{acr:.3f}"])
-    headers = ["", "images", *(f"r = {radius:g}" for radius in dict.fromkeys(radii)), "ACR"]
+    return _tabulate(rows, "", radii)
+
+
+def differences_table(certificates: Mapping[str, pd.DataFrame], reference: str, radii: Sequence[float]) -> str:
+    """One line per other name: what it has more than `reference` on the images of both, with 95 % intervals.
+
+    Raises `RRCMError` for a name without an image in common with `reference`.
+    """
+    rows, keys = [], ["idx", "label"]
+    for name, frame in certificates.items():
+        if name == reference:
+            continue
+        both = frame.merge(certificates[reference], on=keys, suffixes=("", " of reference"))
+        if both.empty:
+            raise RRCMError(f"--reference {reference!r}: has no image in common with {name!r}")
+        other = both[[f"{column} of reference" for column in ("radius", "correct")]].set_axis(
+            ["radius", "correct"], axis=1
+        )
+        shares = [Interval(*(100 * x for x in accuracy_difference(both, other, r))) for r in dict.fromkeys(radii)]
+        texts = [interval_text(share, "+.1f") for share in shares]
+        acr = interval_text(acr_difference(both, other), "+.3f")
+        rows.append([printable(name), f"{len(both):,}", *texts, acr])
+    return _tabulate(rows, f"less {printable(reference)}", radii)
+
+
+def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str:
+    headers = [corner, "images", *(f"r = {radius:g}" for radius in dict.fromkeys(radii)), "ACR"]
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
 

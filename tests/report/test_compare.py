@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from rrcm.evaluation.metrics import acr_difference
 from rrcm.report.compare import check_same_images, compare, parse_files, parse_radii
 from rrcm.utils.errors import RRCMError, printable
 
@@ -40,6 +41,28 @@ def test_table_picture_and_no_note(files: Path, capsys: pytest.CaptureFixture):
     assert shown.err == ""
     with Image.open("compare.png") as image:
         assert len(image.getcolors(2**24)) > 50
+
+
+def test_differences_to_a_reference_are_of_the_common_images(files: Path, capsys: pytest.CaptureFixture):
+    """Radii where correct: 0.5, 0, 0, 0.25 and, in the other file, 1, 0, 0; the fourth image is in one file alone."""
+    Path("other.txt").write_text("\n".join(Path("other.txt").read_text().splitlines()[:4]))
+    compare(["ours=one.tsv", "theirs=other.txt"], "0,0.75", Path("a.png"), reference="theirs")
+    shown = capsys.readouterr()
+    line = shown.out.splitlines()[-1]
+    assert line.split()[:2] == ["ours", "3"]
+    acr = acr_difference(*(pd.DataFrame({"radius": radii, "correct": 1}) for radii in ([0.5, 0, 0], [1.0, 0, 0])))
+    assert line.endswith(f"-0.167 ({acr.low:+.3f} to {acr.high:+.3f})") and acr.value == pytest.approx(-0.5 / 3)
+    assert "+0.0 (" in line and "-33.3 (" in line and "3 in all of them" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [("him", "must be one of the names 'ours', 'far'"), ("far", "no image in common with 'ours'")],
+)
+def test_a_reference_that_cannot_be(files: Path, reference: str, said: str):
+    Path("far.tsv").write_text("\n".join([HEADER, "7\t1\t1\t0.1\t1\t0"]))
+    with pytest.raises(RRCMError, match=said):
+        compare(["ours=one.tsv", "far=far.tsv"], "0", Path("a.png"), reference)
 
 
 def test_svg_is_the_same_twice_and_names_are_taken_literally(files: Path):
