@@ -5,7 +5,8 @@ between the two without renaming; a test compares both bit by bit. The noise lev
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -189,11 +190,15 @@ class NoiseConditionedViT(nn.Module):
         nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
         nn.init.zeros_(self.patch_embed.proj.bias)
 
-    def forward(self, images: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, t: torch.Tensor | float, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The representation of noisy images: (B, C, H, W) -> (B, embed_dim).
 
         images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
         t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
+        visible: (B, V) int64, the patches of each image that the network sees. Then the result is all its tokens
+        (B, 2 + V, embed_dim): class, time, and these patches in their order.
         """
         t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()
@@ -201,10 +206,17 @@ class NoiseConditionedViT(nn.Module):
         time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
         class_token = self.cls_token.expand(images.shape[0], -1, -1).to(patches.dtype)
         tokens = torch.cat([class_token, time_token[:, None], patches], dim=1) + self.pos_embed
+        if visible is not None:
+            kept = torch.cat([visible.new_tensor([[0, 1]]).expand(len(visible), -1), visible + 2], dim=1)
+            tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, self.embed_dim))
+            return self.norm(self._through(self.blocks, tokens))
         *blocks, last = self.blocks
+        return self.norm(last.forward_cls(self._through(blocks, tokens)))  # nothing reads the other tokens
+
+    def _through(self, blocks: Iterable[Block], tokens: torch.Tensor) -> torch.Tensor:
         for block in blocks:
             tokens = checkpointed(block, tokens) if self.grad_checkpointing else block(tokens)
-        return self.norm(last.forward_cls(tokens))  # nothing reads the other tokens
+        return tokens
 
 
 def checkpointed(module: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -226,26 +238,25 @@ def forward_in_chunks(module: Callable[..., torch.Tensor], num_chunks: int, *inp
     return torch.cat([checkpointed(module, *chunk) for chunk in slices])
 
 
-def projector(embed_dim: int, hidden: int, out: int) -> nn.Sequential:
-    """Linear-BN-ReLU, Linear-BN-ReLU, Linear, without biases and last BatchNorm: (B, embed_dim) -> (B, out)."""
-    return nn.Sequential(
-        nn.Linear(embed_dim, hidden, bias=False),
-        SyncBatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden, bias=False),
-        SyncBatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
-    )
+def mlp_head(*sizes: int, last_norm: bool = False) -> nn.Sequential:
+    """Linear-BN-ReLU for each size but the last, then Linear, without biases: (B, sizes[0]) -> (B, sizes[-1]).
+
+    With `last_norm` a BatchNorm without weight and bias follows, as in MoCo-v3 (Chen et al. 2021).
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes[:-1]):
+        layers += [nn.Linear(before, after, bias=False), SyncBatchNorm1d(after), nn.ReLU(inplace=True)]
+    layers += [nn.Linear(*sizes[-2:], bias=False)]
+    return nn.Sequential(*layers, *([SyncBatchNorm1d(sizes[-1], affine=False)] if last_norm else []))
 
 
 class EncoderWithProjector(nn.Module):
-    """The network of pre-training: encoder and projector."""
+    """Encoder and projector: the networks of contrastive pre-training."""
 
-    def __init__(self, encoder: NoiseConditionedViT, hidden: int, out: int):
+    def __init__(self, encoder: NoiseConditionedViT, hidden: int, out: int, last_norm: bool = False):
         super().__init__()
         self.encoder = encoder
-        self.projector = projector(encoder.embed_dim, hidden, out)
+        self.projector = mlp_head(encoder.embed_dim, hidden, hidden, out, last_norm=last_norm)
 
     def forward(
         self,
@@ -265,6 +276,26 @@ class EncoderWithProjector(nn.Module):
         together = forward_in_chunks(self.encoder, num_chunks, torch.cat(list(batches)), torch.cat(t))
         representations = together.split(size)
         return [self.projector(r) for r in representations[:num_projected]] + list(representations[num_projected:])
+
+
+def block_multiply_adds(num_tokens: int, embed_dim: int) -> int:
+    """Multiply-adds of one image in a `Block` with an MLP of 4 * embed_dim."""
+    return 12 * num_tokens * embed_dim**2 + 2 * num_tokens**2 * embed_dim
+
+
+def encoder_multiply_adds(
+    num_patches: int, patch_dim: int, embed_dim: int, depth: int, num_heads: int, num_visible: int | None = None
+) -> int:
+    """Multiply-adds of one image in a `NoiseConditionedViT` whose patches have `patch_dim` numbers.
+
+    For the representation, the last block computes only the class token. With `num_visible` patches all blocks compute
+    all tokens that are left.
+    """
+    patches = num_patches * patch_dim * embed_dim
+    if num_visible is not None:
+        return patches + depth * block_multiply_adds(2 + num_visible, embed_dim)
+    last = 12 * embed_dim**2 + 2 * num_heads * (2 + num_patches) * embed_dim
+    return patches + (depth - 1) * block_multiply_adds(2 + num_patches, embed_dim) + last
 
 
 def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:

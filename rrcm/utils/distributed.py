@@ -238,7 +238,8 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        normalized = (x - mean) * torch.rsqrt(variance + self.eps)
+        return normalized * self.weight + self.bias if self.affine else normalized
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
