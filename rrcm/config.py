@@ -103,17 +103,86 @@ class Views(Section):
     solarize_prob: tuple[Probability, Probability]
 
 
+class DMAESettings(Section):
+    """Denoising masked autoencoders (Wu et al. 2023)."""
+
+    mask_ratio: Rate  # share of the patches that the encoder does not see; it sees at least one
+    sigma: NonNegative  # pixel units
+    decoder_embed_dim: Count
+    decoder_depth: Count
+    decoder_num_heads: Count
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> Self:
+        if self.decoder_embed_dim % self.decoder_num_heads:
+            raise ValueError(
+                f"decoder_embed_dim {self.decoder_embed_dim} must be a multiple of decoder_num_heads "
+                f"{self.decoder_num_heads}"
+            )
+        return self
+
+
+class RRCMDMAESettings(DMAESettings):
+    """rRCM and DMAE on one encoder."""
+
+    dmae_weight: NonNegative  # of the second loss
+
+
+def _one_or_each(validate: Callable[[object], object], check_key: Callable[[str], None], setting: object) -> object:
+    """A setting that is one value, or a mapping of values by what they are for. Each value is validated alike."""
+    if not isinstance(setting, Mapping):
+        return validate(setting)
+    errors = []
+    for key, value in setting.items():
+        try:
+            check_key(str(key))
+            validate(value)
+        except ValidationError as error:
+            errors += [{**each, "loc": (str(key), *each["loc"])} for each in error.errors(include_url=False)]
+        except ValueError as error:
+            errors.append({"type": "value_error", "loc": (str(key),), "input": setting, "ctx": {"error": error}})
+    if errors:
+        raise ValidationError.from_exception_data("setting", errors)
+    return {key: validate(setting[key]) for key in sorted(setting)}
+
+
+def _varying_type(kind: Any, check_key: Callable[[str], None]) -> Any:
+    """The type of a setting of type `kind` that may be a mapping as `_one_or_each` takes it."""
+    validate = TypeAdapter(kind, config=Section.model_config).validate_python
+    return Annotated[Any, PlainValidator(partial(_one_or_each, validate, check_key))]
+
+
+def _value_for(setting: object, keys: Sequence[str], path: str) -> object:
+    """A setting that is one value, or of a mapping the value of the first of `keys` that it has.
+
+    The last of them is `default`. Raises ValueError if it has none of them.
+    """
+    if not isinstance(setting, Mapping):
+        return setting
+    key = next((key for key in keys if key in setting), None)
+    if key is None:
+        raise ValueError(f"{path}: has no value for {keys[-2]}; add {keys[-2]} or default")
+    return setting[key]
+
+
+PerObjective = _varying_type(Positive, lambda key: None)  # rrcm.training.checks knows the names of objectives
+
+
 class Pretrain(Section):
-    """Pre-training: losses, curriculum and schedules (Lei et al. 2025, section 4)."""
+    """Pre-training: losses, curriculum and schedules (Lei et al. 2025, section 4).
+
+    A `PerObjective` is one value, or a mapping by objective with the key `default`: {default: 1e-3, dmae: 5e-4}.
+    """
 
     objectives: list[str]  # keys of `rrcm.objectives.PRETRAINING`, one encoder each
     batch_size: Annotated[int, Field(ge=2)]  # images per step, over all processes
     steps: Count
+    budget: Literal["steps", "passes"]  # passes: of another objective so many steps that it costs what rRCM costs
     warmup_steps: Annotated[int, Field(ge=0)]
-    lr: Positive
+    lr: PerObjective
     weight_decay: NonNegative
     grad_clip_norm: Positive  # after warm-up only
-    temperature: Positive
+    temperature: PerObjective
     min_levels: Annotated[int, Field(ge=2)]  # s0
     max_levels: Annotated[int, Field(ge=2)]  # s1
     t_min: Positive
@@ -124,6 +193,8 @@ class Pretrain(Section):
     teacher_decay_steepness: Positive  # A
     ema_decay: Rate  # of the average of the student that is kept
     views: Views
+    dmae: DMAESettings
+    rrcm_dmae: RRCMDMAESettings
     precision: Precision
     num_chunks: Count  # chunks per batch (GradCache): less memory, the same gradient
     compile: bool  # torch.compile
@@ -150,7 +221,17 @@ class Pretrain(Section):
             )
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives {self.objectives} must not repeat an entry")
+        for objective in self.objectives:
+            self.settings(objective)
         return self
+
+    def settings(self, objective: str) -> Self:
+        """These settings with the values of one objective. Raises ValueError if one has no value for it."""
+        own = {
+            name: _value_for(getattr(self, name), (objective, "default"), f"pretrain.{name}")
+            for name in ("lr", "temperature")
+        }
+        return self.model_copy(update=own)
 
 
 class GaussianSettings(Section):
@@ -235,24 +316,6 @@ class FinetuneSettings(Section):
     objectives: ObjectiveSettings
 
 
-def _one_or_each(validate: Callable[[object], object], setting: object) -> object:
-    """A setting that is one value, or a mapping of values by what they are for. Each value is validated alike."""
-    if not isinstance(setting, Mapping):
-        return validate(setting)
-    errors = []
-    for key, value in setting.items():
-        try:
-            _check_key(str(key))
-            validate(value)
-        except ValidationError as error:
-            errors += [{**each, "loc": (str(key), *each["loc"])} for each in error.errors(include_url=False)]
-        except ValueError as error:
-            errors.append({"type": "value_error", "loc": (str(key),), "input": setting, "ctx": {"error": error}})
-    if errors:
-        raise ValidationError.from_exception_data("setting", errors)
-    return {key: validate(setting[key]) for key in sorted(setting)}
-
-
 def _check_key(key: str) -> None:
     """Raises ValueError unless `key` is `default`, `scratch`, or a noise level as its files are named: `sigma_0.5`."""
     if key in ("default", "scratch"):
@@ -275,26 +338,19 @@ def _varying(section: type[Section]) -> type[Section]:
             if isinstance(kind, type) and issubclass(kind, Section):
                 fields[name] = (_varying(kind), ...)
             else:
-                validate = TypeAdapter(kind, config=section.model_config).validate_python
-                fields[name] = (Annotated[Any, PlainValidator(partial(_one_or_each, validate))], ...)
+                fields[name] = (_varying_type(kind, _check_key), ...)
     return create_model(section.__name__, __base__=Section, **fields)
 
 
 def _choose(settings: Section, section: type[Section], keys: Sequence[str], path: str) -> dict:
-    """The values of `section` in its varying `settings`: in a mapping, that of the first of `keys` that it has.
-
-    Raises ValueError if it has none of them.
-    """
+    """The values of `section` in its varying `settings`, as `_value_for` chooses them."""
     chosen = {}
     for name, field in section.model_fields.items():
         value, place = getattr(settings, name), f"{path}.{name}"
         if isinstance(value, Section):
             value = _choose(value, field.annotation, keys, place)
-        elif isinstance(value, Mapping):
-            key = next((key for key in keys if key in value), None)
-            if key is None:
-                raise ValueError(f"{place}: has no value for {keys[-2]}; add {keys[-2]} or default")
-            value = value[key]
+        else:
+            value = _value_for(value, keys, place)
         chosen[name] = value
     return chosen
 

@@ -153,6 +153,76 @@ TABLE = {
         "label": "SmoothMix, matched compute",
         "colour": "#56B4E9",
     },
+    "rrcm_without_contrastive": {
+        "initial_weights": "rrcm_without_contrastive",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "rRCM",
+        "label": "rRCM, consistency alone",
+        "colour": "#44AA99",
+    },
+    "rrcm_without_consistency": {
+        "initial_weights": "rrcm_without_consistency",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "rRCM",
+        "label": "rRCM without consistency",
+        "colour": "#332288",
+    },
+    "rrcm_independent_noise": {
+        "initial_weights": "rrcm_independent_noise",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "rRCM",
+        "label": "rRCM, independent noise",
+        "colour": "#AA4499",
+    },
+    "rrcm_constant_levels": {
+        "initial_weights": "rrcm_constant_levels",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "rRCM",
+        "label": "rRCM, constant levels",
+        "colour": "#999933",
+    },
+    "moco_v3": {
+        "initial_weights": "moco_v3",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "other pre-training",
+        "label": "MoCo-v3",
+        "colour": "#661100",
+    },
+    "dmae": {
+        "initial_weights": "dmae",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "other pre-training",
+        "label": "DMAE",
+        "colour": "#117733",
+    },
+    "rrcm_dmae": {
+        "initial_weights": "rrcm_dmae",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "other pre-training",
+        "label": "rRCM + DMAE",
+        "colour": "#F0E442",
+    },
 }
 
 
@@ -199,16 +269,30 @@ def _expand(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~/") else path  # DVC takes a ~ literally
 
 
+def _of_objective(setting: object, objective: str) -> object:
+    return setting.get(objective, setting.get("default")) if isinstance(setting, Mapping) else setting
+
+
 def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping) -> dict:
     """The settings that follow from others and METHODS, for DVC, whose templates cannot look anything up.
 
-    `finetune`: the stages, by name, with what each depends on. `matched_compute`: by method, the objectives whose
-    compute it gets (null: none), so that it is trained again when that compute changes.
+    `pretrain`: by objective, the settings that it has for itself. `finetune`: the stages, by name, with what each
+    depends on. `matched_compute`: by method, the objectives whose compute it gets (null: none), so that it is trained
+    again when that compute changes.
     """
+    own = {
+        objective: {
+            "lr": _of_objective(pretrain["lr"], objective),
+            "temperature": _of_objective(pretrain["temperature"], objective),
+            "settings": pretrain.get(objective),
+        }
+        for objective in pretrain["objectives"]
+    }
     matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}
     reference = {"finetune_objective": METHODS[REFERENCE].objective}
     compute = {"finetune": reference if finetune["budget"] == "passes" else None, "total": reference | matched}
     return {
+        "pretrain": own,
         "finetune": {
             f"{method}-{sigma}": {
                 "method": method,

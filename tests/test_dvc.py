@@ -11,6 +11,7 @@ from conftest import REPOSITORY, compose
 from dvc.repo import Repo
 
 from rrcm.config import Pretrain
+from rrcm.objectives import PRETRAINING
 from rrcm.utils.resume import source_files
 
 MODULES = {
@@ -50,9 +51,12 @@ def test_a_stage_watches_the_code_that_its_module_imports(stage):
     assert watched - {"rrcm/config.py", "rrcm/methods.py"} == needed
 
 
-def test_pretraining_watches_every_setting_but_the_list_of_objectives():
-    watched = {name.removeprefix("pretrain.") for name in definition("pretrain")["params"] if "pretrain." in name}
-    assert watched == set(Pretrain.model_fields) - {"objectives"}
+def test_pretraining_watches_every_setting_that_concerns_its_objective():
+    params = definition("pretrain")["params"]
+    watched = {name.removeprefix("pretrain.") for name in params if name.startswith("pretrain.")}
+    own = {"lr", "temperature"} | PRETRAINING.keys()
+    assert watched == set(Pretrain.model_fields) - {"objectives"} - own
+    assert "derived.pretrain.${item.objective}" in params
 
 
 def test_finetuning_watches_the_columns_of_the_table_that_decide_a_result():
@@ -133,7 +137,10 @@ def test_a_new_row_of_the_table_retrains_nothing(repository):
     [
         ("pretrain.lr=7e-3", {"pretrain@rrcm", "plot"}),
         ("pretrain.steps=31", {"pretrain@rrcm", "finetune@consistency_matched-0.5", "plot"}),
-        ("pretrain.objectives=[rrcm,contrastive]", {"pretrain@contrastive", "plot"}),
+        ("pretrain.lr={default: 7e-3, dmae: 1e-3}", {"pretrain@rrcm", "plot"}),
+        ("pretrain.temperature={rrcm: 0.2, default: 1.0}", {"plot"}),
+        ("pretrain.dmae.sigma=0.5", {"plot"}),
+        ("pretrain.objectives=[rrcm,moco_v3]", {"pretrain@moco_v3", "plot"}),
         ("finetune.lr=4e-3", {"plot", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
         ("seed=1", {"shard-data", "pretrain@rrcm", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
     ],

@@ -9,7 +9,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.rng import normal_per_sample, numpy_rng
 
@@ -63,9 +65,9 @@ class Draw:
 class Objective(Protocol):
     """A loss with its random draw, its logged terms and its cost.
 
-    For pre-training `model` has the networks `student` and `teacher`, and the batch has `image`, `view1` and `view2`,
-    (B, C, H, W) float32 in model space. For fine-tuning `model` is a `Classifier`, and the batch has `image`,
-    (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities.
+    For pre-training `model` has the networks `student` and `teacher` that `build_networks` has built, and the batch has
+    `image`, `view1` and `view2`, (B, C, H, W) float32 in model space. For fine-tuning `model` is a `Classifier`, and
+    the batch has `image`, (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities.
     """
 
     terms: tuple[str, ...]  # logged beside "loss"
@@ -78,10 +80,22 @@ class Objective(Protocol):
     # Optional: schedule(step) -> dict[str, float], values that depend on the step alone and are logged as well.
 
 
+class PretrainingObjective(Objective, Protocol):
+    """An objective that also builds what it trains."""
+
+    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[nn.Module, nn.Module | None]:
+        """Student and teacher around one randomly initialized encoder, which the student has as `encoder`.
+
+        The teacher, if there is one, is a copy of the student or of a part of it, under the same parameter names: it
+        becomes the average of that part. New weights are drawn from torch's global generator.
+        """
+        ...
+
+
 ObjectiveType = TypeVar("ObjectiveType", bound=Objective)
 
 
-def build_objective(kinds: Mapping[str, type[ObjectiveType]], name: str, settings: Mapping) -> ObjectiveType:
+def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str, settings: Mapping) -> ObjectiveType:
     """The objective `name` of `kinds`. Its constructor takes what it names from `settings`, else its own defaults.
 
     Raises `RRCMError` for an unknown name and for a setting that is needed and missing.

@@ -1,5 +1,6 @@
-"""InfoNCE over the global batch, and the contrastive half of rRCM by itself."""
+"""InfoNCE over the global batch, and contrastive pre-training with noisy views."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,6 +8,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives.base import Batch, Draw
 from rrcm.utils.distributed import all_gather_cat
 
@@ -59,16 +61,21 @@ def contrastive_loss(
 class Contrastive:
     """rRCM without its consistency term: noise is only one more augmentation of the views.
 
-    Each view gets its own noise, with pixel sigma uniform from 0 to the loudest of `evaluate_sigmas`. MoCo-v3 (Chen et
-    al. 2021) has besides a predictor, a last BatchNorm and a factor 2 tau.
+    Each view gets its own noise, with pixel sigma uniform from 0 to the loudest of `evaluate_sigmas`.
     """
 
+    projector_hidden_dim: int
+    projection_dim: int
     temperature: float
     t_min: float
     evaluate_sigmas: list[float]  # pixel units
     num_chunks: int = 1
     terms: ClassVar[tuple[str, ...]] = ("contrastive",)
     forwards_per_image: ClassVar[float] = 2 * 3 + 2  # two student views, two teacher views
+
+    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
+        student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
+        return student, copy.deepcopy(student)
 
     def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
         view1, view2 = batch["view1"], batch["view2"]

@@ -1,12 +1,14 @@
 """rRCM's pre-training objective (Lei et al. 2025, section 3)."""
 
+import copy
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from rrcm.models.noise_levels import karras_levels
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives.base import Batch, Draw
 from rrcm.objectives.contrastive import Network, global_info_nce
 
@@ -24,7 +26,7 @@ class RRCMLoss(NamedTuple):
 
 def rrcm_loss(
     student: Network,
-    teacher: Network,
+    teacher: Network | None,
     image: torch.Tensor,
     view1: torch.Tensor,
     view2: torch.Tensor,
@@ -35,6 +37,7 @@ def rrcm_loss(
     t_min: float = 0.002,
     temperature: float = 0.2,
     num_chunks: int = 1,
+    quieter_noise: torch.Tensor | None = None,
 ) -> RRCMLoss:
     """Contrastive loss at the quietest level plus consistency along the noise trajectory (section 3.2).
 
@@ -42,19 +45,22 @@ def rrcm_loss(
     in model space, pixels scaled to [-1, 1]. t > t_next are neighbouring Karras levels, t_min the quietest. Negatives
     are all other targets of the global batch. One noise tensor serves all levels: going from t to t_next along it is a
     step of the probability-flow ODE. With `num_chunks` the networks see the batch in chunks, for the same gradient.
+
+    Ablations: without a teacher the contrastive term is 0, and with `quieter_noise` the image at t_next has that noise.
     """
-    views = [view1 + t_min * noise, view2 + t_min * noise]
+    views = [] if teacher is None else [view1 + t_min * noise, view2 + t_min * noise]
+    levels = [t_min] * len(views)
     with torch.no_grad():  # compute targets first: their temporary memory is freed before the student's graph is built
-        y1, y2 = teacher(views, [t_min, t_min], num_projected=2, num_chunks=num_chunks)
+        y = teacher(views, levels, num_projected=2, num_chunks=num_chunks) if views else []
         encode = getattr(student, "module", student)  # no gradient, so past DDP's hooks
-        (quieter,) = encode([image + t_next * noise], [t_next], num_projected=0, num_chunks=num_chunks)
-    z1, z2, representation = student(
-        [*views, image + t * noise], [t_min, t_min, t], num_projected=2, num_chunks=num_chunks
+        quieter_image = image + t_next * (noise if quieter_noise is None else quieter_noise)
+        (quieter,) = encode([quieter_image], [t_next], num_projected=0, num_chunks=num_chunks)
+    *z, representation = student(
+        [*views, image + t * noise], [*levels, t], num_projected=len(views), num_chunks=num_chunks
     )
-    return RRCMLoss(
-        contrastive=global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature),
-        consistency=global_info_nce(representation, quieter, temperature),
-    )
+    crossed = [global_info_nce(anchor, target, temperature) for anchor, target in zip(z, reversed(y), strict=True)]
+    consistency = global_info_nce(representation, quieter, temperature)
+    return RRCMLoss(contrastive=sum(crossed, torch.zeros_like(consistency)), consistency=consistency)
 
 
 def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -> int:
@@ -63,10 +69,15 @@ def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -
     return min(start * 2 ** math.ceil(step / doubling_steps), end) + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RRCM:
-    """`rrcm_loss` with the curriculum of noise levels: one noise per image, one pair of levels per step."""
+    """`rrcm_loss` with the curriculum of noise levels: one noise per image, one pair of levels per step.
 
+    Each flag is an ablation.
+    """
+
+    projector_hidden_dim: int
+    projection_dim: int
     steps: int  # of the whole pre-training
     min_levels: int
     max_levels: int
@@ -75,32 +86,54 @@ class RRCM:
     rho: float
     temperature: float
     num_chunks: int = 1
-    terms: ClassVar[tuple[str, ...]] = ("contrastive", "consistency")
-    forwards_per_image: ClassVar[float] = 3 * 3 + 1 + 2  # three student views, the quieter target, two teacher views
+    contrastive: bool = True  # False: the consistency term alone
+    same_noise: bool = True  # False: independent noise on the two sides of the consistency term
+    constant_levels: bool = False  # True: the largest number of levels from the first step on
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return ("contrastive", "consistency") if self.contrastive else ("consistency",)
+
+    @property
+    def forwards_per_image(self) -> float:
+        views = 2 if self.contrastive else 0
+        return 3 * (views + 1) + 1 + views  # student, the quieter target, teacher
+
+    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+        student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
+        if self.contrastive:
+            return student, copy.deepcopy(student)
+        student.projector = torch.nn.Identity()  # nothing is projected
+        return student, None
+
+    def num_levels(self, step: int) -> int:
+        start = self.max_levels if self.constant_levels else self.min_levels
+        return num_levels(step, self.steps, start=start, end=self.max_levels)
 
     def levels(self, step: int) -> list[float]:
         """The Karras grid at a step, from loud to quiet, model space."""
-        count = num_levels(step, self.steps, start=self.min_levels, end=self.max_levels)
-        return karras_levels(count, t_min=self.t_min, t_max=self.t_max, rho=self.rho).tolist()
+        return karras_levels(self.num_levels(step), t_min=self.t_min, t_max=self.t_max, rho=self.rho).tolist()
 
     def schedule(self, step: int) -> dict[str, float]:
-        return {"levels": num_levels(step, self.steps, start=self.min_levels, end=self.max_levels)}
+        return {"levels": self.num_levels(step)}
 
     def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
         levels = self.levels(draw.step)
         n = int(draw.generator("level").integers(len(levels) - 1))  # one for the whole global batch
+        shape = batch["image"].shape[1:]
         terms = rrcm_loss(
             networks.student,
             networks.teacher,
             batch["image"],
             batch["view1"],
             batch["view2"],
-            draw.normal("noise", batch["image"].shape[1:]),
+            draw.normal("noise", shape),
             t=levels[n],
             t_next=levels[n + 1],
             t_min=levels[-1],
             temperature=self.temperature,
             num_chunks=self.num_chunks,
+            quieter_noise=None if self.same_noise else draw.normal("quieter noise", shape),
         )
-        contrastive, consistency = terms.contrastive.mean(), terms.consistency.mean()
-        return {"loss": terms.total.mean(), "contrastive": contrastive, "consistency": consistency}
+        losses = {"loss": terms.total.mean(), "consistency": terms.consistency.mean()}
+        return losses | ({"contrastive": terms.contrastive.mean()} if self.contrastive else {})

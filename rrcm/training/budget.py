@@ -4,17 +4,46 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrcm.config import Config, FinetuneSettings
+from rrcm.config import Config, FinetuneSettings, Pretrain
 from rrcm.data.loader import steps_per_epoch
 from rrcm.methods import MATCHED_PRETRAINING, METHODS, REFERENCE
 from rrcm.objectives import FINETUNING, PRETRAINING
-from rrcm.objectives.base import Objective, build_objective
+from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
 from rrcm.utils.files import read_json
 
+COUNTED_IN_STEPS = ("log_every", "evaluate_every", "checkpoint_every")
+DECAY_RATES = ("teacher_decay_start", "teacher_decay_end", "ema_decay")
 
-def build_pretraining_objective(config: Config, name: str) -> Objective:
-    """The objective with the settings of the section `pretrain`."""
-    return build_objective(PRETRAINING, name, config.pretrain.model_dump())
+
+def build_pretraining_objective(config: Config, name: str) -> PretrainingObjective:
+    """The objective with the common settings and those of its own block."""
+    return _build(config, name, plan_pretraining(config, name))
+
+
+def _build(config: Config, name: str, settings: Pretrain) -> PretrainingObjective:
+    values = config.data.model_dump() | config.model.model_dump() | settings.model_dump()
+    return build_objective(PRETRAINING, name, values | values.get(name, {}))
+
+
+def plan_pretraining(config: Config, name: str) -> Pretrain:
+    """The settings of one pre-training. With budget `passes` its steps cost what rRCM's steps cost."""
+    settings = config.pretrain.settings(name)
+    if settings.budget == "steps":
+        return settings
+    cost, matched = (_build(config, each, settings).forwards_per_image for each in (name, MATCHED_PRETRAINING))
+    return scale_steps(settings, matched / cost)
+
+
+def scale_steps(settings: Pretrain, factor: float) -> Pretrain:
+    """A pre-training of `factor` times as many steps. What is counted in steps grows with it.
+
+    An average with decay rate d remembers 1 / (1 - d) steps.
+    """
+    steps = max(1, round(factor * settings.steps))
+    counts = {name: max(1, round(factor * getattr(settings, name))) for name in COUNTED_IN_STEPS}
+    rates = {name: max(0.0, 1 - (1 - getattr(settings, name)) / factor) for name in DECAY_RATES}
+    warmup = min(round(factor * settings.warmup_steps), steps - 1)
+    return settings.model_copy(update={"steps": steps, "warmup_steps": warmup, **counts, **rates})
 
 
 def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: float) -> Objective:
@@ -26,8 +55,8 @@ def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: f
 
 def pretraining_compute(config: Config, objective: str) -> float:
     """Encoder forward passes of the whole pre-training; a backward pass counts as two."""
-    cost = build_pretraining_objective(config, objective).forwards_per_image
-    return cost * config.pretrain.steps * config.pretrain.batch_size
+    settings = plan_pretraining(config, objective)
+    return _build(config, objective, settings).forwards_per_image * settings.steps * settings.batch_size
 
 
 def reference_passes(config: Config, sigma: float, num_images: int) -> float:

@@ -1,6 +1,7 @@
 """What can be known before training: whether all later stages can work with these settings and this data set."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from rrcm.data.shards import Manifest, read_manifest
 from rrcm.methods import METHODS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
+from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
 from rrcm.utils.errors import RRCMError, one_line
@@ -27,6 +29,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     manifest, processes = read_manifest(shard_folder), int(os.environ.get("WORLD_SIZE", 1))
     _check_data(config, manifest)
     images = sum(manifest.splits["train"].counts)
+    _check_objective_names(config)
     for objective in config.pretrain.objectives:
         build_pretraining_objective(config, objective)
         _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
@@ -55,6 +58,16 @@ def _check_data(config: Config, manifest: Manifest) -> None:
             raise RRCMError(
                 f"data.source = {config.data.source}: has {images} {split} images; must have {least} or more"
             )
+
+
+def _check_objective_names(config: Config) -> None:
+    for setting in ("lr", "temperature"):
+        value = getattr(config.pretrain, setting)
+        for name in value if isinstance(value, Mapping) else ():
+            if name not in PRETRAINING and name != "default":
+                raise RRCMError(
+                    f"pretrain.{setting}.{name}: no such objective; there are default, {', '.join(PRETRAINING)}"
+                )
 
 
 def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, images: int, processes: int) -> None:

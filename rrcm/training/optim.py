@@ -21,8 +21,12 @@ def teacher_decay(
 
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * source, parameters only: buffers stay."""
-    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
+    """average <- decay * average + (1 - decay) * source, parameters only: buffers stay.
+
+    The average may be of a part of `source`: it takes the parameters with the names of its own.
+    """
+    new = dict(source.named_parameters())
+    torch._foreach_lerp_(list(average.parameters()), [new[name] for name, _ in average.named_parameters()], 1 - decay)
 
 
 def warmup_cosine(progress: float, warmup: float, total: float) -> float:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from rrcm.config import Config
+from rrcm.config import Config, Pretrain
 from rrcm.data.augment import PretrainTransform, color_blur
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.verification import verify_shards
 from rrcm.evaluation.representations import COLLAPSED, evaluate, load_eval_images
 from rrcm.models.checkpoints import save_model
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
-from rrcm.objectives.base import Batch, Draw, Objective
-from rrcm.training.budget import build_pretraining_objective, pretraining_compute
+from rrcm.models.vit import NoiseConditionedViT, build_encoder
+from rrcm.objectives import PRETRAINING
+from rrcm.objectives.base import Batch, Draw, PretrainingObjective
+from rrcm.training.budget import build_pretraining_objective, plan_pretraining, pretraining_compute
 from rrcm.training.optim import build_optimizer, teacher_decay, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import DistEnv, init_distributed, set_threads
@@ -48,36 +49,35 @@ class Networks:
     """The networks of pre-training. `student` may be wrapped for several processes, the others never are."""
 
     student: torch.nn.Module
-    teacher: EncoderWithProjector
+    teacher: torch.nn.Module | None  # some objectives have none
     ema_encoder: NoiseConditionedViT  # the average of the student's encoder: fine-tuning starts from it
 
     def update_teacher(self, decay: float) -> None:
-        """Move the teacher towards the student."""
-        update_average(self.teacher, self._student, decay)
+        """Move the teacher, if there is one, towards the student."""
+        if self.teacher is not None:
+            update_average(self.teacher, self._student, decay)
 
     def update_ema(self, decay: float) -> None:
         """Move the average towards the student's encoder."""
         update_average(self.ema_encoder, self._student.encoder, decay)
 
     @property
-    def _student(self) -> EncoderWithProjector:
+    def _student(self) -> torch.nn.Module:
         return getattr(self.student, "module", self.student)
 
 
-def build_networks(config: Config, device: torch.device) -> Networks:
-    """Three copies of one randomly initialized network."""
+def build_networks(config: Config, objective: PretrainingObjective, device: torch.device) -> Networks:
+    """The networks of an objective. With one seed all objectives start from the same encoder."""
     torch.manual_seed(derive_seed(config.seed, "pretrain"))
-    student = EncoderWithProjector(
-        build_encoder(config.model, config.data), config.model.projector_hidden_dim, config.model.projection_dim
-    )
+    student, teacher = objective.build_networks(build_encoder(config.model, config.data))
     student.to(device).train()
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    if teacher is not None:
+        teacher.to(device).train().requires_grad_(False)
     return Networks(student, teacher, copy.deepcopy(student.encoder).requires_grad_(False))
 
 
-def schedule(config: Config, step: int) -> dict[str, float]:
+def schedule(settings: Pretrain, step: int) -> dict[str, float]:
     """Learning rate, bound of the gradient norm and decay rate of the teacher at a step."""
-    settings = config.pretrain
     return {
         "lr": settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps),
         "max_norm": settings.grad_clip_norm if step >= settings.warmup_steps else float("inf"),
@@ -94,8 +94,14 @@ def schedule(config: Config, step: int) -> dict[str, float]:
 class RepresentationMonitor:
     """Evaluates the averaged encoder on the validation split, and warns when representations have collapsed."""
 
-    def __init__(self, config: Config, images: ShardedDataset, validation: ShardedDataset, training: Trainer):
-        settings = config.pretrain
+    def __init__(
+        self,
+        config: Config,
+        settings: Pretrain,
+        images: ShardedDataset,
+        validation: ShardedDataset,
+        training: Trainer,
+    ):
         self.training = training
         bank, held_out = (
             load_eval_images(split, config.data.image_size, settings.evaluate_images, training.env)
@@ -118,8 +124,8 @@ class RepresentationMonitor:
         self.training.extra_state["representation"] += [{"step": step, **row} for row in rows]
         if self.training.env.is_main and rows[0]["cross_image_cosine"] > COLLAPSED:
             print(
-                f"pretrain: the representations have collapsed at step {step}: different images have a mean cosine of "
-                f"{rows[0]['cross_image_cosine']:.4f}; lower the learning rate, or the temperature",
+                f"{self.training.label}: the representations have collapsed at step {step}: different images have a "
+                f"mean cosine of {rows[0]['cross_image_cosine']:.4f}; lower the learning rate, or the temperature",
                 file=sys.stderr,
             )
 
@@ -127,22 +133,22 @@ class RepresentationMonitor:
 def _train(
     config: Config,
     name: str,
-    objective: Objective,
+    objective: PretrainingObjective,
     images: ShardedDataset,
     validation: ShardedDataset,
     env: DistEnv,
     output: Path,
     timing: Path,
 ) -> None:
-    settings, seed = config.pretrain, config.seed
-    networks = build_networks(config, env.device)
-    training = build_trainer(config, name, objective, networks, images, env)
+    settings, seed = plan_pretraining(config, name), config.seed
+    networks = build_networks(config, objective, env.device)
+    training = build_trainer(config, name, settings, objective, networks, images, env)
     training.resume()
     if settings.compile:
-        networks.student.encoder.compile()
-        networks.teacher.encoder.compile()
+        for network in filter(None, (networks.student, networks.teacher)):
+            network.encoder.compile()
     networks.student = training.wrap_ddp(networks.student)
-    monitor = RepresentationMonitor(config, images, validation, training)
+    monitor = RepresentationMonitor(config, settings, images, validation, training)
     if training.step == 0:
         monitor(networks.ema_encoder, 0)
     batches = batch_loader(
@@ -159,7 +165,7 @@ def _train(
     last_log_time = time.monotonic()
     for step, batch in training.steps(batches):
         # schedules
-        now = schedule(config, step)
+        now = schedule(settings, step)
         # loss
         draw = Draw(seed, step, batch["position"].tolist(), settings.batch_size, env.device)
         images_of_step = to_model_space(batch, env.device)
@@ -174,7 +180,7 @@ def _train(
         training.accumulate_metrics(losses["loss"], *(losses[term] for term in objective.terms), grad_norm)
         done = step + 1
         if done % settings.log_every == 0 or done == settings.steps:
-            _log(config, training, objective, done, now, time.monotonic() - last_log_time)
+            _log(settings, training, objective, done, now, time.monotonic() - last_log_time)
             last_log_time = time.monotonic()
         # evaluation
         if done % settings.evaluate_every == 0 or done == settings.steps:
@@ -197,12 +203,18 @@ def _train(
 
 
 def build_trainer(
-    config: Config, name: str, objective: Objective, networks: Networks, images: ShardedDataset, env: DistEnv
+    config: Config,
+    name: str,
+    settings: Pretrain,
+    objective: PretrainingObjective,
+    networks: Networks,
+    images: ShardedDataset,
+    env: DistEnv,
 ) -> Trainer:
     """The loop around the networks, with the identity of this run."""
-    settings = config.pretrain
     parameters = [p for p in networks.student.parameters() if p.requires_grad]
-    others = {"objectives"}  # another objective in the list changes nothing here
+    modules = {"student": networks.student, "teacher": networks.teacher, "ema_encoder": networks.ema_encoder}
+    others = {"objectives"} | PRETRAINING.keys() - {name}  # what other objectives have changes nothing here
     identity = fingerprint(
         {
             "objective": name,
@@ -218,7 +230,7 @@ def build_trainer(
         env,
         label=f"pretrain {name}",
         total_steps=settings.steps,
-        modules={"student": networks.student, "teacher": networks.teacher, "ema_encoder": networks.ema_encoder},
+        modules={key: module for key, module in modules.items() if module is not None},
         optimizer=build_optimizer([(1.0, parameters)], lr=settings.lr, weight_decay=settings.weight_decay),
         precision=settings.precision,
         metrics=["loss", *objective.terms, "grad_norm"],
@@ -239,10 +251,14 @@ def to_model_space(batch: Batch, device: torch.device) -> dict[str, torch.Tensor
 
 
 def _log(
-    config: Config, training: Trainer, objective: Objective, done: int, now: dict[str, float], seconds: float
+    settings: Pretrain,
+    training: Trainer,
+    objective: PretrainingObjective,
+    done: int,
+    now: dict[str, float],
+    seconds: float,
 ) -> None:
     """A row of the history after `done` steps, and the progress line."""
-    settings = config.pretrain
     count = done % settings.log_every or settings.log_every
     extra = objective.schedule(done - 1) if hasattr(objective, "schedule") else {}
     row = {"step": done, **training.mean_metrics(count), **extra}

@@ -1,11 +1,20 @@
 """How long each method trains: equal epochs, equal passes and equal total compute, and what warm-ups make of it."""
 
 import pytest
-from conftest import compose
+from conftest import change, compose
 
 from rrcm.config import load_config
 from rrcm.methods import METHODS
-from rrcm.training.budget import build_finetuning_objective, plan_budget, pretraining_compute, reference_passes
+from rrcm.objectives import PRETRAINING
+from rrcm.training.budget import (
+    build_finetuning_objective,
+    build_pretraining_objective,
+    plan_budget,
+    plan_pretraining,
+    pretraining_compute,
+    reference_passes,
+    scale_steps,
+)
 from rrcm.utils.files import write_json
 
 IMAGES, SIGMA = 12_800, 0.5  # 100 steps per epoch of batch 128
@@ -82,3 +91,42 @@ def test_a_training_has_at_least_one_step(plan):
         "smoothadv", "finetune.objectives.smoothadv.attack_steps=900", "finetune.budget=passes", images=128
     )
     assert (budget.total_steps, budget.epochs) == (1, 1)
+
+
+# Pre-training
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_with_equal_passes_every_pre_training_costs_what_rrcm_costs(project, name):
+    change(project, pretrain__budget="passes", pretrain__steps=3000, pretrain__warmup_steps=100)
+    config = load_config(project / "params.yaml")
+    assert pretraining_compute(config, name) == pytest.approx(12 * 3000 * 64, rel=1e-3)
+    settings, objective = plan_pretraining(config, name), build_pretraining_objective(config, name)
+    assert settings.warmup_steps / settings.steps == pytest.approx(1 / 30, rel=0.02)
+    if hasattr(objective, "levels"):
+        assert len(objective.levels(settings.steps - 1)) == 81  # the curriculum is spread over all its steps
+    if name == "rrcm":
+        assert settings == config.pretrain
+
+
+def test_without_equal_passes_every_pre_training_has_the_same_steps(project):
+    config = load_config(project / "params.yaml")
+    assert all(plan_pretraining(config, name) == config.pretrain for name in PRETRAINING)
+
+
+def test_what_is_counted_in_steps_grows_with_them(project):
+    settings = load_config(project / "params.yaml").pretrain
+    longer, shorter = scale_steps(settings, 4.0), scale_steps(settings, 0.001)
+    assert (longer.steps, longer.warmup_steps, longer.checkpoint_every) == (120, 16, 20)
+    assert longer.ema_decay == pytest.approx(1 - (1 - settings.ema_decay) / 4)
+    assert longer.teacher_decay_end == pytest.approx(1 - (1 - settings.teacher_decay_end) / 4)
+    assert (shorter.steps, shorter.warmup_steps, shorter.log_every, shorter.ema_decay) == (1, 0, 1, 0.0)
+
+
+def test_a_learning_rate_of_its_own(project):
+    change(
+        project, pretrain__lr={"default": 1e-3, "dmae": 5e-4}, pretrain__temperature={"default": 1.0, "moco_v3": 0.2}
+    )
+    config = load_config(project / "params.yaml")
+    assert [plan_pretraining(config, name).lr for name in ("rrcm", "dmae")] == [1e-3, 5e-4]
+    assert build_pretraining_objective(config, "moco_v3").temperature == 0.2

@@ -24,9 +24,11 @@ from rrcm.config import load_config
 from rrcm.data.augment import mixup_pairs
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.objectives import PRETRAINING
 from rrcm.objectives.contrastive import contrastive_loss, info_nce
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training import pretrain as pretraining
+from rrcm.training.budget import build_pretraining_objective
 from rrcm.utils.distributed import autocast
 from rrcm.utils.files import read_json
 
@@ -139,9 +141,9 @@ def wait_for_checkpoints(folder: Path, count: int, process) -> None:
         wait([process.sentinel], timeout=0.01)
 
 
-def pretrain_and_kill(folder: Path, count: int) -> None:
+def pretrain_and_kill(folder: Path, count: int, objective: str = "rrcm") -> None:
     """Start pre-training and kill it once it has written `count` checkpoints."""
-    process = start(folder, "pretrain")
+    process = start(folder, "pretrain", objective)
     wait_for_checkpoints(folder, count, process)
     process.kill()
     process.join()
@@ -194,6 +196,16 @@ def start_server():
     process = server.Process(target=int)
     process.start()
     return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", PRETRAINING.keys() - {"rrcm"})
+def test_a_killed_pre_training_ends_with_the_same_bytes(project, objective):
+    change(project, pretrain__steps=12, pretrain__max_levels=40)
+    expected = run_undisturbed(project, "pretrain", [objective], 1)
+    pretrain_and_kill(project, 1, objective)
+    assert stage(project, "pretrain", objective).returncode == 0
+    assert files_of(project / "models") == expected
 
 
 @pytest.mark.slow
@@ -314,12 +326,24 @@ def test_the_contrastive_loss_is_info_nce_in_both_directions():
     assert loss.requires_grad
 
 
-def test_contrastive_pre_training(project):
-    result = stage(project, "pretrain", "contrastive")
+@pytest.mark.parametrize(
+    ("objective", "terms"),
+    [
+        ("rrcm_without_consistency", ["contrastive"]),
+        ("moco_v3", ["contrastive"]),
+        ("dmae", ["reconstruction"]),
+        ("rrcm_dmae", ["contrastive", "consistency", "reconstruction"]),
+    ],
+)
+def test_other_pre_trainings_learn_and_log_their_terms(project, objective, terms):
+    result = stage(project, "pretrain", objective)
     assert result.returncode == 0, result.stderr
-    history = pd.read_csv(project / "models/pretrain/contrastive/history.csv")
-    assert history["loss"].iloc[-1] < history["loss"].iloc[0] and "consistency" not in history
-    assert read_json(project / "models/pretrain/contrastive/config.json")["compute"] == {"pretrain": 8 * 64 * 30}
+    folder = project / "models/pretrain" / objective
+    history = pd.read_csv(folder / "history.csv")
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert history.columns[1 : 2 + len(terms)].tolist() == ["loss", *terms]
+    cost = build_pretraining_objective(load_config(project / "params.yaml"), objective).forwards_per_image
+    assert read_json(folder / "config.json")["compute"] == {"pretrain": cost * 64 * 30}
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])

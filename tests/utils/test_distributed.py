@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,11 @@ from rrcm.config import load_config
 from rrcm.data import shards as shards_module
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.verification import verify_shards
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
+from rrcm.objectives import PRETRAINING
+from rrcm.objectives.base import Draw
 from rrcm.objectives.rrcm import rrcm_loss
+from rrcm.training.budget import build_pretraining_objective
 from rrcm.training.finetune import finetune
 from rrcm.training.pretrain import pretrain
 from rrcm.utils import distributed
@@ -97,6 +101,38 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
     for name in one:
         scale = one[name].abs().max().clamp_min(1e-6)
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
+
+
+def one_step_each(folder: Path) -> None:
+    """A step of every pre-training objective on this process's part of a batch of 12; rank 0 writes what it gives."""
+    config = load_config(folder / "params.yaml")
+    torch.manual_seed(1)
+    with init_distributed("cpu") as env:
+        size = 12 // env.world_size
+        positions = range(env.rank * size, (env.rank + 1) * size)
+        batch = dict(zip(("image", "view1", "view2"), torch.rand(3, 12, 1, 8, 8), strict=True))
+        part = {key: each[list(positions)] for key, each in batch.items()}
+        for name in PRETRAINING:
+            objective = build_pretraining_objective(config, name)
+            torch.manual_seed(0)
+            student, teacher = objective.build_networks(build_encoder(config.model, config.data))
+            forward = DistributedDataParallel(student, broadcast_buffers=False) if env.world_size > 1 else student
+            losses = objective(SimpleNamespace(student=forward, teacher=teacher), part, Draw(0, 3, positions, 12, CPU))
+            losses["loss"].backward()
+            found = {f"gradient.{key}": p.grad for key, p in student.named_parameters()}
+            found |= {key: all_reduce_sum(value.detach()) / env.world_size for key, value in losses.items()}
+            if env.is_main:
+                save_file({key: x.clone() for key, x in found.items()}, folder / f"{name}-{env.world_size}.safetensors")
+
+
+def test_a_step_of_two_processes_is_the_step_of_one_for_every_objective(tmp_path):
+    compose(tmp_path / "params.yaml")
+    for count in (1, 2):
+        together(one_step_each, tmp_path, world_size=count)
+    for name in PRETRAINING:
+        one, two = (load_file(tmp_path / f"{name}-{count}.safetensors") for count in (1, 2))
+        for key, value in one.items():
+            assert (two[key] - value).abs().max() <= 1e-4 * value.abs().max().clamp_min(1e-3), (name, key)
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""Denoising masked autoencoders (Wu et al. 2023)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from rrcm.models.heads import Decoder, MaskedAutoencoder
+from rrcm.models.vit import NoiseConditionedViT, block_multiply_adds, encoder_multiply_adds
+from rrcm.objectives.base import Batch, Draw
+
+
+def normalized_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The patches of (B, C, H, W), row by row, each with mean 0 and variance 1: (B, P, C * patch_size^2)."""
+    patches = F.unfold(images, patch_size, stride=patch_size).mT
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def visible_patches(scores: torch.Tensor, num_visible: int) -> torch.Tensor:
+    """The `num_visible` patches with the smallest scores (B, P), in their order: (B, num_visible) int64."""
+    return scores.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, image: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Mean squared error over all patches, visible or not, of the clean image: (B,) float32.
+
+    reconstruction (B, P, C * patch_size^2), image (B, C, H, W) without noise.
+    """
+    return (reconstruction.float() - normalized_patches(image, patch_size)).square().mean((1, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMAE:
+    """The encoder sees some patches of a noisy image, and a light decoder reconstructs all patches without noise.
+
+    As published but for two things: the encoder keeps its class and time tokens, and the decoder sees them.
+    """
+
+    image_size: int
+    channels: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    t_min: float  # noise level that an image without noise is given, model space
+    mask_ratio: float  # share of the patches that the encoder does not see
+    sigma: float  # of the noise, pixel units
+    decoder_embed_dim: int
+    decoder_depth: int
+    decoder_num_heads: int
+    num_chunks: int = 1
+    terms: ClassVar[tuple[str, ...]] = ("reconstruction",)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_visible(self) -> int:
+        """At least 1."""
+        return max(1, round((1 - self.mask_ratio) * self.num_patches))
+
+    @property
+    def forwards_per_image(self) -> float:
+        """By multiply-adds, since a pass with few patches is shorter and the decoder is another network."""
+        patch_dim = self.channels * self.patch_size**2
+        sizes = self.num_patches, patch_dim, self.embed_dim, self.depth, self.num_heads
+        tokens = 2 + self.num_patches
+        decoder = (2 + self.num_visible) * self.embed_dim + self.num_patches * patch_dim  # first and last layer
+        decoder = decoder * self.decoder_embed_dim
+        decoder += self.decoder_depth * block_multiply_adds(tokens, self.decoder_embed_dim)
+        return 3 * (encoder_multiply_adds(*sizes, self.num_visible) + decoder) / encoder_multiply_adds(*sizes)
+
+    def build_decoder(self, encoder: NoiseConditionedViT) -> Decoder:
+        return Decoder(encoder, self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads)
+
+    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, None]:
+        return MaskedAutoencoder(encoder, self.build_decoder(encoder)), None
+
+    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        image = batch["image"]
+        noisy = image + 2 * self.sigma * draw.normal("masked image's noise", image.shape[1:])
+        t = torch.full((len(image),), max(2 * self.sigma, self.t_min), device=image.device)
+        visible = visible_patches(draw.uniform("mask", (self.num_patches,)), self.num_visible)
+        reconstruction = networks.student(noisy, t, visible=visible, num_chunks=self.num_chunks)
+        loss = reconstruction_loss(reconstruction, image, self.patch_size).mean()
+        return {"loss": loss, "reconstruction": loss}

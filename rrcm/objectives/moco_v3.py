@@ -1,0 +1,28 @@
+"""MoCo-v3 (Chen et al. 2021) with noisy views."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from rrcm.models.heads import EncoderWithPredictor
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.contrastive import Contrastive
+
+
+@dataclass(frozen=True)
+class MoCoV3(Contrastive):
+    """The contrastive loss times 2 tau, with a predictor on the student and a last BatchNorm in both heads.
+
+    The views have the noise of `Contrastive`. The teacher is the average of encoder and projector, without predictor.
+    """
+
+    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
+        hidden, out = self.projector_hidden_dim, self.projection_dim
+        network = EncoderWithProjector(encoder, hidden, out, last_norm=True)
+        return EncoderWithPredictor(network, hidden, out), copy.deepcopy(network)
+
+    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        loss = 2 * self.temperature * super().__call__(networks, batch, draw)["loss"]
+        return {"loss": loss, "contrastive": loss}

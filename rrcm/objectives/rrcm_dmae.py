@@ -1,0 +1,34 @@
+"""rRCM and DMAE together on one encoder."""
+
+from dataclasses import dataclass
+
+import torch
+
+from rrcm.models.heads import ProjectedAutoencoder
+from rrcm.models.vit import NoiseConditionedViT
+from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.dmae import DMAE
+from rrcm.objectives.rrcm import RRCM
+
+
+@dataclass(frozen=True, kw_only=True)
+class RRCMDMAE(RRCM, DMAE):
+    """The sum of both losses. Each has its own noise."""
+
+    dmae_weight: float
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return (*super().terms, *DMAE.terms)
+
+    @property
+    def forwards_per_image(self) -> float:
+        return super().forwards_per_image + DMAE.forwards_per_image.fget(self)
+
+    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+        student, teacher = super().build_networks(encoder)
+        return ProjectedAutoencoder(student, self.build_decoder(encoder)), teacher
+
+    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        rrcm, dmae = (objective.__call__(self, networks, batch, draw) for objective in (RRCM, DMAE))
+        return rrcm | dmae | {"loss": rrcm["loss"] + self.dmae_weight * dmae["loss"]}
