@@ -5,15 +5,16 @@ their mean and range. `untrained` is the network before the first step.
 
     mkdir -p build
     for seed in 0 1 2; do
-        python stages/compose.py seed=$seed 'pretrain.objectives=[rrcm,contrastive]' --output build/seed-$seed.yaml
+        python stages/compose.py seed=$seed 'pretrain.objectives=[rrcm,rrcm_without_consistency]' \\
+            --output build/seed-$seed.yaml
         python stages/shard_data.py --params build/seed-$seed.yaml --output build/shards-$seed
-        for objective in rrcm contrastive; do
+        for objective in rrcm rrcm_without_consistency; do
             python stages/pretrain.py $objective --params build/seed-$seed.yaml --shards build/shards-$seed \\
                 --models build/models-$seed --timings build/timings-$seed
         done
     done
     python benchmarks/trajectories.py rRCM=build/models-0/rrcm rRCM=build/models-1/rrcm rRCM=build/models-2/rrcm \\
-        "without consistency=build/models-0/contrastive" ... --figure trajectories.png
+        "without consistency=build/models-0/rrcm_without_consistency" ... --figure trajectories.png
 """
 
 from itertools import cycle

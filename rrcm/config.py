@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from rrcm.methods import METHODS, REFERENCE, derived_settings
+from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, derived_settings, value_for_objective
 from rrcm.utils.errors import RRCMError
 
 
@@ -152,19 +152,6 @@ def _varying_type(kind: Any, check_key: Callable[[str], None]) -> Any:
     return Annotated[Any, PlainValidator(partial(_one_or_each, validate, check_key))]
 
 
-def _value_for(setting: object, keys: Sequence[str], path: str) -> object:
-    """A setting that is one value, or of a mapping the value of the first of `keys` that it has.
-
-    The last of them is `default`. Raises ValueError if it has none of them.
-    """
-    if not isinstance(setting, Mapping):
-        return setting
-    key = next((key for key in keys if key in setting), None)
-    if key is None:
-        raise ValueError(f"{path}: has no value for {keys[-2]}; add {keys[-2]} or default")
-    return setting[key]
-
-
 PerObjective = _varying_type(Positive, lambda key: None)  # rrcm.training.checks knows the names of objectives
 
 
@@ -221,16 +208,14 @@ class Pretrain(Section):
             )
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives {self.objectives} must not repeat an entry")
-        for objective in self.objectives:
-            self.settings(objective)
+        for name in PER_OBJECTIVE:
+            if isinstance(value := getattr(self, name), Mapping) and "default" not in value:
+                raise ValueError(f"{name} {value} must have a value for default")
         return self
 
     def settings(self, objective: str) -> Self:
-        """These settings with the values of one objective. Raises ValueError if one has no value for it."""
-        own = {
-            name: _value_for(getattr(self, name), (objective, "default"), f"pretrain.{name}")
-            for name in ("lr", "temperature")
-        }
+        """These settings with the values of one objective."""
+        own = {name: value_for_objective(getattr(self, name), objective) for name in PER_OBJECTIVE}
         return self.model_copy(update=own)
 
 
@@ -343,14 +328,20 @@ def _varying(section: type[Section]) -> type[Section]:
 
 
 def _choose(settings: Section, section: type[Section], keys: Sequence[str], path: str) -> dict:
-    """The values of `section` in its varying `settings`, as `_value_for` chooses them."""
+    """The values of `section` in its varying `settings`: in a mapping, that of the first of `keys` that it has.
+
+    Raises ValueError if it has none of them.
+    """
     chosen = {}
     for name, field in section.model_fields.items():
         value, place = getattr(settings, name), f"{path}.{name}"
         if isinstance(value, Section):
             value = _choose(value, field.annotation, keys, place)
-        else:
-            value = _value_for(value, keys, place)
+        elif isinstance(value, Mapping):
+            key = next((key for key in keys if key in value), None)
+            if key is None:
+                raise ValueError(f"{place}: has no value for {keys[-2]}; add {keys[-2]} or default")
+            value = value[key]
         chosen[name] = value
     return chosen
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
 
@@ -269,7 +270,8 @@ def _expand(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~/") else path  # DVC takes a ~ literally
 
 
-def _of_objective(setting: object, objective: str) -> object:
+def value_for_objective(setting: object, objective: str) -> object:
+    """A setting of pre-training that is one value, or a mapping by objective with the key `default`."""
     return setting.get(objective, setting.get("default")) if isinstance(setting, Mapping) else setting
 
 
@@ -281,11 +283,8 @@ def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping,
     again when that compute changes.
     """
     own = {
-        objective: {
-            "lr": _of_objective(pretrain["lr"], objective),
-            "temperature": _of_objective(pretrain["temperature"], objective),
-            "settings": pretrain.get(objective),
-        }
+        objective: {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
+        | {"settings": pretrain.get(objective)}
         for objective in pretrain["objectives"]
     }
     matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}

@@ -212,7 +212,7 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"nonsense": 3}, "nonsense: unknown key; allowed here: profile, seed"),
         ({"pretrain__lr": "fast"}, "pretrain.lr = 'fast': should be a valid number"),
         ({"pretrain__lr": float("nan")}, "pretrain.lr = nan: should be a finite number"),
-        ({"pretrain__lr": {"dmae": 1e-3}}, "pretrain.lr: has no value for rrcm; add rrcm or default"),
+        ({"pretrain__lr": {"dmae": 1e-3}}, "pretrain: lr {'dmae': 0.001} must have a value for default"),
         ({"pretrain__temperature": {"default": 0}}, "pretrain.temperature.default = 0: should be greater than 0"),
         ({"pretrain__budget": "passess"}, "pretrain.budget = 'passess': should be 'steps' or 'passes'"),
         ({"pretrain__dmae__mask_ratio": 1}, "pretrain.dmae.mask_ratio = 1: should be less than 1"),

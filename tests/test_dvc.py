@@ -11,6 +11,7 @@ from conftest import REPOSITORY, compose
 from dvc.repo import Repo
 
 from rrcm.config import Pretrain
+from rrcm.methods import PER_OBJECTIVE
 from rrcm.objectives import PRETRAINING
 from rrcm.utils.resume import source_files
 
@@ -54,7 +55,7 @@ def test_a_stage_watches_the_code_that_its_module_imports(stage):
 def test_pretraining_watches_every_setting_that_concerns_its_objective():
     params = definition("pretrain")["params"]
     watched = {name.removeprefix("pretrain.") for name in params if name.startswith("pretrain.")}
-    own = {"lr", "temperature"} | PRETRAINING.keys()
+    own = {*PER_OBJECTIVE, *PRETRAINING}
     assert watched == set(Pretrain.model_fields) - {"objectives"} - own
     assert "derived.pretrain.${item.objective}" in params
 

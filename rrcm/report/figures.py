@@ -467,7 +467,7 @@ def _draw_pretraining(losses: Axes, levels: Axes, history: pd.DataFrame) -> None
     terms = [name for name in history.columns if name not in NOT_LOSSES]
     for name, dashes in zip(terms, cycle(["-", ":", "--", "-."]), strict=False):
         losses.plot(history["step"], history[name], color=TEXT_COLOR, linestyle=dashes, label=name)
-    losses.set(ylabel="loss (nats)", ylim=(0, None))
+    losses.set(ylabel="loss" if "reconstruction" in terms else "loss (nats)", ylim=(0, None))
     losses.tick_params(labelbottom=False)
     losses.legend()
     name, label = ("levels", "levels N") if "levels" in history else ("lr", "learning rate")  # only rRCM has levels

@@ -9,7 +9,7 @@ import torch
 from rrcm.certification.stopping import check_settings, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, PER_OBJECTIVE
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.objectives import PRETRAINING
@@ -61,7 +61,7 @@ def _check_data(config: Config, manifest: Manifest) -> None:
 
 
 def _check_objective_names(config: Config) -> None:
-    for setting in ("lr", "temperature"):
+    for setting in PER_OBJECTIVE:
         value = getattr(config.pretrain, setting)
         for name in value if isinstance(value, Mapping) else ():
             if name not in PRETRAINING and name != "default":
