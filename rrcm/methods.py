@@ -192,7 +192,7 @@ TABLE = {
         "base": None,
         "family": "rRCM",
         "label": "rRCM, constant levels",
-        "colour": "#999933",
+        "colour": "#DDCC77",
     },
     "moco_v3": {
         "initial_weights": "moco_v3",

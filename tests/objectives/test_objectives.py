@@ -158,7 +158,8 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
     module.register_forward_hook(count)
     classifier = CLASSIFIERS["classifier"](module, K, 1.0).train()
     settings = config.finetune.settings("gaussian", 0.5).model_dump()
-    settings |= {"sigma": 0.5, **settings["objectives"].get(name, {})}
+    own = {key: value for key, value in settings["objectives"].get(name, {}).items() if value is not None}
+    settings |= {"sigma": 0.5, **own}
     objective = build_objective(FINETUNING, name, settings)
     batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
 

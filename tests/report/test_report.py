@@ -8,7 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html import unescape
-from itertools import combinations, cycle
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,7 @@ def make_inputs(config: Config, root: Path) -> None:
     write_csv(root / "models/pretrain/rrcm/representation.csv", representations)
     write_json(root / "models/pretrain/rrcm/config.json", {"compute": {"pretrain": 1.2e6}})
     write_json(root / "timings/pretrain/rrcm.json", {"seconds": 90.0, "environment": ENVIRONMENT})
-    skill = dict(zip(METHODS, cycle([0.5, 0.3, 0.0, 0.55, 0.1, 0.4, 0.2, 0.35, 0.45, 0.25])))
+    skill = dict(zip(METHODS, np.linspace(0.5, -0.3, len(METHODS)), strict=True)) | {"consistency_matched": 0.55}
     for method in config.methods:
         epochs = 68 if METHODS[method].budget == "total" else 20
         for sigma in config.sigmas:

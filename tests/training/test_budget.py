@@ -27,7 +27,9 @@ def plan(tmp_path):
 
     def budget_of(method: str, *overrides: str, images: int = IMAGES):
         methods = ",".join(sorted({"rrcm", method}))
-        config = load_config(compose(tmp_path / "params.yaml", f"methods=[{methods}]", *overrides))
+        encoders = ",".join(sorted({"rrcm", METHODS[method].initial_weights or "rrcm"}))
+        settings = (f"methods=[{methods}]", f"pretrain.objectives=[{encoders}]", *overrides)
+        config = load_config(compose(tmp_path / "params.yaml", *settings))
         spent = {"compute": {"pretrain": pretraining_compute(config, "rrcm")}}
         for name in {kind.initial_weights for kind in METHODS.values() if kind.pretrained_here}:
             write_json(tmp_path / name / "config.json", spent)
