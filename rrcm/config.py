@@ -267,6 +267,15 @@ class SmoothMixSettings(Section):
     mix_warmup_epochs: NonNegative  # over which eta and the clean end's distance grow
 
 
+class CATRSSettings(Section):
+    """CAT-RS (Jeong et al. 2023)."""
+
+    num_noise: Count  # m, in place of the common one
+    worst_case_weight: NonNegative  # lambda
+    attack_radius: NonNegative  # epsilon, L2 distance of noises, pixel units
+    attack_steps: Count  # T
+
+
 class ObjectiveSettings(Section):
     """Settings of the fine-tuning objectives, a block for each that has any."""
 
@@ -276,6 +285,7 @@ class ObjectiveSettings(Section):
     macer: MACERSettings
     smoothadv: SmoothAdvSettings
     smoothmix: SmoothMixSettings
+    cat_rs: CATRSSettings
 
 
 class FinetuneSettings(Section):
@@ -390,6 +400,14 @@ class Finetune(_varying(FinetuneSettings)):
         return METHODS[method].pretrained_here and self.initial_checkpoint is None
 
 
+class SoftLabels(Section):
+    """The smoothed classifier whose votes for the training images are soft labels, for objectives that need them."""
+
+    method: MethodName
+    sigma: Positive  # pixel units
+    n: Count  # noisy copies of each training image
+
+
 class Certify(Section):
     """Randomized smoothing: CERTIFY of Cohen et al. 2019, with a fixed or a group-sequential number of samples."""
 
@@ -481,6 +499,7 @@ class Config(Section):
     model: Model
     pretrain: Pretrain
     finetune: Finetune
+    soft_labels: SoftLabels
     certify: Certify
     latency: Latency
     attack: Attack
@@ -538,11 +557,29 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def soft_labels_fit(self) -> Self:
+        source = self.soft_labels
+        for name in self.methods:
+            if METHODS[name].needs_soft_labels and not (source.method in self.methods and source.sigma in self.sigmas):
+                raise ValueError(
+                    f"soft_labels: {name} needs the votes of {source.method} at sigma {source.sigma}; add these to "
+                    f"methods and sigmas, or change soft_labels"
+                )
+        if METHODS[source.method].needs_soft_labels:
+            raise ValueError(f"soft_labels.method {source.method} needs soft labels itself; choose another")
+        return self
+
+    @model_validator(mode="after")
     def every_training_has_settings(self) -> Self:
         by_passes = self.finetune.budget == "passes" or any(METHODS[name].budget == "total" for name in self.methods)
         for method in [*self.methods, *([REFERENCE] if by_passes else [])]:
             for sigma in self.sigmas:
-                self.finetune.settings(method, sigma)
+                settings = self.finetune.settings(method, sigma)
+                if METHODS[method].needs_soft_labels and (settings.mixup or settings.cutmix):
+                    raise ValueError(
+                        f"finetune.mixup {settings.mixup} and cutmix {settings.cutmix} must be 0 for {method}, whose "
+                        "soft labels are of single images"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -562,7 +599,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def derived_fits(self) -> Self:
-        values = self.model_dump(mode="json", include={"methods", "sigmas", "pretrain", "finetune"})
+        values = self.model_dump(mode="json", include={"methods", "sigmas", "pretrain", "finetune", "soft_labels"})
         if self.derived != derived_settings(**values):
             raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
         return self

@@ -12,6 +12,8 @@ from typing import Literal
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
+SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
+SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
 
 TABLE = {
     "rrcm": {
@@ -224,6 +226,36 @@ TABLE = {
         "label": "rRCM + DMAE",
         "colour": "#F0E442",
     },
+    "cat_rs": {
+        "initial_weights": None,
+        "objective": "cat_rs",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "adversarial",
+        "label": "CAT-RS",
+        "colour": "#A0522D",
+    },
+    "rrcm_cat_rs": {
+        "initial_weights": "rrcm",
+        "objective": "cat_rs",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "rRCM",
+        "label": "rRCM + CAT-RS",
+        "colour": "#5E3C99",
+    },
+    "cat_rs_matched": {
+        "initial_weights": None,
+        "objective": "cat_rs",
+        "budget": "total",
+        "classifier": "classifier",
+        "base": "cat_rs",
+        "family": "adversarial",
+        "label": "CAT-RS, matched compute",
+        "colour": "#A0522D",
+    },
 }
 
 
@@ -244,6 +276,11 @@ class Method:
     def pretrained_here(self) -> bool:
         """Whether the initial weights come from a pre-training of this pipeline."""
         return self.initial_weights not in (None, "timm")
+
+    @property
+    def needs_soft_labels(self) -> bool:
+        """Whether the votes of another smoothed classifier for the training images belong to its training data."""
+        return self.objective in SOFT_LABEL_OBJECTIVES
 
 
 METHODS = {name: Method(**row) for name, row in TABLE.items()}
@@ -275,18 +312,22 @@ def value_for_objective(setting: object, objective: str) -> object:
     return setting.get(objective, setting.get("default")) if isinstance(setting, Mapping) else setting
 
 
-def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping) -> dict:
+def derived_settings(
+    methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping, soft_labels: Mapping
+) -> dict:
     """The settings that follow from others and METHODS, for DVC, whose templates cannot look anything up.
 
     `pretrain`: by objective, the settings that it has for itself. `finetune`: the stages, by name, with what each
-    depends on. `matched_compute`: by method, the objectives whose compute it gets (null: none), so that it is trained
-    again when that compute changes.
+    depends on. `soft_labels`: the stage that counts them, by name, if a method needs them. `matched_compute`: by
+    method, the objectives whose compute it gets (null: none), so that it is trained again when that compute changes.
     """
     own = {
         objective: {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
         | {"settings": pretrain.get(objective)}
         for objective in pretrain["objectives"]
     }
+    source = {name: soft_labels[name] for name in ("method", "sigma")}
+    needed = any(METHODS[method].needs_soft_labels for method in methods)
     matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}
     reference = {"finetune_objective": METHODS[REFERENCE].objective}
     compute = {"finetune": reference if finetune["budget"] == "passes" else None, "total": reference | matched}
@@ -297,9 +338,11 @@ def derived_settings(methods: list[str], sigmas: list[float], pretrain: Mapping,
                 "method": method,
                 "sigma": sigma,
                 "initial_weights": initial_weights_path(method, finetune),
+                "soft_labels": SOFT_LABELS if METHODS[method].needs_soft_labels else "data/shards",  # no further file
             }
             for method in methods
             for sigma in sigmas
         },
+        "soft_labels": {"{method}-{sigma}".format(**source): source} if needed else {},
         "matched_compute": {method: compute[METHODS[method].budget] for method in methods},
     }

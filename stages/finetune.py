@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
+from rrcm.methods import SOFT_LABELS
 from rrcm.training.checks import check_before_training
 from rrcm.training.finetune import finetune
 from rrcm.utils.errors import RRCMError
@@ -19,6 +20,7 @@ def main(
     pretrained: Path = Path("models/pretrain"),
     models: Path = Path("models"),
     timings: Path = Path("timings/finetune"),
+    soft_labels: Path = Path(SOFT_LABELS),
 ) -> None:
     """Fine-tune METHOD for smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
     config = load_config(params)
@@ -26,7 +28,7 @@ def main(
         raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
     check_before_training(config, shards)
     name = f"{method}/{sigma_name(sigma)}"
-    finetune(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json")
+    finetune(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
 
 
 if __name__ == "__main__":

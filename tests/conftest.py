@@ -181,5 +181,6 @@ def change(project: Path, **settings: object) -> None:
 def with_derived(values: dict) -> dict:
     """Settings with the derived ones brought up to date, where the others make sense."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        values["derived"] = derived_settings(*(values[name] for name in ("methods", "sigmas", "pretrain", "finetune")))
+        names = ("methods", "sigmas", "pretrain", "finetune", "soft_labels")
+        values["derived"] = derived_settings(*(values[name] for name in names))
     return values

@@ -19,6 +19,7 @@ MODULES = {
     "shard-data": "rrcm.data.sharding",
     "pretrain": "rrcm.training.pretrain",
     "finetune": "rrcm.training.finetune",
+    "soft-labels": "rrcm.certification.soft_labels",
     "certify": "rrcm.certification.certify",
     "latency": "rrcm.evaluation.latency",
     "attack": "rrcm.evaluation.attack",

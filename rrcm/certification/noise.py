@@ -11,7 +11,7 @@ import torch
 
 from rrcm.utils.rng import derive_seed
 
-SELECT, ESTIMATE, PREDICT, FORWARD = range(4)  # purposes of samples: no two purposes share noise
+SELECT, ESTIMATE, PREDICT, FORWARD, SOFT_LABEL = range(5)  # purposes of samples: no two purposes share noise
 
 CHUNK = 1 << 16  # counters per call on a CPU: the ten Philox rounds then stay in its cache
 UINT32 = 0xFFFFFFFF

@@ -89,8 +89,8 @@ def batch_loader(
     """Yield this rank's part of the global batches first_step..last_step-1.
 
     Step k belongs to epoch k // steps_per_epoch. `batch_size` counts images over all ranks, and each rank takes a
-    contiguous slice of every batch. A batch holds the stacked results of `transform`, and int64 `label` and `position`
-    (index in the global batch). `transform` gets its own generator for each (seed, epoch, image).
+    contiguous slice of every batch. A batch holds the stacked results of `transform`, and int64 `label`, `index` (in
+    the split) and `position` (in the global batch). `transform` gets its own generator for each (seed, epoch, image).
 
     Raises `RRCMError` if the ranks cannot share the batch equally, the split is smaller than a batch, a shard is
     damaged, or a worker dies.
@@ -221,4 +221,4 @@ class GlobalBatches(Dataset):
     def _sample(self, row: int) -> dict[str, np.ndarray]:
         image, label, _ = self.images.read(row)
         sample = self.transform(image, numpy_rng(self.seed, "augment", self.epoch, row))
-        return sample | {"label": np.int64(label)}
+        return sample | {"label": np.int64(label), "index": np.int64(row)}

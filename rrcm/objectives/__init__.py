@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from rrcm.objectives.cat_rs import CATRS
 from rrcm.objectives.consistency import Consistency
 from rrcm.objectives.contrastive import Contrastive
 from rrcm.objectives.dmae import DMAE
@@ -31,4 +32,5 @@ FINETUNING = {
     "macer": MACER,
     "smoothadv": SmoothAdv,
     "smoothmix": SmoothMix,
+    "cat_rs": CATRS,
 }

@@ -67,7 +67,8 @@ class Objective(Protocol):
 
     For pre-training `model` has the networks `student` and `teacher` that `build_networks` has built, and the batch has
     `image`, `view1` and `view2`, (B, C, H, W) float32 in model space. For fine-tuning `model` is a `Classifier`, and
-    the batch has `image`, (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities.
+    the batch has `image`, (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities. With
+    `needs_soft_labels` it also has `soft_label`, (B, K) float32: the votes of another smoothed classifier, as shares.
     """
 
     terms: tuple[str, ...]  # logged beside "loss"
@@ -77,6 +78,7 @@ class Objective(Protocol):
         """{"loss": scalar with gradient, **terms: scalars}."""
         ...
 
+    # Optional: needs_soft_labels = True, for fine-tuning; SOFT_LABEL_OBJECTIVES in rrcm/methods.py has its name too.
     # Optional: schedule(step) -> dict[str, float], values that depend on the step alone and are logged as well.
 
 

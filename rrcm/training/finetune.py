@@ -1,7 +1,8 @@
 """Fine-tuning: one classifier for one method and one smoothing sigma (Lei et al. 2025, section 3.3)."""
 
 import copy
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from rrcm.config import Config, FinetuneSettings
 from rrcm.data.augment import FinetuneTransform, mixup_pairs
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, steps_per_epoch
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.verification import verify_shards
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS, NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
@@ -37,19 +39,30 @@ APPEARANCE = {"label", "colour", "base", "family"}  # columns of the method tabl
 
 
 def finetune(
-    config: Config, method: str, sigma: float, shard_folder: Path | str, pretrained: Path, output: Path, timing: Path
+    config: Config,
+    method: str,
+    sigma: float,
+    shard_folder: Path | str,
+    pretrained: Path,
+    output: Path,
+    timing: Path,
+    soft_labels: Path = Path(SOFT_LABELS),
+    label: str | None = None,
 ) -> None:
     """Train one classifier and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
 
     `pretrained` holds the encoders by objective, for methods that start from one. The weights with the best accuracy
     on noisy images of the `val` split are kept. Killed and started again it continues from its last checkpoint and
-    ends with the same bytes.
+    ends with the same bytes. The file `soft_labels` is read for methods that need it. `label` is what progress and live
+    metrics call this training, if not by its method and sigma.
     """
     set_threads(config.threads)
     with init_distributed(config.device) as env, explain_lost_workers():
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)
-        _train(config, method, sigma, images, validation, pretrained, env, output, timing)
+        labels = read_soft_labels(soft_labels, images) if METHODS[method].needs_soft_labels else None
+        label = label or f"finetune {method} sigma {sigma:g}"
+        _train(config, method, sigma, images, validation, labels, pretrained, env, output, timing, label)
 
 
 def time_condition(config: Config, method: str, sigma: float) -> float:
@@ -88,8 +101,16 @@ def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path
 class Targets:
     """Images and labels of a batch as an objective wants them: mixed, with soft labels."""
 
-    def __init__(self, settings: FinetuneSettings, num_classes: int, seed: int, env: DistEnv):
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        num_classes: int,
+        seed: int,
+        env: DistEnv,
+        soft_labels: torch.Tensor | None = None,  # (N, K), those of all training images
+    ):
         self.settings, self.num_classes, self.seed, self.device = settings, num_classes, seed, env.device
+        self.soft_labels = soft_labels
         self.mixup_fn = None
         if settings.mixup > 0 or settings.cutmix > 0:
             from timm.data import Mixup  # seconds of import
@@ -107,7 +128,10 @@ class Targets:
             )
 
     def __call__(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        """`image` (B, C, H, W) float32 in [0, 1] and `target` (B, K) float32 class probabilities."""
+        """`image` (B, C, H, W) float32 in [0, 1] and `target` (B, K) float32 class probabilities.
+
+        With soft labels also `soft_label`, (B, K) float32: those of the images before augmentation.
+        """
         settings = self.settings
         images = batch["image"].to(self.device, non_blocking=True)
         labels = batch["label"].to(self.device, non_blocking=True)
@@ -116,7 +140,10 @@ class Targets:
         else:
             target = F.one_hot(labels, self.num_classes).float()
             target = target * (1 - settings.label_smoothing) + settings.label_smoothing / self.num_classes
-        return {"image": images.float() / 255, "target": target}
+        found = {"image": images.float() / 255, "target": target}
+        if self.soft_labels is not None:
+            found["soft_label"] = self.soft_labels[batch["index"]].to(self.device)
+        return found
 
 
 def _train(
@@ -125,18 +152,21 @@ def _train(
     sigma: float,
     images: ShardedDataset,
     validation: ShardedDataset,
+    soft_labels: torch.Tensor | None,
     pretrained: Path,
     env: DistEnv,
     output: Path,
     timing: Path,
+    label: str,
 ) -> None:
     settings, num_classes = config.finetune.settings(method, sigma), len(images.classes)
     objective = build_finetuning_objective(settings, method, sigma)
     budget = plan_budget(config, method, sigma, objective, len(images), pretrained)
-    targets = Targets(settings, num_classes, config.seed, env)
+    targets = Targets(settings, num_classes, config.seed, env, soft_labels)
     classifier = build_classifier(config, method, sigma, num_classes, pretrained).to(env.device).train()
     best = BestWeights(classifier, config, sigma, validation, env)
-    training = build_trainer(config, method, sigma, objective, budget, classifier, best, images, env)
+    inputs = {} if soft_labels is None else {"soft_labels": sha256_tensors({"soft_labels": soft_labels})}
+    training = build_trainer(config, method, sigma, objective, budget, classifier, best, images, env, label, inputs)
     if not training.resume() and settings.linear_probe_epochs and METHODS[method].initial_weights is not None:
         linear_probe(classifier, images, config, settings, env, probe_level(config, method, classifier))
     if config.finetune.compile:
@@ -161,6 +191,7 @@ def _train(
         means, accuracy, shown = training.mean_metrics(into_epoch or budget.epoch_steps), None, {}
         if epoch % budget.evaluate_every == 0 or last:
             accuracy = best.update(classifier, epoch, training)
+            warn_if_collapsed(accuracy, best.chance, epoch, method, settings, training)
             shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
         training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": lr}, **shown)
 
@@ -239,6 +270,7 @@ class BestWeights:
         self.candidate = copy.deepcopy(self.classifier)
         self.dtype = torch.bfloat16 if config.finetune.weights_dtype == "bf16" else torch.float32
         pixels, labels, _ = read_split(split, config.data.image_size)
+        self.chance = float(labels.bincount().max()) / len(labels)  # accuracy of a classifier that knows one class
         precision = resolve_precision(env.device, config.finetune.precision)
         self.accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, env)
 
@@ -253,6 +285,23 @@ class BestWeights:
         return accuracy
 
 
+def warn_if_collapsed(
+    accuracy: float, chance: float, epoch: int, method: str, settings: FinetuneSettings, training: Trainer
+) -> None:
+    """Say that a classifier knows no more than one class. Adversarial and margin losses can have this effect.
+
+    While the learning rate grows no classifier has learnt much, so that is not said then.
+    """
+    if accuracy <= chance and epoch > settings.warmup_epochs and training.env.is_main:
+        name = METHODS[method].objective
+        own = f", or weaken finetune.objectives.{name}" if name in settings.objectives.model_dump() else ""
+        print(
+            f"{training.label}: has collapsed at epoch {epoch}: validation accuracy is {100 * accuracy:.1f} %, and "
+            f"{100 * chance:.1f} % for the largest class alone; lower finetune.lr{own}",
+            file=sys.stderr,
+        )
+
+
 def build_trainer(
     config: Config,
     method: str,
@@ -263,8 +312,10 @@ def build_trainer(
     best: BestWeights,
     images: ShardedDataset,
     env: DistEnv,
+    label: str,
+    inputs: Mapping[str, str],
 ) -> Trainer:
-    """The loop around the classifier, with the identity of this run."""
+    """The loop around the classifier, with the identity of this run. `inputs` are hashes of further training data."""
     settings = config.finetune.settings(method, sigma)
     batch_seed = derive_seed(config.seed, "finetune batches")
     scales = layerwise_lr_scales(classifier, settings.layer_decay)
@@ -281,7 +332,7 @@ def build_trainer(
             "architecture": describe(classifier),
             **config.model_dump(mode="json", include={"seed", "data", "model", "finetune"}),
         },
-        {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.state_dict())},
+        {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.state_dict()), **inputs},
         __name__,
         objective,
         classifier,
@@ -289,7 +340,7 @@ def build_trainer(
     training = Trainer(
         RunState(f"finetune-{method}-{sigma}", identity),
         env,
-        label=f"finetune {method} sigma {sigma:g}",
+        label=label,
         total_steps=budget.total_steps,
         modules={"classifier": classifier, "best": best.classifier},
         optimizer=build_optimizer(

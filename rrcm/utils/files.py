@@ -285,3 +285,10 @@ def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path | str) -> str:
+    """Hexadecimal SHA-256 of the names and the bytes of all files in a folder and below."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    text = json.dumps([[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files])
+    return hashlib.sha256(text.encode()).hexdigest()

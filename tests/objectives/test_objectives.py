@@ -8,11 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm.config import Config, load_config
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, SOFT_LABEL_OBJECTIVES
 from rrcm.models import vit
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives import FINETUNING, PRETRAINING
+from rrcm.objectives import FINETUNING, PRETRAINING, cat_rs
 from rrcm.objectives.adversarial import ascend
 from rrcm.objectives.base import (
     Draw,
@@ -22,6 +22,7 @@ from rrcm.objectives.base import (
     smoothed_cross_entropy,
     soft_cross_entropy,
 )
+from rrcm.objectives.cat_rs import cat_rs_loss
 from rrcm.objectives.smoothadv import smoothadv_attack
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.utils.distributed import autocast
@@ -45,6 +46,14 @@ def images(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def labelled() -> dict[str, torch.Tensor]:
+    """A batch for fine-tuning, with soft labels that are none for one class."""
+    soft_label = images(B, K)
+    soft_label[:, -1] = 0
+    target = torch.eye(K)[torch.arange(B) % K]
+    return {"image": images(B, 1, 8, 8), "target": target, "soft_label": soft_label / soft_label.sum(1, keepdim=True)}
+
+
 def pretraining_gradients(
     config: Config, name: str, num_chunks: int = 1, step: int = 3, precision: str = "fp32"
 ) -> dict:
@@ -66,7 +75,7 @@ def finetuning_gradients(config: Config, method: str, step: int = 3) -> dict:
     classifier = CLASSIFIERS[METHODS[method].classifier](encoder(), K, 1.0).train()
     torch.nn.init.normal_(classifier.head.weight)
     objective = build_finetuning_objective(config.finetune.settings(method, 0.5), method, 0.5)
-    batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
+    batch = labelled()
     losses = objective(lambda noisy, frozen=False: classifier(noisy), batch, Draw(0, step, range(B), B, CPU, 1.0))
     assert set(losses) == {"loss", *objective.terms}
     losses["loss"].backward()
@@ -161,7 +170,7 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
     own = {key: value for key, value in settings["objectives"].get(name, {}).items() if value is not None}
     settings |= {"sigma": 0.5, **own}
     objective = build_objective(FINETUNING, name, settings)
-    batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
+    batch = labelled()
 
     def classify(noisy, *, frozen=False):
         nonlocal for_pixels_alone
@@ -182,20 +191,30 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
             {"mix_weight": 0.0, "attack_step": 0.5, "attack_steps": 2, "one_step_clean_end": False}
             | {"mix_warmup_epochs": 0.0},
         ),
+        ("cat_rs", {"worst_case_weight": 0.0, "attack_radius": 0.5, "attack_steps": 2}),
     ],
 )
 def test_without_its_own_part_an_objective_is_gaussian(name, settings):
-    """lambda = eta = 0, epsilon = 0: the cross-entropy of the m copies is left, with the same noise."""
-    settings |= {"sigma": 0.5, "num_noise": 2}
-    batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
+    """lambda = eta = 0, epsilon = 0: the cross-entropy of the m copies is left, with the same noise.
+
+    CAT-RS keeps all m of an image only if all are classified rightly.
+    """
+    classifier = always_right if name == "cat_rs" else linear_classifier
+    settings |= {"sigma": 0.5, "num_noise": 4}
+    batch = labelled()
     one, other = (
-        build_objective(FINETUNING, each, settings)(linear, batch, Draw(0, 0, range(B), B, CPU))["loss"]
+        build_objective(FINETUNING, each, settings)(classifier, batch, Draw(0, 0, range(B), B, CPU))["loss"]
         for each in (name, "gaussian")
     )
     torch.testing.assert_close(one, other)
 
 
-def linear(noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
+def always_right(noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
+    """Logits with class i % K on top for image i of each copy, depending on the pixels."""
+    return 40 * torch.eye(K)[torch.arange(len(noisy)) % B % K] + linear_classifier(noisy).tanh()
+
+
+def linear_classifier(noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
     """Logits of a fixed linear classifier."""
     weight = torch.randn(K, 64, generator=torch.Generator().manual_seed(2))
     return noisy.flatten(1) @ weight.T
@@ -206,13 +225,72 @@ def test_macer_without_its_radius_loss_is_the_soft_cross_entropy(config):
     batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
     draw = Draw(0, 0, range(B), B, CPU)
     deferred, without = (
-        build_objective(FINETUNING, "macer", settings | each)(linear, batch, draw)
+        build_objective(FINETUNING, "macer", settings | each)(linear_classifier, batch, draw)
         for each in ({"deferred_epochs": 1.0}, {"radius_weight": 0.0})
     )
     assert torch.equal(deferred["loss"], without["loss"]) and without["radius_loss"] == 0
-    logits = noisy_logits(linear, batch["image"], draw_noise(batch["image"], draw, 0.5, settings["num_noise"]))
+    logits = noisy_logits(
+        linear_classifier, batch["image"], draw_noise(batch["image"], draw, 0.5, settings["num_noise"])
+    )
     mean = logits.softmax(-1).mean(0)
     torch.testing.assert_close(without["loss"], -(batch["target"] * mean.log()).sum(1).mean())
+
+
+def cat_rs_by_definition(logits, worst_logits, target, soft_label, count) -> tuple[float, float]:
+    """Bottom-K and worst case, image by image and copy by copy."""
+    bottom = worst = 0.0
+    for b in range(B):
+        losses = sorted(float(-(target[b] * z.log_softmax(0)).sum()) for z in logits[:, b])
+        bottom += sum(losses[: count[b]]) / len(losses) / B
+        divergences = [
+            float(torch.nn.functional.kl_div(z.log_softmax(0), soft_label[b], reduction="sum"))
+            for z in worst_logits[:, b]
+        ]
+        worst += (count[b] == len(losses)) * max(divergences) / B
+    return float(bottom), float(worst)
+
+
+def test_cat_rs_keeps_the_smallest_losses_and_the_worst_divergence():
+    logits, worst_logits, batch = 4 * images(4, B, K), 3 * images(4, B, K), labelled()
+    count = torch.arange(B) % 4 + 1
+    found = cat_rs_loss(logits, worst_logits, batch["target"], batch["soft_label"], count)
+    expected = cat_rs_by_definition(logits, worst_logits, batch["target"], batch["soft_label"], count)
+    assert [float(each) for each in found] == pytest.approx(expected, rel=1e-5)
+
+
+def test_cat_rs_draws_the_count_from_the_binomial_distribution_of_the_share_that_is_right(monkeypatch):
+    """A network that is right about two copies of four: K is 1 to 4 with the weights of Bin(4, 1/2), 0 counted as 1."""
+    counts = []
+    monkeypatch.setattr(cat_rs, "cat_rs_loss", lambda *args: (counts.append(args[-1]), 2 * [torch.zeros(())])[1])
+    size = 4000
+    batch = {"image": torch.zeros(size, 1, 1, 1), "target": torch.eye(K)[:1].expand(size, K)}
+    batch |= {"soft_label": batch["target"]}
+    classify = lambda noisy, frozen=False: torch.eye(K)[(torch.arange(len(noisy)) >= 2 * size).long()]  # noqa: E731
+    cat_rs.CATRS(0.5, 4, 1.0, 0.0, 1)(classify, batch, Draw(0, 0, range(size), size, CPU))
+    share = counts[0].bincount(minlength=5) / size
+    expected = torch.tensor([0, 5, 6, 4, 1]) / 16
+    assert (share - expected).abs().max() < 5 * (0.25 / size) ** 0.5
+
+
+def test_worst_case_noise_keeps_mean_and_rms_and_raises_the_divergence():
+    batch, noise = labelled(), torch.randn(4, B, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    attack = {"radius": 0.5, "steps": 4}
+    worst = cat_rs.worst_case_noise(linear_classifier, batch["image"], batch["soft_label"], noise, **attack)
+    for moment in (1, 2):
+        torch.testing.assert_close(
+            worst.pow(moment).mean((2, 3, 4)), noise.pow(moment).mean((2, 3, 4)), atol=2e-2, rtol=0
+        )
+    before, after = (
+        cat_rs.divergence(batch["soft_label"], noisy_logits(linear_classifier, batch["image"], each))
+        for each in (noise, worst)
+    )
+    assert (after > before).float().mean() > 0.9
+    assert (worst - noise).flatten(2).norm(dim=2).max() < 0.6
+
+
+def test_the_table_of_methods_knows_which_objectives_need_soft_labels():
+    needing = {name for name, kind in FINETUNING.items() if getattr(kind, "needs_soft_labels", False)}
+    assert needing == SOFT_LABEL_OBJECTIVES
 
 
 def test_attacks_stay_in_range_and_raise_the_loss():
@@ -220,9 +298,9 @@ def test_attacks_stay_in_range_and_raise_the_loss():
     noise = 0.1 * torch.randn(2, B, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
     def loss(attacked: torch.Tensor) -> torch.Tensor:
-        return smoothed_cross_entropy(noisy_logits(linear, attacked, noise), target)
+        return smoothed_cross_entropy(noisy_logits(linear_classifier, attacked, noise), target)
 
-    attacked = smoothadv_attack(linear, image, target, noise, radius=0.5, steps=4)
+    attacked = smoothadv_attack(linear_classifier, image, target, noise, radius=0.5, steps=4)
     assert (loss(attacked) > loss(image)).all() and attacked.min() >= 0 and attacked.max() <= 1
     assert ((attacked - image).flatten(1).norm(dim=1) <= 0.5 + 1e-6).all()
     flat = torch.full((1, 1, 8, 8), 0.5)

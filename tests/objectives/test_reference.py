@@ -1,5 +1,6 @@
 """The numbers that the methods' public code gave on a tiny network (tests/fixtures), in float32 on a CPU."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from rrcm.objectives.adversarial import project_to_ball
 from rrcm.objectives.base import soft_cross_entropy
+from rrcm.objectives.cat_rs import cat_rs_loss, share_right, worst_case_noise
 from rrcm.objectives.macer import macer_loss
 from rrcm.objectives.smoothadv import smoothadv_attack
 from rrcm.objectives.smoothmix import smoothmix_attack, smoothmix_loss
@@ -71,3 +73,15 @@ def test_smoothmix(name):
     mixed = torch.lerp(clean, adversary, share[:, None, None, None])
     cross_entropy, mix = smoothmix_loss(network.copies(clean + NOISE), network.copies(mixed + NOISE), TARGET, share)
     check(name, cross_entropy + weight * grown * mix, network)
+
+
+def test_cat_rs():
+    network, soft_label = Network(), REFERENCE["soft_label"]
+    steps, radius, weight = REFERENCE["catrs_steps_eps_lambda"].tolist()
+    worst = worst_case_noise(partial(network, frozen=True), X, soft_label, NOISE, radius=radius, steps=int(steps))
+    close(worst - NOISE, REFERENCE["catrs_noise"] - NOISE)
+    logits = network.copies(X + NOISE)
+    torch.testing.assert_close(share_right(logits, TARGET), REFERENCE["catrs_share_right"])
+    count = REFERENCE["catrs_k"].long().clamp_min(1)
+    bottom, worst_case = cat_rs_loss(logits, network.copies(X + worst), TARGET, soft_label, count)
+    check("catrs", bottom + weight * worst_case, network)

@@ -1,0 +1,111 @@
+"""CAT-RS (Jeong et al. 2023): confidence-aware training, with the noise that each image can bear."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from rrcm.objectives.adversarial import ascend, project_to_ball
+from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits
+
+
+def divergence(soft_label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(soft_label || softmax z_i): soft_label (B, K), logits (m, B, K) -> (m, B)."""
+    log_label = soft_label.clamp_min(torch.finfo(soft_label.dtype).tiny).log()
+    return (soft_label * (log_label - F.log_softmax(logits, dim=-1))).sum(-1)
+
+
+def worst_case_noise(
+    classifier: Classifier,
+    images: torch.Tensor,
+    soft_label: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    radius: float,
+    steps: int,
+) -> torch.Tensor:
+    """Noise within L2 `radius` of the given noise that takes predictions away from `soft_label` (section 3.2).
+
+    images (B, C, H, W) in [0, 1], soft_label (B, K), noise (m, B, C, H, W) in pixel units -> (m, B, C, H, W). Each step
+    has length 2 radius / steps and is projected into the ball. Then each noise is moved and scaled, with the mean and
+    the root mean square it had at first, as in the authors' code. `classifier` is frozen.
+    """
+    given = noise.flatten(0, 1)
+    mean, rms = _mean(given), _mean(given.square()).sqrt()
+
+    def loss(moved: torch.Tensor) -> torch.Tensor:
+        return divergence(soft_label, noisy_logits(classifier, images, moved.view_as(noise))).sum()
+
+    def project(moved: torch.Tensor) -> torch.Tensor:
+        moved = project_to_ball(moved, given, radius)
+        return (moved - _mean(moved)) / _mean(moved.square()).sqrt() * rms + mean
+
+    return ascend(loss, given, steps=steps, length=2 * radius / steps, project=project).view_as(noise)
+
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of each row of (B, C, H, W): (B, 1, 1, 1)."""
+    return rows.mean((1, 2, 3), keepdim=True)
+
+
+def share_right(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The share of the m noisy copies that are classified as `target` says: (m, B, K), (B, K) -> (B,)."""
+    return (logits.argmax(-1) == target.argmax(-1)).float().mean(0)
+
+
+def cat_rs_loss(
+    logits: torch.Tensor,
+    worst_logits: torch.Tensor,
+    target: torch.Tensor,
+    soft_label: torch.Tensor,
+    count: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of the loss, before lambda (Jeong et al. 2023, section 3): scalars.
+
+    Bottom-K: 1/m times the sum of the K smallest of the m cross-entropies. Worst case: max_i KL(soft_label || f(x +
+    e*_i)) where K = m, else 0. logits and worst_logits (m, B, K classes), target and soft_label (B, K classes),
+    `count` (B,) is K of each image, 1 to m.
+    """
+    cross_entropy = -(target * F.log_softmax(logits, dim=-1)).sum(-1)
+    rank = torch.arange(len(logits), device=logits.device)[:, None]
+    bottom = (cross_entropy.sort(0).values * (rank < count)).mean(0)
+    worst = divergence(soft_label, worst_logits).amax(0) * (count == len(logits))
+    return bottom.mean(), worst.mean()
+
+
+@dataclass(frozen=True)
+class CATRS:
+    """Bottom-K + lambda times the worst case, with K ~ Bin(m, share of right predictions), at least 1.
+
+    The soft label of an image comes from the votes of a Gaussian-trained smoothed classifier. It is that of the whole
+    image, also where augmentation has cropped or flipped it.
+    """
+
+    sigma: float  # pixel units
+    num_noise: int  # m
+    worst_case_weight: float  # lambda
+    attack_radius: float  # epsilon, L2 distance of noises, pixel units
+    attack_steps: int  # T
+    terms: ClassVar[tuple[str, ...]] = ("bottom", "worst_case")
+    needs_soft_labels: ClassVar[bool] = True
+
+    @property
+    def forwards_per_image(self) -> float:
+        attack = 2 * self.attack_steps if self.attack_radius else 0  # gradients of pixels alone cost one pass
+        return (3 + 3 + attack) * self.num_noise
+
+    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+        images, target, soft_label = batch["image"], batch["target"], batch["soft_label"]
+        noise = worst = draw_noise(images, draw, self.sigma, self.num_noise)
+        if self.attack_radius:
+            attack = partial(worst_case_noise, radius=self.attack_radius, steps=self.attack_steps)
+            worst = attack(partial(classifier, frozen=True), images, soft_label, noise)
+        logits, worst_logits = (noisy_logits(classifier, images, each) for each in (noise, worst))
+
+        trials = draw.uniform("bottom count", (self.num_noise,)).T
+        count = (trials < share_right(logits, target)).sum(0).clamp_min(1)  # binomial
+        bottom, worst_case = cat_rs_loss(logits, worst_logits, target, soft_label, count)
+        worst_case = self.worst_case_weight * worst_case
+        return {"loss": bottom + worst_case, "bottom": bottom, "worst_case": worst_case}
