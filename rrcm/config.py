@@ -274,6 +274,7 @@ class CATRSSettings(Section):
     worst_case_weight: NonNegative  # lambda
     attack_radius: NonNegative  # epsilon, L2 distance of noises, pixel units
     attack_steps: Count  # T
+    confidence: Literal["predictions", "soft_label"]  # which of them says how many copies count
 
 
 class ObjectiveSettings(Section):

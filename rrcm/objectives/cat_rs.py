@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +77,12 @@ def cat_rs_loss(
 
 @dataclass(frozen=True)
 class CATRS:
-    """Bottom-K + lambda times the worst case, with K ~ Bin(m, share of right predictions), at least 1.
+    """Bottom-K + lambda times the worst case, with K ~ Bin(m, confidence), at least 1.
 
     The soft label of an image comes from the votes of a Gaussian-trained smoothed classifier. It is that of the whole
-    image, also where augmentation has cropped or flipped it.
+    image, also where augmentation has cropped or flipped it. The confidence is the share of the m predictions that are
+    right, or the soft label of the right class. With the first, a classifier that still knows nothing learns from one
+    copy in m, which takes long; the authors use the second on ImageNet for this reason.
     """
 
     sigma: float  # pixel units
@@ -88,6 +90,7 @@ class CATRS:
     worst_case_weight: float  # lambda
     attack_radius: float  # epsilon, L2 distance of noises, pixel units
     attack_steps: int  # T
+    confidence: Literal["predictions", "soft_label"]
     terms: ClassVar[tuple[str, ...]] = ("bottom", "worst_case")
     needs_soft_labels: ClassVar[bool] = True
 
@@ -104,8 +107,11 @@ class CATRS:
             worst = attack(partial(classifier, frozen=True), images, soft_label, noise)
         logits, worst_logits = (noisy_logits(classifier, images, each) for each in (noise, worst))
 
+        right = share_right(logits, target)
+        if self.confidence == "soft_label":
+            right = soft_label.gather(1, target.argmax(1, keepdim=True)).squeeze(1)
         trials = draw.uniform("bottom count", (self.num_noise,)).T
-        count = (trials < share_right(logits, target)).sum(0).clamp_min(1)  # binomial
+        count = (trials < right).sum(0).clamp_min(1)  # binomial
         bottom, worst_case = cat_rs_loss(logits, worst_logits, target, soft_label, count)
         worst_case = self.worst_case_weight * worst_case
         return {"loss": bottom + worst_case, "bottom": bottom, "worst_case": worst_case}

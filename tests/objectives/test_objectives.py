@@ -1,5 +1,6 @@
 """What every objective must do, whatever its formula: run over both tables."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,7 +192,7 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
             {"mix_weight": 0.0, "attack_step": 0.5, "attack_steps": 2, "one_step_clean_end": False}
             | {"mix_warmup_epochs": 0.0},
         ),
-        ("cat_rs", {"worst_case_weight": 0.0, "attack_radius": 0.5, "attack_steps": 2}),
+        ("cat_rs", {"worst_case_weight": 0.0, "attack_radius": 0.5, "attack_steps": 2, "confidence": "predictions"}),
     ],
 )
 def test_without_its_own_part_an_objective_is_gaussian(name, settings):
@@ -258,17 +259,19 @@ def test_cat_rs_keeps_the_smallest_losses_and_the_worst_divergence():
     assert [float(each) for each in found] == pytest.approx(expected, rel=1e-5)
 
 
-def test_cat_rs_draws_the_count_from_the_binomial_distribution_of_the_share_that_is_right(monkeypatch):
-    """A network that is right about two copies of four: K is 1 to 4 with the weights of Bin(4, 1/2), 0 counted as 1."""
+@pytest.mark.parametrize(("confidence", "p"), [("predictions", 0.5), ("soft_label", 0.6)])
+def test_cat_rs_draws_the_count_from_the_binomial_distribution_of_the_confidence(monkeypatch, confidence, p):
+    """A network that is right about two copies of four, and soft labels of 0.6: 0 is counted as 1."""
     counts = []
     monkeypatch.setattr(cat_rs, "cat_rs_loss", lambda *args: (counts.append(args[-1]), 2 * [torch.zeros(())])[1])
     size = 4000
     batch = {"image": torch.zeros(size, 1, 1, 1), "target": torch.eye(K)[:1].expand(size, K)}
-    batch |= {"soft_label": batch["target"]}
+    batch |= {"soft_label": 0.5 * batch["target"] + 0.1}
     classify = lambda noisy, frozen=False: torch.eye(K)[(torch.arange(len(noisy)) >= 2 * size).long()]  # noqa: E731
-    cat_rs.CATRS(0.5, 4, 1.0, 0.0, 1)(classify, batch, Draw(0, 0, range(size), size, CPU))
+    cat_rs.CATRS(0.5, 4, 1.0, 0.0, 1, confidence)(classify, batch, Draw(0, 0, range(size), size, CPU))
     share = counts[0].bincount(minlength=5) / size
-    expected = torch.tensor([0, 5, 6, 4, 1]) / 16
+    weights = [math.comb(4, k) * p**k * (1 - p) ** (4 - k) for k in range(5)]
+    expected = torch.tensor([0.0, weights[0] + weights[1], *weights[2:]])
     assert (share - expected).abs().max() < 5 * (0.25 / size) ** 0.5
 
 
