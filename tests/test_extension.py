@@ -26,7 +26,7 @@ from rrcm.utils.files import read_json
 
 
 @dataclass(frozen=True)
-class Stability:
+class BothViews:
     """CE(f(x), y) + lambda H(f(x), f(x + e)) (Li et al. 2019): a loss as objectives/README.md has it."""
 
     sigma: float
@@ -73,11 +73,11 @@ def stripes(data) -> RawDataset:
 
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"initial_weights": None, "objective": "stability", "budget": "finetune", "classifier": "jittered"}
+    row = {"initial_weights": None, "objective": "both_views", "budget": "finetune", "classifier": "jittered"}
     monkeypatch.setitem(
-        METHODS, "stability", Method(**row, base=None, family="noise", label="Stability", colour="#E69F00")
+        METHODS, "stability", Method(**row, base=None, family="noise", label="Both views", colour="#E69F00")
     )
-    monkeypatch.setitem(FINETUNING, "stability", Stability)
+    monkeypatch.setitem(FINETUNING, "both_views", BothViews)
     monkeypatch.setitem(CLASSIFIERS, "jittered", Jittered)
     monkeypatch.setitem(DATASETS, "stripes", stripes)
 
@@ -86,7 +86,7 @@ def settings(project: Path) -> Config:
     import yaml
 
     values = yaml.safe_load((project / "params.yaml").read_text())
-    values |= {"methods": ["stability"], "sigmas": [0.25]}
+    values |= {"methods": ["both_views"], "sigmas": [0.25]}
     values["pretrain"]["objectives"] = []
     values["data"]["source"] = "stripes"
     values["finetune"] |= {"epochs": 2, "batch_size": 64}
@@ -108,9 +108,9 @@ def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_
     monkeypatch.chdir(tmp_path)
     config = settings(project)
     write_shards(config.data, config.seed, tmp_path / "shards")
-    model = tmp_path / "models/stability/sigma_0.25"
+    model = tmp_path / "models/both_views/sigma_0.25"
     finetune(
-        config, "stability", 0.25, tmp_path / "shards", tmp_path / "models/pretrain", model, tmp_path / "time.json"
+        config, "both_views", 0.25, tmp_path / "shards", tmp_path / "models/pretrain", model, tmp_path / "time.json"
     )
 
     described = read_json(model / "config.json")
@@ -144,16 +144,16 @@ def test_outside_objects_decide_the_identity_of_a_run(extended, project, tmp_pat
 
     def identity() -> str:
         with pytest.raises(Seen):
-            finetune(config, "stability", 0.25, tmp_path / "shards", tmp_path, tmp_path / "out", tmp_path / "t.json")
+            finetune(config, "both_views", 0.25, tmp_path / "shards", tmp_path, tmp_path / "out", tmp_path / "t.json")
         return names[-1]
 
     first = identity()
     assert identity() == first
-    monkeypatch.setitem(METHODS, "stability", Method(**(vars(METHODS["stability"]) | {"label": "Li et al."})))
+    monkeypatch.setitem(METHODS, "both_views", Method(**(vars(METHODS["both_views"]) | {"label": "Li et al."})))
     assert identity() == first
     found = [first]
     for objective in ("gaussian", "consistency"):  # nothing but the row tells these two apart: the code is that of both
-        monkeypatch.setitem(METHODS, "stability", Method(**(vars(METHODS["stability"]) | {"objective": objective})))
+        monkeypatch.setitem(METHODS, "both_views", Method(**(vars(METHODS["both_views"]) | {"objective": objective})))
         found.append(identity())
     assert len(set(found)) == 3
 
