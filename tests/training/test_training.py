@@ -9,19 +9,27 @@ import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, Answer, change, stage
+from conftest import REPOSITORY, Answer, change, files_of, stage, start
 from safetensors.torch import load_file
 from torch import nn
 
 from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.config import load_config
+from rrcm.data.shards import ShardedDataset
+from rrcm.data.soft_labels import write_votes
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_classifier, load_encoder
-from rrcm.training.finetune import WrappedClassifier
+from rrcm.models.vit import NoiseConditionedViT
+from rrcm.training.finetune import BestWeights, WrappedClassifier, warn_if_collapsed
+from rrcm.utils.distributed import DistEnv
 from rrcm.utils.files import read_json
 
 
@@ -195,6 +203,53 @@ def test_shards_behind_a_url(project, trained):
         server.shutdown()
     assert_same_weights(project / "models/pretrain/rrcm", trained / "models/pretrain/rrcm")
     assert list(project.glob(".cache/rrcm/*.tar"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["smoothadv", "cat_rs"])
+def test_a_killed_training_with_attacks_ends_with_the_same_bytes(project, tiny_shards, method):
+    change(project, methods=["gaussian", method], finetune__epochs=3)
+    images = ShardedDataset(tiny_shards, "train")
+    votes = nn.functional.one_hot(torch.from_numpy(images.labels.copy()), 10) * 9 + 1
+    write_votes(project / "data/soft_labels.safetensors", votes, images)
+    succeed(stage(project, "finetune", method, "0.5"))
+    expected = files_of(project / f"models/{method}/sigma_0.5")
+    shutil.rmtree(project / "models")
+    process = start(project, "finetune", method, "0.5")
+    while not list(project.glob("runs/finetune-*/[0-9]*.safetensors")):
+        assert process.is_alive()
+        wait([process.sentinel], timeout=0.005)
+    process.kill()
+    process.join()
+    assert not (project / "models").exists()
+    answer = stage(project, "finetune", method, "0.5")
+    succeed(answer)
+    assert "resuming" in answer.stderr and files_of(project / f"models/{method}/sigma_0.5") == expected
+
+
+def test_a_collapse_is_said_once_the_learning_rate_has_grown(project, capsys):
+    settings = load_config(project / "params.yaml").finetune.settings("smoothadv", 0.5)
+    training = SimpleNamespace(label="finetune smoothadv sigma 0.5", env=SimpleNamespace(is_main=True))
+    for accuracy, epoch, said in ((0.11, 1, False), (0.2, 2, False), (0.11, 2, True)):  # the warm-up takes one epoch
+        warn_if_collapsed(accuracy, 0.11, epoch, "smoothadv", settings, training)
+        assert capsys.readouterr().err == said * (
+            "finetune smoothadv sigma 0.5: has collapsed at epoch 2: validation accuracy is 11.0 %, and 11.0 % for the "
+            "largest class alone; lower finetune.lr, or weaken finetune.objectives.smoothadv\n"
+        )
+    training.env.is_main = False
+    warn_if_collapsed(0.0, 0.11, 2, "smoothadv", settings, training)
+    assert not capsys.readouterr().err
+
+
+def test_a_classifier_that_knows_one_class_has_the_accuracy_of_a_collapse(project):
+    """It is right about the largest class of the validation split, whatever the noise."""
+    config = load_config(project / "params.yaml")
+    split = ShardedDataset(project / "data/shards", "val")
+    classifier = NoiseConditionedClassifier(NoiseConditionedViT(8, 1, 4, 32, depth=1, num_heads=2), 10, t=1.0)
+    best = BestWeights(classifier, config, 0.5, split, DistEnv(0, 1, torch.device("cpu")))
+    nn.init.zeros_(classifier.head.weight)
+    classifier.head.bias.data[int(np.bincount(split.labels).argmax())] = 1.0
+    assert best.accuracy(classifier) == pytest.approx(best.chance)
 
 
 def test_a_frozen_pass_is_in_eval_mode_and_leaves_training_mode_on():

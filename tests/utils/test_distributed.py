@@ -6,7 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +24,13 @@ from rrcm.config import load_config
 from rrcm.data import shards as shards_module
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.verification import verify_shards
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
-from rrcm.objectives import PRETRAINING
-from rrcm.objectives.base import Draw
+from rrcm.objectives import FINETUNING, PRETRAINING
+from rrcm.objectives.base import Draw, build_objective
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training.budget import build_pretraining_objective
-from rrcm.training.finetune import finetune
+from rrcm.training.finetune import WrappedClassifier, finetune
 from rrcm.training.pretrain import pretrain
 from rrcm.utils import distributed
 from rrcm.utils.distributed import (
@@ -133,6 +136,44 @@ def test_a_step_of_two_processes_is_the_step_of_one_for_every_objective(tmp_path
         one, two = (load_file(tmp_path / f"{name}-{count}.safetensors") for count in (1, 2))
         for key, value in one.items():
             assert (two[key] - value).abs().max() <= 1e-4 * value.abs().max().clamp_min(1e-3), (name, key)
+
+
+def finetuning_steps(folder: Path) -> None:
+    """Loss and gradients of every fine-tuning objective, attacks included, on this process's part of a batch of 8."""
+    settings = load_config(folder / "params.yaml").finetune.settings("gaussian", 0.5).model_dump()
+    generator = torch.Generator().manual_seed(1)
+    batch = {"image": torch.rand(8, 1, 8, 8, generator=generator), "target": torch.eye(5)[torch.arange(8) % 5]}
+    batch["soft_label"] = torch.rand(8, 5, generator=generator).softmax(1)
+    with init_distributed("cpu") as env:
+        rows = range(env.rank * 8 // env.world_size, (env.rank + 1) * 8 // env.world_size)
+        wrap = (
+            partial(DistributedDataParallel, broadcast_buffers=False) if env.world_size > 1 else lambda module: module
+        )
+        found = {}
+        for name in FINETUNING:
+            torch.manual_seed(0)
+            classifier = NoiseConditionedClassifier(NoiseConditionedViT(8, 1, 4, 32, depth=2, num_heads=2), 5, t=1.0)
+            torch.nn.init.normal_(classifier.head.weight)
+            classify = WrappedClassifier(classifier, SimpleNamespace(wrap_ddp=wrap, autocast=nullcontext), num_chunks=1)
+            own = settings | settings["objectives"].get(name, {}) | {"sigma": 0.5}
+            draw = Draw(0, 3, rows, 8, CPU, epoch=20.0)
+            part = {key: value[list(rows)] for key, value in batch.items()}
+            loss = build_objective(FINETUNING, name, own)(classify, part, draw)["loss"]
+            loss.backward()
+            found |= {f"{name} {key}": p.grad for key, p in classifier.named_parameters()}
+            found[f"{name} loss"] = all_reduce_sum(loss.detach()) / env.world_size
+        if env.is_main:
+            save_file(found, folder / f"{env.world_size}.safetensors")
+
+
+def test_every_fine_tuning_objective_of_two_processes_is_that_of_one(tmp_path):
+    compose(tmp_path / "params.yaml")
+    for world_size in (1, 2):
+        together(finetuning_steps, tmp_path, world_size=world_size)
+    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    for name in one:
+        scale = one[name].abs().max().clamp_min(1e-6)
+        assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
 
 
 @pytest.mark.slow
