@@ -373,6 +373,7 @@ class Finetune(_varying(FinetuneSettings)):
 
     budget: Literal["epochs", "passes"]  # what all methods get: `epochs`, or the encoder passes that rRCM's epochs cost
     initial_checkpoint: str | None  # model folder or authors' file that replaces models/pretrain/<objective>
+    ensemble_members: Annotated[int, Field(ge=2)]  # k, of the methods that are ensembles
     time_condition: Literal["exact", "nearest_level"]  # t = 2 sigma, or the nearest level of pre-training to it
     timm: TimmViT
     pretrain_cost_shared_by: Count  # number of fine-tuned models that share the compute of one pre-training
@@ -423,6 +424,15 @@ class Certify(Section):
     max_images: Count | None
     precision: CertifiedPrecision
     compile: bool  # torch.compile, with CUDA graphs on a GPU
+    consensus: Annotated[int, Field(ge=2)] | None  # K: an ensemble whose first K members agree skips the others
+
+    @model_validator(mode="after")
+    def consensus_is_not_compiled(self) -> Self:
+        if self.consensus is not None and self.compile:
+            raise ValueError(
+                f"consensus {self.consensus} cannot be compiled; set consensus to null or compile to false"
+            )
+        return self
 
 
 class Latency(Section):
@@ -568,6 +578,13 @@ class Config(Section):
                 )
         if METHODS[source.method].needs_soft_labels:
             raise ValueError(f"soft_labels.method {source.method} needs soft labels itself; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def ensembles_fit(self) -> Self:
+        consensus, members = self.certify.consensus, self.finetune.ensemble_members
+        if consensus is not None and consensus >= members:
+            raise ValueError(f"certify.consensus {consensus} must be below finetune.ensemble_members {members}")
         return self
 
     @model_validator(mode="after")

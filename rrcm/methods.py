@@ -256,6 +256,26 @@ TABLE = {
         "label": "CAT-RS, matched compute",
         "colour": "#A0522D",
     },
+    "consistency_ensemble": {
+        "initial_weights": None,
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "ensemble",
+        "base": None,
+        "family": "ensemble",
+        "label": "Consistency, ensemble",
+        "colour": "#B2182B",
+    },
+    "rrcm_ensemble": {
+        "initial_weights": "rrcm",
+        "objective": "consistency",
+        "budget": "finetune",
+        "classifier": "ensemble",
+        "base": None,
+        "family": "ensemble",
+        "label": "rRCM, ensemble",
+        "colour": "#2166AC",
+    },
 }
 
 
@@ -266,7 +286,7 @@ class Method:
     initial_weights: str | None  # a pre-training objective, "timm", or None: random weights
     objective: str  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`
     budget: Literal["finetune", "total"]  # "total": also the compute of rRCM's pre-training
-    classifier: str  # kind of base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`
+    classifier: str  # kind of base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`, or "ensemble"
     base: str | None  # the method with the same training at the smaller budget
     family: str  # what tells it from the others, a key of `rrcm.report.figures.MARKERS`
     label: str
@@ -281,6 +301,16 @@ class Method:
     def needs_soft_labels(self) -> bool:
         """Whether the votes of another smoothed classifier for the training images belong to its training data."""
         return self.objective in SOFT_LABEL_OBJECTIVES
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it is several classifiers, each trained as the other columns say."""
+        return self.classifier == "ensemble"
+
+    @property
+    def trained(self) -> str:
+        """Kind of the classifier that one training makes: of an ensemble, that of a member."""
+        return "classifier" if self.is_ensemble else self.classifier
 
 
 METHODS = {name: Method(**row) for name, row in TABLE.items()}

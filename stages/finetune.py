@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.methods import SOFT_LABELS
+from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.training.checks import check_before_training
+from rrcm.training.ensemble import finetune_ensemble
 from rrcm.training.finetune import finetune
 from rrcm.utils.errors import RRCMError
 
@@ -28,7 +29,8 @@ def main(
         raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
     check_before_training(config, shards)
     name = f"{method}/{sigma_name(sigma)}"
-    finetune(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
+    train = finetune_ensemble if METHODS[method].is_ensemble else finetune
+    train(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
 
 
 if __name__ == "__main__":

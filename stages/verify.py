@@ -32,6 +32,7 @@ from rrcm.certification.smoothing import Certificate, SampleRequest, SmoothedCla
 from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.config import Config, load_config
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_base_classifier
 from rrcm.report.build import write_report
 from rrcm.utils.distributed import pick_device
@@ -138,6 +139,7 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
         return Found([f"{path}: its images or labels are not those of the test split"], 0, 0, False)
 
     network = load_base_classifier(str(root / f"models/{model}")).classifier.to(device)
+    network = with_consensus(network, settings.consensus)
     options = {name: getattr(settings, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
     smoothed = SmoothedClassifier(network, sigma, len(split.classes), seed=config.seed, **options)
     fresh = SmoothedClassifier(network, sigma, len(split.classes), seed=seed, **options)

@@ -252,6 +252,27 @@ def test_an_override_beats_the_profile(tmp_path):
             {"methods": ["gaussian_matched"], "finetune__lr": {"scratch": 1.0}},  # the budget is that of rrcm
             "finetune.lr: has no value for sigma_0.25; add sigma_0.25 or default",
         ),
+        ({"finetune__objectives__cat_rs__num_noise": 0}, "cat_rs.num_noise = 0: should be greater than or equal to 1"),
+        ({"finetune__objectives__cat_rs__attack_radius": -1.0}, "cat_rs.attack_radius = -1.0: should be greater than"),
+        ({"finetune__objectives__cat_rs__attack_steps": 0}, "cat_rs.attack_steps = 0: should be greater than or equal"),
+        ({"finetune__objectives__cat_rs__worst_case_weight": -0.1}, "cat_rs.worst_case_weight = -0.1: should be gr"),
+        ({"finetune__objectives__cat_rs__confidence": "high"}, "cat_rs.confidence = 'high': should be 'predictions'"),
+        ({"finetune__ensemble_members": 1}, "finetune.ensemble_members = 1: should be greater than or equal to 2"),
+        ({"certify__consensus": 1}, "certify.consensus = 1: should be greater than or equal to 2"),
+        ({"certify__consensus": 3}, "certify.consensus 3 must be below finetune.ensemble_members 3"),
+        ({"certify__consensus": 2, "certify__compile": True}, "certify: consensus 2 cannot be compiled"),
+        ({"soft_labels__n": 0}, "soft_labels.n = 0: should be greater than or equal to 1"),
+        ({"soft_labels__method": "gausian"}, "soft_labels.method = 'gausian': no such method; did you mean gaussian?"),
+        ({"soft_labels__method": "cat_rs"}, "soft_labels.method cat_rs needs soft labels itself; choose another"),
+        (
+            {"methods": ["cat_rs"]},
+            "soft_labels: cat_rs needs the votes of gaussian at sigma 0.25; add these to methods",
+        ),
+        ({"methods": ["cat_rs", "gaussian"], "sigmas": [0.5]}, "soft_labels: cat_rs needs the votes of gaussian at"),
+        (
+            {"methods": ["cat_rs", "gaussian"], "finetune__cutmix": {"default": 0.0, "sigma_0.5": 1.0}},
+            "finetune.mixup 0.0 and cutmix 1.0 must be 0 for cat_rs, whose soft labels are of single images",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(project, change_of, said):

@@ -18,7 +18,7 @@ from rrcm.utils.resume import source_files
 MODULES = {
     "shard-data": "rrcm.data.sharding",
     "pretrain": "rrcm.training.pretrain",
-    "finetune": "rrcm.training.finetune",
+    "finetune": "rrcm.training.ensemble",
     "soft-labels": "rrcm.certification.soft_labels",
     "certify": "rrcm.certification.certify",
     "latency": "rrcm.evaluation.latency",
@@ -108,6 +108,19 @@ def changed(folder: Path) -> set[str]:
     """Stages that DVC would run again for what changed in their own code and settings."""
     with contextlib.chdir(folder), Repo() as repo:
         return {name for name, what in repo.status().items() if any("changed deps" in each for each in what)}
+
+
+@pytest.mark.parametrize(("methods", "stages"), [("[rrcm,gaussian]", []), ("[gaussian,cat_rs]", ["gaussian-0.25"])])
+def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, stages):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    compose(tmp_path / "params.yaml", f"methods={methods}")
+    index = Repo.init(str(tmp_path), no_scm=True).index
+    found = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    assert [name for name in found if name.startswith("soft-labels")] == [f"soft-labels@{name}" for name in stages]
+    needing = {name for name, deps in found.items() if "data/soft_labels.safetensors" in deps}
+    assert needing == ({"finetune@cat_rs-0.25", "finetune@cat_rs-0.5"} if stages else set())
+    for name in stages:
+        assert "models/gaussian/sigma_0.25" in found[f"soft-labels@{name}"]
 
 
 def edit(path: Path, pattern: str, replacement: str) -> None:

@@ -75,7 +75,7 @@ def stripes(data) -> RawDataset:
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"initial_weights": None, "objective": "both_views", "budget": "finetune", "classifier": "jittered"}
     monkeypatch.setitem(
-        METHODS, "stability", Method(**row, base=None, family="noise", label="Both views", colour="#E69F00")
+        METHODS, "both_views", Method(**row, base=None, family="noise", label="Both views", colour="#E69F00")
     )
     monkeypatch.setitem(FINETUNING, "both_views", BothViews)
     monkeypatch.setitem(CLASSIFIERS, "jittered", Jittered)

@@ -18,6 +18,7 @@ from rrcm.certification.stopping import StoppingRule, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
+from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import sha256_file, write_json
@@ -95,6 +96,7 @@ def certify_split(
 
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
     """`classifier` smoothed as the `certify` settings say, with further `options` of `SmoothedClassifier`."""
+    classifier = with_consensus(classifier, config.certify.consensus)
     settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
     return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
 

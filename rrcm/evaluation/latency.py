@@ -8,6 +8,7 @@ import torch
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_model_folder
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device, set_threads
@@ -22,7 +23,7 @@ def measure_latency(config: Config, method: str, shard_folder: Path | str, model
     """
     set_threads(config.threads)
     settings, device = config.latency, pick_device(config.device)
-    classifier = load_model_folder(model_folder).classifier.to(device)
+    classifier = with_consensus(load_model_folder(model_folder).classifier.to(device), config.certify.consensus)
     smoothed = SmoothedClassifier(
         classifier,
         config.sigmas[0] if classifier.sigma is None else classifier.sigma,

@@ -14,9 +14,10 @@ from rrcm.models.architectures import network_classifier
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import check_kind, class_names_of, classifier_of, read_model_config
+from rrcm.models.ensembles import Ensemble
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import expand_user
+from rrcm.utils.files import expand_user, sha256_folder
 from rrcm.utils.tensors import load_tensors, load_weights
 
 
@@ -109,6 +110,23 @@ def _load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
     return LoadedClassifier(classifier.eval(), architecture["image_size"], architecture["channels"], names)
 
 
+def _load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
+    parts = config.get("members")
+    if not (isinstance(parts, list) and len(parts) >= 2 and all(isinstance(part, dict) for part in parts)):
+        raise RRCMError(f"{folder}/config.json: members must be two or more folders with their hashes; train it again")
+    members = []
+    for part in parts:
+        path = folder / str(part.get("path"))
+        if sha256_folder(path) != part.get("sha256"):
+            raise RRCMError(f"{path}: is not the member that {folder}/config.json names; train it again or dvc pull")
+        members.append(load_model_folder(path))
+        for name in ("class_names", "image_size", "channels"):
+            found, first = getattr(members[-1], name), getattr(members[0], name)
+            if found != first:
+                raise RRCMError(f"{path}: has {name} {found}, the first member {first}; members must be alike")
+    return members[0]._replace(classifier=Ensemble([member.classifier for member in members]).eval())
+
+
 def _describe(classifier: NoiseConditionedClassifier, class_names: list[str] | None = None) -> LoadedClassifier:
     encoder = classifier.encoder
     numbers = [str(number) for number in range(classifier.num_classes)]
@@ -173,4 +191,8 @@ def _read_class_names(path: Path, count: int) -> list[str]:
 
 
 Loader = Callable[[Path, dict], LoadedClassifier]  # (model folder, its config.json) -> classifier
-KINDS: dict[str, Loader] = {"classifier": _load_classifier_folder, "network": _load_network_folder}
+KINDS: dict[str, Loader] = {
+    "classifier": _load_classifier_folder,
+    "network": _load_network_folder,
+    "ensemble": _load_ensemble,
+}

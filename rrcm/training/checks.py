@@ -83,9 +83,9 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
 def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
     settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
     build_finetuning_objective(settings, method, sigma)
-    if kind.classifier not in CLASSIFIERS:
-        raise RRCMError(f"{method}: no such classifier {kind.classifier}; there are {', '.join(CLASSIFIERS)}")
-    if config.certify.compile and getattr(CLASSIFIERS[kind.classifier], "stochastic", False):
+    if kind.trained not in CLASSIFIERS:
+        raise RRCMError(f"{method}: no such classifier {kind.trained}; there are {', '.join(CLASSIFIERS)}")
+    if config.certify.compile and getattr(CLASSIFIERS[kind.trained], "stochastic", False):
         raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
     _check_batch("finetune", who, settings.batch_size, config.finetune.num_chunks, images, processes)
     if (settings.mixup or settings.cutmix) and settings.batch_size // processes % 2:

@@ -201,7 +201,7 @@ def _train(
             folder,
             best.classifier,
             class_names=images.classes,
-            kind=METHODS[method].classifier,
+            kind=METHODS[method].trained,
             sigma=sigma,
             dtype=config.finetune.weights_dtype,
             method=method,
@@ -235,7 +235,7 @@ def build_classifier(config: Config, method: str, sigma: float, num_classes: int
         return network_classifier(trunk(config), num_classes, sigma)
     t = time_condition(config, method, sigma)
     encoder = load_initial_encoder(config, method, t, pretrained)
-    return CLASSIFIERS[METHODS[method].classifier](encoder, num_classes, t)
+    return CLASSIFIERS[METHODS[method].trained](encoder, num_classes, t)
 
 
 def trunk(config: Config) -> dict[str, object]:

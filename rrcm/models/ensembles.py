@@ -1,0 +1,83 @@
+"""Ensembles: the mean of several classifiers' logits (Horváth et al. 2022), with K-consensus as an option.
+
+The model folder has `kind` "ensemble" and in `members` the folders of the members, relative to it, with their hashes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rrcm.models.base_classifiers import BaseClassifier, Draw
+from rrcm.models.checkpoints import FORMAT
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import sha256_folder, write_json
+
+PARTS = 8  # with consensus: the last members see the undecided samples in parts of an eighth of the batch
+
+
+class Ensemble(BaseClassifier):
+    """The mean of the members' logits.
+
+    With `consensus` K it is another classifier, which costs less: the mean of the first K members' logits where these
+    agree on the class, and that of all members elsewhere. The last members then see only the samples on which the first
+    K disagree. These go through in parts of one size, the last one padded, so that an answer does not depend on how
+    many other samples of the batch are undecided.
+    """
+
+    def __init__(self, members: Sequence[BaseClassifier], consensus: int | None = None):
+        super().__init__()
+        self.members, self.consensus = nn.ModuleList(members), consensus
+        self.num_classes = members[0].num_classes
+        sigmas = {member.sigma for member in members}
+        self.sigma = sigmas.pop() if len(sigmas) == 1 else None
+        self.keeps_float32_input = any(member.keeps_float32_input for member in members)
+        self.stochastic = any(member.stochastic for member in members)
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes) float32."""
+        if self.consensus is None:
+            return torch.stack([_logits(member, noisy, draw) for member in self.members]).mean(0)
+        first = torch.stack([_logits(member, noisy) for member in self.members[: self.consensus]])
+        answer, classes = first.mean(0), first.argmax(-1)
+        undecided = (classes != classes[0]).any(0).nonzero().flatten()
+        for rows in undecided.split(-(-len(noisy) // PARTS)):
+            missing = -(-len(noisy) // PARTS) - len(rows)
+            part = torch.cat([noisy[rows], noisy[:1].expand(missing, *noisy.shape[1:])])
+            last = [_logits(member, part)[: len(rows)] for member in self.members[self.consensus :]]
+            answer = answer.index_copy(0, rows, torch.stack([*first[:, rows], *last]).mean(0))
+        return answer
+
+
+def _logits(member: BaseClassifier, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+    """The member's answer in float32. Like `SmoothedClassifier`, it rounds the input of those that want it rounded."""
+    if not member.keeps_float32_input:
+        noisy = noisy.to(next((p.dtype for p in member.parameters()), noisy.dtype))
+    return (member(noisy, draw) if member.stochastic else member(noisy)).float()
+
+
+def with_consensus(classifier: nn.Module, consensus: int | None) -> nn.Module:
+    """An ensemble with K = `consensus`, of the same members; any other classifier as it is.
+
+    Raises `RRCMError` for a K that is not below the number of members, and for members that draw random numbers.
+    """
+    if consensus is None or not isinstance(classifier, Ensemble):
+        return classifier
+    if not 2 <= consensus < len(classifier.members):
+        raise RRCMError(
+            f"consensus = {consensus}: must be at least 2 and below {len(classifier.members)}, the number of members"
+        )
+    if classifier.stochastic:
+        raise RRCMError(f"consensus = {consensus}: the members draw random numbers; set it to null")
+    return Ensemble(classifier.members, consensus).eval()
+
+
+def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[str], **metadata: object) -> None:
+    """Write the config.json of an ensemble in `folder` of the model folders `members`, given relative to it.
+
+    `metadata` (JSON-able) goes into config.json too.
+    """
+    parts = [{"path": path, "sha256": sha256_folder(folder / path)} for path in members]
+    config = {"kind": "ensemble", "format": FORMAT, "members": parts, "class_names": list(class_names)}
+    write_json(folder / "config.json", config | metadata)

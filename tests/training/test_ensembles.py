@@ -1,0 +1,86 @@
+"""Ensembles of the pipeline: their members, their records, and kills."""
+
+import shutil
+from multiprocessing.connection import wait
+
+import pandas as pd
+import pytest
+from conftest import change, files_of, stage, start
+from safetensors.torch import load_file
+
+from rrcm.certification.results import read_certificates
+from rrcm.config import load_config
+from rrcm.models.load import load_model_folder
+from rrcm.training.finetune import finetune
+from rrcm.utils.files import read_json
+from rrcm.utils.rng import derive_seed
+
+FOLDER = "models/consistency_ensemble/sigma_0.5"
+
+
+@pytest.fixture
+def ensemble(project):
+    """A project with an ensemble of three, trained for two epochs."""
+    change(project, methods=["consistency_ensemble"], finetune__epochs=2, pretrain__objectives=[])
+    answer = stage(project, "finetune", "consistency_ensemble", "0.5")
+    assert answer.returncode == 0, answer.stderr
+    return project
+
+
+@pytest.mark.slow
+def test_members_are_trainings_of_their_own_and_the_folder_says_so(ensemble, tmp_path, monkeypatch):
+    monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "other-runs"))
+    monkeypatch.chdir(tmp_path)
+    config, folder = load_config(ensemble / "params.yaml"), ensemble / FOLDER
+    seeds = [derive_seed(config.seed, "member", number) % 2**31 for number in range(3)]
+    records = [read_json(folder / f"member_{number}/config.json") for number in range(3)]
+    assert [record["seed"] for record in records] == seeds and len({config.seed, *seeds}) == 4
+    heads = [load_file(folder / f"member_{number}/model.safetensors")["head.bias"] for number in range(3)]
+    assert not any(heads[i].equal(heads[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    alone = config.model_copy(update={"seed": seeds[1]})
+    arguments = (ensemble / "data/shards", tmp_path, tmp_path / "alone", tmp_path / "time.json")
+    finetune(alone, "consistency", 0.5, *arguments)
+    weights = [path / "model.safetensors" for path in (tmp_path / "alone", folder / "member_1")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()  # a training of `consistency` with that seed
+
+    described = read_json(folder / "config.json")
+    assert described["compute"] == {"finetune": 3 * records[0]["compute"]["finetune"], "pretrain_share": 0.0}
+    assert described["parameters"] == 3 * records[0]["parameters"] and described["selected"]["val_accuracy"] > 0.1
+    history = pd.read_csv(folder / "history.csv")
+    losses = [pd.read_csv(folder / f"member_{number}/history.csv")["loss"] for number in range(3)]
+    assert history["epoch"].tolist() == [1, 2] and history["loss"].tolist() == pytest.approx(sum(losses) / 3)
+    timing = read_json(ensemble / "timings/finetune/consistency_ensemble/sigma_0.5.json")
+    assert timing["seconds"] * timing["images_per_second"] == pytest.approx(3 * 2 * 10 * 128, rel=1e-3)
+    assert not list(ensemble.glob("runs/*-0.5-*"))
+
+
+@pytest.mark.slow
+def test_kills_in_any_member_change_no_byte(ensemble):
+    expected = files_of(ensemble / FOLDER)
+    shutil.rmtree(ensemble / "models")
+    for wanted in ("finetune-consistency_ensemble-0.5-*/*.safetensors", "ensemble-consistency_ensemble-0.5-*/member_1"):
+        process = start(ensemble, "finetune", "consistency_ensemble", "0.5")
+        while not list(ensemble.glob(f"runs/{wanted}")):
+            assert process.is_alive()
+            wait([process.sentinel], timeout=0.005)
+        process.kill()
+        process.join()
+        assert not (ensemble / "models").exists()
+    answer = stage(ensemble, "finetune", "consistency_ensemble", "0.5")
+    assert answer.returncode == 0 and "member 1 of 3" not in answer.stderr, answer.stderr
+    assert files_of(ensemble / FOLDER) == expected
+
+
+@pytest.mark.slow
+def test_an_ensemble_is_certified_attacked_and_timed_like_any_other_model(ensemble):
+    change(ensemble, attack__methods=["consistency_ensemble"], attack__max_images=4, sigmas=[0.5])
+    for consensus in (None, 2):
+        change(ensemble, certify__consensus=consensus)
+        for command in (["certify", "consistency_ensemble", "0.5"], ["latency", "consistency_ensemble"]):
+            answer = stage(ensemble, *command)
+            assert answer.returncode == 0, answer.stderr
+        frame = read_certificates(ensemble / "certificates/consistency_ensemble/sigma_0.5.tsv")
+        assert frame["correct"].mean() > 0.2
+    answer = stage(ensemble, "attack", "consistency_ensemble")
+    assert answer.returncode == 0, answer.stderr
+    assert load_model_folder(ensemble / FOLDER).num_classes == 10
