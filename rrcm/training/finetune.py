@@ -288,11 +288,15 @@ class BestWeights:
 def warn_if_collapsed(
     accuracy: float, chance: float, epoch: int, method: str, settings: FinetuneSettings, training: Trainer
 ) -> None:
-    """Say that a classifier knows no more than one class. Adversarial and margin losses can have this effect.
+    """Say, once, that a classifier knows no more than one class. Adversarial and margin losses can have this effect.
 
-    While the learning rate grows no classifier has learnt much, so that is not said then.
+    While the learning rate grows no classifier has learnt much, so nothing is said then.
     """
-    if accuracy <= chance and epoch > settings.warmup_epochs and training.env.is_main:
+    after_warmup = [row for row in training.history if row["epoch"] > settings.warmup_epochs]
+    known = [row["val_accuracy"] for row in after_warmup if row["val_accuracy"] is not None]
+    if epoch <= settings.warmup_epochs or (known and known[-1] <= chance):
+        return
+    if accuracy <= chance and training.env.is_main:
         name = METHODS[method].objective
         own = f", or weaken finetune.objectives.{name}" if name in settings.objectives.model_dump() else ""
         print(

@@ -227,16 +227,18 @@ def test_a_killed_training_with_attacks_ends_with_the_same_bytes(project, tiny_s
     assert "resuming" in answer.stderr and files_of(project / f"models/{method}/sigma_0.5") == expected
 
 
-def test_a_collapse_is_said_once_the_learning_rate_has_grown(project, capsys):
+def test_a_collapse_is_said_once_when_the_learning_rate_has_grown(project, capsys):
     settings = load_config(project / "params.yaml").finetune.settings("smoothadv", 0.5)
     training = SimpleNamespace(label="finetune smoothadv sigma 0.5", env=SimpleNamespace(is_main=True))
-    for accuracy, epoch, said in ((0.11, 1, False), (0.2, 2, False), (0.11, 2, True)):  # the warm-up takes one epoch
+    training.history = []
+    for epoch, accuracy in enumerate((0.11, 0.2, 0.11, 0.1, 0.3, 0.11), start=1):  # the warm-up takes one epoch
         warn_if_collapsed(accuracy, 0.11, epoch, "smoothadv", settings, training)
-        assert capsys.readouterr().err == said * (
-            "finetune smoothadv sigma 0.5: has collapsed at epoch 2: validation accuracy is 11.0 %, and 11.0 % for the "
-            "largest class alone; lower finetune.lr, or weaken finetune.objectives.smoothadv\n"
+        training.history.append({"epoch": epoch, "val_accuracy": accuracy})
+        assert capsys.readouterr().err == (epoch in (3, 6)) * (
+            f"finetune smoothadv sigma 0.5: has collapsed at epoch {epoch}: validation accuracy is 11.0 %, and 11.0 % "
+            "for the largest class alone; lower finetune.lr, or weaken finetune.objectives.smoothadv\n"
         )
-    training.env.is_main = False
+    training.env.is_main, training.history = False, []
     warn_if_collapsed(0.0, 0.11, 2, "smoothadv", settings, training)
     assert not capsys.readouterr().err
 
