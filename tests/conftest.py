@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,23 @@ def start(folder: Path, name: str, *arguments: str, **environment: str) -> multi
     process = server.Process(target=_run_stage, args=(folder, name, arguments, environment))
     process.start()
     return process
+
+
+def start_all(folder: Path, name: str, arguments: list[str], world: int) -> list:
+    """Start a stage in `world` processes with the environment that torchrun would give them."""
+    if world == 1:
+        return [start(folder, name, *arguments)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+    return [start(folder, name, *arguments, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
+
+
+def exit_codes(processes: list) -> list[int]:
+    """Wait for all processes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def stage(folder: Path, name: str, *arguments: str) -> Answer:

@@ -5,7 +5,7 @@ from multiprocessing.connection import wait
 import numpy as np
 import pytest
 import torch
-from conftest import change, stage, start
+from conftest import change, exit_codes, stage, start, start_all
 from safetensors.torch import load_file
 
 from rrcm.certification.noise import SOFT_LABEL, counter_normal
@@ -61,16 +61,6 @@ def test_batches_processes_and_kills_change_no_byte(ready, votes):
     """Two processes; then one that is killed after some images, resumed by two."""
     expected = sha256_file(votes)
     votes.unlink()
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
-
-    def crew() -> list:
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            place["MASTER_PORT"] = str(probe.getsockname()[1])
-        return [start(ready, "soft_labels", RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
-
     for kill in (False, True):
         if kill:
             process = start(ready, "soft_labels")
@@ -82,10 +72,7 @@ def test_batches_processes_and_kills_change_no_byte(ready, votes):
             process.kill()
             process.join()
             assert not votes.exists()
-        processes = crew()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0, 0]
+        assert exit_codes(start_all(ready, "soft_labels", [], 2)) == [0, 0]
         assert sha256_file(votes) == expected
         votes.unlink()
 

@@ -5,7 +5,7 @@ from multiprocessing.connection import wait
 
 import pandas as pd
 import pytest
-from conftest import change, files_of, stage, start
+from conftest import change, exit_codes, files_of, stage, start, start_all
 from safetensors.torch import load_file
 
 from rrcm.certification.results import read_certificates
@@ -69,6 +69,24 @@ def test_kills_in_any_member_change_no_byte(ensemble):
     answer = stage(ensemble, "finetune", "consistency_ensemble", "0.5")
     assert answer.returncode == 0 and "member 1 of 3" not in answer.stderr, answer.stderr
     assert files_of(ensemble / FOLDER) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_members_that_a_killed_one_has_left(ensemble):
+    """One process has finished the first member; the other two agree with a run of one process up to rounding."""
+    expected = [load_file(ensemble / FOLDER / f"member_{number}/model.safetensors") for number in range(3)]
+    shutil.rmtree(ensemble / "models")
+    process = start(ensemble, "finetune", "consistency_ensemble", "0.5")
+    while not list(ensemble.glob("runs/finetune-consistency_ensemble-0.5-*/member_0.json")):
+        assert process.is_alive()
+        wait([process.sentinel], timeout=0.005)
+    process.kill()
+    process.join()
+    assert exit_codes(start_all(ensemble, "finetune", ["consistency_ensemble", "0.5"], 2)) == [0, 0]
+    for number, weights in enumerate(expected):
+        found = load_file(ensemble / FOLDER / f"member_{number}/model.safetensors")
+        for name, value in weights.items():
+            assert (found[name] - value).norm() <= 0.02 * value.norm() * (number > 0), name
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, change, files_of, server, stage, start
+from conftest import REPOSITORY, change, exit_codes, files_of, server, stage, start, start_all
 from safetensors.torch import load_file
 from timm.data import Mixup
 from torch import nn
@@ -119,16 +118,6 @@ def test_a_classifier_in_chunks_has_the_gradients_of_the_whole_batch():
 # Kills and SIGTERM
 
 
-def start_all(folder: Path, name: str, arguments: list[str], world: int) -> list:
-    """Start a stage in `world` processes with the environment that torchrun would give them."""
-    if world == 1:
-        return [start(folder, name, *arguments)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
-    return [start(folder, name, *arguments, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world)]
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of pre-training in `folder`, oldest first."""
     return sorted(folder.glob("runs/pretrain-*/[0-9]*.safetensors"))
@@ -147,13 +136,6 @@ def pretrain_and_kill(folder: Path, count: int, objective: str = "rrcm") -> None
     wait_for_checkpoints(folder, count, process)
     process.kill()
     process.join()
-
-
-def exit_codes(processes: list) -> list[int]:
-    """Wait for all processes."""
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def run_undisturbed(project: Path, name: str, arguments: list[str], world: int) -> dict[str, bytes]:
