@@ -77,7 +77,7 @@ def test_two_processes_train_the_members_that_a_killed_one_has_left(ensemble):
     expected = [load_file(ensemble / FOLDER / f"member_{number}/model.safetensors") for number in range(3)]
     shutil.rmtree(ensemble / "models")
     process = start(ensemble, "finetune", "consistency_ensemble", "0.5")
-    while not list(ensemble.glob("runs/finetune-consistency_ensemble-0.5-*/member_0.json")):
+    while not list(ensemble.glob("runs/ensemble-consistency_ensemble-0.5-*/member_0.json")):
         assert process.is_alive()
         wait([process.sentinel], timeout=0.005)
     process.kill()
