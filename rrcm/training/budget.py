@@ -112,8 +112,9 @@ def plan_budget(
     """The budget of a method at noise `sigma`, on `num_images` training images.
 
     With `finetune.budget: passes` a training ends after the step at which it comes closest to the encoder passes of
-    rRCM's fine-tuning. A method with budget "total" also gets rRCM's share of the pre-training. A longer training is
-    evaluated less often, so that each has about the same number of evaluations.
+    rRCM's fine-tuning. A method with budget "total" also gets rRCM's share of the pre-training. The members of an
+    ensemble share these passes. A longer training is evaluated less often, so that each has about the same number of
+    evaluations.
     """
     settings = config.finetune.settings(method, sigma)
     epoch_steps = steps_per_epoch(num_images, settings.batch_size)
@@ -125,6 +126,8 @@ def plan_budget(
         passes = reference_passes(config, sigma, num_images)
         if matched:
             passes += pretraining_compute(config, MATCHED_PRETRAINING) / shared_by
+        if METHODS[method].is_ensemble:
+            passes /= config.finetune.ensemble_members
         unit = 1 if by_passes else epoch_steps
         total_steps = unit * max(1, round(passes / (unit * step_compute)))
     if config.finetune.uses_pretraining(method):

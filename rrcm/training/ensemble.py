@@ -100,7 +100,7 @@ def _describe(
     pixels, labels, _ = read_split(validation, config.data.image_size)
     precision = resolve_precision(device, config.finetune.precision)
     accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, DistEnv(0, 1, device))(ensemble)
-    selected = {"epoch": int(histories["epoch"].max()), "val_accuracy": accuracy}
+    selected = {"epoch": histories["epoch"].tolist()[-1], "val_accuracy": accuracy}
     write_ensemble(folder, members, configs[0]["class_names"], **facts, selected=selected)
 
 
