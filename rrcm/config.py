@@ -592,12 +592,7 @@ class Config(Section):
         by_passes = self.finetune.budget == "passes" or any(METHODS[name].budget == "total" for name in self.methods)
         for method in [*self.methods, *([REFERENCE] if by_passes else [])]:
             for sigma in self.sigmas:
-                settings = self.finetune.settings(method, sigma)
-                if METHODS[method].needs_soft_labels and (settings.mixup or settings.cutmix):
-                    raise ValueError(
-                        f"finetune.mixup {settings.mixup} and cutmix {settings.cutmix} must be 0 for {method}, whose "
-                        "soft labels are of single images"
-                    )
+                self.finetune.settings(method, sigma)
         return self
 
     @model_validator(mode="after")

@@ -269,10 +269,6 @@ def test_an_override_beats_the_profile(tmp_path):
             "soft_labels: cat_rs needs the votes of gaussian at sigma 0.25; add these to methods",
         ),
         ({"methods": ["cat_rs", "gaussian"], "sigmas": [0.5]}, "soft_labels: cat_rs needs the votes of gaussian at"),
-        (
-            {"methods": ["cat_rs", "gaussian"], "finetune__cutmix": {"default": 0.0, "sigma_0.5": 1.0}},
-            "finetune.mixup 0.0 and cutmix 1.0 must be 0 for cat_rs, whose soft labels are of single images",
-        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(project, change_of, said):

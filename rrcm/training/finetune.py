@@ -4,12 +4,13 @@ import copy
 import sys
 from collections.abc import Generator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from rrcm.config import Config, FinetuneSettings
+from rrcm.config import Config, FinetuneSettings, ObjectiveSettings
 from rrcm.data.augment import FinetuneTransform, mixup_pairs
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, steps_per_epoch
 from rrcm.data.shards import ShardedDataset, read_split
@@ -119,31 +120,38 @@ class Targets:
                 raise RRCMError(
                     f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process"
                 )
-            self.mixup_fn = Mixup(
-                settings.mixup,
-                settings.cutmix,
-                switch_prob=settings.mixup_switch_prob,
-                label_smoothing=settings.label_smoothing,
-                num_classes=num_classes,
-            )
+            mixup = partial(Mixup, settings.mixup, settings.cutmix, switch_prob=settings.mixup_switch_prob)
+            self.mixup_fn = mixup(label_smoothing=settings.label_smoothing, num_classes=num_classes)
+            self.pair_mixup_fn = mixup(label_smoothing=0.0, num_classes=2)
 
     def __call__(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """`image` (B, C, H, W) float32 in [0, 1] and `target` (B, K) float32 class probabilities.
 
-        With soft labels also `soft_label`, (B, K) float32: those of the images before augmentation.
+        With soft labels also `soft_label`, (B, K) float32: those of the images before augmentation, mixed like these.
         """
-        settings = self.settings
+        settings, seed = self.settings, derive_seed(self.seed, "mixup", step)
         images = batch["image"].to(self.device, non_blocking=True)
         labels = batch["label"].to(self.device, non_blocking=True)
         if self.mixup_fn is not None:
-            images, target = mixup_pairs(self.mixup_fn, images, labels, derive_seed(self.seed, "mixup", step))
+            pixels = images
+            images, target = mixup_pairs(self.mixup_fn, pixels, labels, seed)
         else:
             target = F.one_hot(labels, self.num_classes).float()
             target = target * (1 - settings.label_smoothing) + settings.label_smoothing / self.num_classes
         found = {"image": images.float() / 255, "target": target}
         if self.soft_labels is not None:
             found["soft_label"] = self.soft_labels[batch["index"]].to(self.device)
+            if self.mixup_fn is not None:
+                place = torch.arange(len(pixels), device=self.device) % 2  # in its pair
+                _, shares = mixup_pairs(self.pair_mixup_fn, pixels, place, seed)
+                found["soft_label"] = mix_in_pairs(found["soft_label"], shares)
         return found
+
+
+def mix_in_pairs(rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Mix rows 0 and 1, rows 2 and 3, and so on: rows (B, K), shares (B, 2) of both rows of its pair -> (B, K)."""
+    pairs = rows.unflatten(0, (-1, 2)).repeat_interleave(2, 0)
+    return torch.einsum("bp,bpk->bk", shares, pairs)
 
 
 def _train(
@@ -191,7 +199,8 @@ def _train(
         means, accuracy, shown = training.mean_metrics(into_epoch or budget.epoch_steps), None, {}
         if epoch % budget.evaluate_every == 0 or last:
             accuracy = best.update(classifier, epoch, training)
-            warn_if_collapsed(accuracy, best.chance, epoch, method, settings, training)
+            warm_up = settings.warmup_epochs * budget.epochs / budget.schedule_epochs
+            warn_if_collapsed(accuracy, best.chance, epoch, warm_up, METHODS[method].objective, training)
             shown = {"loss": f"{means['loss']:.3f}", "val_accuracy": f"{100 * accuracy:.1f} %"}
         training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": lr}, **shown)
 
@@ -286,21 +295,20 @@ class BestWeights:
 
 
 def warn_if_collapsed(
-    accuracy: float, chance: float, epoch: int, method: str, settings: FinetuneSettings, training: Trainer
+    accuracy: float, chance: float, epoch: float, warmup_epochs: float, objective: str, training: Trainer
 ) -> None:
     """Say, once, that a classifier knows no more than one class. Adversarial and margin losses can have this effect.
 
     While the learning rate grows no classifier has learnt much, so nothing is said then.
     """
-    after_warmup = [row for row in training.history if row["epoch"] > settings.warmup_epochs]
+    after_warmup = [row for row in training.history if row["epoch"] > warmup_epochs]
     known = [row["val_accuracy"] for row in after_warmup if row["val_accuracy"] is not None]
-    if epoch <= settings.warmup_epochs or (known and known[-1] <= chance):
+    if epoch <= warmup_epochs or (known and known[-1] <= chance):
         return
     if accuracy <= chance and training.env.is_main:
-        name = METHODS[method].objective
-        own = f", or weaken finetune.objectives.{name}" if name in settings.objectives.model_dump() else ""
+        own = f", or weaken finetune.objectives.{objective}" if objective in ObjectiveSettings.model_fields else ""
         print(
-            f"{training.label}: has collapsed at epoch {epoch}: validation accuracy is {100 * accuracy:.1f} %, and "
+            f"{training.label}: has collapsed at epoch {epoch:g}: validation accuracy is {100 * accuracy:.1f} %, and "
             f"{100 * chance:.1f} % for the largest class alone; lower finetune.lr{own}",
             file=sys.stderr,
         )

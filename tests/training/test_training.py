@@ -28,7 +28,7 @@ from rrcm.data.soft_labels import write_votes
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_classifier, load_encoder
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.training.finetune import BestWeights, WrappedClassifier, warn_if_collapsed
+from rrcm.training.finetune import BestWeights, Targets, WrappedClassifier, warn_if_collapsed
 from rrcm.utils.distributed import DistEnv
 from rrcm.utils.files import read_json
 
@@ -227,19 +227,34 @@ def test_a_killed_training_with_attacks_ends_with_the_same_bytes(project, tiny_s
     assert "resuming" in answer.stderr and files_of(project / f"models/{method}/sigma_0.5") == expected
 
 
-def test_a_collapse_is_said_once_when_the_learning_rate_has_grown(project, capsys):
-    settings = load_config(project / "params.yaml").finetune.settings("smoothadv", 0.5)
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.0, 0.0), (0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_soft_labels_are_those_of_the_images_and_are_mixed_like_them(project, mixup, cutmix):
+    """Soft labels that are certain have to become the targets; each belongs to the index of its image."""
+    settings = load_config(project / "params.yaml").finetune.settings("gaussian", 0.5)
+    settings = settings.model_copy(update={"mixup": mixup, "cutmix": cutmix, "batch_size": 8})
+    labels, index = torch.arange(8) % 5, torch.tensor([3, 1, 4, 11, 5, 9, 2, 6])
+    soft_labels = torch.zeros(12, 5)
+    soft_labels[index, labels] = 1.0
+    targets = Targets(settings, 5, 0, DistEnv(0, 1, torch.device("cpu")), soft_labels)
+    batch = {"image": torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 1, 8, 8), "label": labels}
+    for step in range(5):
+        found = targets(batch | {"index": index}, step)
+        torch.testing.assert_close(found["soft_label"], found["target"])
+    assert (found["target"].max() < 1) == bool(mixup or cutmix)
+
+
+def test_a_collapse_is_said_once_when_the_learning_rate_has_grown(capsys):
     training = SimpleNamespace(label="finetune smoothadv sigma 0.5", env=SimpleNamespace(is_main=True))
     training.history = []
     for epoch, accuracy in enumerate((0.11, 0.2, 0.11, 0.1, 0.3, 0.11), start=1):  # the warm-up takes one epoch
-        warn_if_collapsed(accuracy, 0.11, epoch, "smoothadv", settings, training)
+        warn_if_collapsed(accuracy, 0.11, epoch, 1.0, "smoothadv", training)
         training.history.append({"epoch": epoch, "val_accuracy": accuracy})
         assert capsys.readouterr().err == (epoch in (3, 6)) * (
             f"finetune smoothadv sigma 0.5: has collapsed at epoch {epoch}: validation accuracy is 11.0 %, and 11.0 % "
             "for the largest class alone; lower finetune.lr, or weaken finetune.objectives.smoothadv\n"
         )
     training.env.is_main, training.history = False, []
-    warn_if_collapsed(0.0, 0.11, 2, "smoothadv", settings, training)
+    warn_if_collapsed(0.0, 0.11, 2, 1.0, "smoothadv", training)
     assert not capsys.readouterr().err
 
 
@@ -257,7 +272,7 @@ def test_a_classifier_that_knows_one_class_has_the_accuracy_of_a_collapse(projec
 def test_a_frozen_pass_is_in_eval_mode_and_leaves_training_mode_on():
     """Attacks must not update batch statistics, and the pass after them must again."""
     network = nn.BatchNorm2d(1).train()
-    network.forward = lambda noisy, num_chunks: nn.BatchNorm2d.forward(network, noisy)
+    network.forward = lambda noisy: nn.BatchNorm2d.forward(network, noisy)
     training = SimpleNamespace(wrap_ddp=lambda module: module, autocast=contextlib.nullcontext)
     classify, noisy = WrappedClassifier(network, training, num_chunks=1), torch.rand(4, 1, 2, 2) + 3
     torch.testing.assert_close(classify(noisy, frozen=True), noisy, rtol=1e-4, atol=0)  # the initial statistics

@@ -155,7 +155,8 @@ def finetuning_steps(folder: Path) -> None:
             classifier = NoiseConditionedClassifier(NoiseConditionedViT(8, 1, 4, 32, depth=2, num_heads=2), 5, t=1.0)
             torch.nn.init.normal_(classifier.head.weight)
             classify = WrappedClassifier(classifier, SimpleNamespace(wrap_ddp=wrap, autocast=nullcontext), num_chunks=1)
-            own = settings | settings["objectives"].get(name, {}) | {"sigma": 0.5}
+            own = {key: value for key, value in settings["objectives"].get(name, {}).items() if value is not None}
+            own = settings | own | {"sigma": 0.5}
             draw = Draw(0, 3, rows, 8, CPU, epoch=20.0)
             part = {key: value[list(rows)] for key, value in batch.items()}
             loss = build_objective(FINETUNING, name, own)(classify, part, draw)["loss"]
