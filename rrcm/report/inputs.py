@@ -15,6 +15,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
 MANIFEST = "data/shards/manifest.json"
+SOFT_LABEL_TIMING = "timings/soft_labels.json"
 
 Run = tuple[str, float]  # method, sigma
 
@@ -105,6 +106,9 @@ def _list_files(config: Config, root: Path) -> list[str]:
             stages |= dict.fromkeys([*files, f"timings/finetune/{record}"], f"finetune@{method}-{sigma}")
             files = [certificates_file(method, sigma), _samples_file(method, sigma)]
             stages |= dict.fromkeys([*files, f"timings/certify/{record}"], f"certify@{method}-{sigma}")
+        if METHODS[method].needs_soft_labels:
+            source = config.soft_labels
+            stages[SOFT_LABEL_TIMING] = f"soft-labels@{source.method}-{source.sigma}"
         if config.latency.n:
             stages[f"latency/{method}.json"] = f"latency@{method}"
     for path, stage in stages.items():
@@ -153,7 +157,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
-    """Fine-tuning per epoch with the compute spent so far: encoder forward passes, the pre-training share included."""
+    """Fine-tuning per epoch with the compute spent so far: encoder forward passes, those before it included."""
     history = _read_csv(root / _model_folder(method, sigma) / "history.csv")
     spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
     return pd.DataFrame(
@@ -161,12 +165,17 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.D
             "method": method,
             "sigma": sigma,
             "epoch": history["epoch"],
-            "compute": model["compute"]["pretrain_share"] + spent,
+            "compute": _preparation(model) + spent,
             "loss": history["loss"],
             "val_accuracy": history["val_accuracy"],
             "selected": history["epoch"] == model["selected"]["epoch"],
         }
     )
+
+
+def _preparation(model: Mapping) -> float:
+    """Encoder forward passes before the fine-tuning: the model's share of its pre-training and of its soft labels."""
+    return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
 
 
 def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> pd.DataFrame:
@@ -175,18 +184,20 @@ def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
     for (method, sigma), model in models.items():
         record, share = f"{method}/{sigma_name(sigma)}.json", 0.0
         if config.finetune.uses_pretraining(method):
-            timing = pretraining_files(METHODS[method].initial_weights).timing
-            share = read_json(root / timing)["seconds"] / config.finetune.pretrain_cost_shared_by
+            share += read_json(root / pretraining_files(METHODS[method].initial_weights).timing)["seconds"]
+        if METHODS[method].needs_soft_labels:
+            voter = f"timings/finetune/{config.soft_labels.method}/{sigma_name(config.soft_labels.sigma)}.json"
+            share += sum(read_json(root / timing)["seconds"] for timing in (voter, SOFT_LABEL_TIMING))
         rows.append(
             {
                 "method": method,
                 "sigma": sigma,
                 "epochs": model["training"]["epochs"],
                 "finetune_passes": model["compute"]["finetune"],
-                "pretrain_share_passes": model["compute"]["pretrain_share"],
-                "total_passes": model["compute"]["finetune"] + model["compute"]["pretrain_share"],
+                "preparation_passes": _preparation(model),
+                "total_passes": model["compute"]["finetune"] + _preparation(model),
                 "finetune_seconds": read_json(root / "timings/finetune" / record)["seconds"],
-                "pretrain_share_seconds": share,
+                "preparation_seconds": share / config.finetune.pretrain_cost_shared_by,
                 "certify_seconds": read_json(root / "timings/certify" / record)["seconds"],
             }
         )

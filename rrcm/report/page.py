@@ -87,6 +87,7 @@ def render_report(
             for name in config.methods
             if METHODS[name].initial_weights is not None and not config.finetune.uses_pretraining(name)
         ],
+        needs_soft_labels=any(METHODS[name].needs_soft_labels for name in config.methods),
         small_multiples=len(panel_groups(config.methods)) > 1,
         reference=METHODS[reference_method(config.methods)].label,
         tables={name: _markdown_table(table) for name, table in tables.items()},

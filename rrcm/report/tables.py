@@ -107,8 +107,8 @@ def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def budgets(numbers: pd.DataFrame) -> Table:
     """Length, compute and time of each model: `numbers` are those of `Inputs`."""
-    passes = {"fine-tuning": "finetune", "pre-training share": "pretrain_share", "total": "total"}
-    seconds = {"fine-tuning": "finetune", "pre-training share": "pretrain_share", "certification": "certify"}
+    passes = {"fine-tuning": "finetune", "preparation": "preparation", "total": "total"}
+    seconds = {"fine-tuning": "finetune", "preparation": "preparation", "certification": "certify"}
     text = pd.DataFrame(
         {
             "method": method_labels(numbers["method"]),

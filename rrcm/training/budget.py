@@ -9,6 +9,7 @@ from rrcm.data.loader import steps_per_epoch
 from rrcm.methods import MATCHED_PRETRAINING, METHODS, REFERENCE
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
+from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
 COUNTED_IN_STEPS = ("log_every", "evaluate_every", "checkpoint_every")
@@ -67,14 +68,24 @@ def reference_passes(config: Config, sigma: float, num_images: int) -> float:
     return objective.forwards_per_image * steps * settings.batch_size
 
 
+def soft_label_compute(config: Config, num_images: int) -> float:
+    """Encoder forward passes of the soft labels of `num_images` images: the votes and the training of the voter."""
+    method, sigma = config.soft_labels.method, config.soft_labels.sigma
+    settings = config.finetune.settings(method, sigma)
+    objective = build_finetuning_objective(settings, method, sigma)
+    steps = settings.epochs * steps_per_epoch(num_images, settings.batch_size)
+    return config.soft_labels.n * num_images + objective.forwards_per_image * steps * settings.batch_size
+
+
 @dataclass(frozen=True)
 class Budget:
-    """How long a method trains, and the compute of it and of its pre-training, in encoder forward passes."""
+    """How long a method trains, and the compute of it and of what it starts from, in encoder forward passes."""
 
     total_steps: int
     epoch_steps: int
     step_compute: float
     pretrain_share: float  # of the compute of the pre-training that it starts from
+    soft_label_share: float  # of the compute of the soft labels that it learns from
     evaluate_every: int  # epochs
     planned_epochs: int  # for which the settings are made; the training itself may be shorter or longer
 
@@ -112,20 +123,27 @@ def plan_budget(
     """The budget of a method at noise `sigma`, on `num_images` training images.
 
     With `finetune.budget: passes` a training ends after the step at which it comes closest to the encoder passes of
-    rRCM's fine-tuning. A method with budget "total" also gets rRCM's share of the pre-training. The members of an
-    ensemble share these passes. A longer training is evaluated less often, so that each has about the same number of
-    evaluations.
+    rRCM's fine-tuning. A method with budget "total" also gets rRCM's share of the pre-training, less its own share of
+    soft labels. The members of an ensemble share these passes. A longer training is evaluated less often, so that each
+    has about the same number of evaluations. Raises `RRCMError` when soft labels leave nothing for the training.
     """
     settings = config.finetune.settings(method, sigma)
     epoch_steps = steps_per_epoch(num_images, settings.batch_size)
     step_compute = objective.forwards_per_image * settings.batch_size
     planned_steps = total_steps = settings.epochs * epoch_steps
     matched, by_passes = METHODS[method].budget == "total", config.finetune.budget == "passes"
-    shared_by, share = config.finetune.pretrain_cost_shared_by, 0.0
+    shared_by, share, soft_label_share = config.finetune.pretrain_cost_shared_by, 0.0, 0.0
+    if METHODS[method].needs_soft_labels:
+        soft_label_share = soft_label_compute(config, num_images) / shared_by
     if matched or by_passes:
         passes = reference_passes(config, sigma, num_images)
         if matched:
-            passes += pretraining_compute(config, MATCHED_PRETRAINING) / shared_by
+            passes += pretraining_compute(config, MATCHED_PRETRAINING) / shared_by - soft_label_share
+            if passes < step_compute:
+                raise RRCMError(
+                    f"soft_labels.n = {config.soft_labels.n}: {method} spends all of rRCM's compute on its share of "
+                    "them; lower it, or leave the method out"
+                )
         if METHODS[method].is_ensemble:
             passes /= config.finetune.ensemble_members
         unit = 1 if by_passes else epoch_steps
@@ -134,4 +152,4 @@ def plan_budget(
         folder = pretrained / METHODS[method].initial_weights
         share = read_json(folder / "config.json")["compute"]["pretrain"] / shared_by
     evaluate_every = math.ceil(config.finetune.evaluate_every * total_steps / planned_steps)
-    return Budget(total_steps, epoch_steps, step_compute, share, evaluate_every, settings.epochs)
+    return Budget(total_steps, epoch_steps, step_compute, share, soft_label_share, evaluate_every, settings.epochs)

@@ -13,7 +13,7 @@ from rrcm.methods import METHODS, PER_OBJECTIVE
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.objectives import PRETRAINING
-from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
+from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective, plan_budget
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, in_repository
@@ -82,7 +82,9 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
 
 def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
     settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
-    build_finetuning_objective(settings, method, sigma)
+    objective = build_finetuning_objective(settings, method, sigma)
+    if kind.needs_soft_labels and kind.budget == "total":  # it may have nothing left to train with
+        plan_budget(config, method, sigma, objective, images, Path("models/pretrain"))
     if kind.trained not in CLASSIFIERS:
         raise RRCMError(f"{method}: no such classifier {kind.trained}; there are {', '.join(CLASSIFIERS)}")
     if config.certify.compile and getattr(CLASSIFIERS[kind.trained], "stochastic", False):

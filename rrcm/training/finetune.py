@@ -224,7 +224,11 @@ def _train(
                 "epochs": budget.epochs,
             },
             selected=training.extra_state["selected"],
-            compute={"finetune": budget.compute, "pretrain_share": budget.pretrain_share},
+            compute={
+                "finetune": budget.compute,
+                "pretrain_share": budget.pretrain_share,
+                "soft_label_share": budget.soft_label_share,
+            },
         )
 
     training.publish(output, timing, save, budget.total_steps * settings.batch_size)

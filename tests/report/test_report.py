@@ -118,7 +118,7 @@ def make_inputs(config: Config, root: Path) -> None:
             details |= {"training": {"epochs": epochs}}
             write_json(
                 root / f"models/{place}/config.json",
-                details | {"compute": {"finetune": 8448.0 * epochs, "pretrain_share": share}},
+                details | {"compute": {"finetune": 8448.0 * epochs, "pretrain_share": share, "soft_label_share": 0.0}},
             )
             for stage in ("finetune", "certify"):
                 write_json(root / f"timings/{stage}/{place}.json", {"seconds": 1.5, "environment": environment})
@@ -214,8 +214,8 @@ def test_numbers_agree_with_the_certificates(made):
     )
     budgets = pd.read_csv(report / "budgets.csv").set_index(["method", "sigma"])
     assert budgets.loc[("rrcm", 0.25), "total_passes"] == 8448 * 20 + 4e5
-    assert budgets.loc[("rrcm", 0.25), "pretrain_share_seconds"] == 30
-    assert budgets.loc[("consistency", 0.25), "pretrain_share_passes"] == 0
+    assert budgets.loc[("rrcm", 0.25), "preparation_seconds"] == 30
+    assert budgets.loc[("consistency", 0.25), "preparation_passes"] == 0
     training = pd.read_csv(report / "training.csv")
     last = training[(training["method"] == "rrcm") & (training["sigma"] == 1.0)].iloc[-1]
     assert last["compute"] == budgets.loc[("rrcm", 1.0), "total_passes"]
@@ -298,7 +298,7 @@ def test_pretraining_elsewhere_is_named_and_not_counted(tmp_path: Path):
     (tmp_path / "timings/pretrain/rrcm.json").unlink()
     write_report(config, tmp_path, tmp_path / "out")
     budgets = pd.read_csv(tmp_path / "out/budgets.csv").set_index("method")
-    assert not budgets[["pretrain_share_passes", "pretrain_share_seconds"]].to_numpy().any()
+    assert not budgets[["preparation_passes", "preparation_seconds"]].to_numpy().any()
     assert (budgets["total_passes"] == budgets["finetune_passes"]).all()
     text = (tmp_path / "out/report.md").read_text()
     assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text

@@ -15,6 +15,7 @@ from rrcm.training.budget import (
     reference_passes,
     scale_steps,
 )
+from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_json
 
 IMAGES, SIGMA = 12_800, 0.5  # 100 steps per epoch of batch 128
@@ -26,7 +27,7 @@ def plan(tmp_path):
     """Plan the budget of a method with these settings: (config, budget)."""
 
     def budget_of(method: str, *overrides: str, images: int = IMAGES):
-        methods = ",".join(sorted({"rrcm", method}))
+        methods = ",".join(sorted({"rrcm", "gaussian", method}))  # gaussian: the voter for soft labels
         encoders = ",".join(sorted({"rrcm", METHODS[method].initial_weights or "rrcm"}))
         settings = (f"methods=[{methods}]", f"pretrain.objectives=[{encoders}]", *overrides)
         config = load_config(compose(tmp_path / "params.yaml", *settings))
@@ -49,7 +50,8 @@ def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
 @pytest.mark.parametrize("method", [name for name in TRAINABLE if METHODS[name].budget == "finetune"])
 def test_equal_passes_are_equal_to_within_a_percent(plan, method):
     config, budget = plan(method, "finetune.budget=passes")
-    assert budget.compute == pytest.approx(reference_passes(config, SIGMA, IMAGES), rel=0.01)
+    members = config.finetune.ensemble_members if METHODS[method].is_ensemble else 1
+    assert members * budget.compute == pytest.approx(reference_passes(config, SIGMA, IMAGES), rel=0.01)
     _, by_epochs = plan(method)
     assert by_epochs.epochs == 6 and isinstance(by_epochs.epochs, int)
 
@@ -64,8 +66,19 @@ def test_matched_methods_get_the_total_compute_of_rrcm(plan, method, unit):
     share = pretraining_compute(config, "rrcm") / config.finetune.pretrain_cost_shared_by
     step = budget.step_compute * (1 if unit == "passes" else budget.epoch_steps)
     assert of_rrcm.pretrain_share == share
-    assert abs(budget.compute - of_rrcm.compute - share) <= step / 2
+    assert abs(budget.compute + budget.soft_label_share - of_rrcm.compute - share) <= step / 2
     assert budget.pretrain_share == 0 and (unit == "passes" or isinstance(budget.epochs, int))
+
+
+def test_soft_labels_cost_their_votes_and_the_training_of_the_voter(plan):
+    """Gaussian, m = 2, 6 epochs: 6 passes per image and epoch. Three models share both."""
+    _, budget = plan("cat_rs", "soft_labels.n=1000")
+    assert budget.soft_label_share == (1000 + 6 * 6) * IMAGES / 3
+
+
+def test_soft_labels_that_cost_all_are_refused(plan):
+    with pytest.raises(RRCMError, match=r"soft_labels.n = 100000: cat_rs_matched spends all"):
+        plan("cat_rs_matched", "soft_labels.n=100000")
 
 
 def test_schedules_end_with_a_training_that_is_shorter_than_planned(plan):

@@ -44,7 +44,11 @@ def test_members_are_trainings_of_their_own_and_the_folder_says_so(ensemble, tmp
     assert weights[0].read_bytes() == weights[1].read_bytes()  # a training of `consistency` with that seed
 
     described = read_json(folder / "config.json")
-    assert described["compute"] == {"finetune": 3 * records[0]["compute"]["finetune"], "pretrain_share": 0.0}
+    assert described["compute"] == {
+        "finetune": 3 * records[0]["compute"]["finetune"],
+        "pretrain_share": 0.0,
+        "soft_label_share": 0.0,
+    }
     assert described["parameters"] == 3 * records[0]["parameters"] and described["selected"]["val_accuracy"] > 0.1
     history = pd.read_csv(folder / "history.csv")
     losses = [pd.read_csv(folder / f"member_{number}/history.csv")["loss"] for number in range(3)]

@@ -79,7 +79,11 @@ def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
     spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
     epoch = 6 * 128 * (1294 // 128)
     assert spent["training"]["epochs"] == 6 + round(12 * 64 * 30 / epoch)
-    assert spent["compute"] == {"finetune": spent["training"]["epochs"] * epoch, "pretrain_share": 0.0}
+    assert spent["compute"] == {
+        "finetune": spent["training"]["epochs"] * epoch,
+        "pretrain_share": 0.0,
+        "soft_label_share": 0.0,
+    }
 
 
 def test_equal_passes_end_within_an_epoch(project):
