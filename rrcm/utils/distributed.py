@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -68,10 +69,21 @@ def connect(device: str) -> DistEnv:
     if count == 1:
         return DistEnv(0, 1, chosen)
     try:
-        store, rank, _ = next(dist.rendezvous("env://"))
+        names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+        store, rank = _rendezvous(*(os.environ.get(name) for name in names))
     except ValueError as error:
         raise RRCMError(f"WORLD_SIZE is {count}, but {one_line(error)}; start the processes with torchrun") from None
     return DistEnv(rank, count, chosen, dist.PrefixStore(f"connection {next(_connections)}", store))
+
+
+@cache
+def _rendezvous(*environment: str | None) -> tuple[dist.Store, int]:
+    """The store of the processes that `environment` describes, and the rank of this one.
+
+    One store serves all connections of a process. A second one on the same port might still meet the first one.
+    """
+    store, rank, _ = next(dist.rendezvous("env://"))
+    return store, rank
 
 
 @contextmanager
