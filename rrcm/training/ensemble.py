@@ -1,6 +1,7 @@
 """Training of an ensemble: classifiers of one method, each with a seed of its own (Horváth et al. 2022)."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -80,7 +81,7 @@ def _describe(
 ) -> None:
     """Write config.json and history.csv of the ensemble in `folder`, where the members are.
 
-    The history is the mean of theirs, the compute the sum.
+    The history is the mean of theirs.
     """
     members = sorted(path.name for path in folder.iterdir())
     configs = [read_json(folder / name / "config.json") for name in members]
@@ -93,7 +94,7 @@ def _describe(
         "parameters": sum(each["parameters"] for each in configs),
         "initial_weights": config.finetune.initial_weights(method),
         "training": configs[0]["training"],
-        "compute": {name: sum(each["compute"][name] for each in configs) for name in configs[0]["compute"]},
+        "compute": add_compute([each["compute"] for each in configs]),
     }
     write_ensemble(folder, members, configs[0]["class_names"], **facts)
     ensemble = load_model_folder(folder).classifier.to(device)
@@ -102,6 +103,11 @@ def _describe(
     accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, DistEnv(0, 1, device))(ensemble)
     selected = {"epoch": histories["epoch"].tolist()[-1], "val_accuracy": accuracy}
     write_ensemble(folder, members, configs[0]["class_names"], **facts, selected=selected)
+
+
+def add_compute(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The compute of an ensemble: all fine-tunings, and once what the members share, as a pre-training."""
+    return {**members[0], "finetune": sum(member["finetune"] for member in members)}
 
 
 def _sum_timings(records: list[Path], timing: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from rrcm.certification.results import read_certificates
 from rrcm.config import load_config
 from rrcm.models.load import load_model_folder
+from rrcm.training.ensemble import add_compute
 from rrcm.training.finetune import finetune
 from rrcm.utils.files import read_json
 from rrcm.utils.rng import derive_seed
@@ -25,6 +26,11 @@ def ensemble(project):
     answer = stage(project, "finetune", "consistency_ensemble", "0.5")
     assert answer.returncode == 0, answer.stderr
     return project
+
+
+def test_members_share_the_pre_training_that_they_start_from():
+    member = {"finetune": 2.0, "pretrain_share": 5.0, "soft_label_share": 1.0}
+    assert add_compute([member] * 3) == {"finetune": 6.0, "pretrain_share": 5.0, "soft_label_share": 1.0}
 
 
 @pytest.mark.slow
