@@ -27,9 +27,18 @@ class LeNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> logits (B, K)."""
         x = images.contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(self.conv1(x), 2).relu()  # the ReLU commutes with the pooling, and here it is cheaper
-        x = F.max_pool2d(self.conv2(x), 2).relu()
+        x = max_pool(self.conv1(x)).relu()  # the ReLU commutes with the pooling, and here it is cheaper
+        x = max_pool(self.conv2(x)).relu()
         return self.fc2(self.fc1(x.flatten(1)).relu())
+
+
+def max_pool(x: torch.Tensor) -> torch.Tensor:
+    """`F.max_pool2d(x, 2)`. Without gradients, in certification, the maximum of slices is four times as fast."""
+    if x.requires_grad:
+        return F.max_pool2d(x, 2)
+    x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
+    x = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
+    return torch.maximum(x[..., ::2], x[..., 1::2])
 
 
 class ResidualBlock(nn.Module):

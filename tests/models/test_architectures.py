@@ -40,6 +40,15 @@ def test_lenet_is_the_published_network():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("size", [28, 30])  # 30: 26 and 9 pixels before the poolings, so that a row is left out
+def test_lenet_without_gradients_is_the_same_network(size):
+    lenet, noisy = build_network("lenet", size, 1, 10), images(6, 1, size, size)
+    trained = lenet(noisy)
+    assert trained.requires_grad
+    with torch.no_grad():
+        assert torch.equal(lenet(noisy), trained)
+
+
 def test_resnet110_has_110_layers_and_the_published_number_of_parameters():
     network = build_network("resnet110", 32, 3, 10)
     shortcuts = ("layer2.0.downsample.0", "layer3.0.downsample.0")
