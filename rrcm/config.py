@@ -311,6 +311,12 @@ class FinetuneSettings(Section):
     linear_probe_epochs: Annotated[int, Field(ge=0)]  # epochs on the head alone, on clean images, before fine-tuning
     objectives: ObjectiveSettings
 
+    def of_objective(self, name: str) -> dict[str, object]:
+        """What one objective is trained with: the common settings, and before them those of its own block."""
+        common = self.model_dump(exclude={"objectives"})
+        own = self.objectives.model_dump().get(name, {})
+        return common | {key: value for key, value in own.items() if value is not None}
+
 
 def _check_key(key: str) -> None:
     """Raises ValueError unless `key` is `default`, `scratch`, or a noise level as its files are named: `sigma_0.5`."""

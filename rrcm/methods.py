@@ -5,7 +5,7 @@ changing a row retrains that method alone, and adding a row retrains nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -279,6 +279,9 @@ TABLE = {
 }
 
 
+APPEARANCE = {"label", "colour", "base", "family"}  # columns of TABLE that decide no result
+
+
 @dataclass(frozen=True)
 class Method:
     """How a classifier is trained, and how it is drawn."""
@@ -291,6 +294,11 @@ class Method:
     family: str  # what tells it from the others, a key of `rrcm.report.figures.MARKERS`
     label: str
     colour: str
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """The columns that decide a result."""
+        return {name: value for name, value in asdict(self).items() if name not in APPEARANCE}
 
     @property
     def pretrained_here(self) -> bool:

@@ -308,6 +308,13 @@ def test_schedules_that_follow_the_steps_fit_any_number(tmp_path, steps):
     assert settings.t_max >= 2 * max(settings.evaluate_sigmas)  # the trajectory passes every noise that is certified
 
 
+@pytest.mark.parametrize(("steps", "levels"), [(1200, 5), (7200, 12), (75_000, 40)])
+def test_the_grid_grows_with_the_root_of_the_steps(tmp_path, steps, levels):
+    """4 sqrt(steps / 750) strides, to a loudest noise level of the same number."""
+    settings = pretraining(tmp_path, steps)
+    assert (settings.max_levels, settings.t_max) == (levels, levels)
+
+
 def test_layer_decay_follows_the_length_of_fine_tuning(tmp_path):
     decays = [
         profile(tmp_path, "fashion_mnist", f"finetune.epochs={epochs}").finetune.settings("rrcm", 0.5).layer_decay

@@ -62,8 +62,7 @@ def test_pretraining_watches_every_setting_that_concerns_its_objective():
 
 
 def test_finetuning_watches_the_columns_of_the_table_that_decide_a_result():
-    from rrcm.methods import Method
-    from rrcm.training.finetune import APPEARANCE
+    from rrcm.methods import APPEARANCE, Method
 
     (cells,) = (entry["rrcm/methods.py"] for entry in definition("finetune")["params"] if isinstance(entry, dict))
     assert {cell.rsplit(".", 1)[1] for cell in cells} == set(Method.__dataclass_fields__) - APPEARANCE

@@ -30,7 +30,7 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
     figures.save(figures.draw_comparison(certificates), output)
     print(comparison_table(certificates, numbers))
     if reference is not None:
-        print(f"\n{differences_table(certificates, reference, numbers)}")
+        print(f"\n{differences_to(reference, certificates, numbers)}")
     if note := check_same_images(certificates):
         print(f"note: {note}", file=sys.stderr)
 
@@ -68,7 +68,7 @@ def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[f
     return _tabulate(rows, "", radii)
 
 
-def differences_table(certificates: Mapping[str, pd.DataFrame], reference: str, radii: Sequence[float]) -> str:
+def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
     """One line per other name: what it has more than `reference` on the images of both, with 95 % intervals.
 
     Raises `RRCMError` for a name without an image in common with `reference`.

@@ -49,9 +49,8 @@ def scale_steps(settings: Pretrain, factor: float) -> Pretrain:
 
 def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: float) -> Objective:
     """The objective of a method, with the common settings and those of its own block."""
-    name, values = METHODS[method].objective, settings.model_dump()
-    own = {key: value for key, value in values["objectives"].get(name, {}).items() if value is not None}
-    return build_objective(FINETUNING, name, values | own | {"sigma": sigma})
+    name = METHODS[method].objective
+    return build_objective(FINETUNING, name, settings.of_objective(name) | {"sigma": sigma})
 
 
 def pretraining_compute(config: Config, objective: str) -> float:
@@ -60,21 +59,18 @@ def pretraining_compute(config: Config, objective: str) -> float:
     return _build(config, objective, settings).forwards_per_image * settings.steps * settings.batch_size
 
 
-def reference_passes(config: Config, sigma: float, num_images: int) -> float:
-    """Encoder forward passes of rRCM's own fine-tuning at noise `sigma`, on `num_images` training images."""
-    settings = config.finetune.settings(REFERENCE, sigma)
-    objective = build_finetuning_objective(settings, REFERENCE, sigma)
+def planned_passes(config: Config, method: str, sigma: float, num_images: int) -> float:
+    """Encoder forward passes of all epochs of a method's settings, on `num_images` training images."""
+    settings = config.finetune.settings(method, sigma)
+    objective = build_finetuning_objective(settings, method, sigma)
     steps = settings.epochs * steps_per_epoch(num_images, settings.batch_size)
     return objective.forwards_per_image * steps * settings.batch_size
 
 
 def soft_label_compute(config: Config, num_images: int) -> float:
     """Encoder forward passes of the soft labels of `num_images` images: the votes and the training of the voter."""
-    method, sigma = config.soft_labels.method, config.soft_labels.sigma
-    settings = config.finetune.settings(method, sigma)
-    objective = build_finetuning_objective(settings, method, sigma)
-    steps = settings.epochs * steps_per_epoch(num_images, settings.batch_size)
-    return config.soft_labels.n * num_images + objective.forwards_per_image * steps * settings.batch_size
+    voter = config.soft_labels
+    return voter.n * num_images + planned_passes(config, voter.method, voter.sigma, num_images)
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def plan_budget(
     if METHODS[method].needs_soft_labels:
         soft_label_share = soft_label_compute(config, num_images) / shared_by
     if matched or by_passes:
-        passes = reference_passes(config, sigma, num_images)
+        passes = planned_passes(config, REFERENCE, sigma, num_images)
         if matched:
             passes += pretraining_compute(config, MATCHED_PRETRAINING) / shared_by - soft_label_share
             if passes < step_compute:

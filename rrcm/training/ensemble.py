@@ -12,7 +12,7 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.methods import METHODS, SOFT_LABELS, initial_weights_path
 from rrcm.models.ensembles import write_ensemble
 from rrcm.models.load import load_model_folder
-from rrcm.training.finetune import APPEARANCE, finetune
+from rrcm.training.finetune import finetune
 from rrcm.training.validation import NoisyValidation
 from rrcm.utils.distributed import DistEnv, all_reduce_min, init_distributed, resolve_precision
 from rrcm.utils.files import atomic_directory, read_json, sha256_file, sha256_folder, write_json
@@ -64,7 +64,6 @@ def _identity(
     config: Config, method: str, sigma: float, shard_folder: Path | str, pretrained: Path, soft_labels: Path
 ) -> str:
     """The hash that names the run: of the settings, the code, and the data and weights that the members start from."""
-    row = {name: value for name, value in vars(METHODS[method]).items() if name not in APPEARANCE}
     inputs = {"shards": ShardedDataset(shard_folder, "train").fingerprint}
     weights = Path(initial_weights_path(method, config.finetune.model_dump()))
     if config.finetune.uses_pretraining(method):
@@ -73,7 +72,7 @@ def _identity(
         if path.exists():  # what is missing is named by the training that needs it
             inputs[path.name] = sha256_folder(path) if path.is_dir() else sha256_file(path)
     settings = config.model_dump(mode="json", include={"seed", "data", "model", "pretrain", "finetune"})
-    return fingerprint({"method": row, "sigma": sigma, **settings}, inputs, __name__)
+    return fingerprint({"method": METHODS[method].identity, "sigma": sigma, **settings}, inputs, __name__)
 
 
 def _describe(

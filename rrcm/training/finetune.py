@@ -36,8 +36,6 @@ from rrcm.utils.tensors import sha256_tensors
 
 Classifier = NoiseConditionedClassifier | NetworkClassifier
 
-APPEARANCE = {"label", "colour", "base", "family"}  # columns of the method table that decide no result
-
 
 def finetune(
     config: Config,
@@ -205,7 +203,6 @@ def _train(
         training.log({"epoch": epoch, **means, "val_accuracy": accuracy, "lr": lr}, **shown)
 
     def save(folder: Path) -> None:
-        objective_settings = settings.objectives.model_dump().get(METHODS[method].objective, {})
         save_model(
             folder,
             best.classifier,
@@ -219,8 +216,7 @@ def _train(
             initial_weights=config.finetune.initial_weights(method),
             training={
                 "profile": config.profile,
-                **settings.model_dump(exclude={"objectives"}),
-                **objective_settings,
+                **settings.of_objective(METHODS[method].objective),
                 "epochs": budget.epochs,
             },
             selected=training.extra_state["selected"],
@@ -339,10 +335,9 @@ def build_trainer(
     for name, parameter in classifier.named_parameters():
         if name in scales:
             groups.setdefault(scales[name], []).append(parameter)
-    row = {name: value for name, value in asdict(METHODS[method]).items() if name not in APPEARANCE}
     identity = fingerprint(
         {
-            "method": row,
+            "method": METHODS[method].identity,
             "sigma": sigma,
             "budget": asdict(budget),
             "architecture": describe(classifier),

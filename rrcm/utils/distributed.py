@@ -260,7 +260,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        rows = x.movedim(1, -1)
+        rows = x.movedim(1, -1)  # every pixel is a row
         return SyncBatchNorm1d.forward(self, rows.flatten(0, 2)).view(rows.shape).movedim(-1, 1)
 
 

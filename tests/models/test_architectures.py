@@ -159,6 +159,7 @@ def test_the_stages_train_and_certify_another_trunk(project):
         answer = stage(project, *command)
         assert answer.returncode == 0, answer.stderr
     config = read_json(project / "models/gaussian/sigma_0.5/config.json")
+    assert config["training"]["num_noise"] == 2  # the common one, as the block of `gaussian` has none
     assert config["kind"] == "network" and config["architecture"]["name"] == "test_resnet"
     history = pd.read_csv(project / "models/gaussian/sigma_0.5/history.csv")
     assert history["lr"].tolist() == pytest.approx([5e-3 / 2, 5e-4 / 2], rel=0.2)  # of the last steps, and warming up

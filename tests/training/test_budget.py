@@ -11,8 +11,8 @@ from rrcm.training.budget import (
     build_pretraining_objective,
     plan_budget,
     plan_pretraining,
+    planned_passes,
     pretraining_compute,
-    reference_passes,
     scale_steps,
 )
 from rrcm.utils.errors import RRCMError
@@ -42,7 +42,9 @@ def plan(tmp_path):
 
 def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
     config, budget = plan("gaussian", "finetune.num_noise=3")
-    assert reference_passes(config, SIGMA, IMAGES) == 3 * 3 * 6 * IMAGES  # m = 3, a pass forward and two back, 6 epochs
+    assert (
+        planned_passes(config, "rrcm", SIGMA, IMAGES) == 3 * 3 * 6 * IMAGES
+    )  # m = 3, a pass forward and two back, 6 epochs
     _, of_rrcm = plan("rrcm", "finetune.num_noise=3", "finetune.budget=passes")
     assert of_rrcm.compute == 3 * 3 * 6 * IMAGES and of_rrcm.epochs == budget.epochs == 6
 
@@ -51,7 +53,7 @@ def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
 def test_equal_passes_are_equal_to_within_a_percent(plan, method):
     config, budget = plan(method, "finetune.budget=passes")
     members = config.finetune.ensemble_members if METHODS[method].is_ensemble else 1
-    assert members * budget.compute == pytest.approx(reference_passes(config, SIGMA, IMAGES), rel=0.01)
+    assert members * budget.compute == pytest.approx(planned_passes(config, "rrcm", SIGMA, IMAGES), rel=0.01)
     _, by_epochs = plan(method)
     assert by_epochs.epochs == 6 and isinstance(by_epochs.epochs, int)
 
