@@ -37,6 +37,16 @@ class BaseClassifier(nn.Module):
         raise NotImplementedError
 
 
+def part_logits(part: BaseClassifier, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+    """The answer in float32 of a classifier that is part of another.
+
+    Like `SmoothedClassifier`, it rounds the input of those that want it rounded.
+    """
+    if not part.keeps_float32_input:
+        noisy = noisy.to(next((p.dtype for p in part.parameters()), noisy.dtype))
+    return (part(noisy, draw) if part.stochastic else part(noisy)).float()
+
+
 class NoiseConditionedClassifier(BaseClassifier):
     """A noise-conditioned encoder and a linear head, at one fixed noise level t (model space)."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rrcm.models.base_classifiers import BaseClassifier, Draw
+from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
 from rrcm.models.checkpoints import FORMAT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_folder, write_json
@@ -38,23 +38,16 @@ class Ensemble(BaseClassifier):
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes) float32."""
         if self.consensus is None:
-            return torch.stack([_logits(member, noisy, draw) for member in self.members]).mean(0)
-        first = torch.stack([_logits(member, noisy) for member in self.members[: self.consensus]])
+            return torch.stack([part_logits(member, noisy, draw) for member in self.members]).mean(0)
+        first = torch.stack([part_logits(member, noisy) for member in self.members[: self.consensus]])
         answer, classes = first.mean(0), first.argmax(-1)
         undecided = (classes != classes[0]).any(0).nonzero().flatten()
         for rows in undecided.split(-(-len(noisy) // PARTS)):
             missing = -(-len(noisy) // PARTS) - len(rows)
             part = torch.cat([noisy[rows], noisy[:1].expand(missing, *noisy.shape[1:])])
-            last = [_logits(member, part)[: len(rows)] for member in self.members[self.consensus :]]
+            last = [part_logits(member, part)[: len(rows)] for member in self.members[self.consensus :]]
             answer = answer.index_copy(0, rows, torch.stack([*first[:, rows], *last]).mean(0))
         return answer
-
-
-def _logits(member: BaseClassifier, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
-    """The member's answer in float32. Like `SmoothedClassifier`, it rounds the input of those that want it rounded."""
-    if not member.keeps_float32_input:
-        noisy = noisy.to(next((p.dtype for p in member.parameters()), noisy.dtype))
-    return (member(noisy, draw) if member.stochastic else member(noisy)).float()
 
 
 def with_consensus(classifier: nn.Module, consensus: int | None) -> nn.Module:

@@ -200,18 +200,33 @@ class NoiseConditionedViT(nn.Module):
         visible: (B, V) int64, the patches of each image that the network sees. Then the result is all its tokens
         (B, 2 + V, embed_dim): class, time, and these patches in their order.
         """
-        t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
-        c_in = (t.square() + SIGMA_DATA**2).rsqrt()
-        patches = self.patch_embed((c_in[:, None, None, None] * images).to(self.patch_embed.proj.weight.dtype))
-        time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
-        class_token = self.cls_token.expand(images.shape[0], -1, -1).to(patches.dtype)
-        tokens = torch.cat([class_token, time_token[:, None], patches], dim=1) + self.pos_embed
+        tokens = self._embed(images, t)
         if visible is not None:
             kept = torch.cat([visible.new_tensor([[0, 1]]).expand(len(visible), -1), visible + 2], dim=1)
             tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, self.embed_dim))
             return self.norm(self._through(self.blocks, tokens))
         *blocks, last = self.blocks
         return self.norm(last.forward_cls(self._through(blocks, tokens)))  # nothing reads the other tokens
+
+    def patch_tokens(
+        self, images: torch.Tensor, t: torch.Tensor | float, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The tokens of all patches: (B, C, H, W) -> (B, patches, embed_dim). images and t as in `forward`.
+
+        A `condition` (B, embed_dim) takes the place of the class token.
+        """
+        return self.norm(self._through(self.blocks, self._embed(images, t, condition)))[:, 2:]
+
+    def _embed(
+        self, images: torch.Tensor, t: torch.Tensor | float, first: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The first token (by default the class token), the time token and the patches: (B, 2 + patches, D)."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
+        c_in = (t.square() + SIGMA_DATA**2).rsqrt()
+        patches = self.patch_embed((c_in[:, None, None, None] * images).to(self.patch_embed.proj.weight.dtype))
+        time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
+        class_token = self.cls_token.expand(images.shape[0], -1, -1) if first is None else first[:, None]
+        return torch.cat([class_token.to(patches.dtype), time_token[:, None], patches], dim=1) + self.pos_embed
 
     def _through(self, blocks: Iterable[Block], tokens: torch.Tensor) -> torch.Tensor:
         for block in blocks:

@@ -1,0 +1,120 @@
+"""Base classifiers that denoise first and then classify: DDS, DensePure, DiffSmooth.
+
+Their model folder has `kind` "denoised". It holds no weights: its config.json names a denoiser's folder and a
+classifier's, relative to it, with their hashes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
+from rrcm.models.checkpoints import FORMAT
+from rrcm.models.denoiser import Denoiser
+from rrcm.models.sampler import reverse_levels, reverse_sde
+from rrcm.utils.files import sha256_folder, write_json
+
+
+class DenoisedClassifier(BaseClassifier):
+    """A denoiser and a classifier of clean images, for noise of one pixel sigma. Both are told the noise they get."""
+
+    keeps_float32_input = True
+
+    def __init__(self, denoiser: Denoiser, classifier: BaseClassifier, sigma: float, classifier_size: int):
+        super().__init__()
+        self.denoiser, self.classifier = denoiser, classifier
+        self.num_classes, self.sigma, self.classifier_size = classifier.num_classes, sigma, classifier_size
+
+    def denoise(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """D(x; t) within the range of images: (B, C, H, W) float32 in [-1, 1]."""
+        return self.denoiser(x, t).clamp(-1, 1)
+
+    def classify(self, clean: torch.Tensor) -> torch.Tensor:
+        """Denoised images in model space, (B, C, H, W) -> logits (B, K) float32."""
+        pixels = (clean + 1) / 2
+        if pixels.shape[-1] != self.classifier_size:  # a classifier from elsewhere may want another size
+            size = (self.classifier_size, self.classifier_size)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return part_logits(self.classifier, pixels)
+
+
+class DDS(DenoisedClassifier):
+    """Denoised smoothing by one step of a diffusion model (Carlini et al. 2023)."""
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """noisy (B, C, H, W) float32: images in [0, 1] plus noise of pixel `sigma` -> logits (B, K)."""
+        return self.classify(self.denoise(2 * noisy - 1, 2 * self.sigma))
+
+
+class DensePure(DenoisedClassifier):
+    """The majority vote over several reverse processes from one noisy image (Xiao et al. 2023)."""
+
+    stochastic = True
+
+    def __init__(self, *parts: object, runs: int, steps: int):
+        super().__init__(*parts)
+        self.runs, self.steps = runs, steps  # K and b
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """As `DDS.forward`. The logits are those of `majority_vote`."""
+        levels = reverse_levels(2 * self.sigma, self.steps)
+        choices = []
+        for run in range(self.runs):
+
+            def noise(step: int, run: int = run) -> torch.Tensor:
+                return draw.normal(f"reverse run {run} step {step}", noisy.shape[1:])
+
+            clean = reverse_sde(self.denoise, 2 * noisy - 1, levels, noise)
+            choices.append(self.classify(clean).argmax(1))
+        return majority_vote(torch.stack(choices, dim=1), self.num_classes)
+
+
+def majority_vote(choices: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The votes for each class, (B, runs) int64 -> (B, num_classes) float32.
+
+    Half a vote or less goes to each class that was chosen, more the earlier. So of classes with equally many votes the
+    one that was chosen first has the most.
+    """
+    chosen = F.one_hot(choices, num_classes)
+    wait = chosen.argmax(1) / choices.shape[1]  # runs before the first that chose a class, as a share in [0, 1)
+    return chosen.sum(1) + (1 - wait) / 2 * chosen.amax(1)
+
+
+class DiffSmooth(DenoisedClassifier):
+    """One denoising step, then the mean probability over local noises (Zhang et al. 2023)."""
+
+    stochastic = True
+
+    def __init__(self, *parts: object, num_noise: int, local_sigma: float):
+        super().__init__(*parts)
+        self.num_noise, self.local_sigma = num_noise, local_sigma  # m and sigma', pixel units
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """As `DDS.forward`. The logits are the logarithm of the mean probabilities."""
+        clean = self.denoise(2 * noisy - 1, 2 * self.sigma)
+        total = torch.zeros(len(noisy), self.num_classes, device=noisy.device)
+        for copy in range(self.num_noise):
+            noise = draw.normal(f"local noise {copy}", clean.shape[1:]) if self.local_sigma else 0.0
+            total = total + self.classify(clean + 2 * self.local_sigma * noise).softmax(1)
+        return (total / self.num_noise).clamp_min(torch.finfo(total.dtype).tiny).log()
+
+
+# By the `classifier` of a method. Each also takes its own settings, by name.
+DENOISED = {"dds": DDS, "densepure": DensePure, "diffsmooth": DiffSmooth}
+
+
+def write_denoised(
+    folder: Path, kind: str, denoiser: str, classifier: Mapping[str, str], class_names: list[str], **metadata: object
+) -> None:
+    """Write the config.json of a classifier of kind `kind`, a key of DENOISED, in `folder`.
+
+    `denoiser` is a model folder relative to it. `classifier` is {"path": such a folder}, or {"model": what
+    `load_base_classifier` takes}. `metadata` (JSON-able) goes into config.json too; `sigma` and `settings` must be in it.
+    """
+    parts = {"denoiser": {"path": denoiser, "sha256": sha256_folder(folder / denoiser)}, "classifier": dict(classifier)}
+    if "path" in classifier:
+        parts["classifier"]["sha256"] = sha256_folder(folder / classifier["path"])
+    config = {"kind": "denoised", "format": FORMAT, "denoised": kind, "parts": parts, "class_names": class_names}
+    write_json(folder / "config.json", config | metadata)
