@@ -408,6 +408,65 @@ class Finetune(_varying(FinetuneSettings)):
         return METHODS[method].pretrained_here and self.initial_checkpoint is None
 
 
+class DenoiserSettings(Section):
+    """The denoiser D(x; t) of the methods that denoise first: its trunk, and its training (Karras et al. 2022)."""
+
+    source: str | None  # a public denoiser in place of one that is trained here; null: train
+    patch_size: Count
+    embed_dim: Count
+    depth: Count
+    num_heads: Count
+    batch_size: Annotated[int, Field(ge=1)]  # images per step, over all processes
+    steps: Count
+    warmup_steps: Annotated[int, Field(ge=0)]
+    lr: Positive
+    weight_decay: NonNegative
+    grad_clip_norm: Positive
+    ema_decay: Rate  # of the average of the weights, which is kept
+    noise_mean: float  # P_mean and P_std: ln t is normal
+    noise_std: Positive
+    augmentation: Literal["none", "flip"]
+    precision: Precision
+    num_chunks: Count  # as in pre-training
+    compile: bool  # torch.compile
+    log_every: Count  # steps
+    evaluate_every: Count  # steps between errors on the validation split
+    checkpoint_every: Count  # steps
+
+    @model_validator(mode="after")
+    def sizes_fit(self) -> Self:
+        if self.embed_dim % self.num_heads or self.embed_dim % 2:
+            raise ValueError(f"embed_dim {self.embed_dim} must be even and a multiple of num_heads {self.num_heads}")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+
+class DensePureSettings(Section):
+    """DensePure (Xiao et al. 2023)."""
+
+    runs: Count  # K, reverse processes per noisy image
+    steps: Count  # b, of each
+
+
+class DiffSmoothSettings(Section):
+    """DiffSmooth (Zhang et al. 2023)."""
+
+    num_noise: Count  # m, local noises per denoised image
+    local_sigma: NonNegative  # sigma', pixel units
+    classifier_sigma: Positive  # noise that its classifier is trained with, pixel units
+
+
+class Denoised(Section):
+    """Classifiers that denoise first. What classifies is method gaussian at so little noise that images look clean."""
+
+    model: str | None  # a timm model or a model folder that classifies denoised images, in place of one trained here
+    classifier_sigma: Positive  # pixel units; 0.001 is a quarter of a grey level
+    densepure: DensePureSettings
+    diffsmooth: DiffSmoothSettings
+    max_images: dict[MethodName, Count | None]  # of methods that certify fewer images than the others; null: as many
+
+
 class SoftLabels(Section):
     """The smoothed classifier whose votes for the training images are soft labels, for objectives that need them."""
 
@@ -427,7 +486,7 @@ class Certify(Section):
     batch_size: Count | None  # noisy samples per forward pass; null: chosen within memory_gib
     memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
     every: Count  # certify every k-th test image
-    max_images: Count | None
+    max_images: Count | None  # at most, evenly spaced
     precision: CertifiedPrecision
     compile: bool  # torch.compile, with CUDA graphs on a GPU
     consensus: Annotated[int, Field(ge=2)] | None  # K: an ensemble whose first K members agree skips the others
@@ -517,6 +576,8 @@ class Config(Section):
     pretrain: Pretrain
     finetune: Finetune
     soft_labels: SoftLabels
+    denoiser: DenoiserSettings
+    denoised: Denoised
     certify: Certify
     latency: Latency
     attack: Attack
@@ -573,6 +634,31 @@ class Config(Section):
             raise ValueError(f"attack.methods {attacked} must be among methods {self.methods}, each at most once")
         return self
 
+    @property
+    def trains_denoiser(self) -> bool:
+        """Whether a method needs a denoiser, and it is to be trained here."""
+        return self.denoiser.source is None and any(METHODS[name].denoises for name in self.methods)
+
+    @model_validator(mode="after")
+    def denoised_fit(self) -> Self:
+        for name in self.methods:
+            if not METHODS[name].denoises:
+                continue
+            if self.finetune.budget == "passes" and METHODS[name].objective is not None:
+                raise ValueError(f"finetune.budget passes has no meaning for {name}; leave it out, or set it to epochs")
+            if METHODS[name].objective is not None and self.denoised.model is not None:
+                raise ValueError(
+                    f"denoised.model {self.denoised.model}: {name} fine-tunes a classifier that is trained here; leave "
+                    "it out, or set denoised.model to null"
+                )
+        for name in self.denoised.max_images:
+            if not METHODS[name].denoises:
+                raise ValueError(f"denoised.max_images.{name}: does not denoise; set certify.max_images for all")
+        for name in self.attack.methods:
+            if METHODS[name].classifier == "densepure":
+                raise ValueError(f"attack.methods: {name} votes, which has no gradient to follow; leave it out")
+        return self
+
     @model_validator(mode="after")
     def soft_labels_fit(self) -> Self:
         source = self.soft_labels
@@ -607,6 +693,11 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
             )
+        if self.trains_denoiser and self.data.image_size % self.denoiser.patch_size:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} must be a multiple of denoiser.patch_size "
+                f"{self.denoiser.patch_size}"
+            )
         step = self.certify.radius_step
         off_grid = [radius for radius in self.report.radii if abs(radius / step - round(radius / step)) > 1e-9]
         if self.certify.stopping == "sequential" and off_grid:
@@ -618,7 +709,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def derived_fits(self) -> Self:
-        values = self.model_dump(mode="json", include={"methods", "sigmas", "pretrain", "finetune", "soft_labels"})
+        names = {"methods", "sigmas", "pretrain", "finetune", "soft_labels", "denoiser", "denoised"}
+        values = self.model_dump(mode="json", include=names)
         if self.derived != derived_settings(**values):
             raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
         return self

@@ -14,6 +14,8 @@ REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
 SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
+DENOISER = "models/denoiser"  # where the stage denoiser puts it
+DENOISED = ("dds", "densepure", "diffsmooth")  # base classifiers that denoise first
 
 TABLE = {
     "rrcm": {
@@ -276,6 +278,46 @@ TABLE = {
         "label": "rRCM, ensemble",
         "colour": "#2166AC",
     },
+    "dds": {
+        "initial_weights": "gaussian",
+        "objective": None,
+        "budget": "finetune",
+        "classifier": "dds",
+        "base": None,
+        "family": "denoise, then classify",
+        "label": "DDS",
+        "colour": "#CC6677",
+    },
+    "dds_finetuned": {
+        "initial_weights": "gaussian",
+        "objective": "gaussian",
+        "budget": "finetune",
+        "classifier": "dds",
+        "base": None,
+        "family": "denoise, then classify",
+        "label": "DDS, fine-tuned",
+        "colour": "#6699CC",
+    },
+    "densepure": {
+        "initial_weights": "gaussian",
+        "objective": None,
+        "budget": "finetune",
+        "classifier": "densepure",
+        "base": None,
+        "family": "denoise, then classify",
+        "label": "DensePure",
+        "colour": "#AA3377",
+    },
+    "diffsmooth": {
+        "initial_weights": "gaussian",
+        "objective": None,
+        "budget": "finetune",
+        "classifier": "diffsmooth",
+        "base": None,
+        "family": "denoise, then classify",
+        "label": "DiffSmooth",
+        "colour": "#997700",
+    },
 }
 
 
@@ -286,10 +328,10 @@ APPEARANCE = {"label", "colour", "base", "family"}  # columns of TABLE that deci
 class Method:
     """How a classifier is trained, and how it is drawn."""
 
-    initial_weights: str | None  # a pre-training objective, "timm", or None: random weights
-    objective: str  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`
+    initial_weights: str | None  # a pre-training objective, "timm", a method if it denoises, or None: random weights
+    objective: str | None  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`; None: put together, not trained
     budget: Literal["finetune", "total"]  # "total": also the compute of rRCM's pre-training
-    classifier: str  # kind of base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`, or "ensemble"
+    classifier: str  # base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`, "ensemble", or in DENOISED
     base: str | None  # the method with the same training at the smaller budget
     family: str  # what tells it from the others, a key of `rrcm.report.figures.MARKERS`
     label: str
@@ -303,7 +345,7 @@ class Method:
     @property
     def pretrained_here(self) -> bool:
         """Whether the initial weights come from a pre-training of this pipeline."""
-        return self.initial_weights not in (None, "timm")
+        return self.initial_weights not in (None, "timm") and not self.denoises
 
     @property
     def needs_soft_labels(self) -> bool:
@@ -316,20 +358,30 @@ class Method:
         return self.classifier == "ensemble"
 
     @property
+    def denoises(self) -> bool:
+        """Whether its base classifier is a denoiser and a classifier."""
+        return self.classifier in DENOISED
+
+    @property
     def trained(self) -> str:
-        """Kind of the classifier that one training makes: of an ensemble, that of a member."""
-        return "classifier" if self.is_ensemble else self.classifier
+        """Kind of the classifier that one training makes: a member of an ensemble, what sees denoised images."""
+        return "classifier" if self.is_ensemble or self.denoises else self.classifier
 
 
 METHODS = {name: Method(**row) for name, row in TABLE.items()}
 
 
-def initial_weights_path(method: str, finetune: Mapping) -> str:
+def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> str:
     """The file or folder that decides a method's initial weights: what DVC watches.
 
-    `finetune` are the settings of that name. Random weights are decided by the code that draws them.
+    `finetune` and `denoised` are the settings of these names. Random weights are decided by the code that draws them.
     """
     kind = METHODS[method]
+    if kind.denoises:
+        if denoised["model"] is not None:
+            folder = _expand(denoised["model"].removeprefix("local-dir:"))
+            return folder if Path(folder).exists() else "rrcm/models/timm_models.py"
+        return f"models/{kind.initial_weights}/sigma_{classifier_sigma(method, denoised)}"
     if kind.pretrained_here:
         return _expand(finetune["initial_checkpoint"] or f"models/pretrain/{kind.initial_weights}")
     if kind.initial_weights == "timm":
@@ -339,6 +391,12 @@ def initial_weights_path(method: str, finetune: Mapping) -> str:
             return folder
         return _expand(weights) if weights else "rrcm/models/timm_vit.py"
     return "rrcm/models/vit.py"
+
+
+def classifier_sigma(method: str, denoised: Mapping) -> float:
+    """The noise, in pixel units, that the classifier of a method that denoises is trained with."""
+    own = denoised.get(METHODS[method].classifier) or {}
+    return float(own.get("classifier_sigma", denoised["classifier_sigma"]))
 
 
 def _expand(path: str) -> str:
@@ -351,36 +409,80 @@ def value_for_objective(setting: object, objective: str) -> object:
 
 
 def derived_settings(
-    methods: list[str], sigmas: list[float], pretrain: Mapping, finetune: Mapping, soft_labels: Mapping
+    methods: list[str],
+    sigmas: list[float],
+    pretrain: Mapping,
+    finetune: Mapping,
+    soft_labels: Mapping,
+    denoiser: Mapping,
+    denoised: Mapping,
 ) -> dict:
     """The settings that follow from others and METHODS, for DVC, whose templates cannot look anything up.
 
-    `pretrain`: by objective, the settings that it has for itself. `finetune`: the stages, by name, with what each
-    depends on. `soft_labels`: the stage that counts them, by name, if a method needs them. `matched_compute`: by
-    method, the objectives whose compute it gets (null: none), so that it is trained again when that compute changes.
+    `pretrain`: by objective, the settings that it has for itself. `denoiser`: the stage, by name, if a method needs it.
+    `finetune`: the stages, by name, with what each depends on; the classifiers of methods that denoise are among them.
+    `soft_labels`: the stage that counts them, by name, if a method needs them. `matched_compute`: by method, the
+    objectives whose compute it gets (null: none), so that it is trained again when that compute changes. `denoised`: by
+    method, the settings of how it denoises (null: it does not).
     """
+    parts = {
+        (METHODS[method].initial_weights, classifier_sigma(method, denoised))
+        for method in methods
+        if METHODS[method].denoises and denoised["model"] is None
+    }
+    runs = [(method, sigma) for method in methods for sigma in sigmas]
+    runs += sorted(parts - set(runs))
+    trained = dict.fromkeys(method for method, _ in runs)
+    denoise = any(METHODS[method].denoises for method in methods)
+    source = denoiser["source"]
     own = {
         objective: {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
         | {"settings": pretrain.get(objective)}
         for objective in pretrain["objectives"]
     }
-    source = {name: soft_labels[name] for name in ("method", "sigma")}
+    voter = {name: soft_labels[name] for name in ("method", "sigma")}
     needed = any(METHODS[method].needs_soft_labels for method in methods)
     matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}
     reference = {"finetune_objective": METHODS[REFERENCE].objective}
     compute = {"finetune": reference if finetune["budget"] == "passes" else None, "total": reference | matched}
     return {
         "pretrain": own,
+        "denoiser": {("trained" if source is None else "public"): _source_path(source)} if denoise else {},
         "finetune": {
             f"{method}-{sigma}": {
                 "method": method,
                 "sigma": sigma,
-                "initial_weights": initial_weights_path(method, finetune),
-                "soft_labels": SOFT_LABELS if METHODS[method].needs_soft_labels else "data/shards",  # no further file
+                "initial_weights": initial_weights_path(method, finetune, denoised),
+                "other_input": _other_input(method),
             }
-            for method in methods
-            for sigma in sigmas
+            for method, sigma in runs
         },
-        "soft_labels": {"{method}-{sigma}".format(**source): source} if needed else {},
-        "matched_compute": {method: compute[METHODS[method].budget] for method in methods},
+        "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needed else {},
+        "matched_compute": {method: compute[METHODS[method].budget] for method in trained},
+        "denoised": {method: _denoised_settings(method, denoised) for method in trained},
+    }
+
+
+def _source_path(source: str | None) -> str:
+    """The file or folder that decides a denoiser: what DVC watches. A name on a hub decides itself."""
+    folder = _expand((source or "").removeprefix("local-dir:"))
+    return folder if folder and Path(folder).exists() else "rrcm/models/denoiser.py"
+
+
+def _other_input(method: str) -> str:
+    """What a method is made from besides images and initial weights."""
+    if METHODS[method].denoises:
+        return DENOISER
+    return SOFT_LABELS if METHODS[method].needs_soft_labels else "data/shards"  # nothing else
+
+
+def _denoised_settings(method: str, denoised: Mapping) -> dict | None:
+    kind = METHODS[method].classifier
+    if kind not in DENOISED:
+        return None
+    return {
+        "model": denoised["model"],
+        "classifier_sigma": classifier_sigma(method, denoised),
+        "settings": denoised.get(kind),
+        "max_images": denoised["max_images"].get(method),
     }

@@ -21,7 +21,8 @@ def main(
     """Certify METHOD at smoothing noise SIGMA (pixel units). Continues a killed run."""
     name = f"{method}/{sigma_name(sigma)}"
     config = load_config(params)
-    certify_split(config, sigma, shards, models / name, certificates / f"{name}.tsv", timings / f"{name}.json")
+    files = models / name, certificates / f"{name}.tsv", timings / f"{name}.json"
+    certify_split(config, sigma, shards, *files, max_images=config.denoised.max_images.get(method))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
 from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.training.checks import check_before_training
+from rrcm.training.denoised import finetune_denoised
 from rrcm.training.ensemble import finetune_ensemble
 from rrcm.training.finetune import finetune
 from rrcm.utils.errors import RRCMError
@@ -25,11 +26,12 @@ def main(
 ) -> None:
     """Fine-tune METHOD for smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
     config = load_config(params)
-    if method not in config.methods or sigma not in config.sigmas:
+    if f"{method}-{sigma}" not in config.derived["finetune"]:
         raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
     check_before_training(config, shards)
     name = f"{method}/{sigma_name(sigma)}"
-    train = finetune_ensemble if METHODS[method].is_ensemble else finetune
+    kind = METHODS[method]
+    train = finetune_ensemble if kind.is_ensemble else finetune_denoised if kind.denoises else finetune
     train(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
 
 

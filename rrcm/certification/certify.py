@@ -16,7 +16,7 @@ from rrcm.certification.results import COLUMNS, write_certificates, write_sample
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import StoppingRule, make_stopping_rule
 from rrcm.config import Config
-from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_model_folder
@@ -31,10 +31,17 @@ from rrcm.utils.resume import RunState, fingerprint
 
 @explain_lost_processes()
 def certify_split(
-    config: Config, sigma: float, shard_folder: Path | str, model_folder: Path, output: Path, timing: Path
+    config: Config,
+    sigma: float,
+    shard_folder: Path | str,
+    model_folder: Path,
+    output: Path,
+    timing: Path,
+    max_images: int | None = None,
 ) -> None:
     """Certify every k-th test image and write `output` (TSV, Cohen et al.'s format), with OUTPUT.samples.tsv beside it.
 
+    With `max_images` only so many of them are certified, evenly spaced.
     The column `time` is 0 because the true seconds differ from run to run; `timing` (JSON) has them. Under torchrun all
     processes share the images. A killed run continues from the last samples it counted, on any number of processes.
     Raises `RRCMError` for missing or damaged inputs.
@@ -51,6 +58,7 @@ def certify_split(
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
     pixels = pixels.to(device).float() / 255
     states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
+    states = [states[row] for row in evenly_spaced(len(states), max_images)]
 
     model_files = sorted(path for path in model_folder.rglob("*") if path.is_file())
     inputs = {"shards": images.fingerprint}

@@ -14,7 +14,12 @@ from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
 from rrcm.models.checkpoints import FORMAT
 from rrcm.models.denoiser import Denoiser
 from rrcm.models.sampler import reverse_levels, reverse_sde
-from rrcm.utils.files import sha256_folder, write_json
+from rrcm.utils.files import write_json
+
+
+def denoise_pixels(denoiser: Denoiser, noisy: torch.Tensor, *, sigma: float) -> torch.Tensor:
+    """The denoiser's estimate, clipped: (B, C, H, W) float32 in [0, 1] plus noise of pixel `sigma` -> in [0, 1]."""
+    return (denoiser(2 * noisy - 1, 2 * sigma).clamp(-1, 1) + 1) / 2
 
 
 class DenoisedClassifier(BaseClassifier):
@@ -27,16 +32,11 @@ class DenoisedClassifier(BaseClassifier):
         self.denoiser, self.classifier = denoiser, classifier
         self.num_classes, self.sigma, self.classifier_size = classifier.num_classes, sigma, classifier_size
 
-    def denoise(self, x: torch.Tensor, t: float) -> torch.Tensor:
-        """D(x; t) within the range of images: (B, C, H, W) float32 in [-1, 1]."""
-        return self.denoiser(x, t).clamp(-1, 1)
-
-    def classify(self, clean: torch.Tensor) -> torch.Tensor:
-        """Denoised images in model space, (B, C, H, W) -> logits (B, K) float32."""
-        pixels = (clean + 1) / 2
+    def classify(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Denoised images, (B, C, H, W) float32 -> logits (B, K) float32."""
         if pixels.shape[-1] != self.classifier_size:  # a classifier from elsewhere may want another size
             size = (self.classifier_size, self.classifier_size)
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         return part_logits(self.classifier, pixels)
 
 
@@ -45,7 +45,7 @@ class DDS(DenoisedClassifier):
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """noisy (B, C, H, W) float32: images in [0, 1] plus noise of pixel `sigma` -> logits (B, K)."""
-        return self.classify(self.denoise(2 * noisy - 1, 2 * self.sigma))
+        return self.classify(denoise_pixels(self.denoiser, noisy, sigma=self.sigma))
 
 
 class DensePure(DenoisedClassifier):
@@ -66,9 +66,12 @@ class DensePure(DenoisedClassifier):
             def noise(step: int, run: int = run) -> torch.Tensor:
                 return draw.normal(f"reverse run {run} step {step}", noisy.shape[1:])
 
-            clean = reverse_sde(self.denoise, 2 * noisy - 1, levels, noise)
-            choices.append(self.classify(clean).argmax(1))
+            clean = reverse_sde(self._denoise, 2 * noisy - 1, levels, noise)
+            choices.append(self.classify((clean + 1) / 2).argmax(1))
         return majority_vote(torch.stack(choices, dim=1), self.num_classes)
+
+    def _denoise(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        return self.denoiser(x, t).clamp(-1, 1)
 
 
 def majority_vote(choices: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -93,11 +96,11 @@ class DiffSmooth(DenoisedClassifier):
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """As `DDS.forward`. The logits are the logarithm of the mean probabilities."""
-        clean = self.denoise(2 * noisy - 1, 2 * self.sigma)
+        clean = denoise_pixels(self.denoiser, noisy, sigma=self.sigma)
         total = torch.zeros(len(noisy), self.num_classes, device=noisy.device)
         for copy in range(self.num_noise):
             noise = draw.normal(f"local noise {copy}", clean.shape[1:]) if self.local_sigma else 0.0
-            total = total + self.classify(clean + 2 * self.local_sigma * noise).softmax(1)
+            total = total + self.classify(clean + self.local_sigma * noise).softmax(1)
         return (total / self.num_noise).clamp_min(torch.finfo(total.dtype).tiny).log()
 
 
@@ -106,15 +109,20 @@ DENOISED = {"dds": DDS, "densepure": DensePure, "diffsmooth": DiffSmooth}
 
 
 def write_denoised(
-    folder: Path, kind: str, denoiser: str, classifier: Mapping[str, str], class_names: list[str], **metadata: object
+    folder: Path,
+    kind: str,
+    parts: Mapping[str, Mapping[str, str]],
+    class_names: list[str],
+    *,
+    sigma: float,
+    settings: Mapping,
+    **metadata: object,
 ) -> None:
-    """Write the config.json of a classifier of kind `kind`, a key of DENOISED, in `folder`.
+    """Write the config.json of a classifier of `kind`, a key of DENOISED, for pixel noise `sigma`, in `folder`.
 
-    `denoiser` is a model folder relative to it. `classifier` is {"path": such a folder}, or {"model": what
-    `load_base_classifier` takes}. `metadata` (JSON-able) goes into config.json too; `sigma` and `settings` must be in it.
+    `parts` are the `denoiser` and the `classifier`, each with the `path` of its model folder, relative to `folder`, and
+    the `sha256` of that folder. A classifier from elsewhere has its name as `model` instead, and the hash of its
+    weights. `settings` are the further arguments of the class. `metadata` (JSON-able) goes into config.json too.
     """
-    parts = {"denoiser": {"path": denoiser, "sha256": sha256_folder(folder / denoiser)}, "classifier": dict(classifier)}
-    if "path" in classifier:
-        parts["classifier"]["sha256"] = sha256_folder(folder / classifier["path"])
-    config = {"kind": "denoised", "format": FORMAT, "denoised": kind, "parts": parts, "class_names": class_names}
-    write_json(folder / "config.json", config | metadata)
+    config = {"kind": "denoised", "format": FORMAT, "denoised": kind, "parts": dict(parts), "sigma": sigma}
+    write_json(folder / "config.json", config | {"settings": settings, "class_names": class_names} | metadata)

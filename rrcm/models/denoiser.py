@@ -31,9 +31,7 @@ class Preconditioning(NamedTuple):
 def preconditioning(t: torch.Tensor) -> Preconditioning:
     """The factors at noise levels t > 0, each of the shape of t."""
     variance = t.square() + SIGMA_DATA**2
-    return Preconditioning(
-        SIGMA_DATA**2 / variance, t * SIGMA_DATA * variance.rsqrt(), variance.rsqrt(), t.log() / 4
-    )
+    return Preconditioning(SIGMA_DATA**2 / variance, t * SIGMA_DATA * variance.rsqrt(), variance.rsqrt(), t.log() / 4)
 
 
 def loss_weight(t: torch.Tensor) -> torch.Tensor:
@@ -116,7 +114,7 @@ def save_denoiser(folder: Path, denoiser: EDMDenoiser, **metadata: object) -> No
 
 
 def load_denoiser(folder: Path | str) -> Denoiser:
-    """The denoiser in a model folder, in eval mode. Raises `RRCMError` for a folder of another kind or a damaged one."""
+    """The denoiser in a model folder, in eval mode. Raises `RRCMError` for a damaged folder or one of another kind."""
     folder = Path(folder)
     config = read_model_config(folder)
     check_kind(folder, config, ("denoiser",))

@@ -6,7 +6,7 @@ for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +14,13 @@ from rrcm.models.architectures import network_classifier
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import check_kind, class_names_of, classifier_of, read_model_config
+from rrcm.models.denoised import DENOISED
+from rrcm.models.denoiser import load_denoiser
 from rrcm.models.ensembles import Ensemble
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, sha256_folder
-from rrcm.utils.tensors import load_tensors, load_weights
+from rrcm.utils.tensors import load_tensors, load_weights, sha256_tensors
 
 
 class LoadedClassifier(NamedTuple):
@@ -116,15 +118,41 @@ def _load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
         raise RRCMError(f"{folder}/config.json: members must be two or more folders with their hashes; train it again")
     members = []
     for part in parts:
-        path = folder / str(part.get("path"))
-        if sha256_folder(path) != part.get("sha256"):
-            raise RRCMError(f"{path}: is not the member that {folder}/config.json names; train it again or dvc pull")
+        path = _part_folder(folder, part)
         members.append(load_model_folder(path))
         for name in ("class_names", "image_size", "channels"):
             found, first = getattr(members[-1], name), getattr(members[0], name)
             if found != first:
                 raise RRCMError(f"{path}: has {name} {found}, the first member {first}; members must be alike")
     return members[0]._replace(classifier=Ensemble([member.classifier for member in members]).eval())
+
+
+def _load_denoised(folder: Path, config: dict) -> LoadedClassifier:
+    parts, names = config.get("parts"), class_names_of(folder, config)
+    try:
+        denoiser, part = parts["denoiser"], parts["classifier"]
+        build, sigma, settings = DENOISED[config["denoised"]], float(config["sigma"]), dict(config["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RRCMError(f"{folder}/config.json: names no parts ({one_line(error)}); train it again") from None
+    denoiser = load_denoiser(_part_folder(folder, denoiser))
+    if "model" in part:
+        loaded = load_base_classifier(part["model"])
+        if sha256_tensors(loaded.classifier.state_dict()) != part.get("sha256"):
+            raise RRCMError(f"{part['model']}: has other weights than {folder}/config.json names; train it again")
+    else:
+        loaded = load_model_folder(_part_folder(folder, part))
+    if loaded.channels != denoiser.channels or loaded.num_classes != len(names):
+        raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
+    classifier = build(denoiser, loaded.classifier, sigma, loaded.image_size, **settings).eval()
+    return loaded._replace(classifier=classifier, image_size=denoiser.image_size, class_names=names)
+
+
+def _part_folder(folder: Path, part: Mapping) -> Path:
+    """The model folder that is part of another. Raises `RRCMError` if its content is not what it was."""
+    path = folder / str(part.get("path"))
+    if sha256_folder(path) != part.get("sha256"):
+        raise RRCMError(f"{path}: is not the part that {folder}/config.json names; train it again or dvc pull")
+    return path
 
 
 def _describe(classifier: NoiseConditionedClassifier, class_names: list[str] | None = None) -> LoadedClassifier:
@@ -195,4 +223,5 @@ KINDS: dict[str, Loader] = {
     "classifier": _load_classifier_folder,
     "network": _load_network_folder,
     "ensemble": _load_ensemble,
+    "denoised": _load_denoised,
 }

@@ -1,10 +1,11 @@
 """Samplers: from a noisy image back to a clean one, with a denoiser D(x; t) (Karras et al. 2022).
 
-Images (B, C, H, W) float32 are in model space. `levels` t_0 > t_1 > ... > t_b = 0 are noise levels there, and x has that
-of t_0.
+Images (B, C, H, W) float32 are in model space. `levels` t_0 > t_1 > ... > t_b = 0 are noise levels there, and x has
+that of t_0.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -20,7 +21,7 @@ def reverse_levels(t: float, steps: int, *, t_min: float = 0.002, rho: float = 7
 
 def heun(denoise: Denoise, x: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
     """The probability-flow ODE by Heun's second-order method (Karras et al. 2022, algorithm 1)."""
-    for t, following in zip(levels[:-1], levels[1:], strict=True):
+    for t, following in pairwise(levels):
         slope = (x - denoise(x, t)) / t
         euler = x + (following - t) * slope
         if following > 0:
@@ -35,10 +36,10 @@ def reverse_sde(
 ) -> torch.Tensor:
     """Ancestral sampling (Ho et al. 2020): each step draws from q(x_s | x_t, x_0 = D(x_t; t)), for s below t.
 
-    Its mean is D + (s/t)^2 (x - D), its variance s^2 (1 - (s/t)^2). `noise(i)` is the standard normal noise (B, C, H, W)
-    of step i. A step to 0 draws nothing: it is the denoiser's estimate.
+    Its mean is D + (s/t)^2 (x - D), its variance s^2 (1 - (s/t)^2). `noise(i)` is the standard normal noise of step i,
+    (B, C, H, W). A step to 0 draws nothing: it is the denoiser's estimate.
     """
-    for step, (t, s) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for step, (t, s) in enumerate(pairwise(levels)):
         clean = denoise(x, t)
         share = (s / t) ** 2
         x = clean + share * (x - clean) + s * (1 - share) ** 0.5 * noise(step) if s > 0 else clean

@@ -217,9 +217,7 @@ class NoiseConditionedViT(nn.Module):
         """
         return self.norm(self._through(self.blocks, self._embed(images, t, condition)))[:, 2:]
 
-    def _embed(
-        self, images: torch.Tensor, t: torch.Tensor | float, first: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _embed(self, images: torch.Tensor, t: torch.Tensor | float, first: torch.Tensor | None = None) -> torch.Tensor:
         """The first token (by default the class token), the time token and the patches: (B, 2 + patches, D)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()

@@ -159,7 +159,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
     """Fine-tuning per epoch with the compute spent so far: encoder forward passes, those before it included."""
     history = _read_csv(root / _model_folder(method, sigma) / "history.csv")
-    spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
+    spent = model["compute"]["finetune"] * history["epoch"] / max(history["epoch"].iloc[-1], 1)  # 0: not trained
     return pd.DataFrame(
         {
             "method": method,

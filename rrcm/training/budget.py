@@ -126,6 +126,8 @@ def plan_budget(
     settings = config.finetune.settings(method, sigma)
     epoch_steps = steps_per_epoch(num_images, settings.batch_size)
     step_compute = objective.forwards_per_image * settings.batch_size
+    if METHODS[method].denoises:
+        step_compute += objective.num_noise * settings.batch_size  # passes of the denoiser
     planned_steps = total_steps = settings.epochs * epoch_steps
     matched, by_passes = METHODS[method].budget == "total", config.finetune.budget == "passes"
     shared_by, share, soft_label_share = config.finetune.pretrain_cost_shared_by, 0.0, 0.0

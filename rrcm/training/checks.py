@@ -12,6 +12,7 @@ from rrcm.data.shards import Manifest, read_manifest
 from rrcm.methods import METHODS, PER_OBJECTIVE
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
+from rrcm.models.denoised import DENOISED
 from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective, plan_budget
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
@@ -33,9 +34,10 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     for objective in config.pretrain.objectives:
         build_pretraining_objective(config, objective)
         _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
-    for method in config.methods:
-        for sigma in config.sigmas:
-            _check_finetuning(config, method, sigma, images, processes)
+    for each in config.derived["finetune"].values():
+        _check_finetuning(config, each["method"], each["sigma"], images, processes)
+    if config.trains_denoiser:
+        _check_batch("denoiser", "", config.denoiser.batch_size, config.denoiser.num_chunks, images, processes)
     _check_trunk(config, len(manifest.classes))
     _check_initial_weights(config)
     _check_certification(config)
@@ -82,13 +84,15 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
 
 def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
     settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
+    if config.certify.compile and getattr({**CLASSIFIERS, **DENOISED}.get(kind.classifier), "stochastic", False):
+        raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
+    if kind.objective is None:
+        return
     objective = build_finetuning_objective(settings, method, sigma)
     if kind.needs_soft_labels and kind.budget == "total":  # it may have nothing left to train with
         plan_budget(config, method, sigma, objective, images, Path("models/pretrain"))
     if kind.trained not in CLASSIFIERS:
         raise RRCMError(f"{method}: no such classifier {kind.trained}; there are {', '.join(CLASSIFIERS)}")
-    if config.certify.compile and getattr(CLASSIFIERS[kind.trained], "stochastic", False):
-        raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
     _check_batch("finetune", who, settings.batch_size, config.finetune.num_chunks, images, processes)
     if (settings.mixup or settings.cutmix) and settings.batch_size // processes % 2:
         raise RRCMError(
@@ -123,7 +127,9 @@ def _check_initial_weights(config: Config) -> None:
     outside = {
         config.finetune.initial_weights(method): method
         for method in config.methods
-        if METHODS[method].initial_weights is not None and not config.finetune.uses_pretraining(method)
+        if METHODS[method].initial_weights is not None
+        and not config.finetune.uses_pretraining(method)
+        and not METHODS[method].denoises
     }
     for method in outside.values():
         load_initial_encoder(config, method, time_condition(config, method, config.sigmas[0]), Path("models/pretrain"))

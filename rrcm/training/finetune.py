@@ -2,10 +2,11 @@
 
 import copy
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS, NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
+from rrcm.models.denoised import denoise_pixels
+from rrcm.models.denoiser import load_denoiser
+from rrcm.models.load import load_model_folder
 from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
 from rrcm.objectives.base import Batch, Draw, Objective
@@ -29,12 +33,19 @@ from rrcm.training.trainer import Trainer
 from rrcm.training.validation import NoisyValidation
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, init_distributed, resolve_precision, set_threads
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import expand_user
+from rrcm.utils.files import expand_user, sha256_folder
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 from rrcm.utils.tensors import sha256_tensors
 
 Classifier = NoiseConditionedClassifier | NetworkClassifier
+
+
+class DenoisedParts(NamedTuple):
+    """The model folders that a method is put together from, if it denoises."""
+
+    denoiser: Path
+    classifier: Path
 
 
 def finetune(
@@ -47,13 +58,15 @@ def finetune(
     timing: Path,
     soft_labels: Path = Path(SOFT_LABELS),
     label: str | None = None,
+    parts: DenoisedParts | None = None,
 ) -> None:
     """Train one classifier and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
 
     `pretrained` holds the encoders by objective, for methods that start from one. The weights with the best accuracy
     on noisy images of the `val` split are kept. Killed and started again it continues from its last checkpoint and
     ends with the same bytes. The file `soft_labels` is read for methods that need it. `label` is what progress and live
-    metrics call this training, if not by its method and sigma.
+    metrics call this training, if not by its method and sigma. With `parts`, their classifier is trained on what their
+    denoiser makes of noisy images.
     """
     set_threads(config.threads)
     with init_distributed(config.device) as env, explain_lost_workers():
@@ -61,7 +74,7 @@ def finetune(
         verify_shards([images, validation], env)
         labels = read_soft_labels(soft_labels, images) if METHODS[method].needs_soft_labels else None
         label = label or f"finetune {method} sigma {sigma:g}"
-        _train(config, method, sigma, images, validation, labels, pretrained, env, output, timing, label)
+        _train(config, method, sigma, images, validation, labels, pretrained, env, output, timing, label, parts)
 
 
 def time_condition(config: Config, method: str, sigma: float) -> float:
@@ -164,20 +177,23 @@ def _train(
     output: Path,
     timing: Path,
     label: str,
+    parts: DenoisedParts | None,
 ) -> None:
     settings, num_classes = config.finetune.settings(method, sigma), len(images.classes)
     objective = build_finetuning_objective(settings, method, sigma)
     budget = plan_budget(config, method, sigma, objective, len(images), pretrained)
     targets = Targets(settings, num_classes, config.seed, env, soft_labels)
-    classifier = build_classifier(config, method, sigma, num_classes, pretrained).to(env.device).train()
-    best = BestWeights(classifier, config, sigma, validation, env)
+    classifier = build_classifier(config, method, sigma, num_classes, pretrained, parts).to(env.device).train()
+    denoise = None if parts is None else build_denoise(parts, sigma, env)
+    best = BestWeights(classifier, config, sigma, validation, env, denoise)
     inputs = {} if soft_labels is None else {"soft_labels": sha256_tensors({"soft_labels": soft_labels})}
+    inputs |= {} if parts is None else {"denoiser": sha256_folder(parts.denoiser)}
     training = build_trainer(config, method, sigma, objective, budget, classifier, best, images, env, label, inputs)
     if not training.resume() and settings.linear_probe_epochs and METHODS[method].initial_weights is not None:
         linear_probe(classifier, images, config, settings, env, probe_level(config, method, classifier))
     if config.finetune.compile:
         classifier.compile()
-    classify = WrappedClassifier(classifier, training, config.finetune.num_chunks)
+    classify = WrappedClassifier(classifier, training, config.finetune.num_chunks, denoise)
     peak_lr = settings.lr * settings.batch_size / 256
     for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
         # schedule
@@ -208,7 +224,7 @@ def _train(
             best.classifier,
             class_names=images.classes,
             kind=METHODS[method].trained,
-            sigma=sigma,
+            sigma=sigma if parts is None else classifier.sigma,
             dtype=config.finetune.weights_dtype,
             method=method,
             seed=config.seed,
@@ -230,6 +246,12 @@ def _train(
     training.publish(output, timing, save, budget.total_steps * settings.batch_size)
 
 
+def build_denoise(parts: DenoisedParts, sigma: float, env: DistEnv) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the classifier's inputs go through: (B, C, H, W), pixels in [0, 1] plus noise of `sigma` -> in [0, 1]."""
+    denoiser = load_denoiser(parts.denoiser).requires_grad_(False).to(env.device)
+    return partial(denoise_pixels, denoiser, sigma=sigma)
+
+
 def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float:
     """Learning rate after `passed` of `epochs` epochs, as a share of its peak."""
     if settings.lr_schedule == "step":
@@ -237,8 +259,12 @@ def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float
     return warmup_cosine(passed, settings.warmup_epochs, epochs)
 
 
-def build_classifier(config: Config, method: str, sigma: float, num_classes: int, pretrained: Path) -> Classifier:
+def build_classifier(
+    config: Config, method: str, sigma: float, num_classes: int, pretrained: Path, parts: DenoisedParts | None = None
+) -> Classifier:
     """The classifier before the first step. All methods that start from scratch start from the same weights."""
+    if parts is not None:
+        return load_model_folder(parts.classifier).classifier
     torch.manual_seed(derive_seed(config.seed, "finetune"))
     if config.model.architecture != "vit":
         return network_classifier(trunk(config), num_classes, sigma)
@@ -257,8 +283,9 @@ def trunk(config: Config) -> dict[str, object]:
 class WrappedClassifier:
     """The classifier as objectives see it: on all processes, in the precision and the chunks of training."""
 
-    def __init__(self, classifier: Classifier, training: Trainer, num_chunks: int):
+    def __init__(self, classifier: Classifier, training: Trainer, num_chunks: int, denoise: Callable | None = None):
         self.classifier, self.forward = classifier, training.wrap_ddp(classifier)
+        self.denoise = denoise or torch.nn.Identity()
         self.autocast, self.chunks = training.autocast, {"num_chunks": num_chunks} if num_chunks > 1 else {}
 
     def __call__(self, noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
@@ -266,7 +293,7 @@ class WrappedClassifier:
         network = self.classifier.eval() if frozen else self.forward
         try:
             with self.autocast():
-                return network(noisy, **self.chunks).float()
+                return network(self.denoise(noisy), **self.chunks).float()
         finally:
             self.classifier.train()
 
@@ -274,14 +301,22 @@ class WrappedClassifier:
 class BestWeights:
     """The weights with the best accuracy on noisy validation images, as they will be saved: rounded."""
 
-    def __init__(self, classifier: Classifier, config: Config, sigma: float, split: ShardedDataset, env: DistEnv):
+    def __init__(
+        self,
+        classifier: Classifier,
+        config: Config,
+        sigma: float,
+        split: ShardedDataset,
+        env: DistEnv,
+        denoise: Callable | None = None,
+    ):
         self.classifier = copy.deepcopy(classifier).requires_grad_(False)
         self.candidate = copy.deepcopy(self.classifier)
         self.dtype = torch.bfloat16 if config.finetune.weights_dtype == "bf16" else torch.float32
         pixels, labels, _ = read_split(split, config.data.image_size)
         self.chance = float(labels.bincount().max()) / len(labels)  # accuracy of a classifier that knows one class
         precision = resolve_precision(env.device, config.finetune.precision)
-        self.accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, env)
+        self.accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, env, denoise)
 
     def update(self, classifier: Classifier, epoch: int, training: Trainer) -> float:
         """The accuracy of `classifier` now. If it is the best so far, its weights are kept."""

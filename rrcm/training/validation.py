@@ -1,5 +1,7 @@
 """Accuracy under noise on the validation split, by which the best weights are selected."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,14 +15,22 @@ BATCH_SIZE = 256
 class NoisyValidation:
     """Accuracy on images with Gaussian noise of pixel `sigma`, the same noise at every call.
 
-    pixels (N, C, H, W) uint8, labels (N,). The images are shared among the processes.
+    pixels (N, C, H, W) uint8, labels (N,). The images are shared among the processes. What the classifier sees is
+    `denoise` of a noisy image.
     """
 
     def __init__(
-        self, pixels: torch.Tensor, labels: torch.Tensor, sigma: float, seed: int, precision: str, env: DistEnv
+        self,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        sigma: float,
+        seed: int,
+        precision: str,
+        env: DistEnv,
+        denoise: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.pixels, self.labels, self.sigma, self.seed = pixels, labels, sigma, seed
-        self.precision, self.env = precision, env
+        self.precision, self.env, self.denoise = precision, env, denoise or torch.nn.Identity()
 
     @torch.no_grad()
     def __call__(self, classifier: nn.Module) -> float:
@@ -35,6 +45,7 @@ class NoisyValidation:
                     clean.shape[1:], self.seed, "validation", copy, positions=rows.tolist(), device=device
                 )
                 with autocast(device, self.precision):
-                    correct += (classifier(clean + self.sigma * noise).argmax(1) == target).sum()
+                    noisy = self.denoise(clean + self.sigma * noise)
+                    correct += (classifier(noisy).argmax(1) == target).sum()
         classifier.train(training)
         return float(all_reduce_sum(correct)) / (VALIDATION_NOISES * len(self.pixels))

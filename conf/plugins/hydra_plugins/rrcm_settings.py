@@ -5,12 +5,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rrcm.methods import METHODS, derived_settings
 
 
-def derive(
-    methods: ListConfig, sigmas: ListConfig, pretrain: DictConfig, finetune: DictConfig, soft_labels: DictConfig
-) -> DictConfig:
+def derive(methods: ListConfig, sigmas: ListConfig, *sections: DictConfig) -> DictConfig:
     """`rrcm.methods.derived_settings` of the composed settings. Unknown methods are left out: validation names them."""
     known = [name for name in methods if name in METHODS]
-    return OmegaConf.create(derived_settings(known, list(sigmas), pretrain, finetune, soft_labels))
+    return OmegaConf.create(derived_settings(known, list(sigmas), *sections))
 
 
 OmegaConf.register_new_resolver("derive", derive, replace=True)

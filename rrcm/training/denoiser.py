@@ -1,0 +1,181 @@
+"""Training of a denoiser on clean images (Karras et al. 2022)."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rrcm.config import Config, DenoiserSettings
+from rrcm.data.augment import FinetuneTransform
+from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
+from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.verification import verify_shards
+from rrcm.models.denoiser import EDMDenoiser, PixelViT, save_denoiser
+from rrcm.models.vit import NoiseConditionedViT, parameter_count
+from rrcm.objectives.base import Draw
+from rrcm.objectives.denoising import Denoising
+from rrcm.training.optim import build_optimizer, update_average, warmup_cosine
+from rrcm.training.trainer import Trainer
+from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast, init_distributed, set_threads
+from rrcm.utils.files import write_csv
+from rrcm.utils.resume import RunState, fingerprint
+from rrcm.utils.rng import derive_seed, normal_per_sample
+
+BATCH_SIZE = 256  # of the validation
+
+
+def train_denoiser(config: Config, shard_folder: Path | str, output: Path, timing: Path) -> None:
+    """Train on the `train` split and write `output` (model.safetensors, config.json, history.csv, denoising.csv) and
+    `timing` (JSON).
+
+    Runs in this process or as one of torchrun's. Killed and started again it continues from its last checkpoint and
+    ends with the same bytes. Raises `RRCMError` when the loss is no longer finite, `Interrupted` after SIGTERM.
+    """
+    set_threads(config.threads)
+    with init_distributed(config.device) as env, explain_lost_workers():
+        images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
+        verify_shards([images, validation], env)
+        _train(config, images, validation, env, output, timing)
+
+
+def build_denoiser(config: Config, condition_dim: int | None = None) -> EDMDenoiser:
+    """The denoiser that the settings describe, with random weights from torch's global generator."""
+    settings, data = config.denoiser, config.data
+    encoder = NoiseConditionedViT(
+        image_size=data.image_size,
+        channels=data.channels,
+        patch_size=settings.patch_size,
+        embed_dim=settings.embed_dim,
+        depth=settings.depth,
+        num_heads=settings.num_heads,
+    )
+    return EDMDenoiser(PixelViT(encoder, condition_dim))
+
+
+@dataclass
+class DenoisingError:
+    """Mean squared error per pixel on the validation split, with the same noise at every call. The processes share it.
+
+    In model space; an image of zeros has about the variance of the data.
+    """
+
+    pixels: torch.Tensor  # (N, C, H, W) uint8
+    sigmas: list[float]  # pixel units
+    seed: int
+    precision: str
+    env: DistEnv
+
+    @torch.no_grad()
+    def __call__(self, denoiser: EDMDenoiser) -> dict[float, float]:
+        """The error by sigma."""
+        device = self.env.device
+        sums = torch.zeros(len(self.sigmas), dtype=torch.float64, device=device)
+        for rows in torch.arange(self.env.rank, len(self.pixels), self.env.world_size).split(BATCH_SIZE):
+            image = 2 * (self.pixels[rows].to(device).float() / 255) - 1
+            noise = normal_per_sample(image.shape[1:], self.seed, "validation", positions=rows.tolist(), device=device)
+            for number, sigma in enumerate(self.sigmas):
+                with autocast(device, self.precision):
+                    estimate = denoiser(image + 2 * sigma * noise, 2 * sigma)
+                sums[number] += (estimate - image).double().square().mean((1, 2, 3)).sum()
+        means = all_reduce_sum(sums) / len(self.pixels)
+        return dict(zip(self.sigmas, means.tolist(), strict=True))
+
+
+def _train(
+    config: Config, images: ShardedDataset, validation: ShardedDataset, env: DistEnv, output: Path, timing: Path
+) -> None:
+    settings = config.denoiser
+    torch.manual_seed(derive_seed(config.seed, "denoiser"))
+    denoiser = build_denoiser(config).to(env.device).train()
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    objective = Denoising(noise_mean=settings.noise_mean, noise_std=settings.noise_std, num_chunks=settings.num_chunks)
+    training = build_trainer(config, settings, objective, denoiser, ema, images, env)
+    training.resume()
+    if settings.compile:
+        denoiser.network.compile()
+    model = training.wrap_ddp(denoiser)
+    pixels, _, _ = read_split(validation, config.data.image_size)
+    error = DenoisingError(pixels, config.sigmas, config.seed, training.precision, env)
+    batches = batch_loader(
+        images,
+        FinetuneTransform(settings.augmentation, config.data.image_size),
+        batch_size=settings.batch_size,
+        seed=derive_seed(config.seed, "denoiser batches"),
+        first_step=training.step,
+        last_step=settings.steps,
+        rank=env.rank,
+        world_size=env.world_size,
+        workers=config.data.workers,
+    )
+    for step, batch in training.steps(batches):
+        # schedule
+        lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
+        # loss
+        draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
+        clean = {"image": 2 * (batch["image"].to(env.device, non_blocking=True).float() / 255) - 1}
+        with training.autocast():
+            loss = objective(model, clean, draw)["loss"]
+        # optimizer and EMA
+        grad_norm = training.optimizer_step(loss, lr, settings.grad_clip_norm)
+        update_average(ema, denoiser, settings.ema_decay)
+        # logging and validation
+        training.accumulate_metrics(loss, grad_norm)
+        done = step + 1
+        if done % settings.log_every == 0 or done == settings.steps:
+            row = {"step": done, **training.mean_metrics(done % settings.log_every or settings.log_every), "lr": lr}
+            training.log(row, loss=f"{row['loss']:.4f}")
+        if done % settings.evaluate_every == 0 or done == settings.steps:
+            errors = error(ema)
+            training.extra_state["denoising"] += [
+                {"step": done, "sigma": sigma, "mean_squared_error": value} for sigma, value in errors.items()
+            ]
+
+    def save(folder: Path) -> None:
+        seen = settings.steps * settings.batch_size
+        save_denoiser(
+            folder,
+            ema,
+            seed=config.seed,
+            parameters=parameter_count(ema),
+            training={"profile": config.profile, **settings.model_dump(mode="json")},
+            compute=objective.forwards_per_image * seen,
+        )
+        write_csv(folder / "denoising.csv", training.extra_state["denoising"])
+
+    training.publish(output, timing, save, settings.steps * settings.batch_size)
+
+
+def build_trainer(
+    config: Config,
+    settings: DenoiserSettings,
+    objective: Denoising,
+    denoiser: EDMDenoiser,
+    ema: EDMDenoiser,
+    images: ShardedDataset,
+    env: DistEnv,
+) -> Trainer:
+    """The loop around the denoiser, with the identity of this run."""
+    batch_seed = derive_seed(config.seed, "denoiser batches")
+    identity = fingerprint(
+        config.model_dump(mode="json", include={"seed", "data", "denoiser", "sigmas"}),
+        {"shards": images.fingerprint},
+        __name__,
+        objective,
+        denoiser,
+    )
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    training = Trainer(
+        RunState("denoiser", identity),
+        env,
+        label="denoiser",
+        total_steps=settings.steps,
+        modules={"denoiser": denoiser, "ema": ema},
+        optimizer=build_optimizer([(1.0, parameters)], lr=settings.lr, weight_decay=settings.weight_decay),
+        precision=settings.precision,
+        metrics=["loss", "grad_norm"],
+        checkpoint_every=settings.checkpoint_every,
+        describe_step=lambda step: describe_step(images, settings.batch_size, batch_seed, step),
+    )
+    training.extra_state = {"denoising": []}
+    return training
