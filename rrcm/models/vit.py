@@ -26,9 +26,14 @@ def time_embedding(t: torch.Tensor, embed_dim: int) -> torch.Tensor:
 
     t (B,) > 0 in model space -> (B, embed_dim) float32; embed_dim is even.
     """
-    half = embed_dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = 250 * t.float().log()[:, None] * frequencies
+    return sinusoidal_embedding(250 * t.float().log(), embed_dim)
+
+
+def sinusoidal_embedding(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Cosines, then sines, of numbers x (B,) times frequencies from 1 to 1/10000 -> (B, dim) float32; dim is even."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = x[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -217,9 +222,7 @@ class NoiseConditionedViT(nn.Module):
         """
         return self.norm(self._through(self.blocks, self._embed(images, t, condition)))[:, 2:]
 
-    def _embed(
-        self, images: torch.Tensor, t: torch.Tensor | float, first: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _embed(self, images: torch.Tensor, t: torch.Tensor | float, first: torch.Tensor | None = None) -> torch.Tensor:
         """The first token (by default the class token), the time token and the patches: (B, 2 + patches, D)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()
