@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-SLOW = {"timm", "torchvision", "sklearn", "matplotlib", "webdataset", "dvclive", "dvc"}
+SLOW = {"timm", "diffusers", "torchvision", "sklearn", "matplotlib", "webdataset", "dvclive", "dvc"}
 LOADED = """
 import json, os.path, runpy, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))  # as `python FILE` has it

@@ -4,8 +4,10 @@ The model folder has `kind` "denoiser". Images are in model space, pixels scaled
 deviation of their noise there.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rrcm.models.checkpoints import FORMAT, architecture, check_kind, read_model_config
+from rrcm.models.guided_diffusion import GuidedDiffusionUNet, Sizes
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, forward_in_chunks
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import write_json
@@ -63,6 +66,8 @@ class PixelViT(nn.Module):
     def __init__(self, encoder: NoiseConditionedViT, condition_dim: int | None = None):
         super().__init__()
         self.encoder = encoder
+        self.image_size, self.channels = encoder.patch_embed.img_size[0], encoder.in_chans
+        self.architecture = {"network": "vit", **architecture(encoder), "condition_dim": condition_dim}
         self.head = nn.Linear(encoder.embed_dim, encoder.in_chans * encoder.patch_embed.patch_size[0] ** 2)
         nn.init.zeros_(self.head.weight)  # as in EDM: D is c_skip x at first
         nn.init.zeros_(self.head.bias)
@@ -77,13 +82,119 @@ class PixelViT(nn.Module):
         return F.fold(patches.mT, size, side, stride=side)
 
 
+class UNet(nn.Module):
+    """F: the UNet of Ho et al. (2020) in the package `diffusers`.
+
+    Level i works at image_size / 2^i pixels with base_channels * channel_mults[i] channels. Its residual blocks are
+    followed by self-attention if it is in `attention_levels`. Between the way down and the way up there is attention
+    unless no level has any.
+
+    Raises `RRCMError` for sizes that do not fit together, and without `diffusers`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        base_channels: int,
+        channel_mults: Sequence[int],
+        layers_per_block: int,
+        attention_levels: Sequence[int],
+    ):
+        super().__init__()
+        self.image_size, self.channels = image_size, channels
+        self.architecture = {
+            "network": "unet",
+            "image_size": image_size,
+            "channels": channels,
+            "base_channels": base_channels,
+            "channel_mults": list(channel_mults),
+            "layers_per_block": layers_per_block,
+            "attention_levels": list(attention_levels),
+        }
+        depth = len(channel_mults)
+        if image_size % 2 ** (depth - 1):
+            raise RRCMError(
+                f"a UNet of {depth} levels needs images of a multiple of {2 ** (depth - 1)} pixels, not {image_size}"
+            )
+        if base_channels % 4:
+            raise RRCMError(f"the base channels of a UNet must be a multiple of 4, not {base_channels}")
+        if unknown := sorted(set(attention_levels) - set(range(depth))):
+            raise RRCMError(
+                f"a UNet of {depth} levels has attention at some of the levels 0 to {depth - 1}, not at {unknown}"
+            )
+        kinds = ["Attn" if level in attention_levels else "" for level in range(depth)]
+        self.unet = import_diffusers().UNet2DModel(
+            sample_size=image_size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=[base_channels * factor for factor in channel_mults],
+            layers_per_block=layers_per_block,
+            down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+            add_attention=bool(attention_levels),
+            attention_head_dim=math.gcd(64, base_channels),
+            norm_num_groups=math.gcd(32, base_channels // 4),
+        )
+        nn.init.zeros_(self.unet.conv_out.weight)  # as in EDM: D is c_skip x at first
+        nn.init.zeros_(self.unet.conv_out.bias)
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """noisy (B, C, H, W) float32, t (B,) -> (B, C, H, W)."""
+        scaled = preconditioning(t[:, None, None, None]).c_in * noisy
+        return self.unet(scaled.to(self.unet.conv_in.weight.dtype), 250 * t.log(), return_dict=False)[0]
+
+
+def import_diffusers() -> ModuleType:
+    """The package `diffusers`, an optional one. Raises `RRCMError` without it."""
+    try:
+        import diffusers  # seconds of import
+    except ImportError:
+        raise RRCMError("this denoiser needs the package diffusers; run `pip install 'rrcm[diffusers]'`") from None
+    return diffusers
+
+
+class DiffusersUNet(nn.Module):
+    """A `diffusers.UNet2DModel` with its own `config`, trained on the steps of a discrete diffusion.
+
+    Raises `ValueError` unless it takes square images of 1 or 3 channels and nothing else.
+    """
+
+    def __init__(self, config: Mapping):
+        super().__init__()
+        for name in ("class_embed_type", "num_class_embeds"):
+            if config.get(name) is not None:
+                raise ValueError(f"it is conditional on classes ({name}); use an unconditional one")
+        self.unet = import_diffusers().UNet2DModel.from_config(dict(config))
+        config = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
+        self.architecture = {"network": "diffusers", "config": config}
+        size = config["sample_size"]
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        if height != width or not isinstance(width, int):
+            raise ValueError(f"sample_size {size} is not the side of square images; give image_size")
+        self.image_size, self.channels, self.out_channels = width, config["in_channels"], config["out_channels"]
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """x (B, channels, H, W) float, rounded to the network's dtype; step (B,) -> (B, out_channels, H, W)."""
+        return self.unet(x.to(self.unet.conv_in.weight.dtype), step, return_dict=False)[0]
+
+
+# By the `network` of the architecture in config.json; the other entries are their arguments.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda condition_dim, **sizes: PixelViT(NoiseConditionedViT(**sizes), condition_dim),
+    "unet": UNet,
+    "diffusers": DiffusersUNet,
+    "guided_diffusion": lambda **sizes: GuidedDiffusionUNet(Sizes(**sizes)),
+}
+
+
 class EDMDenoiser(Denoiser):
     """D(x; t) = c_skip x + c_out F(c_in x; c_noise) with the network F."""
 
-    def __init__(self, network: PixelViT):
+    def __init__(self, network: PixelViT | UNet):
         super().__init__()
         self.network = network
-        self.image_size, self.channels = network.encoder.patch_embed.img_size[0], network.encoder.in_chans
+        self.image_size, self.channels = network.image_size, network.channels
 
     def forward(
         self,
@@ -104,27 +215,124 @@ class EDMDenoiser(Denoiser):
         return factors.c_skip * noisy + factors.c_out * output
 
 
-def save_denoiser(folder: Path, denoiser: EDMDenoiser, **metadata: object) -> None:
-    """Write the model folder of a denoiser; `metadata` (JSON-able) goes into config.json too."""
-    network = denoiser.network
-    condition_dim = None if network.condition is None else network.condition.in_features
-    config = {"kind": "denoiser", "format": FORMAT, "architecture": architecture(network.encoder)}
-    save_tensors(folder / "model.safetensors", denoiser.state_dict())
-    write_json(folder / "config.json", config | {"condition_dim": condition_dim} | metadata)
+def discrete_levels(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """The noise level t_k of each step k of a discrete diffusion, in model space: (K,) -> (K,).
+
+    The diffusion scales images: x_k = abar_k^(1/2) clean + (1 - abar_k)^(1/2) noise. So x_k / abar_k^(1/2) is the clean
+    image with noise of standard deviation t_k = ((1 - abar_k) / abar_k)^(1/2).
+    """
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
-def load_denoiser(folder: Path | str) -> Denoiser:
+def nearest_step(levels: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The step whose level, of `levels` (K,), is nearest to t in the logarithm: t of any shape -> its shape, int64."""
+    return (levels.log() - t.to(levels.dtype).log()[..., None]).abs().argmin(-1)
+
+
+def diffusion_input(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """abar^(1/2) x, where abar = 1 / (1 + t^2)."""
+    return x / (1 + t.square()).sqrt()
+
+
+def clean_from_epsilon(x: torch.Tensor, epsilon: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The clean image, from x and its noise of variance 1 (Ho et al. 2020)."""
+    return x - t * epsilon
+
+
+def clean_from_v(x: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The clean image, from x and v = abar^(1/2) noise - (1 - abar)^(1/2) clean (Salimans and Ho 2022)."""
+    return x / (1 + t.square()) - v * t / (1 + t.square()).sqrt()
+
+
+def clean_from_sample(x: torch.Tensor, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The clean image, which is what the network predicts."""
+    return sample
+
+
+# The clean image from x (B, C, H, W), the network's answer to `diffusion_input`, and t. By diffusers' prediction_type.
+PREDICTIONS = {"epsilon": clean_from_epsilon, "v_prediction": clean_from_v, "sample": clean_from_sample}
+
+
+class DiscreteDenoiser(Denoiser):
+    """D(x; t) with a network that was trained on the steps of a discrete diffusion (Ho et al. 2020).
+
+    `network(x, step)` maps (B, C, H, W) and (B,) int64 to (B, C, H, W), or to (B, 2C, H, W) with a variance, which is
+    ignored. What it predicts is called `prediction_type`, a key of PREDICTIONS, and `alphas_cumprod` (K,) is abar_k.
+
+    The network is told the step k nearest to t. All else uses t itself, so the input has the variance that the
+    diffusion would give it. Using the step's level t_k instead would give D(x; t_k). That is further from D(x; t) at
+    pixel sigmas up to .75, for the best network and data of standard deviation SIGMA_DATA (a test checks it).
+
+    Raises `ValueError` for arguments that do not fit together.
+    """
+
+    def __init__(self, network: nn.Module, alphas_cumprod: torch.Tensor, prediction_type: str):
+        super().__init__()
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type {prediction_type!r} must be epsilon, v_prediction or sample")
+        self.network, self.prediction_type = network, prediction_type
+        self.image_size, self.channels = network.image_size, network.channels
+        if self.channels not in (1, 3) or network.out_channels not in (self.channels, 2 * self.channels):
+            raise ValueError(f"it maps {self.channels} channels to {network.out_channels}, so it is not for images")
+        self.alphas_cumprod = alphas_cumprod.double().cpu()  # no buffer, since `bfloat16()` would round it
+        between = torch.cat([torch.ones(1), self.alphas_cumprod, torch.zeros(1)]).diff()
+        if not ((between <= 0).all() and (between[1:-1] < 0).all()):
+            raise ValueError("alphas_cumprod must fall, from 1 at most to 0 at least")
+        self.levels = discrete_levels(self.alphas_cumprod)
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """As `Denoiser.forward`."""
+        t = torch.as_tensor(t, dtype=torch.float32)
+        step = nearest_step(self.levels.to(t.device), t)
+        t, step = (number.to(noisy.device).expand(len(noisy)) for number in (t, step))
+        t = t[:, None, None, None]
+        prediction = self.network(diffusion_input(noisy, t), step)[:, : self.channels].float()
+        return PREDICTIONS[self.prediction_type](noisy, prediction, t)
+
+
+def save_denoiser(
+    folder: Path, denoiser: EDMDenoiser | DiscreteDenoiser, *, sigmas: Sequence[float] = (), **metadata: object
+) -> None:
+    """Write the model folder of a denoiser; `metadata` (JSON-able) goes into config.json too.
+
+    For a `DiscreteDenoiser`, config.json also says which of its steps stands for each of the pixel `sigmas`.
+    """
+    config = {"kind": "denoiser", "format": FORMAT, "architecture": denoiser.network.architecture}
+    tensors = denoiser.state_dict()
+    if isinstance(denoiser, DiscreteDenoiser):
+        config |= {"prediction_type": denoiser.prediction_type}
+        config |= {"learned_variance": denoiser.network.out_channels > denoiser.channels}
+        config |= {"discrete_steps": [_step_of(denoiser.levels, sigma) for sigma in sigmas]}
+        tensors["alphas_cumprod"] = denoiser.alphas_cumprod
+    save_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", config | metadata)
+
+
+def _step_of(levels: torch.Tensor, sigma: float) -> dict[str, float]:
+    step = int(nearest_step(levels, torch.tensor(2 * sigma)))
+    return {"sigma": sigma, "step": step, "sigma_of_step": float(levels[step]) / 2}
+
+
+def load_denoiser(folder: Path | str) -> EDMDenoiser | DiscreteDenoiser:
     """The denoiser in a model folder, in eval mode. Raises `RRCMError` for a damaged folder or one of another kind."""
     folder = Path(folder)
     config = read_model_config(folder)
     check_kind(folder, config, ("denoiser",))
-    denoiser = _build(folder, config)
-    return load_weights(denoiser, load_tensors(folder / "model.safetensors"), folder).eval()
-
-
-def _build(folder: Path, config: Mapping) -> EDMDenoiser:
+    tensors = load_tensors(folder / "model.safetensors")
     try:
-        encoder = NoiseConditionedViT(**config["architecture"])
-        return EDMDenoiser(PixelViT(encoder, config["condition_dim"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        network = build_network(config["architecture"])
+        if "prediction_type" in config:
+            denoiser = DiscreteDenoiser(network, tensors.pop("alphas_cumprod"), config["prediction_type"])
+        else:
+            denoiser = EDMDenoiser(network)
+    except RRCMError:
+        raise
+    except Exception as error:  # each network raises its own
         raise RRCMError(f"{folder}/config.json: describes no denoiser ({one_line(error)}); train it again") from None
+    return load_weights(denoiser, tensors, folder).eval()
+
+
+def build_network(architecture: Mapping) -> nn.Module:
+    """The network with this `architecture`, which is its attribute of that name, with random weights."""
+    settings = dict(architecture)
+    return NETWORKS[settings.pop("network")](**settings)

@@ -26,9 +26,14 @@ def time_embedding(t: torch.Tensor, embed_dim: int) -> torch.Tensor:
 
     t (B,) > 0 in model space -> (B, embed_dim) float32; embed_dim is even.
     """
-    half = embed_dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = 250 * t.float().log()[:, None] * frequencies
+    return sinusoidal_embedding(250 * t.float().log(), embed_dim)
+
+
+def sinusoidal_embedding(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Cosines, then sines, of numbers x (B,) times frequencies from 1 to 1/10000 -> (B, dim) float32; dim is even."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = x[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
