@@ -408,10 +408,30 @@ class Finetune(_varying(FinetuneSettings)):
         return METHODS[method].pretrained_here and self.initial_checkpoint is None
 
 
-class DenoiserSettings(Section):
-    """The denoiser D(x; t) of the methods that denoise first: its trunk, and its training (Karras et al. 2022)."""
+class PublicDenoiser(Section):
+    """A denoiser that others have trained. Heads and schedule are those of OpenAI's files, which do not record them."""
 
-    source: str | None  # a public denoiser in place of one that is trained here; null: train
+    source: str | None  # a folder of diffusers, hf-hub:owner/name, or a file of OpenAI's; null: train one
+    num_heads: Count | None  # null: one per 64 channels
+    beta_schedule: Literal["linear", "cosine"]
+    num_steps: Count
+
+
+class UNetSettings(Section):
+    """The UNet of Ho et al. 2020, in the package diffusers."""
+
+    base_channels: Count
+    channel_mults: Annotated[list[Count], Field(min_length=1)]  # one level each, every level at half the size
+    layers_per_block: Count
+    attention_levels: list[Annotated[int, Field(ge=0)]]  # 0 is the full size
+
+
+class DenoiserSettings(Section):
+    """The denoiser D(x; t) of the methods that denoise first: its network, and its training (Karras et al. 2022)."""
+
+    public: PublicDenoiser
+    network: Literal["vit", "unet"]
+    unet: UNetSettings
     patch_size: Count
     embed_dim: Count
     depth: Count
@@ -637,7 +657,7 @@ class Config(Section):
     @property
     def trains_denoiser(self) -> bool:
         """Whether a method needs a denoiser, and it is to be trained here."""
-        return self.denoiser.source is None and any(METHODS[name].denoises for name in self.methods)
+        return self.denoiser.public.source is None and any(METHODS[name].denoises for name in self.methods)
 
     @model_validator(mode="after")
     def denoised_fit(self) -> Self:
@@ -693,7 +713,7 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
             )
-        if self.trains_denoiser and self.data.image_size % self.denoiser.patch_size:
+        if self.trains_denoiser and self.denoiser.network == "vit" and self.data.image_size % self.denoiser.patch_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of denoiser.patch_size "
                 f"{self.denoiser.patch_size}"

@@ -434,7 +434,7 @@ def derived_settings(
     runs += sorted(parts - set(runs))
     trained = dict.fromkeys(method for method, _ in runs)
     denoise = any(METHODS[method].denoises for method in methods)
-    source = denoiser["source"]
+    source = denoiser["public"]["source"]
     own = {
         objective: {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
         | {"settings": pretrain.get(objective)}

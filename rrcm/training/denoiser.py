@@ -1,6 +1,7 @@
-"""Training of a denoiser on clean images (Karras et al. 2022)."""
+"""Training of a denoiser on clean images (Karras et al. 2022). A public one is copied instead."""
 
 import copy
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,17 @@ from rrcm.data.augment import FinetuneTransform
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
-from rrcm.models.denoiser import EDMDenoiser, PixelViT, save_denoiser
+from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
+from rrcm.models.public_denoisers import load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
 from rrcm.objectives.base import Draw
 from rrcm.objectives.denoising import Denoising
 from rrcm.training.optim import build_optimizer, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast, init_distributed, set_threads
-from rrcm.utils.files import write_csv
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import atomic_directory, write_csv, write_json
+from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed, normal_per_sample
 
@@ -30,18 +34,46 @@ def train_denoiser(config: Config, shard_folder: Path | str, output: Path, timin
     `timing` (JSON).
 
     Runs in this process or as one of torchrun's. Killed and started again it continues from its last checkpoint and
-    ends with the same bytes. Raises `RRCMError` when the loss is no longer finite, `Interrupted` after SIGTERM.
+    ends with the same bytes. If the settings name a public denoiser, it is written to `output` instead. Raises
+    `RRCMError` when the loss is no longer finite or the public denoiser does not fit, `Interrupted` after SIGTERM.
     """
     set_threads(config.threads)
+    if config.denoiser.public.source is not None:
+        with init_distributed(config.device) as env:
+            if env.is_main:
+                copy_public_denoiser(config, output, timing)
+        return
     with init_distributed(config.device) as env, explain_lost_workers():
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)
         _train(config, images, validation, env, output, timing)
 
 
+def copy_public_denoiser(config: Config, output: Path, timing: Path) -> None:
+    """Write the model folder of the public denoiser that the settings name.
+
+    Raises `RRCMError` if it cannot be loaded or is for other images than those of the settings.
+    """
+    settings, data, start = config.denoiser.public, config.data, time.monotonic()
+    options = settings.model_dump(exclude={"source"})
+    denoiser = load_public_denoiser(settings.source, image_size=data.image_size, **options)
+    if (denoiser.image_size, denoiser.channels) != (data.image_size, data.channels):
+        raise RRCMError(
+            f"denoiser.public.source = {settings.source!r}: is for images of {denoiser.channels} x "
+            f"{denoiser.image_size} pixels, the settings have {data.channels} x {data.image_size}; choose another"
+        )
+    record = {"source": settings.source, "parameters": parameter_count(denoiser), "compute": 0.0}
+    with atomic_directory(output) as folder:
+        save_denoiser(folder, denoiser, sigmas=config.sigmas, **record)
+    environment = describe_environment(torch.device("cpu"))
+    write_json(timing, {"seconds": time.monotonic() - start, "environment": environment})
+
+
 def build_denoiser(config: Config, condition_dim: int | None = None) -> EDMDenoiser:
     """The denoiser that the settings describe, with random weights from torch's global generator."""
     settings, data = config.denoiser, config.data
+    if settings.network == "unet":
+        return EDMDenoiser(UNet(data.image_size, data.channels, **settings.unet.model_dump()))
     encoder = NoiseConditionedViT(
         image_size=data.image_size,
         channels=data.channels,
