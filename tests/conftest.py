@@ -199,6 +199,6 @@ def change(project: Path, **settings: object) -> None:
 def with_derived(values: dict) -> dict:
     """Settings with the derived ones brought up to date, where the others make sense."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        names = ("methods", "sigmas", "pretrain", "finetune", "soft_labels")
+        names = ("methods", "sigmas", "pretrain", "finetune", "soft_labels", "denoiser", "denoised")
         values["derived"] = derived_settings(*(values[name] for name in names))
     return values

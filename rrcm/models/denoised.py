@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
 from rrcm.models.checkpoints import FORMAT
@@ -53,8 +54,8 @@ class DensePure(DenoisedClassifier):
 
     stochastic = True
 
-    def __init__(self, *parts: object, runs: int, steps: int):
-        super().__init__(*parts)
+    def __init__(self, *parts: nn.Module, runs: int, steps: int, **options: float):
+        super().__init__(*parts, **options)
         self.runs, self.steps = runs, steps  # K and b
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
@@ -90,8 +91,8 @@ class DiffSmooth(DenoisedClassifier):
 
     stochastic = True
 
-    def __init__(self, *parts: object, num_noise: int, local_sigma: float):
-        super().__init__(*parts)
+    def __init__(self, *parts: nn.Module, num_noise: int, local_sigma: float, **options: float):
+        super().__init__(*parts, **options)
         self.num_noise, self.local_sigma = num_noise, local_sigma  # m and sigma', pixel units
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:

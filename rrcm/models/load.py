@@ -4,9 +4,11 @@ A model folder is the contract between training and certification. Its config.js
 for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
 """
 
+import inspect
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,9 +133,10 @@ def _load_denoised(folder: Path, config: dict) -> LoadedClassifier:
     parts, names = config.get("parts"), class_names_of(folder, config)
     try:
         denoiser, part = parts["denoiser"], parts["classifier"]
-        build, sigma, settings = DENOISED[config["denoised"]], float(config["sigma"]), dict(config["settings"])
+        build = partial(DENOISED[config["denoised"]], sigma=float(config["sigma"]), **config["settings"])
+        inspect.signature(build).bind(None, None, classifier_size=None)
     except (KeyError, TypeError, ValueError) as error:
-        raise RRCMError(f"{folder}/config.json: names no parts ({one_line(error)}); train it again") from None
+        raise RRCMError(f"{folder}/config.json: describes no parts ({one_line(error)}); train it again") from None
     denoiser = load_denoiser(_part_folder(folder, denoiser))
     if "model" in part:
         loaded = load_base_classifier(part["model"])
@@ -143,7 +146,7 @@ def _load_denoised(folder: Path, config: dict) -> LoadedClassifier:
         loaded = load_model_folder(_part_folder(folder, part))
     if loaded.channels != denoiser.channels or loaded.num_classes != len(names):
         raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
-    classifier = build(denoiser, loaded.classifier, sigma, loaded.image_size, **settings).eval()
+    classifier = build(denoiser, loaded.classifier, classifier_size=loaded.image_size).eval()
     return loaded._replace(classifier=classifier, image_size=denoiser.image_size, class_names=names)
 
 
