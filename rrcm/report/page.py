@@ -28,7 +28,8 @@ from rrcm.utils.files import read_json, sha256_file
 
 EQUAL_COMPUTE = 0.1  # whole epochs and steps leave differences of some percent
 # settings that have no effect on what the report shows
-IGNORED_SETTINGS = {"derived": True, "device": True, "launcher": True, "attack": True, "data": {"root", "workers"}}
+IGNORED_SETTINGS = dict.fromkeys(["derived", "device", "launcher", "attack", "generate"], True)
+IGNORED_SETTINGS |= {"data": {"root", "workers"}}
 
 
 class Leader(NamedTuple):

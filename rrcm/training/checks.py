@@ -36,7 +36,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
         _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
     for each in config.derived["finetune"].values():
         _check_finetuning(config, each["method"], each["sigma"], images, processes)
-    if config.trains_denoiser:
+    if config.trains_denoiser or config.generate.objectives:
         _check_batch("denoiser", "", config.denoiser.batch_size, config.denoiser.num_chunks, images, processes)
     _check_trunk(config, len(manifest.classes))
     _check_initial_weights(config)
