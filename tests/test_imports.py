@@ -26,7 +26,13 @@ def test_a_stage_imports_no_slow_package(stage):
     assert modules.index("rrcm.utils.app") < modules.index("torch")  # collection is off while torch loads
 
 
-DRAWING = ["stages/plot.py", "stages/attack.py", "benchmarks/trajectories.py", "benchmarks/certify.py"]
+DRAWING = [
+    "stages/plot.py",
+    "stages/attack.py",
+    "stages/generate.py",
+    "benchmarks/trajectories.py",
+    "benchmarks/certify.py",
+]
 
 
 @pytest.mark.parametrize("command", DRAWING)
