@@ -23,7 +23,7 @@ def profile(tmp_path, name, *overrides):
 
 
 def test_there_are_these_profiles():
-    small = {"digits", "fashion_mnist", "cifar10", "kather", "imagefolder"}
+    small = {"digits", "fashion_mnist", "cifar10", "kather", "kather_28", "imagefolder"}
     assert set(PROFILES) == small | OTHER_TRUNKS | {"imagenet_b", "imagenet_s", "imagenet_b_deep"}
 
 
