@@ -53,7 +53,7 @@ LOG_EVERY = 10.0  # seconds between two reports elsewhere
 TAIL = 15  # lines of a failed stage's log to show
 RAN, RESTORED, UNCHANGED = "ran", "restored from the cache", "up to date"
 # Imported once here, so that a stage that is a plain Python script is forked in no time instead of importing them anew.
-WARM = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.finetune", "rrcm.certification.certify"]
+WARM = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.denoised", "rrcm.certification.certify"]
 WARM += ["rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset", "rrcm.report.build"]
 MIN_WARM = 3  # stages from which on the imports here pay
 LAUNCHERS = re.compile(r"\b(torchrun|torch\.distributed|srun|mpirun)\b")  # they take every GPU themselves

@@ -26,12 +26,13 @@ import torch
 import typer
 from scipy.special import ndtr
 
+from rrcm.certification.certify import read_certified
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.certification.smoothing import Certificate, SampleRequest, SmoothedClassifier
 from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.config import Config, load_config
-from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.shards import ShardedDataset
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_base_classifier
 from rrcm.report.build import write_report
@@ -134,7 +135,7 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
     torch.set_num_threads(record["environment"]["hardware"]["threads"])
 
     split = ShardedDataset(str(root / "data/shards"), "test")
-    pixels, labels, indices = read_split(split, config.data.image_size, settings.every, settings.max_images)
+    pixels, labels, indices = read_certified(split, config, config.denoised.max_images.get(method))
     if published["idx"].tolist() != list(indices) or published["label"].tolist() != labels.tolist():
         return Found([f"{path}: its images or labels are not those of the test split"], 0, 0, False)
 

@@ -134,13 +134,14 @@ def test_presets_with_pretraining_need_our_trunk(tmp_path, name, preset):
 def test_presets_hold_every_method(tmp_path):
     """But `timm`, which needs a network of timm. In `all` each method from scratch stands with both budgets."""
     presets = {name: profile(tmp_path, "digits", f"preset={name}") for name in PRESETS}
-    assert set(PRESETS) == {"default", "all", "pretraining", "ablation"}
+    assert set(PRESETS) == {"default", "all", "pretraining", "ablation", "denoised"}
     assert set().union(*(config.methods for config in presets.values())) == set(METHODS) - {"timm"}
     scratch = {name for name, kind in METHODS.items() if kind.initial_weights is None}
     assert scratch <= set(presets["all"].methods)
     for name, config in presets.items():
         assert config.methods[0] == REFERENCE
-        started_from = {METHODS[method].initial_weights for method in config.methods} - {None}
+        kinds = [METHODS[method] for method in config.methods]
+        started_from = {kind.initial_weights for kind in kinds if kind.pretrained_here}
         assert started_from == set(config.pretrain.objectives), name
 
 
@@ -269,6 +270,16 @@ def test_an_override_beats_the_profile(tmp_path):
             "soft_labels: cat_rs needs the votes of gaussian at sigma 0.25; add these to methods",
         ),
         ({"methods": ["cat_rs", "gaussian"], "sigmas": [0.5]}, "soft_labels: cat_rs needs the votes of gaussian at"),
+        ({"denoiser__warmup_steps": 800}, "denoiser: warmup_steps 800 must be below steps 800"),
+        ({"denoiser__num_heads": 5}, "denoiser: embed_dim 32 must be even and a multiple of num_heads 5"),
+        ({"denoiser__noise_std": 0}, "denoiser.noise_std = 0: should be greater than 0"),
+        ({"methods": ["dds"], "denoiser__patch_size": 3}, "must be a multiple of denoiser.patch_size 3"),
+        ({"denoised__densepure__runs": 0}, "denoised.densepure.runs = 0: should be greater than or equal to 1"),
+        ({"denoised__diffsmooth__local_sigma": -1}, "denoised.diffsmooth.local_sigma = -1: should be greater than"),
+        ({"denoised__max_images": {"gaussian": 5}}, "denoised.max_images.gaussian: does not denoise"),
+        ({"methods": ["densepure"], "attack__methods": ["densepure"]}, "attack.methods: densepure votes, which has no"),
+        ({"methods": ["dds_finetuned"], "denoised__model": "vit"}, "denoised.model vit: dds_finetuned fine-tunes a"),
+        ({"methods": ["dds_finetuned"], "finetune__budget": "passes"}, "finetune.budget passes has no meaning for dds"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(project, change_of, said):

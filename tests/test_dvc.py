@@ -10,7 +10,7 @@ import yaml
 from conftest import REPOSITORY, compose
 from dvc.repo import Repo
 
-from rrcm.config import Pretrain
+from rrcm.config import Pretrain, load_config
 from rrcm.methods import PER_OBJECTIVE
 from rrcm.objectives import PRETRAINING
 from rrcm.utils.resume import source_files
@@ -18,7 +18,8 @@ from rrcm.utils.resume import source_files
 MODULES = {
     "shard-data": "rrcm.data.sharding",
     "pretrain": "rrcm.training.pretrain",
-    "finetune": "rrcm.training.ensemble",
+    "denoiser": "rrcm.training.denoiser",
+    "finetune": ("rrcm.training.ensemble", "rrcm.training.denoised"),
     "soft-labels": "rrcm.certification.soft_labels",
     "certify": "rrcm.certification.certify",
     "latency": "rrcm.evaluation.latency",
@@ -46,9 +47,11 @@ def test_a_stage_watches_the_code_that_its_module_imports(stage):
         if dep.startswith("rrcm/"):
             files = [path] if path.suffix == ".py" else path.glob("*.py")
             watched |= {str(file.relative_to(REPOSITORY)) for file in files}
+    modules = [MODULES[stage]] if isinstance(MODULES[stage], str) else MODULES[stage]
     needed = {
         str(path.relative_to(REPOSITORY))
-        for name, path in source_files(MODULES[stage]).items()
+        for module in modules
+        for name, path in source_files(module).items()
         if name.removeprefix("rrcm.") not in NO_RESULTS
         and (path.name != "__init__.py" or re.search(r"^from rrcm", path.read_text(), re.MULTILINE))
     } - {"rrcm/__init__.py"}
@@ -134,6 +137,30 @@ def test_images_are_generated_where_the_settings_say_so(tmp_path, objectives):
     assert {name for name in found if name.startswith(("conditional", "generate"))} == wanted
     for name in wanted:
         assert "models/pretrain/rrcm" in found[name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "denoisers", "classifiers"),
+    [
+        (["methods=[rrcm,gaussian]"], [], []),
+        (["methods=[gaussian,dds]"], ["denoiser@trained"], ["gaussian-0.001"]),
+        (["methods=[diffsmooth,densepure]"], ["denoiser@trained"], ["gaussian-0.001", "gaussian-0.25"]),
+        (["methods=[dds]", "denoised.model=resnet18"], ["denoiser@trained"], []),
+        (["methods=[dds]", "denoiser.public.source=hf-hub:a/b"], ["denoiser@public"], ["gaussian-0.001"]),
+    ],
+)
+def test_methods_that_denoise_bring_their_parts(tmp_path, overrides, denoisers, classifiers):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    config = load_config(compose(tmp_path / "params.yaml", *overrides))
+    index = Repo.init(str(tmp_path), no_scm=True).index
+    found = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    assert [name for name in found if name.startswith("denoiser")] == denoisers
+    runs = {f"finetune@{method}-{sigma}" for method in config.methods for sigma in config.sigmas}
+    trained = {name for name in found if name.startswith("finetune")}
+    assert trained - runs == {f"finetune@{name}" for name in classifiers} - runs
+    for name in (name for name in trained if "models/denoiser" in found[name]):
+        needed = {path for path in found[name] if path.startswith("models/gaussian")}
+        assert len(needed) == (0 if config.denoised.model else 1)
 
 
 def edit(path: Path, pattern: str, replacement: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import nn
 
 from rrcm.certification.journal import append_states, open_journal, restore_states
@@ -55,10 +56,9 @@ def certify_split(
     smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
     numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
     rule = make_stopping_rule(settings.stopping, sigma, **numbers)
-    pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
+    pixels, labels, indices = read_certified(images, config, max_images)
     pixels = pixels.to(device).float() / 255
     states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
-    states = [states[row] for row in evenly_spaced(len(states), max_images)]
 
     model_files = sorted(path for path in model_folder.rglob("*") if path.is_file())
     inputs = {"shards": images.fingerprint}
@@ -100,6 +100,16 @@ def certify_split(
         },
     )
     run_state.finish()
+
+
+def read_certified(
+    images: ShardedDataset, config: Config, max_images: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The test images to certify, or `max_images` of them, evenly spaced: as `read_split` returns them."""
+    settings = config.certify
+    pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
+    rows = evenly_spaced(len(indices), max_images)
+    return pixels[rows], labels[rows], [indices[row] for row in rows]
 
 
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:

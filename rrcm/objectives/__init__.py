@@ -5,6 +5,7 @@ from functools import partial
 from rrcm.objectives.cat_rs import CATRS
 from rrcm.objectives.consistency import Consistency
 from rrcm.objectives.contrastive import Contrastive
+from rrcm.objectives.denoising import Denoising
 from rrcm.objectives.dmae import DMAE
 from rrcm.objectives.gaussian import Gaussian
 from rrcm.objectives.macer import MACER
@@ -34,3 +35,5 @@ FINETUNING = {
     "smoothmix": SmoothMix,
     "cat_rs": CATRS,
 }
+
+__all__ = ["FINETUNING", "PRETRAINING", "Denoising"]

@@ -13,6 +13,8 @@ from rrcm.methods import METHODS, PER_OBJECTIVE
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.models.denoised import DENOISED
+from rrcm.models.load import load_base_classifier
+from rrcm.models.public_denoisers import HUB
 from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective, plan_budget
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
@@ -34,12 +36,15 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     for objective in config.pretrain.objectives:
         build_pretraining_objective(config, objective)
         _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
-    for each in config.derived["finetune"].values():
-        _check_finetuning(config, each["method"], each["sigma"], images, processes)
+    runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
+    parts = [(each["method"], each["sigma"]) for each in config.derived["finetune"].values()]
+    for method, sigma in dict.fromkeys(runs + parts):
+        _check_finetuning(config, method, sigma, images, processes)
     if config.trains_denoiser or config.generate.objectives:
         _check_batch("denoiser", "", config.denoiser.batch_size, config.denoiser.num_chunks, images, processes)
     _check_trunk(config, len(manifest.classes))
     _check_initial_weights(config)
+    _check_denoised(config, len(manifest.classes))
     _check_certification(config)
     _check_external_results(config)
 
@@ -133,6 +138,26 @@ def _check_initial_weights(config: Config) -> None:
     }
     for method in outside.values():
         load_initial_encoder(config, method, time_condition(config, method, config.sigmas[0]), Path("models/pretrain"))
+
+
+def _check_denoised(config: Config, num_classes: int) -> None:
+    source, model = config.denoiser.public.source, config.denoised.model
+    if not any(METHODS[method].denoises for method in config.methods):
+        return
+    if source is not None and not source.startswith(HUB) and not expand_user(source).exists():
+        raise RRCMError(
+            f"denoiser.public.source = {source!r}: no such file or folder; a model on the hub is {HUB}owner/name"
+        )
+    if model is not None:
+        loaded = load_base_classifier(model)
+        for name, found, wanted in (
+            ("channels", loaded.channels, config.data.channels),
+            ("classes", loaded.num_classes, num_classes),
+        ):
+            if found != wanted:
+                raise RRCMError(
+                    f"denoised.model = {model!r}: has {found} {name}, the data set {wanted}; choose another"
+                )
 
 
 def _check_certification(config: Config) -> None:

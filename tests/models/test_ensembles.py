@@ -164,7 +164,7 @@ def no_members(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (damage_hash, "member_1: is not the member that .*config.json names"),
+        (damage_hash, "member_1: is not the part that .*config.json names"),
         (other_classes, "member_2: has class_names .* members must be alike"),
         (other_size, "member_2: has image_size 16, the first member 8; members must be alike"),
         (one_member, "members must be two or more folders"),

@@ -77,6 +77,16 @@ def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch
             "data.image_size = 16: the shards were written with 8; correct it, or run shard-data",
         ),
         ({"data__channels": 3}, "data.channels = 3: the shards were written with 1"),
+        (
+            {"methods": ["dds"], "denoiser__public__source": "nowhere.pt"},
+            "denoiser.public.source = 'nowhere.pt': no such file or folder; a model on the hub is hf-hub:owner/name",
+        ),
+        ({"methods": ["dds"], "denoised__model": "nowhere"}, "nowhere: no such folder or file, and"),
+        ({"methods": ["dds"], "denoiser__batch_size": 2048}, "denoiser.batch_size = 2048: must be at most 1295"),
+        (
+            {"methods": ["densepure"], "certify__compile": True},
+            "certify.compile = True: densepure is stochastic and cannot be compiled; set it to false",
+        ),
         ({"data__source": "cifar10"}, "data.source = cifar10: the shards were written with digits"),
         ({"certify__radius_step": 1e-6, "report__radii": [0.0]}, "certify.radius_step = 1e-06: gives"),
         ({"certify__n": 2**31}, "certify.n = 2147483648: must be a whole number of samples"),
