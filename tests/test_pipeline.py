@@ -44,18 +44,23 @@ def ran(output: str) -> set[str]:
     return {(dvc or scheduler).removesuffix("-0.5") for dvc, scheduler in names}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """A repository with this working tree's code in which the pipeline and `dvc push` have been run and committed."""
-    folder = tmp_path_factory.mktemp("built") / "repository"
+def copy_repository(folder: Path) -> Path:
+    """A repository of its own in `folder`, with this working tree's code and without results."""
     for name in run(REPOSITORY, "git", "ls-files", "-co", "--exclude-standard").splitlines():
         if not name.startswith(("artifacts/", "reports/", "dvc.lock")) and (REPOSITORY / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
+    run(folder, "git", "init", "-q")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A repository with this working tree's code in which the pipeline and `dvc push` have been run and committed."""
+    folder = copy_repository(tmp_path_factory.mktemp("built") / "repository")
     profile = folder / "conf/profile/digits.yaml"  # experiments compose from conf/: the small size must be there too
     compose(folder / "params.yaml", "sigmas=[0.5]")
     profile.write_text("# @package _global_\n" + (folder / "params.yaml").read_text())
-    run(folder, "git", "init", "-q")
     output = run(folder, "python", "stages/repro.py", "--jobs", "2")
     assert ran(output) == set(STAGES)
     assert (folder / "reports/digits/best_sigma.md").read_text() in output

@@ -1,0 +1,105 @@
+"""An encoder that was pre-trained on another data set is fine-tuned, with DDS beside it: the profiles `kather*`."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, compose, stage
+from PIL import Image
+from test_pipeline import copy_repository, ran, run
+
+from rrcm.models.checkpoints import load_classifier, load_encoder
+from rrcm.utils.files import read_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists what to copy")]
+SMALL = ["data.workers=0", "data.val_fraction=0.2", "sigmas=[0.5]", "threads=1", "pretrain.steps=6"]
+SMALL += [
+    "pretrain.max_levels=4",
+    "pretrain.min_levels=2",
+    "pretrain.t_max=4",
+    "finetune.epochs=10",
+    "finetune.lr=4e-2",
+]
+SMALL += ["finetune.batch_size=16", "finetune.weights_dtype=fp32", "denoiser.batch_size=32", "denoiser.steps=20"]
+SMALL += ["denoiser.warmup_steps=4", "denoiser.precision=fp32"]
+SMALL += ["certify.n0=20", "certify.n=60", "certify.every=2", "certify.radius_step=0.25"]
+
+
+def write_pathmnist(path: Path, size: int) -> None:
+    """A file in MedMNIST's format: nine tissues, each with a colour of its own."""
+    rng, arrays = np.random.default_rng(0), {}
+    colours = np.array([[red, green, 128] for red in (20, 128, 235) for green in (20, 128, 235)])
+    for split, count in (("train", 72), ("val", 9), ("test", 9)):
+        labels = np.arange(count) % 9
+        noise = rng.integers(-20, 21, (count, size, size, 3))
+        arrays[f"{split}_images"] = (colours[labels][:, None, None] + noise).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
+    path.parent.mkdir(parents=True)
+    np.savez(path, **arrays)
+
+
+def pretrain_on_stripes(folder: Path, *settings: str) -> Path:
+    """The model folder of an encoder that was pre-trained on a folder of other images, 16 x 16 pixels."""
+    rng = np.random.default_rng(1)
+    for name in ("across", "down"):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(24):
+            pixels = np.repeat(rng.integers(0, 256, (16, 1, 3), np.uint8), 16, axis=1)
+            image = Image.fromarray(pixels if name == "across" else pixels.swapaxes(0, 1).copy())
+            image.save(folder / "images" / name / f"{number}.png")
+    stripes = ["data.source=imagefolder", f"data.root={folder / 'images'}", "pretrain.batch_size=16"]
+    stripes += ["methods=[rrcm]", "pretrain.objectives=[rrcm]", "finetune.initial_checkpoint=null"]
+    compose(folder / "params.yaml", *settings, *stripes)
+    do(folder, ["shard_data"], ["pretrain"])
+    return folder / "models/pretrain/rrcm"
+
+
+def do(folder: Path, *commands: list[str]) -> None:
+    for command in commands:
+        answer = stage(folder, *command)
+        assert answer.returncode == 0, answer.stderr
+
+
+def check_results(folder: Path, encoder: Path) -> None:
+    """rRCM's classifier started from the encoder, and both methods have learned the colours."""
+    assert read_json(folder / "models/rrcm/sigma_0.5/config.json")["initial_weights"] == str(encoder)
+    name = "blocks.0.attn.qkv.weight"
+    networks = (load_encoder(encoder), load_classifier(folder / "models/rrcm/sigma_0.5").encoder)
+    before, after = (network.state_dict()[name].flatten() for network in networks)
+    assert 0.8 < torch.nn.functional.cosine_similarity(before, after, dim=0) < 1
+    for method in ("rrcm", "dds"):
+        certificates = pd.read_csv(folder / f"certificates/{method}/sigma_0.5.tsv", sep="\t")
+        assert certificates["label"].tolist() == [0, 2, 4, 6, 8]
+        assert certificates["correct"].mean() > 0.5
+
+
+def test_the_whole_pipeline_at_28_pixels(tmp_path):
+    settings = ["profile=kather_28", *SMALL, "model.patch_size=7"]
+    encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)
+    folder = copy_repository(tmp_path / "repository")
+    write_pathmnist(folder / "data/raw/pathmnist/pathmnist.npz", 28)
+    given = ["methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}"]
+    compose(folder / "params.yaml", *settings, *given)
+    found = ran(run(folder, "python", "stages/repro.py", "--jobs", "2"))
+    assert {"denoiser@trained", "finetune@gaussian-0.001", "finetune@rrcm", "certify@dds", "plot"} <= found
+    assert not any(name.startswith("pretrain") for name in found)
+    check_results(folder, encoder)
+    report = (folder / "reports/kather_28/report.md").read_text()
+    assert "DDS" in report and f"pre-trained elsewhere (`{encoder}`)" in report
+    shutil.rmtree(folder / "models/rrcm")
+    assert not ran(run(folder, "dvc", "repro"))  # restored from the cache
+
+
+def test_training_and_certification_at_224_pixels(tmp_path):
+    settings = ["profile=kather", *SMALL, "model.patch_size=56"]
+    encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)
+    write_pathmnist(tmp_path / "tissue/pathmnist_224.npz", 224)
+    given = ["methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}", f"data.root={tmp_path / 'tissue'}"]
+    compose(tmp_path / "params.yaml", *settings, *given)
+    do(tmp_path, ["shard_data"], ["denoiser"], ["finetune", "gaussian", "0.001"])
+    for method in ("rrcm", "dds"):
+        do(tmp_path, ["finetune", method, "0.5"], ["certify", method, "0.5"])
+    check_results(tmp_path, encoder)
