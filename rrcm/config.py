@@ -521,10 +521,11 @@ class Certify(Section):
 
 
 class Latency(Section):
-    """Time to certify one image."""
+    """Time to certify one image. All methods are timed in turn, round after round."""
 
-    n: list[Count]
-    batch_size: Count | None  # null: chosen automatically
+    n: list[Count]  # samples per image, to which the measured time is extrapolated; the first is drawn. []: not shown
+    rounds: Count
+    seconds: Positive  # to measure each method in each round, at least one batch
     precision: CertifiedPrecision
 
 

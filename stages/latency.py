@@ -1,25 +1,21 @@
-"""Measure how long it takes to certify one image: latency/METHOD.json."""
+"""Measure how long it takes to certify one image, of all methods in turn: timings/latency.json."""
 
 from environment import run_command
 
 from pathlib import Path
 
-from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
 from rrcm.evaluation.latency import measure_latency
 
 
 def main(
-    method: str,
     params: Path = Path("params.yaml"),
     shards: str = "data/shards",
     models: Path = Path("models"),
-    latency: Path = Path("latency"),
+    timing: Path = Path("timings/latency.json"),
 ) -> None:
-    """Time METHOD's classifier for the first sigma of params.yaml."""
-    config = load_config(params)
-    folder = models / method / sigma_name(config.sigmas[0])
-    measure_latency(config, method, shards, folder, latency / f"{method}.json")
+    """Time all classifiers for the first sigma of params.yaml."""
+    measure_latency(load_config(params), shards, models, timing)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ TINY = [
     "certify.n=1000",
     "certify.batch_size=200",
     "certify.every=10",
-    "latency.n=[200,400]",
+    "latency.seconds=0.01",
 ]
 
 

@@ -1,58 +1,132 @@
-"""The time it takes to certify one image."""
+"""The time it takes to certify one image: of all methods in turn, on one device.
 
-import time
+Certifying takes a time proportional to the number of samples (tests/evaluation/test_latency.py). So a few full batches
+of each method are timed in every round, and whoever reads the result multiplies.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 
 import torch
+from torch import nn
 
-from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.noise import ESTIMATE
+from rrcm.certification.results import sigma_name
+from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.models.ensembles import with_consensus
+from rrcm.models.denoised import DenoisedClassifier
+from rrcm.models.ensembles import Ensemble, with_consensus
 from rrcm.models.load import load_model_folder
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.files import write_json
 from rrcm.utils.provenance import describe_environment
 
+IMAGES = 8  # samples are of several images, since with consensus the cost depends on the image
+HALVINGS = 3  # of the largest batch that fits, in search of the fastest
 
-def measure_latency(config: Config, method: str, shard_folder: Path | str, model_folder: Path, output: Path) -> None:
-    """Certify one test image with each n of the settings after a warm-up, and write the seconds to `output` (JSON).
 
-    Raises `RRCMError` for missing or damaged inputs.
+def measure_latency(config: Config, shard_folder: Path | str, models: Path, output: Path) -> None:
+    """Time each of `config.methods` for the first sigma in every round, and write `output` (JSON).
+
+    For each method: seconds per sample in each round, its batch size, which is the fastest for it, its networks'
+    parameters, and how often they see a sample. Raises `RRCMError` for missing or damaged inputs.
     """
     set_threads(config.threads)
-    settings, device = config.latency, pick_device(config.device)
-    classifier = with_consensus(load_model_folder(model_folder).classifier.to(device), config.certify.consensus)
-    smoothed = SmoothedClassifier(
-        classifier,
-        config.sigmas[0] if classifier.sigma is None else classifier.sigma,
-        classifier.num_classes,
-        seed=config.seed,
-        batch_size=settings.batch_size,
-        precision=settings.precision,
-    )
-    pixels, _, _ = read_split(ShardedDataset(shard_folder, "test"), config.data.image_size, limit=1)
+    settings, device, sigma = config.latency, pick_device(config.device), config.sigmas[0]
+    pixels, _, _ = read_split(ShardedDataset(shard_folder, "test"), config.data.image_size, limit=IMAGES)
     images = pixels.to(device).float() / 255
-
-    def seconds(n: int) -> float:
-        start = time.perf_counter()
-        smoothed.certify(  # returns counts on the CPU, so the device has finished
-            images, stopping="fixed", n0=min(n, config.certify.n0), n=n, alpha=config.certify.alpha
+    timed, records = {}, {}
+    for method in config.methods:
+        classifier = load_model_folder(models / method / sigma_name(sigma)).classifier.to(device)
+        classifier = with_consensus(classifier, config.certify.consensus)
+        smoothed = SmoothedClassifier(
+            classifier, sigma, classifier.num_classes, seed=config.seed, precision=settings.precision
         )
-        return time.perf_counter() - start
-
-    batch_size = smoothed.find_batch_size(images[0])
-    seconds(batch_size)  # warm-up
+        size, rate = fastest_batch(smoothed, images)
+        smoothed.batch_size = size
+        samples = size * max(1, round(settings.seconds * rate / size))
+        timed[method] = smoothed, samples
+        records[method] = {
+            "parameters": {kind: sum(map(parameter_count, each)) for kind, each in networks(classifier).items()},
+            "passes": count_passes(smoothed, images, size),
+            "batch_size": size,
+            "samples": samples,
+            "seconds_per_sample": [],
+        }
+    for _ in range(settings.rounds):
+        for method, (smoothed, samples) in timed.items():
+            records[method]["seconds_per_sample"].append(seconds_to_vote(smoothed, images, samples) / samples)
     write_json(
         output,
         {
-            "method": method,
-            "parameters": parameter_count(classifier),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "dtype": smoothed.precision,
-            "batch_size": batch_size,
-            "seconds": {str(n): seconds(n) for n in settings.n},
+            "sigma": sigma,
+            "methods": records,
             "environment": describe_environment(device),
         },
     )
+
+
+def networks(classifier: nn.Module) -> dict[str, list[nn.Module]]:
+    """The networks that a base classifier consists of: each `denoiser`, and each `classifier`."""
+    if isinstance(classifier, DenoisedClassifier):
+        parts = networks(classifier.classifier)
+        return {"denoiser": [classifier.denoiser, *parts["denoiser"]], "classifier": parts["classifier"]}
+    if isinstance(classifier, Ensemble):
+        members = [networks(member) for member in classifier.members]
+        return {kind: [each for parts in members for each in parts[kind]] for kind in ("denoiser", "classifier")}
+    return {"denoiser": [], "classifier": [classifier]}
+
+
+def count_passes(smoothed: SmoothedClassifier, images: torch.Tensor, samples: int) -> dict[str, float]:
+    """How often the networks of each kind see a noisy sample, on average over `samples` of them.
+
+    Rows of the networks' inputs are counted as they come. `samples` must fill batches, as padding is counted too, and
+    the model must have voted before, as it is checked when it first does.
+    """
+    rows, hooks = Counter(), []
+    for kind, each in networks(smoothed.model).items():
+        rows[kind] = 0
+
+        def count(network: nn.Module, inputs: tuple, kind: str = kind) -> None:
+            rows[kind] += len(inputs[0])
+
+        hooks += [network.register_forward_pre_hook(count) for network in each]
+    try:
+        smoothed.count_votes(_requests(images, samples))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {kind: count / samples for kind, count in rows.items()}
+
+
+def seconds_to_vote(smoothed: SmoothedClassifier, images: torch.Tensor, samples: int) -> float:
+    """The seconds that noise, networks and votes take for so many samples."""
+    start = perf_counter()
+    smoothed.count_votes(_requests(images, samples))  # returns counts on the CPU, so the device has finished
+    return perf_counter() - start
+
+
+def fastest_batch(smoothed: SmoothedClassifier, images: torch.Tensor) -> tuple[int, float]:
+    """The fastest batch size among the largest that fits into memory and its halves, and its samples per second."""
+    largest, rates = smoothed.find_batch_size(images[0]), {}
+    smoothed.count_votes(_requests(images, 1))  # warm-up
+    for size in dict.fromkeys(max(1, largest >> halving) for halving in range(HALVINGS + 1)):
+        smoothed.batch_size = size
+        rates[size] = size / min(seconds_to_vote(smoothed, images, size) for _ in range(2))
+    return max(rates.items(), key=lambda each: each[1])
+
+
+def _requests(images: torch.Tensor, samples: int) -> Sequence[SampleRequest]:
+    """So many noisy samples, as evenly spread over the images as they can be."""
+    bounds = [samples * number // len(images) for number in range(len(images) + 1)]
+    return [
+        SampleRequest(image, index, ESTIMATE, *bounds[index : index + 2])
+        for index, image in enumerate(images)
+        if bounds[index] < bounds[index + 1]
+    ]

@@ -105,6 +105,12 @@ def mean_samples(frame: pd.DataFrame) -> float:
     return float(frame["samples"].mean()) if "samples" in frame else math.nan
 
 
+def on_common_images(certificates: Certificates) -> dict[tuple[str, float], pd.DataFrame]:
+    """The rows of each frame for the images that all of them have, in the order of `idx`."""
+    common = sorted(set.intersection(*(set(frame["idx"]) for frame in certificates.values())))
+    return {run: frame.set_index("idx").loc[common].reset_index() for run, frame in certificates.items()}
+
+
 def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:
     """One row per method and sigma: `method`, `sigma`, `images`, `samples` (mean), and the columns of `summary`."""
     rows = [
@@ -117,8 +123,8 @@ def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.Da
 def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:
     """The paper's Table 1, one row per method and radius.
 
-    Columns: `method`, `radius`, `sigma`, `certified_accuracy`, `at_zero`. `sigma` has the highest certified accuracy at
-    that radius (the smaller one on ties). `at_zero` is the certified accuracy of the same model at r = 0.
+    Columns: `method`, `radius`, `sigma`, `certified_accuracy`, `at_zero`, `images`. `sigma` has the highest certified
+    accuracy at that radius (the smaller one on ties). `at_zero` is the certified accuracy of the same model at r = 0.
     """
     rows = []
     for method in dict.fromkeys(method for method, _ in certificates):
@@ -133,6 +139,7 @@ def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.D
                     "sigma": best,
                     "certified_accuracy": accuracy[best],
                     "at_zero": certified_accuracy(of_sigma[best], [0.0])[0],
+                    "images": len(of_sigma[best]),
                 }
             )
     return pd.DataFrame(rows)
@@ -141,20 +148,22 @@ def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.D
 def differences_table(certificates: Certificates, reference: str, radii: Sequence[float]) -> pd.DataFrame:
     """Each method less `reference`: in certified accuracy at each radius, best sigma each, and in ACR at each sigma.
 
-    One row per method and measure: `method`, `measure` ("certified_accuracy" or "acr"), `at` (radius or sigma), `value`
-    of the method, `difference`, `low`, `high`. The reference has no difference to itself (NaN).
+    Both are of the images that the two have in common. One row per method and measure: `method`, `measure`
+    ("certified_accuracy" or "acr"), `at` (radius or sigma), `value` of the method, `difference`, `low`, `high`,
+    `images`. The reference has no difference to itself (NaN).
     """
     methods = [reference, *(name for name in dict.fromkeys(name for name, _ in certificates) if name != reference)]
-    best = best_sigma_table(certificates, radii).set_index(["method", "radius"])
     rows = []
     for method in methods:
+        pair = on_common_images({run: frame for run, frame in certificates.items() if run[0] in (method, reference)})
+        best, images = best_sigma_table(pair, radii).set_index(["method", "radius"]), len(next(iter(pair.values())))
         for radius in radii:
-            one, other = (certificates[name, best.loc[(name, radius), "sigma"]] for name in (method, reference))
+            one, other = (pair[name, best.loc[(name, radius), "sigma"]] for name in (method, reference))
             value = best.loc[(method, radius), "certified_accuracy"]
-            rows.append((method, "certified_accuracy", radius, value, *accuracy_difference(one, other, radius)))
-        for sigma in sorted({sigma for _, sigma in certificates}):
-            one, other = certificates[method, sigma], certificates[reference, sigma]
-            rows.append((method, "acr", sigma, average_certified_radius(one), *acr_difference(one, other)))
-    table = pd.DataFrame(rows, columns=["method", "measure", "at", "value", "difference", "low", "high"])
+            rows.append((method, "certified_accuracy", radius, value, *accuracy_difference(one, other, radius), images))
+        for sigma in sorted({sigma for _, sigma in pair}):
+            one, other = pair[method, sigma], pair[reference, sigma]
+            rows.append((method, "acr", sigma, average_certified_radius(one), *acr_difference(one, other), images))
+    table = pd.DataFrame(rows, columns=["method", "measure", "at", "value", "difference", "low", "high", "images"])
     table.loc[table["method"] == reference, ["difference", "low", "high"]] = np.nan
     return table

@@ -4,7 +4,7 @@ The same inputs give the same bytes on every machine. Git revision, hardware and
 stages that made the inputs, not those of the machine that draws.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from rrcm.report.page import render_report
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_json, write_text
 
-REFERENCE_RADIUS = 0.5  # the latency figure shows accuracy at the radius of the report that is nearest to this
+LATENCY_PANELS, LEAST_ACCURACY = 3, 0.1  # the latency figure: at most so many radii, at which this is certified
 
 
 class Gallery(NamedTuple):
@@ -68,16 +68,35 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
     drawn = {
         "certified_accuracy": figures.draw_certified_accuracy(inputs.certificates, inputs.external),
         "envelope": figures.draw_envelope(inputs.certificates),
-        "training": figures.draw_training(inputs.pretraining, inputs.finetuning),
         "gallery": figures.draw_gallery(gallery.clean, gallery.noisy, METHODS[config.methods[0]].label),
     }
+    if not inputs.finetuning.empty:
+        drawn["training"] = figures.draw_training(inputs.pretraining, inputs.finetuning)
     if inputs.representations:
         drawn["representation"] = figures.draw_representation(inputs.representations)
     if inputs.latency:
-        radius = min(config.report.radii, key=lambda r: (abs(r - REFERENCE_RADIUS), r))
-        best = best_sigma_table(inputs.certificates, [radius]).set_index("method")["certified_accuracy"]
-        drawn["latency"] = figures.draw_latency(inputs.latency, best, max(config.latency.n), radius)
+        drawn["latency"] = figures.draw_latency(
+            latency_table(config, inputs).numbers,
+            inputs.certificates,
+            latency_radii(inputs.certificates, config.report.radii),
+            config.latency.n[0],
+            f"{inputs.latency['device']}, {inputs.latency['dtype']}",
+            tables.published_latencies(),
+        )
     return drawn
+
+
+def latency_radii(certificates: Certificates, radii: Sequence[float]) -> list[float]:
+    """The radii of the latency figure's panels: evenly spaced over those that some method certifies often enough."""
+    best = best_sigma_table(certificates, radii).groupby("radius")["certified_accuracy"].max()
+    often = [radius for radius in radii if best[radius] >= LEAST_ACCURACY] or list(radii[:1])
+    places = np.linspace(0, len(often) - 1, min(LATENCY_PANELS, len(often))).round().astype(int)
+    return [often[place] for place in places]
+
+
+def latency_table(config: Config, inputs: Inputs) -> tables.Table:
+    """The table of latencies. There must be a record of them."""
+    return tables.latency(inputs.latency, config.latency.n, config.certify.n0, inputs.budgets)
 
 
 def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
@@ -89,7 +108,7 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
     }
     if len(config.methods) > 1:
         made["differences"] = tables.differences(inputs.certificates, config.report.radii, config.seed)
-    return made | ({"latency": tables.latency(inputs.latency)} if inputs.latency else {})
+    return made | ({"latency": latency_table(config, inputs)} if inputs.latency else {})
 
 
 def read_gallery(config: Config, root: Path, certificates: Certificates) -> Gallery:
@@ -130,10 +149,9 @@ def _thumbnail(pixels: np.ndarray, classes: list[str], label: int, answer: pd.Se
 
 def _plot_data(inputs: Inputs) -> Mapping[str, pd.DataFrame]:
     """The data that DVC plots."""
-    data = {
-        "curves": tables.accuracy_curves(inputs.certificates),
-        "training": inputs.finetuning.dropna(subset="val_accuracy"),  # DVC would draw a gap as 0
-    }
+    data = {"curves": tables.accuracy_curves(inputs.certificates)}
+    if not inputs.finetuning.empty:
+        data["training"] = inputs.finetuning.dropna(subset="val_accuracy")  # DVC would draw a gap as 0
     for name, frames in (("pretraining", inputs.pretraining), ("representation", inputs.representations)):
         if frames:
             data[name] = pd.concat([frame.assign(objective=objective) for objective, frame in frames.items()])

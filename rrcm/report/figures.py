@@ -26,8 +26,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rrcm.certification.results import ABSTAIN
-from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
+from rrcm.evaluation.metrics import Certificates, best_sigma_table, envelope, wilson_interval
 from rrcm.methods import METHODS, REFERENCE
+from rrcm.report.tables import reference_method
 from rrcm.utils.errors import UNPRINTABLE
 from rrcm.utils.files import atomic_path
 
@@ -56,8 +57,10 @@ MARKERS = {  # by family
     "regularization": "^",
     "adversarial": "D",
     "ensemble": "P",
+    "denoise, then classify": "X",
 }
 MAX_TOGETHER = 6  # methods in one panel
+NEARLY_EQUAL = 1.3  # ratio of latencies
 MARKS = 4  # markers on a curve
 OTHERS = {"color": "#d4d4d4", "linewidth": 0.8, "zorder": 1}  # methods behind those of a panel
 EXTERNAL_STYLES = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # dashes, colour
@@ -154,6 +157,12 @@ def _draw_curve(
     return radii, accuracy
 
 
+def _fewer_images(certificates: Certificates) -> dict[str, str]:
+    """What follows the label of each method: how many images it certifies, if others certify more."""
+    images = {method: len(frame) for (method, _), frame in certificates.items()}
+    return {name: f" ({count:,} images)" if count < max(images.values()) else "" for name, count in images.items()}
+
+
 def _others(methods: Iterable[str], group: Group) -> list[str]:
     return [name for name in methods if name not in group.methods]
 
@@ -177,16 +186,25 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     labels = [label for label in lines if not re.fullmatch(r"_child\d+", label)]  # matplotlib's name for "no label"
     width, line_width = figure.get_figwidth(), 0.7  # inches; of the whole legend, and of a line with its spaces
     texts = {label: _truncate(label, 72 * (width - line_width) - 1, 9) for label in labels}
-    widths = [_text_width(texts[label], 9) / 72 + line_width for label in labels]
+    columns = _columns_that_fit([_text_width(texts[label], 9) / 72 + line_width for label in labels], width)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(labels) / columns) - 1))
+    labels = _row_by_row(labels, columns)
+    handles, texts = [lines[label] for label in labels], [texts[label] for label in labels]
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, handlelength=2.4)
+
+
+def _columns_that_fit(widths: Sequence[float], width: float) -> int:
+    """The most columns for entries of these widths, row by row, that are together narrower than `width`; at least 1."""
 
     def fit(columns: int) -> bool:
         return sum(max(widths[column::columns]) for column in range(columns)) < width
 
-    columns = max((n for n in range(1, 1 + len(labels)) if fit(n)), default=1)
-    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(labels) / columns) - 1))
-    labels = [label for column in range(columns) for label in labels[column::columns]]  # matplotlib fills down columns
-    handles, texts = [lines[label] for label in labels], [texts[label] for label in labels]
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, handlelength=2.4)
+    return max((n for n in range(1, 1 + len(widths)) if fit(n)), default=1)
+
+
+def _row_by_row(entries: Sequence, columns: int) -> list:
+    """The order in which matplotlib, which fills a legend down its columns, shows the entries row by row."""
+    return [entry for column in range(columns) for entry in entries[column::columns]]
 
 
 @figure_style()
@@ -213,7 +231,7 @@ def draw_certified_accuracy(certificates: Certificates, external: Certificates) 
         of_sigma, others = _of_sigma(certificates, sigma), _of_sigma(external, sigma)
         reach = 0.0
         for panel, (group, shown) in zip(panels[:, place], rows, strict=True):
-            reach = max(reach, _draw_group(panel, of_sigma, group))
+            reach = max(reach, _draw_group(panel, of_sigma, group, _fewer_images(certificates)))
             for label in [label for label in shown if label in others]:
                 radii, _ = _draw_curve(panel, [others[label]], **styles[label])
                 reach = max(reach, radii[-1])
@@ -227,7 +245,7 @@ def draw_certified_accuracy(certificates: Certificates, external: Certificates) 
     return figure
 
 
-def _draw_group(panel: Axes, frames: Mapping[str, pd.DataFrame], group: Group) -> float:
+def _draw_group(panel: Axes, frames: Mapping[str, pd.DataFrame], group: Group, label_ends: Mapping[str, str]) -> float:
     """The curves of one sigma: those of `group` in colour with their intervals, others in grey. Returns their reach."""
     reach = 0.0
     for method in _others(frames, group):
@@ -235,6 +253,7 @@ def _draw_group(panel: Axes, frames: Mapping[str, pd.DataFrame], group: Group) -
         reach = max(reach, radii[-1])
     for method, phase in zip(group.methods, _phases(len(group.methods)), strict=True):
         style, frame = line_style(method), frames[method]
+        style["label"] += label_ends[method]
         radii, accuracy = _draw_curve(panel, [frame], phase, **style)
         if style["linestyle"] == "-":
             low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frame)))
@@ -267,7 +286,7 @@ def draw_envelope(certificates: Certificates) -> Figure:
     of_method: dict[str, list[pd.DataFrame]] = {}
     for (method, _), frame in certificates.items():
         of_method.setdefault(method, []).append(frame)
-    groups = panel_groups(of_method)
+    groups, label_ends = panel_groups(of_method), _fewer_images(certificates)
     columns = min(len(groups), 2)
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(5.6, 4.2) if len(groups) == 1 else (5.6 * columns, 0.4 + 2.6 * rows))
@@ -279,7 +298,9 @@ def draw_envelope(certificates: Certificates) -> Figure:
         for method in _others(of_method, group):
             _draw_curve(panel, of_method[method], **OTHERS)
         for method, phase in zip(group.methods, _phases(len(group.methods)), strict=True):
-            radii, _ = _draw_curve(panel, of_method[method], phase, **line_style(method))
+            style = line_style(method)
+            style["label"] += label_ends[method]
+            radii, _ = _draw_curve(panel, of_method[method], phase, **style)
             reach = max(reach, radii[-1])
     for panel in shown:
         _set_curve_axes(panel, reach or 1)
@@ -339,62 +360,104 @@ def draw_attack(
 
 
 @figure_style()
-def draw_latency(latency: Mapping[str, dict], accuracy: Mapping[str, float], n: int, radius: float) -> Figure:
-    """Certified accuracy at `radius` (best sigma) against the seconds to certify one image with `n` samples.
+def draw_latency(
+    latency: pd.DataFrame,
+    certificates: Certificates,
+    radii: Sequence[float],
+    n: int,
+    device: str,
+    published: pd.DataFrame,
+) -> Figure:
+    """Certified accuracy (best sigma) against the seconds to certify one image with `n` samples: a panel per radius.
 
-    `latency` holds the latency stage's record of each method and `accuracy` shares. The area of a marker is
-    proportional to the number of parameters.
+    `latency` is the table of `rrcm.report.tables.latency` in numbers, `device` what it was measured on. The area of a
+    marker is proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. Below is a panel of
+    its own with the latencies of others, the rows of `published`.
     """
-    figure = Figure(figsize=(7.2, max(3.8, 0.9 + 0.24 * len(latency))))
-    axes = figure.subplots()
-    seconds = {method: record["seconds"][str(n)] for method, record in latency.items()}
-    ranked = sorted(latency, key=lambda method: accuracy[method])
-    fastest, slowest = min(seconds.values()), max(seconds.values())
-    axes.set_xscale("log")
-    axes.set_xlim(fastest / 5, slowest * 5)  # wide enough that small differences look small
-    axes.set_ylim(0, max(118 * accuracy[ranked[-1]], 5))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if slowest < 10 * fastest else (1,)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    largest = max(record["parameters"] for record in latency.values())
-    heights = _spread_labels(
-        [100 * accuracy[method] for method in ranked], room=0.25 / figure.get_figheight() * axes.get_ylim()[1]
-    )
-    for method, height in zip(ranked, heights, strict=True):
-        style, parameters = line_style(method), latency[method]["parameters"]
-        point = (seconds[method], 100 * accuracy[method])
-        look = {"facecolor": style["markerfacecolor"], "edgecolor": style["color"], "marker": style["marker"]}
-        axes.scatter(*point, 90 * parameters / largest, linewidth=1.6, zorder=3, clip_on=False, **look)
-        text = f"{style['label']}: {point[1]:.1f} %, {parameters / 1e6:.2g} M"
-        _label_point(axes, text, point, height, style["color"])
-    first = latency[ranked[0]]
-    axes.set_xlabel(
-        f"seconds to certify one image, n = {n:,}\n{first['device']}, {first['dtype']}, batch {first['batch_size']:,}"
-    )
-    axes.set_ylabel(f"certified accuracy (%) at r = {radius:g}, best σ")
-    axes.set_title("marker area: number of parameters (M: million)", loc="left", color=TEXT_COLOR, fontsize=8)
+    latency = latency.set_index("method").assign(seconds=lambda table: table[f"seconds_n_{n}"])
+    handles, label_ends, width = [], _fewer_images(certificates), max(2.9 * len(radii), 8.7)
+    for method, row in latency.iterrows():
+        style = line_style(method) | {"linestyle": "", "markersize": 6}
+        style["label"] += f"{label_ends[method]}: {_times(row['ratio'])}, {row['parameters'] / 1e6:.2g} M"
+        handles.append(Line2D([], [], **style))
+    columns = _columns_that_fit([_text_width(each.get_label(), 8) / 72 + 0.6 for each in handles], width)
+    heights = [2.9 + 0.2 * math.ceil(len(handles) / columns), 0.75 + 0.22 * len(published)]
+    figure = Figure(figsize=(width, sum(heights)))
+    ours, theirs = figure.subfigures(2, height_ratios=heights)
+    panels = ours.subplots(1, len(radii), sharex=True, sharey=True, squeeze=False)[0]
+    best = best_sigma_table(certificates, radii).set_index(["method", "radius"])
+    for panel, radius in zip(panels, radii, strict=True):
+        _draw_latency_panel(panel, latency, best.xs(radius, level="radius"))
+        panel.set(title=f"r = {radius:g}", xlabel=f"seconds per image, n = {n:,}")
+    panels[0].set(xscale="log", xlim=(latency["seconds"].min() / 2, latency["seconds"].max() * 2), ylim=(0, 102))
+    panels[0].set_ylabel("certified accuracy (%), best σ")
+    _set_log_ticks(panels[0])
+    reference = METHODS[reference_method(latency.index)].label
+    style = {"title": f"{device}. Time relative to {reference}; marker area: number of parameters (M: million)"}
+    style |= {"fontsize": 8, "title_fontsize": 8, "loc": "outside lower center", "ncols": columns}
+    ours.legend(handles=_row_by_row(handles, columns), **style)
+    _draw_published_latencies(theirs.subplots(), published)
     return figure
 
 
-def _label_point(axes: Axes, text: str, point: tuple[float, float], height: float, colour: str) -> None:
-    """Write `text` to the right of the panel at `height` (data units), with a line to `point`."""
-    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 6}
-    place = {"xytext": (1.03, height), "textcoords": axes.get_yaxis_transform()}
-    axes.annotate(text, point, va="center", annotation_clip=False, arrowprops=arrow, **place)
+def _draw_latency_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
+    """The methods at one radius. Above those that are clearly slower or faster than the reference is the ratio."""
+    largest, tops = latency["parameters"].max(), []
+    for method, row in latency[::-1].iterrows():  # the first method lies on top
+        style, share, images = line_style(method), *best.loc[method, ["certified_accuracy", "images"]]
+        low, high = (100 * bound for bound in wilson_interval(share, images))
+        hollow = style["markerfacecolor"] == "white"
+        look = {"facecolor": "none" if hollow else style["color"], "edgecolor": style["color"] if hollow else "white"}
+        look |= {"marker": style["marker"], "linewidth": 1.4 if hollow else 0.6, "zorder": 3, "clip_on": False}
+        size = 110 * row["parameters"] / largest
+        panel.plot([row["seconds"]] * 2, [low, high], color=style["color"], linewidth=0.9, alpha=0.6, zorder=2)
+        panel.scatter(row["seconds"], 100 * share, size, **look)
+        tops.append((row["seconds"], row["ratio"], high))
+    for group in _neighbours(sorted(tops)):
+        seconds, ratios, highs = zip(*group, strict=True)
+        if max(ratios[0], 1 / ratios[0]) > NEARLY_EQUAL:
+            place = (math.sqrt(seconds[0] * seconds[-1]), max(highs))
+            style = {"ha": "center", "fontsize": 7.5, "color": TEXT_COLOR, "annotation_clip": False}
+            panel.annotate(_times(np.median(ratios)), place, (0, 2), textcoords="offset points", **style)
 
 
-def _spread_labels(values: Sequence[float], room: float) -> list[float]:
-    """Move ascending `values` apart until neighbours are at least `room` apart. Clusters keep their mean."""
-    clusters = [[value, 1] for value in values]  # centre, members
-    i = 0
-    while i + 1 < len(clusters):
-        (low, below), (high, above) = clusters[i], clusters[i + 1]
-        if high - low < room * (below + above) / 2:
-            clusters[i : i + 2] = [[(low * below + high * above) / (below + above), below + above]]
-            i = max(i - 1, 0)
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:,.0f}×"
+
+
+def _neighbours(points: Sequence[tuple[float, float, float]]) -> list[list[tuple[float, float, float]]]:
+    """Points in ascending order of their first number, with those together that are nearly equal in it."""
+    groups = [[points[0]]]
+    for point in points[1:]:
+        if point[0] < NEARLY_EQUAL * groups[-1][-1][0]:
+            groups[-1].append(point)
         else:
-            i += 1
-    return [centre + room * (k - (size - 1) / 2) for centre, size in clusters for k in range(size)]
+            groups.append([point])
+    return groups
+
+
+def _set_log_ticks(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_published_latencies(axes: Axes, published: pd.DataFrame) -> None:
+    """The latencies of others relative to rRCM's, one row each."""
+    by_label = {kind.label: name for name, kind in METHODS.items()}
+    ratios = published["latency"].astype(float)
+    for height, (row, ratio) in enumerate(zip(published.itertuples(), ratios, strict=True)):
+        style = line_style(by_label[row.method]) | {"markersize": 6, "linestyle": ""}
+        axes.plot(ratio, height, **style)
+        axes.annotate(f"{ratio:g}×", (ratio, height), (7, 0), textcoords="offset points", va="center", fontsize=7.5)
+    names = [f"{row.method}, {row.model}".removesuffix(", ") for row in published.itertuples()]
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(0.7, 3 * ratios.max()), xscale="log")
+    _set_log_ticks(axes)
+    dataset, n = published.iloc[0][["dataset", "n"]]
+    axes.set_xlabel(f"time to certify one image relative to rRCM's, {dataset}, n = {int(n):,}")
+    axes.set_title("published by others, not measured here", loc="left", color=TEXT_COLOR, fontsize=8)
 
 
 @figure_style()

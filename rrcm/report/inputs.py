@@ -4,18 +4,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from rrcm.certification.external import read_external_certificates
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, classifier_sigma
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
 MANIFEST = "data/shards/manifest.json"
 SOFT_LABEL_TIMING = "timings/soft_labels.json"
+DENOISER_TIMING = "timings/denoiser.json"
+LATENCY = "timings/latency.json"
 
 Run = tuple[str, float]  # method, sigma
 
@@ -36,11 +39,11 @@ class Inputs(NamedTuple):
     certificates: Certificates  # with the column samples
     external: Certificates  # other groups' certificates by (label, sigma)
     models: Mapping[Run, Mapping]  # config.json of each model folder
-    finetuning: pd.DataFrame  # one row per model and epoch
+    finetuning: pd.DataFrame  # one row per epoch of each model that was trained
     budgets: pd.DataFrame  # one row per model
     pretraining: Mapping[str, pd.DataFrame]  # history.csv by objective
     representations: Mapping[str, pd.DataFrame]  # representation.csv by objective
-    latency: Mapping[str, Mapping]  # by method
+    latency: Mapping | None  # the latency stage's record
 
 
 def pretraining_files(objective: str) -> PretrainingFiles:
@@ -58,14 +61,15 @@ def certificates_file(method: str, sigma: float) -> str:
 def read_inputs(config: Config, root: Path) -> Inputs:
     """Read the outputs of the other stages under `root`, and the files in `report.external_results`.
 
-    Without `latency.n` nothing under latency/ is read. Raises `RRCMError` for a missing file, with the command that
-    makes it, and for certificates of different test images.
+    Without `latency.n` no latency is read. Raises `RRCMError` for a missing file, with the command that makes it, and
+    for certificates of other test images than the settings say.
     """
     files = _list_files(config, root)
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
     certificates = {run: _read_certified(root, *run) for run in runs}
-    _check_same_images(certificates, root)
-    classes = read_json(root / MANIFEST)["classes"]
+    manifest = read_json(root / MANIFEST)
+    _check_images(config, certificates, sum(manifest["splits"]["test"]["counts"]), root)
+    classes = manifest["classes"]
     _check_labels(certificates, classes, root)
     models = {run: read_json(root / _model_folder(*run) / "config.json") for run in runs}
     external = config.report.external_results
@@ -76,11 +80,11 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         certificates=certificates,
         external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},
         models=models,
-        finetuning=pd.concat([_read_history(root, models[run], *run) for run in runs], ignore_index=True),
-        budgets=_read_budgets(config, root, models),
+        finetuning=_read_histories(root, models),
+        budgets=_read_budgets(config, root, models).assign(images=[len(frame) for frame in certificates.values()]),
         pretraining={name: _read_csv(folder / "history.csv") for name, folder in folders.items()},
         representations={name: _read_csv(folder / "representation.csv") for name, folder in folders.items()},
-        latency={name: read_json(root / f"latency/{name}.json") for name in config.methods if config.latency.n},
+        latency=read_json(root / LATENCY) if config.latency.n else None,
     )
 
 
@@ -101,16 +105,19 @@ def _list_files(config: Config, root: Path) -> list[str]:
         stages |= dict.fromkeys([*files, timing], stage)
     for method in config.methods:
         for sigma in config.sigmas:
-            record = f"{method}/{sigma_name(sigma)}.json"
             files = [f"{_model_folder(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
-            stages |= dict.fromkeys([*files, f"timings/finetune/{record}"], f"finetune@{method}-{sigma}")
+            stages |= dict.fromkeys([*files, _timing("finetune", method, sigma)], f"finetune@{method}-{sigma}")
             files = [certificates_file(method, sigma), _samples_file(method, sigma)]
-            stages |= dict.fromkeys([*files, f"timings/certify/{record}"], f"certify@{method}-{sigma}")
+            stages |= dict.fromkeys([*files, _timing("certify", method, sigma)], f"certify@{method}-{sigma}")
         if METHODS[method].needs_soft_labels:
             source = config.soft_labels
             stages[SOFT_LABEL_TIMING] = f"soft-labels@{source.method}-{source.sigma}"
-        if config.latency.n:
-            stages[f"latency/{method}.json"] = f"latency@{method}"
+        if METHODS[method].denoises:
+            stages[DENOISER_TIMING] = f"denoiser@{next(iter(config.derived['denoiser']))}"
+        if (part := _classifier_of(config, method)) is not None:
+            stages[_timing("finetune", *part)] = "finetune@{}-{}".format(*part)
+    if config.latency.n:
+        stages[LATENCY] = "latency"
     for path, stage in stages.items():
         if not (root / path).is_file():
             raise RRCMError(f"{root / path}: no such file; run `dvc repro {stage}`, or fetch it with `dvc pull`")
@@ -133,16 +140,26 @@ def _read_certified(root: Path, method: str, sigma: float) -> pd.DataFrame:
     return frame.assign(samples=samples["samples"])
 
 
-def _check_same_images(certificates: Certificates, root: Path) -> None:
-    (first, expected), *others = certificates.items()
-    for run, frame in others:
-        if not frame[["idx", "label"]].equals(expected[["idx", "label"]]):
-            path = root / certificates_file(*run)
-            raise RRCMError(f"{path}: certifies other images than {certificates_file(*first)}; run `dvc repro` again")
+def _check_images(config: Config, certificates: Certificates, count: int, root: Path) -> None:
+    """Each model must have been certified on the images that the settings choose of `count`, with the same labels."""
+    from rrcm.data.shards import evenly_spaced  # imports torch, which takes seconds
+
+    chosen = np.arange(count)[:: config.certify.every]
+    chosen = chosen[evenly_spaced(len(chosen), config.certify.max_images)]
+    labels: dict[int, int] = {}
+    for (method, sigma), frame in certificates.items():
+        expected = chosen[evenly_spaced(len(chosen), config.denoised.max_images.get(method))]
+        found = dict(zip(frame["idx"], frame["label"], strict=True))
+        path = root / certificates_file(method, sigma)
+        if list(found) != expected.tolist():
+            problem = f"certifies other images than the settings say ({len(found):,}, not {len(expected):,}, or others)"
+            raise RRCMError(f"{path}: {problem}; run `dvc repro` again")
+        if any(labels.setdefault(idx, label) != label for idx, label in found.items()):
+            raise RRCMError(f"{path}: has other labels than the other certificates; run `dvc repro` again")
 
 
 def _check_labels(certificates: Certificates, classes: Sequence[str], root: Path) -> None:
-    run, frame = next(iter(certificates.items()))  # all have the same labels
+    run, frame = max(certificates.items(), key=lambda each: len(each[1]))  # all have the same labels
     label = int(frame["label"].max())
     if label >= len(classes):
         problem = f"has label {label}, but the images in data/shards are of {len(classes)} classes"
@@ -156,10 +173,18 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise RRCMError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from None
 
 
+def _read_histories(root: Path, models: Mapping[Run, Mapping]) -> pd.DataFrame:
+    """The fine-tuning of each model that was trained, one row per epoch."""
+    trained = [
+        _read_history(root, model, *run) for run, model in models.items() if METHODS[run[0]].objective is not None
+    ]
+    return pd.concat(trained, ignore_index=True) if trained else pd.DataFrame()
+
+
 def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
     """Fine-tuning per epoch with the compute spent so far: encoder forward passes, those before it included."""
     history = _read_csv(root / _model_folder(method, sigma) / "history.csv")
-    spent = model["compute"]["finetune"] * history["epoch"] / max(history["epoch"].iloc[-1], 1)  # 0: not trained
+    spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
     return pd.DataFrame(
         {
             "method": method,
@@ -174,20 +199,18 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.D
 
 
 def _preparation(model: Mapping) -> float:
-    """Encoder forward passes before the fine-tuning: the model's share of its pre-training and of its soft labels."""
+    """Passes before the fine-tuning: the model's share of its pre-training, its soft labels, its denoiser and so on."""
     return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
 
 
 def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> pd.DataFrame:
     """Compute (encoder forward passes) and time (seconds) of each model."""
+
+    def seconds(*paths: str) -> float:
+        return sum(read_json(root / path)["seconds"] for path in paths)
+
     rows = []
     for (method, sigma), model in models.items():
-        record, share = f"{method}/{sigma_name(sigma)}.json", 0.0
-        if config.finetune.uses_pretraining(method):
-            share += read_json(root / pretraining_files(METHODS[method].initial_weights).timing)["seconds"]
-        if METHODS[method].needs_soft_labels:
-            voter = f"timings/finetune/{config.soft_labels.method}/{sigma_name(config.soft_labels.sigma)}.json"
-            share += sum(read_json(root / timing)["seconds"] for timing in (voter, SOFT_LABEL_TIMING))
         rows.append(
             {
                 "method": method,
@@ -196,9 +219,35 @@ def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
                 "finetune_passes": model["compute"]["finetune"],
                 "preparation_passes": _preparation(model),
                 "total_passes": model["compute"]["finetune"] + _preparation(model),
-                "finetune_seconds": read_json(root / "timings/finetune" / record)["seconds"],
-                "preparation_seconds": share / config.finetune.pretrain_cost_shared_by,
-                "certify_seconds": read_json(root / "timings/certify" / record)["seconds"],
+                "finetune_seconds": seconds(_timing("finetune", method, sigma)),
+                "preparation_seconds": seconds(*_shared_timings(config, method))
+                / config.finetune.pretrain_cost_shared_by,
+                "certify_seconds": seconds(_timing("certify", method, sigma)),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _shared_timings(config: Config, method: str) -> list[str]:
+    """The timings of what a method is prepared with, and shares with other models."""
+    shared = []
+    if config.finetune.uses_pretraining(method):
+        shared.append(pretraining_files(METHODS[method].initial_weights).timing)
+    if METHODS[method].needs_soft_labels:
+        shared += [_timing("finetune", config.soft_labels.method, config.soft_labels.sigma), SOFT_LABEL_TIMING]
+    if METHODS[method].denoises:
+        shared.append(DENOISER_TIMING)
+    if (part := _classifier_of(config, method)) is not None:
+        shared.append(_timing("finetune", *part))
+    return shared
+
+
+def _classifier_of(config: Config, method: str) -> Run | None:
+    """The model that classifies for a method that denoises, if it is trained here."""
+    if not METHODS[method].denoises or config.denoised.model is not None:
+        return None
+    return METHODS[method].initial_weights, classifier_sigma(method, config.denoised.model_dump())
+
+
+def _timing(stage: str, method: str, sigma: float) -> str:
+    return f"timings/{stage}/{method}/{sigma_name(sigma)}.json"

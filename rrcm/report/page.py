@@ -18,11 +18,19 @@ from rrcm.evaluation.metrics import (
     acr_difference,
     average_certified_radius,
     best_sigma_table,
+    on_common_images,
 )
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, classifier_sigma
 from rrcm.report.figures import panel_groups
 from rrcm.report.inputs import Inputs
-from rrcm.report.tables import escape_markdown, interval_text, markdown_text, method_labels, reference_method
+from rrcm.report.tables import (
+    escape_markdown,
+    interval_text,
+    markdown_text,
+    method_labels,
+    published_latencies,
+    reference_method,
+)
 from rrcm.utils.errors import printable
 from rrcm.utils.files import read_json, sha256_file
 
@@ -40,11 +48,19 @@ class Leader(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Methods compared at equal cost."""
+    """Methods compared on the images that all of them certify."""
 
-    name: str
+    name: str  # at what cost they are compared
+    images: int
     leaders: list[Leader]
     table: Markup  # the two best methods at each radius and, by ACR, at each sigma
+
+
+class Subset(NamedTuple):
+    """A method that certifies fewer images than others."""
+
+    label: str
+    images: int
 
 
 class ClassCount(NamedTuple):
@@ -57,7 +73,7 @@ class ClassCount(NamedTuple):
 class Environment(NamedTuple):
     """Where some stages ran."""
 
-    records: list[str]  # their files under timings/ and latency/
+    records: list[str]  # their files under timings/
     text: str
 
 
@@ -74,24 +90,39 @@ def render_report(
     `gallery_classes` are the true classes of the images in the gallery. The template escapes every value for HTML, and
     names also for Markdown.
     """
-    records = [path for path in inputs.files if path.startswith(("timings/", "latency/"))]
+    records = [path for path in inputs.files if path.startswith("timings/")]
     environments = _environments(root, records)
-    labels = next(iter(inputs.certificates.values()))["label"]
+    labels = max((frame["label"] for frame in inputs.certificates.values()), key=len)
     counts = np.bincount(labels, minlength=len(inputs.classes)).tolist()
     text = _template().render(
         config=config,
         images=len(labels),
+        subsets=[
+            Subset(METHODS[name].label, len(frame))
+            for (name, sigma), frame in inputs.certificates.items()
+            if sigma == config.sigmas[0] and len(frame) < len(labels)
+        ],
         class_counts=[ClassCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         comparisons=_headline(config, inputs),
         pretrained_elsewhere=[
             (METHODS[name].label, config.finetune.initial_weights(name))
             for name in config.methods
-            if METHODS[name].initial_weights is not None and not config.finetune.uses_pretraining(name)
+            if METHODS[name].initial_weights is not None
+            and not config.finetune.uses_pretraining(name)
+            and not METHODS[name].denoises
+        ],
+        denoising=[
+            (METHODS[name], classifier_sigma(name, config.denoised.model_dump()))
+            for name in config.methods
+            if METHODS[name].denoises
         ],
         needs_soft_labels=any(METHODS[name].needs_soft_labels for name in config.methods),
         small_multiples=len(panel_groups(config.methods)) > 1,
         reference=METHODS[reference_method(config.methods)].label,
+        latency=inputs.latency,
+        latency_sources=list(dict.fromkeys(published_latencies()["source"])),
         tables={name: _markdown_table(table) for name, table in tables.items()},
+        columns={name: list(table.columns) for name, table in tables.items()},
         figures=figures,
         gallery_method=METHODS[config.methods[0]].label,
         gallery_classes=gallery_classes,
@@ -118,25 +149,30 @@ def _template() -> jinja2.Template:
 
 
 def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
-    """The comparisons that have at least two methods: at equal fine-tuning budget, and at equal total compute."""
-    certificates, passes = inputs.certificates, inputs.budgets.groupby("method")["total_passes"].sum()
+    """The comparisons that have at least two methods: at equal fine-tuning budget, and at equal total compute.
+
+    Methods that denoise are compared with all others, whatever these cost, as no budget is theirs.
+    """
+    passes = inputs.budgets.groupby("method")["total_passes"].sum()
     total = [
         name for name in config.methods if METHODS[name].budget == "total" or config.finetune.uses_pretraining(name)
     ]
     least, most = ((1 + side * EQUAL_COMPUTE) * passes.get(reference_method(total), 0) for side in (-1, 1))
+    denoising = [name for name in config.methods if METHODS[name].denoises]
     groups = {
-        "fine-tuning budget": [name for name in config.methods if METHODS[name].budget == "finetune"],
-        "total compute": [name for name in total if least <= passes[name] <= most],
+        "equal fine-tuning budget": [
+            name for name in config.methods if METHODS[name].budget == "finetune" and name not in denoising
+        ],
+        "equal total compute": [name for name in total if least <= passes[name] <= most],
+        "any cost": config.methods if denoising else [],
     }
-    return [
-        Comparison(
-            name,
-            _leaders({run: frame for run, frame in certificates.items() if run[0] in methods}, config.report.radii),
-            _markdown_table(_comparison_table(config, certificates, methods)),
-        )
-        for name, methods in groups.items()
-        if len(methods) > 1
-    ]
+    return [_comparison(config, inputs.certificates, *each) for each in groups.items() if len(each[1]) > 1]
+
+
+def _comparison(config: Config, certificates: Certificates, name: str, methods: Sequence[str]) -> Comparison:
+    shared = on_common_images({run: frame for run, frame in certificates.items() if run[0] in methods})
+    table = _markdown_table(_comparison_table(config, shared, methods))
+    return Comparison(name, len(next(iter(shared.values()))), _leaders(shared, config.report.radii), table)
 
 
 def _leaders(certificates: Certificates, radii: Sequence[float]) -> list[Leader]:

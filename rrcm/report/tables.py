@@ -52,7 +52,7 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
     """Certified accuracy with the best sigma at each radius, and the highest ACR of any sigma beside it.
 
     The numbers are those of `best_sigma_table`. The text has percentages, and in parentheses the same model's certified
-    accuracy at r = 0; after the ACR, its sigma.
+    accuracy at r = 0; after the ACR, its sigma. If the methods certify different numbers of images, they are there too.
     """
     numbers = best_sigma_table(certificates, radii)
     rows = {}
@@ -65,7 +65,12 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
             rows[method] |= {"acr": acr, "ACR (σ)": f"{acr:.3f} ({sigma:g})"}
     text = pd.DataFrame(rows.values()).drop(columns="acr")
     text.insert(0, "method", method_labels(rows))
-    return Table(numbers, text)
+    return Table(numbers, _with_images(text, numbers.groupby("method", sort=False)["images"].first()))
+
+
+def _with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
+    """`text` with a last column of the number of images, unless it is the same in all rows."""
+    return text.assign(images=[f"{count:,}" for count in images]) if len(set(images)) > 1 else text
 
 
 def per_sigma(certificates: Certificates, external: Certificates, radii: Sequence[float]) -> Table:
@@ -85,12 +90,15 @@ def per_sigma(certificates: Certificates, external: Certificates, radii: Sequenc
 def differences(certificates: Certificates, radii: Sequence[float], seed: int) -> Table:
     """Each method less the reference, on the same images: the numbers of `differences_table`, with the training seed.
 
-    The text has a row for each method but the reference: differences of accuracy in percentage points and of ACR.
+    The text has a row for each method but the reference: differences of accuracy in percentage points and of ACR, and
+    if the methods have different numbers of images in common with the reference, these.
     """
     methods = list(dict.fromkeys(method for method, _ in certificates))
     numbers = differences_table(certificates, reference_method(methods), radii)
     numbers.insert(0, "seed", seed)
-    return Table(numbers, differences_text(numbers.dropna(subset="difference"), "difference"))
+    others = numbers.dropna(subset="difference")
+    text = differences_text(others, "difference")
+    return Table(numbers, _with_images(text, others.groupby("method", sort=False)["images"].first()))
 
 
 def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -118,29 +126,58 @@ def budgets(numbers: pd.DataFrame) -> Table:
         | {f"{name} (M passes)": [f"{n / 1e6:,.3f}" for n in numbers[f"{key}_passes"]] for name, key in passes.items()}
         | {f"{name} (s)": [f"{n:,.1f}" for n in numbers[f"{key}_seconds"]] for name, key in seconds.items()}
     )
-    return Table(numbers, text)
+    return Table(numbers, _with_images(text, numbers["images"]))
 
 
-def latency(records: Mapping[str, Mapping]) -> Table:
-    """Seconds to certify one image, with what they depend on, from the latency stage's records."""
-    facts = ["method", "parameters", "device", "dtype", "batch_size"]
-    numbers = pd.DataFrame(
-        {name: record[name] for name in facts} | {f"seconds_n_{n}": s for n, s in record["seconds"].items()}
-        for record in records.values()
-    )
-    text = numbers[facts].rename(columns={"batch_size": "batch size"})
-    text["method"] = method_labels(numbers["method"])
-    text["parameters"] = [f"{count:,}" for count in numbers["parameters"]]
-    for n in next(iter(records.values()))["seconds"]:
-        text[f"n = {int(n):,} (s)"] = [f"{value:.3g}" for value in numbers[f"seconds_n_{n}"]]
-    return Table(numbers, text)
+def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFrame) -> Table:
+    """What it costs to certify an image with each n of `samples`, and what it has cost.
+
+    `record` is that of the latency stage: it has the seconds per sample in each round, and one image takes n0 + n
+    samples. The numbers are medians over the rounds with the range `low` to `high`. `ratio` is the time over that of
+    the reference method in the same round. `budgets`, as in `Inputs`, has the time of the certificates of this report.
+    """
+    methods = record["methods"]
+    reference = reference_method(methods)
+    rows, text = [], []
+    for name, each in methods.items():
+        per_sample = np.array(each["seconds_per_sample"])
+        measured = {f"seconds_n_{n}": (n0 + n) * per_sample for n in samples}
+        measured["ratio"] = per_sample / np.array(methods[reference]["seconds_per_sample"])
+        spread = {key: Interval(np.median(found), found.min(), found.max()) for key, found in measured.items()}
+        of_method = budgets[budgets["method"] == name]
+        certified = of_method["certify_seconds"].sum() / of_method["images"].sum()
+        passes, parameters = (each[key] for key in ("passes", "parameters"))
+        rows.append({"method": name, "parameters": sum(parameters.values())})
+        rows[-1] |= {f"{kind}_passes": passes[kind] for kind in passes} | {"batch_size": each["batch_size"]}
+        for key, interval in spread.items():
+            rows[-1] |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+        rows[-1]["certified_seconds"] = certified
+        label = method_labels([name])[0]
+        text.append({"method": label, "parameters": f"{sum(parameters.values()):,}"})
+        text[-1] |= {"passes": " + ".join(f"{count:.3g}" for count in passes.values() if count)}
+        text[-1] |= {"batch size": f"{each['batch_size']:,}"}
+        text[-1] |= {f"n = {n:,} (s)": _range_text(spread[f"seconds_n_{n}"]) for n in samples}
+        text[-1] |= {f"ratio to {method_labels([reference])[0]}": _range_text(spread["ratio"])}
+        text[-1] |= {"as certified (s)": _three_digits(certified)}
+    return Table(pd.DataFrame(rows), pd.DataFrame(text))
+
+
+def _three_digits(value: float) -> str:
+    """`value` with three significant digits, and large ones without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _range_text(spread: Interval) -> str:
+    value, low, high = map(_three_digits, spread)
+    return f"{value} ({low} to {high})"
 
 
 def published(dataset: str, methods: Sequence[str]) -> pd.DataFrame | None:
     """The published results on `dataset` as text, or None when published.csv has none.
 
     Certified accuracies are percentages, as published. The status is "here" if a row of `methods` has the same label:
-    then this report has its own result of that method. Otherwise it is "not run".
+    then this report has its own result of that method. Otherwise it is "not run". Latencies, if there are any, are
+    relative to rRCM's in the same source.
     """
     rows = read_published()
     rows = rows[rows["dataset"] == dataset]
@@ -153,6 +190,8 @@ def published(dataset: str, methods: Sequence[str]) -> pd.DataFrame | None:
     for radius in radii:
         text[f"r = {radius}"] = [row.get(radius, "") for row in cells]
     text["ACR"] = rows["acr"]
+    if rows["latency"].any():
+        text["latency"] = rows["latency"]
     text["status"] = ["here" if name in here else "not run" for name in rows["method"]]
     text["source"] = rows["source"]
     return text.reset_index(drop=True)
@@ -161,10 +200,17 @@ def published(dataset: str, methods: Sequence[str]) -> pd.DataFrame | None:
 def read_published() -> pd.DataFrame:
     """Every row of published.csv, as text.
 
-    `certified_accuracy` lists radius:percentage. A percentage in parentheses is the same model's at r = 0.
+    `certified_accuracy` lists radius:percentage. A percentage in parentheses is the same model's at r = 0. `latency` is
+    the time to certify an image with n samples over rRCM's in the same source.
     """
     with (files("rrcm.report") / "published.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+def published_latencies() -> pd.DataFrame:
+    """The rows of published.csv that have a latency, as text. They are of one data set and one n."""
+    rows = read_published()
+    return rows[rows["latency"] != ""]
 
 
 def accuracy_curves(certificates: Certificates) -> pd.DataFrame:
@@ -187,8 +233,9 @@ def metrics(certificates: Certificates, models: Mapping, radii: Sequence[float])
         of_model = {
             "acr": average_certified_radius(frame),
             "samples": mean_samples(frame),
-            "val_accuracy": models[method, sigma]["selected"]["val_accuracy"],
         }
+        if (selected := models[method, sigma]["selected"]["val_accuracy"]) is not None:  # null: it was not trained
+            of_model["val_accuracy"] = selected
         for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
             of_model[f"certified_r_{radius:g}".replace(".", "_")] = share
         for name, value in of_model.items():

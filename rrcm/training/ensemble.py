@@ -65,7 +65,7 @@ def _identity(
 ) -> str:
     """The hash that names the run: of the settings, the code, and the data and weights that the members start from."""
     inputs = {"shards": ShardedDataset(shard_folder, "train").fingerprint}
-    weights = Path(initial_weights_path(method, config.finetune.model_dump()))
+    weights = Path(initial_weights_path(method, config.finetune.model_dump(), config.denoised.model_dump()))
     if config.finetune.uses_pretraining(method):
         weights = pretrained / METHODS[method].initial_weights
     for path in (weights, *([soft_labels] if METHODS[method].needs_soft_labels else [])):

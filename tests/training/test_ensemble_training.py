@@ -104,7 +104,7 @@ def test_an_ensemble_is_certified_attacked_and_timed_like_any_other_model(ensemb
     change(ensemble, attack__methods=["consistency_ensemble"], attack__max_images=4, sigmas=[0.5])
     for consensus in (None, 2):
         change(ensemble, certify__consensus=consensus)
-        for command in (["certify", "consistency_ensemble", "0.5"], ["latency", "consistency_ensemble"]):
+        for command in (["certify", "consistency_ensemble", "0.5"], ["latency"]):
             answer = stage(ensemble, *command)
             assert answer.returncode == 0, answer.stderr
         frame = read_certificates(ensemble / "certificates/consistency_ensemble/sigma_0.5.tsv")

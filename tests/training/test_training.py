@@ -169,7 +169,7 @@ def test_colour_images_through_every_stage(project):
     change(project, certify__every=3, report__gallery_images=3, finetune__num_noise=2)
     for command in (["shard_data"], ["pretrain"], ["finetune", "rrcm", "0.25"], ["certify", "rrcm", "0.25"]):
         succeed(stage(project, *command))
-    succeed(stage(project, "latency", "rrcm"))
+    succeed(stage(project, "latency"))
     succeed(stage(project, "plot"))
     classifier = load_classifier(project / "models/rrcm/sigma_0.25")
     red = torch.zeros(3, 16, 16) + torch.tensor([0.7, 0.25, 0.25])[:, None, None]

@@ -1,0 +1,175 @@
+"""Latency: passes against counted calls, time against a clock that the network turns, and all methods in turn."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import change
+from torch import nn
+
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.config import load_config
+from rrcm.evaluation import latency
+from rrcm.evaluation.latency import count_passes, fastest_batch, measure_latency, networks, seconds_to_vote
+from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier
+from rrcm.models.checkpoints import save_model
+from rrcm.models.denoised import DDS, DensePure, DiffSmooth, write_denoised
+from rrcm.models.denoiser import Denoiser, EDMDenoiser, PixelViT, save_denoiser
+from rrcm.models.ensembles import Ensemble
+from rrcm.models.vit import NoiseConditionedViT, parameter_count
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json, sha256_folder
+
+K, SIGMA = 3, 0.5
+IMAGES = torch.full((4, 1, 8, 8), 0.5)
+
+
+class CountingDenoiser(Denoiser):
+    image_size, channels = 8, 1
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.seen = nn.Parameter(torch.ones(2)), 0
+
+    def forward(self, noisy, t):
+        self.seen += len(noisy)
+        return noisy * self.gain[0]
+
+
+class CountingClassifier(BaseClassifier):
+    """Random linear logits. It turns the clock, if it has one, by `cost` seconds a row and `overhead` a batch."""
+
+    num_classes, keeps_float32_input = K, True
+
+    def __init__(self, seed: int = 0, clock: list[float] | None = None, cost: float = 0.0, overhead: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, K, generator=torch.Generator().manual_seed(seed)))
+        self.seen, self.clock, self.cost, self.overhead = 0, clock, cost, overhead
+
+    def forward(self, noisy, draw=None):
+        self.seen += len(noisy)
+        if self.clock is not None:
+            self.clock[0] += self.cost * len(noisy) + self.overhead
+        return noisy.flatten(1) @ self.weight
+
+
+def parts() -> tuple:
+    return CountingDenoiser(), CountingClassifier(), SIGMA, 8
+
+
+def seen(smoothed: SmoothedClassifier) -> dict[str, int]:
+    """What the networks of each kind have counted themselves."""
+    return {kind: sum(each.seen for each in found) for kind, found in networks(smoothed.model).items()}
+
+
+CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per sample
+    "rrcm": (CountingClassifier, 0, 1),
+    "dds": (lambda: DDS(*parts()), 1, 1),
+    "densepure": (lambda: DensePure(*parts(), runs=3, steps=2), 3 * 2, 3),
+    "diffsmooth": (lambda: DiffSmooth(*parts(), num_noise=5, local_sigma=0.25), 1, 5),
+    "ensemble": (lambda: Ensemble([CountingClassifier(seed) for seed in range(4)]), 0, 4),
+    "ensemble of dds": (lambda: Ensemble([DDS(*parts()), DDS(*parts()), CountingClassifier()]), 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_passes_are_those_of_the_formulas_and_of_the_networks_own_count(name):
+    build, denoiser, classifier = CLASSIFIERS[name]
+    smoothed = SmoothedClassifier(build(), SIGMA, K, batch_size=8)
+    smoothed.count_votes(latency._requests(IMAGES, 8))  # checks the model with samples of its own
+    before, expected = seen(smoothed), {"denoiser": denoiser, "classifier": classifier}
+    assert count_passes(smoothed, IMAGES, 16) == expected
+    assert {kind: (count - before[kind]) / 16 for kind, count in seen(smoothed).items()} == expected
+    found = [network for each in networks(smoothed.model).values() for network in each]
+    assert sum(map(parameter_count, found)) == parameter_count(smoothed.model)
+
+
+def test_consensus_costs_what_the_members_see():
+    members = [CountingClassifier(seed) for seed in range(3)]
+    smoothed = SmoothedClassifier(Ensemble(members, consensus=2), SIGMA, K, batch_size=64)
+    smoothed.count_votes(latency._requests(IMAGES, 64))
+    before = seen(smoothed)["classifier"]
+    passes = count_passes(smoothed, IMAGES, 128)["classifier"]
+    assert passes == (seen(smoothed)["classifier"] - before) / 128 and 2 < passes <= 3
+
+
+@pytest.mark.parametrize("n", [500, 2_500, 12_500])
+def test_certifying_takes_time_in_proportion_to_the_samples(monkeypatch, n):
+    """What one full batch takes, times n0 + n, is what the fixed procedure takes: it runs no further sample."""
+    clock = [0.0]
+    monkeypatch.setattr(latency, "perf_counter", lambda: clock[0])
+    model = CountingClassifier(clock=clock, cost=1e-4, overhead=2e-3)
+    smoothed = SmoothedClassifier(model, SIGMA, K, batch_size=50)
+    smoothed.count_votes(latency._requests(IMAGES, 1))
+    per_sample = seconds_to_vote(smoothed, IMAGES, 100) / 100
+    assert per_sample == pytest.approx(1e-4 + 2e-3 / 50)
+    start = clock[0]
+    smoothed.certify(IMAGES, stopping="fixed", n0=100, n=n)
+    assert (clock[0] - start) / len(IMAGES) == pytest.approx((100 + n) * per_sample)
+
+
+def test_the_fastest_batch_size_is_found(monkeypatch):
+    """One that suffers from large batches, and one that suffers from small ones."""
+    clock = [0.0]
+    monkeypatch.setattr(latency, "perf_counter", lambda: clock[0])
+
+    class Crowded(CountingClassifier):
+        def forward(self, noisy, draw=None):
+            self.clock[0] += 1e-6 * len(noisy) ** 2
+            return super().forward(noisy)
+
+    for model, wanted in (
+        (Crowded(clock=clock, cost=1e-4, overhead=2e-2), 128),  # 1e-6 size + 2e-2 / size is smallest there
+        (CountingClassifier(clock=clock, cost=1e-4, overhead=2e-2), 1024),
+    ):
+        size, rate = fastest_batch(SmoothedClassifier(model, SIGMA, K), IMAGES)
+        assert size == wanted
+        assert 1 / rate == pytest.approx(1e-4 + 2e-2 / size + 1e-6 * size * isinstance(model, Crowded))
+
+
+@pytest.fixture
+def models(project) -> Path:
+    """Random weights for gaussian and dds at sigma 0.5, in a project of these two methods."""
+    change(project, methods=["gaussian", "dds"], sigmas=[0.5], pretrain__objectives=[], latency__rounds=3)
+    change(project, latency__seconds=0.001, latency__precision="fp32")
+    torch.manual_seed(0)
+    folder = project / "models"
+    trunks = [NoiseConditionedViT(8, 1, 4, embed_dim=16, depth=1, num_heads=2) for _ in range(2)]
+    names = [str(number) for number in range(10)]
+    save_model(folder / "gaussian/sigma_0.5", NoiseConditionedClassifier(trunks[0], 10, t=1.0), class_names=names)
+    save_denoiser(folder / "denoiser", EDMDenoiser(PixelViT(trunks[1])))
+    paths = {"denoiser": "../../denoiser", "classifier": "../../gaussian/sigma_0.5"}
+    dds = folder / "dds/sigma_0.5"
+    dds.mkdir(parents=True)
+    hashed = {name: {"path": path, "sha256": sha256_folder(dds / path)} for name, path in paths.items()}
+    write_denoised(dds, "dds", hashed, names, sigma=0.5, settings={})
+    return folder
+
+
+def test_methods_are_timed_in_turn(project, models, monkeypatch):
+    order, real = [], latency.seconds_to_vote
+
+    def logged(smoothed, images, samples):
+        order.append((type(smoothed.model), samples))
+        return real(smoothed, images, samples)
+
+    monkeypatch.setattr(latency, "seconds_to_vote", logged)
+    config = load_config(project / "params.yaml")
+    measure_latency(config, project / "data/shards", models, project / "timings/latency.json")
+    record = read_json(project / "timings/latency.json")
+    gaussian, dds = record["methods"]["gaussian"], record["methods"]["dds"]
+    assert order[-6:] == 3 * [(NoiseConditionedClassifier, gaussian["samples"]), (DDS, dds["samples"])]
+    assert (record["device"], record["dtype"], record["sigma"]) == ("cpu", "fp32", 0.5)
+    assert "hardware" in record["environment"]
+    assert gaussian["passes"] == {"denoiser": 0, "classifier": 1} and dds["passes"] == {"denoiser": 1, "classifier": 1}
+    assert gaussian["parameters"]["classifier"] == dds["parameters"]["classifier"] > 0
+    assert (gaussian["parameters"]["denoiser"], dds["parameters"]["denoiser"] > 0) == (0, True)
+    for each in (gaussian, dds):
+        assert len(each["seconds_per_sample"]) == 3 and min(each["seconds_per_sample"]) > 0
+        assert each["samples"] % each["batch_size"] == 0 and each["samples"] >= each["batch_size"]
+
+
+def test_a_missing_model_is_named(project):
+    with pytest.raises(RRCMError, match=r"models/rrcm/sigma_0\.25"):
+        config = load_config(project / "params.yaml")
+        measure_latency(config, project / "data/shards", project / "models", project / "timings/latency.json")
