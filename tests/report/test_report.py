@@ -553,6 +553,14 @@ def test_published_results_are_labelled_and_apart(made, tmp_path: Path):
         assert (tmp_path / "out" / name).read_bytes() == (root / "reports/digits" / name).read_bytes()
 
 
+def test_published_latencies_stand_beside_published_accuracies():
+    table = tables.published("imagenet", ["dds"])
+    latencies = table[table["latency"] != ""].set_index("method")
+    assert latencies["latency"].to_dict() == {"rRCM": "1", "DDS": "39", "DiffSmooth": "56", "DensePure": "171"}
+    assert latencies.loc["DDS", "status"] == "here" and latencies.loc["DensePure", "status"] == "not run"
+    assert "latency" not in tables.published("fashion_mnist", ["dds"])
+
+
 def test_published_rows_are_whole():
     rows = tables.read_published()
     assert not rows.duplicated(["dataset", "method", "model", "sigma", "n", "source"]).any()
@@ -561,8 +569,6 @@ def test_published_rows_are_whole():
         assert (cells or float(row.latency) > 0) and all(cells) and row.dataset and row.method and row.source
         radii, shares = ([float(cell[i]) for cell in cells] for i in (1, 2))
         assert radii == sorted(set(radii)) and shares == sorted(shares, reverse=True) and max(shares, default=0) <= 100
-    latencies = tables.published_latencies().set_index("method")["latency"]
-    assert latencies.to_dict() == {"rRCM": "1", "DDS": "39", "DiffSmooth": "56", "DensePure": "171"}
     assert len(tables.published_latencies()[["dataset", "n"]].drop_duplicates()) == 1  # one axis for all
 
 
