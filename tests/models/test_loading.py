@@ -602,8 +602,11 @@ def test_fine_tuning_starts_from_a_snapshot(hub, where):
 def test_dvc_watches_the_snapshot(model, weights, path, tmp_path):
     Path("snapshot").mkdir()
     settings = {"timm": {"model": model, "weights": weights}, "initial_checkpoint": "~/start"}
-    assert initial_weights_path("timm", settings) == path.format(home=tmp_path)
-    assert initial_weights_path("rrcm", settings) == f"{tmp_path}/start"
+    assert initial_weights_path("timm", settings, {}) == path.format(home=tmp_path)
+    assert initial_weights_path("rrcm", settings, {}) == f"{tmp_path}/start"
+    denoised = {"model": model, "classifier_sigma": 0.001}
+    classifier = "rrcm/models/timm_models.py" if "snapshot" not in model else path.format(home=tmp_path)
+    assert initial_weights_path("dds", settings, denoised) == classifier
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1000, 1000), (1001, 1000), (7, 7)])

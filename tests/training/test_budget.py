@@ -49,7 +49,9 @@ def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
     assert of_rrcm.compute == 3 * 3 * 6 * IMAGES and of_rrcm.epochs == budget.epochs == 6
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINABLE if METHODS[name].budget == "finetune"])
+@pytest.mark.parametrize(
+    "method", [n for n in TRAINABLE if METHODS[n].budget == "finetune" and not METHODS[n].denoises]
+)
 def test_equal_passes_are_equal_to_within_a_percent(plan, method):
     config, budget = plan(method, "finetune.budget=passes")
     members = config.finetune.ensemble_members if METHODS[method].is_ensemble else 1
@@ -70,6 +72,12 @@ def test_matched_methods_get_the_total_compute_of_rrcm(plan, method, unit):
     assert of_rrcm.pretrain_share == share
     assert abs(budget.compute + budget.soft_label_share - of_rrcm.compute - share) <= step / 2
     assert budget.pretrain_share == 0 and (unit == "passes" or isinstance(budget.epochs, int))
+
+
+def test_fine_tuning_on_denoised_images_counts_the_denoiser(plan):
+    """Each noisy copy goes through the denoiser once, without a way back."""
+    _, budget = plan("dds_finetuned", "finetune.num_noise=3")
+    assert budget.compute == (3 * 3 + 3) * 6 * IMAGES
 
 
 def test_soft_labels_cost_their_votes_and_the_training_of_the_voter(plan):
