@@ -57,6 +57,7 @@ WARM = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.den
 WARM += ["rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset", "rrcm.report.build"]
 MIN_WARM = 3  # stages from which on the imports here pay
 LAUNCHERS = re.compile(r"\b(torchrun|torch\.distributed|srun|mpirun)\b")  # they take every GPU themselves
+ALONE = {"latency"}  # it measures time, so nothing else runs beside it
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
 USED_BY_DVC = """dvc.cachemgr dvc.cli.parser dvc.data_cloud dvc.dirs dvc.parsing.interpolate dvc.repo.artifacts
@@ -164,8 +165,8 @@ class Scheduler:
             else:
                 stage.outcome = UNCHANGED
         chains = self._chains()
-        for stage in sorted(ready, key=lambda stage: -chains[stage.name]):
-            wanted = self.jobs if LAUNCHERS.search(stage.command) else 1
+        for stage in sorted(ready, key=lambda stage: (stage.name in ALONE, -chains[stage.name])):
+            wanted = self.jobs if LAUNCHERS.search(stage.command) or stage.name in ALONE else 1
             if len(self.free) < wanted:
                 return
             self._start(stage, wanted)

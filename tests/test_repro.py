@@ -183,6 +183,15 @@ def test_ready_stages_run_at_once_each_on_its_own_gpu(make):
     assert (folder / "wide").read_text() == "3,7\n"
 
 
+def test_nothing_runs_beside_the_stage_that_measures_time(make):
+    """It is ready at once, waits for what else is ready, and starts when no other stage runs."""
+    stages = {"latency": {"cmd": "ls one two > latency", "outs": ["latency"]}}  # fails if one of them is missing
+    stages |= {name: {"cmd": f"echo > {name}", "outs": [name]} for name in ("one", "two")}
+    folder = make(stages)
+    assert "3 stages, 2 at once" in repro(folder, "--jobs", "2")
+    assert (folder / "latency").read_text() == "one\ntwo\n"
+
+
 @pytest.mark.parametrize(
     "params, environment, gpus, jobs",
     [
