@@ -27,6 +27,7 @@ from rrcm.utils.provenance import describe_environment
 
 IMAGES = 8  # samples are of several images, since with consensus the cost depends on the image
 HALVINGS = 3  # of the largest batch that fits, in search of the fastest
+TURNS = 4  # of each size in this search
 
 
 def measure_latency(config: Config, shard_folder: Path | str, models: Path, output: Path) -> None:
@@ -113,12 +114,17 @@ def seconds_to_vote(smoothed: SmoothedClassifier, images: torch.Tensor, samples:
 
 
 def fastest_batch(smoothed: SmoothedClassifier, images: torch.Tensor) -> tuple[int, float]:
-    """The fastest batch size among the largest that fits into memory and its halves, and its samples per second."""
-    largest, rates = smoothed.find_batch_size(images[0]), {}
+    """The fastest batch size among the largest that fits into memory and its halves, and its samples per second.
+
+    The sizes take turns, or a slow moment would decide between those that are equally fast.
+    """
+    largest = smoothed.find_batch_size(images[0])
+    rates = dict.fromkeys([max(1, largest >> halving) for halving in range(HALVINGS + 1)], 0.0)
     smoothed.count_votes(_requests(images, 1))  # warm-up
-    for size in dict.fromkeys(max(1, largest >> halving) for halving in range(HALVINGS + 1)):
-        smoothed.batch_size = size
-        rates[size] = size / min(seconds_to_vote(smoothed, images, size) for _ in range(2))
+    for _ in range(TURNS):
+        for size in rates:
+            smoothed.batch_size = size
+            rates[size] = max(rates[size], size / seconds_to_vote(smoothed, images, size))
     return max(rates.items(), key=lambda each: each[1])
 
 

@@ -108,6 +108,20 @@ def test_certifying_takes_time_in_proportion_to_the_samples(monkeypatch, n):
     assert (clock[0] - start) / len(IMAGES) == pytest.approx((100 + n) * per_sample)
 
 
+def test_a_slow_start_does_not_decide_the_batch_size(monkeypatch):
+    """All sizes are equally fast, but the machine is slow for the first three measurements."""
+    calls = []
+
+    def seconds(smoothed, images, samples):
+        calls.append(samples)
+        return samples * (10.0 if len(calls) <= 3 else 1.0)
+
+    monkeypatch.setattr(latency, "seconds_to_vote", seconds)
+    model = CountingClassifier()
+    largest = SmoothedClassifier(model, SIGMA, K).find_batch_size(IMAGES[0])
+    assert fastest_batch(SmoothedClassifier(model, SIGMA, K), IMAGES) == (largest, 1.0)
+
+
 def test_the_fastest_batch_size_is_found(monkeypatch):
     """One that suffers from large batches, and one that suffers from small ones."""
     clock = [0.0]
