@@ -378,10 +378,10 @@ def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> s
     """
     kind = METHODS[method]
     if kind.denoises:
-        if denoised["model"] is not None:
-            folder = _expand(denoised["model"].removeprefix("local-dir:"))
-            return folder if Path(folder).exists() else "rrcm/models/timm_models.py"
-        return f"models/{kind.initial_weights}/sigma_{classifier_sigma(method, denoised)}"
+        if (part := classifier_of(method, denoised)) is not None:
+            return "models/{}/sigma_{}".format(*part)
+        folder = _expand(denoised["model"].removeprefix("local-dir:"))
+        return folder if Path(folder).exists() else "rrcm/models/timm_models.py"
     if kind.pretrained_here:
         return _expand(finetune["initial_checkpoint"] or f"models/pretrain/{kind.initial_weights}")
     if kind.initial_weights == "timm":
@@ -393,10 +393,16 @@ def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> s
     return "rrcm/models/vit.py"
 
 
-def classifier_sigma(method: str, denoised: Mapping) -> float:
-    """The noise, in pixel units, that the classifier of a method that denoises is trained with."""
-    own = denoised.get(METHODS[method].classifier) or {}
-    return float(own.get("classifier_sigma", denoised["classifier_sigma"]))
+def classifier_of(method: str, denoised: Mapping) -> tuple[str, float] | None:
+    """What classifies for a method that denoises: the method it is trained by, and the pixel noise it is trained with.
+
+    None if the method does not denoise, or if `denoised`, the settings of that name, have a model from elsewhere.
+    """
+    kind = METHODS[method]
+    if not kind.denoises or denoised["model"] is not None:
+        return None
+    own = denoised.get(kind.classifier) or {}
+    return kind.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))
 
 
 def _expand(path: str) -> str:
@@ -425,11 +431,7 @@ def derived_settings(
     objectives whose compute it gets (null: none), so that it is trained again when that compute changes. `denoised`: by
     method, the settings of how it denoises (null: it does not).
     """
-    parts = {
-        (METHODS[method].initial_weights, classifier_sigma(method, denoised))
-        for method in methods
-        if METHODS[method].denoises and denoised["model"] is None
-    }
+    parts = {classifier_of(method, denoised) for method in methods} - {None}
     runs = [(method, sigma) for method in methods for sigma in sigmas]
     runs += sorted(parts - set(runs))
     trained = dict.fromkeys(method for method, _ in runs)
@@ -482,7 +484,6 @@ def _denoised_settings(method: str, denoised: Mapping) -> dict | None:
         return None
     return {
         "model": denoised["model"],
-        "classifier_sigma": classifier_sigma(method, denoised),
         "settings": denoised.get(kind),
         "max_images": denoised["max_images"].get(method),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rrcm.config import load_config
 from rrcm.evaluation.attack import attack_method, summary_line, write_results
-from rrcm.report.figures import FORMATS, draw_attack, save
+from rrcm.report.figures import draw_attack, save_all
 from rrcm.utils.files import atomic_directory
 
 
@@ -24,9 +24,7 @@ def main(
     results = attack_method(config, method, shards, models / method, certificates / method)
     with atomic_directory(output) as folder:
         write_results(folder, method, results)
-        figure = draw_attack(method, results.tables, results.radii, results.summaries)
-        for suffix in FORMATS:
-            save(figure, folder / f"attack{suffix}")
+        save_all({"attack": draw_attack(method, results.tables, results.radii, results.summaries)}, folder)
     print(summary_line(output, results.totals, config.certify.alpha), file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rrcm.config import load_config
 from rrcm.evaluation.generation import generate, summary_line, write_results
-from rrcm.report.figures import FORMATS, save
+from rrcm.report.figures import save_all
 from rrcm.report.generated_images import draw_frechet_distance, draw_generated_images
 from rrcm.utils.files import atomic_directory
 
@@ -25,10 +25,8 @@ def main(
     results = generate(config, objective, shards, encoders / objective, denoisers / objective)
     with atomic_directory(output) as folder:
         write_results(folder, objective, results)
-        figures = {"frechet_distance": draw_frechet_distance(results), "samples": draw_generated_images(results)}
-        for name, figure in figures.items():
-            for suffix in FORMATS:
-                save(figure, folder / f"{name}{suffix}")
+        drawn = {"frechet_distance": draw_frechet_distance(results), "samples": draw_generated_images(results)}
+        save_all(drawn, folder)
     print(summary_line(output, results), file=sys.stderr)
 
 

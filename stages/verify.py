@@ -26,13 +26,12 @@ import torch
 import typer
 from scipy.special import ndtr
 
-from rrcm.certification.certify import read_certified
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.certification.smoothing import Certificate, SampleRequest, SmoothedClassifier
 from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.config import Config, load_config
-from rrcm.data.shards import ShardedDataset
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_base_classifier
 from rrcm.report.build import write_report
@@ -135,7 +134,8 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
     torch.set_num_threads(record["environment"]["hardware"]["threads"])
 
     split = ShardedDataset(str(root / "data/shards"), "test")
-    pixels, labels, indices = read_certified(split, config, config.denoised.max_images.get(method))
+    limits = settings.max_images, config.denoised.max_images.get(method)
+    pixels, labels, indices = read_split(split, config.data.image_size, settings.every, *limits)
     if published["idx"].tolist() != list(indices) or published["label"].tolist() != labels.tolist():
         return Found([f"{path}: its images or labels are not those of the test split"], 0, 0, False)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import nn
 
 from rrcm.certification.journal import append_states, open_journal, restore_states
@@ -17,7 +16,7 @@ from rrcm.certification.results import COLUMNS, write_certificates, write_sample
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import StoppingRule, make_stopping_rule
 from rrcm.config import Config
-from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_model_folder
@@ -42,7 +41,7 @@ def certify_split(
 ) -> None:
     """Certify every k-th test image and write `output` (TSV, Cohen et al.'s format), with OUTPUT.samples.tsv beside it.
 
-    With `max_images` only so many of them are certified, evenly spaced.
+    With `max_images` at most so many of them are certified.
     The column `time` is 0 because the true seconds differ from run to run; `timing` (JSON) has them. Under torchrun all
     processes share the images. A killed run continues from the last samples it counted, on any number of processes.
     Raises `RRCMError` for missing or damaged inputs.
@@ -56,7 +55,8 @@ def certify_split(
     smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
     numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
     rule = make_stopping_rule(settings.stopping, sigma, **numbers)
-    pixels, labels, indices = read_certified(images, config, max_images)
+    limits = settings.max_images, max_images
+    pixels, labels, indices = read_split(images, config.data.image_size, settings.every, *limits)
     pixels = pixels.to(device).float() / 255
     states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
@@ -100,16 +100,6 @@ def certify_split(
         },
     )
     run_state.finish()
-
-
-def read_certified(
-    images: ShardedDataset, config: Config, max_images: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The test images to certify, or `max_images` of them, evenly spaced: as `read_split` returns them."""
-    settings = config.certify
-    pixels, labels, indices = read_split(images, config.data.image_size, settings.every, settings.max_images)
-    rows = evenly_spaced(len(indices), max_images)
-    return pixels[rows], labels[rows], [indices[row] for row in rows]
 
 
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:

@@ -203,14 +203,22 @@ class ShardedDataset:
 
 
 def read_split(
-    images: ShardedDataset, size: int, every: int = 1, limit: int | None = None
+    images: ShardedDataset, size: int, every: int = 1, limit: int | None = None, part: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Read every `every`-th image of a split; of these at most `limit`, evenly spaced.
+    """Read the images of a split that `choose_rows` chooses.
 
     Returns pixels uint8 (N, C, size, size), labels int64 (N,) and the indices of the images in the split.
     """
-    rows = (every * evenly_spaced(len(range(0, len(images), every)), limit)).tolist()
+    rows = choose_rows(len(images), every, limit, part)
     return read_pixels(images, size, rows), torch.from_numpy(images.labels[rows]), rows
+
+
+def choose_rows(count: int, every: int = 1, limit: int | None = None, part: int | None = None) -> list[int]:
+    """Every `every`-th of `count` rows; of these at most `limit`, evenly spaced; of these in turn at most `part`."""
+    rows = np.arange(0, count, every)
+    for most in (limit, part):
+        rows = rows[evenly_spaced(len(rows), most)]
+    return rows.tolist()
 
 
 def evenly_spaced(count: int, limit: int | None) -> np.ndarray:

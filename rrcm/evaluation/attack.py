@@ -216,9 +216,8 @@ def attack_method(
     device = pick_device(config.device)
     images = ShardedDataset(shard_folder, "test")
     verify_shards([images])
-    pixels, labels, indices = read_split(
-        images, config.data.image_size, config.certify.every, config.certify.max_images
-    )
+    limits = config.certify.max_images, config.denoised.max_images.get(method)
+    pixels, labels, indices = read_split(images, config.data.image_size, config.certify.every, *limits)
     classifiers, frames = {}, {}
     for sigma in config.sigmas:
         path = certificates / f"{sigma_name(sigma)}.tsv"

@@ -23,6 +23,7 @@ from rrcm.evaluation.representations import centred, same_and_cross_cosine
 from rrcm.models.checkpoints import read_model_config
 from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, load_denoiser
+from rrcm.models.noise_levels import model_space
 from rrcm.models.sampler import Denoise, heun, reverse_levels
 from rrcm.models.vit import NoiseConditionedViT, build_encoder
 from rrcm.utils.distributed import pick_device, set_threads
@@ -253,8 +254,8 @@ def generate(config: Config, objective: str, shard_folder: Path | str, encoder: 
     measures = _Measures(parts, sampler_levels(settings, config.generate.steps), settings)
     with Progress(half, f"generate {objective}", "images") as progress:
         for rows in torch.arange(half).split(BATCH):
-            measures.add_reference(_model_space(reference[rows], device))
-            clean = _model_space(held_out[rows], device)
+            measures.add_reference(model_space(reference[rows].to(device)))
+            clean = model_space(held_out[rows].to(device))
             noise = normal_per_sample(clean.shape[1:], config.seed, "generate", positions=rows.tolist(), device=device)
             measures.add_held_out(clean, noise)
             progress.update(len(rows))
@@ -276,10 +277,6 @@ def generate(config: Config, objective: str, shard_folder: Path | str, encoder: 
         shown=shown,
         neighbours={name: read_pixels(train, size, found.row[shown].tolist()) for name, found in nearest.items()},
     )
-
-
-def _model_space(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return 2 * (pixels.to(device).float() / 255) - 1
 
 
 def _chunks(images: ShardedDataset, size: int) -> Iterator[torch.Tensor]:

@@ -1,10 +1,11 @@
 """Base classifiers that denoise first and then classify: DDS, DensePure, DiffSmooth.
 
-Their model folder has `kind` "denoised". It holds no weights: its config.json names a denoiser's folder and a
-classifier's, relative to it, with their hashes.
+Their model folder has `kind` "denoised". Its config.json names the folders of a denoiser and of a classifier, relative
+to it, with their hashes. It holds no weights but those that were trained for it.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +19,18 @@ from rrcm.models.sampler import reverse_levels, reverse_sde
 from rrcm.utils.files import write_json
 
 
+def clipped(denoiser: Denoiser, x: torch.Tensor, t: float) -> torch.Tensor:
+    """D(x; t) within the range of images: (B, C, H, W) float32 in [-1, 1]."""
+    return denoiser(x, t).clamp(-1, 1)
+
+
 def denoise_pixels(denoiser: Denoiser, noisy: torch.Tensor, *, sigma: float) -> torch.Tensor:
-    """The denoiser's estimate, clipped: (B, C, H, W) float32 in [0, 1] plus noise of pixel `sigma` -> in [0, 1]."""
-    return (denoiser(2 * noisy - 1, 2 * sigma).clamp(-1, 1) + 1) / 2
+    """The clipped estimate in pixels: (B, C, H, W) float32 in [0, 1] plus noise of pixel `sigma` -> in [0, 1]."""
+    return (clipped(denoiser, 2 * noisy - 1, 2 * sigma) + 1) / 2
 
 
 class DenoisedClassifier(BaseClassifier):
-    """A denoiser and a classifier of clean images, for noise of one pixel sigma. Both are told the noise they get."""
+    """A denoiser and a classifier of clean images, for noise of one pixel sigma, which the denoiser is told."""
 
     keeps_float32_input = True
 
@@ -67,12 +73,9 @@ class DensePure(DenoisedClassifier):
             def noise(step: int, run: int = run) -> torch.Tensor:
                 return draw.normal(f"reverse run {run} step {step}", noisy.shape[1:])
 
-            clean = reverse_sde(self._denoise, 2 * noisy - 1, levels, noise)
+            clean = reverse_sde(partial(clipped, self.denoiser), 2 * noisy - 1, levels, noise)
             choices.append(self.classify((clean + 1) / 2).argmax(1))
         return majority_vote(torch.stack(choices, dim=1), self.num_classes)
-
-    def _denoise(self, x: torch.Tensor, t: float) -> torch.Tensor:
-        return self.denoiser(x, t).clamp(-1, 1)
 
 
 def majority_vote(choices: torch.Tensor, num_classes: int) -> torch.Tensor:

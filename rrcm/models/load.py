@@ -144,7 +144,8 @@ def _load_denoised(folder: Path, config: dict) -> LoadedClassifier:
             raise RRCMError(f"{part['model']}: has other weights than {folder}/config.json names; train it again")
     else:
         loaded = load_model_folder(_part_folder(folder, part))
-    if loaded.channels != denoiser.channels or loaded.num_classes != len(names):
+    fits = loaded.channels == denoiser.channels and loaded.num_classes == len(names)
+    if not fits or loaded.classifier.stochastic:  # nobody hands it random numbers
         raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
     classifier = build(denoiser, loaded.classifier, classifier_size=loaded.image_size).eval()
     return loaded._replace(classifier=classifier, image_size=denoiser.image_size, class_names=names)

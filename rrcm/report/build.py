@@ -49,9 +49,7 @@ def write_report(config: Config, root: Path, output: Path) -> None:
     if published is not None:
         texts["published"] = published
     with atomic_directory(output) as folder:
-        for name, figure in drawn.items():
-            for suffix in figures.FORMATS:
-                figures.save(figure, folder / f"{name}{suffix}")
+        figures.save_all(drawn, folder)
         for name, table in made.items():
             write_text(folder / f"{name}.csv", tables.csv_text(table.numbers))
             write_text(folder / f"{name}.md", tables.markdown_text(table.text))

@@ -105,6 +105,13 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(scratch, format=path.suffix[1:], metadata=FORMATS[path.suffix])
 
 
+def save_all(drawn: Mapping[str, Figure], folder: Path) -> None:
+    """Write each figure into `folder` under its name, in every format."""
+    for name, figure in drawn.items():
+        for suffix in FORMATS:
+            save(figure, folder / f"{name}{suffix}")
+
+
 def line_style(method: str) -> dict:
     """Colour, line style, marker and label of a row of the method table, as arguments of `Axes.plot`."""
     row = METHODS[method]

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from rrcm.certification.external import read_external_certificates
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import METHODS, classifier_sigma
+from rrcm.methods import METHODS, classifier_of
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
@@ -114,7 +113,7 @@ def _list_files(config: Config, root: Path) -> list[str]:
             stages[SOFT_LABEL_TIMING] = f"soft-labels@{source.method}-{source.sigma}"
         if METHODS[method].denoises:
             stages[DENOISER_TIMING] = f"denoiser@{next(iter(config.derived['denoiser']))}"
-        if (part := _classifier_of(config, method)) is not None:
+        if (part := classifier_of(method, config.denoised.model_dump())) is not None:
             stages[_timing("finetune", *part)] = "finetune@{}-{}".format(*part)
     if config.latency.n:
         stages[LATENCY] = "latency"
@@ -142,16 +141,15 @@ def _read_certified(root: Path, method: str, sigma: float) -> pd.DataFrame:
 
 def _check_images(config: Config, certificates: Certificates, count: int, root: Path) -> None:
     """Each model must have been certified on the images that the settings choose of `count`, with the same labels."""
-    from rrcm.data.shards import evenly_spaced  # imports torch, which takes seconds
+    from rrcm.data.shards import choose_rows  # imports torch, which takes seconds
 
-    chosen = np.arange(count)[:: config.certify.every]
-    chosen = chosen[evenly_spaced(len(chosen), config.certify.max_images)]
+    settings = config.certify
     labels: dict[int, int] = {}
     for (method, sigma), frame in certificates.items():
-        expected = chosen[evenly_spaced(len(chosen), config.denoised.max_images.get(method))]
+        expected = choose_rows(count, settings.every, settings.max_images, config.denoised.max_images.get(method))
         found = dict(zip(frame["idx"], frame["label"], strict=True))
         path = root / certificates_file(method, sigma)
-        if list(found) != expected.tolist():
+        if list(found) != expected:
             problem = f"certifies other images than the settings say ({len(found):,}, not {len(expected):,}, or others)"
             raise RRCMError(f"{path}: {problem}; run `dvc repro` again")
         if any(labels.setdefault(idx, label) != label for idx, label in found.items()):
@@ -237,16 +235,9 @@ def _shared_timings(config: Config, method: str) -> list[str]:
         shared += [_timing("finetune", config.soft_labels.method, config.soft_labels.sigma), SOFT_LABEL_TIMING]
     if METHODS[method].denoises:
         shared.append(DENOISER_TIMING)
-    if (part := _classifier_of(config, method)) is not None:
+    if (part := classifier_of(method, config.denoised.model_dump())) is not None:
         shared.append(_timing("finetune", *part))
     return shared
-
-
-def _classifier_of(config: Config, method: str) -> Run | None:
-    """The model that classifies for a method that denoises, if it is trained here."""
-    if not METHODS[method].denoises or config.denoised.model is not None:
-        return None
-    return METHODS[method].initial_weights, classifier_sigma(method, config.denoised.model_dump())
 
 
 def _timing(stage: str, method: str, sigma: float) -> str:

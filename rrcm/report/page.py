@@ -20,7 +20,7 @@ from rrcm.evaluation.metrics import (
     best_sigma_table,
     on_common_images,
 )
-from rrcm.methods import METHODS, classifier_sigma
+from rrcm.methods import METHODS, classifier_of
 from rrcm.report.figures import panel_groups
 from rrcm.report.inputs import Inputs
 from rrcm.report.tables import (
@@ -112,7 +112,7 @@ def render_report(
             and not METHODS[name].denoises
         ],
         denoising=[
-            (METHODS[name], classifier_sigma(name, config.denoised.model_dump()))
+            (METHODS[name], classifier_of(name, config.denoised.model_dump()))
             for name in config.methods
             if METHODS[name].denoises
         ],

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset
-from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, classifier_sigma
+from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, classifier_of
 from rrcm.models.denoised import write_denoised
-from rrcm.models.load import load_base_classifier, load_model_folder
+from rrcm.models.denoiser import load_denoiser
+from rrcm.models.load import LoadedClassifier, load_base_classifier, load_model_folder
 from rrcm.models.vit import parameter_count
-from rrcm.training.finetune import DenoisedParts, finetune
+from rrcm.training.finetune import DenoisedParts, finetune, initial_weights_of
 from rrcm.utils.distributed import DistEnv, init_distributed
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, read_json, sha256_folder, write_csv, write_json
@@ -35,11 +36,7 @@ def finetune_denoised(
     The parts are model folders beside `output`, where the settings say. A method with an objective trains the
     classifier further, on denoised images. Raises `RRCMError` for parts that are missing or do not fit.
     """
-    models = output.parent.parent
-    own = classifier_sigma(method, config.denoised.model_dump())
-    classifier = models / METHODS[method].initial_weights / f"sigma_{own}"
-    parts = DenoisedParts(models / Path(DENOISER).name, classifier)
-    trained = None
+    parts, trained = find_parts(config, method, output.parent.parent), None
     with init_distributed(config.device) as env:
         run_state = _run_state(config, method, sigma, shard_folder, parts)
         if env.is_main:
@@ -53,8 +50,16 @@ def finetune_denoised(
         run_state.finish()
 
 
+def find_parts(config: Config, method: str, models: Path) -> DenoisedParts:
+    """Where the parts of a method are below the folder of all models. There they may be missing."""
+    classifier = classifier_of(method, config.denoised.model_dump())
+    if classifier is not None:
+        classifier = models / classifier[0] / f"sigma_{classifier[1]}"
+    return DenoisedParts(models / Path(DENOISER).name, classifier)
+
+
 def _run_state(config: Config, method: str, sigma: float, shard_folder: Path | str, parts: DenoisedParts) -> RunState:
-    inputs = {name: sha256_folder(path) for name, path in parts._asdict().items()}
+    inputs = {name: sha256_folder(path) for name, path in parts._asdict().items() if path is not None}
     inputs["shards"] = ShardedDataset(shard_folder, "train").fingerprint
     settings = config.model_dump(mode="json", include={"seed", "data", "finetune", "denoised"})
     identity = fingerprint({"method": METHODS[method].identity, "sigma": sigma, **settings}, inputs, __name__)
@@ -73,17 +78,29 @@ def _publish(
     timing: Path,
 ) -> None:
     """Write the model folder, with the classifier in `trained` or else that of the parts, and the timing."""
-    start, shared_by = time.monotonic(), config.finetune.pretrain_cost_shared_by
-    compute = read_json(parts.denoiser / "config.json")["compute"]
-    if config.denoised.model is None:
-        compute += sum(read_json(parts.classifier / "config.json")["compute"].values())
-    share = {"finetune": 0.0, "pretrain_share": compute / shared_by, "soft_label_share": 0.0}
-    facts = {"sigma": sigma, "method": method, "seed": config.seed}
-    facts |= {"training": {"profile": config.profile, "epochs": 0}, "selected": {"epoch": 0, "val_accuracy": None}}
-    facts["initial_weights"] = config.denoised.model or f"models/{parts.classifier.parent.name}/{parts.classifier.name}"
-    kind = METHODS[method].classifier
+    start, kind = time.monotonic(), METHODS[method].classifier
+    denoiser, folder_of_classifier = load_denoiser(parts.denoiser), trained or parts.classifier
+    if (denoiser.image_size, denoiser.channels) != (config.data.image_size, config.data.channels):
+        raise RRCMError(
+            f"{parts.denoiser}: is for images of {denoiser.channels} x {denoiser.image_size} pixels, the settings have "
+            f"{config.data.channels} x {config.data.image_size}; change data.image_size or the denoiser"
+        )
+    if folder_of_classifier is None:
+        loaded = load_base_classifier(config.denoised.model)
+    else:
+        loaded = load_model_folder(folder_of_classifier)
     settings = getattr(config.denoised, kind, None)
-    facts["settings"] = {} if settings is None else settings.model_dump(exclude={"classifier_sigma"})
+    facts = {
+        "sigma": sigma,
+        "settings": {} if settings is None else settings.model_dump(exclude={"classifier_sigma"}),
+        "method": method,
+        "seed": config.seed,
+        "parameters": parameter_count(denoiser) + parameter_count(loaded.classifier),
+        "initial_weights": initial_weights_of(config, method),
+        "training": {"profile": config.profile, "epochs": 0},
+        "selected": {"epoch": 0, "val_accuracy": None},
+        "compute": {"finetune": 0.0, "pretrain_share": _shared_compute(config, parts), "soft_label_share": 0.0},
+    }
     record = {"seconds": 0.0, "images_per_second": None, "processes": env.world_size}
     with atomic_directory(output) as folder:
         if trained is None:
@@ -93,32 +110,30 @@ def _publish(
             (folder / "classifier/history.csv").rename(folder / "history.csv")
             own, record = read_json(trained / "config.json"), read_json(trained.with_suffix(".json"))
             facts |= {name: own[name] for name in ("training", "selected")}
-            share["finetune"] = own["compute"]["finetune"]
-        facts |= {"compute": share}
-        named = _describe_parts(config, parts, folder, trained is not None)
+            facts["compute"]["finetune"] = own["compute"]["finetune"]
+        classifier = folder / "classifier" if trained else parts.classifier
+        named = {"denoiser": _named(parts.denoiser, folder)}
+        if classifier is None:
+            named["classifier"] = _named_elsewhere(config.denoised.model, loaded)
+        else:
+            named["classifier"] = _named(classifier, folder)
         write_denoised(folder, kind, named, images.classes, **facts)
-        loaded = load_model_folder(folder)
-        if (loaded.image_size, loaded.channels) != (config.data.image_size, config.data.channels):
-            raise RRCMError(
-                f"{parts.denoiser}: is for images of {loaded.channels} x {loaded.image_size} pixels, the settings have "
-                f"{config.data.channels} x {config.data.image_size}; change data.image_size or the denoiser"
-            )
-        write_denoised(folder, kind, named, images.classes, **facts, parameters=parameter_count(loaded.classifier))
     record |= {"seconds": record["seconds"] + time.monotonic() - start}
     write_json(timing, record | {"environment": describe_environment(env.device)})
 
 
-def _describe_parts(config: Config, parts: DenoisedParts, folder: Path, trained: bool) -> dict[str, dict[str, str]]:
-    """The parts as `write_denoised` takes them, relative to `folder`."""
+def _shared_compute(config: Config, parts: DenoisedParts) -> float:
+    """The model's share of the passes that its parts have taken. Those of parts from elsewhere are not known."""
+    compute = read_json(parts.denoiser / "config.json")["compute"]
+    if parts.classifier is not None:
+        compute += sum(read_json(parts.classifier / "config.json")["compute"].values())
+    return compute / config.finetune.pretrain_cost_shared_by
 
-    def described(path: Path) -> dict[str, str]:
-        return {"path": os.path.relpath(path, folder), "sha256": sha256_folder(path)}
 
-    if trained:
-        classifier = described(folder / "classifier")
-    elif config.denoised.model is None:
-        classifier = described(parts.classifier)
-    else:
-        weights = load_base_classifier(config.denoised.model).classifier.state_dict()
-        classifier = {"model": config.denoised.model, "sha256": sha256_tensors(weights)}
-    return {"denoiser": described(parts.denoiser), "classifier": classifier}
+def _named(part: Path, folder: Path) -> dict[str, str]:
+    """A part as `write_denoised` takes it: its path relative to `folder`, and its hash."""
+    return {"path": os.path.relpath(part, folder), "sha256": sha256_folder(part)}
+
+
+def _named_elsewhere(model: str, loaded: LoadedClassifier) -> dict[str, str]:
+    return {"model": model, "sha256": sha256_tensors(loaded.classifier.state_dict())}

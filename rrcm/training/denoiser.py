@@ -15,8 +15,10 @@ from rrcm.data.augment import FinetuneTransform
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
+from rrcm.models.checkpoints import ARCHITECTURE
 from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
+from rrcm.models.noise_levels import model_space
 from rrcm.models.public_denoisers import load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
 from rrcm.objectives import Denoising
@@ -82,14 +84,8 @@ def build_denoiser(config: Config, condition_dim: int | None = None) -> EDMDenoi
     settings, data = config.denoiser, config.data
     if settings.network == "unet":
         return EDMDenoiser(UNet(data.image_size, data.channels, **settings.unet.model_dump()))
-    encoder = NoiseConditionedViT(
-        image_size=data.image_size,
-        channels=data.channels,
-        patch_size=settings.patch_size,
-        embed_dim=settings.embed_dim,
-        depth=settings.depth,
-        num_heads=settings.num_heads,
-    )
+    sizes = data.model_dump() | settings.model_dump()
+    encoder = NoiseConditionedViT(**{name: sizes[name] for name in ARCHITECTURE})
     return EDMDenoiser(PixelViT(encoder, condition_dim))
 
 
@@ -113,7 +109,7 @@ class DenoisingError:
         device = self.env.device
         sums = torch.zeros(len(self.sigmas), dtype=torch.float64, device=device)
         for rows in torch.arange(self.env.rank, len(self.pixels), self.env.world_size).split(BATCH_SIZE):
-            image = 2 * (self.pixels[rows].to(device).float() / 255) - 1
+            image = model_space(self.pixels[rows].to(device))
             noise = normal_per_sample(image.shape[1:], self.seed, "validation", positions=rows.tolist(), device=device)
             with autocast(device, self.precision):
                 told = () if self.condition is None else (self.condition(image),)
@@ -163,7 +159,7 @@ def _train(
         lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
         # loss
         draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
-        clean = {"image": 2 * (batch["image"].to(env.device, non_blocking=True).float() / 255) - 1}
+        clean = {"image": model_space(batch["image"].to(env.device, non_blocking=True))}
         with training.autocast():
             if condition is not None:
                 clean["condition"] = condition(clean["image"])

@@ -17,14 +17,14 @@ from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, 
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.verification import verify_shards
-from rrcm.methods import METHODS, SOFT_LABELS
+from rrcm.methods import METHODS, SOFT_LABELS, classifier_of
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS, NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
 from rrcm.models.denoised import denoise_pixels
 from rrcm.models.denoiser import load_denoiser
 from rrcm.models.load import load_model_folder
-from rrcm.models.noise_levels import karras_levels, nearest_level
+from rrcm.models.noise_levels import karras_levels, model_space, nearest_level
 from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
 from rrcm.objectives.base import Batch, Draw, Objective
 from rrcm.training.budget import Budget, build_finetuning_objective, plan_budget
@@ -45,7 +45,7 @@ class DenoisedParts(NamedTuple):
     """The model folders that a method is put together from, if it denoises."""
 
     denoiser: Path
-    classifier: Path
+    classifier: Path | None  # None: a model from elsewhere, `denoised.model`
 
 
 def finetune(
@@ -229,7 +229,7 @@ def _train(
             method=method,
             seed=config.seed,
             parameters=parameter_count(best.classifier),
-            initial_weights=config.finetune.initial_weights(method),
+            initial_weights=initial_weights_of(config, method),
             training={
                 "profile": config.profile,
                 **settings.of_objective(METHODS[method].objective),
@@ -244,6 +244,13 @@ def _train(
         )
 
     training.publish(output, timing, save, budget.total_steps * settings.batch_size)
+
+
+def initial_weights_of(config: Config, method: str) -> str:
+    """Where a method's weights come from: `scratch`, a folder, a file, or the name of a timm model."""
+    if not METHODS[method].denoises:
+        return config.finetune.initial_weights(method)
+    return config.denoised.model or "models/{}/sigma_{}".format(*classifier_of(method, config.denoised.model_dump()))
 
 
 def build_denoise(parts: DenoisedParts, sigma: float, env: DistEnv) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -462,7 +469,7 @@ def linear_probe(
     )
     for batch in batches:
         with torch.no_grad():
-            clean = 2 * (batch["image"].to(env.device).float() / 255) - 1
+            clean = model_space(batch["image"].to(env.device))
             representation = classifier.encoder(clean, t)
         loss = F.cross_entropy(classifier.head(representation), batch["label"].to(env.device))
         optimizer.zero_grad(set_to_none=True)
