@@ -7,6 +7,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +136,19 @@ def stage(folder: Path, name: str, *arguments: str) -> Answer:
     return Answer(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
 
+def kill_when(folder: Path, pattern: str, name: str, *arguments: str, larger_than: int = -1) -> None:
+    """Start a stage in `folder`, and kill it when a file of `pattern` is there with more than so many bytes.
+
+    It must not have ended before.
+    """
+    process = start(folder, name, *arguments)
+    while not any(path.stat().st_size > larger_than for path in folder.glob(pattern)):
+        assert process.is_alive(), (folder / "stderr").read_text()
+        wait([process.sentinel], timeout=0.005)
+    process.kill()
+    process.join()
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """Relative path and content of every file in a folder and below."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -162,22 +176,24 @@ def tiny_shards(tmp_path_factory) -> Path:
     return folder / "shards"
 
 
+def make_project(folder: Path, shards: Path, *overrides: str) -> Path:
+    """Give `folder` a `params.yaml` with the tiny settings, and `data/shards`."""
+    compose(folder / "params.yaml", *overrides)
+    (folder / "data").mkdir()
+    (folder / "data" / "shards").symlink_to(shards)
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path, tiny_shards) -> Path:
     """A folder with `params.yaml` and `data/shards`, where a test may do as it likes."""
-    compose(tmp_path / "params.yaml")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "shards").symlink_to(tiny_shards)
-    return tmp_path
+    return make_project(tmp_path, tiny_shards)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny_shards) -> Path:
     """A project with a trained and certified rrcm classifier at sigma 0.5, shared by all tests; do not change it."""
-    folder = tmp_path_factory.mktemp("trained")
-    compose(folder / "params.yaml")
-    (folder / "data").mkdir()
-    (folder / "data" / "shards").symlink_to(tiny_shards)
+    folder = make_project(tmp_path_factory.mktemp("trained"), tiny_shards)
     for command in (["pretrain"], ["finetune", "rrcm", "0.5"], ["certify", "rrcm", "0.5"]):
         answer = stage(folder, *command)
         assert answer.returncode == 0, answer.stderr

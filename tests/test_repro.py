@@ -183,13 +183,35 @@ def test_ready_stages_run_at_once_each_on_its_own_gpu(make):
     assert (folder / "wide").read_text() == "3,7\n"
 
 
-def test_nothing_runs_beside_the_stage_that_measures_time(make):
-    """It is ready at once, waits for what else is ready, and starts when no other stage runs."""
-    stages = {"latency": {"cmd": "ls one two > latency", "outs": ["latency"]}}  # fails if one of them is missing
-    stages |= {name: {"cmd": f"echo > {name}", "outs": [name]} for name in ("one", "two")}
-    folder = make(stages)
-    assert "3 stages, 2 at once" in repro(folder, "--jobs", "2")
-    assert (folder / "latency").read_text() == "one\ntwo\n"
+def test_nothing_runs_beside_the_stage_that_measures_time(tmp_path, monkeypatch):
+    """It is ready at once, but others go first, and then it takes every slot."""
+    monkeypatch.chdir(tmp_path)
+    code = runpy.run_path(str(REPOSITORY / "stages/repro.py"))
+    names = ("latency", "one", "two", "three")
+    stages = [code["Stage"](name, f"echo > {name}", [], True) for name in names]
+    scheduler, started = code["Scheduler"](stages, 2, [], tmp_path), []
+
+    def start(stage, wanted):
+        started.append((stage.name, wanted))
+        (tmp_path / f"{stage.name}.log").touch()
+        stage.pid, stage.slots, scheduler.free = 1, scheduler.free[:wanted], scheduler.free[wanted:]
+
+    def finish(name):
+        stage = scheduler.stages[name]
+        stage.pid, stage.outcome = 0, "ran"
+        scheduler.free += stage.slots
+
+    scheduler._start = start
+    scheduler._start_ready()
+    finish("one")
+    scheduler._start_ready()
+    assert started == [("one", 1), ("two", 1), ("three", 1)]
+    finish("two")
+    scheduler._start_ready()
+    assert len(started) == 3  # a slot is free, but the third stage still runs
+    finish("three")
+    scheduler._start_ready()
+    assert started[3:] == [("latency", 2)]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose, exit_codes, files_of, stage, start_all
+from conftest import compose, exit_codes, files_of, make_project, stage, start_all
 from safetensors.torch import load_file
 from scipy.linalg import sqrtm
 
@@ -174,10 +174,9 @@ def test_a_denoiser_uses_its_condition(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def generated(tiny_shards, tmp_path_factory):
     """A project in which images were generated with a random encoder."""
-    folder = tmp_path_factory.mktemp("generated")
-    config = load_config(compose(folder / "params.yaml", *SMALL, "generate.objectives=[rrcm]", "denoiser.steps=20"))
-    (folder / "data").mkdir()
-    (folder / "data/shards").symlink_to(tiny_shards)
+    settings = [*SMALL, "generate.objectives=[rrcm]", "denoiser.steps=20"]
+    folder = make_project(tmp_path_factory.mktemp("generated"), tiny_shards, *settings)
+    config = load_config(folder / "params.yaml")
     save_encoder(folder / "models/pretrain/rrcm", config, seed=0)
     for command in (["denoiser", "rrcm"], ["generate", "rrcm"]):
         answer = stage(folder, *command)

@@ -1,6 +1,7 @@
 """Denoisers, samplers, and the base classifiers that denoise first."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -241,11 +242,10 @@ def saved(folder: Path, settings: dict | None = None, kind: str = "dds") -> Path
     """A model folder of kind "denoised" with its parts beside it."""
     save_denoiser(folder / "denoiser", trained_denoiser())
     save_model(folder / "clean", classifier(), class_names=list("abcde"))
-    parts = {"denoiser": folder / "denoiser", "classifier": folder / "clean"}
-    named = {name: {"path": f"../../{path.name}", "sha256": sha256_folder(path)} for name, path in parts.items()}
     target = folder / "dds/sigma_0.5"
     target.mkdir(parents=True)
-    write_denoised(target, kind, named, list("abcde"), sigma=SIGMA, settings=settings or {}, parameters=1)
+    parts = {"denoiser": named(target, "denoiser"), "classifier": named(target, "clean")}
+    write_denoised(target, kind, parts, list("abcde"), sigma=SIGMA, settings=settings or {}, parameters=1)
     return target
 
 
@@ -322,6 +322,21 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, said):
     with pytest.raises(RRCMError, match=said) as error:
         load_model_folder(target)
     assert "\n" not in str(error.value)
+
+
+def test_what_draws_random_numbers_is_no_part(tmp_path):
+    """Nothing would hand them to it."""
+    target = saved(tmp_path / "inner", {"runs": 2, "steps": 2}, "densepure")
+    outer = saved(tmp_path / "outer")
+    change(outer, parts={"denoiser": named(outer, "denoiser"), "classifier": named(outer, target)})
+    with pytest.raises(RRCMError, match="do not fit"):
+        load_model_folder(outer)
+
+
+def named(folder: Path, part: str | Path) -> dict[str, str]:
+    """A part as config.json names it. A name is that of a folder two levels up."""
+    path = part if isinstance(part, Path) else folder.parents[1] / part
+    return {"path": os.path.relpath(path, folder), "sha256": sha256_folder(path)}
 
 
 def test_denoisers_are_no_classifiers(tmp_path):

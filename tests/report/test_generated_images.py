@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from rrcm.evaluation.generation import CURVES, Generated, Nearest
-from rrcm.report.figures import FORMATS, save
+from rrcm.report.figures import FORMATS, save_all
 from rrcm.report.generated_images import draw_frechet_distance, draw_generated_images
 
 
@@ -31,9 +31,7 @@ def results(channels: int, shown: int) -> Generated:
 @pytest.mark.parametrize(("channels", "shown"), [(1, 1), (3, 4)])
 @pytest.mark.parametrize("draw", [draw_frechet_distance, draw_generated_images])
 def test_figures_are_drawn_alike_twice(tmp_path, draw, channels, shown):
-    for name in ("one", "two"):
-        for suffix in FORMATS:
-            save(draw(results(channels, shown)), tmp_path / f"{name}{suffix}")
+    save_all({name: draw(results(channels, shown)) for name in ("one", "two")}, tmp_path)
     for suffix in FORMATS:
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
     drawn = np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).reshape(-1, 3)

@@ -1,14 +1,12 @@
 """The stage denoiser, and the methods that are made from a denoiser: what is written, resumed, and refused."""
 
-import json
 import shutil
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import change, exit_codes, files_of, stage, start, start_all
+from conftest import change, exit_codes, files_of, kill_when, make_project, stage, start_all
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,7 +14,7 @@ from rrcm.certification.results import read_certificates
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.denoised import denoise_pixels
-from rrcm.models.denoiser import EDMDenoiser, PixelViT, load_denoiser
+from rrcm.models.denoiser import EDMDenoiser, PixelViT, load_denoiser, save_denoiser
 from rrcm.models.load import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives.base import Draw
@@ -53,13 +51,7 @@ def prepare(project: Path, **settings: object) -> Path:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tiny_shards) -> Path:
     """A project with a denoiser and both classifiers, shared; do not change it."""
-    from conftest import compose
-
-    folder = tmp_path_factory.mktemp("parts")
-    compose(folder / "params.yaml")
-    (folder / "data").mkdir()
-    (folder / "data/shards").symlink_to(tiny_shards)
-    prepare(folder)
+    folder = prepare(make_project(tmp_path_factory.mktemp("parts"), tiny_shards))
     for command in (["denoiser"], ["finetune", "gaussian", "0.001"], ["finetune", "gaussian", "0.25"]):
         succeed(stage(folder, *command))
     return folder
@@ -138,12 +130,7 @@ def test_the_outputs_of_the_stage(parts):
 def test_kills_and_processes(project, parts, world):
     """Killed and continued by one process: the same bytes. By two: the same up to rounding."""
     prepare(project)
-    process = start(project, "denoiser")
-    while not list(project.glob("runs/denoiser-*/[0-9]*.safetensors")):
-        assert process.is_alive()
-        wait([process.sentinel], timeout=0.005)
-    process.kill()
-    process.join()
+    kill_when(project, "runs/denoiser-*/[0-9]*.safetensors", "denoiser")
     assert not (project / "models").exists()
     assert exit_codes(start_all(project, "denoiser", [], world)) == [0] * world
     found, expected = project / "models/denoiser", parts / "models/denoiser"
@@ -164,6 +151,9 @@ def test_a_method_is_made_certified_and_timed(ready, method):
     assert loaded.sigma == 0.5 and config["parameters"] > 0 and config["compute"]["pretrain_share"] > 0
     trained = method == "dds_finetuned"
     assert (config["parts"]["classifier"]["path"] == "classifier") == trained
+    assert config["initial_weights"] == f"models/gaussian/sigma_{0.25 if method == 'diffsmooth' else 0.001}"
+    if trained:
+        assert read_json(folder / "classifier/config.json")["initial_weights"] == config["initial_weights"]
     assert (config["compute"]["finetune"] > 0) == trained and (config["training"]["epochs"] == 2) == trained
     if not trained:
         assert not list(folder.rglob("*.safetensors"))  # the parts are named, not copied
@@ -171,6 +161,9 @@ def test_a_method_is_made_certified_and_timed(ready, method):
     succeed(stage(ready, "certify", method, "0.5"))
     frame = read_certificates(ready / f"certificates/{method}/sigma_0.5.tsv")
     assert len(frame) == 7 and frame["idx"].iloc[-1] > 300  # spread over the test images
+    if method == "dds":
+        change(ready, attack={**load_config(ready / "params.yaml").attack.model_dump(), "methods": ["dds"], "n": 100})
+        succeed(stage(ready, "attack", "dds"))
 
 
 @pytest.mark.slow
@@ -181,12 +174,7 @@ def test_certificates_of_a_stochastic_method_survive_kills_and_processes(ready):
     expected = files_of(ready / "certificates")
     shutil.rmtree(ready / "certificates")
     for size in (500, 5000, 10_000):
-        process = start(ready, "certify", "diffsmooth", "0.5")
-        while not any(path.stat().st_size > size for path in ready.glob("runs/certify-*/journal-*.txt")):
-            assert process.is_alive()
-            wait([process.sentinel], timeout=0.005)
-        process.kill()
-        process.join()
+        kill_when(ready, "runs/certify-*/journal-*.txt", "certify", "diffsmooth", "0.5", larger_than=size)
     assert exit_codes(start_all(ready, "certify", ["diffsmooth", "0.5"], 2)) == [0, 0]
     assert files_of(ready / "certificates") == expected
 
@@ -217,12 +205,7 @@ def test_kills_of_a_fine_tuning_on_denoised_images_change_no_byte(ready):
     succeed(stage(ready, "finetune", "dds_finetuned", "0.5"))
     expected = files_of(ready / "models/dds_finetuned")
     shutil.rmtree(ready / "models/dds_finetuned")
-    process = start(ready, "finetune", "dds_finetuned", "0.5")
-    while not list(ready.glob("runs/finetune-*/[0-9]*.safetensors")):
-        assert process.is_alive()
-        wait([process.sentinel], timeout=0.005)
-    process.kill()
-    process.join()
+    kill_when(ready, "runs/finetune-*/[0-9]*.safetensors", "finetune", "dds_finetuned", "0.5")
     assert not (ready / "models/dds_finetuned").exists()
     succeed(stage(ready, "finetune", "dds_finetuned", "0.5"))
     assert files_of(ready / "models/dds_finetuned") == expected and not list(ready.glob("runs/*"))
@@ -250,10 +233,11 @@ def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     succeed(stage(ready, "finetune", "dds", "0.5"))
     change(ready, certify__every=100)
     succeed(stage(ready, "certify", "dds", "0.5"))
-    UNet2DModel(sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
-    change(ready, data__channels=3)
+    colour = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=4, **blocks)
+    DDPMPipeline(colour, DDPMScheduler()).save_pretrained(tmp_path / "colour")
+    change(ready, denoiser__public__source=str(tmp_path / "colour"))
     answer = stage(ready, "denoiser")
-    assert answer.returncode == 1 and "data.channels = 3" in answer.stderr and "Traceback" not in answer.stderr
+    assert answer.returncode == 1 and "is for images of 3 x 8 pixels, the settings have 1 x 8" in answer.stderr
 
 
 @pytest.mark.slow
@@ -265,9 +249,15 @@ def test_a_unet_trains(project):
 
 
 def test_missing_and_foreign_parts_are_refused_in_one_line(ready):
-    config = json.loads((ready / "models/denoiser/config.json").read_text())
-    config["architecture"]["image_size"] = 12
-    shutil.rmtree(ready / "models/gaussian/sigma_0.001")
-    answer = stage(ready, "finetune", "dds", "0.5")
-    assert answer.returncode == 1 and "models/gaussian/sigma_0.001" in answer.stderr
-    assert "Traceback" not in answer.stderr and not (ready / "models/dds").exists()
+    shutil.move(ready / "models/gaussian/sigma_0.001", ready / "elsewhere")
+    missing = stage(ready, "finetune", "dds", "0.5")
+    assert missing.returncode == 1 and "models/gaussian/sigma_0.001" in missing.stderr
+    shutil.move(ready / "elsewhere", ready / "models/gaussian/sigma_0.001")
+    shutil.rmtree(ready / "models/denoiser")
+    larger = EDMDenoiser(PixelViT(NoiseConditionedViT(12, 1, 4, embed_dim=16, depth=1, num_heads=2)))
+    save_denoiser(ready / "models/denoiser", larger, compute=0)
+    foreign = stage(ready, "finetune", "dds", "0.5")
+    assert foreign.returncode == 1 and "is for images of 1 x 12 pixels, the settings have 1 x 8" in foreign.stderr
+    for answer in (missing, foreign):
+        assert "Traceback" not in answer.stderr and answer.stderr.count("\n") == 1
+    assert not (ready / "models/dds").exists()

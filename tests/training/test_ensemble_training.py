@@ -1,11 +1,10 @@
 """Ensembles of the pipeline: their members, their records, and kills."""
 
 import shutil
-from multiprocessing.connection import wait
 
 import pandas as pd
 import pytest
-from conftest import change, exit_codes, files_of, stage, start, start_all
+from conftest import change, exit_codes, files_of, kill_when, stage, start_all
 from safetensors.torch import load_file
 
 from rrcm.certification.results import read_certificates
@@ -69,12 +68,7 @@ def test_kills_in_any_member_change_no_byte(ensemble):
     expected = files_of(ensemble / FOLDER)
     shutil.rmtree(ensemble / "models")
     for wanted in ("finetune-consistency_ensemble-0.5-*/*.safetensors", "ensemble-consistency_ensemble-0.5-*/member_1"):
-        process = start(ensemble, "finetune", "consistency_ensemble", "0.5")
-        while not list(ensemble.glob(f"runs/{wanted}")):
-            assert process.is_alive()
-            wait([process.sentinel], timeout=0.005)
-        process.kill()
-        process.join()
+        kill_when(ensemble, f"runs/{wanted}", "finetune", "consistency_ensemble", "0.5")
         assert not (ensemble / "models").exists()
     answer = stage(ensemble, "finetune", "consistency_ensemble", "0.5")
     assert answer.returncode == 0 and "member 1 of 3" not in answer.stderr, answer.stderr
@@ -86,12 +80,8 @@ def test_two_processes_train_the_members_that_a_killed_one_has_left(ensemble):
     """One process has finished the first member; the other two agree with a run of one process up to rounding."""
     expected = [load_file(ensemble / FOLDER / f"member_{number}/model.safetensors") for number in range(3)]
     shutil.rmtree(ensemble / "models")
-    process = start(ensemble, "finetune", "consistency_ensemble", "0.5")
-    while not list(ensemble.glob("runs/ensemble-consistency_ensemble-0.5-*/member_0.json")):
-        assert process.is_alive()
-        wait([process.sentinel], timeout=0.005)
-    process.kill()
-    process.join()
+    first = "runs/ensemble-consistency_ensemble-0.5-*/member_0.json"
+    kill_when(ensemble, first, "finetune", "consistency_ensemble", "0.5")
     assert exit_codes(start_all(ensemble, "finetune", ["consistency_ensemble", "0.5"], 2)) == [0, 0]
     for number, weights in enumerate(expected):
         found = load_file(ensemble / FOLDER / f"member_{number}/model.safetensors")

@@ -9,7 +9,6 @@ import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPOSITORY, Answer, change, files_of, stage, start
+from conftest import REPOSITORY, Answer, change, files_of, kill_when, stage
 from safetensors.torch import load_file
 from torch import nn
 
@@ -219,12 +218,7 @@ def test_a_killed_training_with_attacks_ends_with_the_same_bytes(project, tiny_s
     succeed(stage(project, "finetune", method, "0.5"))
     expected = files_of(project / f"models/{method}/sigma_0.5")
     shutil.rmtree(project / "models")
-    process = start(project, "finetune", method, "0.5")
-    while not list(project.glob("runs/finetune-*/[0-9]*.safetensors")):
-        assert process.is_alive()
-        wait([process.sentinel], timeout=0.005)
-    process.kill()
-    process.join()
+    kill_when(project, "runs/finetune-*/[0-9]*.safetensors", "finetune", method, "0.5")
     assert not (project / "models").exists()
     answer = stage(project, "finetune", method, "0.5")
     succeed(answer)
