@@ -504,7 +504,7 @@ class Certify(Section):
     alpha: Annotated[float, Field(gt=0, le=0.5)]
     radius_step: Positive  # `sequential` certifies multiples of this radius, L2, pixel units
     batch_size: Count | None  # noisy samples per forward pass; null: chosen within memory_gib
-    memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the memory of a GPU
+    memory_gib: Positive | None  # null: 1/16 on a CPU (its caches), half the free memory of a GPU
     every: Count  # certify every k-th test image
     max_images: Count | None  # at most, evenly spaced
     precision: CertifiedPrecision

@@ -10,7 +10,7 @@ import math
 import operator
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -39,7 +39,7 @@ from rrcm.certification.stopping import (
     check_settings,
     make_stopping_rule,
 )
-from rrcm.utils.distributed import native_precision
+from rrcm.utils.distributed import explain_out_of_memory, native_precision
 from rrcm.utils.errors import RRCMError, one_line
 
 BATCHES_PER_SYNC = 16  # batches between two reads of the counts; each read waits for the device
@@ -120,7 +120,7 @@ class SmoothedClassifier(nn.Module):
         seed: int = 0,
         num_noise: int = 16,  # noisy copies per image in `forward`
         batch_size: int | None = None,  # noisy samples per forward pass when voting; None: `find_batch_size`
-        memory_gib: float | None = None,  # its bound; None: 1/16 on a CPU (cache size), half the memory of a GPU
+        memory_gib: float | None = None,  # its bound; None: 1/16 on a CPU (cache size), half the free memory of a GPU
         precision: str = "fp32",  # bf16, or auto: bf16 where the model's device has instructions for it
         compile: bool = False,  # torch.compile; with CUDA graphs on a GPU, with frozen weights on a CPU
     ):
@@ -273,6 +273,7 @@ class SmoothedClassifier(nn.Module):
             active.extendleft(reversed([state for state in chosen if not state.stop_reason]))
 
     @torch.no_grad()
+    @explain_out_of_memory("set batch_size or memory_gib lower")
     def count_votes(self, requests: Sequence[SampleRequest]) -> np.ndarray:
         """SAMPLEUNDERNOISE (Cohen et al. 2019) for many images: votes per class, (len(requests), K) int64.
 
@@ -312,8 +313,9 @@ class SmoothedClassifier(nn.Module):
     def find_batch_size(self, image: torch.Tensor) -> int:
         """`batch_size`, or if that is None the largest power of two up to 1024 whose forward pass fits `memory_gib`.
 
-        On a GPU the memory of a small batch is measured. On a CPU it is estimated from the largest output of a layer.
-        The answer is the same on the same device. A program that was exported for certain batches decides first.
+        On a GPU the memory of a small batch and its noise is measured. On a CPU it is estimated from the largest output
+        of a layer. The answer is the same on the same device, unless others use its memory and the batch is below 1024.
+        A program that was exported for certain batches decides first.
         """
         if self.batch_size is not None:
             return self.batch_size
@@ -335,23 +337,22 @@ class SmoothedClassifier(nn.Module):
             self._checked.add(tuple(image.shape))
 
     @torch.no_grad()
+    @explain_out_of_memory("eight noisy images do not fit: free some, or use another GPU")
     def _largest_batch(self, image: torch.Tensor) -> int:
         device = self._device(image.device)
-        if device.type == "cuda":
-            limit = (self.memory_gib or torch.cuda.get_device_properties(device).total_memory / 2**31) * 2**30
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            limit = (self.memory_gib or 1 / 16) * 2**30
         probe = image.to(device, torch.float32).repeat(8, 1, 1, 1)
         rows = torch.zeros(3, len(probe), dtype=torch.int64, device=device)
+
+        def run() -> torch.Tensor:
+            return self._logits(probe, self.model, *rows)
+
         with without_compilation():
             if device.type == "cuda":
-                self._logits(probe, self.model, *rows)
-                needed = (torch.cuda.max_memory_allocated(device) - before) / len(probe)
+                needed = _peak_memory(lambda: (counter_normal(probe.shape[1:], 0, *rows), run()), device) / len(probe)
+                limit = self.memory_gib * 2**30 if self.memory_gib else _free_memory(device) / 2
             else:
-                largest = largest_output(self.model, lambda: self._logits(probe, self.model, *rows))
-                needed = 4 * max(largest, probe.numel() * 4) / len(probe)  # a layer's input, output, and temporaries
+                needed = 4 * max(largest_output(self.model, run), probe.numel() * 4) / len(probe)  # with temporaries
+                limit = (self.memory_gib or 1 / 16) * 2**30
         fits = max(1, int(limit / needed))
         smallest, largest = self._batch_limits
         return max(smallest, min(LARGEST_BATCH, largest, 1 << (fits.bit_length() - 1)))
@@ -479,6 +480,21 @@ def check_images(images: torch.Tensor) -> None:
         low, high = images.min().item(), images.max().item()
         if not (low >= 0 and high <= 1):  # NaN is neither
             raise RRCMError(f"images have values from {low:g} to {high:g}: must be in [0, 1], without NaN")
+
+
+def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `run()` needs at most at once. The first call is not measured: libraries keep what it allocates."""
+    run()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on the GPU: free ones, and those that torch holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _compile(model: nn.Module, device: torch.device) -> nn.Module:

@@ -25,7 +25,14 @@ from rrcm.objectives import Denoising
 from rrcm.objectives.base import Draw
 from rrcm.training.optim import build_optimizer, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
-from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast, init_distributed, set_threads
+from rrcm.utils.distributed import (
+    DistEnv,
+    all_reduce_sum,
+    autocast,
+    explain_out_of_memory,
+    init_distributed,
+    set_threads,
+)
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_csv, write_json
 from rrcm.utils.provenance import describe_environment
@@ -52,7 +59,8 @@ def train_denoiser(
             if env.is_main:
                 copy_public_denoiser(config, output, timing)
         return
-    with init_distributed(config.device) as env, explain_lost_workers():
+    advice = "raise denoiser.num_chunks"
+    with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)
         condition = None if encoder is None else load_condition(config, encoder, env.device)

@@ -31,7 +31,14 @@ from rrcm.training.budget import Budget, build_finetuning_objective, plan_budget
 from rrcm.training.optim import build_optimizer, layerwise_lr_scales, warmup_cosine, warmup_step
 from rrcm.training.trainer import Trainer
 from rrcm.training.validation import NoisyValidation
-from rrcm.utils.distributed import DistEnv, all_reduce_sum, init_distributed, resolve_precision, set_threads
+from rrcm.utils.distributed import (
+    DistEnv,
+    all_reduce_sum,
+    explain_out_of_memory,
+    init_distributed,
+    resolve_precision,
+    set_threads,
+)
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user, sha256_folder
 from rrcm.utils.resume import RunState, fingerprint
@@ -69,7 +76,8 @@ def finetune(
     denoiser makes of noisy images.
     """
     set_threads(config.threads)
-    with init_distributed(config.device) as env, explain_lost_workers():
+    advice = "raise finetune.num_chunks, or set model.grad_checkpointing"
+    with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)
         labels = read_soft_labels(soft_labels, images) if METHODS[method].needs_soft_labels else None

@@ -22,7 +22,7 @@ from rrcm.objectives.base import Batch, Draw, PretrainingObjective
 from rrcm.training.budget import build_pretraining_objective, plan_pretraining, pretraining_compute
 from rrcm.training.optim import build_optimizer, teacher_decay, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
-from rrcm.utils.distributed import DistEnv, init_distributed, set_threads
+from rrcm.utils.distributed import DistEnv, explain_out_of_memory, init_distributed, set_threads
 from rrcm.utils.files import write_csv
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
@@ -38,7 +38,8 @@ def pretrain(config: Config, objective: str, shard_folder: Path | str, output: P
     """
     loss = build_pretraining_objective(config, objective)
     set_threads(config.threads)
-    with init_distributed(config.device) as env, explain_lost_workers():
+    advice = "raise pretrain.num_chunks, or set model.grad_checkpointing"
+    with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)
         _train(config, objective, loss, images, validation, env, output, timing)

@@ -98,6 +98,15 @@ def explain_lost_processes() -> Iterator[None]:
 
 
 @contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn a GPU's lack of memory into one line that ends with `advice`: what to set."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RRCMError(f"the GPU has too little free memory ({one_line(error)}); {advice}") from error
+
+
+@contextmanager
 def init_distributed(device: str) -> Iterator[DistEnv]:
     """Join torchrun's process group, described by its environment variables; without torchrun run alone."""
     with explain_lost_processes():

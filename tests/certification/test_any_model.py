@@ -299,12 +299,12 @@ def test_what_the_model_raises_is_the_cause():
     assert isinstance(error.value.__cause__, KeyError)
 
 
-def test_a_full_memory_is_not_hidden():
+def test_a_full_memory_is_told_in_one_line():
     class Full(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RRCMError, match=r"too little free memory \(CUDA out of memory\)"):
         SmoothedClassifier(Full(), 0.5, 5).predict(images(), n=100)
 
 
