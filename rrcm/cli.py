@@ -41,6 +41,14 @@ def certify(  # long because each option has its own lines
             metavar="sequential|fixed", help="Stop as soon as the radius is decided, or always draw all samples."
         ),
     ] = "sequential",
+    bound: Annotated[
+        str,
+        typer.Option(
+            metavar="binary|margin",
+            help="How to bound the runner-up: by what the top class leaves, as in all papers, or by its own votes. "
+            "The second also certifies classes with less than half of the votes.",
+        ),
+    ] = "binary",
     n: Annotated[int, typer.Option(help="Maximum number of noisy samples per image.")] = 100_000,
     n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
     alpha: Annotated[float, typer.Option(help="Maximum probability that a certificate is wrong.")] = 0.001,
@@ -93,7 +101,7 @@ def certify(  # long because each option has its own lines
     noise = loaded.sigma if sigma is None else sigma
     if noise is None:
         raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
-    rule = make_stopping_rule(stopping, noise, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
+    rule = make_stopping_rule(stopping, noise, n0=n0, n=n, alpha=alpha, radius_step=radius_step, bound=bound)
     if loaded.sigma not in (None, noise):
         note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
         print(f"{note}, but may be smaller and fewer", file=sys.stderr)

@@ -499,6 +499,7 @@ class Certify(Section):
     """Randomized smoothing: CERTIFY of Cohen et al. 2019, with a fixed or a group-sequential number of samples."""
 
     stopping: Literal["sequential", "fixed"]
+    bound: Literal["binary", "margin"]  # p_B = 1 - p_A, as in all papers; or from the votes of every class
     n0: Count  # samples that select the class
     n: Count  # samples that bound its probability; `sequential` stops earlier where it can
     alpha: Annotated[float, Field(gt=0, le=0.5)]

@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
@@ -150,7 +151,7 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
 
     problems, identical = [], 0
     rows = sorted(random.Random(seed).sample(range(len(published)), min(images, len(published))))
-    rule = {name: getattr(settings, name) for name in ("stopping", "n0", "n", "alpha", "radius_step")}
+    rule = {name: getattr(settings, name) for name in ("stopping", "bound", "n0", "n", "alpha", "radius_step")}
     with Progress(len(rows), f"certify {model} again", "images") as progress:
         for row in rows:
             image, claim = pixels[row].to(device).float() / 255, published.iloc[row]
@@ -160,8 +161,8 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
                 problems.append(f"{path}: image {claim['idx']} is published as {_text(claim)}, is now {again}")
             if claim["radius"] > 0:
                 (votes,) = fresh.count_votes([SampleRequest(image, claim["idx"], ESTIMATE, 0, settings.n)])
-                hits = int(votes[claim["predict"]])
-                if is_contradicted(claim["radius"], sigma, hits, settings.n, alpha):
+                hits, others = int(votes[claim["predict"]]), np.delete(votes, claim["predict"])
+                if is_contradicted(claim["radius"], sigma, hits, others, settings.n, alpha, settings.bound):
                     won = f"class {claim['predict']} wins {hits} of {settings.n} new samples"
                     problems.append(f"{path}: image {claim['idx']}: {won}, too few for the radius {claim['radius']}")
             progress.update()
@@ -174,13 +175,20 @@ def is_identical(published: pd.Series, again: Certificate) -> bool:
     return claim == (again.prediction, again.radius, again.samples, again.stop_reason)
 
 
-def is_contradicted(radius: float, sigma: float, hits: int, n: int, alpha: float) -> bool:
-    """Whether `hits` of n independent noisy samples refute that the class has probability >= Phi(radius / sigma).
+def is_contradicted(
+    radius: float, sigma: float, hits: int, others: np.ndarray, n: int, alpha: float, bound: str
+) -> bool:
+    """Whether n independent noisy samples refute a radius: `hits` for its class, `others` for each other class.
 
-    The one-sided Clopper-Pearson bound errs with probability at most alpha, and so does this.
+    For the binary bound, that the class has probability >= Phi(radius / sigma). For the margin bound, that
+    sigma / 2 (Phi^-1(p_A) - Phi^-1(p_c)) >= radius for every class c; the bounds on p_c share half of alpha. The
+    one-sided Clopper-Pearson bounds err with probability at most alpha together, and so does this.
     """
-    upper = 1 - clopper_pearson_lower(n - hits, n, alpha)
-    return upper < float(ndtr(radius / sigma))
+    if bound == "binary":
+        return 1 - clopper_pearson_lower(n - hits, n, alpha) < float(ndtr(radius / sigma))
+    upper = 1 - clopper_pearson_lower(n - hits, n, alpha / 2)
+    lower = clopper_pearson_lower(int(others.max()), n, alpha / 2 / len(others))
+    return sigma / 2 * float(ndtri(upper) - ndtri(lower)) < radius
 
 
 def same_computation(record: dict, here: dict, dtype: str, batch_size: int) -> bool:

@@ -88,8 +88,14 @@ def test_certificates_of_other_images_are_found(published):
 @pytest.mark.parametrize("p", [0.6, 0.9, 0.999])
 def test_a_true_certificate_is_contradicted_with_probability_at_most_alpha(p):
     n, alpha, radius = 1000, 0.01, SIGMA * norm.ppf(p)
-    contradicted = np.array([verify["is_contradicted"](radius, SIGMA, hits, n, alpha) for hits in range(n + 1)])
-    assert 0 < binom.pmf(np.arange(n + 1), n, p)[contradicted].sum() <= alpha
+    for bound in ("binary", "margin"):  # of two classes, so that the radii are the same
+        contradicted = np.array(
+            [
+                verify["is_contradicted"](radius, SIGMA, hits, np.array([n - hits]), n, alpha, bound)
+                for hits in range(n + 1)
+            ]
+        )
+        assert 0 < binom.pmf(np.arange(n + 1), n, p)[contradicted].sum() <= alpha
 
 
 def test_every_byte_and_every_file_of_the_report_counts(tmp_path):

@@ -12,9 +12,9 @@ import pandas as pd
 from torch import nn
 
 from rrcm.certification.journal import append_states, open_journal, restore_states
-from rrcm.certification.results import COLUMNS, write_certificates, write_samples
+from rrcm.certification.results import COLUMNS, SAMPLES, write_certificates, write_samples
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
-from rrcm.certification.stopping import StoppingRule, make_stopping_rule
+from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
@@ -53,7 +53,7 @@ def certify_split(
     verify_shards([images], env)
     classifier = load_model_folder(model_folder).classifier
     smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
-    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
+    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step", "bound")}
     rule = make_stopping_rule(settings.stopping, sigma, **numbers)
     limits = settings.max_images, max_images
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, *limits)
@@ -82,7 +82,7 @@ def certify_split(
         return
 
     restore_states(states, run_state.folder)  # the other processes' journals
-    frame = _frame(states, rule)
+    frame = _frame(states, rule, smoothed.num_classes)
     write_certificates(output, frame)
     write_samples(output.with_suffix(".samples.tsv"), frame)
     seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
@@ -142,11 +142,17 @@ def _certify_share(
         progress.update(done + queue.report_done() - progress.done)
 
 
-def _frame(states: Iterable[ImageState], rule: StoppingRule) -> pd.DataFrame:
+def _frame(states: Iterable[ImageState], rule: StoppingRule, num_classes: int) -> pd.DataFrame:
     rows = []
     for state in states:
-        found = certificate(state, rule)
+        found = certificate(state, rule, num_classes)
         correct = int(found.prediction == state.label)
         field = (state.index, state.label, found.prediction, found.radius, correct, 0)
-        rows.append((*field, found.samples, found.stop_reason))
-    return pd.DataFrame(rows, columns=[*COLUMNS, "samples", "stop_reason"])
+        wrong = found.prediction if found.stop_reason == WRONG_CLASS else ABSTAIN  # predicted without a radius
+        both = [
+            value
+            for radius in (found.binary_radius, found.margin_radius)
+            for value in ((wrong, 0.0) if radius is None else (state.top_class, radius))
+        ]
+        rows.append((*field, found.samples, found.stop_reason, found.binary_samples, *both))
+    return pd.DataFrame(rows, columns=[*COLUMNS, *SAMPLES[1:]])

@@ -197,7 +197,7 @@ def _frame(
     classes, rows = class_folders(loaded), []
     for state, file in zip(states, files, strict=True):
         label = label_of(file, classes)
-        found, label = certificate(state, rule), UNKNOWN if label is None else label
+        found, label = certificate(state, rule, loaded.num_classes), UNKNOWN if label is None else label
         name = "" if found.prediction == ABSTAIN else loaded.class_names[found.prediction]
         field = (state.index, label, found.prediction, found.radius, int(found.prediction == label != UNKNOWN))
         rows.append((*field, 0, printable(file), name, found.samples, found.stop_reason))

@@ -2,7 +2,9 @@
 
 A certificate frame has one row per image: `idx` (position in the test split), `label`, `predict` (-1: abstained),
 `radius` (L2, pixel units), `correct` (0 or 1) and `time` (seconds). Our own frames also have `samples` (noisy samples
-drawn) and `stop_reason` (a constant of stopping.py).
+drawn), `stop_reason` (a constant of stopping.py), and what the same samples certify by the binary bound and by the
+margin bound. `predict` and `radius` are those of the bound that was asked for. `binary_samples` is the number after
+which the binary bound alone would have stopped.
 """
 
 import math
@@ -17,7 +19,8 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_path
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
-SAMPLES = ["idx", "samples", "stop_reason"]
+SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # then what each bound certifies
+SAMPLES += ["binary_predict", "binary_radius", "margin_predict", "margin_radius"]
 STOP_REASONS = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
 UNKNOWN = -1  # label of an image of unknown class
 
@@ -38,7 +41,7 @@ def read_certificates(path: Path | str) -> pd.DataFrame:
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """Read a file of `write_samples`: idx, samples, stop_reason. Raises `RRCMError` as `read_certificates` does."""
+    """Read a file of `write_samples`, the columns SAMPLES. Raises `RRCMError` as `read_certificates` does."""
     return pd.DataFrame(_read_rows(path, SAMPLES, _parse_samples), columns=SAMPLES)
 
 
@@ -88,13 +91,19 @@ def parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
     return idx, label, predict, radius, correct, time
 
 
-def _parse_samples(*fields: str) -> tuple[int, int, str]:
-    idx, samples, stop_reason = int(fields[0]), int(fields[1]), fields[2]
-    if idx < 0 or samples < 1:
-        raise ValueError(f"idx {idx}, samples {samples}: must be at least 0 and at least 1")
+def _parse_samples(*fields: str) -> tuple:
+    idx, samples, stop_reason, alone = int(fields[0]), int(fields[1]), fields[2], int(fields[3])
+    if idx < 0 or not 1 <= alone <= samples:
+        numbers = f"idx {idx}, samples {samples}, binary_samples {alone}"
+        raise ValueError(f"{numbers}: must be at least 0 and 1, and not more than samples")
     if stop_reason not in STOP_REASONS:
         raise ValueError(f"stop_reason {stop_reason!r}: must be {' or '.join(STOP_REASONS)}")
-    return idx, samples, stop_reason
+    claims = []
+    for predict, radius in ((int(fields[4]), float(fields[5])), (int(fields[6]), float(fields[7]))):
+        if predict < ABSTAIN or not 0 <= radius < math.inf or (predict == ABSTAIN and radius > 0):
+            raise ValueError(f"predict {predict}, radius {radius}: must be a class and its radius, or -1 and 0")
+        claims += [predict, radius]
+    return idx, samples, stop_reason, alone, *claims
 
 
 def _seconds(text: str) -> float:
@@ -113,6 +122,6 @@ def write_certificates(path: Path | str, frame: pd.DataFrame) -> None:
 
 
 def write_samples(path: Path | str, frame: pd.DataFrame) -> None:
-    """Write the columns that Cohen et al.'s format lacks, atomically: idx, samples, stop_reason."""
+    """Write the columns that Cohen et al.'s format lacks, SAMPLES, atomically. Numbers read back bit for bit."""
     with atomic_path(path) as scratch:
         frame[SAMPLES].to_csv(scratch, sep="\t", index=False, lineterminator="\n")

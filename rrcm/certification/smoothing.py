@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rrcm.certification.margin import BINARY, MarginRule
 from rrcm.certification.networks import (
     attribute,
     batch_limits,
@@ -36,7 +37,7 @@ from rrcm.certification.stopping import (
     GroupSequential,
     StoppingRule,
     binomial_test,
-    check_settings,
+    check_prediction,
     make_stopping_rule,
 )
 from rrcm.utils.distributed import explain_out_of_memory, native_precision
@@ -54,12 +55,18 @@ class Certificate:
     `prediction` is a class or ABSTAIN. `samples` counts all noisy samples, those that chose the class included.
     `stop_reason` is a constant of stopping.py. After "wrong class" nothing is certified: `prediction` is the chosen
     class and the radius is 0.
+
+    The same samples give a radius by each bound, None where it certifies nothing. `radius` is that of the bound that
+    was asked for. Each is wrong with probability at most alpha, not both together.
     """
 
     prediction: int
     radius: float
     samples: int
     stop_reason: str
+    binary_radius: float | None = None
+    binary_samples: int = 0  # after which the binary bound alone would have stopped
+    margin_radius: float | None = None
 
 
 @dataclass
@@ -71,10 +78,14 @@ class ImageState:
     label: int | None = None  # if known, `GroupSequential` stops as soon as another class is chosen
     selection_counts: dict[str, int] = field(default_factory=dict)  # votes by class among the n0 selection samples
     top_class: int = -1  # the chosen class
+    test: str = ""  # of the margin bound, as the selection samples have chosen it
     num_drawn: int = 0  # samples of the current purpose: selection, then estimation
-    top_count: int = 0  # votes for the chosen class among the estimation samples
+    counts: dict[str, int] = field(default_factory=dict)  # votes by class among the estimation samples
     look: int = 0  # the next look
-    num_certified: int = 0  # radii of the grid
+    num_certified: int = 0  # radii of the grid, by the binary bound until it stops
+    binary_reason: str = ""  # why the binary bound stops
+    binary_samples: int = 0  # after which it did
+    margin_certified: int = 0  # radii of the grid, by the margin bound
     samples: int = 0  # of both purposes
     stop_reason: str = ""
     seconds: float = 0.0  # share of the computing time; not part of the result
@@ -194,20 +205,24 @@ class SmoothedClassifier(nn.Module):
         n: int = 100_000,
         alpha: float = 0.001,
         radius_step: float = 0.25,
+        bound: str = "binary",
         indices: Sequence[int] | None = None,
     ) -> list[Certificate]:
         """One certificate per image, each wrong with probability at most alpha.
 
-        images (B, C, H, W) float in [0, 1]. `stopping` is "fixed", CERTIFY with its exact bound, or "sequential", which
-        draws only as many of the n samples as it takes to decide which multiples of `radius_step` (pixel units) are
-        certified. Labels are for evaluations: "sequential" then stops when the chosen class is wrong. `indices` select
-        the images' noise under the seed (default 0, 1, ...). Raises `RRCMError` for impossible settings and images.
+        images (B, C, H, W) float in [0, 1]. `bound` is "binary", as in the tables of all papers, or "margin", which
+        also certifies classes with less than half of the votes (margin.py). `stopping` is "fixed", CERTIFY with its
+        exact bound, or "sequential", which draws only as many of the n samples as it takes to decide which multiples of
+        `radius_step` (pixel units) are certified. Labels are for evaluations: "sequential" then stops when the chosen
+        class is wrong. `indices` select the images' noise under the seed (default 0, 1, ...). Raises `RRCMError` for
+        impossible settings and images.
         """
-        rule = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
+        numbers = {"n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
+        rule = make_stopping_rule(stopping, self.sigma, **numbers, bound=bound)
         states = self._image_states(images, labels, indices)
         for _ in self.certify_stream(states, rule):
             pass
-        return [certificate(state, rule) for state in states]
+        return [certificate(state, rule, self.num_classes) for state in states]
 
     def predict(
         self,
@@ -222,7 +237,7 @@ class SmoothedClassifier(nn.Module):
         images (B, C, H, W) float in [0, 1]. Another class is returned with probability at most alpha. Raises
         `RRCMError` for impossible settings and images.
         """
-        check_settings(self.sigma, 1, n, alpha)
+        check_prediction(n, alpha)
         states, predictions = self._image_states(images, None, indices), []
         room = BATCHES_PER_SYNC * self.find_batch_size(images[0]) if states else 1
         group_size = max(1, room // n)
@@ -416,14 +431,26 @@ def is_stochastic(model: nn.Module) -> bool:
     return attribute(model, "stochastic")
 
 
-def certificate(state: ImageState, rule: StoppingRule) -> Certificate:
+def certificate(state: ImageState, rule: StoppingRule, num_classes: int) -> Certificate:
     """The certificate of an image whose sampling has stopped."""
     if state.stop_reason == WRONG_CLASS:
-        return Certificate(state.top_class, 0.0, state.samples, WRONG_CLASS)
-    radius = rule.radius(state.top_count, state.num_certified)
-    if radius is None:
-        return Certificate(ABSTAIN, 0.0, state.samples, state.stop_reason)
-    return Certificate(state.top_class, radius, state.samples, state.stop_reason)
+        return Certificate(state.top_class, 0.0, state.samples, WRONG_CLASS, binary_samples=state.samples)
+    margin = MarginRule(rule)
+    top, others = _votes(state, num_classes)
+    radii = {
+        "binary": rule.radius(top, state.num_certified),
+        "margin": margin.radius(state.test, top, others, state.margin_certified),
+    }
+    radius = radii[rule.bound]
+    return Certificate(
+        ABSTAIN if radius is None else state.top_class,
+        0.0 if radius is None else radius,
+        state.samples,
+        state.stop_reason,
+        radii["binary"],
+        state.binary_samples,
+        radii["margin"],
+    )
 
 
 def _next_samples(state: ImageState, rule: StoppingRule, room: int) -> SampleRequest:
@@ -437,20 +464,48 @@ def _update(state: ImageState, request: SampleRequest, votes: np.ndarray, rule: 
     """Add the votes. After the selection choose the class; at a look decide whether to stop."""
     state.num_drawn = request.stop
     state.samples += request.stop - request.start
+    counts = state.selection_counts if request.purpose == SELECT else state.counts
+    for k in np.flatnonzero(votes).tolist():
+        counts[str(k)] = counts.get(str(k), 0) + int(votes[k])  # JSON keys are text
     if request.purpose == SELECT:
-        counts = state.selection_counts
-        for k in np.flatnonzero(votes).tolist():
-            counts[str(k)] = counts.get(str(k), 0) + int(votes[k])  # JSON keys are text
         if state.num_drawn == rule.n0:
             state.top_class = min((-count, int(k)) for k, count in counts.items())[1]
+            state.test = MarginRule(rule).choose_test({int(k): count for k, count in counts.items()}, state.top_class)
             state.selection_counts, state.num_drawn = {}, 0
             if isinstance(rule, GroupSequential) and state.label not in (None, state.top_class):
                 state.stop_reason = WRONG_CLASS
         return
-    state.top_count += int(votes[state.top_class])
     if state.num_drawn == rule.looks[state.look]:
-        state.num_certified, state.stop_reason = rule.decide(state.look, state.top_count, state.num_certified)
+        _decide(state, rule, len(votes))
         state.look += 1
+
+
+def _decide(state: ImageState, rule: StoppingRule, num_classes: int) -> None:
+    """What both bounds certify after this look, and whether to stop.
+
+    The binary bound stops by its own rule, so its certificates do not depend on the bound that is asked for. The margin
+    bound uses all samples there are. Asked for, it goes on until both have come to an end.
+    """
+    margin, (top, others) = MarginRule(rule), _votes(state, num_classes)
+    if not state.binary_reason:
+        state.num_certified, state.binary_reason = rule.decide(state.look, top, state.num_certified)
+        state.binary_samples = state.samples
+    if state.test == BINARY:
+        state.margin_certified, state.stop_reason = state.num_certified, state.binary_reason
+        return
+    at_look = state.test, state.look, top, others
+    state.margin_certified = int(margin.certify(*at_look, state.margin_certified))
+    if rule.bound == "binary":
+        state.stop_reason = state.binary_reason
+    elif state.binary_reason:
+        state.stop_reason = str(margin.reason_to_stop(*at_look, state.margin_certified))
+
+
+def _votes(state: ImageState, num_classes: int) -> tuple[int, np.ndarray]:
+    """The votes for the chosen class, and each number of votes that another class has: (C,) int64."""
+    others = {count for k, count in state.counts.items() if int(k) != state.top_class}
+    unseen = num_classes - len(state.counts.keys() | {str(state.top_class)})
+    return state.counts.get(str(state.top_class), 0), np.array(sorted(others | ({0} if unseen else set())))
 
 
 def whole_numbers(name: str, numbers: Iterable[int] | torch.Tensor) -> list[int]:

@@ -6,7 +6,7 @@ is sigma Phi^-1(lower bound on p_A) (Cohen et al. 2019, theorem 1). Radii and si
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 
@@ -21,6 +21,7 @@ WHOLE_GRID = "whole grid"
 FUTILE = "futile"  # the next radius of the grid is out of reach
 WRONG_CLASS = "wrong class"  # in an evaluation with labels: the chosen class is not the label
 
+BOUNDS = ("binary", "margin")  # p_B = 1 - p_A, or from the votes of every class (margin.py)
 ABSTAIN = -1  # the predicted class when nothing is certified
 FUTILITY_CONFIDENCE = 0.9  # confidence of the upper bound on p_A under which conditional power is computed
 MIN_CONDITIONAL_POWER = 0.001  # a radius with less conditional power is given up
@@ -48,6 +49,7 @@ class FixedSample:
     n0: int
     n: int
     alpha: float
+    bound: str = "binary"  # of BOUNDS: which one the certificates have
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -84,6 +86,7 @@ class GroupSequential:
     radii: tuple[float, ...]  # the grid, G radii from 0 on
     efficacy_counts: np.ndarray  # (J, G) int64, smallest count that certifies radius g at look j; look + 1 if none does
     futility_counts: np.ndarray  # (J, G) int64, smallest count that leaves radius g in reach; look + 1 if none does
+    bound: str = "binary"  # of BOUNDS: which one the certificates have, and decides when to stop
 
     @property
     def alpha(self) -> float:
@@ -147,14 +150,22 @@ def group_sequential(
 
 
 def make_stopping_rule(
-    stopping: str, sigma: float, *, n0: int, n: int, alpha: float, radius_step: float
+    stopping: str, sigma: float, *, n0: int, n: int, alpha: float, radius_step: float, bound: str = "binary"
 ) -> StoppingRule:
-    """The rule named "fixed" or "sequential"; "fixed" ignores `radius_step`. Raises `RRCMError` for bad settings."""
+    """The rule named "fixed" or "sequential" with a bound of BOUNDS; "fixed" ignores `radius_step`.
+
+    Raises `RRCMError` for bad settings, and where n votes of n certify nothing.
+    """
+    if bound not in BOUNDS:
+        raise RRCMError(f"bound = {bound!r}: must be {' or '.join(BOUNDS)}")
+    if stopping not in ("fixed", "sequential"):
+        raise RRCMError(f"stopping = {stopping!r}: must be fixed or sequential")
+    check_settings(sigma, n0, n, alpha)
+    if n < (least := math.ceil(-math.log2(alpha) - 1e-9)):
+        raise RRCMError(f"n = {n}: certifies nothing at alpha = {alpha}, even if all votes agree; set n to {least}")
     if stopping == "fixed":
-        return fixed_sample(sigma, n0=n0, n=n, alpha=alpha)
-    if stopping == "sequential":
-        return group_sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
-    raise RRCMError(f"stopping = {stopping!r}: must be fixed or sequential")
+        return replace(fixed_sample(sigma, n0=n0, n=n, alpha=alpha), bound=bound)
+    return replace(group_sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step), bound=bound)
 
 
 def look_schedule(n: int) -> tuple[int, ...]:
@@ -226,6 +237,13 @@ def _upper_tail(k: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
     """P(Bin(n, p) >= k) for any integer k, below 0 and above n included."""
     inside = bdtrc(np.clip(k - 1, 0, n), n, p)
     return np.select([k <= 0, k > n], [1.0, 0.0], inside)
+
+
+def check_prediction(n: int, alpha: float) -> None:
+    """Raises `RRCMError` for settings with which PREDICT is impossible or always abstains."""
+    check_settings(1.0, 1, n, alpha)
+    if n < (least := math.ceil(1 - math.log2(alpha) - 1e-9)):
+        raise RRCMError(f"n = {n}: always abstains at alpha = {alpha}, even if all votes agree; set n to {least}")
 
 
 def check_settings(sigma: float, n0: int, n: int, alpha: float) -> None:

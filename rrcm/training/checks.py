@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rrcm.certification.stopping import check_settings, make_stopping_rule
+from rrcm.certification.stopping import check_prediction, check_settings, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
 from rrcm.methods import METHODS, PER_OBJECTIVE
@@ -162,7 +162,7 @@ def _check_denoised(config: Config, num_classes: int) -> None:
 
 def _check_certification(config: Config) -> None:
     settings, attack = config.certify, config.attack
-    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step")}
+    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step", "bound")}
     section = "certify"
     try:
         for sigma in config.sigmas:
@@ -171,7 +171,7 @@ def _check_certification(config: Config) -> None:
         for n in config.latency.n:
             check_settings(config.sigmas[0], min(n, settings.n0), n, settings.alpha)
         section = "attack"
-        check_settings(config.sigmas[0], 1, attack.n, attack.alpha)
+        check_prediction(attack.n, attack.alpha)
     except RRCMError as error:
         raise RRCMError(f"{section}.{error}") from None
 

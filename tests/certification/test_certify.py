@@ -22,7 +22,7 @@ from scipy.stats import binomtest, norm
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE, SELECT, CounterDraw, counter_normal
-from rrcm.certification.results import read_certificates
+from rrcm.certification.results import SAMPLES, read_certificates
 from rrcm.certification.smoothing import ABSTAIN, ImageState, SampleRequest, SmoothedClassifier, certificate
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
@@ -182,7 +182,7 @@ def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) 
     candidates = [ImageState(*each) for each in list(zip(indices, pixels, labels, strict=True))[order]]
     for moved in smoothed.certify_stream(candidates, rule, at_once=at_once):
         assert len(moved) <= (at_once or len(pixels))
-    return {candidate.index: certificate(candidate, rule) for candidate in candidates}
+    return {candidate.index: certificate(candidate, rule, 2) for candidate in candidates}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -432,7 +432,7 @@ def test_a_stochastic_classifier_is_certified_the_same_in_any_company_and_after_
     assert any(state.samples for state in restored) and not all(state.stop_reason for state in restored)
     for _ in dithered(batch_size=77).certify_stream(restored, rule):
         pass
-    assert [certificate(state, rule) for state in restored] == expected
+    assert [certificate(state, rule, 2) for state in restored] == expected
 
 
 def test_a_stochastic_classifier_is_given_draws_by_predict_and_forward():
@@ -503,8 +503,12 @@ def test_the_stage_writes_what_the_engine_answers(trained):
     assert frame["predict"].tolist() == [answer.prediction for answer in answers]
     assert frame["radius"].tolist() == [answer.radius for answer in answers]
     rows = [line.split("\t") for line in (trained / "certificates/rrcm/sigma_0.5.samples.tsv").read_text().splitlines()]
-    assert rows[0] == ["idx", "samples", "stop_reason"]
-    assert rows[1:] == [[str(i), str(a.samples), a.stop_reason] for i, a in zip(indices, answers, strict=True)]
+    assert rows[0] == SAMPLES
+    for i, a, row in zip(indices, answers, rows[1:], strict=True):
+        assert row[:4] == [str(i), str(a.samples), a.stop_reason, str(a.binary_samples)]
+        for radius, (predict, published) in zip((a.binary_radius, a.margin_radius), (row[4:6], row[6:]), strict=True):
+            assert float(published) == (radius or 0)
+            assert a.stop_reason == WRONG_CLASS or (int(predict) == ABSTAIN) == (radius is None)
 
 
 def test_the_stage_does_fixed_as_well(certified):
@@ -512,7 +516,7 @@ def test_the_stage_does_fixed_as_well(certified):
     finished(stage(certified, "certify", "rrcm", "0.5"))
     frame = read_certificates(certified / "certificates/rrcm/sigma_0.5.tsv")
     samples = (certified / "certificates/rrcm/sigma_0.5.samples.tsv").read_text().splitlines()[1:]
-    assert all(line.endswith("\t400\tall samples") for line in samples) and len(samples) == len(frame)
+    assert all("\t400\tall samples\t400\t" in line for line in samples) and len(samples) == len(frame)
     exact = [0.5 * norm.ppf(max(clopper_pearson_lower(k, 300, 0.001), 0.5)) for k in range(301)]
     assert frame["radius"].max() > 0 and np.abs(frame["radius"].to_numpy()[:, None] - exact).min(1).max() < 1e-9
 
@@ -554,7 +558,7 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
     checksum, _, text = last.partition(" ")
     furthest = json.loads(text) | {
         "top_class": 3,
-        "top_count": 0,
+        "counts": {},
         "samples": 10**6,
         "stop_reason": ALL_SAMPLES,
     }  # if it is believed

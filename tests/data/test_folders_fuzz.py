@@ -150,7 +150,7 @@ def seen_in_training(data: Data, output: Path) -> tuple[list[str], dict[Path, tu
 def seen_in_certification(root: Path, loaded: LoadedClassifier, output: Path) -> dict[Path, tuple[int, bytes]]:
     """Label and pixels of each image file of a known class."""
     found = find_images(root)
-    rule = make_stopping_rule("fixed", 0.5, n0=1, n=2, alpha=0.1, radius_step=0.25)
+    rule = make_stopping_rule("fixed", 0.5, n0=1, n=2, alpha=0.3, radius_step=0.25)
     certified = certify_folder(found, loaded, rule, output, batch_size=16)
     certified.run.finish()
     pixels = [read_pixels(path, loaded).tobytes() for path in certified.paths]

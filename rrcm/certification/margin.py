@@ -1,0 +1,156 @@
+"""The margin bound: certified radii from the votes of every class. Pure functions of counts.
+
+Theorem 1 of Cohen et al. 2019 certifies R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), where p_B is the largest probability
+of another class. The binary bound of their CERTIFY sets p_B = 1 - p_A, so it certifies nothing below p_A = 1/2.
+
+Here every other class c is tested by itself. The test certifies r against c although
+sigma / 2 (Phi^-1(p_A) - Phi^-1(p_c)) < r with probability at most alpha. A radius is certified when it is certified
+against every class. If a certified radius is false, it is false against the true runner-up, which is a fixed class, so
+the test of that one class has erred. The certificate is therefore false with probability at most alpha, however many
+classes there are (an intersection-union test).
+
+Three tests are at hand. Which one is sharpest depends on the probabilities, so the selection samples choose it. They
+are independent of the estimation samples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import betaincinv, ndtri
+
+from rrcm.certification.stopping import (
+    ALL_SAMPLES,
+    FUTILE,
+    FUTILITY_CONFIDENCE,
+    WHOLE_GRID,
+    FixedSample,
+    StoppingRule,
+)
+
+BINARY, TWO_BOUNDS, PAIR = "binary", "two bounds", "pair"  # the tests
+PAIR_SHARE = 0.1  # of alpha, for the bound on p_A + p_c
+FUTILITY_DEVIATIONS = 2.2  # of both counts; together about as rare as MIN_CONDITIONAL_POWER of the binary rule
+
+
+def lower_bound(successes: np.ndarray, trials: np.ndarray, alpha: float) -> np.ndarray:
+    """One-sided Clopper-Pearson lower bounds on proportions, each too high with probability at most alpha."""
+    bound = betaincinv(np.maximum(successes, 1e-9), np.maximum(trials - successes, 0) + 1, alpha)
+    return np.where(successes > 0, np.nan_to_num(bound), 0.0)
+
+
+def binary_radius(sigma: float, top: np.ndarray, m: int, alpha: float) -> np.ndarray:
+    """sigma Phi^-1 of the lower bound on p_A, for `top` of m votes. Negative: nothing is certified."""
+    return sigma * ndtri(lower_bound(top, m, alpha))
+
+
+def two_bounds_radius(sigma: float, top: np.ndarray, other: np.ndarray, m: int, alpha: float) -> np.ndarray:
+    """A lower bound on p_A and an upper bound on p_c, each at alpha / 2. 1 less the first is an upper bound on p_c too.
+
+    `top` and `other` are votes of m for the chosen class and for c. Sharpest where p_A is large.
+    """
+    p_a = lower_bound(top, m, alpha / 2)
+    p_c = np.minimum(1 - lower_bound(m - other, m, alpha / 2), 1 - p_a)
+    return sigma / 2 * (ndtri(p_a) - ndtri(p_c))
+
+
+def pair_radius(sigma: float, top: np.ndarray, other: np.ndarray, m: int, alpha: float) -> np.ndarray:
+    """A lower bound on the share s of the pair's votes in all, and one on the share q of the chosen class in the pair.
+
+    Given the number of votes of both, those for the chosen class are binomial with q = p_A / s (Clopper & Pearson's
+    bound holds given any number). s = p_A + p_c has a small part of alpha. At a fixed radius the probabilities
+    (p_A, p_c) on the edge have the smaller q the larger s is, as Phi is log-concave. So the two lower bounds give the
+    radius. Sharpest where p_A is below about 0.6. At r = 0 it is a sign test.
+    """
+    share = PAIR_SHARE * alpha
+    s, q = lower_bound(top + other, m, share), lower_bound(top, top + other, alpha - share)
+    return sigma / 2 * (ndtri(s * q) - ndtri(s * (1 - q)))
+
+
+def margin_radius(test: str, sigma: float, top: np.ndarray, others: np.ndarray, m: int, alpha: float) -> np.ndarray:
+    """The radius certified against every other class: (B,) for `top` (B,) and `others` (B, C), votes of m.
+
+    `others` need only have each number of votes that occurs. Negative: nothing is certified.
+    """
+    top = np.asarray(top, float)
+    with np.errstate(invalid="ignore", divide="ignore"):  # -inf, or inf - inf, where a class has no votes
+        if test == BINARY:
+            return np.nan_to_num(binary_radius(sigma, top, m, alpha), nan=-np.inf, neginf=-np.inf)
+        radius = {TWO_BOUNDS: two_bounds_radius, PAIR: pair_radius}[test]
+        radii = radius(sigma, top[..., None], np.asarray(others, float), m, alpha)
+        return np.nan_to_num(radii, nan=-np.inf, posinf=np.inf, neginf=-np.inf).min(-1)
+
+
+def choose_test(votes: Mapping[int, int], top_class: int, n: int, alpha: float) -> str:
+    """The test with the largest radius for n votes, if they fell as the selection samples did: `votes` by class."""
+    total = sum(votes.values()) + 1
+    runner_up = max((count for k, count in votes.items() if k != top_class), default=0)
+    top, other = (
+        n * (count + 0.5) / total for count in (votes[top_class], runner_up)
+    )  # a class without votes has some
+    return max(
+        (BINARY, TWO_BOUNDS, PAIR),  # the first of equals
+        key=lambda test: float(margin_radius(test, 1.0, np.array(top), np.array([other]), n, alpha)),
+    )
+
+
+@dataclass(frozen=True)
+class MarginRule:
+    """The margin bound at the looks of a rule of the binary bound, with its alphas and its grid.
+
+    An image whose selection samples choose the test `BINARY` has exactly the certificate of `rule`.
+    """
+
+    rule: StoppingRule
+
+    def choose_test(self, votes: Mapping[int, int], top_class: int) -> str:
+        """`choose_test` for all samples and what the rule spends on the last look."""
+        return choose_test(votes, top_class, self.rule.looks[-1], self._alpha(-1))
+
+    def certify(
+        self, test: str, look: int, top: np.ndarray, others: np.ndarray, num_certified: np.ndarray
+    ) -> np.ndarray:
+        """How many radii of the grid are certified after the look, of which `num_certified` were before: (B,).
+
+        `top` (B,) and `others` (B, C) are the votes for the chosen class and for the others. `FixedSample` has no grid.
+        """
+        if test == BINARY or isinstance(self.rule, FixedSample):
+            return self.rule.decide(look, top, num_certified)[0]
+        radius = margin_radius(test, self.rule.sigma, top, others, self.rule.looks[look], self._alpha(look))
+        return np.maximum(num_certified, np.searchsorted(self.rule.radii, radius, side="right"))
+
+    def reason_to_stop(
+        self, test: str, look: int, top: np.ndarray, others: np.ndarray, num_certified: np.ndarray
+    ) -> np.ndarray:
+        """Why to stop after the look, where so many radii are certified: (B,) of constants, "" to continue."""
+        if test == BINARY or isinstance(self.rule, FixedSample):
+            return self.rule.decide(look, top, num_certified)[1]
+        radii, last = self.rule.radii, look == len(self.rule.looks) - 1
+        following = np.append(radii, -np.inf)[num_certified]  # the next radius of the grid
+        futile = self._best_radius(test, look, top, others) < following
+        return np.select([num_certified == len(radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
+
+    def radius(self, test: str, top: int, others: np.ndarray, num_certified: int) -> float | None:
+        """The certified radius, or None when nothing is certified."""
+        if test == BINARY or not isinstance(self.rule, FixedSample):
+            return self.rule.radius(top, num_certified)
+        radius = float(margin_radius(test, self.rule.sigma, np.array(top), others, self.rule.n, self.rule.alpha))
+        return None if radius < 0 else radius
+
+    def _alpha(self, look: int) -> float:
+        return self.rule.alpha if isinstance(self.rule, FixedSample) else self.rule.alphas[look]
+
+    def _best_radius(self, test: str, look: int, top: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """The radius at the last look, if the remaining votes fall as well as they can be expected to.
+
+        p_A is at its upper confidence bound and p_c at its lower one (FUTILITY_CONFIDENCE), and both counts end
+        FUTILITY_DEVIATIONS better than their means.
+        """
+        m, n = self.rule.looks[look], self.rule.looks[-1]
+        others, doubt, rest = np.asarray(others, float), 1 - FUTILITY_CONFIDENCE, n - m
+        p_a = 1 - lower_bound(m - top, m, doubt)
+        p_c = np.minimum(lower_bound(others, m, doubt), 1 - p_a[..., None])
+        most = top + rest * p_a + FUTILITY_DEVIATIONS * np.sqrt(rest * p_a * (1 - p_a))
+        least = others + rest * p_c - FUTILITY_DEVIATIONS * np.sqrt(rest * p_c * (1 - p_c))
+        most = np.minimum(most, n - np.maximum(least, others).max(-1))
+        return margin_radius(test, self.rule.sigma, most, np.maximum(least, others), n, self._alpha(-1))
