@@ -56,7 +56,10 @@ def write_report(config: Config, root: Path, output: Path) -> None:
             write_text(folder / f"{name}.tex", tables.latex_text(table.text))
         for name, frame in _plot_data(inputs).items():
             write_text(folder / f"{name}.csv", tables.csv_text(frame))
-        write_json(folder / "metrics.json", tables.metrics(inputs.certificates, inputs.models, config.report.radii))
+        write_json(
+            folder / "metrics.json",
+            tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii),
+        )
         page = render_report(config, root, inputs, texts, list(drawn), gallery.classes)
         write_text(folder / "report.md", page)
 
@@ -101,6 +104,7 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
     """Every table with results of this profile, by name."""
     made = {
         "best_sigma": tables.best_sigma(inputs.certificates, config.report.radii),
+        "margin": tables.margin(inputs.certificates, inputs.margin, config.report.radii),
         "per_sigma": tables.per_sigma(inputs.certificates, inputs.external, config.report.radii),
         "budgets": tables.budgets(inputs.budgets),
     }

@@ -35,7 +35,8 @@ class Inputs(NamedTuple):
 
     files: list[str]  # every file read, relative to the root
     classes: list[str]  # names; a label is an index into them
-    certificates: Certificates  # with the column samples
+    certificates: Certificates  # by the binary bound, with the columns of the samples files
+    margin: Certificates  # of the same votes, by the margin bound
     external: Certificates  # other groups' certificates by (label, sigma)
     models: Mapping[Run, Mapping]  # config.json of each model folder
     finetuning: pd.DataFrame  # one row per epoch of each model that was trained
@@ -65,7 +66,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     """
     files = _list_files(config, root)
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
-    certificates = {run: _read_certified(root, *run) for run in runs}
+    certificates = {run: _read_certified(root, *run, config.certify.bound) for run in runs}
     manifest = read_json(root / MANIFEST)
     _check_images(config, certificates, sum(manifest["splits"]["test"]["counts"]), root)
     classes = manifest["classes"]
@@ -76,7 +77,8 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     return Inputs(
         files=files,
         classes=classes,
-        certificates=certificates,
+        certificates={run: _by_bound(frame, "binary") for run, frame in certificates.items()},
+        margin={run: _by_bound(frame, "margin") for run, frame in certificates.items()},
         external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},
         models=models,
         finetuning=_read_histories(root, models),
@@ -127,16 +129,26 @@ def _list_files(config: Config, root: Path) -> list[str]:
     return [*stages, *(each.path for each in config.report.external_results)]
 
 
-def _read_certified(root: Path, method: str, sigma: float) -> pd.DataFrame:
-    """The certificates of a model with the number of samples that each image took."""
+def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.DataFrame:
+    """The certificates of a model, which are by `bound`, with the samples that each image took and what they say."""
     frame = read_certificates(root / certificates_file(method, sigma))
     path = root / _samples_file(method, sigma)
     samples = read_samples(path)
+    advice = f"run `dvc repro certify@{method}-{sigma}`"
     if not samples["idx"].equals(frame["idx"]):
-        raise RRCMError(
-            f"{path}: has other images than the certificates beside it; run `dvc repro certify@{method}-{sigma}`"
-        )
-    return frame.assign(samples=samples["samples"])
+        raise RRCMError(f"{path}: has other images than the certificates beside it; {advice}")
+    samples = samples.rename(columns={"samples": "all_samples"})
+    found = _by_bound(frame.join(samples.drop(columns="idx")), bound)
+    if not found[["predict", "radius"]].equals(frame[["predict", "radius"]]):
+        raise RRCMError(f"{path}: the {bound} bound has other radii than the certificates beside it; {advice}")
+    return found
+
+
+def _by_bound(frame: pd.DataFrame, bound: str) -> pd.DataFrame:
+    """`frame` with the predictions and radii of one bound, and the samples that this bound took."""
+    predict, samples = frame[f"{bound}_predict"], frame["binary_samples" if bound == "binary" else "all_samples"]
+    changed = frame.assign(predict=predict, radius=frame[f"{bound}_radius"], samples=samples)
+    return changed.assign(correct=(predict == frame["label"]).astype(int))
 
 
 def _check_images(config: Config, certificates: Certificates, count: int, root: Path) -> None:

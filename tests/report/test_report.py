@@ -103,6 +103,9 @@ def make_inputs(config: Config, root: Path) -> None:
             samples = np.select([correct, predict < 0], [1100, 325], 100)
             frame = pd.DataFrame({"idx": own_idx, "label": label, "predict": predict, "radius": radius})
             frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stop_reason=stop_reason)
+            gained = np.where(correct, radius + step, 0.0)  # the margin bound certifies a bit more
+            frame = frame.assign(binary_samples=samples, binary_predict=predict, binary_radius=radius)
+            frame = frame.assign(margin_predict=predict, margin_radius=gained)
             write_certificates(root / f"certificates/{place}.tsv", frame)
             write_samples(root / f"certificates/{place}.samples.tsv", frame)
             make_model(config, root / f"models/{place}", method, sigma, skill[method])
@@ -272,6 +275,31 @@ def test_report_says_what_the_numbers_say(made):
         for sigma, row in zip(config.sigmas, rows[len(radii) :], strict=True):
             acr = {m: average_certified_radius(frames[m, sigma]) for m in methods}
             assert_top_two(row, f"ACR, σ = {sigma:g}", acr, ".3f")
+
+
+def test_the_margin_table_says_what_it_gains(made, tmp_path: Path):
+    """The fixture's margin radii are one step larger. Where the margin bound is asked for, the page leads as before."""
+    config, root = made
+    text = (root / "reports/digits/report.md").read_text()
+    assert text.index("r = 0 |") < text.index("**Margin bound.**") < text.index("**At equal fine-tuning budget**")
+    assert "Sampling stopped as the binary bound wants it" in text
+    gained = pd.read_csv(root / "reports/digits/margin.csv")
+    for row in gained.itertuples():
+        frame = read_certificates(root / f"certificates/{row.method}/{sigma_name(row.sigma)}.tsv")
+        larger = frame.assign(radius=frame["radius"] + config.certify.radius_step)
+        assert row.certified_accuracy == pytest.approx(certified_accuracy(larger, [row.radius])[0], abs=1e-6)
+    assert (gained["gain"] >= 0).all() and gained["gain"].max() > 0
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    asked = config.model_copy(update={"certify": config.certify.model_copy(update={"bound": "margin"})})
+    with pytest.raises(RRCMError, match=r"samples.tsv: the margin bound has other radii .*`dvc repro certify@rrcm-"):
+        write_report(asked, copy, tmp_path / "out")
+    for path in copy.glob("certificates/*/*[0-9].tsv"):
+        frame, samples = read_certificates(path), read_samples(path.with_suffix(".samples.tsv"))
+        write_certificates(path, frame.assign(radius=samples["margin_radius"], predict=samples["margin_predict"]))
+    write_report(asked, copy, tmp_path / "out")
+    assert "those after which the binary bound alone would have stopped" in (tmp_path / "out/report.md").read_text()
+    same = ("best_sigma.csv", "margin.csv", "certified_accuracy.svg")
+    assert all((tmp_path / "out" / name).read_bytes() == (root / "reports/digits" / name).read_bytes() for name in same)
 
 
 def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: str) -> None:
