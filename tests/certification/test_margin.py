@@ -8,9 +8,11 @@ import math
 
 import numpy as np
 import pytest
+import test_stopping
 import torch
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom, multinomial
+from test_stopping import published_probabilities
 from torch import nn
 
 from rrcm.certification import stopping
@@ -28,6 +30,7 @@ from rrcm.certification.stopping import (
 from rrcm.utils.errors import RRCMError
 
 IMAGES, SIGMA = 200_000, 0.5
+PUBLISHED = list(test_stopping.PUBLISHED)
 TESTS = (BINARY, TWO_BOUNDS, PAIR)
 
 
@@ -266,6 +269,38 @@ def test_broken_procedures_are_caught(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stopping, "alpha_spending", lambda alpha, looks: (alpha,) * looks)
     (found,) = false_certificates(CASES["ten classes, p_A 0.8, r 0.5"], [group_sequential(SIGMA, n=1000, alpha=0.05)])
     assert min(found.values()) > most_false(0.05)
+
+
+# Never materially worse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [10_000, 100_000])
+@pytest.mark.parametrize(("data", "sigma"), PUBLISHED)
+@pytest.mark.parametrize("share", [1.0, 0.5], ids=["two classes", "half of the rest"])
+def test_no_entry_of_a_table_falls_by_more_than_an_image(data: str, sigma: float, n: int, share: float):
+    """500 images with the published p_A. The runner-up has all votes that p_A leaves, or half of them."""
+    p_a = published_probabilities(data, sigma, 500)
+    p_a = p_a[p_a > 0]  # a wrong class is chosen otherwise
+    rest = 1 - p_a
+    p = np.stack([p_a, share * rest, *[(1 - share) * rest / 8] * 8], 1)
+    rule, rng, rows = group_sequential(sigma, n=n), np.random.default_rng(0), np.arange(len(p))
+    selection = rng.multinomial(rule.n0, p)
+    without = np.delete(selection, 0, 1)
+    images = Simulated(rule, selection[:, 0], without.max(1), p_a)
+    binary, counts = np.zeros(len(p), np.int64), np.zeros(p.shape, np.int64)
+    running = np.ones(len(p), bool)
+    for look, m in enumerate(rule.looks):
+        counts += rng.multinomial(m - (rule.looks[look - 1] if look else 0), p)
+        top = counts[rows, 0]
+        level, reason = rule.decide(look, top, binary)
+        binary = np.where(running, level, binary)
+        running &= reason == ""
+        images.look(look, top, hardest(np.delete(counts, 0, 1)))
+    by_margin, by_binary = ((level[:, None] > np.arange(len(rule.radii))).sum(0) for level in (images.level, binary))
+    assert (by_margin >= by_binary - 1).all()
+    if share < 1:
+        assert by_margin.sum() > by_binary.sum()
 
 
 # By brute force
