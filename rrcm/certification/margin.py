@@ -85,9 +85,8 @@ def choose_test(votes: Mapping[int, int], top_class: int, n: int, alpha: float) 
     """The test with the largest radius for n votes, if they fell as the selection samples did: `votes` by class."""
     total = sum(votes.values()) + 1
     runner_up = max((count for k, count in votes.items() if k != top_class), default=0)
-    top, other = (
-        n * (count + 0.5) / total for count in (votes[top_class], runner_up)
-    )  # a class without votes has some
+    shares = ((count + 0.5) / total for count in (votes[top_class], runner_up))  # no class has probability 0
+    top, other = (n * share for share in shares)
     return max(
         (BINARY, TWO_BOUNDS, PAIR),  # the first of equals
         key=lambda test: float(margin_radius(test, 1.0, np.array(top), np.array([other]), n, alpha)),
