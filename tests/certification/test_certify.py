@@ -22,7 +22,7 @@ from scipy.stats import binomtest, norm
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE, SELECT, CounterDraw, counter_normal
-from rrcm.certification.results import SAMPLES, read_certificates
+from rrcm.certification.results import SAMPLES, read_certificates, read_samples
 from rrcm.certification.smoothing import ABSTAIN, ImageState, SampleRequest, SmoothedClassifier, certificate
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
@@ -537,6 +537,26 @@ def test_two_processes_write_the_same_bytes(certified, trained):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
+
+
+def test_margin_certificates_survive_kills_and_any_number_of_processes(certified, trained):
+    """The same bytes by one process, and by two after a kill; in them the certificates of the binary bound alone."""
+    change(certified, certify__bound="margin", certify__n=400)
+    finished(stage(certified, "certify", "rrcm", "0.5"))
+    alone = files_of(certified / "certificates")
+    shutil.rmtree(certified / "certificates")
+    kill_at(certified, 40, [start(certified, "certify", "rrcm", "0.5")])
+    processes = crew(certified)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert files_of(certified / "certificates") == alone
+    samples = read_samples(certified / "certificates/rrcm/sigma_0.5.samples.tsv")
+    assert (samples["samples"] > samples["binary_samples"]).any()
+    change(certified, certify__bound="binary")
+    finished(stage(certified, "certify", "rrcm", "0.5"))
+    binary = read_certificates(certified / "certificates/rrcm/sigma_0.5.tsv")
+    assert binary["radius"].equals(samples["binary_radius"]) and binary["predict"].equals(samples["binary_predict"])
 
 
 def kill_at(folder: Path, lines: int, processes: list) -> None:
