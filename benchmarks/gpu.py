@@ -34,9 +34,8 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.load import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives import FINETUNING
-from rrcm.objectives.base import Draw, build_objective
-from rrcm.training.budget import build_pretraining_objective
+from rrcm.objectives.base import Draw
+from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import finetune
 from rrcm.training.pretrain import build_networks, pretrain
 from rrcm.utils import philox
@@ -172,7 +171,8 @@ def check_noise_time(bench: Bench) -> Iterator[Row]:
     smoothed = SmoothedClassifier(classifier, SIGMA, 1000, precision=precision, batch_size=batch)
     pixels = torch.rand(batch, 3, size, size, device=bench.device)
     rows = torch.arange(3 * batch, device=bench.device).view(3, batch)
-    network = bench.seconds(lambda: run_network(smoothed, pixels, rows))
+    with torch.no_grad():
+        network = bench.seconds(lambda: smoothed.model(pixels))
     yield Row(
         f"ViT, width {width}, depth {depth}, {size} pixels, batch {batch}, {precision}", f"{1e3 * network:.1f} ms"
     )
@@ -193,11 +193,6 @@ def check_noise_time(bench: Bench) -> Iterator[Row]:
     yield Row("  certification, noise and votes included", f"{4 * batch / seconds:,.0f} samples/s")
     automatic = SmoothedClassifier(classifier, SIGMA, 1000, precision=precision)
     yield Row("  batch size chosen for the free memory", str(automatic.find_batch_size(image)))
-
-
-@torch.no_grad()
-def run_network(smoothed: SmoothedClassifier, pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return smoothed._logits(pixels, smoothed.model, *rows)
 
 
 class DrawOnCPU(Draw):
@@ -229,9 +224,7 @@ def finetuning_gradient(bench: Bench, device: torch.device, precision: str, name
     network = NoiseConditionedClassifier(NoiseConditionedViT(size, channels, 4, 48, 2, 3), 10, 2 * SIGMA)
     torch.nn.init.normal_(network.head.weight, std=0.1)  # before it moves: devices draw different numbers
     network.to(device).train()
-    settings = {"sigma": SIGMA, "num_noise": 2, **bench.config.finetune.objectives.model_dump()[name]}
-    settings = {key: value for key, value in settings.items() if not isinstance(value, dict)}
-    objective = build_objective(FINETUNING, name, settings)
+    objective = build_finetuning_objective(bench.config.finetune.settings(name, SIGMA), name, SIGMA)
     generator = torch.Generator().manual_seed(0)
     batch = {
         "image": torch.rand(64, channels, size, size, generator=generator).to(device),
@@ -361,25 +354,28 @@ def check_processes(bench: Bench) -> Iterator[Row]:
     count, backend = bench.processes, "nccl" if bench.on_gpu else "gloo"
     output = bench.folder / "processes"
     output.mkdir()
-    together(count, collectives, bench.config.device, output)
+    together(collectives, bench.config.device, output, world_size=count)
     wrong = sum(int((output / f"{rank}").read_text()) for rank in range(count))
     yield Row(f"collectives of {backend}, {count} process{'es' * (count > 1)}", f"{wrong} wrong", "0", wrong == 0)
     if count == 1:
         yield Row("one training by several processes", "not checked: there is one GPU")
         return
-    together(count, train_together, bench.config.device, bench.shards, output / "rrcm", output / "rrcm.json")
+    places = bench.shards, output / "rrcm", output / "rrcm.json"
+    together(train_together, bench.config.device, *places, world_size=count)
     weights = [load_file(path / "model.safetensors") for path in (bench.folder / "pretrain-fp32/rrcm", output / "rrcm")]
     difference = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
     yield at_most(f"weights trained by {count} processes against one", difference, 1e-2)
 
 
-def together(count: int, target: Callable, *arguments: object) -> None:
-    """Run target(*arguments) in `count` processes with torchrun's environment variables."""
+def together(target: Callable, *arguments: object, world_size: int = 2) -> None:
+    """Run target(*arguments) in `world_size` processes with torchrun's environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    processes = [context.Process(target=enter, args=(rank, count, port, target, arguments)) for rank in range(count)]
+    context = multiprocessing.get_context("forkserver")  # of a process that has not used CUDA
+    processes = [
+        context.Process(target=enter, args=(rank, world_size, port, target, arguments)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -388,8 +384,9 @@ def together(count: int, target: Callable, *arguments: object) -> None:
         raise RRCMError(f"{target.__name__}: a process failed; its message is above")
 
 
-def enter(rank: int, count: int, port: int, target: Callable, arguments: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+def enter(rank: int, world_size: int, port: int, target: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     target(*arguments)
 

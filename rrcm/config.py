@@ -512,6 +512,11 @@ class Certify(Section):
     compile: bool  # torch.compile, with CUDA graphs on a GPU
     consensus: Annotated[int, Field(ge=2)] | None  # K: an ensemble whose first K members agree skips the others
 
+    @property
+    def rule(self) -> dict[str, object]:
+        """The settings that `make_stopping_rule` and `SmoothedClassifier.certify` take."""
+        return self.model_dump(include={"stopping", "bound", "n0", "n", "alpha", "radius_step"})
+
     @model_validator(mode="after")
     def consensus_is_not_compiled(self) -> Self:
         if self.consensus is not None and self.compile:

@@ -151,11 +151,10 @@ def certify_again(config: Config, root: Path, method: str, sigma: float, images:
 
     problems, identical = [], 0
     rows = sorted(random.Random(seed).sample(range(len(published)), min(images, len(published))))
-    rule = {name: getattr(settings, name) for name in ("stopping", "bound", "n0", "n", "alpha", "radius_step")}
     with Progress(len(rows), f"certify {model} again", "images") as progress:
         for row in rows:
             image, claim = pixels[row].to(device).float() / 255, published.iloc[row]
-            (again,) = smoothed.certify(image[None], labels[row : row + 1], indices=[claim["idx"]], **rule)
+            (again,) = smoothed.certify(image[None], labels[row : row + 1], indices=[claim["idx"]], **settings.rule)
             identical += is_identical(claim, again)
             if exact and not is_identical(claim, again):
                 problems.append(f"{path}: image {claim['idx']} is published as {_text(claim)}, is now {again}")

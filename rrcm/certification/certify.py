@@ -53,8 +53,7 @@ def certify_split(
     verify_shards([images], env)
     classifier = load_model_folder(model_folder).classifier
     smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
-    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step", "bound")}
-    rule = make_stopping_rule(settings.stopping, sigma, **numbers)
+    rule = make_stopping_rule(sigma=sigma, **settings.rule)
     limits = settings.max_images, max_images
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, *limits)
     pixels = pixels.to(device).float() / 255

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv, ndtri
+from scipy.special import ndtri
 
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
@@ -26,6 +26,7 @@ from rrcm.certification.stopping import (
     WHOLE_GRID,
     FixedSample,
     StoppingRule,
+    clopper_pearson_lower,
 )
 
 BINARY, TWO_BOUNDS, PAIR = "binary", "two bounds", "pair"  # the tests
@@ -33,15 +34,9 @@ PAIR_SHARE = 0.1  # of alpha, for the bound on p_A + p_c
 FUTILITY_DEVIATIONS = 2.2  # of both counts; together about as rare as MIN_CONDITIONAL_POWER of the binary rule
 
 
-def lower_bound(successes: np.ndarray, trials: np.ndarray, alpha: float) -> np.ndarray:
-    """One-sided Clopper-Pearson lower bounds on proportions, each too high with probability at most alpha."""
-    bound = betaincinv(np.maximum(successes, 1e-9), np.maximum(trials - successes, 0) + 1, alpha)
-    return np.where(successes > 0, np.nan_to_num(bound), 0.0)
-
-
 def binary_radius(sigma: float, top: np.ndarray, m: int, alpha: float) -> np.ndarray:
     """sigma Phi^-1 of the lower bound on p_A, for `top` of m votes. Negative: nothing is certified."""
-    return sigma * ndtri(lower_bound(top, m, alpha))
+    return sigma * ndtri(clopper_pearson_lower(top, m, alpha))
 
 
 def two_bounds_radius(sigma: float, top: np.ndarray, other: np.ndarray, m: int, alpha: float) -> np.ndarray:
@@ -49,8 +44,8 @@ def two_bounds_radius(sigma: float, top: np.ndarray, other: np.ndarray, m: int, 
 
     `top` and `other` are votes of m for the chosen class and for c. Sharpest where p_A is large.
     """
-    p_a = lower_bound(top, m, alpha / 2)
-    p_c = np.minimum(1 - lower_bound(m - other, m, alpha / 2), 1 - p_a)
+    p_a = clopper_pearson_lower(top, m, alpha / 2)
+    p_c = np.minimum(1 - clopper_pearson_lower(m - other, m, alpha / 2), 1 - p_a)
     return sigma / 2 * (ndtri(p_a) - ndtri(p_c))
 
 
@@ -63,7 +58,7 @@ def pair_radius(sigma: float, top: np.ndarray, other: np.ndarray, m: int, alpha:
     radius. Sharpest where p_A is below about 0.6. At r = 0 it is a sign test.
     """
     share = PAIR_SHARE * alpha
-    s, q = lower_bound(top + other, m, share), lower_bound(top, top + other, alpha - share)
+    s, q = clopper_pearson_lower(top + other, m, share), clopper_pearson_lower(top, top + other, alpha - share)
     return sigma / 2 * (ndtri(s * q) - ndtri(s * (1 - q)))
 
 
@@ -111,7 +106,8 @@ class MarginRule:
     ) -> np.ndarray:
         """How many radii of the grid are certified after the look, of which `num_certified` were before: (B,).
 
-        `top` (B,) and `others` (B, C) are the votes for the chosen class and for the others. `FixedSample` has no grid.
+        `top` (B,) and `others` (B, C) are the votes for the chosen class and for the others, of one image without B.
+        `FixedSample` has no grid.
         """
         if test == BINARY or isinstance(self.rule, FixedSample):
             return self.rule.decide(look, top, num_certified)[0]
@@ -147,8 +143,8 @@ class MarginRule:
         """
         m, n = self.rule.looks[look], self.rule.looks[-1]
         others, doubt, rest = np.asarray(others, float), 1 - FUTILITY_CONFIDENCE, n - m
-        p_a = 1 - lower_bound(m - top, m, doubt)
-        p_c = np.minimum(lower_bound(others, m, doubt), 1 - p_a[..., None])
+        p_a = 1 - clopper_pearson_lower(m - top, m, doubt)
+        p_c = np.minimum(clopper_pearson_lower(others, m, doubt), 1 - p_a[..., None])
         most = top + rest * p_a + FUTILITY_DEVIATIONS * np.sqrt(rest * p_a * (1 - p_a))
         least = others + rest * p_c - FUTILITY_DEVIATIONS * np.sqrt(rest * p_c * (1 - p_c))
         most = np.minimum(most, n - np.maximum(least, others).max(-1))

@@ -217,8 +217,7 @@ class SmoothedClassifier(nn.Module):
         class is wrong. `indices` select the images' noise under the seed (default 0, 1, ...). Raises `RRCMError` for
         impossible settings and images.
         """
-        numbers = {"n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
-        rule = make_stopping_rule(stopping, self.sigma, **numbers, bound=bound)
+        rule = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step, bound=bound)
         states = self._image_states(images, labels, indices)
         for _ in self.certify_stream(states, rule):
             pass
@@ -352,7 +351,7 @@ class SmoothedClassifier(nn.Module):
             self._checked.add(tuple(image.shape))
 
     @torch.no_grad()
-    @explain_out_of_memory("eight noisy images do not fit: free some, or use another GPU")
+    @explain_out_of_memory("not even eight noisy images fit: free some memory, or use another GPU")
     def _largest_batch(self, image: torch.Tensor) -> int:
         device = self._device(image.device)
         probe = image.to(device, torch.float32).repeat(8, 1, 1, 1)

@@ -28,12 +28,15 @@ MIN_CONDITIONAL_POWER = 0.001  # a radius with less conditional power is given u
 LOOK_GROWTH = 1.2  # factor between the sample sizes of consecutive looks
 
 
-def clopper_pearson_lower(successes: int, trials: int, alpha: float) -> float:
-    """One-sided Clopper-Pearson lower bound on a proportion. It exceeds the truth with probability at most alpha."""
-    if successes == 0:
-        return 0.0
-    bound = float(betaincinv(successes, trials - successes + 1, alpha))
-    return 0.0 if math.isnan(bound) else bound  # scipy gives NaN for some alpha below 1e-100; 0 is always valid
+def clopper_pearson_lower(
+    successes: int | np.ndarray, trials: int | np.ndarray, alpha: float | np.ndarray
+) -> float | np.ndarray:
+    """One-sided Clopper-Pearson lower bound on a proportion. It exceeds the truth with probability at most alpha.
+
+    Vectorized over all three.
+    """
+    bound = np.nan_to_num(betaincinv(successes, trials - successes + 1, alpha))  # NaN for some alpha below 1e-100
+    return np.where(np.asarray(successes) > 0, bound, 0.0)[()]  # [()]: a number stays one
 
 
 def binomial_test(successes: int, trials: int) -> float:
@@ -161,11 +164,13 @@ def make_stopping_rule(
     if stopping not in ("fixed", "sequential"):
         raise RRCMError(f"stopping = {stopping!r}: must be fixed or sequential")
     check_settings(sigma, n0, n, alpha)
-    if n < (least := math.ceil(-math.log2(alpha) - 1e-9)):
+    if n < (least := _fewest_votes(alpha)):
         raise RRCMError(f"n = {n}: certifies nothing at alpha = {alpha}, even if all votes agree; set n to {least}")
     if stopping == "fixed":
-        return replace(fixed_sample(sigma, n0=n0, n=n, alpha=alpha), bound=bound)
-    return replace(group_sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step), bound=bound)
+        rule = fixed_sample(sigma, n0=n0, n=n, alpha=alpha)
+    else:
+        rule = group_sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
+    return replace(rule, bound=bound)
 
 
 def look_schedule(n: int) -> tuple[int, ...]:
@@ -242,8 +247,13 @@ def _upper_tail(k: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
 def check_prediction(n: int, alpha: float) -> None:
     """Raises `RRCMError` for settings with which PREDICT is impossible or always abstains."""
     check_settings(1.0, 1, n, alpha)
-    if n < (least := math.ceil(1 - math.log2(alpha) - 1e-9)):
+    if n < (least := _fewest_votes(alpha / 2)):  # its test is two-sided
         raise RRCMError(f"n = {n}: always abstains at alpha = {alpha}, even if all votes agree; set n to {least}")
+
+
+def _fewest_votes(alpha: float) -> int:
+    """The smallest n for which n equal tosses of a fair coin have a probability of at most alpha."""
+    return math.ceil(-math.log2(alpha) - 1e-9)  # less what the logarithm may be rounded up by
 
 
 def check_settings(sigma: float, n0: int, n: int, alpha: float) -> None:

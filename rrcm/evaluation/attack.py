@@ -33,7 +33,7 @@ from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.load import load_model_folder
 from rrcm.objectives.adversarial import ascend
-from rrcm.utils.distributed import pick_device, set_threads
+from rrcm.utils.distributed import explain_out_of_memory, pick_device, set_threads
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_json
 from rrcm.utils.progress import Progress
@@ -204,6 +204,7 @@ class AttackResults(NamedTuple):
         return {name: sum(summary[name] for summary in self.summaries.values()) for name in COUNTS}
 
 
+@explain_out_of_memory("lower attack.batch_size or attack.num_noise")
 def attack_method(
     config: Config, method: str, shard_folder: Path | str, models: Path, certificates: Path
 ) -> AttackResults:

@@ -130,23 +130,22 @@ def _list_files(config: Config, root: Path) -> list[str]:
 
 
 def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.DataFrame:
-    """The certificates of a model, which are by `bound`, with the samples that each image took and what they say."""
+    """The certificates of a model, which are by `bound`, with the columns of their samples file."""
     frame = read_certificates(root / certificates_file(method, sigma))
     path = root / _samples_file(method, sigma)
     samples = read_samples(path)
     advice = f"run `dvc repro certify@{method}-{sigma}`"
     if not samples["idx"].equals(frame["idx"]):
         raise RRCMError(f"{path}: has other images than the certificates beside it; {advice}")
-    samples = samples.rename(columns={"samples": "all_samples"})
-    found = _by_bound(frame.join(samples.drop(columns="idx")), bound)
-    if not found[["predict", "radius"]].equals(frame[["predict", "radius"]]):
+    frame = frame.join(samples.drop(columns="idx"))
+    if not _by_bound(frame, bound)[["predict", "radius"]].equals(frame[["predict", "radius"]]):
         raise RRCMError(f"{path}: the {bound} bound has other radii than the certificates beside it; {advice}")
-    return found
+    return frame
 
 
 def _by_bound(frame: pd.DataFrame, bound: str) -> pd.DataFrame:
     """`frame` with the predictions and radii of one bound, and the samples that this bound took."""
-    predict, samples = frame[f"{bound}_predict"], frame["binary_samples" if bound == "binary" else "all_samples"]
+    predict, samples = frame[f"{bound}_predict"], frame["binary_samples" if bound == "binary" else "samples"]
     changed = frame.assign(predict=predict, radius=frame[f"{bound}_radius"], samples=samples)
     return changed.assign(correct=(predict == frame["label"]).astype(int))
 

@@ -162,11 +162,10 @@ def _check_denoised(config: Config, num_classes: int) -> None:
 
 def _check_certification(config: Config) -> None:
     settings, attack = config.certify, config.attack
-    numbers = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "radius_step", "bound")}
     section = "certify"
     try:
         for sigma in config.sigmas:
-            make_stopping_rule(settings.stopping, sigma, **numbers)
+            make_stopping_rule(sigma=sigma, **settings.rule)
         section = "latency"
         for n in config.latency.n:
             check_settings(config.sigmas[0], min(n, settings.n0), n, settings.alpha)

@@ -76,7 +76,7 @@ def finetune(
     denoiser makes of noisy images.
     """
     set_threads(config.threads)
-    advice = "raise finetune.num_chunks, or set model.grad_checkpointing"
+    advice = "raise finetune.num_chunks, set model.grad_checkpointing, or lower finetune.batch_size"
     with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)

@@ -46,10 +46,10 @@ def uniforms(counter: tuple[torch.Tensor, ...], key: tuple[Word, Word]) -> tuple
     Each is computed by correctly rounded operations, so every compiler and device gives the same bits.
     """
     w0, w1, w2, w3 = philox4x32(counter, key)
-    return _open_unit(w0), _angle(w1), _open_unit(w2), _angle(w3)
+    return _unit(w0), _angle(w1), _unit(w2), _angle(w3)
 
 
-def _open_unit(word: torch.Tensor) -> torch.Tensor:
+def _unit(word: torch.Tensor) -> torch.Tensor:
     return word.float().add_(0.5).mul_(2**-32)
 
 

@@ -1,9 +1,7 @@
 """Two real processes (gloo) with half the batch each take the same step as one process with the whole batch."""
 
-import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from conftest import REPOSITORY, compose
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.gpu import together
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
 from rrcm.data import shards as shards_module
@@ -46,29 +45,6 @@ from rrcm.utils.distributed import (
     sync_batch_norm,
 )
 from rrcm.utils.errors import RRCMError
-
-
-def together(target, *arguments: object, world_size: int = 2) -> None:
-    """Run target(*arguments) in `world_size` processes with torchrun's environment variables."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    processes = [
-        context.Process(target=_enter, args=(rank, world_size, port, target, arguments)) for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * world_size
-
-
-def _enter(rank: int, world_size: int, port: int, target, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    target(*arguments)
 
 
 def one_step(folder: Path, num_chunks: int = 1) -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import kstest
 
 from rrcm.utils import philox
-from rrcm.utils.philox import UINT32, _angle, _open_unit, box_muller, fused_uniforms, philox4x32, uniforms
+from rrcm.utils.philox import UINT32, _angle, _unit, box_muller, fused_uniforms, philox4x32, uniforms
 from rrcm.utils.rng import philox_per_sample
 
 
@@ -34,7 +34,7 @@ def test_philox_gives_the_known_answers(counter, key, answer):
 def test_the_extreme_words_are_finite():
     words = torch.tensor([0, 1, 2**31, UINT32])
     one, other = (side.flatten() for side in torch.meshgrid(words, words, indexing="ij"))
-    normals = torch.stack(box_muller(_open_unit(one), _angle(other)))
+    normals = torch.stack(box_muller(_unit(one), _angle(other)))
     assert normals.isfinite().all() and normals.abs().max() < 6.8
 
 
