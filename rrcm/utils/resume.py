@@ -169,3 +169,8 @@ def unpack_state(
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # Files keep no memory layout, and fused optimizers walk a weight and its moments in memory order
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
