@@ -31,12 +31,14 @@ from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.config import Config, load_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.models.architectures import build_network
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.load import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives.base import Draw
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import finetune
+from rrcm.training.optim import build_optimizer
 from rrcm.training.pretrain import build_networks, pretrain
 from rrcm.utils import philox
 from rrcm.utils.distributed import (
@@ -53,6 +55,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.philox import fused_uniforms, philox4x32, uniforms
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
+from rrcm.utils.resume import RunState, pack_state, unpack_state
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIGMA = 0.5
@@ -296,6 +299,33 @@ def check_trainings(bench: Bench) -> Iterator[Row]:
         yield at_most("pre-training, compiled: loss", abs(row["loss"] - exact) / exact, 1e-2)
 
 
+def check_resume(bench: Bench) -> Iterator[Row]:
+    """A resumed training takes the step of an undisturbed one. A convolutional network: its weights have a layout."""
+    for name in ("adamw", "sgd"):
+
+        def training(name: str = name) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+            torch.manual_seed(0)
+            network = build_network("lenet", 28, 1, 10).to(bench.device)
+            return network, build_optimizer([(1.0, list(network.parameters()))], lr=0.01, weight_decay=0.0, name=name)
+
+        def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            optimizer.zero_grad()
+            network(torch.linspace(-1, 1, 784, device=bench.device).view(1, 1, 28, 28)).square().sum().backward()
+            optimizer.step()
+
+        state = RunState("resume", name, bench.folder)
+        undisturbed, resumed = training(), training()
+        step(*undisturbed)
+        state.lock()
+        state.save(1, pack_state({"network": undisturbed[0]}, undisturbed[1]), {})
+        unpack_state(state.load()[1], {"network": resumed[0]}, resumed[1])
+        for run in (undisturbed, resumed):
+            step(*run)
+        pairs = zip(undisturbed[0].parameters(), resumed[0].parameters(), strict=True)
+        difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+        yield at_most(f"weights of a resumed LeNet, {name}", difference, 1e-5)
+
+
 def check_votes(bench: Bench) -> Iterator[Row]:
     """Votes that change from float32 on the CPU to the device, its precision, and the compiled network."""
     loaded = load_model_folder(bench.folder / "finetune-fp32" / "rrcm")
@@ -426,6 +456,7 @@ CHECKS = [
     check_noise_time,
     check_gradients,
     check_trainings,
+    check_resume,
     check_votes,
     check_certificates,
     check_processes,  # last: it compares with a training of `check_trainings`
