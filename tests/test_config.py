@@ -78,7 +78,7 @@ COLUMNS += ["label_smoothing", "consistency_weight"]
     [
         ("digits", "rrcm", 0.5, (10, 2, 128, 5e-3, 0.9, "none", 0, 0, 0, 10)),
         ("digits", "gaussian_matched", 1.0, (10, 2, 128, 1e-2, 1.0, "none", 0, 0, 0, 10)),
-        ("fashion_mnist", "rrcm", 0.25, (10, 1, 256, 1e-3, 0.975, "none", 0, 0, 0, 10)),
+        ("fashion_mnist", "rrcm", 0.25, (10, 1, 256, 2e-3, 0.975, "none", 0, 0, 0, 10)),
         ("cifar10", "rrcm", 0.25, (100, 10, 1024, 2e-4, 0.75, "none", 0, 0, 0, 10)),
         ("cifar10", "rrcm", 0.5, (100, 10, 1024, 2e-4, 0.75, "none", 0, 0, 0, 20)),
         ("cifar10", "rrcm", 1.0, (100, 10, 1024, 2e-4, 0.65, "none", 0, 0, 0, 20)),
