@@ -299,29 +299,37 @@ def check_trainings(bench: Bench) -> Iterator[Row]:
         yield at_most("pre-training, compiled: loss", abs(row["loss"] - exact) / exact, 1e-2)
 
 
+Training = tuple[torch.nn.Module, torch.optim.Optimizer]
+
+
+def resume_lenet(device: torch.device, optimizer: str, folder: Path) -> tuple[Training, Training]:
+    """A LeNet after two steps, and another that was resumed between them from a checkpoint in `folder`."""
+
+    def training() -> Training:
+        torch.manual_seed(0)
+        network = build_network("lenet", 28, 1, 10).to(device)
+        return network, build_optimizer([(1.0, list(network.parameters()))], lr=0.01, weight_decay=0.0, name=optimizer)
+
+    def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        network(torch.linspace(0, 1, 784, device=device).view(1, 1, 28, 28)).square().sum().backward()
+        optimizer.step()
+
+    state, undisturbed, resumed = RunState("resume", optimizer, folder), training(), training()
+    step(*undisturbed)
+    state.lock()
+    state.save(1, pack_state({"network": undisturbed[0]}, undisturbed[1]), {})
+    unpack_state(state.load()[1], {"network": resumed[0]}, resumed[1])
+    for run in (undisturbed, resumed):
+        step(*run)
+    return undisturbed, resumed
+
+
 def check_resume(bench: Bench) -> Iterator[Row]:
     """A resumed training takes the step of an undisturbed one. A convolutional network: its weights have a layout."""
     for name in ("adamw", "sgd"):
-
-        def training(name: str = name) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-            torch.manual_seed(0)
-            network = build_network("lenet", 28, 1, 10).to(bench.device)
-            return network, build_optimizer([(1.0, list(network.parameters()))], lr=0.01, weight_decay=0.0, name=name)
-
-        def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-            optimizer.zero_grad()
-            network(torch.linspace(-1, 1, 784, device=bench.device).view(1, 1, 28, 28)).square().sum().backward()
-            optimizer.step()
-
-        state = RunState("resume", name, bench.folder)
-        undisturbed, resumed = training(), training()
-        step(*undisturbed)
-        state.lock()
-        state.save(1, pack_state({"network": undisturbed[0]}, undisturbed[1]), {})
-        unpack_state(state.load()[1], {"network": resumed[0]}, resumed[1])
-        for run in (undisturbed, resumed):
-            step(*run)
-        pairs = zip(undisturbed[0].parameters(), resumed[0].parameters(), strict=True)
+        runs = resume_lenet(bench.device, name, bench.folder)
+        pairs = zip(*(network.parameters() for network, _ in runs), strict=True)
         difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
         yield at_most(f"weights of a resumed LeNet, {name}", difference, 1e-5)
 

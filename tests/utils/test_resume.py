@@ -13,11 +13,10 @@ import pytest
 import torch
 from conftest import Answer, change, files_of, in_own_mounts, stage, start
 
-from rrcm.models.architectures import build_network
-from rrcm.training.optim import build_optimizer
+from benchmarks.gpu import resume_lenet
 from rrcm.utils import resume
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.resume import RunState, pack_state, runs_directory, unpack_state
+from rrcm.utils.resume import RunState, runs_directory
 from rrcm.utils.tensors import write_tensors
 
 
@@ -229,26 +228,8 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_lock(state):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_moments_keep_the_memory_layout_of_their_weights(tmp_path, optimizer):
     """A file keeps no layout. Fused optimizers walk weights and moments in memory order, or refuse them on a GPU."""
-
-    def training() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        network = build_network("lenet", 28, 1, 10)  # weights in channels_last
-        return network, build_optimizer([(1.0, list(network.parameters()))], lr=0.01, weight_decay=0.0, name=optimizer)
-
-    def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        network(torch.linspace(0, 1, 784).reshape(1, 1, 28, 28)).square().sum().backward()
-        optimizer.step()
-
-    first, state = training(), RunState("training", "0", tmp_path)
-    step(*first)
-    state.lock()
-    state.save(1, pack_state({"network": first[0]}, first[1]), {})
-    resumed = training()
-    unpack_state(state.load()[1], {"network": resumed[0]}, resumed[1])
-    for weight, moments in resumed[1].state.items():
+    (network, _), (resumed, moments_of) = resume_lenet(torch.device("cpu"), optimizer, tmp_path)
+    for weight, moments in moments_of.state.items():
         assert all(m.stride() == weight.stride() for m in moments.values() if m.shape == weight.shape)
-    for run in (first, resumed):
-        step(*run)
-    for name, weight in first[0].state_dict().items():
-        assert torch.equal(resumed[0].state_dict()[name], weight), name
+    for name, weight in network.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
