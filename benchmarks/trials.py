@@ -17,14 +17,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
+from rrcm.methods import METHODS
 from rrcm.models.load import load_model_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RADII = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0]
+VOTER = ("gaussian", 0.25)  # whose votes are soft labels, `soft_labels` in conf/config.yaml
 
 
 def stage(name: str, *arguments: str) -> None:
@@ -60,7 +63,10 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     os.chdir(given.work)
     os.environ.setdefault("RRCM_RUNS", str(Path("runs").resolve()))
-    overrides = [*given.overrides, f"sigmas=[{given.sigma}]", f"methods=[{given.method}]"]
+    methods, sigmas = [given.method], [given.sigma]
+    if METHODS[given.method].needs_soft_labels:
+        methods, sigmas = [given.method, VOTER[0]], sorted({given.sigma, VOTER[1]})
+    overrides = [*given.overrides, f"sigmas={sigmas}", f"methods=[{','.join(methods)}]"]
     params = Path(f"params-{digest(overrides)}.yaml")
     stage("compose", *overrides, "--output", str(params))
     config = load_config(params)
@@ -81,19 +87,14 @@ def main() -> None:
                     f"{key} {row['sigma']}": round(row[key], 3) for key in row if "knn" in key or "centred" in key
                 }
     models = Path("models-" + digest(overrides))
-    stage(
-        "finetune",
-        given.method,
-        str(given.sigma),
-        *common,
-        "--pretrained",
-        str(encoders),
-        "--models",
-        str(models),
-        "--timings",
-        str(models / "timings"),
-    )
-    folder = models / given.method / f"sigma_{given.sigma}"
+    timings, soft_labels = models / "timings", models / "soft_labels.safetensors"
+    common += ["--models", str(models)]
+    finetune = [*common, "--pretrained", str(encoders), "--timings", str(timings)]
+    if METHODS[given.method].needs_soft_labels:
+        stage("finetune", VOTER[0], str(VOTER[1]), *finetune)
+        stage("soft_labels", *common, "--output", str(soft_labels), "--timing", str(timings / "soft_labels.json"))
+    stage("finetune", given.method, str(given.sigma), *finetune, "--soft-labels", str(soft_labels))
+    folder = models / given.method / sigma_name(given.sigma)
     frame = certify_validation(folder, shards, given.sigma, given.n, given.images)
     settings = json.loads((folder / "config.json").read_text())
     record |= {"epochs": settings["training"]["epochs"], "passes": sum(settings["compute"].values())}
