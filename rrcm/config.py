@@ -228,6 +228,7 @@ class GaussianSettings(Section):
 class StabilitySettings(Section):
     """Stability training (Li et al. 2019)."""
 
+    num_noise: Count | None  # m; null: the common one
     stability_weight: NonNegative  # lambda
 
 
@@ -260,6 +261,7 @@ class SmoothAdvSettings(Section):
 class SmoothMixSettings(Section):
     """SmoothMix (Jeong et al. 2021)."""
 
+    num_noise: Count | None  # m; null: the common one
     mix_weight: NonNegative  # eta
     attack_step: Positive  # alpha, L2, pixel units
     attack_steps: Count  # T

@@ -248,6 +248,16 @@ TABLE = {
         "label": "rRCM + CAT-RS",
         "colour": "#5E3C99",
     },
+    "rrcm_smoothadv": {
+        "initial_weights": "rrcm",
+        "objective": "smoothadv",
+        "budget": "finetune",
+        "classifier": "classifier",
+        "base": None,
+        "family": "rRCM",
+        "label": "rRCM + SmoothAdv",
+        "colour": "#0B8F9C",
+    },
     "cat_rs_matched": {
         "initial_weights": None,
         "objective": "cat_rs",

@@ -121,7 +121,11 @@ def test_presets_compose_with_every_profile(tmp_path, name):
         same = {"profile", "seed", "sigmas", "data", "model", "certify", "latency"}
         assert config.model_dump(include=same) == plain.model_dump(include=same)
     equal_passes = profile(tmp_path, name, "preset=all").finetune
-    assert equal_passes.model_copy(update={"budget": "epochs"}) == plain.finetune
+    assert equal_passes.budget == "passes"
+    for method in ("gaussian", "stability"):
+        assert equal_passes.settings(method, 0.5).of_objective(method)["num_noise"] == 1
+    alone = {"budget": "epochs", "objectives": plain.finetune.objectives}
+    assert equal_passes.model_copy(update=alone) == plain.finetune
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_TRUNKS))

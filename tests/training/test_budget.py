@@ -49,6 +49,17 @@ def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
     assert of_rrcm.compute == 3 * 3 * 6 * IMAGES and of_rrcm.epochs == budget.epochs == 6
 
 
+@pytest.mark.parametrize(("name", "passes"), [("gaussian", 3), ("stability", 6), ("smoothmix", 8)])
+def test_an_objective_may_have_a_number_of_noises_of_its_own(plan, name, passes):
+    common = "finetune.num_noise=4"
+    block = f"finetune.objectives.{name}"
+    own = f"{block}.num_noise.default=1" if name == "gaussian" else f"{block}.num_noise=1"
+    steps = (f"{block}.attack_steps=1",) if name == "smoothmix" else ()
+    config, budget = plan(name, common, own, *steps)
+    assert budget.step_compute == passes * config.finetune.batch_size
+    assert planned_passes(config, "consistency", SIGMA, IMAGES) == 4 * 3 * 6 * IMAGES  # that has none
+
+
 @pytest.mark.parametrize(
     "method", [n for n in TRAINABLE if METHODS[n].budget == "finetune" and not METHODS[n].denoises]
 )
@@ -93,8 +104,8 @@ def test_soft_labels_that_cost_all_are_refused(plan):
 
 def test_schedules_end_with_a_training_that_is_shorter_than_planned(plan):
     """SmoothAdv with T = 10 and m = 2 costs 46 passes per image, consistency 6."""
-    overrides = ("finetune.objectives.smoothadv.attack_steps=10", "finetune.budget=passes")
-    _, budget = plan("smoothadv", *overrides)
+    settings = "finetune.objectives.smoothadv"
+    _, budget = plan("smoothadv", f"{settings}.attack_steps=10", f"{settings}.num_noise=2", "finetune.budget=passes")
     assert budget.total_steps == round(600 * 6 / 46) == 78 and budget.epochs == 0.78
     assert budget.schedule_epoch(0) == 0 and budget.schedule_epoch(39) == pytest.approx(3)
     assert budget.schedule_epoch(78) == pytest.approx(6) == budget.schedule_epochs
