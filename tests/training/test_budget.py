@@ -49,13 +49,16 @@ def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
     assert of_rrcm.compute == 3 * 3 * 6 * IMAGES and of_rrcm.epochs == budget.epochs == 6
 
 
-@pytest.mark.parametrize(("name", "passes"), [("gaussian", 3), ("stability", 6), ("smoothmix", 8)])
-def test_an_objective_may_have_a_number_of_noises_of_its_own(plan, name, passes):
-    common = "finetune.num_noise=4"
-    block = f"finetune.objectives.{name}"
-    own = f"{block}.num_noise.default=1" if name == "gaussian" else f"{block}.num_noise=1"
-    steps = (f"{block}.attack_steps=1",) if name == "smoothmix" else ()
-    config, budget = plan(name, common, own, *steps)
+@pytest.mark.parametrize(
+    ("name", "own", "passes"),
+    [
+        ("gaussian", "gaussian.num_noise.default=1", 3),
+        ("stability", "stability.num_noise=1", 6),
+        ("smoothmix", "smoothmix={num_noise:1,attack_steps:1}", 8),
+    ],
+)
+def test_an_objective_may_have_a_number_of_noises_of_its_own(plan, name, own, passes):
+    config, budget = plan(name, "finetune.num_noise=4", f"finetune.objectives.{own}")
     assert budget.step_compute == passes * config.finetune.batch_size
     assert planned_passes(config, "consistency", SIGMA, IMAGES) == 4 * 3 * 6 * IMAGES  # that has none
 
