@@ -124,8 +124,22 @@ def test_presets_compose_with_every_profile(tmp_path, name):
     assert equal_passes.budget == "passes"
     for method in ("gaussian", "stability"):
         assert equal_passes.settings(method, 0.5).of_objective(method)["num_noise"] == 1
+    own = {"gaussian", "stability"}
+    assert equal_passes.objectives.model_dump(exclude=own) == plain.finetune.objectives.model_dump(exclude=own)
     alone = {"budget": "epochs", "objectives": plain.finetune.objectives}
     assert equal_passes.model_copy(update=alone) == plain.finetune
+
+
+def test_published_recipes_have_the_papers_settings(tmp_path):
+    """Though one inherits from `fashion_mnist`, whose settings are for short trainings."""
+    lenet, resnet = (profile(tmp_path, name) for name in ("fashion_mnist_lenet", "cifar10_resnet110"))
+    ours, papers = lenet.finetune.objectives, resnet.finetune.objectives
+    assert ours.smoothmix == papers.smoothmix and ours.cat_rs == papers.cat_rs
+    assert lenet.soft_labels == resnet.soft_labels
+    differ = {"radius_weight", "deferred_epochs"}  # by data set and length
+    assert ours.macer.model_dump(exclude=differ) == papers.macer.model_dump(exclude=differ)
+    assert ours.macer.radius_weight == 12
+    assert all(config.finetune.evaluate_every == config.finetune.epochs for config in (lenet, resnet))
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_TRUNKS))
