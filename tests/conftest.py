@@ -7,12 +7,14 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch
 import yaml
 from dvc.utils.hydra import compose_and_dump
 
@@ -152,6 +154,22 @@ def kill_when(folder: Path, pattern: str, name: str, *arguments: str, larger_tha
 def files_of(folder: Path) -> dict[str, bytes]:
     """Relative path and content of every file in a folder and below."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
+    """No element differs by more than `bound` times the largest: rounding follows the scale of what is summed."""
+    found, expected = found.detach(), expected.detach()
+    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    assert found.shape == expected.shape and difference <= bound * scale, f"{difference} is too much for {scale}"
+
+
+def assert_same_gradients(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Each tensor agrees to 1e-4 of its norm. One that is zero but for rounding may have 1e-5 of the norm of all."""
+    assert found.keys() == expected.keys()
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        difference = (found[name] - gradient).norm()
+        assert difference <= 1e-4 * gradient.norm() + 1e-5 * total, f"{name}: {difference} is too much"
 
 
 def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import compose, files_of, stage
+from conftest import assert_close, compose, files_of, stage
 from torch import nn
 
 from rrcm.certification.results import ABSTAIN, read_certificates, write_certificates
@@ -55,7 +55,7 @@ def test_the_worst_case_of_a_linear_classifier_is_reached():
     away = nn.functional.normalize(network.weight[1 - labels] - network.weight[labels]).detach()
     expected = images + (radius[:, None] * away).view_as(images)
     assert torch.equal(attacked[0], images[0])
-    torch.testing.assert_close(attacked, expected, atol=2e-6, rtol=0)
+    assert_close(attacked, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import compose, exit_codes, files_of, make_project, stage, start_all
+from conftest import assert_close, compose, exit_codes, files_of, make_project, stage, start_all
 from safetensors.torch import load_file
 from scipy.linalg import sqrtm
 
@@ -121,7 +121,7 @@ def test_the_trajectory_is_the_way_of_the_sampler():
     assert len(way) == len(levels) and torch.equal(way[0], start)
     assert torch.equal(way[-1], heun(denoise, start, levels))
     middle = start * math.sqrt((1 + levels[100] ** 2) / 10)
-    torch.testing.assert_close(way[100], middle, rtol=1e-4, atol=1e-5)
+    assert_close(way[100], middle, 1e-4)
 
 
 def save_encoder(folder: Path, config: Config, seed: int) -> None:

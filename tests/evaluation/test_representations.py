@@ -30,8 +30,8 @@ def test_same_and_cross_cosine_are_means_over_pairs():
     noisy = clean + torch.randn(30, 5)
     cosine = nn.functional.cosine_similarity(noisy[:, None], clean[None], dim=-1)
     same, cross = same_and_cross_cosine(noisy, clean)
-    assert same == pytest.approx(float(cosine.diag().mean()), abs=1e-6)
-    assert cross == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-6)
+    assert same == pytest.approx(float(cosine.diag().mean()), abs=1e-5)
+    assert cross == pytest.approx(float(cosine[~torch.eye(30, dtype=bool)].mean()), abs=1e-5)
     assert same > cross + 0.1
     assert same_and_cross_cosine(torch.ones(9, 4), torch.ones(9, 4)) == (pytest.approx(1), pytest.approx(1))
 
@@ -64,7 +64,7 @@ def test_the_trajectory_of_pixels():
         assert row["same_image_cosine"] == pytest.approx((1 + 3 * t**2) ** -0.5, abs=0.02)
         assert abs(row["cross_image_cosine"]) < 0.01
         assert row["centred_cosine"] == pytest.approx(row["same_image_cosine"], abs=0.01)
-    assert evaluate_pixels(Pixels(5.0))[2]["same_image_cosine"] == pytest.approx(loud["same_image_cosine"], abs=1e-6)
+    assert evaluate_pixels(Pixels(5.0))[2]["same_image_cosine"] == pytest.approx(loud["same_image_cosine"], abs=1e-5)
 
 
 def test_a_common_component_raises_all_cosines_but_the_centred_one():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_close
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE, CounterDraw
@@ -84,16 +85,16 @@ def test_the_denoiser_is_that_of_edm():
     skip, out, scale = sd**2 / (t**2 + sd**2), t * sd / (sd**2 + t**2) ** 0.5, 1 / (sd**2 + t**2) ** 0.5
     factors = preconditioning(t)
     for found, expected in zip(factors, (skip, out, scale, t.log() / 4), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(loss_weight(t), 1 / out**2, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss_weight(t), 1 / out**2, rtol=1e-5, atol=0)
     network = denoiser.network
     tokens = network.encoder.patch_tokens(noisy, t)
     patches = network.head(tokens).unflatten(1, (2, 2)).unflatten(-1, (4, 4))  # (B, rows, columns, 4, 4)
     output = patches.permute(0, 1, 3, 2, 4).reshape(4, 1, 8, 8)
     expected = skip[:, None, None, None] * noisy + out[:, None, None, None] * output
-    torch.testing.assert_close(denoiser(noisy, t), expected, rtol=1e-6, atol=1e-6)
+    assert_close(denoiser(noisy, t), expected)
     each = torch.cat([denoiser(image[None], float(level)) for image, level in zip(noisy, t, strict=True)])
-    torch.testing.assert_close(denoiser(noisy, t), each, rtol=1e-5, atol=1e-6)
+    assert_close(denoiser(noisy, t), each)
 
 
 def test_before_training_a_denoiser_scales_its_input():
@@ -166,9 +167,7 @@ def test_many_ancestral_steps_give_the_distribution_of_the_data():
 @torch.no_grad()
 def test_dds_with_the_identity_is_the_classifier_of_clipped_pixels():
     part, (noisy, _) = classifier(), rows()
-    torch.testing.assert_close(
-        DDS(Identity(), part, sigma=SIGMA, classifier_size=8)(noisy), part(noisy.clamp(0, 1)), rtol=1e-5, atol=1e-5
-    )
+    assert_close(DDS(Identity(), part, sigma=SIGMA, classifier_size=8)(noisy), part(noisy.clamp(0, 1)))
     assert torch.equal(denoise_pixels(Identity(), noisy, sigma=SIGMA), (2 * noisy - 1).clamp(-1, 1) / 2 + 0.5)
 
 
@@ -177,7 +176,7 @@ def test_simplest_cases_are_dds():
     denoiser, part, (noisy, draw) = trained_denoiser(), classifier(), rows()
     dds = DDS(denoiser, part, sigma=SIGMA, classifier_size=8)(noisy)
     smooth = DiffSmooth(denoiser, part, sigma=SIGMA, classifier_size=8, num_noise=3, local_sigma=0.0)(noisy, draw)
-    torch.testing.assert_close(smooth, dds.log_softmax(1), rtol=1e-5, atol=1e-5)
+    assert_close(smooth, dds.log_softmax(1))
     pure = DensePure(denoiser, part, sigma=SIGMA, classifier_size=8, runs=1, steps=1)(noisy, draw)
     assert torch.equal(pure.argmax(1), dds.argmax(1)) and dds.argmax(1).unique().numel() > 1
 
@@ -188,7 +187,7 @@ def test_diffsmooth_averages_probabilities_over_local_noises():
     found = DiffSmooth(denoiser, part, sigma=SIGMA, classifier_size=8, num_noise=4, local_sigma=0.25)(noisy, draw)
     clean = denoise_pixels(denoiser, noisy, sigma=SIGMA)
     copies = [part(clean + 0.25 * draw.normal(f"local noise {copy}", (1, 8, 8))).softmax(1) for copy in range(4)]
-    torch.testing.assert_close(found.exp(), sum(copies) / 4, rtol=1e-5, atol=1e-6)
+    assert_close(found.exp(), sum(copies) / 4)
 
 
 @torch.no_grad()

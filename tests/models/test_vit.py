@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import assert_close, assert_same_gradients
 from timm.models.vision_transformer import VisionTransformer
 
 from rrcm.models import vit
@@ -67,7 +68,7 @@ def test_the_network_answers_as_timms_to_the_bit(monkeypatch, qkv_bias):
     assert twin.blocks[0].attn.fused_attn
     scale = (torch.tensor(t).square() + 0.25).rsqrt()
     expected = twin.forward_features(scale * images)[:, 0]
-    torch.testing.assert_close(network(images, t), expected, atol=1e-5, rtol=1e-5)
+    assert_close(network(images, t), expected)
     monkeypatch.setattr(Block, "forward_cls", lambda block, tokens: block(tokens)[:, 0])
     assert torch.equal(network(images, t), expected)
 
@@ -82,12 +83,12 @@ def test_gradients_of_a_block_are_timms(tokens_read, qkv_bias):
     one, two = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
     found = block(one) if tokens_read == 6 else block.forward_cls(one)[:, None]
     expected = twin(two)[:, :tokens_read]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected)
     weights = torch.randn_like(found)
     gradients = torch.autograd.grad((found * weights).sum(), [one, *block.parameters()])
     references = torch.autograd.grad((expected * weights).sum(), [two, *twin.parameters()])
-    for a, b in zip(gradients, references, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    names = ["tokens", *dict(block.named_parameters())]
+    assert_same_gradients(dict(zip(names, gradients, strict=True)), dict(zip(names, references, strict=True)))
 
 
 def test_images_of_another_size_are_refused():
@@ -121,11 +122,11 @@ def test_attention_in_half_precision_is_that_of_float32_up_to_rounding():
     exact = [x.float().requires_grad_() for x in (q, k, v)]
     halves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected, found = torch.nn.functional.scaled_dot_product_attention(*exact), attention(*halves)
-    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+    assert_close(found.float(), expected, 2e-2)
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad((found.float() * weights).sum(), halves)
     for a, b in zip(gradients, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
-        torch.testing.assert_close(a.float(), b, atol=3e-2, rtol=3e-2)
+        assert_close(a.float(), b, 3e-2)
 
 
 def test_time_embedding_is_cosines_then_sines_of_250_log_t():
@@ -142,7 +143,7 @@ def test_images_are_scaled_by_c_in_and_may_differ_in_t():
     levels = torch.tensor([0.1, 1.0, 5.0])
     together = network(x, levels)
     for i, t in enumerate(levels.tolist()):
-        torch.testing.assert_close(together[i : i + 1], network(x[i : i + 1], t), atol=1e-5, rtol=1e-4)
+        assert_close(together[i : i + 1], network(x[i : i + 1], t))
     seen = []
     network.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network(x, 2.0)

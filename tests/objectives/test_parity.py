@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_close
 from safetensors.torch import load_file, save_file
 
 from rrcm import (
@@ -43,8 +44,8 @@ def test_representations_and_projections(reference, load):
         with torch.no_grad():
             representation = network.encoder(reference["x"] + float(t) * reference["noise"], float(t))
             projection = network.projector(representation)
-        torch.testing.assert_close(representation, reference[f"cls_t{t}"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(projection, reference[f"proj_t{t}"], atol=1e-5, rtol=0)
+        assert_close(representation, reference[f"cls_t{t}"])
+        assert_close(projection, reference[f"proj_t{t}"])
 
 
 def test_loss_terms_and_gradients(reference, load):
@@ -82,14 +83,14 @@ def test_fine_tuned_logits(reference, tmp_path, sigma):
     pixels = (reference["x"] + 1) / 2
     with torch.no_grad():
         logits = classifier.eval()(pixels + sigma * reference["noise"])
-    torch.testing.assert_close(logits, reference[f"logits_noise{2 * sigma}"], atol=1e-5, rtol=0)
+    assert_close(logits, reference[f"logits_noise{2 * sigma}"])
 
 
 @pytest.mark.parametrize("weight", [10, 20])
 def test_consistency_regularizer(reference, weight):
     logits = torch.stack([reference["logits_a"], reference["logits_b"]])
     answer = consistency_regularizer(logits, weight, 0.5).mean()
-    torch.testing.assert_close(answer, reference[f"consistency_loss_l{weight}_e0.5"][0], atol=1e-5, rtol=0)
+    assert_close(answer, reference[f"consistency_loss_l{weight}_e0.5"][0])
 
 
 def test_regularizer_equals_torch_kl_and_survives_certainty():

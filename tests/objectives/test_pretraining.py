@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import assert_close
 from torch import nn
 
 from rrcm.models.heads import Decoder, EncoderWithPredictor, MaskedAutoencoder
@@ -74,7 +75,7 @@ def test_the_target_is_the_image_without_noise():
 def test_patches_are_those_of_the_encoder_and_normalized():
     image = images(2, 3, 8, 8)
     patches, corner = normalized_patches(image, 4), image[1, :, 4:, :4].flatten()  # third of four, row by row
-    torch.testing.assert_close(patches[1, 2], (corner - corner.mean()) / corner.std(), rtol=1e-4, atol=1e-4)
+    assert_close(patches[1, 2], (corner - corner.mean()) / corner.std(), 1e-4)
     encoder = NoiseConditionedViT(8, 3, 4, embed_dim=48, depth=1, num_heads=2)
     nn.init.zeros_(encoder.patch_embed.proj.bias)
     encoder.patch_embed.proj.weight.data.copy_(torch.eye(48).view(48, 3, 4, 4))
@@ -93,7 +94,7 @@ def test_an_encoder_that_sees_all_patches_has_the_class_token_of_the_representat
     torch.manual_seed(0)
     encoder = NoiseConditionedViT(8, 1, 4, embed_dim=16, depth=2, num_heads=2)
     every, image = torch.arange(4).expand(B, -1), images(B, 1, 8, 8)
-    torch.testing.assert_close(encoder(image, 0.7, every)[:, 0], encoder(image, 0.7), rtol=1e-5, atol=1e-5)
+    assert_close(encoder(image, 0.7, every)[:, 0], encoder(image, 0.7))
     few = torch.tensor([[1, 3]]).expand(B, -1)
     other = image.clone()
     other[:, :, :, :4] += 1  # patches 0 and 2
@@ -132,7 +133,7 @@ def test_the_heads_of_moco_v3_are_the_published_ones():
     for head in (student.projector, student.predictor):
         assert head[-1].weight is None and not any(layer.bias is not None for layer in head[:-1:3])
         output = head(torch.randn(32, head[0].in_features))
-        assert output.mean(0).abs().max() < 1e-6 and (output.var(0, correction=0) - 1).abs().max() < 1e-3
+        assert output.mean(0).abs().max() < 1e-5 and (output.var(0, correction=0) - 1).abs().max() < 1e-3
 
 
 def test_a_batch_norm_without_weights_is_torchs():

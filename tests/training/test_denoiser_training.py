@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import change, exit_codes, files_of, kill_when, make_project, stage, start_all
+from conftest import assert_same_gradients, change, exit_codes, files_of, kill_when, make_project, stage, start_all
 from safetensors.torch import load_file
 from torch import nn
 
@@ -103,9 +103,7 @@ def test_chunks_change_no_gradient():
         loss = Denoising(noise_mean=0.0, noise_std=1.0, num_chunks=chunks)(denoiser, {"image": image}, draw)["loss"]
         loss.backward()
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert_same_gradients(gradients[1], gradients[0])
 
 
 def test_the_outputs_of_the_stage(parts):

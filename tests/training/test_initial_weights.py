@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import change, compose, stage
+from conftest import assert_close, change, compose, stage
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.layers import SwiGLUPacked
@@ -73,7 +73,7 @@ def test_a_transplanted_vit_is_timms_with_one_token_more(changes, channels, t):
     before = sha256_tensors(network.state_dict())
     encoder = convert_timm_vit(network, "it", **OURS | {"channels": channels}, t=t).eval()
     expected = as_timm_sees(network, pixels)
-    torch.testing.assert_close(without_time_token(encoder, pixels, t), expected, atol=1e-5, rtol=1e-5)
+    assert_close(without_time_token(encoder, pixels, t), expected)
     assert (without_time_token(encoder, pixels, t + 0.5) - expected).abs().max() > 1e-2  # the stem is folded for one t
     assert sha256_tensors(network.state_dict()) == before
 
@@ -84,8 +84,8 @@ def test_the_time_token_starts_as_a_patch_of_the_mean_colour_at_the_mean_place()
     encoder = convert_timm_vit(network, "it", **OURS, t=t).eval()
     mean_colour = torch.tensor(MEAN)[None, :, None, None].expand(1, 3, 16, 16)
     tokens = tokens_of(encoder, torch.cat([mean_colour, torch.rand(1, 3, 16, 16)]), t)
-    torch.testing.assert_close(tokens[0, 1], tokens[0, 2:].mean(dim=0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tokens[1, 1], tokens[0, 1])
+    assert_close(tokens[0, 1], tokens[0, 2:].mean(dim=0))
+    assert_close(tokens[1, 1], tokens[0, 1])
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(32, 4), (8, 4), (16, 2), (32, 8)])
@@ -100,7 +100,7 @@ def test_other_sizes_are_resampled_as_timm_loads_them(tmp_path, image_size, patc
     )
     encoder = convert_timm_vit(network, "it", image_size=image_size, channels=3, patch_size=patch_size, t=1.0)
     ours = without_time_token(encoder.eval(), pixels, 1.0)
-    torch.testing.assert_close(ours, as_timm_sees(theirs.eval(), pixels), atol=1e-5, rtol=1e-5)
+    assert_close(ours, as_timm_sees(theirs.eval(), pixels))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_the_authors(reference, tmp_path, prefix):
     encoder = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere").eval()
     with torch.no_grad():
         representation = encoder(reference["x"] + reference["noise"], 1.0)
-    torch.testing.assert_close(representation, reference["cls_t1.0"], atol=1e-5, rtol=0)
+    assert_close(representation, reference["cls_t1.0"])
     other = settings(tmp_path, *AUTHORS, "model.depth=3", f"finetune.initial_checkpoint={tmp_path / 'theirs.pth'}")
     with pytest.raises(RRCMError, match=r"theirs.pth: checkpoint of another architecture: depth is 2, .* want 3"):
         load_initial_encoder(other, "rrcm", 1.0, tmp_path / "nowhere")

@@ -277,7 +277,7 @@ def test_representations_are_evaluated_during_pre_training(trained):
     assert rows["step"].tolist() == [step for step in (0, 10, 20, 30) for _ in range(4)]
     assert rows["sigma"].tolist() == [0.0, 0.25, 0.5, 1.0] * 4
     clean = rows[rows["sigma"] == 0].set_index("step")
-    assert (clean["same_image_cosine"] - 1).abs().max() < 1e-6
+    assert (clean["same_image_cosine"] - 1).abs().max() < 1e-5
     assert clean["knn"].between(0.3, 1).all()
 
 
