@@ -66,7 +66,8 @@ class SmoothMix:
     """Cross-entropy of noisy copies + eta times the mixing loss of `smoothmix_loss`.
 
     With `one_step_clean_end` the adversary after one step takes the place of the clean image, at most `attack_step`
-    away. This bound and eta grow linearly over the warm-up.
+    away. This bound and eta grow linearly over the warm-up. With a single step that adversary is the other end, so the
+    clean image stays, as in the authors' code.
     """
 
     sigma: float  # pixel units
@@ -89,7 +90,9 @@ class SmoothMix:
         attack = partial(smoothmix_attack, partial(classifier, frozen=True), length=self.attack_step)
         moved = attack(images, target, noise, steps=1)
         adversary = attack(moved, target, noise, steps=self.attack_steps - 1)
-        clean = project_to_ball(moved, images, grown * self.attack_step) if self.one_step_clean_end else images
+        clean = images
+        if self.one_step_clean_end and self.attack_steps > 1:
+            clean = project_to_ball(moved, images, grown * self.attack_step)
         mixed = torch.lerp(clean, adversary, share[:, None, None, None])
 
         logits, mixed_logits = (noisy_logits(classifier, each, noise) for each in (clean, mixed))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import assert_same_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm.config import Config, load_config
@@ -99,8 +100,7 @@ def test_pretraining_reaches_every_parameter_and_draws_by_seed_and_step(config, 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_pretraining_in_chunks_is_the_whole(config, name):
     whole, divided = pretraining_gradients(config, name), pretraining_gradients(config, name, num_chunks=4)
-    for key, value in whole.items():
-        torch.testing.assert_close(divided[key], value, rtol=1e-4, atol=1e-6)
+    assert_same_gradients(divided, whole)
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -219,6 +219,19 @@ def linear_classifier(noisy: torch.Tensor, *, frozen: bool = False) -> torch.Ten
     """Logits of a fixed linear classifier."""
     weight = torch.randn(K, 64, generator=torch.Generator().manual_seed(2))
     return noisy.flatten(1) @ weight.T
+
+
+@pytest.mark.parametrize(("steps", "same"), [(1, True), (2, False)])
+def test_smoothmix_with_one_step_mixes_from_the_clean_image(steps, same):
+    """The adversary after one step is then the other end. The authors' code keeps the image as the clean end."""
+    settings = {"sigma": 0.5, "num_noise": 2, "mix_weight": 1.0, "attack_step": 0.5, "attack_steps": steps}
+    batch, losses = labelled(), []
+    for one_step in (False, True):
+        own = settings | {"one_step_clean_end": one_step, "mix_warmup_epochs": 0.0}
+        objective = build_objective(FINETUNING, "smoothmix", own)
+        losses.append(objective(linear_classifier, batch, Draw(0, 0, range(B), B, CPU)))
+    assert torch.equal(losses[0]["loss"], losses[1]["loss"]) == same
+    assert all(each["mix_loss"] > 0 for each in losses)
 
 
 def test_macer_without_its_radius_loss_is_the_soft_cross_entropy(config):
