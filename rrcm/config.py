@@ -276,7 +276,14 @@ class CATRSSettings(Section):
     worst_case_weight: NonNegative  # lambda
     attack_radius: NonNegative  # epsilon, L2 distance of noises, pixel units
     attack_steps: Count  # T
-    confidence: Literal["predictions", "soft_label"]  # which of them says how many copies count
+    confidence: Literal["predictions", "soft_label"] | None  # which of them says how many copies count; null if m is 1
+
+    @model_validator(mode="after")
+    def one_copy_always_counts(self) -> Self:
+        if (self.num_noise == 1) != (self.confidence is None):
+            needed = "null, as its one copy always counts" if self.num_noise == 1 else "predictions or soft_label"
+            raise ValueError(f"confidence {self.confidence} with num_noise {self.num_noise} must be {needed}")
+        return self
 
 
 class ObjectiveSettings(Section):
@@ -296,7 +303,8 @@ class FinetuneSettings(Section):
 
     epochs: Count
     warmup_epochs: NonNegative
-    batch_size: Count  # images per step, over all processes
+    batch_size: Count  # images, over all processes
+    steps_per_batch: Literal[1, "num_noise"]  # optimizer steps; num_noise: one on each of m equal parts
     lr: Positive  # per 256 images of a batch
     layer_decay: Annotated[float, Field(gt=0, le=1)]  # learning-rate factor from one layer to the layer below it
     weight_decay: NonNegative
@@ -319,16 +327,43 @@ class FinetuneSettings(Section):
         own = self.objectives.model_dump().get(name, {})
         return common | {key: value for key, value in own.items() if value is not None}
 
+    def images_per_step(self, objective: str) -> int:
+        """Images that one optimizer step sees: a batch, or one of its parts."""
+        parts = self.of_objective(objective)["num_noise"] if self.steps_per_batch == "num_noise" else 1
+        return self.batch_size // parts
+
+    def check_objective(self, name: str) -> None:
+        """Raises ValueError when these settings do not fit an objective."""
+        values = self.of_objective(name)
+        if self.steps_per_batch == "num_noise" and self.batch_size % (copies := values["num_noise"]):
+            raise ValueError(
+                f"finetune.batch_size {self.batch_size} must be a multiple of num_noise {copies} of {name}, as "
+                "finetune.steps_per_batch is num_noise"
+            )
+        for setting in ("warmup_epochs", "deferred_epochs"):  # what comes after them would never come
+            if values.get(setting, 0) >= self.epochs:
+                raise ValueError(
+                    f"finetune: {setting} {values[setting]:g} of {name} must be below epochs {self.epochs}"
+                )
+        for setting in ("attack_warmup_epochs", "mix_warmup_epochs"):
+            if values.get(setting, 0) > self.epochs:
+                raise ValueError(
+                    f"finetune: {setting} {values[setting]:g} of {name} must be at most epochs {self.epochs}"
+                )
+
 
 def _check_key(key: str) -> None:
-    """Raises ValueError unless `key` is `default`, `scratch`, or a noise level as its files are named: `sigma_0.5`."""
-    if key in ("default", "scratch"):
+    """Raises ValueError unless `key` is an objective, `default`, `scratch`, or noise as in file names: `sigma_0.5`."""
+    names = ["default", "scratch", *ObjectiveSettings.model_fields]
+    if key in names:
         return
     try:
         sigma = float(key.removeprefix("sigma_"))
     except ValueError:
-        close = difflib.get_close_matches(key, ["default", "scratch"], n=1)
-        hint = f"did you mean {close[0]}?" if close else "allowed here: default, scratch, and noise such as sigma_0.5"
+        close = difflib.get_close_matches(key, names, n=1)
+        hint = (
+            f"did you mean {close[0]}?" if close else f"allowed here: {', '.join(names)}, and noise such as sigma_0.5"
+        )
         raise ValueError(f"unknown key; {hint}") from None
     if key != f"sigma_{sigma}":
         raise ValueError(f"unknown key; did you mean sigma_{sigma}?")
@@ -375,8 +410,9 @@ class TimmViT(Section):
 class Finetune(_varying(FinetuneSettings)):
     """Fine-tuning: its initial weights, and the settings of all trainings.
 
-    A setting of `FinetuneSettings` is one value, or a mapping with the keys `sigma_0.5` (for that noise), `scratch`
-    (for methods with random initial weights) and `default`. `scratch` comes first, then the noise, then `default`.
+    A setting of `FinetuneSettings` is one value, or a mapping with the keys `smoothadv` (for that objective), `scratch`
+    (for methods with random initial weights), `sigma_0.5` (for that noise) and `default`. The first of these that it
+    has, in this order, is used.
     """
 
     budget: Literal["epochs", "passes"]  # what all methods get: `epochs`, or the encoder passes that rRCM's epochs cost
@@ -393,10 +429,15 @@ class Finetune(_varying(FinetuneSettings)):
     checkpoint_every: Count  # epochs
 
     def settings(self, method: str, sigma: float) -> FinetuneSettings:
-        """The settings of one training. Raises ValueError if one has no value for it."""
-        keys = ["scratch"] if METHODS[method].initial_weights is None else []
+        """The settings of one training. Raises ValueError if one has no value for it, or if they do not fit."""
+        objective, initial_weights = METHODS[method].objective, METHODS[method].initial_weights
+        keys = [objective] if objective is not None else []
+        keys += ["scratch"] if initial_weights is None else []
         keys += [f"sigma_{float(sigma)}", "default"]
-        return FinetuneSettings.model_validate(_choose(self, FinetuneSettings, keys, "finetune"))
+        settings = FinetuneSettings.model_validate(_choose(self, FinetuneSettings, keys, "finetune"))
+        if objective is not None:
+            settings.check_objective(objective)
+        return settings
 
     def initial_weights(self, method: str) -> str:
         """Where a method's weights come from: `scratch`, a folder, a file, or the name of a ViT in timm."""

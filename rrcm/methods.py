@@ -7,7 +7,6 @@ changing a row retrains that method alone, and adding a row retrains nothing.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
@@ -16,6 +15,16 @@ SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
 SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
 DENOISER = "models/denoiser"  # where the stage denoiser puts it
 DENOISED = ("dds", "densepure", "diffsmooth")  # base classifiers that denoise first
+BUDGETS = ("finetune", "total")
+FAMILIES = (
+    "rRCM",
+    "other pre-training",
+    "noise",
+    "regularization",
+    "adversarial",
+    "ensemble",
+    "denoise, then classify",
+)
 
 TABLE = {
     "rrcm": {
@@ -340,12 +349,12 @@ class Method:
 
     initial_weights: str | None  # a pre-training objective, "timm", a method if it denoises, or None: random weights
     objective: str | None  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`; None: put together, not trained
-    budget: Literal["finetune", "total"]  # "total": also the compute of rRCM's pre-training
+    budget: str  # of BUDGETS; "total": also the compute of rRCM's pre-training
     classifier: str  # base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`, "ensemble", or in DENOISED
     base: str | None  # the method with the same training at the smaller budget
-    family: str  # what tells it from the others, a key of `rrcm.report.figures.MARKERS`
+    family: str  # of FAMILIES: what tells it from the others
     label: str
-    colour: str
+    colour: str  # such as #0072B2
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -470,7 +479,7 @@ def derived_settings(
             for method, sigma in runs
         },
         "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needed else {},
-        "matched_compute": {method: compute[METHODS[method].budget] for method in trained},
+        "matched_compute": {method: compute.get(METHODS[method].budget) for method in trained},
         "denoised": {method: _denoised_settings(method, denoised) for method in trained},
     }
 

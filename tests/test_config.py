@@ -130,16 +130,40 @@ def test_presets_compose_with_every_profile(tmp_path, name):
     assert equal_passes.model_copy(update=alone) == plain.finetune
 
 
-def test_published_recipes_have_the_papers_settings(tmp_path):
+FROM_SCRATCH = ("gaussian", "stability", "consistency", "macer", "smoothadv", "smoothmix", "cat_rs")
+
+
+@pytest.mark.parametrize("method", FROM_SCRATCH)
+def test_published_recipes_have_the_papers_settings(tmp_path, method):
     """Though one inherits from `fashion_mnist`, whose settings are for short trainings."""
     lenet, resnet = (profile(tmp_path, name) for name in ("fashion_mnist_lenet", "cifar10_resnet110"))
-    ours, papers = lenet.finetune.objectives, resnet.finetune.objectives
-    assert ours.smoothmix == papers.smoothmix and ours.cat_rs == papers.cat_rs
     assert lenet.soft_labels == resnet.soft_labels
-    differ = {"radius_weight", "deferred_epochs"}  # by data set and length
-    assert ours.macer.model_dump(exclude=differ) == papers.macer.model_dump(exclude=differ)
-    assert ours.macer.radius_weight == 12
-    assert all(config.finetune.evaluate_every == config.finetune.epochs for config in (lenet, resnet))
+    for sigma in lenet.sigmas:
+        ours, papers = (config.finetune.settings(method, sigma) for config in (lenet, resnet))
+        by_length = {"macer": {"deferred_epochs"}}
+        assert ours.objectives.model_dump(exclude=by_length) == papers.objectives.model_dump(exclude=by_length)
+        split = method in ("consistency", "smoothadv", "smoothmix", "cat_rs")
+        assert ours.steps_per_batch == papers.steps_per_batch == ("num_noise" if split else 1)
+        assert ours.epochs <= lenet.finetune.evaluate_every  # only the last weights are evaluated, and kept
+        assert papers.epochs <= resnet.finetune.evaluate_every
+
+
+def test_published_recipes_follow_the_authors_files(tmp_path):
+    """What their commands and logs say for Fashion-MNIST: `--num-noise-vec`, `--lbd`, `--epsilon`, epochs, deferral."""
+    lenet = profile(tmp_path, "fashion_mnist_lenet").finetune
+    rows = {
+        name: [lenet.settings(name, sigma).of_objective(name) for sigma in (0.25, 0.5, 1.0)] for name in FROM_SCRATCH
+    }
+
+    def column(name, key):
+        return [row[key] for row in rows[name]]
+
+    assert column("smoothadv", "num_noise") == [4, 8, 2] and column("smoothadv", "attack_radius") == [1, 1, 2]
+    assert column("consistency", "consistency_weight") == [20, 10, 10]
+    assert column("macer", "radius_weight") == [12, 6, 12] and column("macer", "deferred_epochs") == [31, 31, 31]
+    assert column("stability", "num_noise") == [1, 1, 1] and column("stability", "stability_weight") == [2, 2, 1]
+    assert column("cat_rs", "epochs") == [150] * 3 and column("cat_rs", "lr_step_epochs") == [50] * 3
+    assert column("gaussian", "epochs") == [90] * 3 and column("gaussian", "lr_step_epochs") == [30] * 3
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_TRUNKS))
@@ -253,7 +277,7 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"finetune__lr": {"defualt": 1.0}}, "finetune.lr.defualt: unknown key; did you mean default?"),
         ({"finetune__lr": {0.5: 1.0, "default": 1.0}}, "finetune.lr.0.5: unknown key; did you mean sigma_0.5?"),
         ({"finetune__lr": {"sigma_1": 1.0}}, "finetune.lr.sigma_1: unknown key; did you mean sigma_1.0?"),
-        ({"finetune__lr": {"rrcm": 1.0}}, "finetune.lr.rrcm: unknown key; allowed here: default, scratch, and noise"),
+        ({"finetune__lr": {"rrcm": 1.0}}, "finetune.lr.rrcm: unknown key; allowed here: default, scratch, gaussian, "),
         ({"finetune__lr": {"default": 1.0, "sigma_9.0": 0}}, "finetune.lr.sigma_9.0 = 0: should be greater than 0"),
         ({"finetune__lr": {"default": "fast"}}, "finetune.lr.default = 'fast': should be a valid number"),
         ({"finetune__lr": {"default": float("inf")}}, "finetune.lr.default = inf: should be a finite number"),
@@ -264,6 +288,35 @@ def test_an_override_beats_the_profile(tmp_path):
         ),
         ({"finetune__objectives__consistncy": {}}, "finetune.objectives.consistncy: unknown key; did you mean"),
         ({"finetune__epochs": {"default": 1, "sigma_0.5": 0, "scratch": 0}}, "finetune.epochs.scratch = 0: should"),
+        ({"finetune__warmup_epochs": 6}, "finetune: warmup_epochs 6 of consistency must be below epochs 6"),
+        (
+            {"methods": ["macer"], "finetune__objectives__macer__deferred_epochs": 6},
+            "finetune: deferred_epochs 6 of macer must be below epochs 6",
+        ),
+        (
+            {"methods": ["smoothadv"], "finetune__objectives__smoothadv__attack_warmup_epochs": 7},
+            "finetune: attack_warmup_epochs 7 of smoothadv must be at most epochs 6",
+        ),
+        (
+            {
+                "methods": ["smoothmix"],
+                "finetune__objectives__smoothmix__mix_warmup_epochs": {"sigma_0.5": 7, "default": 1},
+            },
+            "finetune: mix_warmup_epochs 7 of smoothmix must be at most epochs 6",
+        ),
+        ({"finetune__steps_per_batch": 2}, "finetune.steps_per_batch = 2: should be 1 or 'num_noise'"),
+        (
+            {"finetune__steps_per_batch": "num_noise", "finetune__num_noise": 3},
+            "finetune.batch_size 128 must be a multiple of num_noise 3 of consistency, as finetune.steps_per_batch",
+        ),
+        (
+            {"finetune__objectives__cat_rs__confidence": "predictions"},
+            "confidence predictions with num_noise 1 must be null, as its one copy always counts",
+        ),
+        (
+            {"finetune__objectives__cat_rs__num_noise": 4},
+            "confidence None with num_noise 4 must be predictions or soft_label",
+        ),
         ({"profile": "../etc"}, "profile = '../etc'"),
         ({"report__name": "../etc"}, "report.name = '../etc'"),
         ({"finetune__budget": "steps"}, "finetune.budget = 'steps': should be 'epochs' or 'passes'"),
@@ -346,7 +399,9 @@ def test_the_grid_grows_with_the_root_of_the_steps(tmp_path, steps, levels):
 
 def test_layer_decay_follows_the_length_of_fine_tuning(tmp_path):
     decays = [
-        profile(tmp_path, "fashion_mnist", f"finetune.epochs={epochs}").finetune.settings("rrcm", 0.5).layer_decay
+        profile(tmp_path, "fashion_mnist", f"finetune.epochs={epochs}", "finetune.warmup_epochs=0")
+        .finetune.settings("rrcm", 0.5)
+        .layer_decay
         for epochs in (1, 2, 10, 100, 300)
     ]
     assert decays == pytest.approx([0.9975, 0.995, 0.975, 0.75, 0.75])

@@ -82,7 +82,8 @@ class CATRS:
     The soft label of an image comes from the votes of a Gaussian-trained smoothed classifier. It is that of the whole
     image, also where augmentation has cropped or flipped it. The confidence is the share of the m predictions that are
     right, or the soft label of the right class. With the first, a classifier that still knows nothing learns from one
-    copy in m, which takes long; the authors use the second on ImageNet for this reason.
+    copy in m, which takes long; the authors use the second on ImageNet for this reason. With m = 1 the one copy always
+    counts.
     """
 
     sigma: float  # pixel units
@@ -90,7 +91,7 @@ class CATRS:
     worst_case_weight: float  # lambda
     attack_radius: float  # epsilon, L2 distance of noises, pixel units
     attack_steps: int  # T
-    confidence: Literal["predictions", "soft_label"]
+    confidence: Literal["predictions", "soft_label"] | None = None  # None where m = 1
     terms: ClassVar[tuple[str, ...]] = ("bottom", "worst_case")
     needs_soft_labels: ClassVar[bool] = True
 

@@ -63,8 +63,8 @@ def planned_passes(config: Config, method: str, sigma: float, num_images: int) -
     """Encoder forward passes of all epochs of a method's settings, on `num_images` training images."""
     settings = config.finetune.settings(method, sigma)
     objective = build_finetuning_objective(settings, method, sigma)
-    steps = settings.epochs * steps_per_epoch(num_images, settings.batch_size)
-    return objective.forwards_per_image * steps * settings.batch_size
+    step_images = settings.images_per_step(METHODS[method].objective)
+    return objective.forwards_per_image * settings.epochs * steps_per_epoch(num_images, step_images) * step_images
 
 
 def soft_label_compute(config: Config, num_images: int) -> float:
@@ -124,10 +124,11 @@ def plan_budget(
     has about the same number of evaluations. Raises `RRCMError` when soft labels leave nothing for the training.
     """
     settings = config.finetune.settings(method, sigma)
-    epoch_steps = steps_per_epoch(num_images, settings.batch_size)
-    step_compute = objective.forwards_per_image * settings.batch_size
+    step_images = settings.images_per_step(METHODS[method].objective)
+    epoch_steps = steps_per_epoch(num_images, step_images)
+    step_compute = objective.forwards_per_image * step_images
     if METHODS[method].denoises:
-        step_compute += objective.num_noise * settings.batch_size  # passes of the denoiser
+        step_compute += objective.num_noise * step_images  # passes of the denoiser
     planned_steps = total_steps = settings.epochs * epoch_steps
     matched, by_passes = METHODS[method].budget == "total", config.finetune.budget == "passes"
     shared_by, share, soft_label_share = config.finetune.pretrain_cost_shared_by, 0.0, 0.0

@@ -1,6 +1,7 @@
 """What can be known before training: whether all later stages can work with these settings and this data set."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from rrcm.certification.stopping import check_prediction, check_settings, make_stopping_rule
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
-from rrcm.methods import METHODS, PER_OBJECTIVE
+from rrcm.methods import BUDGETS, FAMILIES, METHODS, PER_OBJECTIVE
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS
 from rrcm.models.denoised import DENOISED
 from rrcm.models.load import load_base_classifier
 from rrcm.models.public_denoisers import HUB
-from rrcm.objectives import PRETRAINING
+from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective, plan_budget
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
 from rrcm.utils.errors import RRCMError, one_line
@@ -29,6 +30,8 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     number of processes that torchrun has started. Weights from outside this pipeline are loaded once, as fine-tuning
     does; apart from that no network is built. Raises `RRCMError` with the key, its value and the bound.
     """
+    for method in config.methods:
+        _check_row(method)
     manifest, processes = read_manifest(shard_folder), int(os.environ.get("WORLD_SIZE", 1))
     _check_data(config, manifest)
     images = sum(manifest.splits["train"].counts)
@@ -47,6 +50,27 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     _check_denoised(config, len(manifest.classes))
     _check_certification(config)
     _check_external_results(config)
+
+
+def _check_row(method: str) -> None:
+    """Raises `RRCMError` for a row of the method table with a cell that a later stage does not know."""
+    row = METHODS[method]
+    start = METHODS if row.denoises else ("timm", *PRETRAINING)
+    known = {
+        "initial_weights": (None, *start),
+        "objective": (None, *FINETUNING),
+        "budget": BUDGETS,
+        "classifier": (*CLASSIFIERS, "ensemble", *DENOISED),
+        "base": (None, *METHODS),
+        "family": FAMILIES,
+    }
+    for column, values in known.items():
+        if (cell := getattr(row, column)) not in values:
+            raise RRCMError(
+                f"rrcm/methods.py: {method} has {column} {cell!r}; choose one of {', '.join(map(str, values))}"
+            )
+    if not re.fullmatch("#[0-9a-fA-F]{6}", row.colour):
+        raise RRCMError(f"rrcm/methods.py: {method} has colour {row.colour!r}; write it as #0072B2")
 
 
 def _check_data(config: Config, manifest: Manifest) -> None:
@@ -96,12 +120,13 @@ def _check_finetuning(config: Config, method: str, sigma: float, images: int, pr
     objective = build_finetuning_objective(settings, method, sigma)
     if kind.needs_soft_labels and kind.budget == "total":  # it may have nothing left to train with
         plan_budget(config, method, sigma, objective, images, Path("models/pretrain"))
-    if kind.trained not in CLASSIFIERS:
-        raise RRCMError(f"{method}: no such classifier {kind.trained}; there are {', '.join(CLASSIFIERS)}")
-    _check_batch("finetune", who, settings.batch_size, config.finetune.num_chunks, images, processes)
-    if (settings.mixup or settings.cutmix) and settings.batch_size // processes % 2:
+    step_images = settings.images_per_step(kind.objective)
+    if step_images < settings.batch_size:
+        who = f", a part of {settings.batch_size}{who}"
+    _check_batch("finetune", who, step_images, config.finetune.num_chunks, images, processes)
+    if (settings.mixup or settings.cutmix) and step_images // processes % 2:
         raise RRCMError(
-            f"finetune.batch_size = {settings.batch_size}{who}: must be a multiple of {2 * processes}, as mixup pairs "
+            f"finetune.batch_size = {step_images}{who}: must be a multiple of {2 * processes}, as mixup pairs "
             "the images of each process"
         )
 

@@ -135,10 +135,6 @@ class Targets:
         if settings.mixup > 0 or settings.cutmix > 0:
             from timm.data import Mixup  # seconds of import
 
-            if settings.batch_size // env.world_size % 2:
-                raise RRCMError(
-                    f"finetune.batch_size = {settings.batch_size}: mixup needs an even batch on every process"
-                )
             mixup = partial(Mixup, settings.mixup, settings.cutmix, switch_prob=settings.mixup_switch_prob)
             self.mixup_fn = mixup(label_smoothing=settings.label_smoothing, num_classes=num_classes)
             self.pair_mixup_fn = mixup(label_smoothing=0.0, num_classes=2)
@@ -203,12 +199,14 @@ def _train(
         classifier.compile()
     classify = WrappedClassifier(classifier, training, config.finetune.num_chunks, denoise)
     peak_lr = settings.lr * settings.batch_size / 256
-    for step, batch in training.steps(train_batches(config, settings, images, env, training.step, budget.total_steps)):
+    step_images = settings.images_per_step(METHODS[method].objective)
+    batches = train_batches(config, settings.augmentation, step_images, images, env, training.step, budget.total_steps)
+    for step, batch in training.steps(batches):
         # schedule
         passed = budget.schedule_epoch(step)
         lr = peak_lr * lr_factor(settings, passed, budget.schedule_epochs)
         # loss
-        draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device, passed)
+        draw = Draw(config.seed, step, batch["position"].tolist(), step_images, env.device, passed)
         losses = objective(classify, targets(batch, step), draw)
         # optimizer
         training.optimizer_step(losses["loss"], lr)
@@ -251,7 +249,7 @@ def _train(
             },
         )
 
-    training.publish(output, timing, save, budget.total_steps * settings.batch_size)
+    training.publish(output, timing, save, budget.total_steps * step_images)
 
 
 def initial_weights_of(config: Config, method: str) -> str:
@@ -380,6 +378,7 @@ def build_trainer(
     """The loop around the classifier, with the identity of this run. `inputs` are hashes of further training data."""
     settings = config.finetune.settings(method, sigma)
     batch_seed = derive_seed(config.seed, "finetune batches")
+    step_images = settings.images_per_step(METHODS[method].objective)
     scales = layerwise_lr_scales(classifier, settings.layer_decay)
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in classifier.named_parameters():
@@ -414,7 +413,7 @@ def build_trainer(
         precision=config.finetune.precision,
         metrics=["loss", *objective.terms],
         checkpoint_every=config.finetune.checkpoint_every * budget.epoch_steps,
-        describe_step=lambda step: describe_step(images, settings.batch_size, batch_seed, step),
+        describe_step=lambda step: describe_step(images, step_images, batch_seed, step),
     )
     training.extra_state = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
     return training
@@ -429,17 +428,18 @@ def describe(classifier: Classifier) -> dict[str, object]:
 
 def train_batches(
     config: Config,
-    settings: FinetuneSettings,
+    augmentation: str,
+    step_images: int,
     images: ShardedDataset,
     env: DistEnv,
     first_step: int,
     last_step: int,
 ) -> Generator[Batch]:
-    """This process's share of the augmented training batches from a step on."""
+    """This process's share of the augmented images of each step, `step_images` in all processes, from a step on."""
     return batch_loader(
         images,
-        FinetuneTransform(settings.augmentation, config.data.image_size),
-        batch_size=settings.batch_size,
+        FinetuneTransform(augmentation, config.data.image_size),
+        batch_size=step_images,
         seed=derive_seed(config.seed, "finetune batches"),
         first_step=first_step,
         last_step=last_step,

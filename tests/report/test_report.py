@@ -28,7 +28,7 @@ from rrcm.config import Config, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, evenly_spaced
 from rrcm.evaluation.metrics import average_certified_radius, best_sigma_table, certified_accuracy
-from rrcm.methods import METHODS
+from rrcm.methods import FAMILIES, METHODS
 from rrcm.report import figures, page, tables
 from rrcm.report.build import latency_radii, make_tables, read_gallery, write_report
 from rrcm.report.certified_images import certificate_table
@@ -398,9 +398,10 @@ def test_no_two_methods_look_alike():
         if a.colour.lower() == b.colour.lower():
             assert one == b.base or other == a.base, f"{one} and {other} have the same colour"
             assert figures.line_style(one)["linestyle"] != figures.line_style(other)["linestyle"]
+    assert set(figures.MARKERS) == set(FAMILIES)
     for name, row in METHODS.items():
         assert re.fullmatch("#[0-9A-Fa-f]{6}", row.colour), name
-        assert row.family in figures.MARKERS, name
+        assert row.family in FAMILIES, name
         assert (row.base is not None) == (row.budget == "total"), name
         assert row.base is None or METHODS[row.base].budget == "finetune", name
 

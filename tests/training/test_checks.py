@@ -1,6 +1,7 @@
 """What is known before training is said before training: one line with the key, its value and the bound."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,10 @@ def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch
         (
             {"finetune__batch_size": {"default": 32, "scratch": 2048}},
             f"finetune.batch_size = 2048 (gaussian_matched at sigma 0.25): must be at most {TRAINING_IMAGES}",
+        ),
+        (
+            {"finetune__mixup": 0.8, "finetune__batch_size": 34, "finetune__steps_per_batch": "num_noise"},
+            "finetune.batch_size = 17, a part of 34 (rrcm at sigma 0.25): must be",
         ),
         (
             {"finetune__mixup": 0.8, "finetune__batch_size": 33},
@@ -149,7 +154,7 @@ def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
 @pytest.mark.parametrize(
     ("kind", "compile", "said"),
     [
-        ("jitered", False, "jittered: no such classifier jitered; there are classifier, jittered"),
+        ("jitered", False, "rrcm/methods.py: jittered has classifier 'jitered'; choose one of classifier, jittered"),
         ("jittered", True, "certify.compile = True: jittered is stochastic and cannot be compiled"),
     ],
 )
@@ -159,6 +164,24 @@ def test_rows_of_the_table_that_cannot_be_certified(project, monkeypatch, kind, 
     monkeypatch.setitem(METHODS, "jittered", row)
     monkeypatch.setitem(CLASSIFIERS, "jittered", stochastic)
     change(project, methods=["jittered"], certify__compile=compile)
+    assert said in complaint(project)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "said"),
+    [
+        ("family", "nois", "rrcm/methods.py: own has family 'nois'; choose one of rRCM, other pre-training, noise"),
+        ("colour", "orange-ish", "rrcm/methods.py: own has colour 'orange-ish'; write it as #0072B2"),
+        ("objective", "gausian", "rrcm/methods.py: own has objective 'gausian'; choose one of None, gaussian"),
+        ("budget", "all", "rrcm/methods.py: own has budget 'all'; choose one of finetune, total"),
+        ("base", "gausian", "rrcm/methods.py: own has base 'gausian'; choose one of None, rrcm"),
+        ("initial_weights", "rcm", "pretrain.objectives"),
+    ],
+)
+def test_rows_of_the_table_with_an_unknown_cell(project, monkeypatch, column, cell, said):
+    row = Method(None, "gaussian", "finetune", "classifier", None, "noise", "Own", "#E69F00")
+    monkeypatch.setitem(METHODS, "own", replace(row, **{column: cell}))
+    change(project, methods=["own"])
     assert said in complaint(project)
 
 

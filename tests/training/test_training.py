@@ -98,6 +98,25 @@ def test_equal_passes_end_within_an_epoch(project):
     assert history["lr"].iloc[-1] < 0.05 * history["lr"].iloc[0]  # the schedule ends with the training
 
 
+def test_a_step_on_each_part_of_a_batch(project):
+    """m steps on the parts of a batch are steps on smaller batches, at the rate of the whole batch."""
+    change(project, methods=["consistency"], sigmas=[0.5], pretrain__objectives=[], finetune__epochs=2)
+    spent = []
+    for name, settings in {
+        "parts": {"finetune__batch_size": 128, "finetune__steps_per_batch": "num_noise", "finetune__lr": 5e-3},
+        "small": {"finetune__batch_size": 64, "finetune__steps_per_batch": 1, "finetune__lr": 1e-2},
+        "whole": {"finetune__batch_size": 128, "finetune__steps_per_batch": 1, "finetune__lr": 5e-3},
+    }.items():
+        change(project, **settings)
+        succeed(stage(project, "finetune", "consistency", "0.5", "--models", name))
+        spent.append(read_json(project / name / "consistency/sigma_0.5/config.json")["compute"]["finetune"])
+    parts, small, whole = (project / name / "consistency/sigma_0.5" for name in ("parts", "small", "whole"))
+    assert_same_weights(parts, small)
+    assert (parts / "history.csv").read_bytes() == (small / "history.csv").read_bytes()
+    assert (parts / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
+    assert spent == [2 * 6 * 64 * (1294 // 64), 2 * 6 * 64 * (1294 // 64), 2 * 6 * 128 * (1294 // 128)]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(project, precision):
     change(project, pretrain__precision=precision, finetune__precision=precision, certify__precision="bf16")
