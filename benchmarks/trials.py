@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from rrcm.utils.app import resume_gc
 from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
@@ -25,6 +26,7 @@ from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
 from rrcm.models.load import load_model_folder
 
+resume_gc()
 REPOSITORY = Path(__file__).resolve().parent.parent
 RADII = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0]
 VOTER = ("gaussian", 0.25)  # whose votes are soft labels, `soft_labels` in conf/config.yaml

@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rrcm.utils.app import exit_on_error, make_app, resume_gc, run_app
-from rrcm.utils.errors import RRCMError
+from rrcm.utils.app import exit_on_error, make_app, other_checkout, resume_gc, run_app
+from rrcm.utils.errors import RRCMError, printable
 
 app = make_app()
 
@@ -161,7 +162,11 @@ def compare(
 
 
 def main() -> None:
-    """The console command."""
+    """The console command. It runs the code that is installed, and says so in a checkout with other code."""
+    with suppress(FileNotFoundError):  # the working directory was deleted
+        if folder := other_checkout([Path.cwd(), *Path.cwd().parents]):
+            code, folder = printable(Path(__file__).parents[1]), printable(folder)
+            print(f"note: this is the rrcm of {code}; the code of {folder} does not run", file=sys.stderr)
     run_app(app)
 
 

@@ -1,8 +1,11 @@
 """Attack the classifiers of one method, smoothed and unsmoothed: attack/METHOD."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
-import sys
 from pathlib import Path
 
 from rrcm.config import load_config

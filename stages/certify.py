@@ -1,5 +1,9 @@
 """Certify one classifier on the test split: certificates/METHOD/sigma_SIGMA.tsv. Runs alone or under torchrun."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

@@ -1,8 +1,11 @@
 """Compose conf/ into params.yaml, as `dvc exp run -S ...` does, and check it."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated

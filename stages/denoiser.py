@@ -3,6 +3,10 @@
 With an objective: the denoiser that is conditional on that encoder's representations, generated/denoiser/OBJECTIVE.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Train one classifier: models/METHOD/sigma_SIGMA. Run it as it is, or under torchrun for many processes."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

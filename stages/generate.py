@@ -1,8 +1,11 @@
 """Measure what an encoder makes of noise, and generate images from its representations: generated/OBJECTIVE."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
-import sys
 from pathlib import Path
 
 from rrcm.config import load_config

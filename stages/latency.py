@@ -1,5 +1,9 @@
 """Measure how long it takes to certify one image, of all methods in turn: timings/latency.json."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Write the report of the profile: every figure and table under reports/."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

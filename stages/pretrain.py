@@ -1,5 +1,9 @@
 """Pre-train the encoder: models/pretrain/OBJECTIVE. Run it as it is, or under torchrun for many processes."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

@@ -5,6 +5,10 @@ decides whether to run it, restore it from its cache or skip it, and records it 
 one stage after another. stages/README.md says how this works.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 import contextlib
@@ -20,7 +24,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,6 +46,7 @@ from dvc.scm import SCMError
 from dvc.stage.exceptions import StageCmdFailedError
 from dvc.utils.serialize import modify_yaml
 
+from rrcm.utils.app import other_checkout
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
 from rrcm.utils.files import atomic_path, has_locks, lock_file, write_json, writing
 from rrcm.utils.progress import can_redraw
@@ -416,29 +420,30 @@ def is_python(command: str) -> bool:
 
 def warm_up() -> None:
     """Import what the stages need. Nothing here computes, so no thread is started and no GPU is touched."""
+    _warm_sources.update(_own_sources())  # before the imports: a file may change meanwhile
     for name in WARM:
         importlib.import_module(name)
-    _warm_sources.update({path: path.stat().st_mtime_ns for path in _own_sources()})
     gc.collect()
     gc.freeze()  # the children share these pages
 
 
-_warm_sources: dict[Path, int] = {}  # modification times of the rrcm modules that were imported
+_warm_sources: dict[Path, int] = {}  # what `_own_sources` was when the modules of rrcm were imported
 
 
-def _own_sources() -> list[Path]:
-    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "rrcm"]
-    return [Path(module.__file__) for module in modules if getattr(module, "__file__", None)]
+def _own_sources() -> dict[Path, int]:
+    """Modification times of the sources of rrcm."""
+    package = Path(__file__).resolve().parent.parent / "rrcm"
+    return {path: path.stat().st_mtime_ns for path in package.rglob("*.py")}
 
 
 def _run_warm(cold: Callable, executable: str, command: str, *, cwd: str, env: dict, **options: object) -> None:
     """Stands in for DVC's function that runs a stage's command: forks this process, where the imports are done.
 
-    Anything but a Python script of stages/ goes to `cold`, DVC's own function, and so does everything once the code
-    differs from what was imported.
+    Anything but a Python script of stages/ goes to `cold`, DVC's own function, and so does everything in another
+    checkout, and once the code differs from what was imported.
     """
-    unchanged = all(path.exists() and path.stat().st_mtime_ns == time for path, time in _warm_sources.items())
-    if not (_warm_sources and unchanged and is_python(command)):
+    warm = _warm_sources and is_python(command) and other_checkout([Path(cwd)]) is None
+    if not warm or _own_sources() != _warm_sources:
         cold(executable, command, cwd=cwd, env=env, **options)
         return
     sys.stdout.flush()

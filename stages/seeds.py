@@ -1,5 +1,9 @@
 """Compare reports of the same methods with different training seeds. This is no DVC stage."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

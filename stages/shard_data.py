@@ -1,5 +1,9 @@
 """Write the data set as WebDataset shards: data/shards."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Let a smoothed classifier vote on all training images: data/soft_labels.safetensors. Runs alone or under torchrun."""
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 from pathlib import Path

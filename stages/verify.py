@@ -9,13 +9,16 @@
    True certificates pass all of these tests together with probability at least 1 - alpha, as the bounds share alpha.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from environment import run_command
 
 import json
 import random
 import secrets
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path

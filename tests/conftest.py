@@ -23,6 +23,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.methods import derived_settings
 
 REPOSITORY = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = str(REPOSITORY)  # all that tests start runs the code of this checkout, not the installed one
 hypothesis.settings.register_profile("thorough", max_examples=1000)  # --hypothesis-profile=thorough
 TINY = [
     "sigmas=[0.25,0.5]",
@@ -175,9 +176,8 @@ def assert_same_gradients(found: Mapping[str, torch.Tensor], expected: Mapping[s
 def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run a shell script that may mount what it likes; skip the test where that is not allowed."""
     command = ["unshare", "--mount", "sh", "-c", script, "sh", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+        answer = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("needs unshare")
     if answer.returncode == 77 or "Operation not permitted" in answer.stderr:

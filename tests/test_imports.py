@@ -10,8 +10,7 @@ from conftest import REPOSITORY
 
 SLOW = {"timm", "diffusers", "torchvision", "sklearn", "matplotlib", "webdataset", "dvclive", "dvc"}
 LOADED = """
-import json, os.path, runpy, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))  # as `python FILE` has it
+import json, runpy, sys
 runpy.run_path(sys.argv[1], run_name="stage")
 print(json.dumps(list(sys.modules)))
 """
@@ -49,7 +48,7 @@ def test_a_command_outside_the_environment_says_so(command):
     answer = subprocess.run(bare, capture_output=True, text=True)
     assert answer.returncode == 1
     assert answer.stderr.startswith("error: ") and len(answer.stderr.splitlines()) == 1
-    assert "No module named 'rrcm'; activate the environment with `source .venv/bin/activate`" in answer.stderr
+    assert "No module named 'typer'; activate the environment with `source .venv/bin/activate`" in answer.stderr
 
 
 def test_a_python_that_is_too_old_is_named():

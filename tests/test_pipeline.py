@@ -25,7 +25,6 @@ STAGES = ["shard-data", "pretrain@rrcm", "latency", "plot"] + [
 def run(folder: Path, *command: str, fails: bool = False) -> str:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),  # the copy's code, not the installed one
         "OMP_NUM_THREADS": "1",
         "GIT_AUTHOR_NAME": "t",
         "GIT_AUTHOR_EMAIL": "t@example.org",

@@ -11,7 +11,8 @@ import functools
 import gc
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 gc.disable()
 
@@ -22,6 +23,25 @@ from rrcm.utils.errors import Interrupted, RRCMError, printable  # noqa: E402
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 TERMINATED = 143  # exit status after SIGTERM
 FORBIDDEN_OR_FULL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+
+def other_checkout(folders: Iterable[Path]) -> Path | None:
+    """The first of `folders` that holds this package, if that is another copy of it than the imported one."""
+    found = next((folder for folder in folders if (folder / "rrcm/utils/app.py").is_file()), None)
+    return None if found is None or found.samefile(Path(__file__).parents[2]) else found
+
+
+def refuse_other_checkout(script: str) -> None:
+    """End the process in one line if `script` lies in a folder of another checkout than the imported package."""
+    if folder := other_checkout([Path(script).resolve().parent.parent]):
+        sys.exit(
+            f"error: {printable(script)}: rrcm was imported from {printable(Path(__file__).parents[2])}; "
+            f"activate the environment of {printable(folder)} (`make install` makes it)"
+        )
+
+
+if script := getattr(sys.modules["__main__"], "__file__", None):
+    refuse_other_checkout(script)  # for commands that do not import stages/environment.py, as benchmarks
 
 
 def make_app() -> typer.Typer:

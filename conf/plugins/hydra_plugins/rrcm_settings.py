@@ -1,7 +1,11 @@
 """A resolver for config.yaml: DVC's templates cannot look a method up, so what depends on one is written out here."""
 
+import sys
+from pathlib import Path
+
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # DVC may run in the environment of another checkout
 from rrcm.methods import METHODS, derived_settings
 
 
