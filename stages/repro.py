@@ -50,6 +50,7 @@ from rrcm.utils.app import other_checkout
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
 from rrcm.utils.files import atomic_path, has_locks, lock_file, write_json, writing
 from rrcm.utils.progress import can_redraw
+from rrcm.utils.provenance import available_cores
 
 GRACE = 60  # seconds that a stage has to save its state after SIGTERM
 REFRESH = 0.5  # seconds between two drawings on a terminal
@@ -90,7 +91,7 @@ def repro(
 ) -> None:
     """Bring TARGETS and all they depend on up to date. Continues where a killed run stopped."""
     start = time.monotonic()
-    logs = Path(os.environ.get("RRCM_RUNS", "runs")).absolute() / "logs"
+    logs = Path(os.environ.get("RRCM_RUNS") or "runs").absolute() / "logs"
     with writing(logs, "or set RRCM_RUNS to another folder"):
         logs.mkdir(parents=True, exist_ok=True)
     with _only_run(logs / "lock"):
@@ -401,16 +402,20 @@ def default_jobs(gpus: list[str]) -> int:
     """As many stages at once as there are GPUs, else as fill the cores with the threads that each uses."""
     if gpus:
         return len(gpus)
-    cores = len(os.sched_getaffinity(0))
-    threads = _params().get("threads") or os.environ.get("OMP_NUM_THREADS") or cores
-    return max(1, cores // int(threads))
+    cores = available_cores()
+    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP allows one number per level
+    for threads in (_params().get("threads"), named):
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # neither is checked yet
+            return max(1, cores // int(threads))
+    return 1
 
 
 def _params() -> dict:
     try:
-        return yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError):
-        return {}
+        found = yaml.safe_load(Path("params.yaml").read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def is_python(command: str) -> bool:

@@ -23,6 +23,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.methods import derived_settings
 
 REPOSITORY = Path(__file__).parent.parent
+os.environ["no_proxy"] = "127.0.0.1"  # where the tests have servers
 os.environ["PYTHONPATH"] = str(REPOSITORY)  # all that tests start runs the code of this checkout, not the installed one
 hypothesis.settings.register_profile("thorough", max_examples=1000)  # --hypothesis-profile=thorough
 TINY = [

@@ -14,6 +14,8 @@ import yaml
 import zc.lockfile
 from conftest import REPOSITORY
 
+from rrcm.utils.provenance import available_cores
+
 pytestmark = pytest.mark.slow  # starts schedulers and DVC
 
 ENVIRONMENT = os.environ | {
@@ -22,7 +24,7 @@ ENVIRONMENT = os.environ | {
     "SHELL": "/bin/sh",
     "CUDA_VISIBLE_DEVICES": "",
 }
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 DIAMOND = {
     "last": {"cmd": "cat left right > last", "deps": ["left", "right"], "outs": ["last"]},
     "right": {"cmd": "cat first > right; echo right >> right", "deps": ["first"], "outs": ["right"]},
@@ -220,6 +222,9 @@ def test_nothing_runs_beside_the_stage_that_measures_time(tmp_path, monkeypatch)
         (f"threads: {CORES}", {}, [], 1),
         ("threads: null", {}, [], 1),
         ("", {"OMP_NUM_THREADS": "1"}, [], CORES),
+        ("", {"OMP_NUM_THREADS": f"{CORES},1"}, [], 1),  # a number for each level of nested threads
+        *[("", {"OMP_NUM_THREADS": text}, [], 1) for text in ("", "0", "all", ",")],
+        *[(text, {"OMP_NUM_THREADS": ""}, [], 1) for text in ("threads: all", "threads: 0", "[1]", "\x00")],
         ("threads: 1", {}, ["0", "1", "2"], 3),
     ],
 )

@@ -83,14 +83,14 @@ class ShardedDataset:
 
     root: a folder, or a URL that fsspec can read (http, https, s3, ...). Remote files are downloaded whole and once,
     checked against the manifest, and kept in `cache` (default ~/.cache/rrcm) under their hash, so a stale file is never
-    used. Objects can be pickled and forked into loader workers, but not shared by threads. Every `RRCMError` names the
-    file.
+    used. HTTP goes through the proxy that http_proxy, https_proxy and no_proxy say. Objects can be pickled and forked
+    into loader workers, but not shared by threads. Every `RRCMError` names the file.
     """
 
     def __init__(self, root: str | Path, split: str, cache: Path | None = None):
         self.root = str(root).rstrip("/")
         self.remote = "://" in self.root
-        self.cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrcm"
+        self.cache = cache or (_cache_folder() if self.remote else None)
         self.manifest = _read_manifest(f"{self.root}/manifest.json", self.remote)
         if split not in self.manifest.splits:
             raise RRCMError(f"{self.root}: has no split {split}; it has {', '.join(self.manifest.splits)}")
@@ -234,6 +234,15 @@ def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch
     return pixels
 
 
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rrcm"
+    except RuntimeError:  # neither HOME nor an entry of the user
+        raise RRCMError(
+            "remote shards need a folder for their cache, but HOME is not set; set XDG_CACHE_HOME"
+        ) from None
+
+
 def read_manifest(root: str | Path) -> Manifest:
     """The manifest of a shard folder or URL. Raises `RRCMError` if it cannot be read."""
     root = str(root).rstrip("/")
@@ -287,7 +296,9 @@ def _download(url: str, path: Path, entry: FileEntry) -> None:
         except OSError as error:
             if error.errno in HINTS:
                 raise
-            raise RRCMError(f"{url}: download failed ({one_line(error)}); check the address and run again") from None
+            raise RRCMError(
+                f"{url}: download failed ({one_line(error)}); check the address and any proxy, and run again"
+            ) from None
         if scratch.stat().st_size != entry.bytes or sha256_file(scratch) != entry.sha256:
             raise RRCMError(
                 f"{url}: does not match manifest.json: damaged or from another run; upload the shards again"
@@ -306,14 +317,16 @@ def _fetch(url: str, path: Path) -> None:
     """Copy a remote file to `path`, in up to three attempts. Raises OSError if all fail."""
     import fsspec
 
+    through_proxy = {"client_kwargs": {"trust_env": True}}  # of http_proxy and the like; other protocols see to it
+    options = through_proxy if url.partition("://")[0] in ("http", "https") else {}
     for pause in (*DOWNLOAD_PAUSES, None):
         try:
-            system, remote_path = fsspec.url_to_fs(url)
+            system, remote_path = fsspec.url_to_fs(url, **options)
             system.get_file(remote_path, str(path))
             return
         except (ImportError, ValueError) as error:  # unknown protocol, or its package is not installed
             raise RRCMError(
-                f"{url}: cannot be opened ({one_line(error)}); correct the address or install the package"
+                f"{url}: cannot be opened ({one_line(error)}); correct the address, any proxy, or install the package"
             ) from None
         except Exception as error:  # each protocol raises its own exceptions
             if isinstance(error, OSError) and error.errno in HINTS:  # of this machine, as a full disk

@@ -1,6 +1,5 @@
 """What can be known before training: whether all later stages can work with these settings and this data set."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from rrcm.models.public_denoisers import HUB
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective, plan_budget
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
+from rrcm.utils.distributed import process_count
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, in_repository
 
@@ -32,7 +32,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     """
     for method in config.methods:
         _check_row(method)
-    manifest, processes = read_manifest(shard_folder), int(os.environ.get("WORLD_SIZE", 1))
+    manifest, processes = read_manifest(shard_folder), process_count()
     _check_data(config, manifest)
     images = sum(manifest.splits["train"].counts)
     _check_objective_names(config)

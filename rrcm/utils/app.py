@@ -1,7 +1,7 @@
 """Turn a function into a command that starts fast and reports bad input in one line.
 
 Import this module before torch. It switches the garbage collector off until `resume_gc`: garbage collection during
-imports and at exit costs 40 % of a stage's start-up time.
+imports and at exit costs 40 % of a stage's start-up time. It also gives an unnamed user a name and a home.
 """
 
 import contextlib
@@ -9,12 +9,31 @@ import ctypes
 import errno
 import functools
 import gc
+import os
+import pwd
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 gc.disable()
+
+
+def name_user() -> None:
+    """Set LOGNAME and HOME for a user without an entry, as in a container: other libraries fail without them.
+
+    As in Docker the home is then /. An empty HOME counts as none.
+    """
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("HOME", "/")
+        os.environ.setdefault("LOGNAME", str(os.getuid()))
+
+
+name_user()
 
 import typer  # noqa: E402
 

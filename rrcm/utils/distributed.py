@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.provenance import available_cores
 
 _connections = itertools.count()  # the same in every process
 
@@ -42,7 +43,7 @@ def pick_device(name: str) -> torch.device:
     `auto` is `cuda` if the machine has a GPU, else `cpu`. Raises `RRCMError` for a GPU that does not exist.
     """
     gpus = torch.cuda.device_count()
-    local_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    local_gpu = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     device = torch.device({"auto": local_gpu if gpus else "cpu", "cuda": local_gpu}.get(name, name))
     if device.type == "cuda" and device.index >= gpus:
         if gpus and str(device) == local_gpu:
@@ -57,15 +58,26 @@ def pick_device(name: str) -> torch.device:
 def set_threads(threads: int | None) -> None:
     """Compute with so many CPU threads per process; None: torch's default, as many as there are cores.
 
-    The number of threads decides how sums are split, and with it their rounding.
+    A container's quota of CPU time, which torch does not see, counts as its number of cores. The number of threads
+    decides how sums are split, and with it their rounding.
     """
+    if threads is None and not os.environ.get("OMP_NUM_THREADS") and available_cores() < torch.get_num_threads():
+        threads = available_cores()
     if threads is not None:
         torch.set_num_threads(threads)
 
 
+def process_count() -> int:
+    """Number of processes that torchrun started, WORLD_SIZE; 1 without it. Raises `RRCMError` if it is no number."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not (text.isdecimal() and int(text)):
+        raise RRCMError(f"WORLD_SIZE is {text!r}, but must be a number of processes; start them with torchrun")
+    return int(text)
+
+
 def connect(device: str) -> DistEnv:
     """Find the processes that torchrun started, on one node or several. They share a store, but no collectives yet."""
-    chosen, count = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    chosen, count = pick_device(device), process_count()
     if count == 1:
         return DistEnv(0, 1, chosen)
     try:

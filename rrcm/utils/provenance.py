@@ -1,8 +1,10 @@
 """What an output was computed with: code revision, hardware, versions. No names of hosts or people, no paths."""
 
+import math
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,6 +39,17 @@ def describe_environment(device: object) -> dict:
             "packages": {name: _version(name) for name in PACKAGES},
         },
     }
+
+
+def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those it is bound to, and no more than its container's quota, rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of version 2 and 1
+        with suppress(OSError, ValueError):  # another version, or `max`: no quota
+            quota, period = map(int, " ".join((cgroup / name).read_text() for name in files).split())
+            if quota > 0 and period > 0:
+                cores = min(cores, math.ceil(quota / period))
+    return cores
 
 
 def _revision(folder: Path) -> dict | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -341,6 +342,7 @@ def web(digits: Path, tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
+            self.path = urlsplit(self.path).path  # a proxy is asked for the whole address
             if asked.count(self.path) == 1 and self.path.endswith("val-00000.tar"):
                 self.send_error(503)  # overloaded, once
             else:
@@ -369,6 +371,51 @@ def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkey
     assert [again.read(i)[2] for i in range(len(again))] == [local.read(i)[2] for i in range(len(local))]
     assert asked.count("/val-00000.tar") == 2 and asked.count("/val.index.npy") == 1
     assert asked.count("/manifest.json") == 2
+
+
+@pytest.mark.parametrize("form", ["http://{}", "http://user:secret@{}"])
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
+def test_url_behind_a_proxy(web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str):
+    """No such host exists; the proxy is asked for the whole address. `no_proxy` names hosts that are near."""
+    folder, address, asked = web
+    monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
+    monkeypatch.setenv(name, form.format(address.removeprefix("http://")))
+    images = ShardedDataset("http://shards.invalid", "test", tmp_path / "cache")
+    assert np.array_equal(images.read(3)[0], ShardedDataset(folder, "test").read(3)[0])
+    files = ("manifest.json", "test.index.npy", "test-00000.tar")
+    assert asked == [f"http://shards.invalid/{file}" for file in files]
+    monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody is there
+    assert "127.0.0.1:1" in complaint(lambda: ShardedDataset("http://shards.invalid", "test", tmp_path / "cache"))
+    assert len(ShardedDataset(address, "test", tmp_path / "cache")) == len(images)
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1:1", "http://[bad", "http://127.0.0.1:none", "x y"])
+def test_a_proxy_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: str):
+    monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
+    monkeypatch.setenv("http_proxy", proxy)
+    said = complaint(lambda: ShardedDataset("http://shards.invalid", "test", tmp_path / "cache"))
+    assert (
+        said.startswith("http://shards.invalid/manifest.json: cannot be opened (")
+        and "correct the address, any proxy" in said
+    )
+
+
+def test_a_user_without_a_home_needs_a_folder_for_remote_shards_alone(digits, web, monkeypatch):
+    def no_home(_: str) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.setattr("pwd.getpwuid", no_home)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(ShardedDataset(digits, "test"))
+    assert "set XDG_CACHE_HOME" in complaint(lambda: ShardedDataset(web[1], "test"))
+
+
+@pytest.mark.parametrize(("cache", "place"), [("{}/cache", "cache/rrcm"), ("", "home/.cache/rrcm")])
+def test_an_empty_name_of_the_cache_counts_as_none(web, tmp_path, monkeypatch, cache, place):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", cache.format(tmp_path))
+    assert ShardedDataset(web[1], "test").cache == tmp_path / place
 
 
 def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -437,7 +484,7 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_failed_download(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr("fsspec.url_to_fs", lambda url: (SimpleNamespace(get_file=fails), url))
+    monkeypatch.setattr("fsspec.url_to_fs", lambda url, **_: (SimpleNamespace(get_file=fails), url))
     if where == "mkdir":
         monkeypatch.setattr(Path, "mkdir", fails)
     assert re.search(line, complaint(lambda: images.read(0)))

@@ -42,6 +42,7 @@ from rrcm.utils.distributed import (
     native_precision,
     pick_device,
     resolve_precision,
+    set_threads,
     sync_batch_norm,
 )
 from rrcm.utils.errors import RRCMError
@@ -358,6 +359,7 @@ def test_cuda_without_an_index_is_the_gpu_of_the_local_rank(monkeypatch):
     ("environment", "device", "message"),
     [
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "cpu", "WORLD_SIZE is 2, but .*MASTER_ADDR.* torchrun"),
+        *[({"WORLD_SIZE": text}, "cpu", f"WORLD_SIZE is '{text}', but must") for text in ("two", "0", "-1", "1.0")],
         ({}, "cuda:0", "'cuda:0': one GPU for 2 processes; use cuda"),
     ],
 )
@@ -370,6 +372,30 @@ def test_processes_that_cannot_work_together(monkeypatch, environment, device, m
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     with pytest.raises(RRCMError, match=message), init_distributed(device):
         pass
+
+
+def test_an_empty_number_of_processes_counts_as_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with init_distributed("cpu") as env:
+        assert env.world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "environment", "wanted"),
+    [(None, "", 1), (None, None, 1), (None, "3", 3), (2, None, 2)],  # OMP_NUM_THREADS is heard, as is the setting
+)
+def test_a_quota_bounds_the_threads_that_nobody_named(monkeypatch, threads, environment, wanted):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    monkeypatch.setattr(distributed, "available_cores", lambda: 1)
+    try:
+        torch.set_num_threads(3)
+        set_threads(threads)
+        assert torch.get_num_threads() == wanted
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
