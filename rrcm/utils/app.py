@@ -22,15 +22,16 @@ gc.disable()
 def name_user() -> None:
     """Set LOGNAME and HOME for a user without an entry, as in a container: other libraries fail without them.
 
-    As in Docker the home is then /. An empty HOME counts as none.
+    As in Docker the home is then /. A variable that is empty counts as absent.
     """
-    if not os.environ.get("HOME"):
-        os.environ.pop("HOME", None)
+    defaults = {"HOME": "/", "LOGNAME": str(os.getuid())}
+    missing = {name: value for name, value in defaults.items() if not os.environ.get(name)}
+    for name in missing:
+        os.environ.pop(name, None)
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
-        os.environ.setdefault("HOME", "/")
-        os.environ.setdefault("LOGNAME", str(os.getuid()))
+        os.environ.update(missing)
 
 
 name_user()

@@ -55,7 +55,9 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 def _revision(folder: Path) -> dict | None:
     def git(*arguments: str) -> str | None:
         try:
-            command = ["git", "--no-optional-locks", "-C", folder, *arguments]  # killed, it would leave index.lock
+            # A kill must leave no index.lock. The checkout may be another user's, as one mounted into a container: its
+            # code runs here anyway.
+            command = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", folder, *arguments]
             answer = subprocess.run(command, capture_output=True, text=True)
         except OSError:  # no git on this machine
             return None

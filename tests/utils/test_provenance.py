@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from rrcm.utils import provenance
 
@@ -26,6 +27,15 @@ def test_the_revision_is_read_without_a_lock_that_a_kill_would_leave(tmp_path):
     index = (tmp_path / ".git/index").read_bytes()
     assert provenance._revision(source.parent)["dirty"] is False
     assert (tmp_path / ".git/index").read_bytes() == index
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="a downloaded archive")
+def test_the_revision_of_another_users_checkout_is_read(monkeypatch):
+    """As of one that is mounted into a container. Git can be told to take this user for another one."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    revision = provenance._revision(Path(provenance.__file__).parents[1])
+    refused = subprocess.run(["git", "status"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr and len(revision["revision"]) == 40
 
 
 @pytest.mark.parametrize(
