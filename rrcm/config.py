@@ -26,6 +26,7 @@ from pydantic import (
 
 from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, derived_settings, value_for_objective
 from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_text
 
 
 def _is_method(name: str) -> str:
@@ -847,12 +848,12 @@ def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
 def load_config(path: Path | str = "params.yaml") -> Config:
     """Read and validate params.yaml."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise RRCMError(
             f"{path}: no such file; run from the repository's root, or compose it with `make params`"
         ) from None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RRCMError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, Mapping):
         raise RRCMError(f"{path}: must be a mapping of settings, found {type(values).__name__}")

@@ -6,6 +6,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from environment import run_command
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ def compose(
 ) -> None:
     """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10, preset=all or certify.n=2000."""
     conf = Path(__file__).resolve().parent.parent / "conf"
+    check_encoding(conf)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "params.yaml"
         try:
@@ -40,6 +42,15 @@ def compose(
         config = parse_config(yaml.safe_load(draft.read_text(encoding="utf-8")), "conf")
         write_text(output, draft.read_text(encoding="utf-8"))
     print(f"{output}: profile {config.profile}", file=sys.stderr)
+
+
+def check_encoding(conf: Path) -> None:
+    """Raise `RRCMError` for settings that Hydra cannot read: it takes a byte order mark for a part of the text."""
+    for path in sorted(conf.rglob("*.yaml")):
+        with contextlib.suppress(UnicodeDecodeError):
+            if not path.read_text(encoding="utf-8").startswith("\ufeff"):
+                continue
+        raise RRCMError(f"{path}: must be UTF-8 without a byte order mark; save it as that")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whose code runs: that of the checkout a command lies in, whichever checkout the environment was installed from."""
+"""Whose code runs, and whose bytes: those of the checkout a command lies in, whatever is installed or configured."""
 
 import ast
 import os
@@ -156,3 +156,23 @@ def test_the_console_command_says_that_another_checkouts_code_does_not_run(other
     cli.main()
     said = capsys.readouterr().err.splitlines()
     assert said == notes * [f"note: this is the rrcm of {REPOSITORY}; the code of {other} does not run"]
+
+
+@pytest.mark.parametrize("autocrlf", ["true", "input", "false"])
+def test_git_keeps_the_bytes_whatever_it_is_told_about_line_ends(tmp_path, autocrlf):
+    """DVC compares hashes of the files, shells read no CR, and DVC's remote names files by their content."""
+    names = ("stages/slurm.sh", "Makefile", "params.yaml", ".ci/run", ".gitattributes")
+    files = {name: (REPOSITORY / name).read_bytes() for name in names}
+    files |= {"artifacts/files/md5/00/4b": b"a,b\r\n1,2\r\n", "x.png": b"\x89PNG\r\n\x1a\n", "rrcm/x.py": b"1\n"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    git = ["git", "-c", f"core.autocrlf={autocrlf}", "-c", "core.safecrlf=false"]
+    git += ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run([*git, "add", "."], cwd=tmp_path, check=True)
+    subprocess.run([*git, "commit", "-qm", "t"], cwd=tmp_path, check=True)
+    for name in files:
+        (tmp_path / name).unlink()
+    subprocess.run([*git, "checkout", "-q", "."], cwd=tmp_path, check=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files

@@ -363,9 +363,10 @@ def test_bad_settings_are_refused_in_one_line(project, change_of, said):
 def test_a_missing_or_broken_file_is_said(tmp_path):
     with pytest.raises(RRCMError, match="no such file"):
         load_config(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("a: [")
-    with pytest.raises(RRCMError, match="cannot be read as YAML"):
-        load_config(tmp_path / "params.yaml")
+    for content in (b"a: [", "a: é".encode("latin-1"), b"\xff\xfea", b"a: \x00"):
+        (tmp_path / "params.yaml").write_bytes(content)
+        with pytest.raises(RRCMError, match="cannot be read as YAML"):
+            load_config(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("[]")
     with pytest.raises(RRCMError, match="must be a mapping"):
         load_config(tmp_path / "params.yaml")

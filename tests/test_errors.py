@@ -47,6 +47,16 @@ def test_overrides_that_cannot_be_composed(tmp_path, override, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "latin-1"])
+def test_settings_that_hydra_cannot_read(tmp_path, encoding):
+    (tmp_path / "good.yaml").write_bytes(b"a: 1\r\n")
+    check_encoding = runpy.run_path(str(REPOSITORY / "stages/compose.py"))["check_encoding"]
+    check_encoding(tmp_path)
+    (tmp_path / "mine.yaml").write_text("a: 1 # é", encoding=encoding)
+    with pytest.raises(RRCMError, match=r"mine\.yaml: must be UTF-8 without a byte order mark"):
+        check_encoding(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["shard_data", "pretrain", "plot"])
 def test_every_stage_checks_all_settings_first(project, name):
     change(project, report__radii=[0.333])

@@ -16,7 +16,7 @@ import pandas as pd
 
 from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_path
+from rrcm.utils.files import atomic_path, read_text
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # then what each bound certifies
@@ -51,10 +51,10 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
     `parse` takes the fields of a row in the order of `columns`, idx first, and raises ValueError for bad ones.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n").splitlines()
+        lines = read_text(path).rstrip("\n").splitlines()
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RRCMError(f"{path}: cannot be read as text ({error}); certify again") from None
     header = lines[0].split("\t") if lines else []
     if any(header.count(name) != 1 for name in columns):

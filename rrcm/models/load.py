@@ -21,7 +21,7 @@ from rrcm.models.denoiser import load_denoiser
 from rrcm.models.ensembles import Ensemble
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import expand_user, sha256_folder
+from rrcm.utils.files import expand_user, read_text, sha256_folder
 from rrcm.utils.tensors import load_tensors, load_weights, sha256_tensors
 
 
@@ -211,8 +211,8 @@ def _with_imagenet_names(loaded: LoadedClassifier, subset: str) -> LoadedClassif
 
 def _read_class_names(path: Path, count: int) -> list[str]:
     try:
-        names = expand_user(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        names = read_text(expand_user(path)).splitlines()
+    except (OSError, ValueError) as error:
         raise RRCMError(f"{path}: cannot be read as text ({one_line(error)})") from None
     names = [name.strip() for name in names if name.strip()]
     if len(names) != count:

@@ -4,6 +4,7 @@ Not every place behaves like a local disk. Network file systems may lack locks, 
 renamed, and nothing can be renamed over a mount point. What differs is handled here.
 """
 
+import codecs
 import csv
 import errno
 import fcntl
@@ -251,6 +252,16 @@ def expand_user(path: Path | str) -> Path:
         return Path(path)
 
 
+def read_text(path: Path | str) -> str:
+    """The text of a file that a person may have saved on any system, with line ends \\n.
+
+    It is UTF-8, or UTF-16 with a byte order mark as Windows writes it. Raises OSError, and ValueError for other bytes.
+    """
+    content = Path(path).read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return io.StringIO(content.decode("utf-16" if wide else "utf-8-sig"), newline=None).read()
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with atomic_path(path) as scratch:
@@ -274,7 +285,7 @@ def write_csv(path: Path | str, rows: list[dict]) -> None:
 def read_json(path: Path | str) -> dict:
     """Read a JSON file. Raises `RRCMError` if it is missing or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file; run the stage that writes it first (dvc repro)") from None
     except (OSError, ValueError) as error:

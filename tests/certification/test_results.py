@@ -82,6 +82,8 @@ def test_reads_what_other_groups_write(tmp_path: Path):
     for name, text in variants.items():
         (tmp_path / name).write_bytes(text.encode())
         pd.testing.assert_frame_equal(read_certificates(tmp_path / name), plain, check_exact=True)
+        (tmp_path / name).write_bytes(text.removeprefix("\ufeff").encode("utf-16"))
+        pd.testing.assert_frame_equal(read_certificates(tmp_path / name), plain, check_exact=True)
 
 
 def test_samples_read_back_as_written(tmp_path: Path):
@@ -176,7 +178,7 @@ def test_malformed_row_names_file_and_line(tmp_path: Path, row: str, message: st
         (HEADER.replace("radius\t", "").encode(), "line 1: must be a tab-separated header"),  # as of Cohen's PREDICT
         (f"{HEADER}\tradius".encode(), "line 1: .* once"),
         (HEADER.encode() + b"\n", "has a header but no rows"),
-        (b"\xff\xfe", "cannot be read as text"),
+        (b"\xff\xff", "cannot be read as text"),
     ],
 )
 def test_unreadable_file(tmp_path: Path, content: bytes | None, message: str):

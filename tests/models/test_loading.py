@@ -424,6 +424,9 @@ def test_class_names_of_a_snapshot(labels, descriptions, names, folders):
     assert loaded.class_names == names
     known = class_folders(loaded)
     assert folders.items() <= known.items() and "a" not in known
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # as programs of Windows save text
+        Path("names.txt").write_bytes("ä\r\ny\r\nz".encode(encoding))
+        assert load_base_classifier("snapshot", classes=Path("names.txt")).class_names == ["ä", "y", "z"]
     Path("names.txt").write_text("x\ny\nz\n")
     assert load_base_classifier("snapshot", classes=Path("~/names.txt")).class_names == ["x", "y", "z"]
 

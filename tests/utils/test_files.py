@@ -13,7 +13,17 @@ from conftest import files_of, in_own_mounts
 
 from rrcm.utils import files
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_directory, atomic_path, has_locks, in_repository, lock_file, write_text, writing
+from rrcm.utils.files import (
+    atomic_directory,
+    atomic_path,
+    has_locks,
+    in_repository,
+    lock_file,
+    read_json,
+    read_text,
+    write_text,
+    writing,
+)
 
 OLD, NEW = ({"a": word, "below/b": word} for word in (b"old", b"new"))
 
@@ -301,3 +311,24 @@ def test_a_relative_path_is_found_from_a_copy_that_dvc_makes(tmp_path, monkeypat
         assert in_repository("both") == Path("both")  # what is in git or DVC: of the experiment's own revision
         assert in_repository("/anywhere") == Path("/anywhere")
     assert in_repository("new") == tmp_path / "new"
+
+
+WINDOWS = ["utf-8", "utf-8-sig", "utf-16"]  # how its programs save text
+
+
+@pytest.mark.parametrize("encoding", [*WINDOWS, "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_that_was_saved_anywhere_is_read(tmp_path, encoding, end):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "a").write_bytes(f'{mark}{{"é":{end}1}}{end}'.encode(encoding))
+    assert read_text(tmp_path / "a") == '{"é":\n1}\n'
+    assert read_json(tmp_path / "a") == {"é": 1}
+
+
+@pytest.mark.parametrize("content", ["é".encode("latin-1"), b"\xff\xfe\x00", b"\xff\xfe\x00\xd8"])
+def test_other_bytes_are_refused(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match="decode"):
+        read_text(tmp_path / "a")
+    with pytest.raises(RRCMError, match="cannot be read as JSON"):
+        read_json(tmp_path / "a")
