@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -163,10 +162,9 @@ def compare(
 
 def main() -> None:
     """The console command. It runs the code that is installed, and says so in a checkout with other code."""
-    with suppress(FileNotFoundError):  # the working directory was deleted
-        if folder := other_checkout([Path.cwd(), *Path.cwd().parents]):
-            code, folder = printable(Path(__file__).parents[1]), printable(folder)
-            print(f"note: this is the rrcm of {code}; the code of {folder} does not run", file=sys.stderr)
+    if folder := other_checkout([Path.cwd(), *Path.cwd().parents]):
+        code, folder = printable(Path(__file__).parents[1]), printable(folder)
+        print(f"note: this is the rrcm of {code}; the code of {folder} does not run", file=sys.stderr)
     run_app(app)
 
 

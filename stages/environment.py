@@ -5,15 +5,15 @@ clone, another worktree, or the workspace from which DVC queued an experiment. O
 line, and not deep in its imports.
 """
 
-import os.path
 import sys
+from pathlib import Path
 
 HINT = "activate the environment with `source .venv/bin/activate`, or make it with `make install`"
 VERSION = ".".join(map(str, sys.version_info[:3]))
 
 if sys.version_info < (3, 11):  # noqa: UP036 (any Python may run this)
     sys.exit(f"error: this is Python {VERSION}, rrcm needs 3.11 or newer; {HINT}")
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # noqa: PTH120 (it imports faster)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
     from rrcm.utils.app import refuse_other_checkout, run_command
 except ImportError as error:

@@ -66,3 +66,12 @@ def test_an_unnamed_user_gets_a_name_and_a_home(monkeypatch, named, before, afte
     monkeypatch.setattr("pwd.getpwuid", {os.getuid(): "me"}.__getitem__ if named else {}.__getitem__)
     name_user()
     assert os.environ == after
+
+
+@pytest.mark.parametrize("command", ["stages/certify.py", "stages/repro.py", "rrcm/cli.py", "benchmarks/latency.py"])
+def test_a_working_directory_that_was_deleted_is_said(tmp_path, command):
+    leave = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+    words = ["sh", "-c", leave, "sh", sys.executable, str(REPOSITORY / command), "--help"]
+    answer = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 1
+    assert answer.stderr == "error: the working directory was deleted; change to another one\n"

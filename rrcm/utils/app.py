@@ -35,6 +35,10 @@ def name_user() -> None:
 
 
 name_user()
+try:
+    Path.cwd()
+except FileNotFoundError:
+    sys.exit("error: the working directory was deleted; change to another one")
 
 import typer  # noqa: E402
 
