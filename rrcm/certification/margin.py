@@ -97,6 +97,13 @@ class MarginRule:
 
     rule: StoppingRule
 
+    def can_certify(self) -> bool:
+        """Whether an image whose votes all agree gets a certificate."""
+        test, nothing = self.choose_test({0: self.rule.n0}, 0), np.array([0])
+        if isinstance(self.rule, FixedSample):
+            return self.radius(test, self.rule.n, nothing, 0) is not None
+        return any(self.certify(test, look, np.array(m), nothing, 0) for look, m in enumerate(self.rule.looks))
+
     def choose_test(self, votes: Mapping[int, int], top_class: int) -> str:
         """`choose_test` for all samples and what the rule spends on the last look."""
         return choose_test(votes, top_class, self.rule.looks[-1], self._alpha(-1))

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 from scipy.special import bdtr, bdtrc, betaincinv, ndtr, ndtri  # importing scipy.stats takes a second
 
+from rrcm.utils.arguments import real_number, shown, whole_number
 from rrcm.utils.errors import RRCMError
 
 # Why sampling stopped.
@@ -21,11 +21,13 @@ WHOLE_GRID = "whole grid"
 FUTILE = "futile"  # the next radius of the grid is out of reach
 WRONG_CLASS = "wrong class"  # in an evaluation with labels: the chosen class is not the label
 
+STOPPING = ("fixed", "sequential")
 BOUNDS = ("binary", "margin")  # p_B = 1 - p_A, or from the votes of every class (margin.py)
 ABSTAIN = -1  # the predicted class when nothing is certified
 FUTILITY_CONFIDENCE = 0.9  # confidence of the upper bound on p_A under which conditional power is computed
 MIN_CONDITIONAL_POWER = 0.001  # a radius with less conditional power is given up
 LOOK_GROWTH = 1.2  # factor between the sample sizes of consecutive looks
+MOST_RADII, MOST_BOUNDS = 10_000, 400_000  # of the grid, and of all its looks; the latter take up to ten seconds
 
 
 def clopper_pearson_lower(
@@ -88,7 +90,6 @@ class GroupSequential:
     alphas: tuple[float, ...]  # error probability added to each radius's budget at each look
     radii: tuple[float, ...]  # the grid, G radii from 0 on
     efficacy_counts: np.ndarray  # (J, G) int64, smallest count that certifies radius g at look j; look + 1 if none does
-    futility_counts: np.ndarray  # (J, G) int64, smallest count that leaves radius g in reach; look + 1 if none does
     bound: str = "binary"  # of BOUNDS: which one the certificates have, and decides when to stop
 
     @property
@@ -106,7 +107,8 @@ class GroupSequential:
         enough = np.asarray(count)[..., None] >= self.efficacy_counts[look]
         certified = enough | (np.arange(len(self.radii)) < np.asarray(num_certified)[..., None])
         num_certified = np.logical_and.accumulate(certified, axis=-1).sum(-1)  # none before all smaller ones
-        futile = count < np.append(self.futility_counts[look], 0)[num_certified]
+        needed = np.append(self.efficacy_counts[-1], 0)[num_certified]  # for the next radius, at the last look
+        futile = ~in_reach(np.asarray(count), self.looks[look], needed, self.looks[-1])
         last = look == len(self.looks) - 1
         reason = np.select([num_certified == len(self.radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
         return (num_certified, reason) if np.ndim(count) else (int(num_certified), str(reason))
@@ -121,8 +123,7 @@ StoppingRule = FixedSample | GroupSequential
 
 def fixed_sample(sigma: float, *, n0: int = 100, n: int = 100_000, alpha: float = 0.001) -> FixedSample:
     """CERTIFY of Cohen et al. 2019. Raises `RRCMError` for impossible settings."""
-    check_settings(sigma, n0, n, alpha)
-    return FixedSample(sigma, n0, n, alpha)
+    return FixedSample(*check_settings(sigma, n0, n, alpha))
 
 
 def group_sequential(
@@ -133,23 +134,23 @@ def group_sequential(
     `look_schedule` and `alpha_spending` give the looks and their shares of alpha. Raises `RRCMError` for impossible
     settings.
     """
-    check_settings(sigma, n0, n, alpha)
+    sigma, n0, n, alpha = check_settings(sigma, n0, n, alpha)
+    radius_step = real_number("radius_step", radius_step)
     if not 0 < radius_step < np.inf:
         raise RRCMError(f"radius_step = {radius_step}: must be above 0 and finite, in pixel units")
     looks = look_schedule(n)
     alphas = alpha_spending(alpha, len(looks))
     reach = max(sigma * float(ndtri(alpha ** (1 / n))), 0.0)  # the radius for n votes of n
-    if reach / radius_step > 10_000:
-        raise RRCMError(
-            f"radius_step = {radius_step}: gives {reach / radius_step:.3g} radii up to {reach:.3g}; take a larger step"
-        )
+    if reach / radius_step > (most := min(MOST_RADII, MOST_BOUNDS // len(looks))):
+        given = f"gives {reach / radius_step:.3g} radii up to {reach:.3g}, more than {most:,}"
+        raise RRCMError(f"radius_step = {radius_step}: {given}; take a larger step")
     steps = 1 + int(reach / radius_step)
     radii = np.array([float(f"{radius_step * k:.12g}") for k in range(steps)])  # 0.6, not 0.6000000000000001
     efficacy_counts = efficacy_boundary(looks, alphas, ndtr(radii / sigma))
+    if (efficacy_counts[:, 0] > looks).all():  # the sum of the shares is rounded
+        raise _certifies_nothing(n, alpha, "set n higher")
     kept = max(1, int((efficacy_counts[-1] <= n).sum()))  # drop a radius that only rounding puts within reach
-    radii, efficacy_counts = radii[:kept], efficacy_counts[:, :kept]
-    futility_counts = futility_boundary(looks, efficacy_counts[-1])
-    return GroupSequential(sigma, n0, looks, alphas, tuple(radii.tolist()), efficacy_counts, futility_counts)
+    return GroupSequential(sigma, n0, looks, alphas, tuple(radii[:kept].tolist()), efficacy_counts[:, :kept])
 
 
 def make_stopping_rule(
@@ -159,18 +160,20 @@ def make_stopping_rule(
 
     Raises `RRCMError` for bad settings, and where n votes of n certify nothing.
     """
-    if bound not in BOUNDS:
-        raise RRCMError(f"bound = {bound!r}: must be {' or '.join(BOUNDS)}")
-    if stopping not in ("fixed", "sequential"):
-        raise RRCMError(f"stopping = {stopping!r}: must be fixed or sequential")
-    check_settings(sigma, n0, n, alpha)
-    if n < (least := _fewest_votes(alpha)):
-        raise RRCMError(f"n = {n}: certifies nothing at alpha = {alpha}, even if all votes agree; set n to {least}")
+    for name, value, allowed in (("bound", bound, BOUNDS), ("stopping", stopping, STOPPING)):
+        if not isinstance(value, str) or value not in allowed:
+            raise RRCMError(f"{name} = {shown(value)}: must be {' or '.join(allowed)}")
     if stopping == "fixed":
         rule = fixed_sample(sigma, n0=n0, n=n, alpha=alpha)
     else:
         rule = group_sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
-    return replace(rule, bound=bound)
+    rule = replace(rule, bound=bound)
+    if bound == "margin":
+        from rrcm.certification.margin import MarginRule  # which imports this module
+
+        if not MarginRule(rule).can_certify():
+            raise _certifies_nothing(n, alpha, "set n higher, or bound to binary")
+    return rule
 
 
 def look_schedule(n: int) -> tuple[int, ...]:
@@ -204,19 +207,14 @@ def efficacy_boundary(looks: tuple[int, ...], alphas: tuple[float, ...], thresho
     return np.array(boundary)
 
 
-def futility_boundary(looks: tuple[int, ...], final_counts: np.ndarray) -> np.ndarray:
-    """The smallest count at look j that leaves radius g in reach: (J, G) int64; look + 1 where no count does.
+def in_reach(count: np.ndarray, m: int, needed: np.ndarray, n: int) -> np.ndarray:
+    """Whether `count` votes of m leave in reach a radius that takes `needed` votes of n: (B,) bool.
 
-    A radius is in reach while its conditional power is at least MIN_CONDITIONAL_POWER. This is the probability to reach
-    final_counts[g] (G,) at the last look, with p_A at an upper confidence bound (FUTILITY_CONFIDENCE).
+    A radius is in reach while its conditional power is at least MIN_CONDITIONAL_POWER. This is the probability to get
+    `needed` (B,) votes, with p_A at an upper confidence bound (FUTILITY_CONFIDENCE).
     """
-    m = np.array(looks)[:, None]
-
-    def in_reach(count: np.ndarray) -> np.ndarray:
-        optimistic = betaincinv(count + 1, np.maximum(m - count, 1e-9), FUTILITY_CONFIDENCE)
-        return _upper_tail(final_counts - count, looks[-1] - m, optimistic) >= MIN_CONDITIONAL_POWER
-
-    return smallest_count(in_reach, m, len(final_counts))
+    optimistic = betaincinv(count + 1, np.maximum(m - count, 1e-9), FUTILITY_CONFIDENCE)
+    return _upper_tail(needed - count, n - m, optimistic) >= MIN_CONDITIONAL_POWER
 
 
 def _improbable(m: int, p: np.ndarray, alpha: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -244,24 +242,40 @@ def _upper_tail(k: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.select([k <= 0, k > n], [1.0, 0.0], inside)
 
 
-def check_prediction(n: int, alpha: float) -> None:
-    """Raises `RRCMError` for settings with which PREDICT is impossible or always abstains."""
-    check_settings(1.0, 1, n, alpha)
+def check_prediction(n: int, alpha: float) -> tuple[int, float]:
+    """n and alpha as Python numbers. Raises `RRCMError` if PREDICT is impossible with them or always abstains."""
+    _, _, n, alpha = _numbers(1.0, 1, n, alpha)
     if n < (least := _fewest_votes(alpha / 2)):  # its test is two-sided
         raise RRCMError(f"n = {n}: always abstains at alpha = {alpha}, even if all votes agree; set n to {least}")
+    return n, alpha
+
+
+def check_settings(sigma: float, n0: int, n: int, alpha: float) -> tuple[float, int, int, float]:
+    """sigma, n0, n and alpha as Python numbers. Raises `RRCMError` for those with which nothing can be certified."""
+    sigma, n0, n, alpha = _numbers(sigma, n0, n, alpha)
+    if n < (least := _fewest_votes(alpha)):
+        raise _certifies_nothing(n, alpha, f"set n to {least}")
+    return sigma, n0, n, alpha
+
+
+def _certifies_nothing(n: int, alpha: float, advice: str) -> RRCMError:
+    return RRCMError(f"n = {n}: certifies nothing at alpha = {alpha}, even if all votes agree; {advice}")
+
+
+def _numbers(sigma: float, n0: int, n: int, alpha: float) -> tuple[float, int, int, float]:
+    """The settings as Python numbers, each in its range. Raises `RRCMError` for others."""
+    sigma, alpha = real_number("sigma", sigma), real_number("alpha", alpha)
+    n0, n = whole_number("n0", n0), whole_number("n", n)
+    if not 0 < sigma < np.inf:
+        raise RRCMError(f"sigma = {sigma}: must be above 0 and finite, in pixel units")
+    for name, samples in (("n0", n0), ("n", n)):
+        if not 0 < samples < 2**31:
+            raise RRCMError(f"{name} = {samples}: must be a whole number of samples, above 0 and below 2^31")
+    if not 0 < alpha <= 0.5:
+        raise RRCMError(f"alpha = {alpha}: must be above 0 and at most 0.5")
+    return sigma, n0, n, alpha
 
 
 def _fewest_votes(alpha: float) -> int:
     """The smallest n for which n equal tosses of a fair coin have a probability of at most alpha."""
     return math.ceil(-math.log2(alpha) - 1e-9)  # less what the logarithm may be rounded up by
-
-
-def check_settings(sigma: float, n0: int, n: int, alpha: float) -> None:
-    """Raises `RRCMError` for settings with which nothing can be certified."""
-    if not 0 < sigma < np.inf:
-        raise RRCMError(f"sigma = {sigma}: must be above 0 and finite, in pixel units")
-    for name, samples in (("n0", n0), ("n", n)):
-        if not (isinstance(samples, Integral) and 0 < samples < 2**31):
-            raise RRCMError(f"{name} = {samples}: must be a whole number of samples, above 0 and below 2^31")
-    if not 0 < alpha <= 0.5:
-        raise RRCMError(f"alpha = {alpha}: must be above 0 and at most 0.5")

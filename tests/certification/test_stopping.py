@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.signal import fftconvolve
 from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom, binomtest
@@ -23,10 +24,14 @@ from rrcm.certification.stopping import (
     FixedSample,
     GroupSequential,
     binomial_test,
+    check_prediction,
+    check_settings,
     clopper_pearson_lower,
     fixed_sample,
     group_sequential,
+    in_reach,
     look_schedule,
+    make_stopping_rule,
 )
 from rrcm.utils.errors import RRCMError
 
@@ -57,7 +62,7 @@ def test_clopper_pearson_against_scipy(k: int, n: int, alpha: float):
 def test_a_bound_that_underflows_certifies_nothing():
     """scipy's inverse of the incomplete beta function gives NaN here."""
     assert clopper_pearson_lower(5, 6, 1e-300) == 0
-    assert fixed_sample(0.5, n=6, alpha=1e-300).radius(5, 0) is None
+    assert FixedSample(0.5, n0=100, n=6, alpha=1e-300).radius(5, 0) is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1001, 100_000])
@@ -71,6 +76,7 @@ def test_binomial_test_against_scipy(n: int):
 @pytest.mark.parametrize("n", [1, 2, 99, 100, 101, 125, 126, 1000, 12_345, 100_000, 2**31 - 1])
 @pytest.mark.parametrize("alpha", [1e-9, 0.001, 0.3])
 def test_looks_grow_and_alpha_is_spent_once(n: int, alpha: float):
+    n = max(n, math.ceil(-math.log2(alpha)))  # fewer certify nothing
     rule = group_sequential(0.5, n=n, alpha=alpha)
     assert rule.looks[-1] == n
     assert (np.diff(rule.looks) > 0).all()
@@ -78,7 +84,7 @@ def test_looks_grow_and_alpha_is_spent_once(n: int, alpha: float):
     assert len(rule.alphas) == len(rule.looks)
     assert min(rule.alphas) > 0
     assert math.fsum(rule.alphas) == pytest.approx(alpha, rel=1e-12)
-    assert rule.efficacy_counts.shape == rule.futility_counts.shape == (len(rule.looks), len(rule.radii))
+    assert rule.efficacy_counts.shape == (len(rule.looks), len(rule.radii))
 
 
 def test_looks_of_a_hundred_thousand():
@@ -124,7 +130,10 @@ def test_hope_by_brute_force(sigma: float, n: int):
         optimistic = np.append(beta.ppf(FUTILITY_CONFIDENCE, count[:-1] + 1, m - count[:-1]), 1.0)
         for g in range(len(rule.radii)):
             hopeful = binom.sf(rule.efficacy_counts[-1, g] - count - 1, n - m, optimistic) >= MIN_CONDITIONAL_POWER
-            assert (hopeful == (count >= rule.futility_counts[j, g])).all()
+            assert (hopeful == in_reach(count, m, rule.efficacy_counts[-1, g], n)).all()
+            _, reasons = rule.decide(j, count, np.full(m + 1, g))
+            following = (count < rule.efficacy_counts[j, g]) & (m < n)  # the radius stays the next one
+            assert ((reasons == FUTILE) == ~hopeful)[following].all()
 
 
 @pytest.mark.parametrize(("sigma", "n", "alpha"), [(0.5, 1000, 0.001), (0.25, 150, 0.05), (1.0, 600, 0.3)])
@@ -179,6 +188,59 @@ def test_impossible_settings_are_refused(stopping, wrong: dict):
 def test_impossible_grids_are_refused(radius_step: float):
     with pytest.raises(RRCMError, match=r"^radius_step = .*$"):
         group_sequential(0.5, radius_step=radius_step)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.05, 0.001, 1e-9])
+@pytest.mark.parametrize("stopping", [fixed_sample, group_sequential])
+def test_samples_that_certify_nothing_are_refused(stopping, alpha: float):
+    """The fewest that do are those of which n equal ones have a probability of at most alpha under a fair coin."""
+    least = next(n for n in range(1, 99) if 0.5**n <= alpha)
+    rule = stopping(0.5, n=least, alpha=alpha)
+    assert rule.radius(least, rule.decide(0, least, 0)[0]) is not None
+    for n in {max(1, least // 2), least - 1} - {least, 0}:
+        for refused in (lambda n=n: stopping(0.5, n=n, alpha=alpha), lambda n=n: check_settings(0.5, 100, n, alpha)):
+            with pytest.raises(RRCMError, match=rf"^n = {n}: certifies nothing at .*; set n to {least}$"):
+                refused()
+
+
+def test_shares_of_alpha_that_certify_nothing_are_refused():
+    """All shares together are a little less than alpha, and the margin bound does not get all of it."""
+    for n, alpha, bound in [(111, 2**-111, "binary"), (40, 2**-40, "margin"), (20, 1e-6, "margin")]:
+        settings = {"n0": 100, "radius_step": 0.25, "alpha": alpha, "bound": bound}
+        with pytest.raises(RRCMError, match=rf"^n = {n}: certifies nothing at .*; set n higher[^\n]*$"):
+            make_stopping_rule("sequential", 0.5, n=n, **settings)
+        make_stopping_rule("sequential", 0.5, n=n + 3, **settings)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64, torch.tensor])
+def test_settings_of_any_number_type_are_those_of_python(kind):
+    expected = repr(group_sequential(0.5, n0=100, n=200, alpha=0.25, radius_step=0.5))
+    real = torch.tensor if kind is torch.tensor else np.float32
+    assert repr(group_sequential(real(0.5), n0=kind(100), n=kind(200), alpha=real(0.25), radius_step=real(0.5))) == (
+        expected
+    )
+    assert check_prediction(kind(100), real(0.25)) == (100, 0.25)
+
+
+@pytest.mark.parametrize("name", ["sigma", "alpha", "radius_step", "n0", "n"])
+@pytest.mark.parametrize(
+    "value",
+    ["0.5", True, None, [0.25], np.array([0.25]), 1j, 10**400, 10**5000, torch.zeros((), device="meta")],
+    ids=["text", "bool", "None", "list", "array", "complex", "long", "longer", "meta"],
+)
+def test_settings_of_another_type_are_refused(name: str, value: object):
+    with pytest.raises(RRCMError, match=rf"^{name} = [^\n]*: must be [^\n]*$") as error:
+        group_sequential(**{"sigma": 0.5, name: value})
+    assert len(str(error.value)) < 150
+
+
+def test_a_long_grid_of_many_samples_takes_no_long_work():
+    """Work before the first sample is bounded: one count for each look and radius."""
+    rule = group_sequential(0.5, n=2**31 - 1, radius_step=0.01)
+    assert rule.efficacy_counts.shape == (94, 291)
+    for radius_step in (0.0003, 0.0005):
+        with pytest.raises(RRCMError, match=r"radii up to 2.9, more than 4,255; take a larger step$"):
+            group_sequential(0.5, n=2**31 - 1, radius_step=radius_step)
 
 
 # Soundness
