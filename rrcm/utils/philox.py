@@ -91,7 +91,7 @@ def philox_normal(shape: tuple[int, ...], key: int, words: tuple[torch.Tensor, .
     size = math.prod(shape)
     quads = -(-size // 4)
     count, device = len(words[0]), words[0].device
-    normals = torch.empty(count, 4, quads, device=device)
+    normals = torch.empty(count, 4, quads, dtype=torch.float32, device=device)
     on_cpu = device.type == "cpu"
     rows = max(1, CHUNK // quads) if on_cpu else max(1, count)
     draw = uniforms if on_cpu or normals.numel() < FUSE_FROM else fused_uniforms(device)

@@ -37,10 +37,10 @@ def normal_per_sample(
     if torch.device(device).type == "cuda":
         return philox_per_sample(shape, seed, *key, positions=positions, device=device)
     generator = torch.Generator(device)
-    noise = torch.empty((len(positions), *shape), device=device)
+    noise = torch.empty((len(positions), *shape), dtype=torch.float32, device=device)
     for row, position in zip(noise, positions, strict=True):
         generator.manual_seed(derive_seed(seed, *key, position))
-        torch.randn(shape, generator=generator, device=device, out=row)
+        torch.randn(shape, generator=generator, dtype=torch.float32, device=device, out=row)
     return noise
 
 
