@@ -1,16 +1,20 @@
-"""What torch modules of any kind need before they can be smoothed: eval mode, a copy in bfloat16, batches of a size.
+"""What torch modules of any kind need before they can be smoothed: eval mode, a copy in bfloat16, batches of a size,
+and a torch whose settings are the usual ones.
 
 A module may be plain, scripted, traced, exported, compiled, or wrapped for several devices.
 """
 
 import contextlib
 import copy
+import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rrcm.utils.errors import RRCMError, one_line
@@ -18,27 +22,147 @@ from rrcm.utils.errors import RRCMError, one_line
 Graphs = GraphModule | torch.jit.ScriptModule  # their layers are operations of a graph, which take no hooks
 
 
-def prepare(model: nn.Module, precision: str) -> nn.Module:
-    """`model` in eval mode, or for precision "bf16" a copy of it in bfloat16. Raises `RRCMError` if there is none."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` without a wrapper that cannot vote: the first waits for the others, the second hands out no draws."""
     if isinstance(model, nn.parallel.DistributedDataParallel) or (
         isinstance(model, nn.DataParallel) and attribute(model, "stochastic")
     ):
-        model = model.module  # the first waits for the other processes in each batch, the second hands out no draws
-    if precision == "bf16":
-        if any(isinstance(module, torch.jit.ScriptModule) and _has_constants(module) for module in model.modules()):
-            raise RRCMError(
-                "precision = bf16: the model has weights as constants in its graph, which cannot be converted; use fp32"
-            )
-        try:
-            with torch.no_grad():  # a copy of a scripted module remembers where it comes from
-                model = copy.deepcopy(model)
-                model = model.to(torch.bfloat16) if isinstance(model, torch.jit.ScriptModule) else model.bfloat16()
-        except Exception as error:  # each kind of module raises its own
-            raise RRCMError(
-                f"precision = bf16: the model cannot be copied in bfloat16 ({one_line(error)}); use fp32"
-            ) from error
-    set_eval(model)
+        return model.module
     return model
+
+
+def check_weights(model: nn.Module, precision: str) -> None:
+    """Raises `RRCMError` for weights without values, and for those that are less precise than `precision`."""
+    for weight in chain(model.parameters(), model.buffers()):
+        if is_lazy(weight) or weight.is_meta:
+            raise RRCMError("the model has weights without values, as on the device meta; load or initialize them")
+    for weight in model.parameters():
+        if precision == "fp32" and weight.is_floating_point() and weight.element_size() < 4:
+            raise RRCMError(f"precision = fp32: the model has weights of {weight.dtype}; convert it with .float()")
+
+
+def copy_in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy of `model` in bfloat16, whose weights take no gradients. Raises `RRCMError` if there is none."""
+    if any(isinstance(module, torch.jit.ScriptModule) and _has_constants(module) for module in model.modules()):
+        raise RRCMError(
+            "precision = bf16: the model has weights as constants in its graph, which cannot be converted; use fp32"
+        )
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # a copy of a scripted module remembers where it comes from
+            twin = copy.deepcopy(model)
+            twin = twin.to(torch.bfloat16) if isinstance(twin, torch.jit.ScriptModule) else twin.bfloat16()
+            for weight in twin.parameters():
+                weight.requires_grad_(False)
+            return twin
+    except Exception as error:  # each kind of module raises its own
+        raise RRCMError(
+            f"precision = bf16: the model cannot be copied in bfloat16 ({one_line(error)}); use fp32"
+        ) from error
+
+
+def switches(model: nn.Module) -> list[object]:
+    """All modules of `model`, each with its attributes that are true or false."""
+    return [
+        each for module in model.modules() for each in (module, *(v for v in vars(module).values() if type(v) is bool))
+    ]
+
+
+def parts(model: nn.Module) -> list[object]:
+    """All modules of `model` with all their attributes and what these contain, such as hooks.
+
+    A copy has to be made anew when one of them is another object, but not when a weight is changed in place.
+    """
+    found = []
+    for module in model.modules():
+        for value in (module, *vars(module).values()):
+            found.append(value)
+            if isinstance(value, dict | list | tuple):
+                found += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether both have the same objects in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def update_copy(twin: nn.Module, model: nn.Module) -> bool:
+    """Give a copy the weights that `model` has now. False if they do not fit: then it takes another copy."""
+    weights, copies = _tensors(model), _tensors(twin)
+    for name, weight in weights.items():
+        if name not in copies or copies[name].shape != weight.shape or copies[name].device != weight.device:
+            return False
+    with torch.no_grad():
+        for name, weight in weights.items():
+            copies[name].copy_(weight)
+    return True
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, buffers, and attributes that are tensors."""
+    plain = {
+        f"{prefix}.{name}": value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return plain | dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@contextlib.contextmanager
+def usual_state(device: torch.device) -> Iterator[None]:
+    """Compute on `device` as in a new process, whatever the program has set: float32 is the default and is exact.
+
+    Inside there is no autocast, and no product of float32 numbers is rounded to TF32 or bfloat16.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False), _exact_products():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    if hasattr(cudnn, "conv"):  # one setting for each kind of operation, since torch 2.9
+        operations = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        settings = [(each, "fp32_precision", "ieee") for each in operations]
+    else:
+        settings = [(cudnn, "allow_tf32", False)]
+    before = [getattr(where, name) for where, name, _ in settings]
+    try:
+        products = torch.get_float32_matmul_precision()
+    except RuntimeError:  # there is none, as the kinds of operations differ
+        products = None
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for where, name, exact in settings:
+            setattr(where, name, exact)
+        yield
+    finally:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        for (where, name, exact), value in zip(settings, before, strict=True):
+            if exact == "ieee":
+                setattr(where, name, "none")  # it may follow a more general setting
+            if getattr(where, name) != value:
+                setattr(where, name, value)
+
+
+@contextlib.contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what a model changes in its buffers, as its batch norms do if it stays in training mode."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def attribute(model: nn.Module, name: str) -> bool:
@@ -121,7 +245,8 @@ def check_independence(run: Callable[[torch.Tensor], torch.Tensor], batch: torch
     Modules in eval mode still do if they were exported or traced in training mode, or call dropout in a wrong way.
     """
     company = batch.clone()
-    company[1:] = 4 * torch.rand(company[1:].shape, generator=torch.Generator().manual_seed(0)).to(batch)
+    generator = torch.Generator().manual_seed(0)
+    company[1:] = 4 * torch.rand(company[1:].shape, generator=generator, device="cpu").to(batch)
     states = _random_states(batch.device)
     answers = [run(rows)[0].float() for rows in (batch, company)]
     if any(not torch.equal(*pair) for pair in zip(states, _random_states(batch.device), strict=True)):

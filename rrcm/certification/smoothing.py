@@ -7,10 +7,11 @@ still flip votes that are nearly tied.
 """
 
 import math
-import operator
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -23,11 +24,19 @@ from rrcm.certification.networks import (
     attribute,
     batch_limits,
     check_independence,
+    check_weights,
+    copy_in_bfloat16,
     in_batches,
+    kept_buffers,
     largest_output,
     logits_of,
-    prepare,
+    parts,
+    same_objects,
     set_eval,
+    switches,
+    unwrapped,
+    update_copy,
+    usual_state,
     without_compilation,
 )
 from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, CounterDraw, counter_normal
@@ -40,11 +49,14 @@ from rrcm.certification.stopping import (
     check_prediction,
     make_stopping_rule,
 )
+from rrcm.utils.arguments import real_number, shown, whole_number
 from rrcm.utils.distributed import explain_out_of_memory, native_precision
 from rrcm.utils.errors import RRCMError, one_line
 
 BATCHES_PER_SYNC = 16  # batches between two reads of the counts; each read waits for the device
 LARGEST_BATCH = 1024
+FIXED = ("model", "sigma", "num_classes", "seed", "num_noise", "memory_gib", "precision")  # of a SmoothedClassifier
+BLACK = 1.01 / 255  # pixels up to the first grey level above black
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}  # of logits whose rounding may depend on the batch, relative to the largest
 
 
@@ -102,6 +114,18 @@ class SampleRequest:
     stop: int
 
 
+@dataclass
+class Voter:
+    """The network that votes for a model, and what is known of it, as long as the model has the same parts."""
+
+    switches: list[object]
+    parts: list[object]  # empty without a copy
+    network: nn.Module  # the model itself, or its copy in bfloat16
+    compiled: nn.Module  # the same network, compiled if that was asked for
+    batch_limits: tuple[int, int]
+    checked: set[tuple[int, ...]]  # image shapes
+
+
 class SmoothedClassifier(nn.Module):
     """The smoothed classifier g of any `model` that maps (B, C, H, W) float images in [0, 1] to (B, K) logits.
 
@@ -113,11 +137,17 @@ class SmoothedClassifier(nn.Module):
         for certificate in smoothed.certify(images):
             print(certificate.prediction, certificate.radius)
 
-    `model` stays on its device and in eval mode, since batch statistics would make votes depend on other images. It may
-    be any module, also one that was scripted, traced, compiled or exported. It returns the logits, or an object with
-    `logits`. A program exported for certain batches gets such batches. Two attributes of `BaseClassifier` are read if
-    present: `keeps_float32_input` and `stochastic`. With `precision="bf16"` a copy of the model computes in bfloat16,
-    and the certificate applies to that bfloat16 network. Noise is always drawn and added in float32.
+    `model` stays on its device. Each call puts it into eval mode, since batch statistics would make votes depend on
+    other images, and takes it as it is then: it may be trained or moved between two calls. Another model or another
+    sigma takes another `SmoothedClassifier`.
+
+    The model may be any module, also one that was scripted, traced, compiled or exported. It returns the logits, or an
+    object with `logits`. A program exported for certain batches gets such batches. Two attributes of `BaseClassifier`
+    are read if present: `keeps_float32_input` and `stochastic`.
+
+    `precision` alone says in what the network computes: inside, autocast and TF32 are off, and the default dtype is
+    float32. With "bf16" a copy of the model computes in bfloat16, and the certificate applies to that bfloat16 network.
+    Gradients then reach the images but not the weights. Noise is always drawn and added in float32.
 
     What the model raises is raised as an `RRCMError` of one line, with the original as its cause.
     """
@@ -133,36 +163,50 @@ class SmoothedClassifier(nn.Module):
         batch_size: int | None = None,  # noisy samples per forward pass when voting; None: `find_batch_size`
         memory_gib: float | None = None,  # its bound; None: 1/16 on a CPU (cache size), half the free memory of a GPU
         precision: str = "fp32",  # bf16, or auto: bf16 where the model's device has instructions for it
-        compile: bool = False,  # torch.compile; with CUDA graphs on a GPU, with frozen weights on a CPU
+        compile: bool = False,  # torch.compile; with CUDA graphs on a GPU
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
             hint = "; pass its .module()" if type(model).__name__ == "ExportedProgram" else ""
             raise RRCMError(f"model is a {type(model).__name__}: must be a torch.nn.Module{hint}")
+        sigma, num_classes = real_number("sigma", sigma), whole_number("num_classes", num_classes)
         if not torch.finfo(torch.float32).tiny <= sigma <= torch.finfo(torch.float32).max:
             raise RRCMError(f"sigma = {sigma}: must be above 0 and finite in float32, in pixel units")
         if num_classes < 2:
-            raise RRCMError(f"num_classes = {num_classes}: must be at least 2")
-        if num_noise < 1 or (batch_size is not None and batch_size < 1):
-            raise RRCMError(f"num_noise = {num_noise}, batch_size = {batch_size}: must be at least 1")
+            raise RRCMError(f"num_classes = {num_classes}: must be at least 2; let a model of one logit return two")
+        memory_gib = None if memory_gib is None else real_number("memory_gib", memory_gib)
         if memory_gib is not None and not 0 < memory_gib < math.inf:
             raise RRCMError(f"memory_gib = {memory_gib}: must be above 0 and finite")
-        if precision not in ("auto", "fp32", "bf16"):
-            raise RRCMError(f"precision = {precision!r}: must be auto, fp32 or bf16")
+        if not isinstance(precision, str) or precision not in ("auto", "fp32", "bf16"):
+            raise RRCMError(f"precision = {shown(precision)}: must be auto, fp32 or bf16")
+        if not isinstance(compile, bool):
+            raise RRCMError(f"compile = {shown(compile)}: must be True or False")
         if compile and is_stochastic(model):
             raise RRCMError("compile = True: a stochastic classifier cannot be compiled; set it to False")
         if compile and isinstance(model, torch.jit.ScriptModule):
             raise RRCMError("compile = True: a scripted or traced model cannot be compiled; set it to False")
-        self.model = model
+        self.model = unwrapped(model)
         if precision == "auto":
             precision = "bf16" if native_precision(self.device) == "bf16" else "fp32"
-        self.model = prepare(model, precision)
-        self.sigma, self.num_classes, self.seed, self.num_noise = sigma, num_classes, seed, num_noise
-        self.batch_size, self.memory_gib, self.precision = batch_size, memory_gib, precision
-        self._network = (_compile(self.model, self.device) if compile else self.model,)  # a tuple: no second submodule
-        self._batch_limits = batch_limits(self.model)
-        self._batch_size: dict[tuple[int, ...], int] = {}
-        self._checked: set[tuple[int, ...]] = set()  # image shapes
+        self.sigma, self.num_classes, self.seed = sigma, num_classes, whole_number("seed", seed)
+        self.num_noise, self.batch_size = at_least_one("num_noise", num_noise), batch_size
+        self.memory_gib, self.precision, self._is_compiled = memory_gib, precision, compile
+        self._batch_sizes: dict[tuple[object, ...], int] = {}  # by image shape and device
+        set_eval(self.model)
+        self._voter: Voter | None = None
+        self._find_voter()  # raises now what it would raise later
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Raises `RRCMError` for another value of what is FIXED, and for an impossible batch size."""
+        if name in FIXED and getattr(self, name, value) is not value:
+            raise RRCMError(f"{name}: cannot be changed once a model is smoothed; make another SmoothedClassifier")
+        if name == "batch_size" and value is not None:
+            value = at_least_one(name, value)
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is copied and pickled: all but the network that is made from the model."""
+        return self.__dict__ | {"_voter": None}
 
     @property
     def device(self) -> torch.device:
@@ -171,6 +215,28 @@ class SmoothedClassifier(nn.Module):
 
     def _device(self, default: torch.device) -> torch.device:
         return next((t.device for t in chain(self.model.parameters(), self.model.buffers())), default)
+
+    def _find_voter(self) -> Voter:
+        """The voter as it was if it still holds, else another. A model with the same switches is not checked again."""
+        copied, now, before = self.precision == "bf16", switches(self.model), self._voter
+        all_parts = parts(self.model) if copied else []
+        unchanged = before is not None and same_objects(before.switches, now)
+        kept = unchanged and same_objects(before.parts, all_parts)
+        if kept and (not copied or update_copy(before.network, self.model)):
+            return before
+        network = copy_in_bfloat16(self.model) if copied else self.model
+        compiled = _compile(network, self.device) if self._is_compiled else network
+        checked = before.checked if unchanged else set()
+        self._voter = Voter(now, all_parts, network, compiled, batch_limits(self.model), checked)
+        return self._voter
+
+    @contextmanager
+    def _ready(self, device: torch.device) -> Iterator[Voter]:
+        """The voter of the model as it is now, in eval mode, in the usual state of torch. `device` is the images'."""
+        check_weights(self.model, self.precision)
+        with usual_state(self._device(device)):
+            set_eval(self.model)
+            yield self._find_voter()
 
     def train(self, mode: bool = True) -> "SmoothedClassifier":
         """Stay in eval mode."""
@@ -185,14 +251,19 @@ class SmoothedClassifier(nn.Module):
         """
         check_layout(images)
         images = images.float()
-        if len(images):
-            self._check_independence(images[0].detach())
+        with self._ready(images.device) as voter:
+            if len(images):
+                self._check_independence(voter, images[0].detach())
+            return self._log_mean_softmax(voter, images)
+
+    def _log_mean_softmax(self, voter: Voter, images: torch.Tensor) -> torch.Tensor:
         index = torch.arange(len(images), device=images.device).repeat_interleave(self.num_noise)
         sample = torch.arange(self.num_noise, device=images.device).repeat(len(images))
         purpose = torch.full_like(index, FORWARD)
         noise = counter_normal(images.shape[1:], self.seed, purpose, index, sample)
         noisy = images.repeat_interleave(self.num_noise, 0) + self.sigma * noise
-        logits = self._logits(noisy, self.model, purpose, index, sample).float().log_softmax(-1)
+        logits = self._logits(voter.network, voter.batch_limits, noisy, (purpose, index, sample))
+        logits = logits.float().log_softmax(-1)
         return logits.unflatten(0, (len(images), self.num_noise)).logsumexp(1) - math.log(self.num_noise)
 
     def certify(
@@ -236,7 +307,7 @@ class SmoothedClassifier(nn.Module):
         images (B, C, H, W) float in [0, 1]. Another class is returned with probability at most alpha. Raises
         `RRCMError` for impossible settings and images.
         """
-        check_prediction(n, alpha)
+        n, alpha = check_prediction(n, alpha)
         states, predictions = self._image_states(images, None, indices), []
         room = BATCHES_PER_SYNC * self.find_batch_size(images[0]) if states else 1
         group_size = max(1, room // n)
@@ -257,8 +328,11 @@ class SmoothedClassifier(nn.Module):
         """Certify images, in whatever state they are, and yield after each round the states that changed.
 
         A state is taken from the iterable when the next batches have room for its samples. At most `at_once` images are
-        in progress. The samples of several images are packed to fill the batches.
+        in progress. The samples of several images are packed to fill the batches. Raises `RRCMError` for a rule with
+        another sigma.
         """
+        if rule.sigma != self.sigma:
+            raise RRCMError(f"sigma = {rule.sigma} of the stopping rule: must be {self.sigma}, that of the noise")
         source, active = iter(states), deque()
         while True:
             requests, chosen, room = [], [], None
@@ -292,12 +366,16 @@ class SmoothedClassifier(nn.Module):
         """SAMPLEUNDERNOISE (Cohen et al. 2019) for many images: votes per class, (len(requests), K) int64.
 
         Samples are packed into batches of one shape. The device is waited for once, at the end. Raises `RRCMError` when
-        the model does not return (B, K) logits or returns NaN, and when its answer to an image depends on the others.
+        the model does not return (B, K) logits or returns NaN or infinity, and when its answer to an image depends on
+        the others.
         """
-        self._check_independence(requests[0].image)
+        with self._ready(requests[0].image.device) as voter:
+            self._check_independence(voter, requests[0].image)
+            return self._count(voter, requests, self._batch_size(voter, requests[0].image))
+
+    def _count(self, voter: Voter, requests: Sequence[SampleRequest], size: int) -> np.ndarray:
         device, lengths = self._device(requests[0].image.device), [each.stop - each.start for each in requests]
         shape = requests[0].image.shape
-        size = self.find_batch_size(requests[0].image)
         total = sum(lengths)
         padded = -(-total // size) * size
         of_row = np.repeat(np.arange(len(requests)), lengths)
@@ -312,16 +390,19 @@ class SmoothedClassifier(nn.Module):
         real = (torch.arange(padded, device=device) < total).long()
         images = torch.stack([request.image for request in requests]).to(device, torch.float32)
         counts = torch.zeros(len(requests) * self.num_classes, dtype=torch.int64, device=device)
-        any_nan = torch.zeros((), dtype=torch.bool, device=device)
+        meaningless = torch.zeros((), dtype=torch.bool, device=device)
         for first in range(0, padded, size):
             request, purpose, index, sample = rows[:, first : first + size]
             noise = counter_normal(shape, self.seed, purpose, index, sample)
             noisy = images[request].add_(noise, alpha=self.sigma)
-            logits = self._logits(noisy, self._network[0], purpose, index, sample)
+            logits = self._logits(voter.compiled, voter.batch_limits, noisy, (purpose, index, sample))
             counts.index_add_(0, request * self.num_classes + logits.argmax(1), real[first : first + size])
-            any_nan |= logits.isnan().any()
-        if any_nan:
-            raise RRCMError("the model returns NaN for noisy images, so its votes are meaningless; check its weights")
+            meaningless |= ~logits.amax(1).isfinite().all()  # of NaN it is NaN; a class may be excluded by -inf
+        if meaningless:
+            raise RRCMError(
+                "the model returns NaN or infinite logits for noisy images, so its votes are meaningless; check its "
+                "weights"
+            )
         return counts.view(len(requests), self.num_classes).cpu().numpy()
 
     def find_batch_size(self, image: torch.Tensor) -> int:
@@ -333,60 +414,65 @@ class SmoothedClassifier(nn.Module):
         """
         if self.batch_size is not None:
             return self.batch_size
-        key = tuple(image.shape)
-        if key not in self._batch_size:
-            self._batch_size[key] = self._largest_batch(image)
-        return self._batch_size[key]
+        with self._ready(image.device) as voter:
+            return self._batch_size(voter, image)
 
-    @torch.no_grad()
-    def _check_independence(self, image: torch.Tensor) -> None:
-        """`check_independence` of the model, once per shape of images."""
-        if tuple(image.shape) not in self._checked:
-            probe = image.to(self._device(image.device), torch.float32).repeat(min(8, self.batch_size or 8), 1, 1, 1)
-            rows = torch.zeros(3, len(probe), dtype=torch.int64, device=probe.device)
-            with without_compilation():
-                check_independence(
-                    lambda noisy: self._logits(noisy, self.model, *rows), probe, TOLERANCE[self.precision]
-                )
-            self._checked.add(tuple(image.shape))
+    def _batch_size(self, voter: Voter, image: torch.Tensor) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        key = tuple(image.shape), self._device(image.device)
+        if key not in self._batch_sizes:
+            self._check_independence(voter, image)  # a model that must not run is run no more than this
+            self._batch_sizes[key] = self._largest_batch(voter, image)
+        return self._batch_sizes[key]
 
     @torch.no_grad()
     @explain_out_of_memory("not even eight noisy images fit: free some memory, or use another GPU")
-    def _largest_batch(self, image: torch.Tensor) -> int:
+    def _check_independence(self, voter: Voter, image: torch.Tensor) -> None:
+        """`check_independence` of the model, once per shape of images."""
+        if tuple(image.shape) not in voter.checked:
+            probe = image.to(self._device(image.device), torch.float32).repeat(min(8, self.batch_size or 8), 1, 1, 1)
+            rows = torch.zeros(3, len(probe), dtype=torch.int64, device=probe.device)
+            with without_compilation(), kept_buffers(voter.network):
+                check_independence(
+                    lambda noisy: self._logits(voter.network, voter.batch_limits, noisy, rows),
+                    probe,
+                    TOLERANCE[self.precision],
+                )
+            voter.checked.add(tuple(image.shape))
+
+    @torch.no_grad()
+    @explain_out_of_memory("not even eight noisy images fit: free some memory, or use another GPU")
+    def _largest_batch(self, voter: Voter, image: torch.Tensor) -> int:
         device = self._device(image.device)
         probe = image.to(device, torch.float32).repeat(8, 1, 1, 1)
         rows = torch.zeros(3, len(probe), dtype=torch.int64, device=device)
 
         def run() -> torch.Tensor:
-            return self._logits(probe, self.model, *rows)
+            return self._logits(voter.network, voter.batch_limits, probe, rows)
 
         with without_compilation():
             if device.type == "cuda":
                 needed = _peak_memory(lambda: (counter_normal(probe.shape[1:], 0, *rows), run()), device) / len(probe)
                 limit = self.memory_gib * 2**30 if self.memory_gib else _free_memory(device) / 2
             else:
-                needed = 4 * max(largest_output(self.model, run), probe.numel() * 4) / len(probe)  # with temporaries
+                needed = 4 * max(largest_output(voter.network, run), probe.numel() * 4) / len(probe)  # with temporaries
                 limit = (self.memory_gib or 1 / 16) * 2**30
         fits = max(1, int(limit / needed))
-        smallest, largest = self._batch_limits
+        smallest, largest = voter.batch_limits
         return max(smallest, min(LARGEST_BATCH, largest, 1 << (fits.bit_length() - 1)))
 
     def _logits(
-        self,
-        noisy: torch.Tensor,
-        network: nn.Module,
-        purpose: torch.Tensor,
-        index: torch.Tensor,
-        sample: torch.Tensor,
+        self, network: nn.Module, limits: tuple[int, int], noisy: torch.Tensor, rows: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """(B, K) of noisy (B, C, H, W). Row i is sample[i] of image index[i] for purpose[i], each (B,) int64."""
+        """(B, K) of noisy (B, C, H, W). Row i is of (purpose, image index, sample), which `rows` has as (B,) int64."""
         if self.precision == "bf16" and not attribute(self.model, "keeps_float32_input"):
             noisy = noisy.bfloat16()
         try:
             if is_stochastic(self.model):
-                logits = logits_of(network(noisy, draw=CounterDraw(self.seed, purpose, index, sample)))
+                logits = logits_of(network(noisy, draw=CounterDraw(self.seed, *rows)))
             else:
-                logits = logits_of(in_batches(network, noisy, self._batch_limits))
+                logits = logits_of(in_batches(network, noisy, limits))
         except (RRCMError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # it is the model's own
@@ -395,16 +481,8 @@ class SmoothedClassifier(nn.Module):
             if not hint and any(p.is_floating_point() and p.dtype != torch.float32 for p in self.model.parameters()):
                 hint = "; convert the model with .float()"
             raise RRCMError(f"the model fails on {where} ({_reason(error)}){hint}") from error
-        expected = (len(noisy), self.num_classes)
-        if isinstance(logits, torch.Tensor) and logits.shape == expected:
-            return logits
-        hint = "; wrap the model so that it returns its logits alone"
-        if isinstance(logits, torch.Tensor):
-            found = tuple(logits.shape)
-            hint = f"; set num_classes = {found[1]}" if len(found) == 2 and found[0] == len(noisy) else ""
-        else:
-            found = f"a {type(logits).__name__}"
-        raise RRCMError(f"the model returns {found} for a batch of {len(noisy)}: must be a tensor {expected}{hint}")
+        _check_logits(logits, (len(noisy), self.num_classes))
+        return logits.to(noisy.device)
 
     def _image_states(
         self, images: torch.Tensor, labels: Sequence[int] | torch.Tensor | None, indices: Sequence[int] | None
@@ -428,6 +506,13 @@ class SmoothedClassifier(nn.Module):
 def is_stochastic(model: nn.Module) -> bool:
     """Whether `model` is a `BaseClassifier` that draws random numbers in its forward pass."""
     return attribute(model, "stochastic")
+
+
+def at_least_one(name: str, value: int) -> int:
+    """A number of things as an int. Raises `RRCMError` for anything but a whole number from 1 on."""
+    if (value := whole_number(name, value)) < 1:
+        raise RRCMError(f"{name} = {value}: must be at least 1")
+    return value
 
 
 def certificate(state: ImageState, rule: StoppingRule, num_classes: int) -> Certificate:
@@ -509,16 +594,34 @@ def _votes(state: ImageState, num_classes: int) -> tuple[int, np.ndarray]:
 
 def whole_numbers(name: str, numbers: Iterable[int] | torch.Tensor) -> list[int]:
     """The numbers as a list of int. Raises `RRCMError` for anything but whole numbers."""
-    try:
-        return [operator.index(number) for number in numbers]
-    except TypeError:
-        raise RRCMError(f"{name}: must be whole numbers, one per image") from None
+    if not isinstance(numbers, Iterable) or isinstance(numbers, Mapping | Set) or getattr(numbers, "ndim", 1) != 1:
+        raise RRCMError(f"{name}: must be whole numbers, one per image")
+    return [whole_number(f"{name}, place {place}", number) for place, number in enumerate(numbers)]
+
+
+def _check_logits(logits: object, expected: tuple[int, int]) -> None:
+    """Raises `RRCMError` unless the model's answer is a dense tensor (B, K) of numbers that can be compared."""
+    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        hint = "wrap the model so that it returns its logits alone"
+        if found in ((expected[0], 1), expected[:1]):
+            hint = "turn a single logit s into two, torch.stack([-s, s], -1), with num_classes = 2"
+        elif isinstance(found, tuple) and len(found) == 2 and found[0] == expected[0] and found[1] > 1:
+            hint = f"set num_classes = {found[1]}"
+        raise RRCMError(f"the model returns {found} for a batch of {expected[0]}: must be a tensor {expected}; {hint}")
+    dense = logits.layout == torch.strided and not logits.is_meta
+    if not dense or logits.is_quantized or logits.is_complex() or logits.dtype == torch.bool:
+        found = logits.dtype if dense else logits.device if logits.is_meta else logits.layout
+        raise RRCMError(f"the model returns logits of kind {found}: must be a dense tensor of real numbers; convert it")
 
 
 def check_layout(images: torch.Tensor) -> None:
     """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor."""
     if not isinstance(images, torch.Tensor):
         raise RRCMError(f"images are a {type(images).__name__}: must be a torch tensor (B, C, H, W)")
+    if images.is_nested or images.layout != torch.strided or images.is_meta:
+        kind = "nested" if images.is_nested else "on the device meta" if images.is_meta else f"{images.layout}"
+        raise RRCMError(f"images are {kind}: must be a dense tensor with values (B, C, H, W)")
     if images.ndim != 4 or 0 in images.shape[1:]:
         hint = "; add a first dimension with image[None]" if images.ndim == 3 else ""
         raise RRCMError(f"images have shape {tuple(images.shape)}: must be (B, C, H, W){hint}")
@@ -528,12 +631,19 @@ def check_layout(images: torch.Tensor) -> None:
 
 
 def check_images(images: torch.Tensor) -> None:
-    """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor of finite values in [0, 1]."""
+    """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor of finite values in [0, 1].
+
+    Warns where all images are next to black, as after a second division by 255. They may be meant to be so dark.
+    """
     check_layout(images)
     if len(images):
-        low, high = images.min().item(), images.max().item()
+        values = images.float() if images.element_size() == 1 else images  # float8 has no minimum
+        low, high = values.min().item(), values.max().item()
         if not (low >= 0 and high <= 1):  # NaN is neither
             raise RRCMError(f"images have values from {low:g} to {high:g}: must be in [0, 1], without NaN")
+        if 0 < high < BLACK:
+            problem = f"no pixel of the images is above {high:.3g}, so they are all but black"
+            warnings.warn(f"{problem}; were they divided by 255 twice?", stacklevel=4)
 
 
 def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
@@ -552,9 +662,8 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _compile(model: nn.Module, device: torch.device) -> nn.Module:
-    if device.type == "cuda":
-        return torch.compile(model, mode="reduce-overhead", dynamic=False)
-    return torch.compile(model, dynamic=False, options={"freezing": True})
+    """The compiled model. Its weights are not frozen: they may change."""
+    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
 
 
 def _reason(error: Exception) -> str:

@@ -228,7 +228,7 @@ def test_logits_may_have_their_name(change, limited):
     """As the outputs of transformers, which are both."""
     smoothed, plain = (SmoothedClassifier(each, 0.5, 5, batch_size=64) for each in (Answers(change), Answers()))
     if limited:
-        smoothed._batch_limits = (4, 4)  # as of an exported program
+        smoothed._find_voter().batch_limits = (4, 4)  # as of an exported program
     assert smoothed.predict(images(), n=100) == plain.predict(images(), n=100)
     torch.testing.assert_close(smoothed(images()), plain(images()))
 
@@ -267,7 +267,12 @@ class Locked(Net):
             {"precision": "bf16"},
             r"^the model fails on 8 images .*; use precision fp32$",
         ),
-        (lambda: net().half(), {}, r"^the model fails on 8 images of 3 x 8 x 8 in fp32 .*convert .* with .float\(\)$"),
+        (lambda: net().half(), {}, r"^precision = fp32: the model has weights of torch.float16; convert .*float\(\)$"),
+        (
+            lambda: net().double(),
+            {},
+            r"^the model fails on 8 images of 3 x 8 x 8 in fp32 .*convert .* with .float\(\)$",
+        ),
         (lambda: torch.jit.script(net()), {"compile": True}, "^compile = True: a scripted or traced model cannot be"),
         (
             lambda: torch.export.export(net(), (images(),)),
