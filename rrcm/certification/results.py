@@ -65,7 +65,12 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
         try:
             if len(fields) != len(header):
                 raise ValueError(f"has {len(fields)} tab-separated fields, must have {len(header)}")
-            row = parse(*(fields[place] for place in places))
+            cells = [fields[place] for place in places]
+            if odd := [cell for cell in cells if cell != cell.strip() or "_" in cell or not cell.isascii()]:
+                raise ValueError(
+                    f"{odd[0]!r} is not as it was written"
+                )  # Python reads 1_0, and digits of other scripts
+            row = parse(*cells)
             if row[0] in rows:
                 raise ValueError(f"idx {row[0]} occurs twice")
         except ValueError as error:

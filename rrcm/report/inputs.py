@@ -1,23 +1,39 @@
 """The files that a report is made from: where they are, and one function that reads and checks them all."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from rrcm.certification.external import read_external_certificates
+from rrcm.certification.outcomes import find_impossible
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
+from rrcm.certification.stopping import make_stopping_rule
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import METHODS, classifier_of
+from rrcm.report.records import (
+    CertifyTiming,
+    Latency,
+    ModelRecord,
+    PretrainRecord,
+    Timing,
+    check_finetuning,
+    check_pretraining,
+    check_representation,
+    read_numbers,
+    read_record,
+)
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import read_json
 
 MANIFEST = "data/shards/manifest.json"
 SOFT_LABEL_TIMING = "timings/soft_labels.json"
 DENOISER_TIMING = "timings/denoiser.json"
 LATENCY = "timings/latency.json"
+REPRESENTATION = ["step", "sigma", "knn", "same_image_cosine", "cross_image_cosine", "centred_cosine"]
 
 Run = tuple[str, float]  # method, sigma
 
@@ -61,31 +77,34 @@ def certificates_file(method: str, sigma: float) -> str:
 def read_inputs(config: Config, root: Path) -> Inputs:
     """Read the outputs of the other stages under `root`, and the files in `report.external_results`.
 
-    Without `latency.n` no latency is read. Raises `RRCMError` for a missing file, with the command that makes it, and
-    for certificates of other test images than the settings say.
+    Without `latency.n` no latency is read. Raises `RRCMError` for a missing file, with the command that makes it, for
+    files with values that cannot be, and for certificates of other test images than the settings say.
     """
-    files = _list_files(config, root)
+    from rrcm.data.shards import ShardedDataset  # imports torch, which takes seconds
+
+    stages = _list_files(config, root)
+    images = ShardedDataset(root / "data/shards", "test")
+    validation = sum(images.manifest.splits["val"].counts)
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
     certificates = {run: _read_certified(root, *run, config.certify.bound) for run in runs}
-    manifest = read_json(root / MANIFEST)
-    _check_images(config, certificates, sum(manifest["splits"]["test"]["counts"]), root)
-    classes = manifest["classes"]
-    _check_labels(certificates, classes, root)
-    models = {run: read_json(root / _model_folder(*run) / "config.json") for run in runs}
+    _check_images(config, certificates, images.labels, root)
+    _check_outcomes(config, certificates, len(images.classes), root)
+    models = _read_models(config, root, runs, images.classes)
+    timings = _read_timings(root, stages, certificates)
     external = config.report.external_results
-    folders = {name: root / pretraining_files(name).folder for name in config.pretrain.objectives}
+    pretraining = {name: _read_pretraining(config, root, name, validation) for name in config.pretrain.objectives}
     return Inputs(
-        files=files,
-        classes=classes,
+        files=[*stages, *(each.path for each in external)],
+        classes=images.classes,
         certificates={run: _by_bound(frame, "binary") for run, frame in certificates.items()},
         margin={run: _by_bound(frame, "margin") for run, frame in certificates.items()},
         external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},
         models=models,
-        finetuning=_read_histories(root, models),
-        budgets=_read_budgets(config, root, models).assign(images=[len(frame) for frame in certificates.values()]),
-        pretraining={name: _read_csv(folder / "history.csv") for name, folder in folders.items()},
-        representations={name: _read_csv(folder / "representation.csv") for name, folder in folders.items()},
-        latency=read_json(root / LATENCY) if config.latency.n else None,
+        finetuning=_read_histories(root, models, validation),
+        budgets=_read_budgets(config, timings, models).assign(images=[len(frame) for frame in certificates.values()]),
+        pretraining={name: history for name, (history, _) in pretraining.items()},
+        representations={name: representation for name, (_, representation) in pretraining.items()},
+        latency=_read_latency(config, root, models) if config.latency.n else None,
     )
 
 
@@ -97,8 +116,11 @@ def _model_folder(method: str, sigma: float) -> str:
     return f"models/{method}/{sigma_name(sigma)}"
 
 
-def _list_files(config: Config, root: Path) -> list[str]:
-    """Every file the report is made from, relative to root. Raises `RRCMError` for the first that is missing."""
+def _list_files(config: Config, root: Path) -> dict[str, str]:
+    """The files that stages leave for the report, relative to root, with their stages.
+
+    Raises `RRCMError` for the first that is missing, `report.external_results` included.
+    """
     stages = {MANIFEST: "shard-data"}
     for objective in config.pretrain.objectives:
         folder, timing, stage = pretraining_files(objective)
@@ -126,7 +148,11 @@ def _list_files(config: Config, root: Path) -> list[str]:
         if not (root / each.path).is_file():
             key = f"report.external_results.{i}.path"
             raise RRCMError(f"{key}: {root / each.path}: no such file; add the file or remove the entry")
-    return [*stages, *(each.path for each in config.report.external_results)]
+    return stages
+
+
+def _again(stage: str) -> str:
+    return f"run `dvc repro {stage}` again, or fetch its outputs with `dvc pull`"
 
 
 def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.DataFrame:
@@ -150,49 +176,114 @@ def _by_bound(frame: pd.DataFrame, bound: str) -> pd.DataFrame:
     return changed.assign(correct=(predict == frame["label"]).astype(int))
 
 
-def _check_images(config: Config, certificates: Certificates, count: int, root: Path) -> None:
-    """Each model must have been certified on the images that the settings choose of `count`, with the same labels."""
+def _check_images(config: Config, certificates: Certificates, labels: np.ndarray, root: Path) -> None:
+    """Each model must have been certified on the images that the settings choose of the test split, with `labels`."""
     from rrcm.data.shards import choose_rows  # imports torch, which takes seconds
 
     settings = config.certify
-    labels: dict[int, int] = {}
     for (method, sigma), frame in certificates.items():
-        expected = choose_rows(count, settings.every, settings.max_images, config.denoised.max_images.get(method))
-        found = dict(zip(frame["idx"], frame["label"], strict=True))
+        expected = choose_rows(len(labels), settings.every, settings.max_images, config.denoised.max_images.get(method))
         path = root / certificates_file(method, sigma)
-        if list(found) != expected:
-            problem = f"certifies other images than the settings say ({len(found):,}, not {len(expected):,}, or others)"
+        if frame["idx"].tolist() != expected:
+            problem = f"certifies other images than the settings say ({len(frame):,}, not {len(expected):,}, or others)"
             raise RRCMError(f"{path}: {problem}; run `dvc repro` again")
-        if any(labels.setdefault(idx, label) != label for idx, label in found.items()):
-            raise RRCMError(f"{path}: has other labels than the other certificates; run `dvc repro` again")
+        if (other := frame["label"] != labels[expected]).any():
+            idx, label = frame.loc[other.idxmax(), ["idx", "label"]]
+            problem = f"image {idx} has label {label}, in data/shards it has {labels[idx]}"
+            raise RRCMError(f"{path}: {problem}; run `dvc repro` again")
 
 
-def _check_labels(certificates: Certificates, classes: Sequence[str], root: Path) -> None:
-    run, frame = max(certificates.items(), key=lambda each: len(each[1]))  # all have the same labels
-    label = int(frame["label"].max())
-    if label >= len(classes):
-        problem = f"has label {label}, but the images in data/shards are of {len(classes)} classes"
-        raise RRCMError(f"{root / certificates_file(*run)}: {problem}; run `dvc repro` again")
+def _check_outcomes(config: Config, certificates: Certificates, num_classes: int, root: Path) -> None:
+    """Each image must have an outcome that is possible under the settings of `certify`."""
+    rules = {sigma: make_stopping_rule(sigma=sigma, **config.certify.rule) for sigma in config.sigmas}
+    for (method, sigma), frame in certificates.items():
+        if problem := find_impossible(frame, rules[sigma], num_classes):
+            path, advice = root / _samples_file(method, sigma), _again(f"certify@{method}-{sigma}")
+            raise RRCMError(f"{path}: {problem}, by the settings of certify; {advice}")
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except ValueError as error:  # pandas' own errors are ValueErrors
-        raise RRCMError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from None
+def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Sequence[str]) -> dict[Run, Mapping]:
+    """config.json of each model folder. Raises `RRCMError` for one of another method, sigma, seed or data set."""
+    models: dict[Run, Mapping] = {}
+    for method, sigma in runs:
+        path, advice = root / _model_folder(method, sigma) / "config.json", _again(f"finetune@{method}-{sigma}")
+        model = models[method, sigma] = read_record(path, ModelRecord, advice)
+        expected = {"method": method, "sigma": sigma, "seed": config.seed, "class_names": list(classes)}
+        if other := [key for key, value in expected.items() if model[key] != value]:
+            raise RRCMError(f"{path}: {other[0]} is not that of the settings and shards; {advice}")
+        if _preparation(model) != _preparation(models[method, config.sigmas[0]]):
+            raise RRCMError(f"{path}: the share of the preparation is another than at other sigmas; {advice}")
+    return models
 
 
-def _read_histories(root: Path, models: Mapping[Run, Mapping]) -> pd.DataFrame:
+def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certificates) -> dict[str, Mapping]:
+    """Every record under timings/ but that of the latency. Those of certifications must fit the certificates."""
+    timings = {
+        path: read_record(root / path, CertifyTiming if path.startswith("timings/certify/") else Timing, _again(stage))
+        for path, stage in stages.items()
+        if path.startswith("timings/") and path != LATENCY
+    }
+    for run, frame in certificates.items():
+        path = _timing("certify", *run)
+        images = timings[path]["seconds_by_image"]
+        if list(images) != [str(idx) for idx in frame["idx"]] or timings[path]["samples"] != frame["samples"].sum():
+            problem = "has other images or another sum of samples than the certificates"
+        elif not math.isclose(sum(images.values()), timings[path]["seconds"], rel_tol=1e-9):
+            problem = "seconds is not the sum of seconds_by_image"
+        else:
+            continue
+        raise RRCMError(f"{root / path}: {problem}; {_again(stages[path])}")
+    return timings
+
+
+def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> Mapping:
+    """The latency stage's record. Raises `RRCMError` for one of other settings or models."""
+    path, advice = root / LATENCY, _again("latency")
+    record = read_record(path, Latency, advice)
+    if list(record["methods"]) != config.methods or record["sigma"] != config.sigmas[0]:
+        raise RRCMError(f"{path}: is of other methods, or of another sigma, than the settings; {advice}")
+    for method, each in record["methods"].items():
+        if len(each["seconds_per_sample"]) != config.latency.rounds or each["samples"] % each["batch_size"]:
+            raise RRCMError(f"{path}: {method}: has other rounds than the settings, or no whole batches; {advice}")
+        if sum(each["parameters"].values()) != models[method, config.sigmas[0]]["parameters"]:
+            raise RRCMError(f"{path}: {method}: has other parameters than its model; {advice}")
+    return record
+
+
+def _read_pretraining(config: Config, root: Path, name: str, validation: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """history.csv and representation.csv of a pre-training. `validation` is the size of the validation split."""
+    folder, advice = root / pretraining_files(name).folder, _again(pretraining_files(name).stage)
+    model = read_record(folder / "config.json", PretrainRecord, advice)
+    sigmas = config.pretrain.settings(name).evaluate_sigmas
+    history = read_numbers(folder / "history.csv", ["step", "loss"], advice)
+    representation = read_numbers(folder / "representation.csv", REPRESENTATION, advice)
+    problems = {
+        "config.json": None if model["objective"] == name else f"objective is {model['objective']!r}, not {name!r}",
+        "history.csv": check_pretraining(history, model),
+        "representation.csv": check_representation(representation, model, sigmas, validation),
+    }
+    for file, problem in problems.items():
+        if problem is not None:
+            raise RRCMError(f"{folder / file}: {problem}; {advice}")
+    return history, representation
+
+
+def _read_histories(root: Path, models: Mapping[Run, Mapping], validation: int) -> pd.DataFrame:
     """The fine-tuning of each model that was trained, one row per epoch."""
     trained = [
-        _read_history(root, model, *run) for run, model in models.items() if METHODS[run[0]].objective is not None
+        _read_history(root, model, *run, validation)
+        for run, model in models.items()
+        if METHODS[run[0]].objective is not None
     ]
     return pd.concat(trained, ignore_index=True) if trained else pd.DataFrame()
 
 
-def _read_history(root: Path, model: Mapping, method: str, sigma: float) -> pd.DataFrame:
+def _read_history(root: Path, model: Mapping, method: str, sigma: float, validation: int) -> pd.DataFrame:
     """Fine-tuning per epoch with the compute spent so far: encoder forward passes, those before it included."""
-    history = _read_csv(root / _model_folder(method, sigma) / "history.csv")
+    path, advice = root / _model_folder(method, sigma) / "history.csv", _again(f"finetune@{method}-{sigma}")
+    history = read_numbers(path, ["epoch", "loss", "val_accuracy"], advice)
+    if problem := check_finetuning(history, model, validation, one_model=not METHODS[method].is_ensemble):
+        raise RRCMError(f"{path}: {problem}; {advice}")
     spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
     return pd.DataFrame(
         {
@@ -212,11 +303,11 @@ def _preparation(model: Mapping) -> float:
     return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
 
 
-def _read_budgets(config: Config, root: Path, models: Mapping[Run, Mapping]) -> pd.DataFrame:
+def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mapping[Run, Mapping]) -> pd.DataFrame:
     """Compute (encoder forward passes) and time (seconds) of each model."""
 
     def seconds(*paths: str) -> float:
-        return sum(read_json(root / path)["seconds"] for path in paths)
+        return sum(timings[path]["seconds"] for path in paths)
 
     rows = []
     for (method, sigma), model in models.items():

@@ -1,5 +1,6 @@
 """The report's tables, each with full numbers for machines and as text for people, and the files made of them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import NamedTuple
@@ -20,9 +21,21 @@ from rrcm.evaluation.metrics import (
     per_sigma_table,
 )
 from rrcm.methods import METHODS, REFERENCE
-from rrcm.utils.errors import printable
+from rrcm.utils.errors import RRCMError, printable
 
 MEASURES = {"certified_accuracy": ("r", 100, ".1f"), "acr": ("ACR, σ", 1, ".3f")}  # name, unit, digits
+PERCENTAGE = r"\d{1,3}\.\d"
+PUBLISHED = {  # the columns of published.csv, and what their cells match
+    "dataset": "[a-z0-9_]+",
+    "method": r"[\w -]+",
+    "model": r"[\w =-]*",
+    "sigma": r"\d\.\d+|best|not stated|",
+    "n": r"\d+|",
+    "acr": r"\d\.\d+|",
+    "certified_accuracy": rf"(\d(\.\d+)?:{PERCENTAGE}(\({PERCENTAGE}\))?( |$))*",
+    "latency": r"[1-9]\d*(\.\d+)?|",
+    "source": r"[ -~σ]+",
+}
 MARKDOWN_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>|$&~#"})
 
 
@@ -224,10 +237,28 @@ def read_published() -> pd.DataFrame:
     """Every row of published.csv, as text.
 
     `certified_accuracy` lists radius:percentage. A percentage in parentheses is the same model's at r = 0. `latency` is
-    the time to certify an image with n samples over rRCM's in the same source.
+    the time to certify an image with n samples over rRCM's in the same source. Raises `RRCMError` for a cell that
+    cannot be.
     """
-    with (files("rrcm.report") / "published.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(file, dtype=str, keep_default_na=False)
+    path = files("rrcm.report") / "published.csv"
+    with path.open(encoding="utf-8") as file:
+        rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+    if list(rows) != list(PUBLISHED):
+        raise RRCMError(f"{path}: must have the columns {', '.join(PUBLISHED)}; restore the file")
+    for line, row in enumerate(rows.to_dict("records"), start=2):
+        odd = [name for name, pattern in PUBLISHED.items() if not re.fullmatch(pattern, row[name], re.ASCII)]
+        if not odd and not _falls(row["certified_accuracy"]):
+            odd = ["certified_accuracy"]
+        if odd:
+            raise RRCMError(f"{path}, row {line}: {odd[0]} {row[odd[0]]!r} cannot be; restore the file")
+    return rows
+
+
+def _falls(accuracies: str) -> bool:
+    """Whether percentages of a cell of published.csv are at most 100 and fall while the radii grow."""
+    pairs = [pair.partition("(")[0].split(":") for pair in accuracies.split()]
+    radii, shares = ([float(pair[place]) for pair in pairs] for place in (0, 1))
+    return radii == sorted(set(radii)) and [100, *shares] == sorted([100, *shares], reverse=True)
 
 
 def published_latencies() -> pd.DataFrame:

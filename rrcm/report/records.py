@@ -1,0 +1,255 @@
+"""What training and measuring leave for the report, checked against what it can be: JSON records and histories.
+
+A record is a pydantic model of what the report reads; further keys are ignored. A history is a CSV file of numbers.
+Every `RRCMError` names the file, the place in it, and the stage to run again.
+"""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rrcm.config import Count, NonNegative, Positive, Probability
+from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.files import read_json
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?", re.ASCII)  # as Python and pandas write it
+VERSION = r"^\d[\w.+!-]*$"
+SHARE_ERROR = 1e-15  # what rounding can do to a share of images
+RANGES = {  # by column; others hold any finite number
+    "epoch": (0, math.inf),
+    "step": (0, math.inf),
+    "sigma": (0, math.inf),
+    "levels": (1, math.inf),
+    "grad_norm": (0, math.inf),
+    "lr": (0, math.inf),
+    "teacher_decay": (0, 1),
+    "val_accuracy": (0, 1),
+    "knn": (0, 1),
+} | dict.fromkeys(("same_image_cosine", "cross_image_cosine", "centred_cosine"), (-1 - 1e-6, 1 + 1e-6))
+OPTIONAL = {"val_accuracy"}  # columns with empty cells
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Whole(Record):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Git(_Whole):
+    """The code revision of a stage."""
+
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")] | None
+    dirty: bool
+
+
+class Hardware(_Whole):
+    """The machine of a stage."""
+
+    cpu: str
+    instructions: str | None = None
+    cores: Count | None = None
+    threads: Count | None = None
+    memory_gib: Positive | None = None
+    gpus: list[str] = []
+
+
+class Software(_Whole):
+    """The versions that a stage ran with."""
+
+    os: str | None = None
+    python: Annotated[str, Field(pattern=VERSION)]
+    cuda: Annotated[str, Field(pattern=VERSION)] | None = None
+    packages: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Annotated[str, Field(pattern=VERSION)] | None] = {}
+
+
+class Environment(_Whole):
+    """A record of `rrcm.utils.provenance.describe_environment`."""
+
+    git: Git | None
+    hardware: Hardware
+    software: Software
+
+
+class Timing(Record):
+    """How long a stage took."""
+
+    seconds: NonNegative
+    environment: Environment
+
+
+class CertifyTiming(Timing):
+    """How long a certification took."""
+
+    samples: Count
+    seconds_by_image: dict[str, NonNegative]
+
+
+class Parts(Record):
+    """A number for the networks of each kind."""
+
+    denoiser: NonNegative
+    classifier: Positive
+
+
+class MethodLatency(Record):
+    """The latency of a method, with seconds per sample by round."""
+
+    parameters: Parts
+    passes: Parts
+    batch_size: Count
+    samples: Count
+    seconds_per_sample: list[Positive]
+
+
+class Latency(Record):
+    """What the latency stage writes."""
+
+    device: str
+    dtype: Literal["fp32", "bf16"]
+    sigma: Positive
+    methods: dict[str, MethodLatency]
+    environment: Environment
+
+
+class _Length(Record):
+    epochs: NonNegative
+
+
+class _Selected(Record):
+    epoch: NonNegative
+    val_accuracy: Probability | None
+
+
+class _Compute(Record):
+    finetune: NonNegative
+    pretrain_share: NonNegative
+    soft_label_share: NonNegative
+
+
+class ModelRecord(Record):
+    """config.json of a model folder."""
+
+    method: str
+    sigma: Positive
+    seed: int
+    class_names: list[str]
+    parameters: Count
+    training: _Length
+    selected: _Selected
+    compute: _Compute
+
+
+class _Steps(Record):
+    steps: Count
+
+
+class _PretrainCompute(Record):
+    pretrain: NonNegative
+
+
+class PretrainRecord(Record):
+    """config.json of a pre-trained encoder."""
+
+    objective: str
+    training: _Steps
+    compute: _PretrainCompute
+
+
+def read_record(path: Path, kind: type[Record], advice: str) -> dict:
+    """The JSON file `path`, which must be a `kind`. Raises `RRCMError`, ended by `advice`."""
+    value = read_json(path)
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RRCMError(f"{path}: {key + ': ' if key else ''}{first['msg']}; {advice}") from None
+    return value
+
+
+def read_numbers(path: Path, columns: Sequence[str], advice: str) -> pd.DataFrame:
+    """A CSV file of numbers with at least `columns`, all of them within RANGES. An empty cell is NaN.
+
+    Raises `RRCMError` for anything else, ended by `advice`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if odd := re.search(r"[^\n\x20-\x7e]", text):
+            raise ValueError(f"has the character {odd[0]!r}")
+        cells = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False, quoting=3)
+        if not isinstance(cells.index, pd.RangeIndex):
+            raise ValueError("has rows with more cells than the header")
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise RRCMError(f"{path}: cannot be read as CSV ({one_line(error)}); {advice}") from None
+    if missing := [name for name in columns if name not in cells] or ["row"] * cells.empty:
+        raise RRCMError(f"{path}: has no {missing[0]}; {advice}")
+    for name, column in cells.items():
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        for line, cell in enumerate(column, start=2):
+            number = float(cell) if NUMBER.fullmatch(str(cell)) else math.nan
+            if not (low <= number <= high and math.isfinite(number)) and (cell != "" or name not in OPTIONAL):
+                within = "" if math.isinf(low) else f" from {low:.6g}" + ("" if math.isinf(high) else f" to {high:.6g}")
+                raise RRCMError(f"{path}, line {line}: {name} {cell!r}: must be a number{within}; {advice}")
+    return cells.where(cells != "").apply(pd.to_numeric)
+
+
+def is_share(value: float, images: int) -> bool:
+    """Whether `value` can be a share of at most `images` images, or of up to 64 noisy copies of each."""
+    return abs(Fraction(value).limit_denominator(64 * images) - Fraction(value)) < SHARE_ERROR
+
+
+def check_finetuning(history: pd.DataFrame, model: Mapping, images: int, one_model: bool) -> str | None:
+    """What is wrong with the history of a fine-tuning, or None.
+
+    `model` is its `ModelRecord`. `images` is the size of the validation split. With `one_model` the selected weights
+    are the first with the highest accuracy of the history; an ensemble has one of its own.
+    """
+    epochs, accuracy, selected = history["epoch"], history["val_accuracy"], model["selected"]
+    if epochs.tolist() != [*range(1, len(epochs)), model["training"]["epochs"]] or len(epochs) - 1 >= epochs.iloc[-1]:
+        return f"epochs must be 1, 2, ... to {model['training']['epochs']:g}, as config.json says"
+    if one_model and (off := [value for value in accuracy.dropna() if not is_share(value, images)]):
+        return f"val_accuracy {off[0]}: is no share of {images:,} validation images"
+    if accuracy.isna().all():
+        return "no epoch has a val_accuracy"
+    best = history.loc[accuracy.idxmax()]
+    found = {"epoch": best["epoch"], "val_accuracy": best["val_accuracy"]}
+    if one_model and found != selected:
+        return (
+            f"the best epoch is {found['epoch']:g}, in config.json it is {selected['epoch']:g} or has another accuracy"
+        )
+    return None
+
+
+def check_pretraining(history: pd.DataFrame, model: Mapping) -> str | None:
+    """What is wrong with the history of a pre-training whose `PretrainRecord` is `model`, or None."""
+    steps, last = history["step"].tolist(), model["training"]["steps"]
+    if steps != [min(steps[0] * row, last) for row in range(1, len(steps) + 1)] or steps[-1] != last:
+        return f"steps must be evenly spaced and end with {last}, as config.json says"
+    return None
+
+
+def check_representation(frame: pd.DataFrame, model: Mapping, sigmas: Sequence[float], images: int) -> str | None:
+    """What is wrong with representation.csv, or None. At most `images` images of the validation split are in it."""
+    expected = [0.0, *sigmas]
+    steps = frame["step"].to_numpy()[:: len(expected)]
+    if len(frame) != len(steps) * len(expected) or (frame["step"] != np.repeat(steps, len(expected))).any():
+        return f"each step must have the sigmas {', '.join(f'{sigma:g}' for sigma in expected)}"
+    if frame["sigma"].tolist() != expected * len(steps):
+        return f"each step must have the sigmas {', '.join(f'{sigma:g}' for sigma in expected)}"
+    if (np.diff(steps) <= 0).any() or steps[-1] != model["training"]["steps"]:
+        return f"steps must grow and end with {model['training']['steps']}, as config.json says"
+    if off := [value for value in frame["knn"] if not is_share(value, images)]:
+        return f"knn {off[0]}: is no share of {images:,} validation images"
+    if ((frame.loc[frame["sigma"] == 0, "same_image_cosine"] - 1).abs() > 1e-6).any():
+        return "clean images must have cosine 1 with themselves"
+    return None
