@@ -5,6 +5,7 @@ refused. The table in external/README.md lists the habits.
 """
 
 import codecs
+import csv
 import math
 import re
 import sys
@@ -20,7 +21,9 @@ from rrcm.utils.errors import RRCMError, one_line, printable
 
 REQUIRED = ["label", "predict", "radius"]
 LAYOUTS = {6: COLUMNS, 5: COLUMNS[1:]}  # columns without a header: Cohen et al.'s, and those of the rRCM authors
-SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", None: "blanks"}
+SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", None: "blanks"}  # in rows with ; a , is a decimal one
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan", re.ASCII | re.IGNORECASE)
+MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null"}  # what libraries write for no number
 ABOUT_COLUMNS = "the first line must name the columns: label, predict, radius and, where there are, idx, correct, time"
 
 
@@ -48,6 +51,9 @@ def read_external_certificates(path: Path | str) -> pd.DataFrame:
 def _read_lines(path: Path | str) -> list[str]:
     """The lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it. Bytes of other encodings are escaped."""
     try:
+        # /dev/zero never ends; a pipe does, as in rrcm compare A=<(unzip -p ...)
+        if Path(path).is_char_device() or Path(path).is_block_device():
+            raise RRCMError(f"{path}: is a device; give a file of certificates")
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file") from None
@@ -56,7 +62,8 @@ def _read_lines(path: Path | str) -> list[str]:
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in data and not wide:
         raise RRCMError(f"{path}: is not a text file; export it as text, where {ABOUT_COLUMNS}")
-    return data.decode("utf-16" if wide else "utf-8-sig", errors="backslashreplace").splitlines()
+    text = data.decode("utf-16" if wide else "utf-8-sig", errors="backslashreplace")
+    return text.replace("\ufeff", "").splitlines()  # joined files have a mark at the start of each
 
 
 def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
@@ -71,7 +78,7 @@ def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
     headers, texts = [], []
     start, text_after_rows = 0, 0  # the first row under the last header, and the line of text that ended its rows
     for number, line in enumerate(lines, start=1):
-        cells = _split(line, separator)
+        cells = _drop_empty(_split(line, separator), len(columns))
         if _is_header(line):
             names = _check_header(path, number, line, separator)
             if columns and names != columns:
@@ -81,7 +88,7 @@ def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
         elif line.strip() and not columns and _is_number(cells[0]):
             columns = _layout(path, number, cells)
             rows.append((number, cells))
-        elif columns and _is_row(cells, columns, bool(text_after_rows)):
+        elif columns and _is_row(line, separator, columns, bool(text_after_rows)):
             if text_after_rows:
                 problem = f"a row after text, which is in line {text_after_rows}"
                 raise RRCMError(f"{path}, line {number}: {problem}; remove the text if it is no part of the results")
@@ -91,7 +98,9 @@ def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
             text_after_rows = number if len(rows) > start else 0
     if not rows:
         raise RRCMError(f"{path}: has no rows of certificates; each is a line, and {ABOUT_COLUMNS}")
-    return _Table(columns, rows, list(_assumed(columns, separator, headers, texts)))
+    rows, decimal_commas = _with_decimal_points(path, columns, rows)
+    assumed = list(_assumed(columns, separator, headers, texts))
+    return _Table(columns, rows, assumed + ["numbers have decimal commas"] * decimal_commas)
 
 
 def _assumed(
@@ -118,12 +127,42 @@ def _separator(lines: Sequence[str]) -> str | None:
     after_header = next((number for number, line in enumerate(lines, start=1) if _is_header(line)), 0)
     for line in lines[after_header:]:
         if line.strip() and (after_header or _is_number(re.split(r"[\t,;\s]", line.strip())[0])):
-            return next((sign for sign in "\t,;" if sign in line), None)
+            return next((sign for sign in SEPARATORS if sign and sign in line), None)
     return "\t"
 
 
 def _split(line: str, separator: str | None) -> list[str]:
-    return [cell.strip().strip('"') for cell in line.split(separator)] or [""]
+    quoted = separator and '"' in line and line.count('"') % 2 == 0 and len(line) < csv.field_size_limit()
+    # a separator may stand between quotes
+    cells = next(csv.reader([line], delimiter=separator)) if quoted else line.split(separator)
+    return [cell.strip().strip('"') for cell in cells] or [""]
+
+
+def _drop_empty(cells: list[str], width: int) -> list[str]:
+    """`cells` without empty ones beyond `width` > 0, which spreadsheets add at the end of a row."""
+    return cells[:width] if width and not any(cells[width:]) else cells
+
+
+def _with_decimal_points(
+    path: Path | str, columns: Sequence[str], rows: list[tuple[int, list[str]]]
+) -> tuple[list[tuple[int, list[str]]], bool]:
+    """The rows with a point for each decimal comma, and whether there are any: a radius tells.
+
+    Raises `RRCMError` for a point among them, which may stand for thousands.
+    """
+    place = columns.index("radius")
+    if not any(re.fullmatch(r"-?\d+,\d+", "".join(cells[place : place + 1])) for _, cells in rows):
+        return rows, False
+    for number, cells in rows:
+        for name, cell in zip(columns, cells, strict=False):
+            if name in COLUMNS and _is_number(cell) and "." in cell:
+                problem = f"{name} {cell!r}: has a point, while radii of the file have decimal commas"
+                raise RRCMError(f"{path}, line {number}: {problem}; write all numbers in one way")
+    decimals = {columns.index(name) for name in ("radius", "time") if name in columns}  # a count with a comma is none
+    pointed = [
+        [re.sub(r"(?<=\d),(?=\d)", ".", c) if i in decimals else c for i, c in enumerate(cells)] for _, cells in rows
+    ]
+    return [(number, cells) for (number, _), cells in zip(rows, pointed, strict=True)], True
 
 
 def _is_header(line: str) -> bool:
@@ -151,19 +190,20 @@ def _layout(path: Path | str, number: int, cells: Sequence[str]) -> list[str]:
     return list(LAYOUTS[len(cells)])
 
 
-def _is_row(cells: Sequence[str], columns: Sequence[str], after_text: bool) -> bool:
+def _is_row(line: str, separator: str | None, columns: Sequence[str], after_text: bool) -> bool:
     """Whether a line is a row, perhaps a broken one. In doubt it is, because a row must not be taken for text."""
+    cells = _drop_empty(_split(line, separator), len(columns))
+    others = re.split(r'[;,\s"]+', line.strip(' "'))  # its signs may not be those of the other rows
+    numbers = sum(map(_is_number, others))
     if len(cells) != len(columns):
-        return _is_number(cells[0]) and not after_text
+        broken = _is_number(cells[0]) or (_is_number(others[0]) and numbers >= len(REQUIRED))
+        return (broken and not after_text) or (len(others) == len(columns) and numbers >= len(REQUIRED))
     return any(_is_number(cells[columns.index(name)]) for name in REQUIRED)
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(_plain(text))
-    except ValueError:
-        return False
-    return True
+    """Python's `float` also reads 1_000 and digits of other scripts."""
+    return NUMBER.fullmatch(_plain(text)) is not None
 
 
 def _plain(text: str) -> str:
@@ -178,16 +218,20 @@ def _interpret(path: Path | str, table: _Table) -> tuple[list[tuple], list[str]]
     for number, cells in table.rows:
         try:
             if len(cells) != len(table.columns):
-                raise ValueError(f"has {len(cells)} columns, must have {len(table.columns)}")
+                hint = ", separated as those of the first row" if len(cells) == 1 else ""
+                raise ValueError(f"has {len(cells)} columns, must have {len(table.columns)}{hint}")
             cell = dict(zip(table.columns, cells, strict=True))
             label, predict = _integer(cell, "label"), _integer(cell, "predict")
             radius, right = _plain(cell["radius"]), label == predict
-            if not right and not float(radius) >= 0:
+            if not right and (radius.lower() in MISSING or (_is_number(radius) and float(radius) < 0)):
                 radius, uncertified = "0", uncertified + 1
+            if not _is_number(radius):
+                raise ValueError(f"radius {cell['radius']!r}: must be a number")
             idx = _integer(cell, "idx") if "idx" in cell else len(rows)
             marks.append(_integer(cell, "correct") if "correct" in cell else int(right))
             fields = (str(value) for value in (idx, label, predict, radius, int(right)))
-            row = parse_certificate(*fields, cell.get("time", "nan"))
+            time = cell.get("time", "")
+            row = parse_certificate(*fields, "nan" if time.lower() in MISSING else time)
             if idx in rows:
                 raise ValueError(f"idx {idx} occurs twice, as where one file holds several runs")
         except ValueError as error:
@@ -195,7 +239,9 @@ def _interpret(path: Path | str, table: _Table) -> tuple[list[tuple], list[str]]
         rows[idx] = row
     assumed = _check_correct(path, table, list(rows.values()), marks)
     if uncertified:
-        assumed.append(f"a radius of -1 or nan is 0 ({uncertified:,} of {len(rows):,} images, all wrong or abstained)")
+        assumed.append(
+            f"a radius of -1, nan or nothing is 0 ({uncertified:,} of {len(rows):,} images, all wrong or abstained)"
+        )
     return list(rows.values()), assumed
 
 
@@ -219,6 +265,6 @@ def _integer(cell: Mapping[str, str], name: str) -> int:
     """The whole number in a column: 3, 3.0, tensor(3), True. Raises ValueError."""
     text = {"true": "1", "false": "0"}.get(cell[name].lower(), _plain(cell[name]))
     value = float(text) if _is_number(text) else math.nan
-    if not value.is_integer():
+    if not (value.is_integer() and abs(value) < 2**53):
         raise ValueError(f"{name} {cell[name]!r}: must be a whole number")
     return int(value)

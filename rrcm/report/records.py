@@ -221,12 +221,9 @@ def check_finetuning(history: pd.DataFrame, model: Mapping, images: int, one_mod
         return f"val_accuracy {off[0]}: is no share of {images:,} validation images"
     if accuracy.isna().all():
         return "no epoch has a val_accuracy"
-    best = history.loc[accuracy.idxmax()]
-    found = {"epoch": best["epoch"], "val_accuracy": best["val_accuracy"]}
-    if one_model and found != selected:
-        return (
-            f"the best epoch is {found['epoch']:g}, in config.json it is {selected['epoch']:g} or has another accuracy"
-        )
+    best = history.loc[accuracy.idxmax(), ["epoch", "val_accuracy"]].to_dict()
+    if one_model and best != selected:
+        return f"the best epoch is {best['epoch']:g} with {best['val_accuracy']}, in config.json it is another"
     return None
 
 

@@ -79,11 +79,45 @@ HABITS = {  # lines, what the note says ("": no note)
     ),
     "radius -1": (
         having(radius=["0.536", "0.244", "-1.0", "0.25"]),
-        "a radius of -1 or nan is 0 (1 of 4 images, all wrong or abstained)",
+        "a radius of -1, nan or nothing is 0 (1 of 4 images, all wrong or abstained)",
     ),
     "radius nan": (
         having(predict=["3", "-1", "-1", "0"], radius=["0.536", "nan", "nan", "0.25"]),
-        "a radius of -1 or nan is 0 (2 of 4 images, all wrong or abstained)",
+        "a radius of -1, nan or nothing is 0 (2 of 4 images, all wrong or abstained)",
+    ),
+    "radius empty": (
+        having(predict=["3", "-1", "-1", "0"], radius=["0.536", "", "<NA>", "0.25"]),
+        "a radius of -1, nan or nothing is 0 (2 of 4 images, all wrong or abstained)",
+    ),
+    "decimal commas": (
+        each(lambda line: line.replace("\t", ";").replace(".", ","), COHEN),
+        "columns are separated by semicolons; numbers have decimal commas",
+    ),
+    "decimal commas and tabs": (each(lambda line: line.replace(".", ","), COHEN), "numbers have decimal commas"),
+    "quoted decimal commas": (
+        ['"' + line.replace("\t", '","').replace(".", ",") + '"' for line in COHEN],
+        "columns are separated by commas; numbers have decimal commas",
+    ),
+    "quoted": (
+        ['"' + line.replace("\t", '";"') + '"' for line in COHEN],
+        "columns are separated by semicolons",
+    ),
+    "quoted tensors": (
+        [",".join(COLUMNS), "0,\"tensor([3], device='cuda:0')\",3,0.536,1,0:00:17.540437"],
+        "columns are separated by commas",
+    ),
+    "separators at the end of rows": ([HEADER, *each(lambda row: f"{row}\t\t")], ""),
+    "separators at the end": (
+        each(lambda line: f"{line};".replace("\t", ";"), COHEN),
+        "columns are separated by semicolons",
+    ),
+    "sep of a spreadsheet": (
+        ["sep=;", *each(lambda line: line.replace("\t", ";"), COHEN)],
+        "columns are separated by semicolons; left out: line 1, 'sep=;'",
+    ),
+    "joined files with marks": (
+        ["\ufeff" + HEADER, *ROWS[:2], "\ufeff" + HEADER, *ROWS[2:]],
+        "2 headers, so the file joins parts of one run",
     ),
     "summary": (
         [*COHEN, "===Certification Summary===", "total time=3, loss=0.5%", "Radius: 0.0  Number: 2  Acc: 50.0%"],
@@ -116,7 +150,7 @@ def test_a_habit_is_read_with_one_note(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(frame) == (4 if len(lines) > 3 else len(lines) - 1)
     if "no column idx" in note:
         expected["idx"] = range(4)
-    if habit == "radius nan":
+    if habit in ("radius nan", "radius empty"):
         expected.loc[1, ["predict", "radius"]] = [-1, 0]
     if "times are unknown" in note:
         expected["time"] = math.nan
@@ -151,6 +185,35 @@ UNCLEAR = {  # lines, what the error says
     "cut off": ([*COHEN, "80\t3\t"], "line 6: has 3 columns, must have 6"),
     "a broken cell": ([*COHEN, "80\tcat\t3\t0.5\t1\t0"], "line 6: label 'cat': must be a whole number"),
     "half a class": ([*COHEN, "80\t3.5\t3\t0.5\t1\t0"], "line 6: label '3.5': must be a whole number"),
+    "a row with blanks": (
+        [*COHEN, "80 3 3 0.5 1 0:00:17"],
+        "line 6: has 1 columns, must have 6, separated as those of",
+    ),
+    "a row with blanks between": (
+        [*COHEN[:3], ROWS[2].replace("\t", "  "), ROWS[3]],
+        "line 4: has 1 columns, must have",
+    ),
+    "a row with commas": ([*COHEN, "80,3,3,0.5,1,17"], "line 6: has 1 columns, must have 6"),
+    "a row with blanks after text": (
+        [*COHEN, "sum: 4", "80 3 3 0.5 1 17"],
+        "line 7: a row after text, which is in line 6",
+    ),
+    "half a row with blanks": ([*COHEN, "80 3 3 0.5"], "line 6: has 1 columns"),
+    "points and commas": (
+        having(radius=["0,536", "0.244", "0,0", "0,25"]),
+        "line 3: radius '0.244': has a point, while",
+    ),
+    "thousands by points": (
+        having(idx=["0", "1.000", "2.000", "3.000"], radius=["0,5", "0,2", "0,0", "0,2"]),
+        "'1.000': has",
+    ),
+    "thousands by commas": ([*COHEN, "1,234\t3\t3\t0.5\t1\t0"], "line 6: idx '1,234': must be a whole number"),
+    "underscores": ([*COHEN, "1_234\t3\t3\t0.5\t1\t0"], "line 6: idx '1_234': must be a whole number"),
+    "digits of another script": ([*COHEN, "80\t٣\t3\t0.5\t1\t0"], "line 6: label '٣': must be a whole number"),
+    "a label beyond all": ([*COHEN, "80\t1e30\t3\t0.5\t1\t0"], "line 6: label '1e30': must be a whole number"),
+    "an empty radius of a right answer": ([*COHEN, "80\t3\t3\t\t1\t0"], "line 6: radius '': must be a number"),
+    "a shard that starts again": ([*COHEN, HEADER, "0\t3\t3\t0.5\t1\t0"], "line 7: idx 0 occurs twice"),
+    "joined without a line end": ([*COHEN[:4], ROWS[3] + HEADER, "80\t3\t3\t0.5\t1\t0"], "line 5: "),
     "no radius": ([*COHEN, "80\t3\t3\tnan\t1\t0"], "line 6: radius nan: must be a finite number"),
     "negative radius": ([*COHEN, "80\t3\t3\t-1\t1\t0"], "line 6: radius -1: must be a finite number >= 0"),
     "abstained with radius": ([*COHEN, "80\t3\t-1\t0.5\t0\t0"], "line 6: radius 0.5: must be"),
@@ -174,7 +237,8 @@ def test_what_is_unclear_is_refused_in_one_line(tmp_path: Path, capsys: pytest.C
 
 def test_what_is_no_text_is_refused(tmp_path: Path):
     (tmp_path / "array.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00")
-    for path, message in (("array.npy", "is not a text file"), ("none", "no such file"), (".", "cannot be read")):
+    places = (("array.npy", "is not a text file"), ("none", "no such file"), (".", "cannot be read"))
+    for path, message in (*places, ("/dev/zero", "is a device; give a file"), ("/dev/null", "is a device")):
         with pytest.raises(RRCMError, match=message):
             read_external_certificates(tmp_path / path)
 
