@@ -90,7 +90,7 @@ def certify(  # long because each option has its own lines
     from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
     from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery, note_on_labels
-    from rrcm.report.figures import FORMATS, save
+    from rrcm.report.figures import FORMATS, note_on_letters, save
 
     resume_gc()  # this function is long only because of its options
     _check_outputs(output, files_path(output), gallery, FORMATS)
@@ -120,8 +120,9 @@ def certify(  # long because each option has its own lines
     write_folder_certificates(output, found.frame)
     save(draw_gallery(found, loaded, rule), gallery)
     print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")
-    if note := note_on_labels(found.frame):
-        print(f"note: {note}", file=sys.stderr)
+    for note in (note_on_labels(found.frame), note_on_letters([*found.frame["file"], *found.frame["class"]])):
+        if note:
+            print(f"note: {note}", file=sys.stderr)
     print(f"written: {output}, {files_path(output)}, {gallery}")
     found.run.finish()
 

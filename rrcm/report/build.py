@@ -4,6 +4,7 @@ The same inputs give the same bytes on every machine. Git revision, hardware and
 stages that made the inputs, not those of the machine that draws.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,8 @@ def write_report(config: Config, root: Path, output: Path) -> None:
         )
         page = render_report(config, root, inputs, texts, list(drawn), gallery.classes)
         write_text(folder / "report.md", page)
+    if note := figures.note_on_letters([*inputs.classes, *(label for label, _ in inputs.external)]):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, Figure]:

@@ -31,8 +31,9 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
     print(comparison_table(certificates, numbers))
     if reference is not None:
         print(f"\n{differences_to(reference, certificates, numbers)}")
-    if note := check_same_images(certificates):
-        print(f"note: {note}", file=sys.stderr)
+    for note in (check_same_images(certificates), figures.note_on_letters(certificates)):
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def parse_files(files: Sequence[str]) -> dict[str, str]:

@@ -3,11 +3,14 @@
 Each function returns a figure, and `save` writes it. The colours are those of Okabe and Ito, which colour-blind readers
 can tell apart. A method has the same colour in every figure, and its family the same marker. Methods at equal total
 compute are dashed, with hollow markers. More than `MAX_TOGETHER` methods are drawn in small multiples: one family in
-each, with rRCM, and all others in grey behind them.
+each, with rRCM, and all others in grey behind them. Letters that DejaVu Sans lacks, as in Chinese names, are drawn in a
+font of the machine.
 """
 
+import functools
 import math
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +24,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rrcm.certification.results import ABSTAIN
@@ -32,8 +36,11 @@ from rrcm.report.tables import reference_method
 from rrcm.utils.errors import UNPRINTABLE
 from rrcm.utils.files import atomic_path
 
+FONT = "DejaVu Sans"  # comes with matplotlib: the same glyphs on every machine
+NO_LETTERS = "Last Resort"  # a font of boxes, which comes with matplotlib
+CJK = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL"}  # first words of the names of characters
 STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
+    "font.family": FONT,
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -101,6 +108,7 @@ def figure_style() -> Iterator[None]:
 @figure_style()
 def save(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` atomically, without date or version. The suffix of `path` must be in `FORMATS`."""
+    set_fonts(figure)
     with atomic_path(path) as scratch:
         figure.savefig(scratch, format=path.suffix[1:], metadata=FORMATS[path.suffix])
 
@@ -642,14 +650,52 @@ def draw_certified_images(thumbnails: Sequence[Thumbnail], settings: str) -> Fig
     return figure
 
 
+def set_fonts(figure: Figure) -> None:
+    """Give each text of `figure` whose letters `FONT` lacks the installed fonts that have them."""
+    for text in figure.findobj(Text):
+        if len(families := _families(text.get_text())) > 1:
+            text.set_fontfamily(families)
+
+
+def note_on_letters(names: Iterable[str]) -> str | None:
+    """One line if `names` have letters that no installed font has, so that figures show boxes instead."""
+    signs = {sign for name in names for sign in name if not UNPRINTABLE.match(sign) and not sign.isspace()}
+    missing = sorted(sign for sign in signs if _family_of(sign) is None)
+    if not missing:
+        return None
+    script = unicodedata.name(missing[0], "unnamed").split()[0]
+    font = f"Noto Sans {'CJK' if script in CJK else script.title()}"
+    shown = " ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+    return f"no font here has {shown} ({script}), so figures show boxes; install one that has, such as {font}"
+
+
+def _families(text: str) -> list[str]:
+    """`FONT`, and the installed fonts that have what it lacks of `text`."""
+    return list(dict.fromkeys([FONT, *sorted(family for sign in set(text) if (family := _family_of(sign)))]))
+
+
+@functools.cache
+def _family_of(sign: str) -> str | None:
+    """`FONT` if it has the character, else the first family that has, sans-serif before others; None if none has."""
+    if ord(sign) in _glyphs(findfont(FONT)):
+        return FONT
+    regular = {e.name: e.fname for e in fontManager.ttflist if (e.style, e.weight) == ("normal", 400)}
+    names = sorted(regular, key=lambda name: ("Sans" not in name, name))
+    return next((name for name in names if NO_LETTERS not in name and ord(sign) in _glyphs(regular[name])), None)
+
+
+@functools.cache
+def _glyphs(path: str) -> frozenset[int]:
+    return frozenset(get_font(path).get_charmap())
+
+
 def _truncate(text: str, width: float, size: float) -> str:
     """`text` as a label of at most `width` points at font size `size`; its middle is cut out if necessary.
 
-    A dollar sign starts no formula. A box replaces each character that the font lacks, such as Chinese ones, and each
-    that has no shape of its own, such as a line break.
+    A dollar sign starts no formula. A box replaces each character that no font here has, and each that has no shape of
+    its own, such as a line break.
     """
-    glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
-    text = "".join("□" if UNPRINTABLE.match(sign) or ord(sign) not in glyphs else sign for sign in text)
+    text = "".join("□" if UNPRINTABLE.match(sign) or _family_of(sign) is None else sign for sign in text)
     if _text_width(text, size) > width:
 
         def cut(kept: int) -> str:
@@ -661,7 +707,7 @@ def _truncate(text: str, width: float, size: float) -> str:
 
 def _text_width(text: str, size: float) -> float:
     """The width of `text`, without formulas, in points at font size `size`."""
-    font = get_font(findfont("DejaVu Sans"))
+    font = get_font([findfont(family) for family in _families(text)])
     font.set_size(size, 7200)  # a hundred pixels per point
     font.set_text(text)
     return font.get_width_height()[0] / 6400  # in 64ths of a pixel

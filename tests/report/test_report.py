@@ -519,6 +519,7 @@ def test_report_says_how_many_images_of_which_classes(made, counts: list[int], s
 def test_class_names_are_drawn_literally_and_fit(classes: list[str]):
     thumbnails = [Thumbnail(np.zeros((2, 2, 1)), name, name * 9, 0.5, "correct") for name in classes]
     figure = figures.draw_gallery([each.pixels for each in thumbnails], {0.5: thumbnails}, "rRCM")
+    figures.set_fonts(figure)
     figure.draw_without_rendering()
     labels = [axes.get_xlabel() for axes in figure.axes]
     assert classes is HOSTILE or labels[0] == r"Ba\$\$in"
@@ -547,11 +548,30 @@ def test_legend_takes_any_name(tmp_path: Path):
     figure = figures.draw_comparison({name: frame_of(0.1, 0.2) for name in names})
     (legend,) = figure.legends
     assert len(legend.get_texts()) == len(names)
+    figures.set_fonts(figure)
     figure.draw_without_rendering()
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
     figures.save(figure, tmp_path / "names.svg")
     ET.parse(tmp_path / "names.svg")
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_come_from_any_font_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A letter that DejaVu Sans lacks is drawn in a font that has it; matplotlib brings one. Boxes are said."""
+    letter, nowhere = "\u1d15", "\u0378"  # of DejaVu Serif, and of no font: unassigned
+    assert figures._families(f"a{letter}") == ["DejaVu Sans", "DejaVu Serif"]
+    assert figures._truncate(f"a{letter}{nowhere}", 70, 8) == f"a{letter}□"
+    figure = figures.draw_comparison({f"a{letter}": frame_of(0.1, 0.2)})
+    figures.save(figure, tmp_path / "with.png")
+    assert figure.legends[0].get_texts()[0].get_fontfamily() == ["DejaVu Sans", "DejaVu Serif"]
+    assert figures.note_on_letters(["a", letter, "line\nbreak"]) is None
+    monkeypatch.setattr(figures, "_family_of", lambda sign: "DejaVu Sans" if sign.isascii() else None)
+    note = figures.note_on_letters(["cat", "\u732b", "\u72ac"])
+    assert note == (
+        "no font here has \u72ac \u732b (CJK), so figures show boxes; install one that has, such as Noto Sans CJK"
+    )
+    assert "(THAI)" in figures.note_on_letters(["\u0e41"]) and "Noto Sans Thai" in figures.note_on_letters(["\u0e41"])
 
 
 def test_html_in_labels_and_paths_is_escaped(made, tmp_path: Path):
