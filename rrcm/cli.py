@@ -1,6 +1,5 @@
 """The console command `rrcm`. Modules that take long to import are imported when a command runs."""
 
-import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from rrcm.utils.app import exit_on_error, make_app, other_checkout, resume_gc, run_app
 from rrcm.utils.errors import RRCMError, printable
+from rrcm.utils.files import check_output
 
 app = make_app()
 
@@ -95,6 +95,8 @@ def certify(  # long because each option has its own lines
     resume_gc()  # this function is long only because of its options
     _check_outputs(output, files_path(output), gallery, FORMATS)
     images = find_images(folder, [gallery])  # fails before a model is downloaded
+    if {(folder / file).resolve() for file in images.files} & {output.resolve(), files_path(output).resolve()}:
+        raise RRCMError(f"{output}: is one of the images; choose another path")
     if left_out := describe_left_out(images.left_out):
         print(f"note: left out {left_out}", file=sys.stderr)
     loaded = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
@@ -130,9 +132,7 @@ def certify(  # long because each option has its own lines
 def _check_outputs(output: Path, files: Path, gallery: Path, formats: Collection[str]) -> None:
     """Raises `RRCMError` for output paths that cannot be written, before hours of computing."""
     for path in (output, files, gallery):
-        parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise RRCMError(f"{path}: no file can be written there; choose another path")
+        check_output(path)
     if gallery in (output, files):
         raise RRCMError(f"{gallery}: is the path of both the certificates and the gallery; give two paths")
     if gallery.suffix not in formats:

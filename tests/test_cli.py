@@ -320,6 +320,8 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--stopping", "adaptive"], "must be fixed or sequential"),
         (["images", "--model", "model", "--precision", "fp8"], "must be auto, fp32 or bf16"),
         (["images", "--model", "model", "--batch-size", "0"], "batch_size = 0"),
+        (["images", "--model", "model", "--batch-size", "1000000000"], "batch_size = 1000000000: needs more than"),
+        (["images", "--model", "model", "--batch-size", "9" * 30], "needs more than"),
         (["images", "--model", "model", "--limit", "0"], "limit = 0"),
         (["images", "--model", "model", "--device", "gpu"], "device = 'gpu'"),
         (["images", "--model", "model", "--device", "cuda:99"], "cuda:99"),
@@ -333,12 +335,19 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),
         (["images", "--model", "model", "--output", "junk.pth/a.tsv"], "junk.pth/a.tsv: no file can be written"),
         (["images", "--model", "model", "--output", "gallery.png"], "gallery.png: is the path of both"),
+        (["images", "--model", "model", "--output", "/dev/null"], "/dev/null: no file can be written there"),
+        (["images", "--model", "model", "--output", "pipe"], "pipe: no file can be written there"),
+        (["images", "--model", "model", "--gallery", "pipe.png"], "pipe.png: no file can be written there"),
+        (["images", "--model", "model", "--output", "images/0/a.png"], "images/0/a.png: is one of the images"),
+        (["images", "--model", "m" * 100_000, "--sigma", "1"], " characters) ... "),
     ],
 )
 def test_bad_input_ends_in_one_line_and_nothing_is_written(saved, images, arguments, said):
     Path("empty").mkdir()
     Path("empty/notes.txt").write_text("no image")
     Path("junk.pth").write_bytes(b"not a checkpoint")
+    for pipe in ("pipe", "pipe.png"):
+        os.mkfifo(pipe)
     for name in ("certificates.tsv", "certificates.files.tsv", "gallery.png"):
         Path(name).write_text("of an earlier run")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
@@ -491,3 +500,22 @@ def test_the_installed_command(saved, images):
     helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "certify" in helped.stdout and "'typer'" in helped.stdout
     assert not any(f"'{module}'" in helped.stdout for module in ("torch", "timm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("streams", "status", "said"),
+    [
+        (">&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        (">/dev/full", 1, "error: standard output: No space left on device; check permissions and disk\n"),
+    ],
+)
+def test_standard_output_closed_or_full(streams, status, said):
+    """The figure is written all the same, and no file gets the number of a closed stream."""
+    Path("a.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0\n")
+    command = f"{sys.executable} -m rrcm.cli compare A=a.tsv {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+    with Image.open("compare.png") as image:
+        image.load()

@@ -236,3 +236,10 @@ def test_a_full_disk_while_certifying(project, trained):
     assert_error(answer, "runs/certify-0.5-", "cannot write it", "run it again to continue")
     assert stage(project, "certify", "rrcm", "0.5").returncode == 0
     assert files_of(project / "certificates") == files_of(trained / "certificates")
+
+
+def test_a_long_message_keeps_its_start_and_its_end():
+    message = str(RRCMError(f"a.tsv, line 2: label '{'x' * 200_000}': must be a whole number; correct it"))
+    assert len(message) <= 1000 and message.startswith("a.tsv, line 2: label 'xxx")
+    assert "x ... (200,0" in message and message.endswith("x': must be a whole number; correct it")
+    assert str(RRCMError("y" * 1000)) == "y" * 1000 and str(RRCMError(message)) == message

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from os import sysconf
 
 import numpy as np
 import torch
@@ -413,6 +414,10 @@ class SmoothedClassifier(nn.Module):
         A program that was exported for certain batches decides first.
         """
         if self.batch_size is not None:
+            needed, memory = self.batch_size * 8 * image.numel(), sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
+            if needed > memory:  # of the images and their noise alone; Linux would kill the process
+                has = f"needs more than {needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
+                raise RRCMError(f"batch_size = {self.batch_size}: {has}; set it lower, or to None")
             return self.batch_size
         with self._ready(image.device) as voter:
             return self._batch_size(voter, image)

@@ -152,6 +152,9 @@ class ShardedDataset:
         index = np.load(path, allow_pickle=False)
         if index.dtype != np.int64 or index.shape != (sum(shard.samples for shard in self.split.shards), 4):
             raise RRCMError(f"{path}: does not fit manifest.json; {RERUN_HINT}")
+        ends = np.repeat([each.bytes for each in self.split.shards], [each.samples for each in self.split.shards])
+        if (index < 0).any() or (index[:, OFFSET] + BLOCK + index[:, SIZE] > ends).any():
+            raise RRCMError(f"{path}: places a sample outside its shard; {RERUN_HINT}")
         return index
 
     def _local(self, entry: FileEntry) -> Path:

@@ -13,6 +13,7 @@ from rrcm.evaluation.metrics import Interval, accuracy_difference, acr_differenc
 from rrcm.report import figures
 from rrcm.report.tables import interval_text
 from rrcm.utils.errors import RRCMError, printable
+from rrcm.utils.files import check_output
 
 
 def compare(files: Sequence[str], radii: str, output: Path, reference: str | None = None) -> None:
@@ -26,6 +27,7 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
         raise RRCMError(f"--reference {reference!r}: must be one of the names {', '.join(map(repr, paths))}")
     if output.suffix not in figures.FORMATS:
         raise RRCMError(f"--output {output}: must end in {' or '.join(figures.FORMATS)}")
+    check_output(output)
     certificates = {name: read_external_certificates(path) for name, path in paths.items()}
     figures.save(figures.draw_comparison(certificates), output)
     print(comparison_table(certificates, numbers))

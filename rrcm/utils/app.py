@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 gc.disable()
 
@@ -46,7 +47,9 @@ from rrcm.utils.errors import Interrupted, RRCMError, printable  # noqa: E402
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 TERMINATED = 143  # exit status after SIGTERM
-FORBIDDEN_OR_FULL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+REFUSED = dict.fromkeys(  # errors of the system, and what to do
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT), "check permissions and disk"
+) | dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "give another path")
 
 
 def other_checkout(folders: Iterable[Path]) -> Path | None:
@@ -84,6 +87,7 @@ def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
     def guard(*args: object, **options: object) -> None:
         try:
             command(*args, **options)
+            sys.stdout.flush()  # here a full disk can still be reported
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             raise typer.Exit(TERMINATED) from None
@@ -91,9 +95,12 @@ def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except OSError as error:
-            if error.errno not in FORBIDDEN_OR_FULL:
+            if error.errno not in REFUSED:
                 raise
-            print(f"error: {printable(error.filename)}: {error.strerror}; check permissions and disk", file=sys.stderr)
+            line = f"{error.filename or 'standard output'}: {error.strerror}; {REFUSED[error.errno]}"
+            print(f"error: {printable(RRCMError(line))}", file=sys.stderr)
+            if error.filename is None:
+                sys.stdout = open_nothing("w")  # else it is flushed again at exit, with a traceback
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interruption:
             print(f"interrupted{interruption}", file=sys.stderr)
@@ -111,12 +118,20 @@ def resume_gc() -> None:
 def run_app(app: typer.Typer) -> None:
     """Run the application with this process's arguments, and exit."""
     keep_freed_memory()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by `>&-`; the next file that is opened would get its number
+            setattr(sys, name, open_nothing(mode))
     warnings.filterwarnings("ignore", module="PIL")  # of large pictures and odd metadata, which are read all the same
     sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr; else some names end in a traceback
     try:
         app()
     finally:
         gc.freeze()  # no collection at exit
+
+
+def open_nothing(mode: str) -> TextIO:
+    """A stream in place of one that cannot be used: empty, or swallowing what is written."""
+    return Path(os.devnull).open(mode, encoding="utf-8")
 
 
 def run_command(command: Callable[..., None]) -> None:

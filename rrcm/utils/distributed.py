@@ -111,11 +111,15 @@ def explain_lost_processes() -> Iterator[None]:
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn a GPU's lack of memory into one line that ends with `advice`: what to set."""
+    """Turn a lack of memory into one line that ends with `advice`: what to set."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise RRCMError(f"the GPU has too little free memory ({one_line(error)}); {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's own error on a CPU
+            raise RRCMError(f"there is too little free memory ({one_line(error)}); {advice}") from error
+        raise
 
 
 @contextmanager

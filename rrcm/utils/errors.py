@@ -7,8 +7,20 @@ import textwrap
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+LONGEST, END = 1000, 300  # characters of a message, and of them at its end, which says what to do
+
+
 class RRCMError(Exception):
-    """Bad input. The message is one line: what is wrong, where, and what to do. Commands print no traceback."""
+    """Bad input. The message is one line: what is wrong, where, and what to do. Commands print no traceback.
+
+    A long message, which quotes a long input, is cut in its middle.
+    """
+
+    def __init__(self, message: str):
+        if len(message) > LONGEST:
+            cut = f" ... ({len(message):,} characters) ... "
+            message = message[: LONGEST - END - len(cut)] + cut + message[-END:]
+        super().__init__(message)
 
 
 class Interrupted(RRCMError):

@@ -72,6 +72,14 @@ def atomic_path(path: Path | str, *, shared: bool = False) -> Iterator[Path]:
                 scratch.unlink(missing_ok=True)
 
 
+def check_output(path: Path | str) -> None:
+    """Raises `RRCMError` for a path where no file can be written: call it before hours of computing."""
+    path = Path(path)
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if (path.exists() and not path.is_file()) or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RRCMError(f"{path}: no file can be written there; choose another path")
+
+
 def _put_file(scratch: Path, path: Path) -> None:
     """Rename `scratch` to `path`. Where that is impossible (a file mounted into a container) rewrite its content."""
     try:

@@ -30,6 +30,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import sha256_file
 
 
 def settings(**changes: object) -> Data:
@@ -488,3 +489,17 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_failed_download(
     if where == "mkdir":
         monkeypatch.setattr(Path, "mkdir", fails)
     assert re.search(line, complaint(lambda: images.read(0)))
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, -512), (0, 10**9), (1, -1), (2, -1), (3, -1)])
+def test_an_index_that_points_outside_its_shard(digits: Path, tmp_path: Path, column: int, value: int):
+    """As of an index and a manifest that were made by hand: the hashes fit."""
+    folder = Path(shutil.copytree(digits, tmp_path / "shards"))
+    manifest, path = json.loads((folder / "manifest.json").read_text()), folder / "test.index.npy"
+    index = np.load(path)
+    index[3, column] = value
+    np.save(path, index)
+    manifest["splits"]["test"]["index"]["sha256"] = sha256_file(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RRCMError, match=r"test\.index\.npy: places a sample outside its shard; run shard-data again"):
+        ShardedDataset(folder, "test")

@@ -106,6 +106,11 @@ def test_different_images_give_a_note(files: Path, capsys: pytest.CaptureFixture
         (["a=one.tsv", "--radii", "0,far"], "--radii 0,far: must be numbers >= 0"),
         (["a=one.tsv", "--radii", "0,-1"], "must be numbers >= 0"),
         (["a=one.tsv", "--output", "compare.jpg"], "--output compare.jpg: must end in .png or .svg"),
+        (["a=one.tsv", "--output", "pipe.png"], "pipe.png: no file can be written there"),
+        (["a=one.tsv", "--output", "bad.tsv/a.png"], "a.png: no file can be written there"),
+        (["a=/dev/zero"], "/dev/zero: is a device; give a file of certificates"),
+        (["a=long.tsv"], "x ... (200,0"),
+        (["a=long.tsv"], "x': must be a whole number; correct it"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_the_picture(files: Path, capsys, arguments, message: str):
@@ -113,11 +118,13 @@ def test_bad_input_ends_in_one_line_and_leaves_the_picture(files: Path, capsys, 
 
     Path("compare.png").write_text("as it was")
     Path("bad.tsv").write_text(f"{HEADER}\n17\n")
+    Path("long.tsv").write_text(f"{HEADER}\n0\t{'x' * 200_000}\t1\t0.5\t1\t0\n")
+    os.mkfifo("pipe.png")
     with pytest.raises(SystemExit) as end:
         app(["compare", *arguments])
     assert end.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1 and len(error) < 1100
     assert Path("compare.png").read_text() == "as it was"
 
 
