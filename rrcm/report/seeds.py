@@ -1,12 +1,14 @@
 """Several trainings of the same methods: their reports, which differ in the seed alone, in one table."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from rrcm.evaluation.metrics import mean_over_seeds
-from rrcm.report.tables import differences_text, markdown_text, method_labels
+from rrcm.report.tables import MEASURES, differences_text, markdown_text, method_labels
 from rrcm.utils.errors import RRCMError
 
 KEY = ["method", "measure", "at"]
@@ -55,9 +57,31 @@ def _read(path: Path) -> pd.DataFrame:
         raise RRCMError(f"{path}: no such file; give folders such as reports/digits") from None
     except ValueError as error:  # pandas' own errors are ValueErrors
         raise RRCMError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from None
-    if missing := [name for name in (*KEY, *VALUES) if name not in frame] or ["row"] * frame.empty:
+    if missing := [name for name in (*KEY, *VALUES, "low", "high") if name not in frame] or ["row"] * frame.empty:
         raise RRCMError(f"{path}: has no {missing[0]}; run `dvc repro plot` again")
+    if problem := _find_impossible(frame):
+        raise RRCMError(f"{path}: {problem}; run `dvc repro plot` again")
     return frame
+
+
+def _find_impossible(frame: pd.DataFrame) -> str | None:
+    """What cannot be in a differences.csv, or None."""
+    numbers = frame[["at", *VALUES, "low", "high"]]
+    if not all(map(pd.api.types.is_numeric_dtype, numbers.dtypes)):
+        return "has text where numbers must be"
+    if frame["seed"].nunique() != 1 or frame["seed"].iloc[0] != frame["seed"].iloc[0] // 1:
+        return "has not one whole seed"
+    if not frame["measure"].isin(MEASURES).all():
+        return f"has measures other than {' and '.join(MEASURES)}"
+    most = frame["measure"].map({"certified_accuracy": 1.0, "acr": math.inf})
+    if not (np.isfinite(frame[["at", "value"]]).all(axis=None) and frame["value"].between(0, most).all()):
+        return "has a value that is no share and no radius"
+    row = frame.dropna(subset="difference")
+    if not (row["difference"].between(row["low"], row["high"]) & (row["difference"].abs() < math.inf)).all():
+        return "has a difference outside its interval"
+    if frame.loc[frame["difference"].isna(), "method"].nunique() != 1:
+        return "has not one method without a difference"
+    return None
 
 
 def over_seeds(numbers: pd.DataFrame, column: str) -> pd.DataFrame:

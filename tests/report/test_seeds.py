@@ -23,7 +23,7 @@ def write_report(folder: Path, seed: int, **changes: list) -> Path:
             rows.append([seed, method, measure, at, scale * values[seed], difference])
     frame = pd.DataFrame(rows, columns=["seed", "method", "measure", "at", "value", "difference"])
     folder.mkdir()
-    frame.assign(low=0.0, high=0.0, **changes).to_csv(folder / "differences.csv", index=False)
+    frame.assign(low=-1.0, high=1.0, **changes).to_csv(folder / "differences.csv", index=False)
     return folder
 
 
@@ -75,6 +75,36 @@ def test_a_table_without_a_column_is_said(reports: list[Path]):
     path.write_text(path.read_text().replace("seed,", "sed,"))
     with pytest.raises(RRCMError, match="has no seed; run `dvc repro plot` again"):
         seeds_text(reports)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("0.9", "9.9", "a value that is no share"),
+        ("0.9", "0,9", "cannot be read as CSV"),
+        ("0.9", "x", "text where numbers must be"),
+        ("0.9", "inf", "a value that is no share"),
+        ("\n0,", "\n1,", "has not one whole seed"),
+        ("acr", "acx", "has measures other than certified_accuracy and acr"),
+        ("-1.0,1.0", "1.0,-1.0", ""),
+        ("0,gaussian,acr,1.0,0.3,-0.15,-1.0", "0,gaussian,acr,1.0,0.3,-0.15,-0.1", "outside its interval"),
+        (
+            "0,gaussian,acr,1.0,0.3,-0.15,-1.0",
+            "0,gaussian,acr,1.0,0.3,,-1.0",
+            "has not one method without a difference",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_said(reports: list[Path], old: str, new: str, said: str):
+    path = reports[0] / "differences.csv"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    if said:
+        with pytest.raises(RRCMError, match=said):
+            seeds_text(reports)
+    else:
+        seeds_text(reports)  # the reference has no difference, so its interval means nothing
 
 
 def test_the_published_report_can_be_read():
