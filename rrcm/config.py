@@ -828,7 +828,9 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     message = message.removeprefix("Value error, ").removeprefix("Input ")
     if isinstance(value, Mapping | BaseModel):  # a rule over a whole section: the message names key and value
         return f"{key + ': ' if key else ''}{message}{more}"
-    return f"{key} = {value!r}: {message}{more}"
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    return f"{key} = {shown}: {message}{more}"
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -14,11 +14,12 @@ import io
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from rrcm.utils.errors import RRCMError, one_line
 
@@ -26,6 +27,7 @@ LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Errors of a rename: a folder of a lower layer of overlayfs, another file system, a mount point, or not supported.
 NO_RENAME = {errno.EXDEV, errno.EBUSY, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+MAX_JSON_BYTES = 64 * 2**20
 HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
 HINTS |= dict.fromkeys((errno.EACCES, errno.EPERM), "get permission to write there")
 HINTS |= {errno.EROFS: "mount it writable", errno.EMFILE: "raise the limit of open files (ulimit -n)"}
@@ -265,7 +267,10 @@ def read_text(path: Path | str) -> str:
 
     It is UTF-8, or UTF-16 with a byte order mark as Windows writes it. Raises OSError, and ValueError for other bytes.
     """
-    content = Path(path).read_bytes()
+    return _decode(Path(path).read_bytes())
+
+
+def _decode(content: bytes) -> str:
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return io.StringIO(content.decode("utf-16" if wide else "utf-8-sig"), newline=None).read()
 
@@ -290,19 +295,32 @@ def write_csv(path: Path | str, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a regular file to read its bytes. Raises OSError for any other: a pipe or a device may never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return file
+
+
 def read_json(path: Path | str) -> dict:
-    """Read a JSON file. Raises `RRCMError` if it is missing or not JSON."""
+    """Read a JSON file. Raises `RRCMError` if it is missing, not JSON, or larger than any that is written here."""
     try:
-        return json.loads(read_text(path))
+        with open_regular(path) as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(_decode(content))
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file; run the stage that writes it first (dvc repro)") from None
-    except (OSError, ValueError) as error:
-        raise RRCMError(f"{path}: cannot be read as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RRCMError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
 
 
 def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_path
+from rrcm.utils.files import atomic_path, open_regular
 
 Network = TypeVar("Network", bound=nn.Module)
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")  # timm's order: averages first
@@ -51,23 +51,33 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     A checkpoint is read with `weights_only=True`, which runs no code that is hidden in it. Its weights may lie under
     one of the keys NESTED. What torch.compile, DataParallel and their kind prepend to names is removed.
 
-    Raises `RRCMError` if the file is missing, truncated, in another format, or holds more than tensors.
+    Raises `RRCMError` if the file is missing, truncated, in another format, or holds more than tensors, and for numbers
+    that are not finite.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
         if head.startswith(b"version https://git-lfs"):
             raise RRCMError(f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull` in that folder")
         if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
             raise RRCMError(f"{path}: a web page, not the weights; download the file itself")
         is_checkpoint = head.startswith((b"PK", b"\x80"))
-        if head[8:9] == b"{" or (path.suffix == ".safetensors" and not is_checkpoint):
-            return plain_names(load_file(path), path)
+        is_safetensors = head[8:9] == b"{" or (path.suffix == ".safetensors" and not is_checkpoint)
+        tensors = load_file(path) if is_safetensors else None
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file; run the stage that writes it, or dvc pull") from None
     except (SafetensorError, OSError) as error:
         raise RRCMError(f"{path}: truncated or not a safetensors file ({error}); rebuild it or run dvc pull") from None
-    return plain_names(_load_checkpoint(path), path)
+    tensors = plain_names(_load_checkpoint(path) if tensors is None else tensors, path)
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
+    """Raises `RRCMError`, which calls the tensors `source`, for NaN or infinite numbers."""
+    for name, tensor in tensors.items():
+        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():  # not defined for 8 bits
+            raise RRCMError(f"{source}: {name} has numbers that are NaN or infinite: damaged, or of a failed training")
 
 
 def _load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -135,11 +145,16 @@ def sha256_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_weights(model: Network, tensors: Mapping[str, torch.Tensor], source: Path | str) -> Network:
-    """Load `tensors` into `model` and return it.
+    """Load `tensors` into `model` and return it. Raises `RRCMError` as `check_weights` does."""
+    check_weights(model.state_dict(), tensors, source)
+    model.load_state_dict(tensors)
+    return model
 
-    Raises `RRCMError` if names, shapes or kinds of numbers differ; the message calls the weights `source`.
-    """
-    expected = model.state_dict()
+
+def check_weights(
+    expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path | str
+) -> None:
+    """Raises `RRCMError` if names, shapes or kinds of numbers are not as expected; it calls the weights `source`."""
     for name in expected.keys() | tensors.keys():
         if name not in expected or name not in tensors:
             problem = "missing" if name in expected else "unknown"
@@ -151,5 +166,3 @@ def load_weights(model: Network, tensors: Mapping[str, torch.Tensor], source: Pa
             raise RRCMError(
                 f"{source}: {name} has numbers of type {tensors[name].dtype}: quantized weights; save floats"
             )
-    model.load_state_dict(tensors)
-    return model
