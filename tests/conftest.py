@@ -21,6 +21,8 @@ from dvc.utils.hydra import compose_and_dump
 from rrcm.config import load_config
 from rrcm.data.sharding import write_shards
 from rrcm.methods import derived_settings
+from rrcm.models.folders import sha256_config
+from rrcm.utils.files import read_json, sha256_file, write_json
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ["no_proxy"] = "127.0.0.1"  # where the tests have servers
@@ -229,6 +231,14 @@ def change(project: Path, **settings: object) -> None:
             section = section[parent]
         section[key] = value
     (project / "params.yaml").write_text(yaml.safe_dump(with_derived(values)))
+
+
+def change_model(folder: Path, **values: object) -> None:
+    """Set keys of a model folder's config.json, or remove those that are `...`, and make its hashes fit again."""
+    config = read_json(folder / "config.json")
+    files = {name: sha256_file(folder / name) for name in config["files"] if (folder / name).exists()}
+    config = {key: value for key, value in (config | {"files": files} | values).items() if value is not ...}
+    write_json(folder / "config.json", config | {"sha256": sha256_config(config)})
 
 
 def with_derived(values: dict) -> dict:

@@ -20,9 +20,9 @@ from rrcm.config import Config, Pretrain
 from rrcm.data.shards import ShardedDataset, evenly_spaced, read_pixels, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.evaluation.representations import centred, same_and_cross_cosine
-from rrcm.models.checkpoints import read_model_config
 from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, load_denoiser
+from rrcm.models.folders import read_model_config
 from rrcm.models.noise_levels import model_space
 from rrcm.models.sampler import Denoise, heun, reverse_levels
 from rrcm.models.vit import NoiseConditionedViT, build_encoder

@@ -1,14 +1,35 @@
 """The trunks that are not ours: networks of images without a noise level, by name."""
 
 from collections.abc import Mapping
+from typing import Literal, Self
 
+from pydantic import ConfigDict, model_validator
 from torch import nn
 
+from rrcm.config import Positive
 from rrcm.models.base_classifiers import NetworkClassifier
 from rrcm.models.convnets import LeNet, ResNet
+from rrcm.models.folders import ClassNames, Entries, ImageSize
 from rrcm.models.timm_models import suggest_timm_name
 from rrcm.utils.distributed import sync_batch_norm
 from rrcm.utils.errors import RRCMError, one_line
+
+
+class NetworkSizes(Entries):
+    """The arguments of `build_network`, and the normalization of pixels in [0, 1], per channel; null: none."""
+
+    name: str
+    image_size: ImageSize
+    channels: Literal[1, 3]
+    pixel_mean: list[float] | None
+    pixel_std: list[Positive] | None
+
+    @model_validator(mode="after")
+    def one_number_per_channel(self) -> Self:
+        for key in ("pixel_mean", "pixel_std"):
+            if (values := getattr(self, key)) is not None and len(values) != self.channels:
+                raise ValueError(f"{key} has {len(values)} numbers for {self.channels} channels")
+        return self
 
 
 def build_network(name: str, image_size: int, channels: int, num_classes: int) -> nn.Module:
@@ -34,6 +55,16 @@ def build_network(name: str, image_size: int, channels: int, num_classes: int) -
         raise
     except Exception as error:  # each of timm's models raises its own
         raise RRCMError(f"model.architecture = {name!r}: cannot be built ({one_line(error)})") from None
+
+
+class NetworkEntries(Entries):
+    """Of the config.json of a classifier on another trunk, what builds it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    architecture: NetworkSizes
+    class_names: ClassNames
+    sigma: Positive  # pixel units
 
 
 def network_classifier(architecture: Mapping, num_classes: int, sigma: float) -> NetworkClassifier:

@@ -1,26 +1,76 @@
-"""Model folders: model.safetensors with the weights and config.json with what is needed to build the network again.
+"""Model folders of encoders and classifiers.
 
-`kind` in config.json is "encoder" (pre-trained), "classifier" (fine-tuned), or "network" (a classifier on another
+Their `kind` in config.json is "encoder" (pre-trained), "classifier" (fine-tuned), or "network" (a classifier on another
 trunk). Other kinds are loaded by load.py alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, Self
 
+from pydantic import ConfigDict, model_validator
+
+from rrcm.config import Count, Positive
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
+from rrcm.models.folders import (
+    ClassNames,
+    Depth,
+    Entries,
+    ImageSize,
+    check_kind,
+    load_network,
+    parse_entries,
+    read_model_config,
+    write_model_folder,
+)
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import expand_user, read_json, write_json
-from rrcm.utils.tensors import load_tensors, load_weights, save_tensors
+from rrcm.utils.files import expand_user
 
-FORMAT = 2  # of config.json
 ARCHITECTURE = ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads")
-DETAILS = ("mlp_dim", "qkv_bias", "norm_eps")
+
+
+class ViTSizes(Entries):
+    """The keyword arguments of `NoiseConditionedViT` that build the same network again: ARCHITECTURE and details."""
+
+    image_size: ImageSize
+    channels: Literal[1, 3]
+    patch_size: Count
+    embed_dim: Count
+    depth: Depth
+    num_heads: Count
+    mlp_dim: Count
+    qkv_bias: bool
+    norm_eps: Positive
+
+    @model_validator(mode="after")
+    def sizes_fit(self) -> Self:
+        if self.embed_dim % self.num_heads or self.embed_dim % 2:
+            raise ValueError(f"embed_dim {self.embed_dim} must be even and a multiple of num_heads {self.num_heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+        return self
+
+
+class EncoderEntries(Entries):
+    """Of an encoder's config.json, what builds it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    architecture: ViTSizes
+
+
+class ClassifierEntries(EncoderEntries):
+    """Of a classifier's config.json, what builds it."""
+
+    class_names: ClassNames
+    sigma: Positive  # pixel units
+    t: Positive  # model space
 
 
 def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
-    """The keyword arguments of `NoiseConditionedViT` that build the same network: ARCHITECTURE and DETAILS."""
+    """The `ViTSizes` of an encoder."""
     block = encoder.blocks[0]
     return {
         "image_size": encoder.patch_embed.img_size[0],
@@ -51,48 +101,21 @@ def save_model(
     """
     folder = Path(folder)
     if isinstance(model, NoiseConditionedViT):
-        config = {"kind": "encoder", "format": FORMAT, "architecture": architecture(model)}
+        config = {"kind": "encoder", "architecture": architecture(model)}
     else:
         names = [str(k) for k in range(model.num_classes)] if class_names is None else list(class_names)
         if len(names) != model.num_classes:
             raise RRCMError(f"{folder}: {len(names)} class names for {model.num_classes} classes; give one per class")
         if isinstance(model, NetworkClassifier):
-            config = {"kind": "network", "format": FORMAT, "architecture": model.architecture}
+            config = {"kind": "network", "architecture": model.architecture}
         else:
-            config = {"kind": kind, "format": FORMAT, "architecture": architecture(model.encoder)}
+            config = {"kind": kind, "architecture": architecture(model.encoder)}
         config |= {"class_names": names, "sigma": model.sigma if sigma is None else sigma}
         config |= {"t": model.t} if isinstance(model, NoiseConditionedClassifier) else {}
     tensors = model.state_dict()
     if dtype == "bf16":
         tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
-    save_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", config | metadata)
-
-
-def read_model_config(folder: Path | str) -> dict:
-    """config.json of a model folder of any kind. Raises `RRCMError` when it is missing, damaged or outdated."""
-    path = Path(folder) / "config.json"
-    config = read_json(path)
-    if isinstance(config, dict) and (isinstance(config.get("architecture"), str) or "architectures" in config):
-        raise RRCMError(
-            f"{path}: of timm or transformers, not of a model folder; timm models are for `rrcm certify --model` and, "
-            "as finetune.timm.model, for method timm; smooth others in Python with SmoothedClassifier"
-        )
-    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
-        raise RRCMError(f"{path}: has no `kind`, so it describes no model of this version; train it again or dvc pull")
-    if config.get("format") != FORMAT:
-        raise RRCMError(f"{path}: has format {config.get('format')!r}, must be {FORMAT}; train it again or dvc pull")
-    return config
-
-
-def check_kind(folder: Path | str, config: Mapping, known: Iterable[str]) -> None:
-    """Raises `RRCMError` unless the `kind` in the config of a model folder is among `known` kinds."""
-    if config["kind"] in known:
-        return
-    if config["kind"] == "encoder":
-        raise RRCMError(f"{folder}/config.json: this is an encoder without a head; fine-tune it first")
-    expected = " or ".join(sorted(known))
-    raise RRCMError(f"{folder}/config.json: kind {config['kind']!r} cannot be loaded here; must be {expected}")
+    write_model_folder(folder, config | metadata, tensors)
 
 
 def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) -> NoiseConditionedViT:
@@ -109,11 +132,11 @@ def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) ->
         return encoder
     config = read_model_config(path)
     check_kind(path, config, ("encoder", "classifier"))
-    _check_sizes(_architecture_of(path, config), expected, path)
+    sizes = parse_entries(path, config, EncoderEntries).architecture.model_dump()
+    _check_sizes(sizes, expected, path)
     if config["kind"] == "classifier":
         return classifier_of(path, config).train().encoder
-    encoder = NoiseConditionedViT(**_architecture_of(path, config))
-    return load_weights(encoder, load_tensors(path / "model.safetensors"), path)
+    return load_network(path, lambda: NoiseConditionedViT(**sizes)).train()
 
 
 def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
@@ -125,29 +148,12 @@ def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
 
 def classifier_of(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
     """The classifier in a model folder of kind "classifier" whose config.json is `config`, in eval mode."""
-    names, t, sigma = class_names_of(folder, config), config.get("t"), config.get("sigma")
-    for key, value in (("t", t), ("sigma", sigma)):
-        if not (isinstance(value, float | int) and value > 0):
-            raise RRCMError(f"{folder}/config.json: {key} = {value!r} must be above 0; train it again or dvc pull")
-    classifier = NoiseConditionedClassifier(NoiseConditionedViT(**_architecture_of(folder, config)), len(names), t)
-    classifier.sigma = sigma
-    return load_weights(classifier, load_tensors(folder / "model.safetensors"), folder).eval()
-
-
-def class_names_of(folder: Path, config: Mapping) -> list[str]:
-    """The class names in the config.json of a classifier. Raises `RRCMError` unless they are a list of text."""
-    names = config.get("class_names")
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise RRCMError(f"{folder}/config.json: class_names must be a list of text; train it again or dvc pull")
-    return names
-
-
-def _architecture_of(folder: Path, config: Mapping) -> dict:
-    found = config.get("architecture")
-    if not isinstance(found, dict) or set(found) != {*ARCHITECTURE, *DETAILS}:
-        names = ", ".join((*ARCHITECTURE, *DETAILS))
-        raise RRCMError(f"{folder}/config.json: architecture must have {names}; train it again or dvc pull")
-    return found
+    entries = parse_entries(folder, config, ClassifierEntries)
+    sizes, num_classes = entries.architecture.model_dump(), len(entries.class_names)
+    build = lambda: NoiseConditionedClassifier(NoiseConditionedViT(**sizes), num_classes, entries.t)  # noqa: E731
+    classifier = load_network(folder, build)
+    classifier.sigma = entries.sigma
+    return classifier
 
 
 def _check_sizes(found: Mapping, expected: Mapping | None, source: Path) -> None:

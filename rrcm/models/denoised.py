@@ -7,16 +7,18 @@ to it, with their hashes. It holds no weights but those that were trained for it
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 from torch import nn
 
+from rrcm.config import Count, NonNegative, Positive
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
-from rrcm.models.checkpoints import FORMAT
 from rrcm.models.denoiser import Denoiser
+from rrcm.models.folders import ClassNames, Entries, Part, Place, Sha256, write_model_folder
 from rrcm.models.sampler import reverse_levels, reverse_sde
-from rrcm.utils.files import write_json
 
 
 def clipped(denoiser: Denoiser, x: torch.Tensor, t: float) -> torch.Tensor:
@@ -112,6 +114,49 @@ class DiffSmooth(DenoisedClassifier):
 DENOISED = {"dds": DDS, "densepure": DensePure, "diffsmooth": DiffSmooth}
 
 
+class Runs(Entries):
+    """The settings of `DensePure`."""
+
+    runs: Count
+    steps: Count
+
+
+class LocalNoise(Entries):
+    """The settings of `DiffSmooth`."""
+
+    num_noise: Count
+    local_sigma: NonNegative
+
+
+SETTINGS = {"dds": Entries, "densepure": Runs, "diffsmooth": LocalNoise}  # as DENOISED
+
+
+class PartElsewhere(Entries):
+    """A classifier that is no model folder, by its name, and the hash of its weights."""
+
+    model: Place
+    sha256: Sha256
+
+
+class NamedParts(Entries):
+    """What a classifier that denoises first is put together from."""
+
+    denoiser: Part
+    classifier: dict[str, str]  # a Part or a PartElsewhere
+
+
+class DenoisedEntries(Entries):
+    """Of the config.json of a classifier that denoises first, what builds it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    denoised: Literal["dds", "densepure", "diffsmooth"]
+    parts: NamedParts
+    sigma: Positive  # pixel units
+    settings: dict[str, object]  # of the class in SETTINGS
+    class_names: ClassNames
+
+
 def write_denoised(
     folder: Path,
     kind: str,
@@ -124,9 +169,9 @@ def write_denoised(
 ) -> None:
     """Write the config.json of a classifier of `kind`, a key of DENOISED, for pixel noise `sigma`, in `folder`.
 
-    `parts` are the `denoiser` and the `classifier`, each with the `path` of its model folder, relative to `folder`, and
-    the `sha256` of that folder. A classifier from elsewhere has its name as `model` instead, and the hash of its
-    weights. `settings` are the further arguments of the class. `metadata` (JSON-able) goes into config.json too.
+    `parts` are the `denoiser` and the `classifier`, each as `part_of` names it. A classifier from elsewhere has its
+    name as `model` instead of a path, and the hash of its weights. `settings` are the further arguments of the class.
+    `metadata` (JSON-able) goes into config.json too.
     """
-    config = {"kind": "denoised", "format": FORMAT, "denoised": kind, "parts": dict(parts), "sigma": sigma}
-    write_json(folder / "config.json", config | {"settings": settings, "class_names": class_names} | metadata)
+    config = {"kind": "denoised", "denoised": kind, "parts": dict(parts), "sigma": sigma}
+    write_model_folder(folder, config | {"settings": settings, "class_names": class_names} | metadata)

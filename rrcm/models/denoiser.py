@@ -8,18 +8,31 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field
 from torch import nn
 
-from rrcm.models.checkpoints import FORMAT, architecture, check_kind, read_model_config
+from rrcm.config import Count, UNetSettings
+from rrcm.models.checkpoints import ViTSizes, architecture
+from rrcm.models.folders import (
+    MAX_LEVELS,
+    WEIGHTS,
+    Depth,
+    Entries,
+    ImageSize,
+    check_kind,
+    load_network,
+    parse_entries,
+    read_model_config,
+    write_model_folder,
+)
 from rrcm.models.guided_diffusion import GuidedDiffusionUNet, Sizes
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, forward_in_chunks
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import write_json
-from rrcm.utils.tensors import load_tensors, load_weights, save_tensors
+from rrcm.utils.tensors import load_tensors
 
 
 class Preconditioning(NamedTuple):
@@ -154,6 +167,16 @@ def import_diffusers() -> ModuleType:
     return diffusers
 
 
+class DiffusersLayers(Entries):
+    """The entries of a UNet2DModel's config that say how many layers it has."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    layers_per_block: Depth = 2  # the library's default
+    block_out_channels: Annotated[Sequence[Count], Field(max_length=MAX_LEVELS)] = ()
+    sample_size: ImageSize | Sequence[int] | None = None
+
+
 class DiffusersUNet(nn.Module):
     """A `diffusers.UNet2DModel` with its own `config`, trained on the steps of a discrete diffusion.
 
@@ -165,6 +188,7 @@ class DiffusersUNet(nn.Module):
         for name in ("class_embed_type", "num_class_embeds"):
             if config.get(name) is not None:
                 raise ValueError(f"it is conditional on classes ({name}); use an unconditional one")
+        DiffusersLayers.model_validate(config)
         self.unet = import_diffusers().UNet2DModel.from_config(dict(config))
         config = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
         self.architecture = {"network": "diffusers", "config": config}
@@ -179,12 +203,42 @@ class DiffusersUNet(nn.Module):
         return self.unet(x.to(self.unet.conv_in.weight.dtype), step, return_dict=False)[0]
 
 
-# By the `network` of the architecture in config.json; the other entries are their arguments.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "vit": lambda condition_dim, **sizes: PixelViT(NoiseConditionedViT(**sizes), condition_dim),
-    "unet": UNet,
-    "diffusers": DiffusersUNet,
-    "guided_diffusion": lambda **sizes: GuidedDiffusionUNet(Sizes(**sizes)),
+class PixelViTSizes(ViTSizes):
+    """The arguments of a `PixelViT` and of its encoder."""
+
+    condition_dim: Count | None
+
+
+class UNetSizes(Entries, UNetSettings):
+    """The arguments of a `UNet`."""
+
+    image_size: ImageSize
+    channels: Literal[1, 3]
+    channel_mults: Annotated[list[Count], Field(min_length=1, max_length=MAX_LEVELS)]
+    layers_per_block: Depth
+
+
+class DiffusersConfig(Entries):
+    """The argument of a `DiffusersUNet`."""
+
+    config: dict[str, object]
+
+
+class NetworkKind(NamedTuple):
+    """A kind of network: the entries of its architecture, and what builds it from their values."""
+
+    entries: type[Entries]
+    build: Callable[..., nn.Module]
+
+
+# By the `network` of the architecture in config.json.
+NETWORKS = {
+    "vit": NetworkKind(
+        PixelViTSizes, lambda condition_dim, **sizes: PixelViT(NoiseConditionedViT(**sizes), condition_dim)
+    ),
+    "unet": NetworkKind(UNetSizes, UNet),
+    "diffusers": NetworkKind(DiffusersConfig, DiffusersUNet),
+    "guided_diffusion": NetworkKind(Sizes, lambda **sizes: GuidedDiffusionUNet(Sizes(**sizes))),
 }
 
 
@@ -297,15 +351,14 @@ def save_denoiser(
 
     For a `DiscreteDenoiser`, config.json also says which of its steps stands for each of the pixel `sigmas`.
     """
-    config = {"kind": "denoiser", "format": FORMAT, "architecture": denoiser.network.architecture}
+    config = {"kind": "denoiser", "architecture": denoiser.network.architecture}
     tensors = denoiser.state_dict()
     if isinstance(denoiser, DiscreteDenoiser):
         config |= {"prediction_type": denoiser.prediction_type}
         config |= {"learned_variance": denoiser.network.out_channels > denoiser.channels}
         config |= {"discrete_steps": [_step_of(denoiser.levels, sigma) for sigma in sigmas]}
         tensors["alphas_cumprod"] = denoiser.alphas_cumprod
-    save_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", config | metadata)
+    write_model_folder(folder, config | metadata, tensors)
 
 
 def _step_of(levels: torch.Tensor, sigma: float) -> dict[str, float]:
@@ -313,26 +366,42 @@ def _step_of(levels: torch.Tensor, sigma: float) -> dict[str, float]:
     return {"sigma": sigma, "step": step, "sigma_of_step": float(levels[step]) / 2}
 
 
-def load_denoiser(folder: Path | str) -> EDMDenoiser | DiscreteDenoiser:
-    """The denoiser in a model folder, in eval mode. Raises `RRCMError` for a damaged folder or one of another kind."""
+class NetworkName(Entries):
+    """The name of a network; the entries beside it are those of its kind."""
+
+    model_config = ConfigDict(extra="allow")
+
+    network: Literal["vit", "unet", "diffusers", "guided_diffusion"]
+
+
+class DenoiserEntries(Entries):
+    """Of a denoiser's config.json, what builds it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    architecture: NetworkName
+    prediction_type: str | None = None  # of a `DiscreteDenoiser`
+
+
+def load_denoiser(folder: Path | str, sha256: str | None = None) -> EDMDenoiser | DiscreteDenoiser:
+    """The denoiser in a model folder, in eval mode.
+
+    `sha256` is what the model must have that it is part of. Raises `RRCMError` for a damaged folder, one of another
+    hash, and one of another kind.
+    """
     folder = Path(folder)
-    config = read_model_config(folder)
+    config = read_model_config(folder, sha256)
     check_kind(folder, config, ("denoiser",))
-    tensors = load_tensors(folder / "model.safetensors")
+    entries = parse_entries(folder, config, DenoiserEntries)
+    kind = NETWORKS[entries.architecture.network]
+    sizes = parse_entries(folder, entries.architecture.model_extra, kind.entries).model_dump()
+    tensors = load_tensors(folder / WEIGHTS)
+    alphas_cumprod = tensors.pop("alphas_cumprod", None)
+    tensors = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
+    network = load_network(folder, lambda: kind.build(**sizes), tensors)
+    if entries.prediction_type is None:
+        return EDMDenoiser(network).eval()
     try:
-        network = build_network(config["architecture"])
-        if "prediction_type" in config:
-            denoiser = DiscreteDenoiser(network, tensors.pop("alphas_cumprod"), config["prediction_type"])
-        else:
-            denoiser = EDMDenoiser(network)
-    except RRCMError:
-        raise
-    except Exception as error:  # each network raises its own
-        raise RRCMError(f"{folder}/config.json: describes no denoiser ({one_line(error)}); train it again") from None
-    return load_weights(denoiser, tensors, folder).eval()
-
-
-def build_network(architecture: Mapping) -> nn.Module:
-    """The network with this `architecture`, which is its attribute of that name, with random weights."""
-    settings = dict(architecture)
-    return NETWORKS[settings.pop("network")](**settings)
+        return DiscreteDenoiser(network, alphas_cumprod, entries.prediction_type).eval()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RRCMError(f"{folder}: is no denoiser ({one_line(error)}); train it again or dvc pull") from None

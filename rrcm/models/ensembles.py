@@ -5,14 +5,15 @@ The model folder has `kind` "ensemble" and in `members` the folders of the membe
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import nn
 
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
-from rrcm.models.checkpoints import FORMAT
+from rrcm.models.folders import Entries, Part, part_of, write_model_folder
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import sha256_folder, write_json
 
 PARTS = 8  # with consensus: the last members see the undecided samples in parts of an eighth of the batch
 
@@ -66,11 +67,18 @@ def with_consensus(classifier: nn.Module, consensus: int | None) -> nn.Module:
     return Ensemble(classifier.members, consensus).eval()
 
 
+class EnsembleEntries(Entries):
+    """Of the config.json of an ensemble, what builds it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    members: Annotated[list[Part], Field(min_length=2, max_length=1000)]
+
+
 def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[str], **metadata: object) -> None:
     """Write the config.json of an ensemble in `folder` of the model folders `members`, given relative to it.
 
     `metadata` (JSON-able) goes into config.json too.
     """
-    parts = [{"path": path, "sha256": sha256_folder(folder / path)} for path in members]
-    config = {"kind": "ensemble", "format": FORMAT, "members": parts, "class_names": list(class_names)}
-    write_json(folder / "config.json", config | metadata)
+    parts = [part_of(folder, path) for path in members]
+    write_model_folder(folder, {"kind": "ensemble", "members": parts, "class_names": list(class_names)} | metadata)

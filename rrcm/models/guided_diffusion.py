@@ -5,13 +5,16 @@ Parameters have the names of their files, so weights load without renaming. A te
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
+from rrcm.config import Count, Positive
+from rrcm.models.folders import MAX_LEVELS, Depth, Entries, ImageSize
 from rrcm.models.vit import attention, sinusoidal_embedding
 
 PARTS = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.")  # prefixes of its parameters
@@ -82,10 +85,15 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels, with a shortcut. The rows of `qkv` are sorted by head first ("legacy order")."""
+    """Self-attention over pixels, with a shortcut.
 
-    def __init__(self, channels: int, num_heads: int | None):
+    The rows of `qkv` are sorted by head first, then into q, k and v ("legacy order"), or with `qkv_first` the other way
+    round (`use_new_attention_order` in the authors' code).
+    """
+
+    def __init__(self, channels: int, num_heads: int | None, qkv_first: bool = False):
         super().__init__()
+        self.qkv_first = qkv_first
         self.num_heads = num_heads or channels // HEAD_CHANNELS
         if not self.num_heads or channels % self.num_heads:
             into = f"{num_heads} heads" if num_heads else f"heads of {HEAD_CHANNELS}; give num_heads"
@@ -97,8 +105,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         pixels = x.flatten(2)  # (B, C, HW)
-        qkv = self.qkv(self.norm(pixels)).unflatten(1, (self.num_heads, 3, -1))  # (B, heads, 3, C / heads, HW)
-        attended = attention(*qkv.mT.unbind(2)).mT.flatten(1, 2)
+        order = (3, self.num_heads, -1) if self.qkv_first else (self.num_heads, 3, -1)
+        qkv = self.qkv(self.norm(pixels)).unflatten(1, order)  # (B, *order with C / heads, HW)
+        attended = attention(*qkv.mT.unbind(1 if self.qkv_first else 2)).mT.flatten(1, 2)
         return (pixels + self.proj_out(attended)).view_as(x)
 
 
@@ -136,20 +145,21 @@ class Layers(nn.ModuleList):
         return x
 
 
-class Sizes(NamedTuple):
+class Sizes(Entries):
     """What says how to build the UNet. Level i works at image_size / 2^i pixels."""
 
-    image_size: int
-    channels: int
-    out_channels: int  # twice `channels` if the network also predicts a variance
-    model_channels: int  # of the embedding of the time
-    level_channels: Sequence[int]  # for each level
-    num_res_blocks: int  # per level
-    attention_levels: Sequence[int]
-    num_heads: int | None  # None: one per 64 channels
+    image_size: ImageSize
+    channels: Count
+    out_channels: Count  # twice `channels` if the network also predicts a variance
+    model_channels: Count  # of the embedding of the time
+    level_channels: Annotated[list[Count], Field(min_length=1, max_length=MAX_LEVELS)]  # for each level
+    num_res_blocks: Depth  # per level
+    attention_levels: list[int]
+    num_heads: Count | None  # None: one per 64 channels
     scale_shift: bool
     resblock_updown: bool  # between levels are residual blocks that resample; else convolutions
-    time_scale: float  # the time that the network is given, per step of the diffusion
+    time_scale: Positive  # the time that the network is given, per step of the diffusion
+    qkv_first: bool = False  # the rows of `qkv` are sorted into q, k and v first ("new attention order"), else by head
 
 
 class GuidedDiffusionUNet(nn.Module):
@@ -157,7 +167,7 @@ class GuidedDiffusionUNet(nn.Module):
 
     def __init__(self, sizes: Sizes):
         super().__init__()
-        self.architecture = {"network": "guided_diffusion", **sizes._asdict()}
+        self.architecture = {"network": "guided_diffusion", **sizes.model_dump()}
         self.image_size, self.channels, self.out_channels = sizes.image_size, sizes.channels, sizes.out_channels
         self.model_channels, self.time_scale = sizes.model_channels, sizes.time_scale
         time_dim = 4 * sizes.model_channels
@@ -167,7 +177,7 @@ class GuidedDiffusionUNet(nn.Module):
 
         def attention_of(level: int) -> list[AttentionBlock]:
             needed = level in sizes.attention_levels
-            return [AttentionBlock(sizes.level_channels[level], sizes.num_heads)] if needed else []
+            return [AttentionBlock(sizes.level_channels[level], sizes.num_heads, sizes.qkv_first)] if needed else []
 
         self.time_embed = nn.Sequential(
             nn.Linear(sizes.model_channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
@@ -184,7 +194,7 @@ class GuidedDiffusionUNet(nn.Module):
                 down = res_block(width, width, downsample) if sizes.resblock_updown else Downsample(width)
                 self.input_blocks.append(Layers([down]))
                 skipped.append(width)
-        middle = AttentionBlock(width, sizes.num_heads)
+        middle = AttentionBlock(width, sizes.num_heads, sizes.qkv_first)
         self.middle_block = Layers([res_block(width, width), middle, res_block(width, width)])
         self.output_blocks = nn.ModuleList()
         for level, after in reversed(list(enumerate(sizes.level_channels))):
@@ -195,6 +205,13 @@ class GuidedDiffusionUNet(nn.Module):
                     layers.append(res_block(width, width, upsample) if sizes.resblock_updown else Upsample(width))
                 self.output_blocks.append(layers)
         self.out = nn.Sequential(group_norm(width), nn.SiLU(), nn.Conv2d(width, sizes.out_channels, 3, padding=1))
+
+    def set_order(self, qkv_first: bool) -> None:
+        """Read the rows of every `qkv` in the other order or in the same: see `AttentionBlock`."""
+        self.architecture["qkv_first"] = qkv_first
+        for module in self.modules():
+            if isinstance(module, AttentionBlock):
+                module.qkv_first = qkv_first
 
     def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """x (B, channels, H, W) float, rounded to the network's dtype; step (B,) -> (B, out_channels, H, W)."""

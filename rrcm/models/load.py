@@ -4,25 +4,24 @@ A model folder is the contract between training and certification. Its config.js
 for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
 """
 
-import inspect
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rrcm.models.architectures import network_classifier
+from rrcm.models.architectures import NetworkEntries, network_classifier
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
-from rrcm.models.checkpoints import check_kind, class_names_of, classifier_of, read_model_config
-from rrcm.models.denoised import DENOISED
+from rrcm.models.checkpoints import classifier_of
+from rrcm.models.denoised import DENOISED, SETTINGS, DenoisedClassifier, DenoisedEntries, PartElsewhere
 from rrcm.models.denoiser import load_denoiser
-from rrcm.models.ensembles import Ensemble
+from rrcm.models.ensembles import Ensemble, EnsembleEntries
+from rrcm.models.folders import Part, check_kind, load_network, parse_entries, read_model_config
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import expand_user, read_text, sha256_folder
-from rrcm.utils.tensors import load_tensors, load_weights, sha256_tensors
+from rrcm.utils.files import expand_user, read_text
+from rrcm.utils.tensors import sha256_tensors
 
 
 class LoadedClassifier(NamedTuple):
@@ -73,15 +72,19 @@ def load_base_classifier(
     return loaded if classes is None else loaded._replace(class_names=_read_class_names(classes, loaded.num_classes))
 
 
-def load_model_folder(folder: Path | str) -> LoadedClassifier:
+def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedClassifier:
     """Load the classifier in a model folder of any kind in KINDS.
 
-    Raises `RRCMError` for a missing or damaged folder and for an unknown kind.
+    `sha256` is what the model must have that it is part of. Raises `RRCMError` for a missing or damaged folder, one of
+    another hash, and one of an unknown kind.
     """
     folder = Path(folder)
-    config = read_model_config(folder)
+    config = read_model_config(folder, sha256)
     check_kind(folder, config, KINDS)
-    return KINDS[config["kind"]](folder, config)
+    try:
+        return KINDS[config["kind"]](folder, config)
+    except RecursionError:
+        raise RRCMError(f"{folder}: has parts within parts, too many for any model; train it again") from None
 
 
 def class_folders(loaded: LoadedClassifier) -> dict[str, int]:
@@ -105,23 +108,18 @@ def _load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
 
 
 def _load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
-    names, architecture = class_names_of(folder, config), config.get("architecture")
-    try:
-        classifier = network_classifier(architecture, len(names), float(config["sigma"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RRCMError(f"{folder}/config.json: describes no network ({one_line(error)}); train it again") from None
-    load_weights(classifier, load_tensors(folder / "model.safetensors"), folder)
-    return LoadedClassifier(classifier.eval(), architecture["image_size"], architecture["channels"], names)
+    entries = parse_entries(folder, config, NetworkEntries)
+    sizes, num_classes = entries.architecture, len(entries.class_names)
+    classifier = load_network(folder, lambda: network_classifier(sizes.model_dump(), num_classes, entries.sigma))
+    return LoadedClassifier(classifier, sizes.image_size, sizes.channels, entries.class_names)
 
 
 def _load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
-    parts = config.get("members")
-    if not (isinstance(parts, list) and len(parts) >= 2 and all(isinstance(part, dict) for part in parts)):
-        raise RRCMError(f"{folder}/config.json: members must be two or more folders with their hashes; train it again")
     members = []
-    for part in parts:
-        path = _part_folder(folder, part)
-        members.append(load_model_folder(path))
+    for part in parse_entries(folder, config, EnsembleEntries).members:
+        path = folder / part.path
+        members.append(load_model_folder(path, part.sha256))
+        _refuse_within(folder, members[-1].classifier, Ensemble)
         for name in ("class_names", "image_size", "channels"):
             found, first = getattr(members[-1], name), getattr(members[0], name)
             if found != first:
@@ -130,33 +128,33 @@ def _load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
 
 
 def _load_denoised(folder: Path, config: dict) -> LoadedClassifier:
-    parts, names = config.get("parts"), class_names_of(folder, config)
-    try:
-        denoiser, part = parts["denoiser"], parts["classifier"]
-        build = partial(DENOISED[config["denoised"]], sigma=float(config["sigma"]), **config["settings"])
-        inspect.signature(build).bind(None, None, classifier_size=None)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RRCMError(f"{folder}/config.json: describes no parts ({one_line(error)}); train it again") from None
-    denoiser = load_denoiser(_part_folder(folder, denoiser))
-    if "model" in part:
-        loaded = load_base_classifier(part["model"])
-        if sha256_tensors(loaded.classifier.state_dict()) != part.get("sha256"):
-            raise RRCMError(f"{part['model']}: has other weights than {folder}/config.json names; train it again")
+    entries = parse_entries(folder, config, DenoisedEntries)
+    settings = parse_entries(folder, entries.settings, SETTINGS[entries.denoised]).model_dump()
+    named = entries.parts
+    if "model" in named.classifier:
+        part = parse_entries(folder, named.classifier, PartElsewhere)
+        loaded = load_base_classifier(part.model)
+        if sha256_tensors(loaded.classifier.state_dict()) != part.sha256:
+            raise RRCMError(f"{part.model}: has other weights than {folder}/config.json names; train it again")
     else:
-        loaded = load_model_folder(_part_folder(folder, part))
-    fits = loaded.channels == denoiser.channels and loaded.num_classes == len(names)
+        part = parse_entries(folder, named.classifier, Part)
+        loaded = load_model_folder(folder / part.path, part.sha256)
+    _refuse_within(folder, loaded.classifier, DenoisedClassifier)
+    denoiser = load_denoiser(folder / named.denoiser.path, named.denoiser.sha256)
+    fits = loaded.channels == denoiser.channels and loaded.num_classes == len(entries.class_names)
     if not fits or loaded.classifier.stochastic:  # nobody hands it random numbers
         raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
-    classifier = build(denoiser, loaded.classifier, classifier_size=loaded.image_size).eval()
-    return loaded._replace(classifier=classifier, image_size=denoiser.image_size, class_names=names)
+    build = DENOISED[entries.denoised]
+    classifier = build(denoiser, loaded.classifier, sigma=entries.sigma, classifier_size=loaded.image_size, **settings)
+    return loaded._replace(
+        classifier=classifier.eval(), image_size=denoiser.image_size, class_names=entries.class_names
+    )
 
 
-def _part_folder(folder: Path, part: Mapping) -> Path:
-    """The model folder that is part of another. Raises `RRCMError` if its content is not what it was."""
-    path = folder / str(part.get("path"))
-    if sha256_folder(path) != part.get("sha256"):
-        raise RRCMError(f"{path}: is not the part that {folder}/config.json names; train it again or dvc pull")
-    return path
+def _refuse_within(folder: Path, part: BaseClassifier, kind: type[BaseClassifier]) -> None:
+    """Raises `RRCMError` if a part of the model in `folder` is or contains a classifier of the same kind."""
+    if any(isinstance(module, kind) for module in part.modules()):
+        raise RRCMError(f"{folder}: a part of it is itself a {kind.__name__}; name the parts of that one, or another")
 
 
 def _describe(classifier: NoiseConditionedClassifier, class_names: list[str] | None = None) -> LoadedClassifier:
@@ -188,7 +186,7 @@ def _load_timm(name: str, weights: Path | None) -> LoadedClassifier:
     config = resolve_model_data_config(network)
     channels, height, width = config["input_size"]
     stem = getattr(network, "patch_embed", None)
-    if getattr(stem, "strict_img_size", False) and stem.img_size:  # its configuration may be of another size
+    if getattr(stem, "img_size", None):  # of its positions; its configuration may be of another size
         height, width = stem.img_size
     if channels not in (1, 3) or height != width:
         raise RRCMError(f"{name}: takes images of {channels} x {height} x {width}: must be square, of 1 or 3 channels")

@@ -10,6 +10,7 @@ from rrcm.data.shards import ShardedDataset
 from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, classifier_of
 from rrcm.models.denoised import write_denoised
 from rrcm.models.denoiser import load_denoiser
+from rrcm.models.folders import part_of
 from rrcm.models.load import LoadedClassifier, load_base_classifier, load_model_folder
 from rrcm.models.vit import parameter_count
 from rrcm.training.finetune import DenoisedParts, finetune, initial_weights_of
@@ -107,16 +108,16 @@ def _publish(
             write_csv(folder / "history.csv", [{"epoch": 0, "loss": None, "val_accuracy": None, "lr": None}])
         else:
             shutil.copytree(trained, folder / "classifier")
-            (folder / "classifier/history.csv").rename(folder / "history.csv")
+            shutil.copy(trained / "history.csv", folder)
             own, record = read_json(trained / "config.json"), read_json(trained.with_suffix(".json"))
             facts |= {name: own[name] for name in ("training", "selected")}
             facts["compute"]["finetune"] = own["compute"]["finetune"]
         classifier = folder / "classifier" if trained else parts.classifier
-        named = {"denoiser": _named(parts.denoiser, folder)}
+        named = {"denoiser": part_of(folder, os.path.relpath(parts.denoiser, folder))}
         if classifier is None:
             named["classifier"] = _named_elsewhere(config.denoised.model, loaded)
         else:
-            named["classifier"] = _named(classifier, folder)
+            named["classifier"] = part_of(folder, os.path.relpath(classifier, folder))
         write_denoised(folder, kind, named, images.classes, **facts)
     record |= {"seconds": record["seconds"] + time.monotonic() - start}
     write_json(timing, record | {"environment": describe_environment(env.device)})
@@ -128,11 +129,6 @@ def _shared_compute(config: Config, parts: DenoisedParts) -> float:
     if parts.classifier is not None:
         compute += sum(read_json(parts.classifier / "config.json")["compute"].values())
     return compute / config.finetune.pretrain_cost_shared_by
-
-
-def _named(part: Path, folder: Path) -> dict[str, str]:
-    """A part as `write_denoised` takes it: its path relative to `folder`, and its hash."""
-    return {"path": os.path.relpath(part, folder), "sha256": sha256_folder(part)}
 
 
 def _named_elsewhere(model: str, loaded: LoadedClassifier) -> dict[str, str]:

@@ -191,6 +191,7 @@ def _train(
     seen = settings.steps * settings.batch_size
 
     def save(folder: Path) -> None:
+        write_csv(folder / "representation.csv", training.extra_state["representation"])
         save_model(
             folder,
             networks.ema_encoder,
@@ -198,7 +199,6 @@ def _train(
             training={"profile": config.profile, "seed": seed, "steps": settings.steps},
             compute={"pretrain": pretraining_compute(config, name)},
         )
-        write_csv(folder / "representation.csv", training.extra_state["representation"])
 
     training.publish(output, timing, save, seen, throughput=training.extra_state["throughput"])
 

@@ -189,8 +189,8 @@ class Trainer:
         """
         if self.env.is_main:
             with atomic_directory(output) as folder:
-                save_model(folder)
                 write_csv(folder / "history.csv", self.history)
+                save_model(folder)  # last: it hashes what is in the folder
             record = {"seconds": self.seconds, "images_per_second": images / self.seconds}
             record |= {
                 "processes": self.env.world_size,

@@ -16,9 +16,10 @@ from rrcm.models.checkpoints import save_model
 from rrcm.models.denoised import DDS, DensePure, DiffSmooth, write_denoised
 from rrcm.models.denoiser import Denoiser, EDMDenoiser, PixelViT, save_denoiser
 from rrcm.models.ensembles import Ensemble
+from rrcm.models.folders import part_of
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import read_json, sha256_folder
+from rrcm.utils.files import read_json
 
 K, SIGMA = 3, 0.5
 IMAGES = torch.full((4, 1, 8, 8), 0.5)
@@ -155,7 +156,7 @@ def models(project) -> Path:
     paths = {"denoiser": "../../denoiser", "classifier": "../../gaussian/sigma_0.5"}
     dds = folder / "dds/sigma_0.5"
     dds.mkdir(parents=True)
-    hashed = {name: {"path": path, "sha256": sha256_folder(dds / path)} for name, path in paths.items()}
+    hashed = {name: part_of(dds, path) for name, path in paths.items()}
     write_denoised(dds, "dds", hashed, names, sigma=0.5, settings={})
     return folder
 

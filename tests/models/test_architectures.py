@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same_gradients, change, stage
+from conftest import assert_same_gradients, change, change_model, stage
 from torch import nn
 
 from rrcm.config import parse_config
@@ -102,17 +102,16 @@ def test_a_model_folder_gives_back_the_same_logits(tmp_path, name, size):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"architecture": {"name": "lenet"}}, "describes no network"),
-        ({"architecture": None}, "describes no network"),
-        ({"sigma": None}, "describes no network"),
-        ({"class_names": []}, "class_names must be a list of text"),
+        ({"architecture": {"name": "lenet"}}, "architecture.image_size: missing"),
+        ({"architecture": None}, "architecture = None"),
+        ({"sigma": None}, "sigma = None: should be a valid number"),
+        ({"class_names": []}, "class_names = ..: List should have at least 1 item"),
     ],
 )
 def test_a_damaged_model_folder_is_refused_in_one_line(tmp_path, changed, said):
     architecture = {"name": "lenet", "image_size": 16, "channels": 1, "pixel_mean": None, "pixel_std": None}
     save_model(tmp_path, network_classifier(architecture, 3, sigma=0.5))
-    config = tmp_path / "config.json"
-    config.write_text(pd.Series(read_json(config) | changed).to_json())
+    change_model(tmp_path, **changed)
     with pytest.raises(RRCMError, match=f"config.json: {said}") as caught:
         load_base_classifier(tmp_path)
     assert "\n" not in str(caught.value)

@@ -1,22 +1,22 @@
 """The contract between training, certification and code outside the package: base classifiers and model folders."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, change_model
 from torch import nn
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
+from rrcm.models.folders import write_model_folder
 from rrcm.models.load import KINDS, LoadedClassifier, load_base_classifier, load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import read_json, write_json
+from rrcm.utils.files import read_json
 
 
 def small(num_classes: int = 3, t: float = 1.0, seed: int = 0) -> NoiseConditionedClassifier:
@@ -31,12 +31,6 @@ def small(num_classes: int = 3, t: float = 1.0, seed: int = 0) -> NoiseCondition
 def folder(tmp_path) -> Path:
     save_model(tmp_path / "model", small(), class_names=["cat", "dog", "fox"], sigma=0.49, method="rrcm")
     return tmp_path / "model"
-
-
-def change_config(folder: Path, **values: object) -> None:
-    """Set keys of config.json, or remove those that are `...`."""
-    config = read_json(folder / "config.json") | values
-    write_json(folder / "config.json", {key: value for key, value in config.items() if value is not ...})
 
 
 def test_a_noise_conditioned_classifier_keeps_the_contract():
@@ -80,7 +74,7 @@ def test_normalized_images_of_a_network():
 def test_a_model_folder_says_what_certification_needs(folder):
     config = read_json(folder / "config.json")
     assert [config[key] for key in ("kind", "format", "class_names", "sigma", "t", "method")] == [
-        *("classifier", 2, ["cat", "dog", "fox"], 0.49, 1.0, "rrcm")
+        *("classifier", 3, ["cat", "dog", "fox"], 0.49, 1.0, "rrcm")
     ]
     loaded = load_base_classifier(folder)
     assert (loaded.class_names, loaded.num_classes, loaded.image_size, loaded.channels) == (
@@ -130,18 +124,18 @@ def test_an_encoder_has_a_kind_but_no_classes(tmp_path):
         ({"kind": ...}, "has no `kind`"),
         ({"kind": ["classifier"]}, "has no `kind`"),
         ({"kind": "antigravity"}, "kind 'antigravity' cannot be loaded here; must be classifier"),
-        ({"format": 1}, "has format 1, must be 2"),
-        ({"format": ...}, "has format None, must be 2"),
-        ({"architecture": {"width": 32}}, "architecture must have image_size"),
-        ({"class_names": []}, "class_names must be a list of text"),
-        ({"class_names": [1, 2, 3]}, "class_names must be a list of text"),
-        ({"t": None}, "t = None must be above 0"),
-        ({"sigma": -1.0}, "sigma = -1.0 must be above 0"),
+        ({"format": 1}, "has format 1, must be 3"),
+        ({"format": ...}, "has format None, must be 3"),
+        ({"architecture": {"width": 32}}, "architecture.image_size: missing"),
+        ({"class_names": []}, "class_names = []: List should have at least 1 item"),
+        ({"class_names": [1, 2, 3]}, "class_names.0 = 1: should be a valid string (and 2 more)"),
+        ({"t": None}, "t = None: should be a valid number"),
+        ({"sigma": -1.0}, "sigma = -1.0: should be greater than 0"),
         ({"class_names": ["cat", "dog"]}, "checkpoint of another architecture"),
     ],
 )
 def test_bad_folders_are_refused_in_one_line(folder, load, values, said):
-    change_config(folder, **values)
+    change_model(folder, **values)
     if "kind" in values and load is load_encoder:
         said = said.replace("must be classifier", "must be classifier or encoder")
     with pytest.raises(RRCMError) as error:
@@ -179,10 +173,10 @@ def load_average(folder: Path, config: dict) -> LoadedClassifier:
 
 
 def test_a_kind_from_outside_the_package_is_loaded_and_certified(tmp_path, monkeypatch):
-    config = {"kind": "average", "format": 2, "members": ["a", "b"], "sigma": 0.5, "class_names": ["x", "y", "z"]}
+    config = {"kind": "average", "members": ["a", "b"], "sigma": 0.5, "class_names": ["x", "y", "z"]}
     for seed, name in enumerate(config["members"]):
         save_model(tmp_path / name, small(seed=seed))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_model_folder(tmp_path, config)
     with pytest.raises(RRCMError, match="kind 'average' cannot be loaded here; must be classifier"):
         load_base_classifier(tmp_path)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, change_model
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE, CounterDraw
@@ -23,11 +23,11 @@ from rrcm.models.denoiser import (
     preconditioning,
     save_denoiser,
 )
+from rrcm.models.folders import part_of
 from rrcm.models.load import load_base_classifier, load_model_folder
 from rrcm.models.sampler import heun, reverse_levels, reverse_sde
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import sha256_folder
 
 K, SIGMA = 5, 0.5
 DATA_STD = 0.3  # of the Gaussian data whose best denoiser is known
@@ -243,7 +243,7 @@ def saved(folder: Path, settings: dict | None = None, kind: str = "dds") -> Path
     save_model(folder / "clean", classifier(), class_names=list("abcde"))
     target = folder / "dds/sigma_0.5"
     target.mkdir(parents=True)
-    parts = {"denoiser": named(target, "denoiser"), "classifier": named(target, "clean")}
+    parts = {"denoiser": part_of(target, "../../denoiser"), "classifier": part_of(target, "../../clean")}
     write_denoised(target, kind, parts, list("abcde"), sigma=SIGMA, settings=settings or {}, parameters=1)
     return target
 
@@ -288,31 +288,26 @@ def test_a_timm_model_may_classify_and_has_its_own_size(tmp_path):
     target = saved(tmp_path / "models")
     config = json.loads((target / "config.json").read_text())
     config["parts"]["classifier"] = {"model": name, "sha256": sha256_tensors(part.classifier.state_dict())}
-    (target / "config.json").write_text(json.dumps(config))
+    change_model(target, parts=config["parts"])
     loaded, (noisy, _) = load_model_folder(target), rows(4)
     clean = denoise_pixels(trained_denoiser(), noisy, sigma=SIGMA)
     clean = nn.functional.interpolate(clean, 160, mode="bicubic", antialias=True)
     assert loaded.image_size == 8 and part.image_size == 160
     torch.testing.assert_close(loaded.classifier(noisy), part.classifier(clean))
     config["parts"]["classifier"]["sha256"] = "0" * 64
-    (target / "config.json").write_text(json.dumps(config))
+    change_model(target, parts=config["parts"])
     with pytest.raises(RRCMError, match="has other weights than"):
         load_model_folder(target)
-
-
-def change(target: Path, **entries: object) -> None:
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | entries))
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda target: (target.parents[1] / "denoiser/model.safetensors").write_bytes(b"x"), "is not the part that"),
-        (lambda target: change(target, parts={}), "describes no parts"),
-        (lambda target: change(target, denoised="magic"), "describes no parts"),
-        (lambda target: change(target, settings={"runs": 2}), "describes no parts"),
-        (lambda target: change(target, class_names=["a"]), "do not fit"),
+        (lambda target: change_model(target.parents[1] / "denoiser", seed=7), "denoiser: is not the part that"),
+        (lambda target: change_model(target, parts={}), "parts.denoiser: missing"),
+        (lambda target: change_model(target, denoised="magic"), "denoised = 'magic': should be 'dds'"),
+        (lambda target: change_model(target, settings={"runs": 2}), "runs: unknown key"),
+        (lambda target: change_model(target, class_names=["a"]), "do not fit"),
     ],
 )
 def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, said):
@@ -323,19 +318,13 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path, damage, said):
     assert "\n" not in str(error.value)
 
 
-def test_what_draws_random_numbers_is_no_part(tmp_path):
-    """Nothing would hand them to it."""
+def test_what_denoises_first_is_no_part_of_another(tmp_path):
     target = saved(tmp_path / "inner", {"runs": 2, "steps": 2}, "densepure")
     outer = saved(tmp_path / "outer")
-    change(outer, parts={"denoiser": named(outer, "denoiser"), "classifier": named(outer, target)})
-    with pytest.raises(RRCMError, match="do not fit"):
+    parts = {"denoiser": part_of(outer, "../../denoiser"), "classifier": part_of(outer, os.path.relpath(target, outer))}
+    change_model(outer, parts=parts)
+    with pytest.raises(RRCMError, match="a part of it is itself a DenoisedClassifier"):
         load_model_folder(outer)
-
-
-def named(folder: Path, part: str | Path) -> dict[str, str]:
-    """A part as config.json names it. A name is that of a folder two levels up."""
-    path = part if isinstance(part, Path) else folder.parents[1] / part
-    return {"path": os.path.relpath(path, folder), "sha256": sha256_folder(path)}
 
 
 def test_denoisers_are_no_classifiers(tmp_path):

@@ -1,11 +1,11 @@
 """Ensembles: the mean of logits, K-consensus, and their model folders."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import change_model
 from torch import nn
 
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
@@ -136,8 +136,8 @@ def test_a_folder_loads_as_any_other_model(folder):
     assert len(SmoothedClassifier(loaded.classifier, 0.5, K).certify(noisy_images(2).sigmoid(), n=100)) == 2
 
 
-def damage_hash(folder: Path) -> None:
-    (folder / "member_1/config.json").write_text((folder / "member_2/config.json").read_text() + " ")
+def another_member(folder: Path) -> None:
+    change_model(folder / "member_1", seed=7)
 
 
 def other_classes(folder: Path) -> None:
@@ -157,18 +157,17 @@ def one_member(folder: Path) -> None:
 
 
 def no_members(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"members": "member_0"}))
+    change_model(folder, members="member_0")
 
 
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (damage_hash, "member_1: is not the part that .*config.json names"),
+        (another_member, "member_1: is not the part that the model it belongs to names"),
         (other_classes, "member_2: has class_names .* members must be alike"),
         (other_size, "member_2: has image_size 16, the first member 8; members must be alike"),
-        (one_member, "members must be two or more folders"),
-        (no_members, "members must be two or more folders"),
+        (one_member, "members = .*: List should have at least 2 items"),
+        (no_members, "members = 'member_0': should be a valid list"),
     ],
 )
 def test_a_bad_folder_is_refused_in_one_line(folder, harm, said):
