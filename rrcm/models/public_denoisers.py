@@ -5,18 +5,21 @@ Nothing in their files is run: weights are safetensors, or checkpoints of torch 
 
 import logging
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from rrcm.models.denoiser import DiffusersUNet, DiscreteDenoiser, import_diffusers
+from rrcm.models.denoiser import PREDICTIONS, Denoiser, DiffusersUNet, DiscreteDenoiser, import_diffusers
 from rrcm.models.guided_diffusion import GuidedDiffusionUNet, named_schedule, read_sizes
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, read_json
 from rrcm.utils.tensors import load_tensors, load_weights
 
 HUB = "hf-hub:"
+MIN_IMAGES = 8  # to try a denoiser on
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 LATENT = ("vae", "vqvae")  # parts of a pipeline whose UNet does not see images
@@ -25,6 +28,75 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def load_public_denoiser(
+    source: Path | str, images: torch.Tensor, sigmas: Sequence[float], **options: object
+) -> DiscreteDenoiser:
+    """Load a public diffusion model as `read_public_denoiser` does, and make sure that it denoises.
+
+    `images` (N, C, H, W) float in [0, 1] are a few clean ones, at least MIN_IMAGES, of the kind and the size that the
+    denoiser is for. With noise of each of the pixel `sigmas` its mean squared error on them must be below that of the
+    best linear denoiser of each pixel, and another prediction type must not make it smaller. The order of q, k and v in
+    a file of guided-diffusion is the one with the smaller error, and a note says so if it is not the usual one. It
+    computes on the device of the images. `options` are those of `read_public_denoiser`.
+
+    Raises `RRCMError` as that does, and for a model that does not denoise or is for images of other sizes.
+    """
+    if images.ndim != 4 or len(images) < MIN_IMAGES:
+        raise RRCMError(f"{source}: needs {MIN_IMAGES} images (N, C, H, W) to be tried on, got {tuple(images.shape)}")
+    denoiser = read_public_denoiser(source, image_size=images.shape[-1], **options)
+    if images.shape[1:] != (denoiser.channels, denoiser.image_size, denoiser.image_size):
+        raise RRCMError(
+            f"{source}: is for images of {denoiser.channels} x {denoiser.image_size} pixels, not of "
+            f"{images.shape[1]} x {images.shape[-1]}; choose another"
+        )
+    denoiser, stated = denoiser.to(images.device), denoiser.prediction_type
+    orders = (False, True) if isinstance(denoiser.network, GuidedDiffusionUNet) else (False,)
+    trials = {}
+    for qkv_first, prediction_type in product(orders, (stated, *sorted(PREDICTIONS.keys() - {stated}))):
+        _assume(denoiser, qkv_first, prediction_type)
+        trials[qkv_first, prediction_type] = denoising_errors(denoiser, images, sigmas)
+    best = min(trials, key=lambda assumed: sum(error for error, _ in trials[assumed]))
+    for sigma, (error, linear) in zip(sigmas, trials[best], strict=True):
+        if not error < linear:
+            raise RRCMError(
+                f"{source}: does not denoise: at sigma {sigma:g} its mean squared error is {error:.2g}, that of the "
+                f"best linear denoiser {linear:.2g}; is it for such images, are its heads, schedule and steps right?"
+            )
+    qkv_first, prediction_type = best
+    if prediction_type != stated:
+        raise RRCMError(
+            f"{source}: predicts {prediction_type}, not {stated}: so it denoises best; correct its scheduler"
+        )
+    if qkv_first:
+        print(f"note: {source}: its attention has the rows of q, k and v in the new order", file=sys.stderr)
+    _assume(denoiser, *best)
+    return denoiser
+
+
+def _assume(denoiser: DiscreteDenoiser, qkv_first: bool, prediction_type: str) -> None:
+    denoiser.prediction_type = prediction_type
+    if isinstance(denoiser.network, GuidedDiffusionUNet):
+        denoiser.network.set_order(qkv_first)
+
+
+@torch.no_grad()
+def denoising_errors(denoiser: Denoiser, images: torch.Tensor, sigmas: Sequence[float]) -> list[tuple[float, float]]:
+    """For each pixel sigma, the mean squared errors per number of the denoiser and of the best linear one.
+
+    `images` (N, C, H, W) are in [0, 1], the errors in model space. The linear one knows mean m and variance v of each
+    number, and answers m + v / (v + t^2) (x - m), of which the error is v t^2 / (v + t^2).
+    """
+    clean, errors = 2 * images.float() - 1, []
+    variance = clean.var(dim=0)
+    for sigma in sigmas:
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean.device)
+        noisy, t = clean + 2 * sigma * noise, 2 * sigma
+        estimate = torch.cat([denoiser(row, t).clamp(-1, 1) for row in noisy.split(1)])  # one image is large enough
+        linear = variance * t**2 / (variance + t**2)
+        errors.append((float((estimate - clean).square().mean()), float(linear.mean())))
+    return errors
+
+
+def read_public_denoiser(
     source: Path | str,
     *,
     image_size: int | None = None,  # side in pixels, where the model does not tell it
@@ -32,7 +104,7 @@ def load_public_denoiser(
     beta_schedule: str = "linear",  # of guided-diffusion; or "cosine"
     num_steps: int = 1000,  # of guided-diffusion
 ) -> DiscreteDenoiser:
-    """Load a public diffusion model without conditions as a denoiser, in eval mode.
+    """Read a public diffusion model without conditions as a denoiser, in eval mode, without trying it.
 
     `source` is one of these:
     - a folder that diffusers has saved: a pipeline, or a UNet2DModel with a scheduler_config.json beside it
@@ -65,7 +137,8 @@ def _load_diffusers(folder: Path, source: str, image_size: int | None) -> Discre
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name != "UNet2DModel":
         raise RRCMError(f"{source}: its network is {name or 'not of diffusers'}, must be an unconditional UNet2DModel")
-    config |= {} if image_size is None else {"sample_size": image_size}
+    if config.get("sample_size") is None:
+        config |= {"sample_size": image_size}
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     schedule = _read_schedule(source, scheduler / "scheduler_config.json")
     try:

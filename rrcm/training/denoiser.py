@@ -19,7 +19,7 @@ from rrcm.models.checkpoints import ARCHITECTURE
 from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
 from rrcm.models.noise_levels import model_space
-from rrcm.models.public_denoisers import load_public_denoiser
+from rrcm.models.public_denoisers import MIN_IMAGES, load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
 from rrcm.objectives import Denoising
 from rrcm.objectives.base import Draw
@@ -33,7 +33,6 @@ from rrcm.utils.distributed import (
     init_distributed,
     set_threads,
 )
-from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_csv, write_json
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
@@ -57,7 +56,7 @@ def train_denoiser(
     if config.denoiser.public.source is not None and encoder is None:
         with init_distributed(config.device) as env:
             if env.is_main:
-                copy_public_denoiser(config, output, timing)
+                copy_public_denoiser(config, ShardedDataset(shard_folder, "train"), output, timing, env.device)
         return
     advice = "raise denoiser.num_chunks"
     with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
@@ -67,24 +66,21 @@ def train_denoiser(
         _train(config, images, validation, condition, env, output, timing)
 
 
-def copy_public_denoiser(config: Config, output: Path, timing: Path) -> None:
-    """Write the model folder of the public denoiser that the settings name.
+def copy_public_denoiser(
+    config: Config, images: ShardedDataset, output: Path, timing: Path, device: torch.device
+) -> None:
+    """Write the model folder of the public denoiser that the settings name, if it denoises a few of the images.
 
-    Raises `RRCMError` if it cannot be loaded or is for other images than those of the settings.
+    Raises `RRCMError` if it does not, if it cannot be loaded, or if it is for other images than those of the settings.
     """
-    settings, data, start = config.denoiser.public, config.data, time.monotonic()
+    settings, start = config.denoiser.public, time.monotonic()
     options = settings.model_dump(exclude={"source"})
-    denoiser = load_public_denoiser(settings.source, image_size=data.image_size, **options)
-    if (denoiser.image_size, denoiser.channels) != (data.image_size, data.channels):
-        raise RRCMError(
-            f"denoiser.public.source = {settings.source!r}: is for images of {denoiser.channels} x "
-            f"{denoiser.image_size} pixels, the settings have {data.channels} x {data.image_size}; choose another"
-        )
+    pixels, _, _ = read_split(images, config.data.image_size, limit=MIN_IMAGES)
+    denoiser = load_public_denoiser(settings.source, pixels.to(device) / 255, config.sigmas, **options)
     record = {"source": settings.source, "parameters": parameter_count(denoiser), "compute": 0.0}
     with atomic_directory(output) as folder:
         save_denoiser(folder, denoiser, sigmas=config.sigmas, **record)
-    environment = describe_environment(torch.device("cpu"))
-    write_json(timing, {"seconds": time.monotonic() - start, "environment": environment})
+    write_json(timing, {"seconds": time.monotonic() - start, "environment": describe_environment(device)})
 
 
 def build_denoiser(config: Config, condition_dim: int | None = None) -> EDMDenoiser:
@@ -189,6 +185,7 @@ def _train(
 
     def save(folder: Path) -> None:
         seen = settings.steps * settings.batch_size
+        write_csv(folder / "denoising.csv", training.extra_state["denoising"])
         save_denoiser(
             folder,
             ema,
@@ -198,7 +195,6 @@ def _train(
             compute=(objective.forwards_per_image + (condition is not None)) * seen,
             condition=condition and condition.identity,
         )
-        write_csv(folder / "denoising.csv", training.extra_state["denoising"])
 
     training.publish(output, timing, save, settings.steps * settings.batch_size)
 

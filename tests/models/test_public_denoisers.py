@@ -5,12 +5,14 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import change_model
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
@@ -24,8 +26,8 @@ from rrcm.models.denoiser import (
     loss_weight,
     save_denoiser,
 )
-from rrcm.models.guided_diffusion import GuidedDiffusionUNet, Sizes, named_schedule, read_sizes
-from rrcm.models.public_denoisers import OLD_NAMES, load_public_denoiser
+from rrcm.models.guided_diffusion import AttentionBlock, GuidedDiffusionUNet, Sizes, named_schedule, read_sizes
+from rrcm.models.public_denoisers import OLD_NAMES, denoising_errors, load_public_denoiser, read_public_denoiser
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, time_embedding
 from rrcm.utils.errors import RRCMError
 
@@ -284,7 +286,7 @@ LIBRARY = [
 @pytest.mark.parametrize(("scheduler", "prediction_type", "schedule", "changes"), LIBRARY)
 def test_a_pipeline_predicts_what_the_library_says(scheduler, prediction_type, schedule, changes):
     unet, library = save_pipeline(scheduler, prediction_type, schedule, **changes)
-    denoiser = load_public_denoiser("public")
+    denoiser = read_public_denoiser("public")
     library.set_timesteps(1000)
     scaled = randn(2, denoiser.channels, 8, 8)
     for step in (20, 300, 600):
@@ -299,7 +301,7 @@ def test_a_pipeline_predicts_what_the_library_says(scheduler, prediction_type, s
 
 def test_old_folders_are_flat_and_have_other_names_and_no_safetensors():
     unet, _ = save_pipeline(DDPMScheduler)
-    expected = answer(load_public_denoiser("public"), randn(2, 1, 8, 8), 0.5)
+    expected = answer(read_public_denoiser("public"), randn(2, 1, 8, 8), 0.5)
     new = {new: old for old, new in OLD_NAMES.items()}
     weights = {}
     for name, tensor in unet.state_dict().items():
@@ -311,7 +313,7 @@ def test_old_folders_are_flat_and_have_other_names_and_no_safetensors():
     for path in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
         Path("public", path).rename(Path("old", Path(path).name))
     torch.save(weights, "old/diffusion_pytorch_model.bin")
-    assert torch.equal(answer(load_public_denoiser("old"), randn(2, 1, 8, 8), 0.5), expected)
+    assert torch.equal(answer(read_public_denoiser("old"), randn(2, 1, 8, 8), 0.5), expected)
     restored = UNet2DModel.from_pretrained("old", use_safetensors=False)  # the library knows these names, too
     assert torch.equal(restored.mid_block.attentions[0].to_q.weight, unet.mid_block.attentions[0].to_q.weight)
 
@@ -325,13 +327,13 @@ def test_a_model_on_the_hub_is_downloaded_without_other_files(monkeypatch):
         return "public"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    expected = answer(load_public_denoiser("public"), randn(2, 1, 8, 8), 0.5)
-    assert torch.equal(answer(load_public_denoiser("hf-hub:a/b@v1"), randn(2, 1, 8, 8), 0.5), expected)
+    expected = answer(read_public_denoiser("public"), randn(2, 1, 8, 8), 0.5)
+    assert torch.equal(answer(read_public_denoiser("hf-hub:a/b@v1"), randn(2, 1, 8, 8), 0.5), expected)
     weights = "diffusion_pytorch_model.safetensors"
     assert asked == [("a/b", "v1", ["*.json", weights, f"unet/{weights}"])]
     Path("public/unet", weights).rename(Path("public/unet/else"))
     torch.save(load_file("public/unet/else"), "public/unet/diffusion_pytorch_model.bin")
-    assert torch.equal(answer(load_public_denoiser("hf-hub:a/b"), randn(2, 1, 8, 8), 0.5), expected)
+    assert torch.equal(answer(read_public_denoiser("hf-hub:a/b"), randn(2, 1, 8, 8), 0.5), expected)
     assert [patterns[1] for _, _, patterns in asked] == [weights, weights, "diffusion_pytorch_model.bin"]
 
 
@@ -340,14 +342,14 @@ def test_a_failed_download_is_one_line(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused(r"^hf-hub:a/b: cannot be downloaded \(no route to the hub\)", load_public_denoiser, "hf-hub:a/b")
-    refused(r"must be hf-hub:owner/name or", load_public_denoiser, "hf-hub:a")
+    refused(r"^hf-hub:a/b: cannot be downloaded \(no route to the hub\)", read_public_denoiser, "hf-hub:a/b")
+    refused(r"must be hf-hub:owner/name or", read_public_denoiser, "hf-hub:a")
 
 
 def test_a_size_that_the_model_does_not_tell_is_given():
     save_pipeline(DDPMScheduler, sample_size=None)
-    refused(r"^public: .*sample_size None .*give image_size", load_public_denoiser, "public")
-    assert load_public_denoiser("public", image_size=16).image_size == 16
+    refused(r"^public: .*sample_size None .*give image_size", read_public_denoiser, "public")
+    assert read_public_denoiser("public", image_size=16).image_size == 16
 
 
 WRONG = {
@@ -379,7 +381,7 @@ def test_folders_that_are_no_denoiser_are_refused(kind):
     changes, message = WRONG[kind]
     for path, change in changes.items():
         edit(f"public/{path}", **change)
-    refused(message, load_public_denoiser, "public")
+    refused(message, read_public_denoiser, "public")
 
 
 def test_a_conditional_network_of_the_library_is_refused():
@@ -388,7 +390,7 @@ def test_a_conditional_network_of_the_library_is_refused():
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
     blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
     UNet2DConditionModel(8, 1, 1, **sizes, **blocks).save_pretrained("public/unet")
-    refused(r"^public: its network is UNet2DConditionModel, must be", load_public_denoiser, "public")
+    refused(r"^public: its network is UNet2DConditionModel, must be", read_public_denoiser, "public")
 
 
 class Payload:
@@ -416,19 +418,19 @@ def test_damaged_folders_are_refused(path, content, message):
     Path("public", path).unlink()
     if content is not None:
         Path("public", path).write_bytes(content)
-    refused(message, load_public_denoiser, "public")
+    refused(message, read_public_denoiser, "public")
     assert not Path("owned").exists()
 
 
 def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, guided_file):
     save_pipeline(DDPMScheduler)
-    save_denoiser(Path("ours"), load_public_denoiser("public"))
+    save_denoiser(Path("ours"), read_public_denoiser("public"))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     missing = r"^this denoiser needs the package diffusers; run `pip install 'rrcm\[diffusers\]'`$"
     refused(missing, small_unet)
-    refused(missing, load_public_denoiser, "public")
+    refused(missing, read_public_denoiser, "public")
     refused(missing, load_denoiser, "ours")
-    load_public_denoiser(guided_file("improved"), **GUIDED["improved"])
+    read_public_denoiser(guided_file("improved"), **GUIDED["improved"])
 
 
 # OpenAI's guided-diffusion
@@ -459,7 +461,7 @@ def guided_file(tmp_path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_a_file_of_guided_diffusion_predicts_what_its_authors_code_does(guided_file, name):
-    denoiser = load_public_denoiser(guided_file(name), **GUIDED[name])
+    denoiser = read_public_denoiser(guided_file(name), **GUIDED[name])
     x, steps = REFERENCE[f"{name}.x"], REFERENCE[f"{name}.steps"]
     torch.testing.assert_close(answer(denoiser.network, x, steps), REFERENCE[f"{name}.output"], atol=1e-5, rtol=0)
     abar = denoiser.alphas_cumprod[steps]
@@ -469,15 +471,31 @@ def test_a_file_of_guided_diffusion_predicts_what_its_authors_code_does(guided_f
     torch.testing.assert_close(clean, REFERENCE[f"{name}.pred_xstart"], atol=1e-5, rtol=0)
 
 
-BIG = Sizes(256, 3, 6, 256, [256, 256, 512, 512, 1024, 1024], 2, [3, 4, 5], None, True, True, 1.0)
+BIG = Sizes(
+    image_size=256,
+    channels=3,
+    out_channels=6,
+    model_channels=256,
+    level_channels=[256, 256, 512, 512, 1024, 1024],
+    num_res_blocks=2,
+    attention_levels=[3, 4, 5],
+    num_heads=None,
+    scale_shift=True,
+    resblock_updown=True,
+    time_scale=1.0,
+)
+CIFAR = {"image_size": 32, "model_channels": 128, "level_channels": [128, 256, 256, 256], "num_res_blocks": 3}
+CIFAR |= {"attention_levels": [1, 2], "num_heads": 4, "resblock_updown": False, "time_scale": 0.25}
+ONE_LEVEL = {"image_size": 8, "channels": 1, "out_channels": 1, "model_channels": 32, "level_channels": [32]}
+ONE_LEVEL |= {"attention_levels": [0], "num_heads": 2, "scale_shift": False}
 ALL_SIZES = {
     "256x256_diffusion_uncond.pt": (BIG, 552_814_086),
-    "cifar10_uncond_50M_500K.pt": (
-        Sizes(32, 3, 6, 128, [128, 256, 256, 256], 3, [1, 2], 4, True, False, 0.25),
-        52_546_438,
+    "cifar10_uncond_50M_500K.pt": (BIG.model_copy(update=CIFAR), 52_546_438),
+    "narrow at first": (
+        BIG.model_copy(update={"image_size": 512, "level_channels": [128, *BIG.level_channels]}),
+        None,
     ),
-    "narrow at first": (BIG._replace(image_size=512, level_channels=[128, *BIG.level_channels]), None),
-    "one level": (Sizes(8, 1, 1, 32, [32], 2, [0], 2, False, True, 1.0), None),
+    "one level": (BIG.model_copy(update=ONE_LEVEL), None),
 }
 
 
@@ -506,30 +524,145 @@ def test_the_weights_tell_the_sizes(name):
     ],
 )
 def test_files_of_other_networks_are_refused(guided_file, changes, message):
-    refused(message, load_public_denoiser, guided_file("guided", **changes), **GUIDED["guided"])
+    refused(message, read_public_denoiser, guided_file("guided", **changes), **GUIDED["guided"])
 
 
 def test_what_the_weights_do_not_tell_must_fit(guided_file):
-    refused(r"its image size cannot be told; give image_size", load_public_denoiser, guided_file("guided"))
+    refused(r"its image size cannot be told; give image_size", read_public_denoiser, guided_file("guided"))
     path, options = guided_file("improved"), GUIDED["improved"]
-    refused(r"32 channels do not divide into 5 heads", load_public_denoiser, path, **options | {"num_heads": 5})
-    refused(r"32 channels do not divide into heads of 64", load_public_denoiser, path, **options | {"num_heads": None})
-    refused(r"'exp' must be linear or cosine", load_public_denoiser, path, **options | {"beta_schedule": "exp"})
-    refused(r"must fall", load_public_denoiser, path, **options | {"beta_schedule": "linear", "num_steps": 10})
+    refused(r"32 channels do not divide into 5 heads", read_public_denoiser, path, **options | {"num_heads": 5})
+    refused(r"32 channels do not divide into heads of 64", read_public_denoiser, path, **options | {"num_heads": None})
+    refused(r"'exp' must be linear or cosine", read_public_denoiser, path, **options | {"beta_schedule": "exp"})
+    refused(r"must fall", read_public_denoiser, path, **options | {"beta_schedule": "linear", "num_steps": 10})
 
 
 def test_other_files_and_sources_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, "other.pt")
-    refused(r"no weights are called time_embed", load_public_denoiser, "other.pt", image_size=8)
+    refused(r"no weights are called time_embed", read_public_denoiser, "other.pt", image_size=8)
     Path("pickle.pt").write_bytes(pickle.dumps(Payload()))
-    refused(r"no code in it was run", load_public_denoiser, "pickle.pt", image_size=8)
+    refused(r"no code in it was run", read_public_denoiser, "pickle.pt", image_size=8)
     assert not Path("owned").exists()
     refused(
         r"^nothing: no such file or folder; a model on the hub is called hf-hub:owner/name$",
-        load_public_denoiser,
+        read_public_denoiser,
         "nothing",
     )
-    refused(r"are for a file of guided-diffusion", load_public_denoiser, tmp_path, num_heads=4)
+    refused(r"are for a file of guided-diffusion", read_public_denoiser, tmp_path, num_heads=4)
+
+
+# What the weights do not tell: it is found out on a few images
+
+
+def flat_images(count: int, seed: int = 5) -> torch.Tensor:
+    """Images (count, 1, 8, 8) in [0, 1], each of one grey with a slight slope."""
+    grey, slope = torch.rand(2, count, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    return (grey + (slope - 0.5) * torch.linspace(-0.5, 0.5, 8)).clamp(0, 1).expand(-1, -1, 8, -1)
+
+
+class MeanNetwork(BestNetwork):
+    """What the best network predicts for images of one grey, if nothing is known of that."""
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        abar = by_image(self.abar[step])
+        clean = (x.mean((1, 2, 3), keepdim=True) / abar.sqrt()).expand_as(x)
+        noise = (x - abar.sqrt() * clean) / (1 - abar).sqrt()
+        return {"epsilon": noise, "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * clean, "sample": clean}[
+            self.prediction_type
+        ]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("told", ["epsilon", "v_prediction", "sample"])
+def test_a_denoiser_of_another_prediction_is_refused(monkeypatch, prediction_type, told):
+    abar = named_schedule("linear", 1000).float()
+    denoiser = DiscreteDenoiser(MeanNetwork(abar, prediction_type), abar, told)
+    monkeypatch.setattr("rrcm.models.public_denoisers.read_public_denoiser", lambda *_, **__: denoiser)
+    if told == prediction_type:
+        assert load_public_denoiser("it", flat_images(8), [0.25, 0.5]).prediction_type == told
+    else:  # at little noise the two may be alike, and both below the linear denoiser
+        refused(f"^it: predicts {prediction_type}, not {told}", load_public_denoiser, "it", flat_images(8), [0.25, 0.5])
+
+
+def test_the_best_linear_denoiser_has_the_error_that_is_compared_with():
+    """Of images of independent pixels, and so no other is better."""
+    images = 0.5 + 0.25 * randn(400, 1, 8, 8, seed=3)
+    abar = named_schedule("linear", 1000)
+    denoiser = DiscreteDenoiser(BestNetwork(abar, "sample"), abar, "sample")
+    for sigma, (error, linear) in zip((0.25, 0.5), denoising_errors(denoiser, images, [0.25, 0.5]), strict=True):
+        assert linear == pytest.approx(0.25 * 4 * sigma**2 / (0.25 + 4 * sigma**2), rel=0.02)
+        assert error == pytest.approx(linear, rel=0.02)
+
+
+def in_new_order(weights: dict[str, torch.Tensor], num_heads: int) -> dict[str, torch.Tensor]:
+    """The same network with `use_new_attention_order`: rows by q, k and v first, not by head."""
+    names = [name for name in weights if ".qkv." in name]
+    rows = {name: weights[name].unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2) for name in names}
+    return weights | rows
+
+
+def test_q_k_and_v_in_the_new_order_are_the_same_network(guided_file):
+    network = read_public_denoiser(guided_file("improved"), **GUIDED["improved"]).network
+    x, steps, expected = (REFERENCE[f"improved.{name}"] for name in ("x", "steps", "output"))
+    network.load_state_dict(in_new_order(network.state_dict(), num_heads=2))
+    assert (answer(network, x, steps) - expected).abs().max() > 0.01
+    network.set_order(True)
+    torch.testing.assert_close(answer(network, x, steps), expected, atol=1e-5, rtol=0)
+    save_denoiser(Path("ours"), DiscreteDenoiser(network, named_schedule("cosine", 4000), "epsilon"))
+    torch.testing.assert_close(answer(load_denoiser("ours").network, x, steps), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("better", [False, True])
+@pytest.mark.parametrize("bad", [0.1, 0.6])
+def test_the_order_with_the_smaller_error_is_taken(guided_file, monkeypatch, capsys, better, bad):
+    """Also where both denoise: attention may matter little."""
+
+    def errors(denoiser: DiscreteDenoiser, *_: object) -> list[tuple[float, float]]:
+        right = denoiser.network.architecture["qkv_first"] == better and denoiser.prediction_type == "epsilon"
+        return [(0.05 if right else bad, 0.3)]
+
+    monkeypatch.setattr("rrcm.models.public_denoisers.denoising_errors", errors)
+    options = {name: value for name, value in GUIDED["improved"].items() if name != "image_size"}
+    denoiser = load_public_denoiser(guided_file("improved"), flat_images(8), [0.5], **options)
+    blocks = [module for module in denoiser.modules() if isinstance(module, AttentionBlock)]
+    assert {block.qkv_first for block in blocks} == {better} == {denoiser.network.architecture["qkv_first"]}
+    assert ("q, k and v in the new order" in capsys.readouterr().err) == better
+
+
+def test_what_does_not_denoise_is_refused(guided_file):
+    options = {name: value for name, value in GUIDED["improved"].items() if name != "image_size"}
+    load = partial(load_public_denoiser, sigmas=[0.5])
+    refused(r"improved\.pt: does not denoise: at sigma 0\.5", load, guided_file("improved"), flat_images(8), **options)
+    save_pipeline(DDPMScheduler)
+    refused(r"^public: does not denoise: at sigma 0\.5 its mean squared error is", load, "public", flat_images(8))
+    refused(r"^public: needs 8 images \(N, C, H, W\) to be tried on", load, "public", flat_images(7))
+    refused(r"is for images of 1 x 8 pixels, not of 3 x 8", load, "public", flat_images(8).expand(-1, 3, -1, -1))
+    refused(r"is for images of 1 x 8 pixels, not of 1 x 16", load, "public", torch.rand(8, 1, 16, 16))
+    grey = torch.full((8, 1, 8, 8), 0.5)  # all alike, so nothing is better than their mean
+    refused(r"^public: does not denoise", load, "public", grey)
+
+
+@pytest.mark.slow
+def test_a_trained_file_in_either_order_is_recognized():
+    sizes = {"image_size": 8, "channels": 1, "out_channels": 1, "model_channels": 32, "level_channels": [32]}
+    sizes |= {"num_res_blocks": 1, "attention_levels": [0], "num_heads": 2, "scale_shift": True}
+    torch.manual_seed(0)
+    network = GuidedDiffusionUNet(Sizes(**sizes, resblock_updown=True, time_scale=1.0))
+    for name, parameter in network.named_parameters():
+        parameter.data.mul_(3 if "qkv.weight" in name or "proj_out.weight" in name else 1)
+    denoiser = DiscreteDenoiser(network, named_schedule("linear", 1000), "epsilon")
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for step in range(30):
+        clean = 2 * flat_images(16, seed=100 + step) - 1
+        t = torch.linspace(-1, 1, 16).exp()
+        loss = ((denoiser(clean + by_image(t) * randn(*clean.shape, seed=step), t) - clean) / by_image(t)).square()
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    x = randn(2, 1, 8, 8)
+    for weights in (network.state_dict(), in_new_order(network.state_dict(), num_heads=2)):
+        torch.save(weights, "trained.pt")
+        found = load_public_denoiser("trained.pt", flat_images(8), [0.25, 0.5, 1.0], num_heads=2)
+        torch.testing.assert_close(answer(found, x, 1.0), answer(denoiser, x, 1.0))
 
 
 # Public denoisers as our model folders
@@ -538,9 +671,9 @@ def test_other_files_and_sources_are_refused(tmp_path):
 @pytest.fixture(params=["diffusers", "guided_diffusion"])
 def public(request, guided_file) -> DiscreteDenoiser:
     if request.param == "guided_diffusion":
-        return load_public_denoiser(guided_file("improved"), **GUIDED["improved"])
+        return read_public_denoiser(guided_file("improved"), **GUIDED["improved"])
     save_pipeline(DDPMScheduler, "v_prediction", "squaredcos_cap_v2", out_channels=2)
-    return load_public_denoiser("public")
+    return read_public_denoiser("public")
 
 
 def test_a_public_denoiser_comes_back_from_our_folder(public):
@@ -580,14 +713,14 @@ def test_a_public_denoiser_in_bfloat16_keeps_its_noise_levels(public):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prediction_type": "score"}, r"config\.json: describes no denoiser \(prediction_type 'score'"),
-        ({"architecture": {"network": "else"}}, r"config\.json: describes no denoiser \('else'\)"),
-        ({"architecture": {"network": "diffusers"}}, r"config\.json: describes no denoiser \(.*config"),
-        ({"architecture": 3}, r"config\.json: describes no denoiser"),
+        ({"prediction_type": "score"}, r"is no denoiser \(prediction_type 'score'"),
+        ({"architecture": {"network": "else"}}, r"config\.json: architecture.network = 'else': should be 'vit'"),
+        ({"architecture": {"network": "diffusers"}}, r"config\.json: config: missing"),
+        ({"architecture": 3}, r"config\.json: architecture = 3"),
     ],
 )
 def test_damaged_folders_of_ours_are_refused(changes, message):
     save_pipeline(DDPMScheduler)
-    save_denoiser(Path("ours"), load_public_denoiser("public"))
-    edit("ours/config.json", **changes)
+    save_denoiser(Path("ours"), read_public_denoiser("public"))
+    change_model(Path("ours"), **changes)
     refused(message, load_denoiser, "ours")

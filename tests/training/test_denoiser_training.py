@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -209,6 +210,18 @@ def test_kills_of_a_fine_tuning_on_denoised_images_change_no_byte(ready):
     assert files_of(ready / "models/dds_finetuned") == expected and not list(ready.glob("runs/*"))
 
 
+def learn_epsilon(unet: nn.Module, scheduler: Any, images: torch.Tensor) -> None:
+    """A short training at the levels of noise around pixel sigma 0.5; images in [-1, 1]."""
+    optimizer = torch.optim.Adam(unet.parameters(), 1e-2)
+    for _ in range(200):
+        batch = images[torch.randint(len(images), (64,))]
+        noise, step = torch.randn(batch.shape), torch.randint(100, 500, (64,))
+        loss = (unet(scheduler.add_noise(batch, noise, step), step).sample - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 @pytest.mark.slow
 def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     """A small model of diffusers, saved by the library itself."""
@@ -224,6 +237,12 @@ def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "public")
     change(ready, denoiser__public__source=str(tmp_path / "public"))
     shutil.rmtree(ready / "models/denoiser")
+    answer = stage(ready, "denoiser")  # of random weights
+    assert answer.returncode == 1 and "public: does not denoise: at sigma 0.5" in answer.stderr
+    assert answer.stderr.count("\n") == 1 and not (ready / "models/denoiser").exists()
+    pixels, _, _ = read_split(ShardedDataset(ready / "data/shards", "train"), 8)
+    learn_epsilon(unet, DDPMScheduler(), pixels.float() / 127.5 - 1)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "public")
     succeed(stage(ready, "denoiser"))
     config = read_json(ready / "models/denoiser/config.json")
     (step,) = config["discrete_steps"]
@@ -235,7 +254,7 @@ def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     DDPMPipeline(colour, DDPMScheduler()).save_pretrained(tmp_path / "colour")
     change(ready, denoiser__public__source=str(tmp_path / "colour"))
     answer = stage(ready, "denoiser")
-    assert answer.returncode == 1 and "is for images of 3 x 8 pixels, the settings have 1 x 8" in answer.stderr
+    assert answer.returncode == 1 and "is for images of 3 x 8 pixels, not of 1 x 8" in answer.stderr
 
 
 @pytest.mark.slow
