@@ -19,7 +19,7 @@ from torch import nn
 
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, read_json
-from rrcm.utils.tensors import load_tensors
+from rrcm.utils.tensors import check_finite, load_tensors
 
 HUB = ("hf-hub:", "hf_hub:")
 FOLDER = "local-dir:"  # timm's prefix of a snapshot folder
@@ -107,7 +107,11 @@ def _download_timm(name: str) -> nn.Module:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     try:
         with _weights_only():
-            return timm.create_model(name, pretrained=True)
+            network = timm.create_model(name, pretrained=True)
+        check_finite(network.state_dict(), name)
+        return network
+    except RRCMError:
+        raise
     except Exception as error:  # the hub, the protocols and timm each raise their own
         raise RRCMError(
             f"{name}: cannot download pretrained weights ({one_line(error)}); pass a local file of them"
@@ -151,9 +155,25 @@ def _create(name: str, complaint: str, tensors: dict[str, torch.Tensor], overlay
         for key, value in network.state_dict().items():
             if key in tensors and tensors[key].is_floating_point() != value.is_floating_point():
                 raise ValueError(f"{key} has numbers of type {tensors[key].dtype}")
+        if resized := _resized(network, tensors):
+            raise ValueError(resized)
     except Exception as error:  # each of timm's loaders raises its own
         raise RRCMError(f"{complaint} ({one_line(error)})") from None
     return network
+
+
+def _resized(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """A weight that timm has resampled to the sizes of `network`, and what to do; None if there is none.
+
+    A head may lose the rows that the model's `label_offset` says.
+    """
+    heads = network.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    for key, value in network.state_dict().items():
+        if key in tensors and tensors[key].numel() != value.numel() and key.rpartition(".")[0] not in heads:
+            found, wanted = tuple(tensors[key].shape), tuple(value.shape)
+            return f"{key} has shape {found}, the model {wanted}; give a snapshot folder with the sizes in model_args"
+    return None
 
 
 def _weights_file(folder: Path) -> Path:

@@ -93,6 +93,8 @@ def unsupported_feature(network: nn.Module, channels: int) -> str | None:
     for module in network.modules():
         if type(module) not in supported_modules:
             return f"a module of type {type(module).__name__}"
+        if isinstance(module, nn.GELU) and module.approximate != "none":
+            return f"a GELU by its approximation {module.approximate}"
     attention, mlp = network.blocks[0].attn, network.blocks[0].mlp
     features = {
         "no class token": network.cls_token is None,

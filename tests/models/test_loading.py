@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import compose
+from conftest import change_model, compose
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -74,6 +74,7 @@ def of_the_authors(classifier: NoiseConditionedClassifier) -> dict[str, torch.Te
 def in_a_model_folder(tensors: dict[str, torch.Tensor]) -> nn.Module:
     save_model("folder", ours())
     save_file(tensors, "folder/model.safetensors")
+    change_model(Path("folder"))
     return load_base_classifier("folder").classifier
 
 
@@ -623,3 +624,29 @@ def test_a_background_class_is_read_off_the_weights(monkeypatch, rows, classes):
     network = load_timm("test_vit", "weights.safetensors")
     assert network.num_classes == classes
     assert torch.equal(network.head.weight, weights["head.weight"][rows - classes :])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "vit_tiny_patch16_224"])
+def test_weights_for_images_of_another_size_are_not_resampled(name):
+    """timm resamples position embeddings without a word, and some models do so for any image."""
+    network = timm.create_model(name, img_size=96, num_classes=3).eval()
+    save_for_hf(network, "snapshot", safe_serialization=True)
+    with pytest.raises(RRCMError, match=r"pos_embed has shape .*; give a snapshot folder") as error:
+        load_base_classifier(name, weights=Path("snapshot/model.safetensors"))
+    assert "\n" not in str(error.value)
+    loaded = load_base_classifier("snapshot")
+    assert loaded.image_size == 96  # the configuration says another
+    x = (pixels(96) - loaded.classifier.mean) / loaded.classifier.std
+    assert torch.equal(loaded.classifier(pixels(96)), network(x))
+    change_config(model_args={"img_size": 128})
+    with pytest.raises(RRCMError, match=r"pos_embed has shape .*; give a snapshot folder"):
+        load_base_classifier("snapshot")
+
+
+@pytest.mark.parametrize("load", [in_a_timm_file, in_a_snapshot, in_an_authors_file])
+def test_weights_that_are_no_numbers_are_refused(load):
+    tensors = of_the_authors(ours()) if load is in_an_authors_file else timm_net().state_dict()
+    name = list(tensors)[3]
+    tensors[name] = torch.full_like(tensors[name], torch.nan)
+    with pytest.raises(RRCMError, match=rf"{name} has numbers that are NaN or infinite"):
+        load(tensors)
