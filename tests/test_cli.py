@@ -451,6 +451,42 @@ def test_it_says_what_is_left_out_and_which_folders_are_no_class(saved, images):
     assert "note: 1 of 4 images have no label; no class of the model is called other\n" in answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("names", "moved", "labels", "said"),
+    [
+        ("cat train fox", "train/cat train/train test/fox", [2, 0, 1, 1], "from the folders {}/*/*\n"),
+        ("cat dog fox", "5/0 5/1 5/cat", [0, 1, 1, 0], "from the folders {}/*/*\n"),
+        ("cat dog fox", "2/dog 2/cat 2/x", [0, 0, 1, -1], "from the folders {}/*/*\n"),
+        ("cat dog fox", "a/2 a/1 a/x", [1, 1, 2, -1], "{}/*/*; the folders are taken for numbers of"),
+        ("cat dog fox", "x y z", [-1] * 4, "the images have no labels: no folder is named after a"),
+        ("cat dog images", "x y z", [2] * 4, "all images have the label images, as their folder is"),
+        ("cat dog images", "cat y z", [0, -1, -1, -1], "3 of 4 images have no label"),
+    ],
+)
+def test_labels_are_of_the_level_where_the_classes_lie(saved, images, names, moved, labels, said):
+    save_model("model", saved, class_names=names.split())
+    Path("images").rename("old")
+    for old, new in zip(["0", "1", "other"], moved.split(), strict=True):
+        shutil.copytree(Path("old", old), Path("images", new))
+    answer = rrcm("images", "--model", "model", *SMALL)
+    assert pd.read_csv("certificates.tsv", sep="\t")["label"].tolist() == labels
+    assert said.format(Path("images").resolve()) in answer.stderr
+    certified("images", "--model", "model", "--limit", "1")
+    assert pd.read_csv("certificates.tsv", sep="\t")["label"].tolist() == labels[:1]  # of all images, not of these
+
+
+def test_the_folder_of_one_class(saved, images, monkeypatch):
+    save_model("model", saved, class_names=["cat", "dog", "fox"])
+    Path("images/1").rename("images/dog")
+    answer = rrcm("images/dog", "--model", "model", *SMALL)
+    assert "note: all images have the label dog, as their folder is called dog\n" in answer.stderr
+    assert pd.read_csv("certificates.tsv", sep="\t")["label"].tolist() == [1, 1]
+    monkeypatch.chdir("images/dog")
+    assert "have the label dog" in rrcm(".", "--model", "../../model", *SMALL).stderr
+    monkeypatch.chdir("../0")
+    assert "note: the images have no labels" in rrcm(".", "--model", "../../model", *SMALL).stderr  # it may be a number
+
+
 def test_radii_are_never_shown_larger_than_they_are():
     assert [rounded_down(r) for r in (0.0, 0.0625, 0.57, 0.6789, 1.2499999, 1e-9)] == [
         *("0.000", "0.062", "0.570", "0.678", "1.249", "0.000")

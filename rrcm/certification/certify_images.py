@@ -17,7 +17,15 @@ from rrcm.certification.results import ABSTAIN, COLUMNS, UNKNOWN, write_certific
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import StoppingRule
 from rrcm.data.augment import centre_crop, to_array
-from rrcm.data.images import Listing, describe_left_out, label_of, list_images, read_image, refuse_unreadable
+from rrcm.data.images import (
+    Listing,
+    class_level,
+    describe_left_out,
+    label_of,
+    list_images,
+    read_image,
+    refuse_unreadable,
+)
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier, class_folders
 from rrcm.utils.distributed import pick_device
@@ -76,9 +84,8 @@ def certify_folder(
 ) -> FolderCertificates:
     """Certify the images that `find_images` found, or `limit` of them, evenly spaced.
 
-    Image i of the sorted list has the noise of index i under the seed. An image in a folder named after a class has a
-    known label. Any other image has the label UNKNOWN and is never counted as correct. Certificates do not depend on
-    labels.
+    Image i of the sorted list has the noise of index i under the seed. `find_labels` says which images have a known
+    label. Any other image has the label UNKNOWN and is never counted as correct. Certificates do not depend on labels.
 
     All images are decoded before the first is certified, and again when they are needed, so memory does not grow with
     the folder. The counts are kept in a hidden folder beside `output` until the run is finished, so a killed run
@@ -104,10 +111,33 @@ def certify_folder(
     run = RunState(f".{output.name}", mark, output.absolute().parent)
     run.lock()
     states = _certify_files(smoothed, found.folder, files, loaded, rule, run)
+    frame = _frame(states, rule, files, find_labels(found, loaded), loaded)
     paths = [found.folder / file for file in files.values()]
-    return FolderCertificates(
-        _frame(states, rule, list(files.values()), loaded), paths, sum(state.seconds for state in states), run
-    )
+    return FolderCertificates(frame, paths, sum(state.seconds for state in states), run)
+
+
+def find_labels(found: Listing, loaded: LoadedClassifier) -> list[int | None]:
+    """The label of each listed image; None without one. Prints which folders they are from, unless that is plain.
+
+    All labels are from one level of folders below that of the listing: where folders are named after classes, or else
+    have numbers of classes. If there is none such, the folder of the listing may itself be named after a class.
+    """
+    named, classes = class_folders(loaded, numbers=False), class_folders(loaded)
+    own, note = found.folder.resolve(), None
+    level = class_level(found.files, named)
+    if level is None:
+        level, note = class_level(found.files, classes), "the folders are taken for numbers of classes"
+    if level is not None:
+        if level or note:
+            where = f"labels are from the folders {printable(own)}{'/*' * (level + 1)}"
+            print(f"note: {where}{f'; {note}' if note else ''}", file=sys.stderr)
+        return [label_of(file, classes, level) for file in found.files]
+    label = label_of(Path(own.name, "image"), named)
+    note = "the images have no labels: no folder is named after a class of the model"
+    if label is not None:
+        note = f"all images have the label {printable(loaded.class_names[label])}, as their folder is called {own.name}"
+    print(f"note: {note}", file=sys.stderr)
+    return [label] * len(found.files)
 
 
 def write_folder_certificates(output: Path, frame: pd.DataFrame) -> None:
@@ -191,12 +221,16 @@ def _certify_files(
 
 
 def _frame(
-    states: Sequence[ImageState], rule: StoppingRule, files: Sequence[Path], loaded: LoadedClassifier
+    states: Sequence[ImageState],
+    rule: StoppingRule,
+    files: dict[int, Path],
+    labels: Sequence[int | None],
+    loaded: LoadedClassifier,
 ) -> pd.DataFrame:
-    """The frame of `FolderCertificates`; `files` are relative to the folder. `time` is 0, as in the pipeline."""
-    classes, rows = class_folders(loaded), []
-    for state, file in zip(states, files, strict=True):
-        label = label_of(file, classes)
+    """The frame of `FolderCertificates`, from files and labels by position. `time` is 0, as in the pipeline."""
+    rows = []
+    for state in states:
+        file, label = files[state.index], labels[state.index]
         found, label = certificate(state, rule, loaded.num_classes), UNKNOWN if label is None else label
         name = "" if found.prediction == ABSTAIN else loaded.class_names[found.prediction]
         field = (state.index, label, found.prediction, found.radius, int(found.prediction == label != UNKNOWN))

@@ -18,13 +18,22 @@ from typing import NamedTuple
 import numpy as np
 
 from rrcm.config import Data
-from rrcm.data.images import SUFFIXES, class_name, is_left_out, label_of, list_images, natural_order
+from rrcm.data.images import (
+    LISTED,
+    SPLIT_NAMES,
+    SUFFIXES,
+    class_name,
+    is_folder,
+    is_left_out,
+    label_of,
+    list_images,
+    natural_order,
+)
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, in_repository
 from rrcm.utils.rng import numpy_rng
 
 CLASS_ORDER = "natural"  # of class folders: 2 before 10
-SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval"}  # never classes alone
 TEST_FRACTION = 0.2  # for data sets without an official test set
 RAW = Path("data/raw")  # without data.root, downloads go to RAW/<source>
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -250,11 +259,18 @@ def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list
     found = list_images(folder)
     labelled = [(file, label) for file in found.files if (label := label_of(file, labels)) is not None]
     found.left_out["images outside class folders"] += len(found.files) - len(labelled)
+    same_folder = {link.name: listed for link, listed in found.links if link.parent == Path()}
     with_images = {label for _, label in labelled}
     for name, path in by_class.items():
         if labels[name] not in with_images:
             kinds = ", ".join(sorted(SUFFIXES))
+            if path.name in same_folder:
+                raise RRCMError(f"{path}: leads to the images of {same_folder[path.name]}; remove one of the classes")
             raise RRCMError(f"{path}: class folder without images ({kinds}); add some or remove it")
+    linked = [[label_of(path / "_", labels) for path in paths] for paths in found.links]
+    between = sum(None not in pair and pair[0] != pair[1] for pair in linked)
+    found.left_out[LISTED] -= between
+    found.left_out["links from one class to images of another"] += between
     files = np.empty(len(labelled), object)
     files[:] = [folder / file for file, _ in labelled]
     return list(labels), RawSplit(files, np.array([label for _, label in labelled], np.int64)), found.left_out
@@ -263,7 +279,9 @@ def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list
 def _folders(folder: Path) -> list[str]:
     """Names of the folders in `folder` that are read, in natural order. Raises `RRCMError` if there is none such."""
     try:
-        return sorted((e.name for e in os.scandir(folder) if e.is_dir() and not is_left_out(e.name)), key=natural_order)
+        return sorted(
+            (e.name for e in os.scandir(folder) if is_folder(e) and not is_left_out(e.name)), key=natural_order
+        )
     except OSError as error:
         raise RRCMError(f"{folder}: no such dataset folder ({error.strerror}); set data.root to where it is") from None
 

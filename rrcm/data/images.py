@@ -10,8 +10,8 @@ import os
 import re
 import sys
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +27,8 @@ SUFFIXES = {".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", "
 SUFFIXES |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 # Folders that operating systems and network drives fill with thumbnails and copies.
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval"}  # never classes alone
+LISTED = "links to what is listed already"
 DARKEST = 4096  # a 16-bit image below this in all pixels is taken for one of fewer bits in the wrong scale
 
 
@@ -123,38 +125,72 @@ class Listing:
     folder: Path
     files: list[Path] = field(default_factory=list)  # relative to `folder`, in natural order
     left_out: Counter[str] = field(default_factory=Counter)  # number of files by reason
+    links: list[tuple[Path, Path]] = field(default_factory=list)  # those left out as LISTED, with what they lead to
 
 
 def list_images(folder: Path) -> Listing:
     """The image files in `folder` and below, in natural order: img2 before img10.
 
-    An image file has a suffix of SUFFIXES, in any case. Links are followed, but not back to a folder above. Hidden
-    files and SYSTEM_FOLDERS are left out. Raises `RRCMError` if there is no such folder.
+    An image file has a suffix of SUFFIXES, in any case. Links are followed, but each file and each folder is read once,
+    however many ways lead to it: by its own path, if that is below `folder`, else by the first link. Only a file of
+    `folder` itself counts after links to it, since their folders may tell its class. Hidden files and SYSTEM_FOLDERS
+    are left out. Raises `RRCMError` if there is no such folder.
     """
     if not folder.is_dir():
         raise RRCMError(f"{printable(folder)}: no such folder; give one with images")
     found = Listing(folder)
-    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(), frozenset())]  # folder, those that lead to it
+    read: dict[str, Path] = {}  # folders by their real paths
+    images: list[tuple[bool, Path, object]] = []  # whether it is a link, its path, its identity
+    waiting, links = [Path()], []
     while waiting:
-        relative, above = waiting.pop()
-        try:
-            status, entries = (folder / relative).stat(), list(os.scandir(folder / relative))
-        except OSError as error:
-            found.left_out[f"folders that cannot be opened ({error.strerror})"] += 1
-            continue
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            found.left_out["links back to a folder above"] += 1
-            continue
-        for entry in entries:
-            if reason := _reason_to_leave_out(entry):
-                found.left_out[reason] += _count_files(entry)
-            elif entry.is_dir():
-                waiting.append((relative / entry.name, above | {here}))
-            else:
-                found.files.append(relative / entry.name)
-    found.files.sort(key=natural_order)
+        relative = waiting.pop()
+        real = os.path.realpath(folder / relative)
+        if real in read:
+            found.links.append((relative, read[real]))
+        else:
+            read[real] = relative
+            for entry in _open_folder(found, relative):
+                path = relative / entry.name
+                if reason := _reason_to_leave_out(entry):
+                    found.left_out[reason] += _count_files(entry)
+                elif is_folder(entry):
+                    (links if entry.is_symlink() else waiting).append(path)
+                else:
+                    images.append((entry.is_symlink(), path, _identity(entry, real)))
+        if not waiting:  # all folders are read that need no further link
+            waiting, links = sorted(links, key=natural_order, reverse=True), []
+    images.sort(key=lambda image: natural_order(image[1]))
+    first: dict[object, Path] = {}
+    for _, path, identity in sorted(images, key=lambda image: (image[1].parent == Path(), image[0])):
+        first.setdefault(identity, path)
+    for _, path, identity in images:
+        if first[identity] == path:
+            found.files.append(path)
+        else:
+            found.links.append((path, first[identity]))
+    if found.links:
+        found.left_out[LISTED] = len(found.links)
     return found
+
+
+def _open_folder(found: Listing, relative: Path) -> list[os.DirEntry]:
+    """The entries of a folder below that of the listing; none, and counted there, if it cannot be opened."""
+    try:
+        return list(os.scandir(found.folder / relative))
+    except OSError as error:
+        found.left_out[f"folders that cannot be opened ({error.strerror})"] += 1
+        return []
+
+
+def _identity(entry: os.DirEntry, real_folder: str) -> object:
+    """What all ways to a file share: the file's number if it has hard links, else its real path.
+
+    Some file systems have no numbers, so those of files without hard links do not count.
+    """
+    status = entry.stat()
+    if status.st_nlink > 1:
+        return status.st_dev, status.st_ino
+    return os.path.realpath(entry.path) if entry.is_symlink() else str(Path(real_folder, entry.name))
 
 
 def _reason_to_leave_out(entry: os.DirEntry) -> str | None:
@@ -162,11 +198,25 @@ def _reason_to_leave_out(entry: os.DirEntry) -> str | None:
     suffix = Path(entry.name).suffix.lower()
     if is_left_out(entry.name):
         return f"files in {entry.name}" if entry.name in SYSTEM_FOLDERS else "hidden files"
-    if entry.is_dir() or (suffix in SUFFIXES and entry.is_file()):
+    is_file = _answer(entry.is_file)
+    if is_folder(entry) or (suffix in SUFFIXES and is_file):
         return None
-    if entry.is_file():
+    if is_file:
         return f"{printable(suffix)} files" if suffix else "files without an extension"
     return "links that lead nowhere" if entry.is_symlink() else "special files"
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one."""
+    return _answer(entry.is_dir)
+
+
+def _answer(question: Callable[[], bool]) -> bool:
+    """The answer about an entry; False about a link in a circle, or into a folder that is closed to us."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def is_left_out(name: str) -> bool:
@@ -204,14 +254,30 @@ def class_name(folder_name: str) -> str:
     return name
 
 
-def label_of(file: Path, classes: Mapping[str, int]) -> int | None:
-    """The label of an image file by its path below the data set's folder; None if no folder is named after a class.
+def class_level(files: Iterable[Path], names: Iterable[str]) -> int | None:
+    """The level of folders at which the classes lie: 0 in cat/1.jpg, 1 in train/cat/1.jpg. None if no class is found.
 
-    The first folder that is named after a class counts, so in cat/2021/dog/1.jpg it is cat. `classes` maps class names
-    to labels.
+    It is the level at which most of the `files` (relative paths) lie in folders named after a class. Of equal ones the
+    first counts that is no level of SPLIT_NAMES, or else the last: test/train/1.jpg shows a train.
     """
-    names = (unicodedata.normalize("NFC", part) for part in file.parts[:-1])
-    return next((classes[name] for name in names if name in classes), None)
+    names = {unicodedata.normalize("NFC", name) for name in names}
+    counts, found = Counter(), defaultdict(set)
+    for file in files:
+        for level, folder in enumerate(file.parts[:-1]):
+            if unicodedata.normalize("NFC", folder) in names:
+                counts[level] += 1
+                found[level].add(folder.casefold())
+    levels = [level for level in sorted(counts) if counts[level] == max(counts.values())]
+    return next((level for level in levels if not found[level] <= SPLIT_NAMES), levels[-1] if levels else None)
+
+
+def label_of(file: Path, classes: Mapping[str, int], level: int = 0) -> int | None:
+    """The label of an image file by the folder at one level of its path below the data set's folder.
+
+    None if there is no such folder, or it is not named after a class. `classes` maps class names to labels.
+    """
+    folders = file.parts[:-1]
+    return classes.get(unicodedata.normalize("NFC", folders[level])) if level < len(folders) else None
 
 
 def refuse_unreadable(problems: Sequence[str], total: int, advice: str) -> NoReturn:

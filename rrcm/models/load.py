@@ -87,10 +87,11 @@ def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedCl
         raise RRCMError(f"{folder}: has parts within parts, too many for any model; train it again") from None
 
 
-def class_folders(loaded: LoadedClassifier) -> dict[str, int]:
+def class_folders(loaded: LoadedClassifier, *, numbers: bool = True) -> dict[str, int]:
     """Folder names that identify a class: its name where no other class has the same, its synset, or its number.
 
-    Numbers identify classes only if no class has a number as its name, since class 10 may be called 11.
+    Numbers identify classes only if no class has a number as its name, since class 10 may be called 11, and not with
+    `numbers` False.
     """
     names, synsets = (
         [unicodedata.normalize("NFC", name) for name in each] for each in (loaded.class_names, loaded.synsets)
@@ -98,7 +99,7 @@ def class_folders(loaded: LoadedClassifier) -> dict[str, int]:
     count = Counter(names)
     folders = {name: number for number, name in enumerate(names) if count[name] == 1}
     folders |= {synset: number for number, synset in enumerate(synsets)}
-    if not any(name.isdecimal() for name in names + synsets):
+    if numbers and not any(name.isdecimal() for name in names + synsets):
         folders |= {str(number): number for number in range(loaded.num_classes)}
     return folders
 

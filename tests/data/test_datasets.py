@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from torchvision.datasets import FashionMNIST
 from rrcm.config import Data
 from rrcm.data import datasets
 from rrcm.data.datasets import DATASETS, RawDataset, RawSplit, read_dataset
+from rrcm.data.images import LISTED
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
 from rrcm.utils.errors import RRCMError
@@ -335,6 +338,31 @@ def test_imagefolder_with_and_without_test(tmp_path: Path):
     write_folders(tmp_path / "split/train", {"a": 3, "b": 3})
     write_folders(tmp_path / "split/test", {"a": 1, "b": 2})
     assert read_dataset(settings("imagefolder", tmp_path / "split")).test.labels.tolist() == [0, 1, 1]
+
+
+def test_links_between_classes(tmp_path: Path):
+    write_folders(tmp_path / "a", {"cat": 4, "dog": 4})
+    (tmp_path / "a/dog/link.png").symlink_to("../cat/000.png")
+    (tmp_path / "a/dog/more").symlink_to("../cat")
+    (tmp_path / "a/cat/again").symlink_to(".")
+    os.link(tmp_path / "a/cat/001.JPG", tmp_path / "a/dog/001hard.JPG")
+    found = read_dataset(settings("imagefolder", tmp_path / "a"))
+    assert len(found.train.labels) + len(found.test.labels) == 8
+    assert +Counter(found.left_out) == {LISTED: 1, "links from one class to images of another": 3}
+    (tmp_path / "a/kitty").symlink_to("cat")
+    with pytest.raises(RRCMError, match="kitty: leads to the images of cat; remove one of the classes") as error:
+        read_dataset(settings("imagefolder", tmp_path / "a"))
+    one_line(error)
+
+
+def test_classes_of_links_to_images_outside_class_folders(tmp_path: Path):
+    write_folders(tmp_path, {"pool": 10})
+    for i, file in enumerate(sorted((tmp_path / "pool").iterdir())):
+        name = tmp_path / "root" / ("even", "odd")[i % 2] / file.name
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.symlink_to(file.rename(tmp_path / "root" / file.name))
+    found = read_dataset(settings("imagefolder", tmp_path / "root"))
+    assert np.bincount([*found.train.labels, *found.test.labels]).tolist() == [5, 5]
 
 
 def test_errors_name_the_wrong_folder(tmp_path: Path):

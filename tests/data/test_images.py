@@ -12,7 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from rrcm.data.images import (
+    LISTED,
     SUFFIXES,
+    class_level,
     class_name,
     decode_image,
     describe_left_out,
@@ -225,16 +227,51 @@ def test_hidden_files_system_folders_and_special_files(tmp_path: Path):
     }
 
 
-def test_links_are_followed_but_not_in_a_circle(tmp_path: Path):
+def test_each_file_is_read_once_however_many_links_lead_to_it(tmp_path: Path):
     make(tmp_path / "elsewhere", "1.png", "more/2.png")
-    root = make(tmp_path / "root", "cat/0.png")
-    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    root = make(tmp_path / "root", "cat/0.png", "dog/4.png")
+    (root / "another").symlink_to(tmp_path / "elsewhere")
     (root / "cat/3.png").symlink_to(tmp_path / "elsewhere/1.png")
-    (root / "cat/again").symlink_to(root)
+    (root / "all").symlink_to(root)
+    (root / "ant").symlink_to("cat")  # before cat, but the folder itself comes first
+    (root / "a.png").symlink_to("dog/4.png")
+    os.link(root / "cat/0.png", root / "dog/0.png")
+    (root / "dog/more").symlink_to(tmp_path / "elsewhere/more")
     (tmp_path / "elsewhere/more/back").symlink_to(tmp_path / "elsewhere")
     found = list_images(root)
-    assert list(map(str, found.files)) == ["cat/0.png", "cat/3.png", "dog/1.png", "dog/more/2.png"]
-    assert found.left_out == {"links back to a folder above": 2}
+    assert list(map(str, found.files)) == ["another/1.png", "another/more/2.png", "cat/0.png", "dog/4.png"]
+    assert found.left_out == {LISTED: 7}
+    assert {tuple(map(str, link)) for link in found.links} == {
+        ("all", "."),
+        ("ant", "cat"),
+        ("a.png", "dog/4.png"),
+        ("cat/3.png", "another/1.png"),
+        ("dog/0.png", "cat/0.png"),
+        ("dog/more", "another/more"),
+        ("another/more/back", "another"),
+    }
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    assert list_images(linked).files == found.files
+
+
+@pytest.mark.parametrize("count", [8, 40])
+def test_folders_that_are_linked_to_each_other_do_not_multiply(tmp_path: Path, count: int):
+    for here in range(count):
+        make(tmp_path, f"{here}/1.png")
+        for other in range(count):
+            (tmp_path / f"{here}/to {other}").symlink_to(f"../{other}")
+    found = list_images(tmp_path)
+    assert list(map(str, found.files)) == [f"{number}/1.png" for number in range(count)]
+    assert found.left_out == {LISTED: count**2}
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path):
+    make(tmp_path, "1.png")
+    for name in ("loop", "loop.png"):
+        (tmp_path / name).symlink_to(name)
+    found = list_images(tmp_path)
+    assert list(map(str, found.files)) == ["1.png"] and found.left_out == {"links that lead nowhere": 2}
 
 
 def test_very_deep_folders(tmp_path: Path):
@@ -256,6 +293,36 @@ def test_class_names_and_labels():
     for name in ("a\nb", "\udcff", " ", "a\u202eb"):
         with pytest.raises(ValueError, match="printable"):
             class_name(name)
+
+
+def test_labels_are_of_one_level():
     classes = {"cat": 0, "dog": 1, "caf\u00e9": 2}
     paths = ["cat/2021/dog/1.jpg", "test/dog/1.jpg", "cafe\u0301/1.jpg", "dog.jpg", "cats/1.jpg"]
-    assert [label_of(Path(path), classes) for path in paths] == [0, 1, 2, None, None]
+    assert [label_of(Path(path), classes) for path in paths] == [0, None, 2, None, None]
+    assert [label_of(Path(path), classes, 1) for path in paths] == [None, 1, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("paths", "classes", "level"),
+    [
+        ("cat/1 cat/2 dog/1", "cat dog", 0),
+        ("train/cat/1 train/dog/1 test/cat/1", "cat dog train", 1),  # `train` is a class, but here a split
+        ("train/cat/1 train/train/1 test/train/1", "cat train", 1),
+        ("train/train/1 train/test/1 test/train/1 test/test/1", "train test", 1),
+        ("train/1 test/1 val/1", "train test val", 0),
+        ("train/2021/1 cat/1", "cat train", 0),
+        ("cat/dog/1 cat/dog/2 dog/cat/1", "cat dog", 0),  # a class inside a class
+        ("cat/dog/1 cat/2 dog/1", "cat dog", 0),
+        ("2021/05/cat/1 2021/05/dog/1 cat/1", "cat dog", 2),
+        ("cat/train/1 cat/test/1 dog/train/1", "cat dog train test", 0),
+        ("Train/cat/1 Test/dog/1", "cat dog Train Test", 1),
+        ("cafe\u0301/1", "caf\u00e9", 0),
+        ("caf\u00e9/1", "cafe\u0301", 0),
+        ("Cat/1 DOG/1", "cat dog", None),
+        ("1 2", "cat dog", None),
+        ("cats/1 cat.jpg/1", "cat dog", None),
+        ("", "cat", None),
+    ],
+)
+def test_the_level_at_which_the_classes_lie(paths: str, classes: str, level: int | None):
+    assert class_level([Path(f"{path}.png") for path in paths.split()], classes.split()) == level
