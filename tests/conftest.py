@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,9 @@ import torch
 import yaml
 from dvc.utils.hydra import compose_and_dump
 
-from rrcm.config import load_config
-from rrcm.data.sharding import write_shards
+from rrcm.config import Data, load_config
+from rrcm.data.datasets import RawDataset, read_dataset
+from rrcm.data.sharding import identify_images, split_off_test, write_shards
 from rrcm.methods import derived_settings
 from rrcm.models.folders import sha256_config
 from rrcm.utils.files import read_json, sha256_file, write_json
@@ -153,6 +155,13 @@ def kill_when(folder: Path, pattern: str, name: str, *arguments: str, larger_tha
         wait([process.sentinel], timeout=0.005)
     process.kill()
     process.join()
+
+
+def read_with_test(data: Data) -> RawDataset:
+    """A raw data set with test images, split off if it has none, as the shards are made from it."""
+    dataset = read_dataset(data)
+    with ThreadPoolExecutor(1) as pool:
+        return split_off_test(dataset, identify_images(dataset, data, pool))[0]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Read raw data sets: class names, and training and test images with labels, in a fixed order.
 
-`DATASETS` maps the values of the setting `data.source` to readers. Validation images are split off the training images
-later, when the shards are written (sharding.py).
+`DATASETS` maps the values of the setting `data.source` to readers. Validation images, and test images where there are
+no official ones, are split off the training images later, when the shards are written (sharding.py).
 """
 
 import difflib
@@ -31,10 +31,8 @@ from rrcm.data.images import (
 )
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, in_repository
-from rrcm.utils.rng import numpy_rng
 
 CLASS_ORDER = "natural"  # of class folders: 2 before 10
-TEST_FRACTION = 0.2  # for data sets without an official test set
 RAW = Path("data/raw")  # without data.root, downloads go to RAW/<source>
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the Python version is a pickle
@@ -54,9 +52,10 @@ class RawDataset(NamedTuple):
 
     classes: list[str]  # class names
     train: RawSplit
-    test: RawSplit
+    test: RawSplit | None  # None: there are no official test images
     class_order: str | None = None  # how class folders were ordered
     left_out: Mapping[str, int] = {}  # files in its folder that are no images of it: number by reason
+    published: bool = False  # others have used these test images, so none is left out, even if it is in train too
 
 
 def read_dataset(data: Data) -> RawDataset:
@@ -79,33 +78,14 @@ def read_dataset(data: Data) -> RawDataset:
     return dataset
 
 
-def stratified_split(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Split rows 0..N-1 into two ascending arrays (kept, split_off) by the labels (N,).
-
-    From each class `fraction` of the rows is split off: at least one, but never the last one.
-    """
-    split_off = []
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-        split_off.append(rng.permutation(rows)[:count])
-    split_off = np.sort(np.concatenate(split_off))
-    return np.setdiff1d(np.arange(len(labels)), split_off), split_off
-
-
-def _split_off_test(classes: list[str], images: np.ndarray, labels: np.ndarray) -> RawDataset:
-    """Split off a stratified test set. It is the same for every seed of the settings, so seeds can be compared."""
-    train, test = stratified_split(labels, TEST_FRACTION, numpy_rng(0, "test split"))
-    return RawDataset(classes, RawSplit(images[train], labels[train]), RawSplit(images[test], labels[test]))
-
-
 def read_digits(data: Data) -> RawDataset:
     """The 1,797 handwritten digits of scikit-learn, 8 x 8 grey pixels. They have no official test set."""
     from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    return _split_off_test([str(digit) for digit in digits.target_names], images, digits.target.astype(np.int64))
+    classes = [str(digit) for digit in digits.target_names]
+    return RawDataset(classes, RawSplit(images, digits.target.astype(np.int64)), None)
 
 
 def read_fashion_mnist(data: Data) -> RawDataset:
@@ -124,7 +104,7 @@ def read_fashion_mnist(data: Data) -> RawDataset:
         )
         for name in ("train", "t10k")
     )
-    return RawDataset(FashionMNIST.classes, _checked(train, 10, folder), _checked(test, 10, folder))
+    return RawDataset(FashionMNIST.classes, _checked(train, 10, folder), _checked(test, 10, folder), published=True)
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -175,7 +155,9 @@ def read_cifar10(data: Data) -> RawDataset:
         RawSplit(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])  # stored as planes R, G, B
         for records in (np.frombuffer(c, np.uint8).reshape(-1, 3073) for c in (b"".join(batches), test))
     )
-    return RawDataset(classes, _checked(train, len(classes), folder), _checked(test, len(classes), folder))
+    return RawDataset(
+        classes, _checked(train, len(classes), folder), _checked(test, len(classes), folder), published=True
+    )
 
 
 def read_pathmnist(data: Data) -> RawDataset:
@@ -202,22 +184,22 @@ def read_pathmnist(data: Data) -> RawDataset:
         if images.dtype != np.uint8 or images.shape[1:] != (data.image_size, data.image_size, 3):
             raise RRCMError(f"{path}: images are {images.dtype} {images.shape}, not {data.image_size} pixels RGB")
     classes = list(info["label"].values())
-    return RawDataset(classes, _checked(train, len(classes), path), _checked(test, len(classes), path))
+    return RawDataset(classes, _checked(train, len(classes), path), _checked(test, len(classes), path), published=True)
 
 
 def read_imagenet(data: Data) -> RawDataset:
     """ImageNet's folders train/ and val/. The official validation images are our test images."""
-    return _read_train_and_test(_root(data), "val")
+    return _read_train_and_test(_root(data), "val")._replace(published=True)
 
 
 def read_imagefolder(data: Data) -> RawDataset:
-    """Class folders under train/ and test/. If they lie directly under the root, a test set is split off."""
+    """Class folders under train/ and test/, or directly under the root."""
     root = _root(data)
     names = _folders(root)
     if "train" in names or (names and all(name.casefold() in SPLIT_NAMES for name in names)):
         return _read_train_and_test(root, "test")
     classes, images, left_out = _read_class_folders(root)
-    return _split_off_test(classes, *images)._replace(class_order=CLASS_ORDER, left_out=left_out)
+    return RawDataset(classes, images, None, CLASS_ORDER, left_out)
 
 
 def _read_train_and_test(root: Path, test: str) -> RawDataset:

@@ -22,8 +22,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rrcm.data.augment import centre_crop, to_array
-from rrcm.data.images import decode_image, to_channels
-from rrcm.utils.errors import RRCMError, one_line
+from rrcm.data.images import decode_image, describe_left_out, to_channels
+from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import HINTS, atomic_path, lock_file, sha256_file, writing
 
 OFFSET, SIZE, LABEL, KEY = range(4)  # columns of the index
@@ -74,8 +74,28 @@ class Manifest(_Strict):
     image_size: int
     classes: list[str]
     class_order: Literal["natural"] | None = None  # of class folders: 2 before 10; None: the data set has its own order
-    left_out: dict[str, int] | None = None  # files in the data set's folder that are no images of it, by reason
+    left_out: dict[str, int] | None = None  # files and images of the data set's folder that are in no split, by reason
+    repeated: dict[str, int] | None = None  # images in the splits that are there more than once, by kind
     splits: dict[Literal["train", "val", "test"], Split]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of results has to know about the data: one line each."""
+        said = {"train": "training", "val": "validation", "test": "test"}
+        missing = {
+            said[name]: [printable(self.classes[k]) for k, count in enumerate(split.counts) if not count]
+            for name, split in self.splits.items()
+        }
+        return [
+            *([f"left out {describe_left_out(self.left_out)}"] if self.left_out else []),
+            *([f"kept {describe_left_out(self.repeated)}"] if self.repeated else []),
+            *(
+                f"{len(names):,} of {len(self.classes):,} classes have no {name} images: "
+                f"{', '.join(names[:5])}{' and others' if len(names) > 5 else ''}"
+                for name, names in missing.items()
+                if names
+            ),
+        ]
 
 
 class ShardedDataset:

@@ -29,7 +29,8 @@ from rrcm.report.records import (
 )
 from rrcm.utils.errors import RRCMError
 
-MANIFEST = "data/shards/manifest.json"
+SHARDS = "data/shards"
+MANIFEST = f"{SHARDS}/manifest.json"
 SOFT_LABEL_TIMING = "timings/soft_labels.json"
 DENOISER_TIMING = "timings/denoiser.json"
 LATENCY = "timings/latency.json"
@@ -51,6 +52,7 @@ class Inputs(NamedTuple):
 
     files: list[str]  # every file read, relative to the root
     classes: list[str]  # names; a label is an index into them
+    data_notes: list[str]  # what was left out of the data set, is there more than once, or is missing
     certificates: Certificates  # by the binary bound, with the columns of the samples files
     margin: Certificates  # of the same votes, by the margin bound
     external: Certificates  # other groups' certificates by (label, sigma)
@@ -83,7 +85,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     from rrcm.data.shards import ShardedDataset  # imports torch, which takes seconds
 
     stages = _list_files(config, root)
-    images = ShardedDataset(root / "data/shards", "test")
+    images = ShardedDataset(root / SHARDS, "test")
     validation = sum(images.manifest.splits["val"].counts)
     runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
     certificates = {run: _read_certified(root, *run, config.certify.bound) for run in runs}
@@ -96,6 +98,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
     return Inputs(
         files=[*stages, *(each.path for each in external)],
         classes=images.classes,
+        data_notes=images.manifest.notes,
         certificates={run: _by_bound(frame, "binary") for run, frame in certificates.items()},
         margin={run: _by_bound(frame, "margin") for run, frame in certificates.items()},
         external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},

@@ -103,6 +103,7 @@ def render_report(
             if sigma == config.sigmas[0] and len(frame) < len(labels)
         ],
         class_counts=[ClassCount(*each) for each in zip(inputs.classes, counts, strict=True)],
+        data_notes=inputs.data_notes,
         comparisons=_headline(config, inputs),
         pretrained_elsewhere=[
             (METHODS[name].label, config.finetune.initial_weights(name))

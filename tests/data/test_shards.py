@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from conftest import read_with_test
 from PIL import Image
 
 from rrcm.config import Data
 from rrcm.data import shards
-from rrcm.data.datasets import read_dataset
-from rrcm.data.images import read_image
+from rrcm.data.images import LISTED, read_image
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.data.shards import ShardedDataset, read_manifest, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_file
@@ -105,7 +105,7 @@ def test_another_seed_moves_val_but_not_test(digits: Path, tmp_path: Path):
 
 
 def test_splits_are_complete_disjoint_and_stratified(digits: Path):
-    source = read_dataset(settings())
+    source = read_with_test(settings())
     train, val, test = (images_and_labels(digits, split) for split in ("train", "val", "test"))
     assert not set(train) & set(val)
     for samples, records in ((train | val, source.train), (test, source.test)):
@@ -147,7 +147,7 @@ def test_reader_agrees_with_webdataset(digits: Path):
 
 def test_files_are_kept_as_they_are_or_without_loss(photos: Path, tmp_path: Path):
     write_shards(settings(source="imagefolder", root=str(photos), channels=3, shard_size=4), 0, tmp_path / "shards")
-    source = read_dataset(settings(source="imagefolder", root=str(photos)))
+    source = read_with_test(settings(source="imagefolder", root=str(photos), channels=3, shard_size=4))
     seen = 0
     for split in ("train", "val", "test"):
         images = ShardedDataset(tmp_path / "shards", split)
@@ -222,11 +222,136 @@ def test_left_out_files_and_the_order_of_classes_are_in_the_manifest(photos: Pat
     }
 
 
+def write_photos(root: Path, *names: str) -> None:
+    """Photos of noise, no two alike."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        seed = np.frombuffer(str(name).encode(), np.uint8)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)).save(root / name)
+
+
+def pixels_of(folder: Path, split: str) -> set[bytes]:
+    images = ShardedDataset(folder, split)
+    return {images.read(i)[0].tobytes() for i in range(len(images))}
+
+
+def repeat_photos(root: Path, how: str, classes: str, source: str, target: str) -> None:
+    """Lead to the photos in `source` by a second way, in `target`."""
+    for name in classes:
+        (root / target.format(name)).parent.mkdir(parents=True, exist_ok=True)
+        if how == "linked folder":
+            (root / target.format(name)).symlink_to(root / source.format(name))
+            continue
+        for file in sorted((root / source.format(name)).iterdir()):
+            again = root / target.format(name) / f"again{file.name}"
+            again.parent.mkdir(parents=True, exist_ok=True)
+            match how:
+                case "copy":
+                    shutil.copy(file, again)
+                case "link":
+                    again.symlink_to(file)
+                case "hard link":
+                    os.link(file, again)
+                case "encoding":
+                    Image.open(file).save(again.with_suffix(".tif"))
+                case "turned":  # as EXIF data says
+                    exif = Image.Exif()
+                    exif[0x112] = 3
+                    Image.open(file).rotate(180).save(again, exif=exif)
+
+
+REPEATED = ["copy", "link", "hard link", "linked folder", "encoding", "turned"]
+
+
+@pytest.mark.parametrize("how", REPEATED)
+def test_no_test_image_was_trained_on_whatever_way_leads_to_it(tmp_path: Path, how: str, capsys: pytest.CaptureFixture):
+    """Of a folder without test images, every image is in one split only, and each split has its share."""
+    write_photos(tmp_path / "photos", *(f"{name}/a/{i}.png" for name in "xy" for i in range(20)))
+    repeat_photos(tmp_path / "photos", how, "xy", "{}/a", "{}/b")
+    write_shards(settings(source="imagefolder", root=str(tmp_path / "photos"), channels=3), 0, tmp_path / "shards")
+    train, val, test = (pixels_of(tmp_path / "shards", split) for split in ("train", "val", "test"))
+    assert not train & val and not (train | val) & test
+    assert (len(train), len(val), len(test)) == (28, 4, 8)
+    manifest, said = read_manifest(tmp_path / "shards"), capsys.readouterr().err
+    if "link" in how:
+        assert manifest.left_out == {LISTED: 2 if how == "linked folder" else 40} and manifest.repeated is None
+        assert f"note: left out {LISTED} (" in said
+    else:
+        assert manifest.repeated == {"copies among the test images": 8, "copies among the training images": 32}
+        assert "note: kept copies among the training images (32), copies among the test images (8)\n" in said
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "imagenet"])
+@pytest.mark.parametrize("how", REPEATED)
+def test_images_of_both_train_and_test_are_left_out_of_test(
+    tmp_path: Path, how: str, source: str, capsys: pytest.CaptureFixture
+):
+    """But not of ImageNet, whose test images others have used. All are said."""
+    photos, test = tmp_path / "photos", "val" if source == "imagenet" else "test"
+    write_photos(photos, *(f"train/{name}/{i}.png" for name in "xy" for i in range(10)))
+    write_photos(photos, *(f"train/{name}/few/{i}.png" for name in "xy" for i in range(7)))
+    write_photos(photos, *(f"{test}/{name}/new.png" for name in "xy"))
+    repeat_photos(photos, how, "xy", "train/{}/few", f"{test}/{{}}/more")
+    write_shards(settings(source=source, root=str(photos), channels=3), 0, tmp_path / "shards")
+    trained_on = pixels_of(tmp_path / "shards", "train") | pixels_of(tmp_path / "shards", "val")
+    tested, manifest = pixels_of(tmp_path / "shards", "test"), read_manifest(tmp_path / "shards")
+    counted = {"test images that are training images too": 14}
+    if source == "imagenet":
+        assert len(tested & trained_on) == 14 and manifest.repeated == counted and manifest.left_out is None
+    else:
+        assert len(tested) == 2 and not tested & trained_on and manifest.left_out == counted
+    note = "kept" if source == "imagenet" else "left out"
+    assert f"note: {note} test images that are training images too (14)\n" in capsys.readouterr().err
+
+
+def test_one_image_in_two_classes_is_said_and_stays_in_one_split(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_photos(tmp_path / "photos", *(f"{name}/{i}.png" for name in "xy" for i in range(20)))
+    for i in range(10):
+        shutil.copy(tmp_path / f"photos/x/{i}.png", tmp_path / f"photos/y/again{i}.png")
+    write_shards(settings(source="imagefolder", root=str(tmp_path / "photos"), channels=3), 0, tmp_path / "shards")
+    splits = [pixels_of(tmp_path / "shards", split) for split in ("train", "val", "test")]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 40
+    manifest = read_manifest(tmp_path / "shards")
+    assert sum(sum(split.counts) for split in manifest.splits.values()) == 50
+    assert manifest.repeated["images in several classes"] == 10
+    assert "images in several classes (10)" in capsys.readouterr().err
+
+
+def test_a_test_set_of_training_images_is_refused(tmp_path: Path):
+    write_photos(tmp_path / "photos", *(f"train/{name}/{i}.png" for name in "xy" for i in range(4)))
+    (tmp_path / "photos/test").symlink_to("train")
+    data = settings(source="imagefolder", root=str(tmp_path / "photos"), channels=3)
+    text = complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
+    assert "photos: every test image is a training image too; give it other test images" in text
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 2), (3, 3)])
+def test_colours_of_the_same_brightness_are_one_image_in_grey(tmp_path: Path, channels: int, count: int):
+    photos = tmp_path / "photos"
+    write_photos(photos, *(f"{split}/{name}/{i}.png" for split in ("train", "test") for name in "xy" for i in "1"))
+    write_photos(photos, "train/x/2.png")
+    Image.new("RGB", (5, 5), (100, 0, 0)).save(photos / "train/x/red.png")
+    Image.new("RGB", (5, 5), (0, 51, 0)).save(photos / "test/x/green.png")
+    write_shards(settings(source="imagefolder", root=str(photos), channels=channels), 0, tmp_path / "shards")
+    assert len(ShardedDataset(tmp_path / "shards", "test")) == count
+
+
+def test_classes_that_a_split_lacks_are_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_photos(tmp_path / "photos", *(f"{name}/{i}.png" for name in "xy" for i in range(10)))
+    write_photos(tmp_path / "photos", "single/1.png", "two/1.png", "two/2.png")
+    write_shards(settings(source="imagefolder", root=str(tmp_path / "photos"), channels=3), 0, tmp_path / "shards")
+    assert read_manifest(tmp_path / "shards").splits["test"].counts == [0, 1, 2, 2]
+    said = capsys.readouterr().err
+    assert "note: 1 of 4 classes have no test images: single\n" in said
+    assert "note: 2 of 4 classes have no validation images: single, two\n" in said
+
+
 def test_nothing_to_validate_on(tmp_path: Path):
     for split in ("train", "test"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
-            Image.new("L", (4, 4)).save(tmp_path / split / name / "1.png")
+            write_photos(tmp_path, f"{split}/{name}/1.png")
     data = settings(source="imagefolder", root=str(tmp_path))
     assert "no class has a second training image" in complaint(lambda: write_shards(data, 0, tmp_path / "shards"))
 
@@ -307,7 +432,7 @@ def test_read_split(digits: Path):
     pixels, labels, rows = read_split(images, 8, every=7, limit=20)
     assert rows == [7 * round(i) for i in np.floor(np.linspace(0, 51, 20))] and pixels.shape == (20, 1, 8, 8)
     assert pixels.dtype == torch.uint8 and labels.dtype == torch.int64
-    source = read_dataset(settings()).test
+    source = read_with_test(settings()).test
     assert np.array_equal(pixels[:, 0].numpy(), source.images[rows]) and labels.tolist() == source.labels[rows].tolist()
     assert len(read_split(images, 8)[0]) == len(images)
     assert read_split(images, 5, limit=2)[0].shape == (2, 1, 5, 5)

@@ -143,10 +143,11 @@ def test_a_denoiser_uses_its_condition(tmp_path, monkeypatch):
     from rrcm.data import datasets
     from rrcm.data.datasets import RawDataset, RawSplit
 
-    patterns = np.random.default_rng(0).choice([0, 255], (8, 8, 8)).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    patterns = rng.choice([0, 254], (8, 8, 8)).astype(np.uint8)
     labels = np.arange(160) % 8
-    split = RawSplit(patterns[labels], labels)
-    monkeypatch.setitem(datasets.DATASETS, "patterns", lambda data: RawDataset([*"abcdefgh"], split, split))
+    train, test = (RawSplit(patterns[labels] + rng.integers(0, 2, (160, 8, 8), np.uint8), labels) for _ in range(2))
+    monkeypatch.setitem(datasets.DATASETS, "patterns", lambda data: RawDataset([*"abcdefgh"], train, test))
     monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     overrides = ["data.source=patterns", "denoiser.noise_mean=3.0", "denoiser.noise_std=0.3", "sigmas=[10.0]"]

@@ -514,6 +514,23 @@ def test_report_says_how_many_images_of_which_classes(made, counts: list[int], s
     )
 
 
+def test_report_says_what_was_left_out_or_is_missing(made):
+    config, root = made
+    inputs = read_inputs(config, root)
+    assert inputs.data_notes == [] and "Data:" not in render(config, root, inputs, ["0"])
+    notes = ["left out test images that are training images too (14)", "1 of 3 classes have no test images: *a*"]
+    text = render(config, root, inputs._replace(data_notes=notes), ["0"])
+    assert f"\nData: {notes[0]}.\nData: 1 of 3 classes have no test images: \\*a\\*.\n" in text
+
+
+def test_more_classes_in_the_certificates_than_in_the_shards(made, tmp_path: Path):
+    config, root = made
+    with pytest.raises(
+        RRCMError, match=r"sigma_0.25.tsv: has label 9, but the images in data/shards are of 3 classes; run"
+    ):
+        write_report(config, with_classes(root, ["a", "b", "c"]), tmp_path / "out")
+
+
 @pytest.mark.parametrize("classes", [CLASSES, HOSTILE], ids=["odd", "hostile"])
 @pytest.mark.filterwarnings("error")
 def test_class_names_are_drawn_literally_and_fit(classes: list[str]):
