@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 
 from rrcm.config import Data
 from rrcm.data.datasets import RawDataset, RawSplit, read_dataset
 from rrcm.data.images import decode_image, read_image, refuse_unreadable, to_channels
-from rrcm.data.shards import BLOCK, LABEL, FileEntry, Manifest, Shard, Split
+from rrcm.data.shards import BLOCK, LABEL, FileEntry, Manifest, Shard, Split, first_complaint
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, sha256_file, write_text
 from rrcm.utils.progress import Progress
@@ -44,18 +45,22 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
         dataset, images = split_off_test(dataset, identify_images(dataset, data, pool))
         splits, left_out, repeated = _split(dataset, images, data, seed)
         with atomic_directory(output) as folder:
-            manifest = Manifest(
-                format="rrcm-shards-1",
-                source=data.source,
-                seed=seed,
-                channels=data.channels,
-                image_size=data.image_size,
-                classes=dataset.classes,
-                class_order=dataset.class_order,
-                left_out=_sorted_counts({**dataset.left_out, **left_out}),
-                repeated=_sorted_counts(repeated),
-                splits=_write_splits(folder, splits, dataset.classes, data.shard_size, pool),
-            )
+            written = _write_splits(folder, splits, dataset.classes, data.shard_size, pool)
+            try:
+                manifest = Manifest(
+                    format="rrcm-shards-1",
+                    source=data.source,
+                    seed=seed,
+                    channels=data.channels,
+                    image_size=data.image_size,
+                    classes=dataset.classes,
+                    class_order=dataset.class_order,
+                    left_out=_sorted_counts({**dataset.left_out, **left_out}),
+                    repeated=_sorted_counts(repeated),
+                    splits=written,
+                )
+            except ValidationError as error:  # the reader may be from another package
+                raise RRCMError(f"data.source {data.source}: {first_complaint(error)}; correct its reader") from None
             write_text(folder / "manifest.json", manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
     for note in manifest.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -8,21 +8,22 @@ the image's tar header in its shard, size of the image in bytes, label, key.
 
 import hashlib
 import os
+import re
 import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from rrcm.data.augment import centre_crop, to_array
-from rrcm.data.images import decode_image, describe_left_out, to_channels
+from rrcm.data.images import decode_image, describe_left_out, natural_order, to_channels
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import HINTS, atomic_path, lock_file, sha256_file, writing
 
@@ -32,6 +33,15 @@ OPEN_SHARDS = 128  # file handles kept open; twice as many as training reads fro
 DECODED_BYTES = 256 * 2**20  # a split that fits into this is kept decoded, in each process
 DOWNLOAD_PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
 RERUN_HINT = "run shard-data again (dvc repro shard-data)"
+# Class names of published data sets; labels are indices into them.
+CLASSES = {
+    "digits": list("0123456789"),
+    "fashion_mnist": [
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ],
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+}
 
 
 class _Strict(BaseModel):
@@ -46,37 +56,59 @@ class FileEntry(_Strict):
     """A file of the shard folder, with its size in bytes and its hash."""
 
     name: Name
-    bytes: int
+    bytes: PositiveInt
     sha256: Sha256
 
 
 class Shard(FileEntry):
     """A tar file and its number of samples."""
 
-    samples: int
+    samples: PositiveInt
 
 
 class Split(_Strict):
     """Files of `train`, `val` or `test`."""
 
-    counts: list[int]  # images per class
+    counts: list[NonNegativeInt]  # images per class
     index: FileEntry
     shards: Annotated[list[Shard], Field(min_length=1)]
 
 
 class Manifest(_Strict):
-    """manifest.json: the files with their hashes, the class names, and the settings the shards were written with."""
+    """manifest.json: the files with their hashes, the class names, and the settings the shards were written with.
+
+    A manifest that cannot be one of these shards is refused.
+    """
 
     format: Literal["rrcm-shards-1"]
     source: str
     seed: int
     channels: Literal[1, 3]
-    image_size: int
-    classes: list[str]
+    image_size: PositiveInt
+    classes: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
     class_order: Literal["natural"] | None = None  # of class folders: 2 before 10; None: the data set has its own order
-    left_out: dict[str, int] | None = None  # files and images of the data set's folder that are in no split, by reason
-    repeated: dict[str, int] | None = None  # images in the splits that are there more than once, by kind
+    left_out: dict[str, PositiveInt] | None = None  # files and images of the data set that are in no split, by reason
+    repeated: dict[str, PositiveInt] | None = None  # images in the splits that are there more than once, by kind
     splits: dict[Literal["train", "val", "test"], Split]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.class_order == "natural" and self.classes != sorted(set(self.classes), key=natural_order):
+            raise ValueError("classes are not in natural order")
+        if self.classes != CLASSES.get(self.source, self.classes):
+            raise ValueError(f"classes are not those of {self.source}")
+        for name, split in self.splits.items():
+            files = [split.index, *split.shards]
+            if len(split.counts) != len(self.classes):
+                raise ValueError(f"{name} counts {len(split.counts)} classes, but there are {len(self.classes)}")
+            if sum(split.counts) != sum(shard.samples for shard in split.shards):
+                raise ValueError(f"{name} counts other numbers of images than its shards")
+            if any(re.split("[-.]", file.name)[0] != name for file in files):
+                raise ValueError(f"{name} has files of another split")
+        hashes = [shard.sha256 for split in self.splits.values() for shard in split.shards]
+        if len(set(hashes)) < len(hashes):
+            raise ValueError("two shards are the same")
+        return self
 
     @property
     def notes(self) -> list[str]:
@@ -117,8 +149,8 @@ class ShardedDataset:
         self.split = self.manifest.splits[split]
         self.classes, self.channels = self.manifest.classes, self.manifest.channels
         self.image_size = self.manifest.image_size
-        self.index = self._read_index()
         self.shard_sizes = [shard.samples for shard in self.split.shards]
+        self.index = self._read_index()
         self.starts = np.cumsum([0, *self.shard_sizes[:-1]])
         self.small = len(self) * self.channels * self.image_size**2 <= DECODED_BYTES
         self._files: dict[int, BinaryIO] = {}
@@ -170,12 +202,21 @@ class ShardedDataset:
         path = self._local(entry)
         _check(path, entry)
         index = np.load(path, allow_pickle=False)
-        if index.dtype != np.int64 or index.shape != (sum(shard.samples for shard in self.split.shards), 4):
+        if index.dtype != np.int64 or index.shape != (sum(self.shard_sizes), 4) or not self._is_possible(index):
             raise RRCMError(f"{path}: does not fit manifest.json; {RERUN_HINT}")
         ends = np.repeat([each.bytes for each in self.split.shards], [each.samples for each in self.split.shards])
         if (index < 0).any() or (index[:, OFFSET] + BLOCK + index[:, SIZE] > ends).any():
             raise RRCMError(f"{path}: places a sample outside its shard; {RERUN_HINT}")
         return index
+
+    def _is_possible(self, index: np.ndarray) -> bool:
+        """Whether an index fits the manifest: images inside their shards, counts per class, and keys that differ."""
+        ends = np.repeat([shard.bytes - BLOCK for shard in self.split.shards], self.shard_sizes)
+        sizes, labels = index[:, SIZE], index[:, LABEL]
+        if index.min() < 0 or (sizes > ends).any() or (index[:, OFFSET] > ends - sizes).any():
+            return False
+        counts = np.bincount(labels, minlength=len(self.classes)) if labels.max() < len(self.classes) else []
+        return list(counts) == self.split.counts and len(np.unique(index[:, KEY])) == len(index)
 
     def _local(self, entry: FileEntry) -> Path:
         """Path of the file on this machine; a remote file is downloaded first if it is not in the cache."""
@@ -284,11 +325,14 @@ def _read_manifest(location: str, remote: bool) -> Manifest:
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RRCMError(
-            f"{location}: not a shard manifest ({key + ': ' if key else ''}{first['msg']}); {RERUN_HINT}"
-        ) from None
+        raise RRCMError(f"{location}: not a shard manifest ({first_complaint(error)}); {RERUN_HINT}") from None
+
+
+def first_complaint(error: ValidationError) -> str:
+    """The first thing that is wrong with a manifest, and where."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:

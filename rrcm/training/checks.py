@@ -80,8 +80,6 @@ def _check_data(config: Config, manifest: Manifest) -> None:
             raise RRCMError(
                 f"data.{name} = {wanted}: the shards were written with {found}; correct it, or run shard-data again"
             )
-    if len(manifest.classes) < 2:
-        raise RRCMError(f"data.source = {config.data.source}: has {len(manifest.classes)} class; must have at least 2")
     needed = {"train": 2, "val": 2, "test": 1}  # representations are compared between validation images
     for split, least in needed.items():
         images = sum(manifest.splits[split].counts) if split in manifest.splits else 0

@@ -427,6 +427,83 @@ def test_bad_manifest_and_index(digits: Path, tmp_path: Path):
     assert f"{path}: cannot be read" in complaint(lambda: ShardedDataset(folder, "train"))
 
 
+def set_manifest(folder: Path, **values: object) -> None:
+    """Change manifest.json; a double underscore in a name stands for a level."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, value in values.items():
+        *parents, key = name.split("__")
+        section = manifest
+        for parent in parents:
+            section = section[parent]
+        section[key] = value(section.get(key)) if callable(value) else value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": lambda names: names[::-1]}, "classes are not those of digits"),
+        ({"classes": lambda names: names[:5]}, "classes are not those of digits"),
+        ({"source": "mine", "classes": lambda names: names[:5]}, "train counts 10 classes, but there are 5"),
+        ({"source": "mine", "classes": ["a"]}, "classes: List should have at least 2 items"),
+        ({"source": "mine", "classes": lambda names: ["", *names[1:]]}, "classes.0: String should have at least 1"),
+        (
+            {"source": "imagefolder", "classes": lambda names: names[::-1], "class_order": "natural"},
+            "classes are not in natural order",
+        ),
+        ({"source": "imagefolder", "classes": ["a"] * 10, "class_order": "natural"}, "classes are not in natural"),
+        ({"splits__test__counts": [0] * 10}, "test counts other numbers of images than its shards"),
+        ({"splits__test__counts": lambda counts: [-1, *counts[1:]]}, "splits.test.counts.0: Input should be greater"),
+        ({"splits__test__counts": lambda counts: counts[:9]}, "test counts 9 classes, but there are 10"),
+        ({"splits__test__shards": []}, "splits.test.shards: List should have at least 1 item"),
+        ({"splits__test__index__name": "train.index.npy"}, "test has files of another split"),
+        ({"image_size": 0}, "image_size: Input should be greater than 0"),
+        ({"left_out": {"copies": -3}}, "left_out.copies: Input should be greater than 0"),
+    ],
+)
+def test_a_manifest_that_no_shards_have_is_refused(digits: Path, tmp_path: Path, changes: dict, said: str):
+    folder = copy(digits, tmp_path)
+    set_manifest(folder, **changes)
+    text = complaint(lambda: ShardedDataset(folder, "train"))
+    assert f"{folder}/manifest.json: not a shard manifest ({said}" in text and text.endswith("(dvc repro shard-data)")
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_test_split_that_is_the_training_split_is_refused(digits: Path, tmp_path: Path, renamed: bool):
+    folder = copy(digits, tmp_path)
+    split = json.loads((folder / "manifest.json").read_text())["splits"]["train"]
+    for file in [split["index"], *split["shards"]] if renamed else []:
+        path = folder / file["name"]
+        file["name"] = file["name"].replace("train", "test")
+        shutil.copy(path, folder / file["name"])
+    set_manifest(folder, splits__test=split)
+    said = "two shards are the same" if renamed else "test has files of another split"
+    assert said in complaint(lambda: ShardedDataset(folder, "test"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *((shards.LABEL, value) for value in (1, 10, -1, 2**62)),
+        *((shards.OFFSET, value) for value in (-512, 2**62)),
+        *((shards.SIZE, value) for value in (-1, 2**62)),
+        *((shards.KEY, value) for value in (-1, 1)),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused_before_an_image_is_read(
+    digits: Path, tmp_path: Path, column: int, value: int
+):
+    """Whoever wrote it has put its right hash into the manifest."""
+    folder = copy(digits, tmp_path)
+    path = folder / "test.index.npy"
+    index = np.load(path)
+    assert index[0].tolist()[shards.LABEL :] == [0, 0] and index[1, shards.KEY] == 1
+    index[0, column] = value
+    np.save(path, index)
+    set_manifest(folder, splits__test__index__sha256=sha256_file(path))
+    assert f"{path}: does not fit manifest.json" in complaint(lambda: ShardedDataset(folder, "test"))
+
+
 def test_read_split(digits: Path):
     images = ShardedDataset(digits, "test")
     pixels, labels, rows = read_split(images, 8, every=7, limit=20)

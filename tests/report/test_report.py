@@ -436,11 +436,18 @@ HOSTILE = [
 
 
 def with_classes(root: Path, classes: list[str]) -> Path:
-    """A copy of the inputs in root/../renamed whose manifest and models have other class names."""
+    """A copy of the inputs in root/../renamed whose manifest and models have other class names.
+
+    The last one has all further images of the manifest.
+    """
     copy = root.parent / "renamed"
     shutil.copytree(root, copy, dirs_exist_ok=True)
-    manifest = copy / "data/shards/manifest.json"
-    write_json(manifest, json.loads(manifest.read_text()) | {"classes": classes})
+    path = copy / "data/shards/manifest.json"
+    manifest = json.loads(path.read_text()) | {"classes": classes, "source": "other digits"}
+    for split in manifest["splits"].values():
+        last = len(classes) - 1
+        split["counts"] = [*split["counts"][:last], sum(split["counts"][last:])]
+    write_json(path, manifest)
     for model in copy.glob("models/*/sigma_*/config.json"):
         write_json(model, json.loads(model.read_text()) | {"class_names": classes})
     return copy

@@ -130,10 +130,10 @@ def test_batches_are_shared_by_the_processes(project, monkeypatch, change_of, sa
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ({"classes": ["cat"]}, "data.source = digits: has 1 class; must have at least 2"),
+        ({"classes": ["cat"]}, "data/shards/manifest.json: not a shard manifest (classes: List should have at least 2"),
         ({"val": None}, "data.source = digits: has 0 val images; must have 2 or more"),
-        ({"val": [1, 0]}, "data.source = digits: has 1 val images; must have 2 or more"),
-        ({"test": [0, 0]}, "data.source = digits: has 0 test images; must have 1 or more"),
+        ({"val": 1}, "data.source = digits: has 1 val images; must have 2 or more"),
+        ({"test": None}, "data.source = digits: has 0 test images; must have 1 or more"),
     ],
 )
 def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
@@ -146,7 +146,8 @@ def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
         elif value is None:
             del manifest["splits"][name]
         else:
-            manifest["splits"][name]["counts"] = value
+            manifest["splits"][name]["counts"] = [value] + 9 * [0]
+            manifest["splits"][name]["shards"] = [manifest["splits"][name]["shards"][0] | {"samples": value}]
     (project / "data/shards/manifest.json").write_text(json.dumps(manifest))
     assert said in complaint(project)
 
