@@ -28,17 +28,17 @@ SMALL += ["denoiser.warmup_steps=4", "denoiser.precision=fp32"]
 SMALL += ["certify.n0=20", "certify.n=60", "certify.every=2", "certify.radius_step=0.25"]
 
 
-def write_pathmnist(path: Path, size: int) -> None:
-    """A file in MedMNIST's format: nine tissues, each with a colour of its own."""
-    rng, arrays = np.random.default_rng(0), {}
+def write_tissues(folder: Path, size: int) -> list[str]:
+    """Images of nine tissues, each with a colour of its own; returns the settings that read them."""
+    rng = np.random.default_rng(0)
     colours = np.array([[red, green, 128] for red in (20, 128, 235) for green in (20, 128, 235)])
-    for split, count in (("train", 72), ("val", 9), ("test", 9)):
-        labels = np.arange(count) % 9
-        noise = rng.integers(-20, 21, (count, size, size, 3))
-        arrays[f"{split}_images"] = (colours[labels][:, None, None] + noise).astype(np.uint8)
-        arrays[f"{split}_labels"] = labels.astype(np.uint8)[:, None]
-    path.parent.mkdir(parents=True)
-    np.savez(path, **arrays)
+    for split, count in (("train", 72), ("test", 9)):
+        for number in range(count):
+            path = folder / split / str(number % 9) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = colours[number % 9] + rng.integers(-20, 21, (size, size, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return ["data.source=imagefolder", f"data.root={folder}"]
 
 
 def pretrain_on_stripes(folder: Path, *settings: str) -> Path:
@@ -80,8 +80,7 @@ def test_the_whole_pipeline_at_28_pixels(tmp_path):
     settings = ["profile=kather_28", *SMALL, "model.patch_size=7"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)
     folder = copy_repository(tmp_path / "repository")
-    write_pathmnist(folder / "data/raw/pathmnist/pathmnist.npz", 28)
-    given = ["methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}"]
+    given = [*write_tissues(tmp_path / "tissue", 28), "methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}"]
     compose(folder / "params.yaml", *settings, *given)
     found = ran(run(folder, "python", "stages/repro.py", "--jobs", "2"))
     assert {"denoiser@trained", "finetune@gaussian-0.001", "finetune@rrcm", "certify@dds", "plot"} <= found
@@ -96,8 +95,7 @@ def test_the_whole_pipeline_at_28_pixels(tmp_path):
 def test_training_and_certification_at_224_pixels(tmp_path):
     settings = ["profile=kather", *SMALL, "model.patch_size=56"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)
-    write_pathmnist(tmp_path / "tissue/pathmnist_224.npz", 224)
-    given = ["methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}", f"data.root={tmp_path / 'tissue'}"]
+    given = [*write_tissues(tmp_path / "tissue", 224), "methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}"]
     compose(tmp_path / "params.yaml", *settings, *given)
     do(tmp_path, ["shard_data"], ["denoiser"], ["finetune", "gaussian", "0.001"])
     for method in ("rrcm", "dds"):

@@ -6,6 +6,7 @@ no official ones, are split off the training images later, when the shards are w
 
 import difflib
 import gzip
+import hashlib
 import math
 import os
 import tarfile
@@ -29,6 +30,7 @@ from rrcm.data.images import (
     list_images,
     natural_order,
 )
+from rrcm.data.shards import CLASSES
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, in_repository
 
@@ -38,6 +40,19 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the Python version is a pickle
 CIFAR10_FILES = ["batches.meta.txt", *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+# What the unpacked files hold, as `git hash-object FILE` prints it. Archives differ: Debian compresses its own.
+CONTENTS = {
+    "train-images-idx3-ubyte": "ff2f5a96367a3c1656f09c93649f07143ff8b11e",  # Fashion-MNIST; MNIST has the same names
+    "train-labels-idx1-ubyte": "30424ca2ea876655f5bba14f9f07132769687975",
+    "t10k-images-idx3-ubyte": "37bac79bc6f002d965f363e0b20514904504a4d9",
+    "t10k-labels-idx1-ubyte": "2195a4d0957e013db98d03e51697e2315816cce2",
+    "data_batch_1.bin": "da09f891072747be90e69e4f00ba7cba870dc87e",  # CIFAR-10
+    "data_batch_2.bin": "7e958840b7a55df3353574298ebc9ca0e4bba48e",
+    "data_batch_3.bin": "5259a3e9674ffdf2d5c33a1067f7192ff06c9e2f",
+    "data_batch_4.bin": "301e7d16d78428f13262e87a5bc78ed45b8224aa",
+    "data_batch_5.bin": "51fe428dfbdd065852912743ae8b7b63bb1e9d8d",
+    "test_batch.bin": "e3f3b4653f18f27ada1558cabc3352a3ed1b25cc",
+}
 
 
 class RawSplit(NamedTuple):
@@ -75,6 +90,9 @@ def read_dataset(data: Data) -> RawDataset:
             f"data.root {data.root}: holds one class, {name}; a classifier needs two. "
             "Set data.root to the folder whose subfolders are the classes"
         )
+    for split in (dataset.train, dataset.test):
+        if split is not None:
+            _checked(split, len(dataset.classes), f"data.source {data.source}")  # its reader may be another package's
     return dataset
 
 
@@ -84,8 +102,7 @@ def read_digits(data: Data) -> RawDataset:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    classes = [str(digit) for digit in digits.target_names]
-    return RawDataset(classes, RawSplit(images, digits.target.astype(np.int64)), None)
+    return RawDataset(CLASSES["digits"], RawSplit(images, digits.target.astype(np.int64)), None)
 
 
 def read_fashion_mnist(data: Data) -> RawDataset:
@@ -104,7 +121,8 @@ def read_fashion_mnist(data: Data) -> RawDataset:
         )
         for name in ("train", "t10k")
     )
-    return RawDataset(FashionMNIST.classes, _checked(train, 10, folder), _checked(test, 10, folder), published=True)
+    classes = CLASSES["fashion_mnist"]
+    return RawDataset(classes, _checked(train, 10, folder), _checked(test, 10, folder), published=True)
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -117,7 +135,19 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     shape = tuple(np.frombuffer(content[4:start], ">i4").tolist())
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != start + math.prod(shape):
         raise RRCMError(f"{path}: not an idx file of {dimensions} dimensions, or truncated; download it again")
+    _check_content(path, path.stem, content)
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _check_content(path: Path, name: str, content: bytes) -> None:
+    """Raise `RRCMError` unless the content is that of the published file `name`, wherever it is from."""
+    digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+    digest.update(content)
+    if digest.hexdigest() != CONTENTS[name]:
+        raise RRCMError(
+            f"{path}: has other content than the published {name}, which other data sets may have too; download it "
+            "again, or set data.root to the right folder"
+        )
 
 
 def read_cifar10(data: Data) -> RawDataset:
@@ -151,6 +181,9 @@ def read_cifar10(data: Data) -> RawDataset:
     for name, content in zip(names, [*batches, test], strict=True):
         if not content or len(content) % 3073:
             raise RRCMError(f"{folder / name}: has {len(content)} bytes, not a multiple of 3073; download it again")
+        _check_content(folder / name, name, content)
+    if classes != CLASSES["cifar10"]:
+        raise RRCMError(f"{folder / 'batches.meta.txt'}: has other class names than CIFAR-10; download it again")
     train, test = (
         RawSplit(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])  # stored as planes R, G, B
         for records in (np.frombuffer(c, np.uint8).reshape(-1, 3073) for c in (b"".join(batches), test))
@@ -166,16 +199,18 @@ def read_pathmnist(data: Data) -> RawDataset:
     At 224 pixels the training images take 14 GB of memory.
     """
     from medmnist import INFO
-    from torchvision.datasets.utils import download_url
+    from torchvision.datasets.utils import check_md5, download_url
 
     if data.image_size not in (28, 64, 128, 224):
         raise RRCMError(f"data.image_size {data.image_size}: pathmnist comes in 28, 64, 128 and 224 pixels; choose one")
     info, flag = INFO["pathmnist"], "" if data.image_size == 28 else f"_{data.image_size}"
     path = _download_folder(data) / f"pathmnist{flag}.npz"
+    url, md5 = info[f"url{flag}"], info[f"MD5{flag}"]
     if not path.exists():
-        url, md5 = info[f"url{flag}"], info[f"MD5{flag}"]
         _download("pathmnist", url, lambda: download_url(url, path.parent, path.name, md5))
     try:
+        if not check_md5(path, md5):
+            raise RRCMError(f"{path}: has other content than the published file; delete it to download again")
         with np.load(path, allow_pickle=False) as archive:
             train, test = (RawSplit(archive[f"{s}_images"], archive[f"{s}_labels"].ravel()) for s in ("train", "test"))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
@@ -296,13 +331,13 @@ def _download(name: str, address: str, action: Callable[[], object]) -> None:
         raise RRCMError(f"{problem}; download it by hand and set data.root") from None
 
 
-def _checked(split: RawSplit, num_classes: int, source: Path) -> RawSplit:
+def _checked(split: RawSplit, num_classes: int, source: Path | str) -> RawSplit:
     """The split with int64 labels. Raises `RRCMError` unless each image has one label in 0..num_classes-1."""
     images, labels = split.images, split.labels.astype(np.int64)
     if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise RRCMError(
-            f"{source}: {len(labels)} labels for {len(images)} images, or a label above {num_classes - 1}; "
-            "download it again"
+            f"{source}: {len(labels)} labels for {len(images)} images, or a label outside 0..{num_classes - 1}; "
+            "correct it or download it again"
         )
     return RawSplit(images, labels)
 

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import os
+import subprocess
 import tarfile
 import threading
 from collections import Counter
@@ -24,7 +25,7 @@ from rrcm.data import datasets
 from rrcm.data.datasets import DATASETS, RawDataset, RawSplit, read_dataset
 from rrcm.data.images import LISTED
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedDataset
+from rrcm.data.shards import CLASSES, ShardedDataset
 from rrcm.utils.errors import RRCMError
 
 
@@ -95,7 +96,13 @@ def write_fashion(folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_fashion_mnist_from_a_folder(tmp_path: Path):
+@pytest.fixture
+def other_contents(monkeypatch: pytest.MonkeyPatch):
+    """Small files of noise are accepted in place of the published ones."""
+    monkeypatch.setattr(datasets, "_check_content", lambda *_: None)
+
+
+def test_fashion_mnist_from_a_folder(tmp_path: Path, other_contents: None):
     arrays = write_fashion(tmp_path)
     dataset = read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
     assert dataset.classes[9] == "Ankle boot"
@@ -103,7 +110,9 @@ def test_fashion_mnist_from_a_folder(tmp_path: Path):
     assert np.array_equal(dataset.test.labels, arrays["t10k-labels-idx1-ubyte.gz"])
 
 
-def test_fashion_mnist_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
+def test_fashion_mnist_download(
+    tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, other_contents: None
+):
     folder, address = web
     arrays = write_fashion(folder)
     sums = [(name, hashlib.md5((folder / name).read_bytes()).hexdigest()) for name in arrays]
@@ -119,7 +128,7 @@ def test_fashion_mnist_download(tmp_path: Path, web: tuple[Path, str], monkeypat
 
 
 @pytest.mark.parametrize("damage", ["cut", "short", "header", "label", "count"])
-def test_fashion_mnist_damaged(tmp_path: Path, damage: str):
+def test_fashion_mnist_damaged(tmp_path: Path, damage: str, other_contents: None):
     arrays = write_fashion(tmp_path)
     images, labels = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
     content = (tmp_path / images).read_bytes()
@@ -137,6 +146,62 @@ def test_fashion_mnist_damaged(tmp_path: Path, damage: str):
     with pytest.raises(RRCMError, match=str(tmp_path)) as error:
         read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
     assert "download" in one_line(error)
+
+
+@pytest.mark.parametrize("source", ["fashion_mnist", "cifar10", "pathmnist"])
+def test_files_of_another_data_set_are_refused(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch):
+    """MNIST, for one, has files of the same names and shapes, whose digits would be trained on as clothes."""
+    size, name = {
+        "fashion_mnist": (28, "train-images-idx3-ubyte.gz"),
+        "cifar10": (32, "data_batch_1.bin"),
+        "pathmnist": (28, "pathmnist.npz"),
+    }[source]
+    write_fashion(tmp_path)
+    write_cifar(tmp_path)
+    np.savez(tmp_path / "pathmnist.npz", **path_mnist())
+    with pytest.raises(RRCMError, match=f"{tmp_path / name}: has other content than the published") as error:
+        read_dataset(settings(source, tmp_path, size))
+    assert "download" in one_line(error)
+    if source != "pathmnist":  # the file is accepted by its content, packed as it may be
+        content = (tmp_path / name).read_bytes()
+        content = gzip.decompress(content) if name.endswith(".gz") else content
+        (tmp_path / "unpacked").write_bytes(content)
+        printed = subprocess.run(["git", "hash-object", tmp_path / "unpacked"], capture_output=True, text=True)
+        monkeypatch.setitem(datasets.CONTENTS, name.removesuffix(".gz"), printed.stdout.strip())
+        with pytest.raises(RRCMError) as error:
+            read_dataset(settings(source, tmp_path, size))
+        assert f"{tmp_path / name}: has" not in one_line(error)  # but the next one
+
+
+def test_class_names_of_other_images_are_refused(tmp_path: Path, other_contents: None):
+    write_cifar(tmp_path)
+    (tmp_path / "batches.meta.txt").write_text("\r\n".join(CLASSES["cifar10"]) + "\r\n")  # by way of Windows
+    assert read_dataset(settings("cifar10", tmp_path, 32)).classes == CLASSES["cifar10"]
+    (tmp_path / "batches.meta.txt").write_text("\n".join(CLASSES["cifar10"][::-1]))
+    with pytest.raises(RRCMError, match=r"batches.meta.txt: has other class names than CIFAR-10; download") as error:
+        read_dataset(settings("cifar10", tmp_path, 32))
+    one_line(error)
+    assert CLASSES["fashion_mnist"] == FashionMNIST.classes
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [-1, 0, 1], [0, 1]])
+def test_labels_of_a_reader_are_checked(monkeypatch: pytest.MonkeyPatch, labels: list[int]):
+    split = RawSplit(np.zeros((3, 8, 8), np.uint8), np.array(labels))
+    monkeypatch.setitem(DATASETS, "mine", lambda data: RawDataset(["a", "b"], split, None))
+    with pytest.raises(RRCMError, match=r"data.source mine: \d labels for 3 images, or a label outside 0..1") as error:
+        read_dataset(settings("mine"))
+    one_line(error)
+
+
+def test_names_that_no_manifest_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = np.arange(64 * 20, dtype=np.uint8).reshape(20, 8, 8)
+    dataset = RawDataset(
+        ["a", ""], RawSplit(images + np.arange(20, dtype=np.uint8)[:, None, None], np.arange(20) % 2), None
+    )
+    monkeypatch.setitem(DATASETS, "mine", lambda data: dataset)
+    with pytest.raises(RRCMError, match=r"data.source mine: classes.1: .*; correct its reader") as error:
+        write_shards(settings("mine", channels=1), 0, tmp_path / "shards")
+    assert one_line(error) and not (tmp_path / "shards").exists()
 
 
 @pytest.mark.skipif(not datasets.DEBIAN_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not here")
@@ -159,12 +224,13 @@ def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         rows = range(20 * i, 20 * i + 20)
         records = (bytes([labels[r], *pixels[r].transpose(2, 0, 1).tobytes()]) for r in rows)
         (folder / f"{name}.bin").write_bytes(b"".join(records))
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta.txt").write_text("\n".join(names) + "\n\n")  # the real file ends with an empty line
+    (folder / "batches.meta.txt").write_text(
+        "\n".join(CLASSES["cifar10"]) + "\n\n"
+    )  # the real file ends with an empty line
     return pixels, labels
 
 
-def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
+def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, other_contents: None):
     folder, address = web
     pixels, labels = write_cifar(tmp_path / "cifar-10-batches-bin")
     archive = folder / "cifar-10-binary.tar.gz"
@@ -204,7 +270,7 @@ def test_an_archive_cannot_leave_its_folder(tmp_path: Path, web: tuple[Path, str
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "label"])
-def test_cifar10_damaged(tmp_path: Path, damage: str):
+def test_cifar10_damaged(tmp_path: Path, damage: str, other_contents: None):
     write_cifar(tmp_path)
     path = tmp_path / "data_batch_3.bin"
     match damage:
@@ -260,7 +326,7 @@ class _Code:
 
 
 @pytest.mark.parametrize("damage", ["cut", "pickle", "shape", "label", "key", "npy"])
-def test_pathmnist_damaged(tmp_path: Path, damage: str):
+def test_pathmnist_damaged(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch):
     path, arrays = tmp_path / "pathmnist.npz", path_mnist()
     if damage == "pickle":
         arrays["train_images"] = np.array([_Code(tmp_path / "ran")], object)
@@ -275,6 +341,7 @@ def test_pathmnist_damaged(tmp_path: Path, damage: str):
         path.write_bytes(path.read_bytes()[:-50])
     if damage == "npy":
         np.save(path.open("wb"), arrays["train_images"])
+    monkeypatch.setitem(medmnist.INFO["pathmnist"], "MD5", hashlib.md5(path.read_bytes()).hexdigest())
     with pytest.raises(RRCMError, match=str(path)) as error:
         read_dataset(settings("pathmnist", tmp_path, 28))
     one_line(error)
@@ -417,7 +484,9 @@ def test_an_idx_file_needs_its_whole_header(tmp_path: Path):
         read_dataset(settings("fashion_mnist", tmp_path, 28, 1))
 
 
-def test_relative_folders_are_found_from_a_copy_that_dvc_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_folders_are_found_from_a_copy_that_dvc_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_contents: None
+):
     """Queued experiments run in one, without the files that git ignores."""
     write_folders(tmp_path / "pictures", {"a": 5, "b": 5})
     write_fashion(tmp_path / "data/raw/fashion_mnist")

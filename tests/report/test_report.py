@@ -533,7 +533,7 @@ def test_report_says_what_was_left_out_or_is_missing(made):
 def test_more_classes_in_the_certificates_than_in_the_shards(made, tmp_path: Path):
     config, root = made
     with pytest.raises(
-        RRCMError, match=r"sigma_0.25.tsv: has label 9, but the images in data/shards are of 3 classes; run"
+        RRCMError, match=r"data/shards/test.index.npy: does not fit manifest.json; run shard-data again"
     ):
         write_report(config, with_classes(root, ["a", "b", "c"]), tmp_path / "out")
 
