@@ -13,7 +13,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self
 
@@ -230,7 +229,6 @@ class ShardedDataset:
             with lock:
                 lock_file(lock, wait=True)  # several loader workers may need the same shard
                 if not path.exists():
-                    _delete_abandoned(path)
                     _download(f"{self.root}/{entry.name}", path, entry)
         return path
 
@@ -357,7 +355,7 @@ def _download(url: str, path: Path, entry: FileEntry) -> None:
 
     Where locks do not reach, as between machines, several processes may do so at once.
     """
-    with atomic_path(path, shared=True) as scratch:
+    with atomic_path(path) as scratch:
         try:
             _fetch(url, scratch)
         except OSError as error:
@@ -370,14 +368,6 @@ def _download(url: str, path: Path, entry: FileEntry) -> None:
             raise RRCMError(
                 f"{url}: does not match manifest.json: damaged or from another run; upload the shards again"
             )
-
-
-def _delete_abandoned(path: Path) -> None:
-    """Delete what downloads to `path` left that were killed: files that have not grown for a day."""
-    for scratch in path.parent.glob(f".{path.name}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - scratch.stat().st_mtime > 24 * 3600:
-                scratch.unlink()
 
 
 def _fetch(url: str, path: Path) -> None:

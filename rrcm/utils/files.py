@@ -13,11 +13,15 @@ import hashlib
 import io
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -31,6 +35,8 @@ MAX_JSON_BYTES = 64 * 2**20
 HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
 HINTS |= dict.fromkeys((errno.EACCES, errno.EPERM), "get permission to write there")
 HINTS |= {errno.EROFS: "mount it writable", errno.EMFILE: "raise the limit of open files (ulimit -n)"}
+UNCHANGED = "nothing was overwritten"
+ABANDONED = 24 * 3600  # seconds after which another machine's scratch file is taken for that of a killed process
 
 
 @contextmanager
@@ -50,28 +56,78 @@ def writing(path: Path | str, addition: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path | str, *, shared: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
-    A symbolic link is replaced, not followed: it may lead into DVC's cache. With `shared`, several processes may write
-    `path` at once. On any error the temporary file is removed and `path` is unchanged. A failed write (disk full, file
-    too large, no permission) raises `RRCMError` naming `path`.
+    A symbolic link is replaced, not followed: it may lead into DVC's cache. Several processes may write `path` at once:
+    each has a temporary file of its own, and the last one wins. On any error that file is removed and `path` is
+    unchanged. A failed write (disk full, file too large, no permission) raises `RRCMError` naming `path`.
     """
     path = Path(path)
-    writer = f".{os.uname().nodename}-{os.getpid()}" if shared else ""  # else the next run overwrites what is left
-    scratch = path.with_name(f".{path.name}{writer}.tmp")
-    with writing(path, "nothing was overwritten"):
-        try:
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise RRCMError(f"{path}: is a device or a pipe; give the path of a file")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.unlink(missing_ok=True)  # it may be another user's, who was killed
-            yield scratch
-            _flush_file(scratch)
-            _put_file(scratch, path)
-        finally:
-            with suppress(OSError):
-                scratch.unlink(missing_ok=True)
+    with writing(path, UNCHANGED), _scratch_file(path) as scratch:
+        yield scratch
+        _flush_file(scratch)
+        _put_file(scratch, path)
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write the files of one run, so that those of two runs never lie side by side.
+
+    All are complete on the disk before the first changes. Then those of an earlier run are deleted but for the first,
+    and the new ones are renamed into place. Raises `RRCMError` as `atomic_path` does.
+    """
+    with claimed(*contents, wait=True), ExitStack() as stack:
+        scratches = {}
+        for path, content in contents.items():
+            with writing(path, UNCHANGED):
+                scratches[path] = stack.enter_context(_scratch_file(path))
+                scratches[path].write_bytes(content)
+                _flush_file(scratches[path])
+        _, *others = scratches
+        for path in others:
+            with suppress(OSError):  # as a mount point, whose content is replaced below
+                path.unlink(missing_ok=True)
+        for path, scratch in scratches.items():
+            with writing(path, f"not all of {', '.join(map(str, scratches))} are of this run; run it again"):
+                _put_file(scratch, path)
+
+
+@contextmanager
+def _scratch_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file that no other process has, and which is deleted at the end if it is there."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RRCMError(f"{path}: is a device or a pipe; give the path of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}-{os.uname().nodename}.tmp")
+    try:
+        yield scratch
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete the scratch files of processes that were killed while they wrote `path`.
+
+    Those of another machine are deleted when they have not grown for a day.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})-[0-9a-f]{{8}}-(.*)\.tmp")
+    with suppress(OSError):
+        for file, found in [(file, name.fullmatch(file.name)) for file in path.parent.iterdir()]:
+            if found and (
+                time.time() - file.stat().st_mtime > ABANDONED
+                or (found[2] == os.uname().nodename and not _is_running(int(found[1])))
+            ):
+                file.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH  # it may be another user's
+    return True
 
 
 def check_output(path: Path | str) -> None:
@@ -113,22 +169,22 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     scratch, ready = (path.with_name(f".{path.name}{name}.tmp") for name in ("", ".ready"))
-    unchanged, complete = "nothing was overwritten", f"{scratch} is complete, the next run will put it into place"
-    with writing(path, complete if ready.exists() else unchanged):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _swap(path, scratch, ready)
-        _delete(scratch)
-        scratch.mkdir()
-    try:
-        with writing(path, unchanged):
-            yield scratch
-            _flush_tree(scratch)
-            ready.touch()
-        with writing(path, complete):
+    complete = f"{scratch} is complete, the next run will put it into place"
+    with claimed(path, wait=True):
+        with writing(path, complete if ready.exists() else UNCHANGED):
             _swap(path, scratch, ready)
-    finally:
-        if not ready.exists():
-            shutil.rmtree(scratch, ignore_errors=True)
+            _delete(scratch)
+            scratch.mkdir()
+        try:
+            with writing(path, UNCHANGED):
+                yield scratch
+                _flush_tree(scratch)
+                ready.touch()
+            with writing(path, complete):
+                _swap(path, scratch, ready)
+        finally:
+            if not ready.exists():
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _swap(path: Path, scratch: Path, ready: Path) -> None:
@@ -204,6 +260,68 @@ def _flush_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(*paths: Path, wait: bool = False) -> Iterator[None]:
+    """Let no other process write `paths` meanwhile that claims them too. What this process has claimed stays so.
+
+    A lock file lies beside each path until the end. Raises `RRCMError` if another process has claimed one; with `wait`,
+    waits for it instead. The order of locks is that of their names, so two processes never wait for each other.
+    """
+    with ExitStack() as stack:
+        for place, path in sorted((Path(os.path.realpath(path.parent)) / path.name, path) for path in paths):
+            if place not in _claims:
+                stack.enter_context(_claim(place, path, wait))
+        yield
+
+
+_claims: set[Path] = set()  # of this process
+
+
+@contextmanager
+def _claim(place: Path, path: Path, wait: bool) -> Iterator[None]:
+    with writing(path, UNCHANGED):
+        name = place.with_name(f".{place.name}.lock.tmp")
+        if (lock := open_locked(name)) is None and wait:
+            print(f"note: waits until another process has written {path}", file=sys.stderr)
+            lock = open_locked(name, wait=True)
+    if lock is None:
+        raise RRCMError(f"{path}: another process is writing it; wait for that, stop it, or choose another path")
+    _claims.add(place)
+    try:
+        yield
+    finally:
+        _claims.remove(place)
+        with suppress(OSError):
+            Path(lock.name).unlink(missing_ok=True)  # while it is locked
+        lock.close()
+
+
+def open_locked(path: Path, *, wait: bool = False) -> IO | None:
+    """Make the file `path` and lock it for this process until it is closed; None if another has. Raises OSError."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        if not lock_file(file, wait=wait, unprotected="do not start the same run twice at once"):
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                _close_in_children(file)  # loader workers may live longer than this process
+                return file
+        file.close()  # the process that had it before has deleted it
+
+
+def _close_in_children(file: IO) -> None:
+    """Close an open file in each process that is forked from now on, as long as this one has it open."""
+    reference = weakref.ref(file)
+
+    def close() -> None:
+        if (found := reference()) is not None:
+            found.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def lock_file(file: IO, *, wait: bool = False, unprotected: str = "") -> bool:

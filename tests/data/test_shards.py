@@ -654,7 +654,7 @@ def test_two_downloads_at_once_do_not_mix(web, tmp_path: Path, monkeypatch: pyte
 
     images = ShardedDataset(address, "train", cache)
     name = f".{images.split.shards[0].sha256}.tar"
-    other, abandoned = cache / f"{name}.node2-7.tmp", cache / f"{name}.node3-7.tmp"
+    other, abandoned = cache / f"{name}.7-0123abcd-node2.tmp", cache / f"{name}.7-0123abcd-node3.tmp"
     abandoned.write_bytes(b"killed")
     os.utime(abandoned, (0, 0))
     monkeypatch.setattr(shards, "_fetch", fetch_while_another_does)

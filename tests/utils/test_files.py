@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import (
     atomic_directory,
     atomic_path,
+    claimed,
     has_locks,
     in_repository,
     lock_file,
     read_json,
     read_text,
     write_text,
+    write_together,
     writing,
 )
 
@@ -80,8 +83,8 @@ def test_a_folder_is_replaced_wherever_it_is(tmp_path, monkeypatch, place):
     assert names(tmp_path) == ["out"]
 
 
-def killed_at(step: int, path: Path) -> bool:
-    """Replace the folder in a child that ends at once before its `step`-th change of the disk; False: it has fewer."""
+def killed_at(step: int, write: Callable[[], None]) -> bool:
+    """Write in a child that ends at once before its `step`-th change of the disk; False: it has fewer."""
     pid = os.fork()
     if pid == 0:
         changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -97,7 +100,7 @@ def killed_at(step: int, path: Path) -> bool:
         status = 1
         try:
             sys.addaudithook(count)
-            replace_folder(path)
+            write()
             status = 0
         finally:
             os._exit(status)
@@ -114,7 +117,7 @@ def test_a_kill_at_any_step_loses_neither_folder(tmp_path, monkeypatch, place):
         fill(path, OLD)
         cannot_rename(monkeypatch, place, path)
         step += 1
-        if not killed_at(step, path):
+        if not killed_at(step, lambda: replace_folder(path)):
             break
         with pytest.raises(RuntimeError), atomic_directory(path):
             raise RuntimeError("stopped early")
@@ -209,15 +212,28 @@ def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
     assert names(tmp_path) == ["pipe"] and not (tmp_path / "pipe").is_file()
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_a_killed_run_left_is_overwritten_unless_others_may_be_writing_it(tmp_path, shared):
-    left = tmp_path / ".file.tmp"
-    left.mkdir() if shared else left.symlink_to("elsewhere")
-    with atomic_path(tmp_path / "file", shared=shared) as scratch:
+@pytest.mark.parametrize(
+    ("process", "node", "age", "stays"),
+    [("dead", "here", 0, False), ("alive", "here", 0, True), ("dead", "there", 0, True), ("alive", "there", 1, False)],
+)
+def test_what_a_killed_run_left_is_deleted_and_what_another_is_writing_is_not(tmp_path, process, node, age, stays):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    pid, name = child if process == "dead" else os.getppid(), os.uname().nodename if node == "here" else "node2"
+    left = tmp_path / f".file.{pid}-0123abcd-{name}.tmp"
+    left.write_text("a part")
+    if age:
+        os.utime(left, (0, 0))
+    others = [tmp_path / ".file.2.7-0123abcd-x.tmp", tmp_path / ".file.lock.tmp", tmp_path / ".other.7-0123abcd-x.tmp"]
+    for other in others:
+        other.touch()
+    with atomic_path(tmp_path / "file") as scratch:
         scratch.write_text("new")
-        assert (scratch == left) == (not shared)
-    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "elsewhere").exists()
-    assert left.exists() == shared
+        assert scratch != left
+    assert (tmp_path / "file").read_text() == "new" and left.exists() == stays
+    assert {path for path in tmp_path.iterdir() if path not in (left, tmp_path / "file")} == set(others)
 
 
 def fail(number: int, name: str | None = None):
@@ -235,7 +251,7 @@ def fail(number: int, name: str | None = None):
     ("module", "step", "number", "line"),
     [
         (os, "fsync", errno.ENOSPC, r"\(No space left on device\); free some space"),
-        (os, "unlink", errno.EROFS, r"\(Read-only file system: \S*\.out\.\S*tmp\); mount it writable"),
+        (Path, "open", errno.EROFS, r"\(Read-only file system: \S*\.out\.\S*tmp\); mount it writable"),
         (Path, "mkdir", errno.EACCES, r"\(Permission denied: \S*\); get permission to write there"),
     ],
 )
@@ -251,15 +267,139 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, write, module
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), replace_folder], ids=["file", "folder"])
-def test_leftovers_of_another_user_are_named(tmp_path, monkeypatch, write):
+def test_leftovers_of_another_user_are_named(tmp_path, monkeypatch):
     path, left = tmp_path / "out", tmp_path / ".out.tmp"
-    fill(left, OLD) if write is replace_folder else left.write_bytes(b"old")
+    fill(left, OLD)
     monkeypatch.setattr(shutil, "rmtree", fail(errno.EACCES, "a"))  # it names the last part of a path only
-    monkeypatch.setattr(os, "unlink", lambda path: fail(errno.EACCES)(path) if os.path.lexists(path) else None)
     with pytest.raises(RRCMError, match=rf"^{path}: cannot write it \(Permission denied: {left}\); get permission"):
-        write(path)
+        replace_folder(path)
     assert left.exists() and not path.exists()
+
+
+def test_a_kill_at_any_step_leaves_no_files_of_two_runs_side_by_side(tmp_path):
+    """And nothing else, once another run has written."""
+    paths, seen, step = [tmp_path / name for name in ("a.tsv", "a.files.tsv", "b.png")], set(), 0
+    while True:
+        for path in paths:
+            path.write_bytes(b"old")
+        step += 1
+        killed = killed_at(step, lambda: write_together(dict.fromkeys(paths, b"new")))
+        found = {path.read_bytes() for path in paths if path.exists()}
+        assert len(found) == 1, step
+        seen |= found
+        write_together(dict.fromkeys(paths, b"newer"))
+        assert files_of(tmp_path) == {path.name: b"newer" for path in paths}
+        if not killed:
+            break
+    assert step > 5 and seen == {b"old", b"new"}
+
+
+def test_an_error_before_the_first_file_changes_leaves_all(tmp_path):
+    """An error later does not say that nothing was overwritten."""
+    contents = {tmp_path / name: b"new" for name in ("a", "b", "folder")}
+    for path in contents:
+        path.mkdir() if path.name == "folder" else path.write_bytes(b"old")
+    (tmp_path / "folder/file").touch()  # it cannot be replaced by a file
+    with pytest.raises(RRCMError, match=r"folder: cannot write it .*; not all of .* are of this run; run it again$"):
+        write_together(contents)
+    assert {(tmp_path / name).read_bytes() for name in "ab"} == {b"new"}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RRCMError, match="pipe: is a device or a pipe"):
+        write_together({tmp_path / "a": b"newer", tmp_path / "pipe": b"newer"})
+    assert names(tmp_path) == ["a", "b", "folder", "pipe"] and (tmp_path / "a").read_bytes() == b"new"
+
+
+class Child:
+    """A forked process that says when it has come to a point, and waits there until it is let go."""
+
+    def __init__(self, work: Callable[[Callable[[], None]], None]):
+        (here, says), (waits, self.go) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.go)
+            status = 1
+            try:
+                work(lambda: (os.write(says, b"1"), os.read(waits, 1)))
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(says)
+        assert os.read(here, 1) == b"1"
+
+    def end(self) -> int:
+        os.close(self.go)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_what_another_process_has_claimed_is_refused_until_it_ends(tmp_path):
+    """Under any name of its folder. Other paths are free."""
+    (tmp_path / "link").symlink_to(".")
+
+    def hold(pause: Callable[[], None]) -> None:
+        with claimed(tmp_path / "a", tmp_path / "b"):
+            pause()
+
+    child = Child(hold)
+    for path in (tmp_path / "b", tmp_path / "link/a"):
+        complaint = pytest.raises(
+            RRCMError, match=f"^{path}: another process is writing it; wait for that, stop it, or"
+        )
+        with complaint, claimed(tmp_path / "c", path):
+            pass
+    with claimed(tmp_path / "c"), claimed(tmp_path / "c"):  # what this process has it may claim again
+        pass
+    assert child.end() == 0
+    with claimed(tmp_path / "a", tmp_path / "b"):
+        assert names(tmp_path) == [".a.lock.tmp", ".b.lock.tmp", "link"]
+    assert names(tmp_path) == ["link"]
+
+
+def test_files_of_one_process_wait_for_those_of_another(tmp_path, capsys):
+    paths = [tmp_path / "a", tmp_path / "b"]
+
+    def write_slowly(pause: Callable[[], None]) -> None:
+        with claimed(*paths):
+            paths[0].write_bytes(b"theirs")
+            pause()
+            paths[1].write_bytes(b"theirs")
+
+    child = Child(write_slowly)
+    with claimed(tmp_path / "c"):  # both go on at once
+        os.write(child.go, b"1")
+        write_together(dict.fromkeys(paths, b"ours"))
+    assert child.end() == 0 and {path.read_bytes() for path in paths} == {b"ours"}
+
+
+def test_two_processes_have_scratch_files_of_their_own(tmp_path):
+    """The one that ends last wins, whole."""
+    path = tmp_path / "file"
+
+    def write(pause: Callable[[], None]) -> None:
+        with atomic_path(path) as scratch:
+            scratch.write_bytes(b"the")
+            pause()
+            scratch.write_bytes(b"theirs")
+
+    child = Child(write)
+    with atomic_path(path) as scratch:
+        scratch.write_bytes(b"ours")
+        assert len(names(tmp_path)) == 2
+    assert path.read_bytes() == b"ours"
+    assert child.end() == 0 and path.read_bytes() == b"theirs" and names(tmp_path) == ["file"]
+
+
+def test_a_lock_that_was_deleted_meanwhile_is_not_held(tmp_path, monkeypatch):
+    """Its last holder deletes it between the opening and the locking of the next one."""
+    path, locked, deleted = tmp_path / "lock", files.lock_file, []
+
+    def lock_late(file, **options) -> bool:
+        if not deleted:
+            deleted.append(path.unlink())
+        return locked(file, **options)
+
+    monkeypatch.setattr(files, "lock_file", lock_late)
+    with files.open_locked(path) as file:
+        assert deleted and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
