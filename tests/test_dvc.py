@@ -29,7 +29,16 @@ MODULES = {
     "plot": "rrcm.report.build",
 }
 # Modules that can stop a stage but not change what it computes. Settings and the method table are watched by value.
-NO_RESULTS = {"config", "methods", "utils.app", "utils.errors", "utils.files", "utils.progress", "utils.provenance"}
+NO_RESULTS = {
+    "config",
+    "methods",
+    "utils.app",
+    "utils.describe",
+    "utils.errors",
+    "utils.files",
+    "utils.progress",
+    "utils.provenance",
+}
 NO_RESULTS |= {"utils.resume", "utils.tensors", "data.verification"}
 
 

@@ -7,14 +7,15 @@ ones. It is deleted when the outputs are in place.
 import ast
 import errno
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import sys
-import weakref
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import IO
 
@@ -22,9 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from rrcm.utils.describe import Description
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_path, in_repository, lock_file, sha256_file, write_text, writing
+from rrcm.utils.files import atomic_path, in_repository, open_locked, sha256_file, write_text, writing
 from rrcm.utils.tensors import write_tensors
+
+STDLIB = sysconfig.get_path("stdlib")
 
 
 def runs_directory() -> Path:
@@ -32,37 +36,80 @@ def runs_directory() -> Path:
     return Path(os.environ.get("RRCM_RUNS") or in_repository("runs").absolute())
 
 
-def source_files(module: str) -> dict[str, Path]:
-    """A module of rrcm and all modules of rrcm that it imports, directly or not, by name."""
+def source_files(*modules: str) -> dict[str, Path]:
+    """The files of modules, and of all modules of rrcm that they import, directly or not, by name.
+
+    So too of all other modules that are loaded and not installed in the environment: the user's own code.
+    """
     found: dict[str, Path] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name in found or (path := _source_file(name)) is None:
+        path = _source_file(name)
+        if name in found or path is None or (_is_installed(name, path) and name not in modules):
             continue
         found[name] = path
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rrcm":
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if not _is_installed(name, path):
+            waiting += _imports(name, path)
     return found
 
 
 def _source_file(module: str) -> Path | None:
-    """The file of a module or package of rrcm; None if there is none of that name."""
-    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    """The file of a module or package of rrcm, or of one that is loaded; None if there is none of that name."""
+    top, *below = module.split(".")
+    if top == "rrcm":
+        path = Path(__file__).parents[1].joinpath(*below)
+        return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    return path if path.is_file() else None
+
+
+def _is_installed(module: str, path: Path) -> bool:
+    """Whether a module belongs to the environment, as all of Python and of its packages do. rrcm may be one of them."""
+    if module.split(".")[0] == "rrcm":
+        return False
+    return (
+        path.suffix != ".py"
+        or path.is_relative_to(STDLIB)
+        or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    )
+
+
+def _imports(module: str, path: Path) -> Iterator[str]:
+    """The names of modules that a module of this name imports anywhere, and of what it imports from them."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
 
 
 def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objects: object) -> str:
     """16 hex digits that name a run: a hash of all that decides its result.
 
     That is JSON-able settings, named hashes of the inputs, the code of `module` with all of rrcm that it imports, and
-    the code of the classes of `objects`, which may come from elsewhere.
+    the `objects` that compute the result, such as networks: all that they hold, and the code of all classes and
+    functions among it, wherever they come from (describe.py). Raises `RRCMError` for objects that cannot be described.
     """
-    files = source_files(module) | {type(each).__module__: Path(inspect.getfile(type(each))) for each in objects}
-    code = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    text = json.dumps([settings, dict(inputs), code, torch.__version__], sort_keys=True)
+    description = Description()
+    try:
+        described = [description.of(each) for each in objects]
+    except RecursionError:
+        raise RRCMError("the model is nested too deeply to be described; make it of fewer levels") from None
+    files = source_files(module, *sorted(description.modules))
+    code = {name: sha256_file(path) for name, path in files.items()}
+    versions = {name: _version(name) for name in sorted({name.split(".")[0] for name in files})}
+    text = json.dumps([settings, dict(inputs), described, code, versions, torch.__version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package; None of rrcm, whose code says more, and of what is not installed."""
+    with suppress(PackageNotFoundError):
+        return None if package == "rrcm" else version(package)
+    return None
 
 
 DAMAGED = {errno.ENOENT, errno.EIO}  # what reading a damaged checkpoint may say; anything else is no damage
@@ -81,11 +128,9 @@ class RunState:
     def lock(self) -> None:
         """Claim the run for this process until it ends. Raises `RRCMError` if another process holds it."""
         with writing(self.folder, self._elsewhere):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-            if not lock_file(self._lock, unprotected="do not start the same run twice at once"):
-                raise RRCMError(f"{self.folder}: this run is locked by another process; wait for it or stop it")
-            _close_in_children(self._lock)  # loader workers may live longer than this process
+            self._lock = open_locked(self.folder / "lock")
+        if self._lock is None:
+            raise RRCMError(f"{self.folder}: this run is locked by another process; wait for it or stop it")
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Write the state after `step` steps. `metadata` is JSON-able."""
@@ -136,17 +181,6 @@ class RunState:
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
-
-
-def _close_in_children(file: IO) -> None:
-    """Close an open file in each process that is forked from now on, as long as this one has it open."""
-    reference = weakref.ref(file)
-
-    def close() -> None:
-        if (found := reference()) is not None:
-            found.close()
-
-    os.register_at_fork(after_in_child=close)
 
 
 def pack_state(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from conftest import Answer, change, files_of, in_own_mounts, stage, start
 from benchmarks.gpu import resume_lenet
 from rrcm.utils import resume
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.resume import RunState, runs_directory
+from rrcm.utils.resume import RunState, fingerprint, runs_directory
 from rrcm.utils.tensors import write_tensors
 
 
@@ -110,6 +111,75 @@ def test_a_run_is_locked_while_it_is_running(project):
     first.kill()
     first.join()
     assert second.returncode == 1 and "another process" in second.stderr
+
+
+HELPER = "rrcm.utils.errors"  # of few lines, and it imports nothing
+
+
+@pytest.fixture
+def own_code(monkeypatch, tmp_path) -> Path:
+    """A package of the user's: `net` has the network and imports `maths`, which imports `values`."""
+    package = tmp_path / "users_package"
+    package.mkdir()
+    files = {
+        "__init__": "",
+        "net": "from torch import nn\nfrom users_package import maths\nclass Net(nn.Module):\n    f = maths.f\n",
+        "maths": "from . import values\ndef f(self, x):\n    return values.SCALE * x\n",
+        "values": "SCALE = 2\n",
+        "unused": "",
+    }
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in list(files):
+        monkeypatch.delitem(sys.modules, f"users_package.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "users_package", raising=False)
+    return package
+
+
+@pytest.mark.parametrize(("file", "counts"), [("net", True), ("maths", True), ("values", True), ("unused", False)])
+def test_the_code_that_a_model_runs_belongs_to_the_mark(own_code, file, counts):
+    """Whosever it is, and however it is imported."""
+    network = importlib.import_module("users_package.net").Net()
+    before = fingerprint({}, {}, HELPER, network)
+    (own_code / f"{file}.py").write_text((own_code / f"{file}.py").read_text() + "# another version\n")
+    assert (fingerprint({}, {}, HELPER, network) != before) == counts
+
+
+def test_settings_inputs_module_and_objects_belong_to_the_mark():
+    marks = [
+        fingerprint(*each)
+        for each in (
+            ({}, {}, HELPER),
+            ({"a": 1}, {}, HELPER),
+            ({}, {"a": "1"}, HELPER),
+            ({}, {}, "rrcm.utils.philox"),
+            ({}, {}, HELPER, torch.nn.ReLU()),
+            ({}, {}, HELPER, torch.nn.ReLU(), torch.nn.ReLU()),
+        )
+    ]
+    assert len(set(marks)) == len(marks) and all(len(mark) == 16 for mark in marks)
+
+
+@pytest.mark.parametrize(
+    "name", ["models.vit", "models.convnets", "models.denoised", "models.ensembles", "utils.philox"]
+)
+def test_every_file_that_certification_imports_belongs_to_the_mark(monkeypatch, name):
+    """Those of every kind of model, for one."""
+    before = fingerprint({}, {}, "rrcm.certification.certify")
+    hashed = resume.sha256_file
+    monkeypatch.setattr(
+        resume, "sha256_file", lambda path: hashed(path) + str(path).endswith(f"{name}.py".replace(".", "/", 1)) * "x"
+    )
+    assert fingerprint({}, {}, "rrcm.certification.certify") != before
+
+
+def test_a_model_that_is_nested_too_deeply_is_refused_in_one_line():
+    network = torch.nn.Identity()
+    for _ in range(1000):
+        network = torch.nn.Sequential(network)
+    with pytest.raises(RRCMError, match="nested too deeply"):
+        fingerprint({}, {}, HELPER, network)
 
 
 @pytest.fixture
