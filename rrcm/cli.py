@@ -22,6 +22,7 @@ def rrcm() -> None:
 @app.command()
 @exit_on_error
 def certify(  # long because each option has its own lines
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder with images, subfolders included.", show_default=False)],
     model: Annotated[
         str,
@@ -85,12 +86,13 @@ def certify(  # long because each option has its own lines
 
     A run that is stopped continues when the same command is given again.
     """
-    from rrcm.certification.certify_images import certify_folder, files_path, find_images, write_folder_certificates
+    from rrcm.certification.certify_images import certify_folder, files_path, find_images, folder_tables
     from rrcm.certification.stopping import make_stopping_rule
     from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
     from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery, note_on_labels
-    from rrcm.report.figures import FORMATS, note_on_letters, save
+    from rrcm.report.figures import FORMATS, encode, note_on_letters
+    from rrcm.utils.files import claimed, write_together
 
     resume_gc()  # this function is long only because of its options
     _check_outputs(output, files_path(output), gallery, FORMATS)
@@ -107,6 +109,7 @@ def certify(  # long because each option has its own lines
     if loaded.sigma not in (None, noise):
         note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
         print(f"{note}, but may be smaller and fewer", file=sys.stderr)
+    context.with_resource(claimed(output, files_path(output), gallery))  # until the command ends
     found = certify_folder(
         images,
         loaded,
@@ -119,8 +122,8 @@ def certify(  # long because each option has its own lines
         batch_size=batch_size,
         device=device,
     )
-    write_folder_certificates(output, found.frame)
-    save(draw_gallery(found, loaded, rule), gallery)
+    picture = encode(draw_gallery(found, loaded, rule), gallery.suffix)
+    write_together(folder_tables(output, found.frame) | {gallery: picture})
     print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")
     for note in (note_on_labels(found.frame), note_on_letters([*found.frame["file"], *found.frame["class"]])):
         if note:

@@ -1,5 +1,6 @@
 """`rrcm certify` as its users run it: every kind of model, odd images, and bad input, which ends in one line."""
 
+import errno
 import gc
 import os
 import shutil
@@ -395,20 +396,32 @@ def test_an_interrupted_run_continues(saved, images, monkeypatch):
     assert not list(Path().glob(".certificates*"))  # the journal
 
 
-@pytest.mark.parametrize("change", ["pixels", "weights", "settings", "journal"])
-def test_a_journal_of_another_run_is_not_used(saved, images, monkeypatch, change):
+def stopped_before_writing(monkeypatch, *arguments: str) -> None:
+    """A run that has counted everything and written nothing."""
+
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rrcm.certification.certify_images._frame", stop)  # everything is counted, nothing is written
-        answer = rrcm("images", "--model", "model", *SMALL)
+        patch.setattr("rrcm.certification.certify_images._frame", stop)
+        answer = rrcm(*arguments)
     assert answer.exit_code == 130
     release_lock(answer)
+
+
+@pytest.mark.parametrize("change", ["weights", "t", "heads", "settings", "journal"])
+def test_a_journal_of_another_run_is_not_used(saved, images, monkeypatch, change):
+    """Not that of a model with the same weights either."""
+    arguments = "images", "--model", "model", *SMALL, "--sigma", "0.25"
+    stopped_before_writing(monkeypatch, *arguments)
     options = []
     match change:
-        case "pixels":
-            Image.new("L", (8, 8)).save("images/0/a.png")
+        case "t":
+            saved.t = 4.0
+            save_model("model", saved)
+        case "heads":
+            saved.encoder.blocks[0].attn.num_heads = 4
+            save_model("model", saved)
         case "weights":
             nn.init.normal_(saved.head.weight)
             save_model("model", saved)
@@ -417,8 +430,58 @@ def test_a_journal_of_another_run_is_not_used(saved, images, monkeypatch, change
         case "journal":
             [journal] = Path().glob(".certificates*/journal-0.txt")
             journal.write_bytes(journal.read_bytes().replace(b'"', b"'"))
-    answer = rrcm("images", "--model", "model", *SMALL, *options)
+    answer = rrcm(*arguments, *options)
     assert answer.exit_code == 0 and "resuming" not in answer.stderr
+    check_that_it_is_as_afresh(*arguments, *options)
+
+
+def check_that_it_is_as_afresh(*arguments: str) -> None:
+    found = Path("certificates.tsv").read_bytes()
+    assert rrcm(*arguments, "--output", "afresh.tsv").exit_code == 0
+    assert Path("afresh.tsv").read_bytes() == found
+
+
+@pytest.mark.parametrize(
+    ("change", "same", "of"),
+    [("pixels", 3, 4), ("more images", 4, 5), ("other places", 2, 5), ("fewer images", 3, 3), ("--limit=2", 2, 2)],
+)
+def test_an_image_that_is_the_same_is_not_certified_again(saved, images, monkeypatch, change, same, of):
+    """That is one with the same pixels and the same place in the list, which chooses its noise."""
+    arguments = "images", "--model", "model", *SMALL
+    stopped_before_writing(monkeypatch, *arguments)
+    match change:
+        case "pixels":
+            Image.new("L", (8, 8)).save("images/0/a.png")
+        case "more images":
+            Image.new("L", (8, 8)).save("images/other/b.png")
+        case "other places":
+            Image.new("L", (8, 8)).save("images/1/aa.png")
+        case "fewer images":
+            Path("images/other/a.png").unlink()
+        case limit:
+            arguments += (limit,)
+    answer = rrcm(*arguments)
+    assert answer.exit_code == 0 and f"resuming: {same} of {of} images are finished\n" in answer.stderr
+    check_that_it_is_as_afresh(*arguments)
+
+
+def test_an_error_in_the_last_file_leaves_the_others(saved, images, monkeypatch):
+    outputs = ["certificates.tsv", "certificates.files.tsv", "gallery.png"]
+    arguments = "images", "--model", "model", *SMALL
+    assert rrcm(*arguments).exit_code == 0
+    before = [Path(name).read_bytes() for name in outputs]
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name.startswith(".gallery"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        answer = rrcm(*arguments, "--seed", "1")
+    assert answer.exit_code == 1 and answer.stderr.endswith("free some space; nothing was overwritten\n")
+    assert [Path(name).read_bytes() for name in outputs] == before
 
 
 def test_unreadable_images_are_all_named_and_skipped_if_wanted(saved, images):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from rrcm.certification.journal import append_states, open_journal, restore_states
+from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
 from rrcm.certification.results import COLUMNS, SAMPLES, write_certificates, write_samples
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule, make_stopping_rule
@@ -21,7 +21,7 @@ from rrcm.data.verification import verify_shards
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
-from rrcm.utils.files import sha256_file, write_json
+from rrcm.utils.files import claimed, sha256_folder, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
@@ -59,12 +59,10 @@ def certify_split(
     pixels = pixels.to(device).float() / 255
     states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
-    model_files = sorted(path for path in model_folder.rglob("*") if path.is_file())
-    inputs = {"shards": images.fingerprint}
-    inputs |= {f"model/{path.relative_to(model_folder)}": sha256_file(path) for path in model_files}
+    inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}
     batch_size = smoothed.find_batch_size(pixels[0])
     description = [
-        settings.model_dump(mode="json"),
+        settings.model_dump(mode="json", exclude={"every", "max_images"}),  # the images; each is its own work
         config.seed,
         config.data.image_size,
         config.threads,
@@ -72,7 +70,7 @@ def certify_split(
         device.type,
     ]
     description += [batch_size, smoothed.precision]
-    run_state = RunState(f"certify-{sigma}", fingerprint(description, inputs, __name__, classifier))
+    run_state = RunState(f"certify-{sigma}", fingerprint(description, inputs, __name__, smoothed.model, rule))
     if queue.rank == 0:
         run_state.lock()
     queue.start()
@@ -80,24 +78,23 @@ def certify_split(
     if queue.rank > 0:
         return
 
-    restore_states(states, run_state.folder)  # the other processes' journals
+    _restore(states, run_state.folder, rule, smoothed)  # the other processes' journals
     frame = _frame(states, rule, smoothed.num_classes)
-    write_certificates(output, frame)
-    write_samples(output.with_suffix(".samples.tsv"), frame)
     seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
-    write_json(
-        timing,
-        {
-            "seconds": seconds,
-            "samples": samples,
-            "samples_per_second": samples / seconds,
-            "batch_size": batch_size,
-            "dtype": smoothed.precision,
-            "processes": queue.world_size,
-            "seconds_by_image": {str(state.index): state.seconds for state in states},
-            "environment": describe_environment(device),
-        },
-    )
+    record = {
+        "seconds": seconds,
+        "samples": samples,
+        "samples_per_second": samples / seconds,
+        "batch_size": batch_size,
+        "dtype": smoothed.precision,
+        "processes": queue.world_size,
+        "seconds_by_image": {str(state.index): state.seconds for state in states},
+        "environment": describe_environment(device),
+    }
+    with claimed(output, timing, wait=True):  # by another run of this stage, they are not mixed with its own
+        write_certificates(output, frame)
+        write_samples(output.with_suffix(".samples.tsv"), frame)
+        write_json(timing, record)
     run_state.finish()
 
 
@@ -117,7 +114,7 @@ def _certify_share(
     label: str,
 ) -> None:
     """Certify this process's share of the images, starting from the journals in `folder`."""
-    restore_states(states, folder)
+    _restore(states, folder, rule, smoothed)
     done = sum(state.stop_reason != "" for state in states)
     samples_before, start = sum(state.samples for state in states), time.monotonic()
 
@@ -139,6 +136,10 @@ def _certify_share(
         for _ in queue.close():
             progress.update(done + queue.report_done() - progress.done)
         progress.update(done + queue.report_done() - progress.done)
+
+
+def _restore(states: list[ImageState], folder: Path, rule: StoppingRule, smoothed: SmoothedClassifier) -> None:
+    restore_states(states, folder, lambda saved: is_possible_state(saved, rule, smoothed.num_classes))
 
 
 def _frame(states: Iterable[ImageState], rule: StoppingRule, num_classes: int) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rrcm.certification.journal import append_states, open_journal, restore_states
-from rrcm.certification.results import ABSTAIN, COLUMNS, UNKNOWN, write_certificates
+from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
+from rrcm.certification.results import ABSTAIN, COLUMNS, UNKNOWN, certificates_text
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
 from rrcm.certification.stopping import StoppingRule
 from rrcm.data.augment import centre_crop, to_array
@@ -30,12 +31,17 @@ from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier, class_folders
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError, printable
-from rrcm.utils.files import atomic_path
 from rrcm.utils.progress import Progress
 from rrcm.utils.resume import RunState, fingerprint
-from rrcm.utils.tensors import sha256_tensors
 
 FILES = ["idx", "file", "class", "samples", "stop_reason"]
+
+
+@dataclass
+class FileState(ImageState):
+    """The state of an image file. Its pixels may be others when a stopped run is continued."""
+
+    content: str = ""  # a hash of them
 
 
 class FolderCertificates(NamedTuple):
@@ -103,16 +109,16 @@ def certify_folder(
         precision=precision,
     )
     positions = evenly_spaced(len(found.files), limit).tolist()
-    files, content = _check_images(found, positions, loaded, skip_unreadable)
+    states = _check_images(found, positions, loaded, skip_unreadable)
     example = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
-    description = [repr(rule), seed, smoothed.find_batch_size(example), smoothed.precision, smoothed.device.type]
-    inputs = {"images": content, "weights": sha256_tensors(loaded.classifier.state_dict())}
-    mark = fingerprint(description, inputs, __name__, loaded.classifier)
+    description = [seed, smoothed.find_batch_size(example), smoothed.precision, smoothed.device.type]
+    description += [torch.get_num_threads(), loaded.image_size]
+    mark = fingerprint(description, {}, __name__, smoothed.model, rule)
     run = RunState(f".{output.name}", mark, output.absolute().parent)
     run.lock()
-    states = _certify_files(smoothed, found.folder, files, loaded, rule, run)
-    frame = _frame(states, rule, files, find_labels(found, loaded), loaded)
-    paths = [found.folder / file for file in files.values()]
+    _certify_files(smoothed, found, states, loaded, rule, run)
+    frame = _frame(states, rule, found.files, find_labels(found, loaded), loaded)
+    paths = [found.folder / found.files[state.index] for state in states]
     return FolderCertificates(frame, paths, sum(state.seconds for state in states), run)
 
 
@@ -140,11 +146,10 @@ def find_labels(found: Listing, loaded: LoadedClassifier) -> list[int | None]:
     return [label] * len(found.files)
 
 
-def write_folder_certificates(output: Path, frame: pd.DataFrame) -> None:
-    """Write `output` in Cohen et al.'s format and `files_path(output)`, which names the images."""
-    write_certificates(output, frame)
-    with atomic_path(files_path(output)) as scratch:
-        frame[FILES].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
+def folder_tables(output: Path, frame: pd.DataFrame) -> dict[Path, bytes]:
+    """The content of `output` in Cohen et al.'s format, and of `files_path(output)`, which names the images."""
+    names = frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
+    return {output: certificates_text(frame).encode(), files_path(output): names.encode()}
 
 
 def files_path(output: Path) -> Path:
@@ -160,38 +165,37 @@ def _pick_device(name: str) -> torch.device:
 
 def _check_images(
     found: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
-) -> tuple[dict[int, Path], str]:
-    """Decode the images at `positions` of the list: the readable files by position, and a hash of their pixels."""
-    files, problems, content = {}, [], hashlib.sha256()
+) -> list[FileState]:
+    """Decode the images at `positions` of the list: a state of each that can be read, without its pixels."""
+    states, problems, nothing = [], [], torch.empty(0)
     with Progress(len(positions), f"read {printable(found.folder)}", "images", only_if_long=True) as progress:
         for position in positions:
             try:
-                content.update(b"%d " % position + read_pixels(found.folder / found.files[position], loaded).tobytes())
-                files[position] = found.files[position]
+                pixels = read_pixels(found.folder / found.files[position], loaded)
+                states.append(FileState(position, nothing, content=hashlib.sha256(pixels.tobytes()).hexdigest()))
             except RRCMError as error:
                 problems.append(str(error))
             progress.update()
-    if problems and not (skip_unreadable and files):
-        advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if files else "")
+    if problems and not (skip_unreadable and states):
+        advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if states else "")
         refuse_unreadable(problems, len(positions), advice)
     if problems:
         skipped = f"note: skips {len(problems):,} of {len(positions):,} images, named above"
         print(*problems, skipped, sep="\n", file=sys.stderr)
-    return files, content.hexdigest()
+    return states
 
 
 def _certify_files(
     smoothed: SmoothedClassifier,
-    folder: Path,
-    files: dict[int, Path],
+    found: Listing,
+    states: Sequence[FileState],
     loaded: LoadedClassifier,
     rule: StoppingRule,
     run: RunState,
-) -> list[ImageState]:
-    """The finished states of the `files`, by their positions. Pixels are dropped as soon as an image is finished."""
+) -> None:
+    """Finish the states. Pixels are read when they are needed, and dropped as soon as an image is finished."""
     nothing = torch.empty(0)
-    states = [ImageState(position, nothing) for position in files]
-    restore_states(states, run.folder)
+    restore_states(states, run.folder, lambda saved: is_possible_state(saved, rule, loaded.num_classes))
     done, samples_before = sum(state.stop_reason != "" for state in states), sum(state.samples for state in states)
     if samples_before:
         print(f"resuming: {done:,} of {len(states):,} images are finished", file=sys.stderr)
@@ -199,11 +203,11 @@ def _certify_files(
     def decoded() -> Iterator[ImageState]:
         for state in states:
             if not state.stop_reason:
-                pixels = read_pixels(folder / files[state.index], loaded)
+                pixels = read_pixels(found.folder / found.files[state.index], loaded)
                 state.image = torch.from_numpy(pixels.copy()).float() / 255
                 yield state
 
-    label = f"certify {printable(folder)}"
+    label = f"certify {printable(found.folder)}"
     with Progress(len(states), label, "images", done=done) as progress, open_journal(run.folder) as journal:
         try:
             for changed in smoothed.certify_stream(decoded(), rule):
@@ -217,13 +221,12 @@ def _certify_files(
         except KeyboardInterrupt:
             text = f": {progress.done} of {len(states)} images are finished; the same command continues from there"
             raise KeyboardInterrupt(text) from None
-    return states
 
 
 def _frame(
     states: Sequence[ImageState],
     rule: StoppingRule,
-    files: dict[int, Path],
+    files: Sequence[Path],
     labels: Sequence[int | None],
     loaded: LoadedClassifier,
 ) -> pd.DataFrame:

@@ -1,15 +1,23 @@
-"""The journal of a certification: each image's counts after each round, so that a killed run continues from there."""
+"""The journal of a certification: each image's counts after each round, so that a killed run continues from there.
+
+Each state that a run has of an image is a dataclass, which begins with what tells the image from others (IDENTITY). The
+journal may come from a run that had more images, or others: only states of the same images are taken from it.
+"""
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from rrcm.certification.smoothing import ImageState
+from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS, StoppingRule
 from rrcm.utils.files import writing
+
+IDENTITY = ("index", "label", "content")  # of an image, where a state has them
 
 
 @contextmanager
@@ -21,7 +29,7 @@ def open_journal(folder: Path, rank: int = 0) -> Iterator[TextIO]:
         yield journal
 
 
-def append_states(journal: TextIO, states: Iterable[ImageState]) -> None:
+def append_states(journal: TextIO, states: Iterable[object]) -> None:
     """Write one line per image: checksum and state. It is on the disk when this returns."""
     for state in states:
         text = json.dumps({name: value for name, value in vars(state).items() if name != "image"})
@@ -30,18 +38,75 @@ def append_states(journal: TextIO, states: Iterable[ImageState]) -> None:
     os.fsync(journal.fileno())
 
 
-def restore_states(states: Iterable[ImageState], folder: Path) -> None:
+def restore_states(states: Iterable[object], folder: Path, is_possible: Callable[[dict], bool]) -> None:
     """Put each image into the most advanced state that the journals in `folder` have of it.
 
-    Incomplete and damaged lines are ignored; their samples are drawn again.
+    Incomplete, damaged and impossible lines are ignored; their samples are drawn again. So are those of images that are
+    not among `states`. `is_possible` says whether a run can have come to these values of a state.
     """
-    by_index = {state.index: state for state in states}
+    by_identity = {_identity(vars(state)): state for state in states}
     for path in sorted(folder.glob("journal-*.txt")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             checksum, _, text = line.partition(" ")
             if checksum != f"{zlib.crc32(text.encode()):08x}":
                 continue
-            saved = json.loads(text)
-            state = by_index[saved["index"]]
-            if saved["samples"] > state.samples:
+            saved = _parse(text)
+            state = by_identity.get(_identity(saved))
+            if state is None or saved.keys() != vars(state).keys() - {"image"} or not is_possible(saved):
+                continue
+            if saved["samples"] >= state.samples:
                 vars(state).update(saved)
+
+
+def _parse(text: str) -> dict:
+    try:
+        saved = json.loads(text)
+    except ValueError:
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _identity(values: dict) -> str:
+    return json.dumps([values.get(name) for name in IDENTITY])  # 1, 1.0 and True are three
+
+
+def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool:
+    """Whether sampling by `rule` can lead to these values of an `ImageState`: each has its type, and counts add up."""
+    counts, selection = saved["counts"], saved["selection_counts"]
+    if not (_are_counts(counts, num_classes) and _are_counts(selection, num_classes)):
+        return False
+    numbers = ("num_drawn", "look", "num_certified", "margin_certified", "binary_samples", "samples")
+    texts = ("test", "binary_reason", "stop_reason")
+    if not (
+        all(type(saved[name]) is int and saved[name] >= 0 for name in numbers)
+        and all(type(saved[name]) is str for name in texts)
+        and type(saved["top_class"]) is int
+        and _is_duration(saved["seconds"])
+    ):
+        return False
+    drawn, look, reason = saved["num_drawn"], saved["look"], saved["stop_reason"]
+    if saved["top_class"] == ABSTAIN:  # the class is still to be chosen
+        return not (counts or look or reason) and sum(selection.values()) == drawn == saved["samples"] < rule.n0
+    if not 0 <= saved["top_class"] < num_classes or selection or sum(counts.values()) != drawn:
+        return False
+    if saved["samples"] != rule.n0 + drawn or saved["binary_samples"] > saved["samples"]:
+        return False
+    if max(saved["num_certified"], saved["margin_certified"]) > len(getattr(rule, "radii", ())):
+        return False
+    if reason == WRONG_CLASS:
+        return drawn == 0 and saved["label"] not in (None, saved["top_class"])
+    if look != bisect_right(rule.looks, drawn):
+        return False
+    if reason == "":
+        return look < len(rule.looks)
+    return reason in (ALL_SAMPLES, WHOLE_GRID, FUTILE) and look > 0 and rule.looks[look - 1] == drawn
+
+
+def _are_counts(votes: object, num_classes: int) -> bool:
+    """Whether these are votes by class, as an `ImageState` has them: {"3": 5}."""
+    classes = {str(k) for k in range(num_classes)}
+    return isinstance(votes, dict) and votes.keys() <= classes and all(type(n) is int and n > 0 for n in votes.values())
+
+
+def _is_duration(seconds: object) -> bool:
+    return type(seconds) in (int, float) and 0 <= seconds < math.inf

@@ -16,7 +16,7 @@ import pandas as pd
 
 from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_path, read_text
+from rrcm.utils.files import atomic_path, read_text, write_text
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # then what each bound certifies
@@ -122,8 +122,12 @@ def _seconds(text: str) -> float:
 
 def write_certificates(path: Path | str, frame: pd.DataFrame) -> None:
     """Write a certificate frame in Cohen et al.'s format, atomically. Numbers read back bit for bit."""
-    with atomic_path(path) as scratch:
-        frame[COLUMNS].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
+    write_text(path, certificates_text(frame))
+
+
+def certificates_text(frame: pd.DataFrame) -> str:
+    """What `write_certificates` writes."""
+    return frame[COLUMNS].to_csv(sep="\t", index=False, lineterminator="\n")
 
 
 def write_samples(path: Path | str, frame: pd.DataFrame) -> None:

@@ -21,7 +21,7 @@ from rrcm.data.soft_labels import write_votes
 from rrcm.data.verification import verify_shards
 from rrcm.models.load import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
-from rrcm.utils.files import sha256_folder, write_json
+from rrcm.utils.files import claimed, sha256_folder, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
@@ -54,7 +54,7 @@ def count_soft_labels(config: Config, shard_folder: Path | str, model_folder: Pa
     description = [settings.model_dump(mode="json"), config.seed, config.data.image_size, config.threads]
     description += [env.device.type, batch_size, smoothed.precision]
     inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}
-    run_state = RunState("soft-labels", fingerprint(description, inputs, __name__, classifier))
+    run_state = RunState("soft-labels", fingerprint(description, inputs, __name__, smoothed.model))
     if queue.rank == 0:
         run_state.lock()
     queue.start()
@@ -63,11 +63,13 @@ def count_soft_labels(config: Config, shard_folder: Path | str, model_folder: Pa
     if queue.rank > 0:
         return
 
-    restore_states(everyone, run_state.folder)  # the other processes' journals
-    write_votes(output, torch.tensor([each.votes for each in everyone]), images)
+    _restore(everyone, run_state.folder, settings.n, smoothed.num_classes)  # the other processes' journals
     record = {"seconds": time.monotonic() - start, "samples": settings.n * len(images), "batch_size": batch_size}
     record |= {"dtype": smoothed.precision, "processes": queue.world_size}
-    write_json(timing, record | {"environment": describe_environment(env.device)})
+    record |= {"environment": describe_environment(env.device)}
+    with claimed(output, timing, wait=True):  # by another run of this stage, they are not mixed with its own
+        write_votes(output, torch.tensor([each.votes for each in everyone]), images)
+        write_json(timing, record)
     run_state.finish()
 
 
@@ -80,8 +82,9 @@ def _count_share(
     folder: Path,
 ) -> None:
     """Count this process's share of the images, a group at a time, without those that the journals in `folder` have."""
-    restore_states(everyone, folder)
-    n, done = config.soft_labels.n, sum(each.samples > 0 for each in everyone)
+    n = config.soft_labels.n
+    _restore(everyone, folder, n, smoothed.num_classes)
+    done = sum(each.samples > 0 for each in everyone)
     room = BATCHES_PER_SYNC * _batch_size(smoothed, images, config)
     size = max(1, room // n)
     groups = [everyone[first : first + size] for first in range(0, len(everyone), size)]
@@ -102,6 +105,17 @@ def _count_share(
         for _ in queue.close():
             progress.update(done + queue.report_done() - progress.done)
         progress.update(done + queue.report_done() - progress.done)
+
+
+def _restore(everyone: list[Votes], folder: Path, n: int, num_classes: int) -> None:
+    """`restore_states`, of lines with n votes for the classes there are."""
+
+    def is_possible(saved: dict) -> bool:
+        votes, samples = saved["votes"], saved["samples"]
+        whole = isinstance(votes, list) and all(type(count) is int and count >= 0 for count in (*votes, samples))
+        return whole and len(votes) == num_classes and sum(votes) == samples == n
+
+    restore_states(everyone, folder, is_possible)
 
 
 def _batch_size(smoothed: SmoothedClassifier, images: ShardedDataset, config: Config) -> int:

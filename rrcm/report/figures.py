@@ -8,6 +8,7 @@ font of the machine.
 """
 
 import functools
+import io
 import math
 import re
 import unicodedata
@@ -108,9 +109,17 @@ def figure_style() -> Iterator[None]:
 @figure_style()
 def save(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` atomically, without date or version. The suffix of `path` must be in `FORMATS`."""
-    set_fonts(figure)
     with atomic_path(path) as scratch:
-        figure.savefig(scratch, format=path.suffix[1:], metadata=FORMATS[path.suffix])
+        scratch.write_bytes(encode(figure, path.suffix))
+
+
+@figure_style()
+def encode(figure: Figure, suffix: str) -> bytes:
+    """The file that `save` writes for a suffix."""
+    set_fonts(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format=suffix[1:], metadata=FORMATS[suffix])
+    return file.getvalue()
 
 
 def save_all(drawn: Mapping[str, Figure], folder: Path) -> None:

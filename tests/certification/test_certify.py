@@ -2,6 +2,7 @@
 library, killed processes and many processes."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from conftest import REPOSITORY, Answer, change, files_of, stage, start
 from scipy.stats import binomtest, norm
 from torch import nn
 
+from rrcm.certification.journal import is_possible_state, restore_states
 from rrcm.certification.noise import ESTIMATE, SELECT, CounterDraw, counter_normal
 from rrcm.certification.results import SAMPLES, read_certificates, read_samples
 from rrcm.certification.smoothing import ABSTAIN, ImageState, SampleRequest, SmoothedClassifier, certificate
@@ -30,6 +33,7 @@ from rrcm.certification.stopping import (
     WHOLE_GRID,
     WRONG_CLASS,
     clopper_pearson_lower,
+    fixed_sample,
     group_sequential,
 )
 from rrcm.config import load_config
@@ -583,7 +587,7 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
         "stop_reason": ALL_SAMPLES,
     }  # if it is believed
     with journal.open("a") as file:
-        file.write(f'{checksum} {json.dumps(furthest)}\n12345678 {{"index": 1, "lab')
+        file.write(f'{checksum} {json.dumps(furthest)}\n{line(furthest)}\n12345678 {{"index": 1, "lab')
     kill_at(certified, 80, [start(certified, "certify", "rrcm", "0.5")])
     assert not (certified / "certificates").exists()
     processes = crew(certified)
@@ -594,6 +598,88 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
     assert not list((certified / "runs").glob("*"))
 
 
+@pytest.mark.parametrize("setting", ["certify__max_images", "certify__every"])
+def test_a_journal_of_more_or_other_images_gives_those_that_are_the_same(certified, trained, setting):
+    """Fewer images, and some that the killed run did not have."""
+    kill_at(certified, 60, [start(certified, "certify", "rrcm", "0.5")])
+    (journal,) = certified.glob("runs/certify-*/journal-0.txt")
+    lines = [line.partition(" ")[2] for line in journal.read_text().splitlines() if line]
+    finished_before = {state["index"] for state in map(json.loads, lines) if state["stop_reason"]}
+    change(certified, **{setting: 15})
+    finished(stage(certified, "certify", "rrcm", "0.5"))
+    assert not list((certified / "runs").iterdir())
+    frame = read_certificates(certified / "certificates/rrcm/sigma_0.5.tsv")
+    before = read_certificates(trained / "certificates/rrcm/sigma_0.5.tsv")
+    both = frame.merge(before, on="idx", suffixes=("", "_before"))
+    assert len(both) >= 10 and finished_before & set(both["idx"])
+    assert both["radius"].equals(both["radius_before"]) and both["predict"].equals(both["predict_before"])
+
+
+def line(values: dict) -> str:
+    text = json.dumps(values)
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def reachable_states() -> list[dict]:
+    """Everything that a journal may have of a few images, by both rules, from the first samples to the end."""
+    states = [ImageState(i, image, label=1 - i % 2) for i, image in enumerate(GREYS)]
+    found = []
+    for rule in RULES:
+        for state in states:
+            vars(state).update(vars(ImageState(state.index, state.image, state.label)))
+        for changed in dithered(batch_size=10).certify_stream(states, rule, at_once=4):
+            found += [
+                (rule, {k: v for k, v in copy.deepcopy(vars(state)).items() if k != "image"}) for state in changed
+            ]
+    return found
+
+
+RULES = [
+    group_sequential(0.5, n0=30, n=400, radius_step=0.1),
+    replace(group_sequential(0.5, n0=30, n=400, radius_step=2.0), bound="margin"),
+    fixed_sample(0.5, n0=30, n=200),
+]
+IMPOSSIBLE = {
+    "index": [-1, 0.0, "0", True, None, 7],
+    "label": [0, "1", None],
+    "selection_counts": [{"0": 5}, {"2": 1}, {"-1": 1}, [], None, {"0": -1}],
+    "top_class": [-2, 2, 0.0, None, "0", True],
+    "test": [0, None],
+    "num_drawn": [-1, 10**6, 0.5, None],
+    "counts": [{}, {"0": 10**6}, {"0": 0.5}, {"0": -1}, {"x": 1}, [1], None],
+    "look": [-1, 10**6, 1.0, None],
+    "num_certified": [-1, 10**6, 1.0, None],
+    "binary_reason": [0, None],
+    "binary_samples": [-1, 10**6, None],
+    "margin_certified": [-1, 10**6, True],
+    "samples": [-1, 0, 10**6, 100.0, None],
+    "stop_reason": ["", "done", WRONG_CLASS, 0, None],
+    "seconds": [-1.0, math.nan, math.inf, "1", None],
+}
+
+
+def test_a_journal_is_believed_what_can_be_and_nothing_else(tmp_path):
+    """Each line has its checksum."""
+    everything = reachable_states()
+    assert {state["stop_reason"] for _, state in everything} >= {"", ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS}
+    assert all(is_possible_state(state, rule, 2) for rule, state in everything)
+    rule, last = next((r, s) for r, s in reversed(everything) if r is RULES[0] and s["counts"] and s["label"] == 1)
+    assert set(IMPOSSIBLE) == set(last)
+    texts = [line(last | {name: value}) for name, values in IMPOSSIBLE.items() for value in values]
+    texts += [line(each) for each in ([], None, 3, {}, "text", [last], last | {"more": 1})]
+    texts += [line({k: v for k, v in last.items() if k != name}) for name in last]
+    texts += [f"{zlib.crc32(b'no json'):08x} no json", "00000000 {}", line(last)[:-1]]
+    nothing = torch.empty(0)
+    for text in texts:
+        state = ImageState(last["index"], nothing, label=1)
+        (tmp_path / "journal-0.txt").write_text(text)
+        restore_states([state], tmp_path, lambda saved: is_possible_state(saved, rule, 2))
+        assert state == ImageState(last["index"], nothing, label=1), text
+    (tmp_path / "journal-1.txt").write_text("\n".join([*texts, line(last), *texts]))
+    restore_states([state], tmp_path, lambda saved: is_possible_state(saved, rule, 2))
+    assert vars(state) == last | {"image": nothing} and len(texts) > 75
+
+
 def test_what_the_journal_has_is_not_done_again(certified):
     """Samples that a killed run has counted are not drawn anew: a journal that says 999 of them cost a year is kept."""
     kill_at(certified, 40, [start(certified, "certify", "rrcm", "0.5")])
@@ -602,7 +688,7 @@ def test_what_the_journal_has_is_not_done_again(certified):
     before = {state["index"]: state["seconds"] + 1e6 for state in states}
     with journal.open("a") as file:
         for state in {state["index"]: state for state in states}.values():
-            text = json.dumps(state | {"seconds": before[state["index"]], "samples": state["samples"] + 1})
+            text = json.dumps(state | {"seconds": before[state["index"]]})
             file.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
     finished(stage(certified, "certify", "rrcm", "0.5"))
     timing = json.loads((certified / "timings/certify/rrcm/sigma_0.5.json").read_text())["seconds_by_image"]
