@@ -1,9 +1,11 @@
 """`rrcm certify` as its users run it: every kind of model, odd images, and bad input, which ends in one line."""
 
+import contextlib
 import errno
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import REPOSITORY
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from safetensors.torch import save_file
@@ -463,6 +466,40 @@ def test_an_image_that_is_the_same_is_not_certified_again(saved, images, monkeyp
     answer = rrcm(*arguments)
     assert answer.exit_code == 0 and f"resuming: {same} of {of} images are finished\n" in answer.stderr
     check_that_it_is_as_afresh(*arguments)
+
+
+def in_a_process(*arguments: str) -> subprocess.Popen:
+    code = "import sys; from rrcm.cli import main; sys.argv[0] = 'rrcm'; main()"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, "certify", "images", "--model", "model", "--batch-size", "64", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_write_one_output(saved, images):
+    """The second is refused, whatever its settings, in any of the files; a killed run does not stand in the way."""
+    first = in_a_process("--n", "2000000000", "--stopping", "fixed")
+    while not any(path.stat().st_size > 500 for path in Path().glob(".certificates.tsv-*/journal-0.txt")):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=0.01)
+        assert first.returncode is None, first.stderr.read()
+    os.kill(first.pid, signal.SIGSTOP)
+    for options, named in (
+        (["--seed", "1"], "certificates."),
+        (["--output", "certificates.files.tsv", "--gallery", "other.png"], "certificates.files.tsv"),
+        (["--output", "other.tsv"], "gallery.png"),
+    ):
+        answer = rrcm("images", "--model", "model", *SMALL, *options)
+        assert answer.exit_code == 1 and not answer.stdout
+        assert named in answer.stderr and "another process is writing it" in answer.stderr
+    assert not list(Path().glob("*.tsv")) and not list(Path().glob("*.png"))
+    first.kill()
+    first.communicate()
+    second = in_a_process("--n", "300", "--seed", "1")
+    assert second.communicate() and second.returncode == 0
+    tables = [pd.read_csv(f"certificates{suffix}", sep="\t") for suffix in (".tsv", ".files.tsv")]
+    assert [len(table) for table in tables] == [4, 4] and Path("gallery.png").exists()
+    assert not list(Path().glob(".*.tmp"))
 
 
 def test_an_error_in_the_last_file_leaves_the_others(saved, images, monkeypatch):

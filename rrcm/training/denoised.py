@@ -16,7 +16,7 @@ from rrcm.models.vit import parameter_count
 from rrcm.training.finetune import DenoisedParts, finetune, initial_weights_of
 from rrcm.utils.distributed import DistEnv, init_distributed
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_directory, read_json, sha256_folder, write_csv, write_json
+from rrcm.utils.files import atomic_directory, claimed, read_json, sha256_folder, write_csv, write_json
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.tensors import sha256_tensors
@@ -47,7 +47,8 @@ def finetune_denoised(
         if not record.exists():
             finetune(config, method, sigma, shard_folder, pretrained, trained, record, soft_labels, parts=parts)
     if env.is_main:
-        _publish(config, method, sigma, ShardedDataset(shard_folder, "train"), parts, trained, env, output, timing)
+        with claimed(output, timing, wait=True):
+            _publish(config, method, sigma, ShardedDataset(shard_folder, "train"), parts, trained, env, output, timing)
         run_state.finish()
 
 

@@ -15,7 +15,7 @@ from rrcm.models.load import load_model_folder
 from rrcm.training.finetune import finetune
 from rrcm.training.validation import NoisyValidation
 from rrcm.utils.distributed import DistEnv, all_reduce_min, init_distributed, resolve_precision
-from rrcm.utils.files import atomic_directory, read_json, sha256_file, sha256_folder, write_json
+from rrcm.utils.files import atomic_directory, claimed, read_json, sha256_file, sha256_folder, write_json
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 
@@ -52,11 +52,12 @@ def finetune_ensemble(
         label = f"finetune {method} sigma {sigma:g} member {number + 1} of {count}"
         finetune(own, method, sigma, shard_folder, pretrained, folders[number], records[number], soft_labels, label)
     if env.is_main:
-        with atomic_directory(output) as complete:
-            for folder in folders:
-                shutil.copytree(folder, complete / folder.name)
-            _describe(config, method, sigma, ShardedDataset(shard_folder, "val"), env.device, complete)
-        _sum_timings(records, timing)
+        with claimed(output, timing, wait=True):
+            with atomic_directory(output) as complete:
+                for folder in folders:
+                    shutil.copytree(folder, complete / folder.name)
+                _describe(config, method, sigma, ShardedDataset(shard_folder, "val"), env.device, complete)
+            _sum_timings(records, timing)
         run_state.finish()
 
 

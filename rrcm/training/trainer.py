@@ -27,7 +27,7 @@ from rrcm.utils.distributed import (
     resolve_precision,
 )
 from rrcm.utils.errors import Interrupted, RRCMError, one_line
-from rrcm.utils.files import atomic_directory, write_csv, write_json
+from rrcm.utils.files import atomic_directory, claimed, write_csv, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, pack_state, unpack_state
@@ -188,16 +188,17 @@ class Trainer:
         `timing` (JSON) gets the seconds, the environment and `measured`: numbers that differ from run to run.
         """
         if self.env.is_main:
-            with atomic_directory(output) as folder:
-                write_csv(folder / "history.csv", self.history)
-                save_model(folder)  # last: it hashes what is in the folder
             record = {"seconds": self.seconds, "images_per_second": images / self.seconds}
             record |= {
                 "processes": self.env.world_size,
                 **measured,
                 "environment": describe_environment(self.env.device),
             }
-            write_json(timing, record)
+            with claimed(output, timing, wait=True):  # by another run of this stage, they are not mixed with its own
+                with atomic_directory(output) as folder:
+                    write_csv(folder / "history.csv", self.history)
+                    save_model(folder)  # last: it hashes what is in the folder
+                write_json(timing, record)
             self.run_state.finish()
         barrier()
 
