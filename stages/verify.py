@@ -1,6 +1,7 @@
 """Verify the published results without training: `make verify`. This is no DVC stage, and it changes no tracked file.
 
-1. `dvc pull` fetches the artifacts, and `dvc status` checks them against dvc.lock.
+1. `dvc pull` fetches the artifacts. Every file is hashed and compared with dvc.lock: DVC trusts what its cache has, and
+   files whose time and size it knows. `dvc status` compares the code and the settings with dvc.lock.
 2. The report is drawn again and compared byte for byte.
 3. A few random images are certified again, with the noise of the published certificates. On the same kind of machine
    with the same PyTorch the answers must be identical. Elsewhere the network rounds differently and a few votes move.
@@ -15,12 +16,14 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from environment import run_command
 
+import hashlib
 import json
 import random
 import secrets
 import subprocess
 import tempfile
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -28,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+import yaml
 from scipy.special import ndtr, ndtri
 
 from rrcm.certification.noise import ESTIMATE
@@ -65,8 +69,8 @@ def verify(
     seed = secrets.randbelow(2**31) if seed is None else seed
     config = load_config(root / "params.yaml")
 
-    _say("1/4 dvc pull, dvc status")
-    problems = check_artifacts()
+    _say("1/4 dvc pull, hashes of all files, dvc status")
+    problems = check_artifacts(root)
     _say(f"2/4 draw reports/{config.report.name} again")
     drawn, differences = check_report(config, root)
     problems += differences
@@ -93,15 +97,56 @@ def verify(
     )
 
 
-def check_artifacts() -> list[str]:
-    """Fetch the artifacts and name the stages that are not as dvc.lock records them."""
+def check_artifacts(root: Path) -> list[str]:
+    """Fetch the artifacts, and name the files and the stages that are not as dvc.lock records them."""
+    from dvc.repo import Repo  # slow to import
+
     pulled = subprocess.run([sys.executable, "-m", "dvc", "pull"], stdout=sys.stderr)
     if pulled.returncode != 0:
         raise RRCMError("dvc pull failed, see above; nothing could be verified")
+    with Repo() as repo:
+        problems = check_hashes(root, Path(repo.cache.local.path))
     status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], stdout=subprocess.PIPE, text=True)
     if status.returncode != 0:
         raise RRCMError("dvc status failed, see above; nothing could be verified")
-    return [f"dvc status: {name}: {json.dumps(changes)}" for name, changes in json.loads(status.stdout).items()]
+    changes = json.loads(status.stdout)
+    return problems + [f"dvc status: {name}: {json.dumps(change)}" for name, change in changes.items()]
+
+
+def check_hashes(root: Path, cache: Path) -> list[str]:
+    """A line for each file of the stages' outputs that does not have its hash in dvc.lock.
+
+    For a folder, dvc.lock has the hash of a list of its files, which DVC keeps in its `cache`. Where that list is
+    missing, as for a folder that git keeps, the line names the folder.
+    """
+    stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"].values()
+    problems = []
+    for out in (out for stage in stages for out in stage.get("outs", [])):
+        path, expected = root / out["path"], out["md5"]
+        found, listed = _hashes(path), {".": expected}
+        if expected.endswith(".dir"):
+            entries = json.dumps([{"md5": md5, "relpath": name} for name, md5 in found.items()])
+            if hashlib.md5(entries.encode()).hexdigest() == expected.removesuffix(".dir"):
+                continue
+            listing = cache / "files/md5" / expected[:2] / expected[2:]
+            if _hashes(listing) == {".": expected.removesuffix(".dir")}:
+                listed = {entry["relpath"]: entry["md5"] for entry in read_json(listing)}
+            else:
+                found = {}
+        wrong = sorted(name for name in found.keys() | listed if found.get(name) != listed.get(name))
+        problems += [
+            f"{path / name}: is not what dvc.lock has; delete it and .dvc/cache, and pull again" for name in wrong
+        ]
+    return problems
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """The MD5 of a file as that of ".", or those of the files in a folder by their names, in DVC's order."""
+    if path.is_dir():
+        names = sorted(name.as_posix() for name in _files(path) if not fnmatch(name.name, ".*.tmp"))  # see .dvcignore
+    else:
+        names = ["."] if path.is_file() else []
+    return {name: hashlib.md5((path / name).read_bytes()).hexdigest() for name in names}
 
 
 def check_report(config: Config, root: Path) -> tuple[int, list[str]]:

@@ -1,12 +1,16 @@
 """`stages/verify.py`: what was published passes; a changed certificate or report does not."""
 
+import configparser
+import hashlib
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import REPOSITORY
 from scipy.stats import binom, norm
 
@@ -111,3 +115,92 @@ def test_every_byte_and_every_file_of_the_report_counts(tmp_path):
     (tmp_path / "published/c.csv").write_bytes(b"")
     problems = compare(*folders)
     assert ["missing" in problems[0], "not drawn" in problems[1], "sub/a.png: differs" in problems[2]] == [True] * 3
+
+
+def test_dvc_checks_what_it_pulls():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / ".dvc/config")
+    assert config["'remote \"artifacts\"'"].getboolean("verify")
+
+
+def md5(text: bytes) -> str:
+    return hashlib.md5(text).hexdigest()
+
+
+@pytest.fixture
+def locked(tmp_path) -> Path:
+    """A repository with two model folders, a file and a folder that git keeps, as dvc.lock has them."""
+    folders = {f"models/{name}": {"a.json": name, "sub/weights": f"weights of {name}"} for name in ("rrcm", "gaussian")}
+    outs = []
+    for folder, files in (folders | {"report": {"page.md": "text"}}).items():
+        for name, text in files.items():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(text)
+        listing = json.dumps([{"md5": md5(text.encode()), "relpath": name} for name, text in files.items()])
+        outs.append({"path": folder, "md5": f"{md5(listing.encode())}.dir"})
+        if folder != "report":
+            path = tmp_path / "cache/files/md5" / outs[-1]["md5"][:2] / outs[-1]["md5"][2:]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(listing)
+    (tmp_path / "timing.json").write_text("{}")
+    outs.append({"path": "timing.json", "md5": md5(b"{}")})
+    lock = {"stages": {"all": {"outs": outs}, "none": {}}}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
+    return tmp_path
+
+
+def flip(path: Path) -> None:
+    """One bit of the file, whose time stays, so that DVC does not look at it."""
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("named", "damage"),
+    [
+        ("models/rrcm/sub/weights", flip),
+        ("models/gaussian/a.json", flip),
+        ("timing.json", flip),
+        ("models/rrcm/sub/weights", Path.unlink),
+        ("timing.json", Path.unlink),
+        ("models/rrcm/more", Path.touch),
+        ("models/rrcm/a.json", lambda path: shutil.copy(path.parent.parent / "gaussian/a.json", path)),
+    ],
+)
+def test_a_flipped_bit_in_any_file_is_one_line_that_names_it(locked, named, damage):
+    check = verify["check_hashes"]
+    (locked / "models/rrcm/.half.tmp").touch()  # DVC ignores it
+    assert check(locked, locked / "cache") == []
+    damage(locked / named)
+    (line,) = check(locked, locked / "cache")
+    assert line.startswith(f"{locked / named}: is not what dvc.lock has") and "\n" not in line
+
+
+@pytest.mark.parametrize("folder", ["report", "models/rrcm"])
+def test_a_folder_without_a_sound_list_of_its_files_is_named_itself(locked, folder):
+    for listing in (locked / "cache").rglob("*.dir"):
+        flip(listing)
+    assert verify["check_hashes"](locked, locked / "cache") == []
+    flip(next(path for path in (locked / folder).rglob("*") if path.is_file()))
+    (line,) = verify["check_hashes"](locked, locked / "cache")
+    assert line.startswith(f"{locked / folder}: is not what dvc.lock has")
+
+
+def test_with_a_damaged_file_nothing_is_called_verified(locked, monkeypatch, capsys):
+    """The whole command, with the steps left out that need DVC and a report."""
+    flip(locked / "models/gaussian/sub/weights")
+    monkeypatch.chdir(locked)
+    command = verify["verify"]
+    monkeypatch.setitem(command.__globals__, "load_config", lambda path: load_config(REPOSITORY / "params.yaml"))
+    monkeypatch.setitem(
+        command.__globals__, "check_artifacts", lambda root: verify["check_hashes"](root, Path("cache"))
+    )
+    monkeypatch.setitem(command.__globals__, "check_report", lambda config, root: (0, []))
+    monkeypatch.setitem(command.__globals__, "certify_again", lambda *_: verify["Found"]([], 1, 1, True))
+    with pytest.raises(verify["typer"].Exit) as ended:
+        command(images=1, models=1, seed=0)
+    printed = capsys.readouterr()
+    assert ended.value.exit_code == 1 and printed.out == "NOT verified: 1 problem, listed above\n"
+    assert "models/gaussian/sub/weights: is not what dvc.lock has" in printed.err
