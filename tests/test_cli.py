@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from rrcm.certification.certify_images import find_images, read_pixels
+from rrcm.certification.certify_images import find_images, find_labels, read_pixels
 from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
+from rrcm.data.images import Listing
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
@@ -585,6 +586,13 @@ def test_the_folder_of_one_class(saved, images, monkeypatch):
     assert "have the label dog" in rrcm(".", "--model", "../../model", *SMALL).stderr
     monkeypatch.chdir("../0")
     assert "note: the images have no labels" in rrcm(".", "--model", "../../model", *SMALL).stderr  # it may be a number
+
+
+@pytest.mark.parametrize(("folder", "label"), [("n02", 1), ("dog", 3), ("crane", None), ("3", None), ("new", None)])
+def test_the_folder_of_one_class_of_imagenet(folder, label):
+    """Two classes are called crane, and a folder called 3 need not hold class 3."""
+    loaded = subject(8, 1, ["crane", "cat", "crane", "dog"], ["n01", "n02", "n03", "n04"])
+    assert find_labels(Listing(Path(folder), [Path("1.png"), Path("more/2.png")]), loaded) == [label] * 2
 
 
 def test_radii_are_never_shown_larger_than_they_are():
