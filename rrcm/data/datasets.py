@@ -276,13 +276,13 @@ def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list
     found = list_images(folder)
     labelled = [(file, label) for file in found.files if (label := label_of(file, labels)) is not None]
     found.left_out["images outside class folders"] += len(found.files) - len(labelled)
-    same_folder = {link.name: listed for link, listed in found.links if link.parent == Path()}
+    elsewhere = {link.parts[0]: listed for link, listed in found.links}
     with_images = {label for _, label in labelled}
     for name, path in by_class.items():
         if labels[name] not in with_images:
             kinds = ", ".join(sorted(SUFFIXES))
-            if path.name in same_folder:
-                raise RRCMError(f"{path}: leads to the images of {same_folder[path.name]}; remove one of the classes")
+            if path.name in elsewhere:
+                raise RRCMError(f"{path}: leads only to what is in {elsewhere[path.name]}; remove one of the classes")
             raise RRCMError(f"{path}: class folder without images ({kinds}); add some or remove it")
     linked = [[label_of(path / "_", labels) for path in paths] for paths in found.links]
     between = sum(None not in pair and pair[0] != pair[1] for pair in linked)

@@ -420,9 +420,14 @@ def test_links_between_classes(tmp_path: Path):
     assert len(found.train.labels) == 8
     assert +Counter(found.left_out) == {LISTED: 1, "links from one class to images of another": 3}
     (tmp_path / "a/kitty").symlink_to("cat")
-    with pytest.raises(RRCMError, match="kitty: leads to the images of cat; remove one of the classes") as error:
+    with pytest.raises(RRCMError, match="kitty: leads only to what is in cat; remove one of the classes") as error:
         read_dataset(settings("imagefolder", tmp_path / "a"))
     one_line(error)
+    (tmp_path / "a/kitty").unlink()
+    (tmp_path / "a/puppy").mkdir()
+    (tmp_path / "a/puppy/1.png").symlink_to("../dog/000.png")
+    with pytest.raises(RRCMError, match=r"puppy: leads only to what is in dog/000.png; remove one"):
+        read_dataset(settings("imagefolder", tmp_path / "a"))
 
 
 def test_classes_of_links_to_images_outside_class_folders(tmp_path: Path):
