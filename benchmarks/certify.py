@@ -241,7 +241,7 @@ def make_engines(classifier: NoiseConditionedClassifier, batch_size: int | None,
 def bare_network(classifier: NoiseConditionedClassifier, precision: str) -> nn.Module:
     """The network whose forward pass alone is the limit of a precision."""
     smoothed = SmoothedClassifier(classifier, classifier.sigma, classifier.num_classes, precision=precision)
-    return WholeBlocks(smoothed.model)
+    return WholeBlocks(smoothed.network)
 
 
 def timed(engine: Callable[..., Answers], inputs: Inputs, part: slice, n: int) -> dict:

@@ -22,7 +22,9 @@ from rrcm.utils.provenance import describe_environment
 
 
 class Recorder(nn.Module):
-    """Keeps the predictions of a model."""
+    """Keeps the predictions of a model of ours."""
+
+    keeps_float32_input = True
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -46,17 +48,15 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
         """(images, samples) classes."""
         torch.set_num_threads(threads)
         recorder = Recorder(classifier)
-        smoothed = SmoothedClassifier(recorder, classifier.sigma, classifier.num_classes, batch_size=batch_size)
-        if precision == "bf16":
-            recorder.model = SmoothedClassifier(
-                classifier, classifier.sigma, classifier.num_classes, precision="bf16"
-            ).model
+        smoothed = SmoothedClassifier(
+            recorder, classifier.sigma, classifier.num_classes, batch_size=batch_size, precision=precision
+        )
         requests = [
             SampleRequest(image.float() / 255, index, ESTIMATE, 0, each)
             for image, index in zip(pixels, indices, strict=True)
         ]
         smoothed.count_votes(requests[::-1] if backwards else requests)
-        found = torch.cat(recorder.answers)[: each * len(pixels)].view(len(pixels), each)
+        found = torch.cat(smoothed.network.answers)[: each * len(pixels)].view(len(pixels), each)
         return found.flip(0) if backwards else found
 
     rows = []

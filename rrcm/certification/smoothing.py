@@ -205,14 +205,15 @@ class SmoothedClassifier(nn.Module):
             value = at_least_one(name, value)
         super().__setattr__(name, value)
 
-    def __getstate__(self) -> dict[str, object]:
-        """What is copied and pickled: all but the network that is made from the model."""
-        return self.__dict__ | {"_voter": None}
-
     @property
     def device(self) -> torch.device:
         """The model's device, where everything is computed. A model without any tensor goes where the images are."""
         return self._device(torch.device("cpu"))
+
+    @property
+    def network(self) -> nn.Module:
+        """What votes: the model itself, or its copy in bfloat16 with the weights that the model has now."""
+        return self._find_voter().network
 
     def _device(self, default: torch.device) -> torch.device:
         return next((t.device for t in chain(self.model.parameters(), self.model.buffers())), default)

@@ -267,11 +267,11 @@ def test_bfloat16_rounds_networks_and_no_pixels(tmp_path):
     """The noise and the skip connection stay in float32, so the estimate differs by little even at loud noise."""
     loaded, (noisy, _) = load_model_folder(saved(tmp_path)), rows()
     smoothed = SmoothedClassifier(loaded.classifier, SIGMA, K, precision="bf16")
-    half = smoothed.model.denoiser
+    half = smoothed.network.denoiser
     assert next(half.parameters()).dtype == torch.bfloat16
     estimate, exact = half(noisy, 1.0), loaded.classifier.denoiser(noisy, 1.0)
     assert estimate.dtype == torch.float32 and (estimate - exact).abs().max() < 0.02
-    assert (smoothed.model(noisy).argmax(1) == loaded.classifier(noisy).argmax(1)).float().mean() > 0.8
+    assert (smoothed.network(noisy).argmax(1) == loaded.classifier(noisy).argmax(1)).float().mean() > 0.8
 
 
 @torch.no_grad()

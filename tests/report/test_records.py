@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from test_report import make_config, make_inputs
 
 from rrcm.config import Config
 from rrcm.report import tables
 from rrcm.report.inputs import read_inputs
-from rrcm.report.records import Environment, is_share, read_numbers
+from rrcm.report.records import Environment, check_finetuning, is_share, read_numbers
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.provenance import describe_environment
 
@@ -158,6 +159,19 @@ def test_numbers_read_back_as_written(tmp_path: Path):
 def test_shares_of_images():
     assert all(is_share(correct / total, 143) for total in (143, 4 * 143) for correct in range(total))
     assert not any(is_share(correct / 143 + 1e-13, 143) for correct in range(143))
+
+
+def test_a_training_may_end_within_an_epoch_and_be_evaluated_seldom():
+    history = pd.DataFrame({"epoch": [1, 2, 2.5], "val_accuracy": [None, 0.75, 0.5]})
+    model = {"training": {"epochs": 2.5}, "selected": {"epoch": 2, "val_accuracy": 0.75}}
+    assert check_finetuning(history, model, 4, one_model=True) is None
+    ensemble = model | {"selected": {"epoch": 2.5, "val_accuracy": 0.7}}  # its accuracy is none of the members' mean
+    assert check_finetuning(history, ensemble, 4, one_model=False) is None
+    assert "the best epoch is 2 with 0.75" in check_finetuning(history, ensemble, 4, one_model=True)
+    one = {"training": {"epochs": 0.3}, "selected": {"epoch": 0.3, "val_accuracy": 0.5}}
+    assert check_finetuning(history.iloc[2:].assign(epoch=0.3), one, 4, one_model=True) is None
+    late = history.assign(epoch=[1, 2, 1.5])
+    assert "epochs must be" in check_finetuning(late, model | {"training": {"epochs": 1.5}}, 4, one_model=True)
 
 
 @pytest.mark.parametrize(

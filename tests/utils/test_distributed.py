@@ -330,7 +330,7 @@ def test_the_native_precision_of_a_device(monkeypatch, device, bf16, native, exp
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
         smoothed = SmoothedClassifier(network, 0.5, 3, precision="auto")
         assert smoothed.precision == native
-        assert smoothed.model[1].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert smoothed.network[1].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_without_torchs_capabilities_a_cpu_computes_in_float32(monkeypatch):
