@@ -87,7 +87,7 @@ def certify(  # long because each option has its own lines
     A run that is stopped continues when the same command is given again.
     """
     from rrcm.certification.certify_images import certify_folder, files_path, find_images, folder_tables
-    from rrcm.certification.stopping import make_stopping_rule
+    from rrcm.certification.rules import make_stopping_rule
     from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
     from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery, note_on_labels

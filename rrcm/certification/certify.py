@@ -13,8 +13,9 @@ from torch import nn
 
 from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
 from rrcm.certification.results import COLUMNS, SAMPLES, write_certificates, write_samples
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
-from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule, make_stopping_rule
+from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards

@@ -41,6 +41,7 @@ from rrcm.certification.networks import (
     without_compilation,
 )
 from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, CounterDraw, counter_normal
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import (
     ABSTAIN,
     WRONG_CLASS,
@@ -48,7 +49,6 @@ from rrcm.certification.stopping import (
     StoppingRule,
     binomial_test,
     check_prediction,
-    make_stopping_rule,
 )
 from rrcm.utils.arguments import real_number, shown, whole_number
 from rrcm.utils.distributed import explain_out_of_memory, native_precision

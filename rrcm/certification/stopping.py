@@ -6,13 +6,13 @@ is sigma Phi^-1(lower bound on p_A) (Cohen et al. 2019, theorem 1). Radii and si
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from scipy.special import bdtr, bdtrc, betaincinv, ndtr, ndtri  # importing scipy.stats takes a second
 
-from rrcm.utils.arguments import real_number, shown, whole_number
+from rrcm.utils.arguments import real_number, whole_number
 from rrcm.utils.errors import RRCMError
 
 # Why sampling stopped.
@@ -148,32 +148,9 @@ def group_sequential(
     radii = np.array([float(f"{radius_step * k:.12g}") for k in range(steps)])  # 0.6, not 0.6000000000000001
     efficacy_counts = efficacy_boundary(looks, alphas, ndtr(radii / sigma))
     if (efficacy_counts[:, 0] > looks).all():  # the sum of the shares is rounded
-        raise _certifies_nothing(n, alpha, "set n higher")
+        raise certifies_nothing(n, alpha, "set n higher")
     kept = max(1, int((efficacy_counts[-1] <= n).sum()))  # drop a radius that only rounding puts within reach
     return GroupSequential(sigma, n0, looks, alphas, tuple(radii[:kept].tolist()), efficacy_counts[:, :kept])
-
-
-def make_stopping_rule(
-    stopping: str, sigma: float, *, n0: int, n: int, alpha: float, radius_step: float, bound: str = "binary"
-) -> StoppingRule:
-    """The rule named "fixed" or "sequential" with a bound of BOUNDS; "fixed" ignores `radius_step`.
-
-    Raises `RRCMError` for bad settings, and where n votes of n certify nothing.
-    """
-    for name, value, allowed in (("bound", bound, BOUNDS), ("stopping", stopping, STOPPING)):
-        if not isinstance(value, str) or value not in allowed:
-            raise RRCMError(f"{name} = {shown(value)}: must be {' or '.join(allowed)}")
-    if stopping == "fixed":
-        rule = fixed_sample(sigma, n0=n0, n=n, alpha=alpha)
-    else:
-        rule = group_sequential(sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step)
-    rule = replace(rule, bound=bound)
-    if bound == "margin":
-        from rrcm.certification.margin import MarginRule  # which imports this module
-
-        if not MarginRule(rule).can_certify():
-            raise _certifies_nothing(n, alpha, "set n higher, or bound to binary")
-    return rule
 
 
 def look_schedule(n: int) -> tuple[int, ...]:
@@ -254,11 +231,11 @@ def check_settings(sigma: float, n0: int, n: int, alpha: float) -> tuple[float, 
     """sigma, n0, n and alpha as Python numbers. Raises `RRCMError` for those with which nothing can be certified."""
     sigma, n0, n, alpha = _numbers(sigma, n0, n, alpha)
     if n < (least := _fewest_votes(alpha)):
-        raise _certifies_nothing(n, alpha, f"set n to {least}")
+        raise certifies_nothing(n, alpha, f"set n to {least}")
     return sigma, n0, n, alpha
 
 
-def _certifies_nothing(n: int, alpha: float, advice: str) -> RRCMError:
+def certifies_nothing(n: int, alpha: float, advice: str) -> RRCMError:
     return RRCMError(f"n = {n}: certifies nothing at alpha = {alpha}, even if all votes agree; {advice}")
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from rrcm.certification.external import read_external_certificates
 from rrcm.certification.outcomes import find_impossible
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
-from rrcm.certification.stopping import make_stopping_rule
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import METHODS, classifier_of

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from rrcm.certification.stopping import check_prediction, check_settings, make_stopping_rule
+from rrcm.certification.rules import make_stopping_rule
+from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
 from rrcm.methods import BUDGETS, FAMILIES, METHODS, PER_OBJECTIVE

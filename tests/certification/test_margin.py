@@ -18,15 +18,9 @@ from torch import nn
 from rrcm.certification import stopping
 from rrcm.certification.margin import BINARY, PAIR, TWO_BOUNDS, MarginRule, choose_test, margin_radius, pair_radius
 from rrcm.certification.noise import ESTIMATE, SELECT
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
-from rrcm.certification.stopping import (
-    FUTILE,
-    WHOLE_GRID,
-    GroupSequential,
-    fixed_sample,
-    group_sequential,
-    make_stopping_rule,
-)
+from rrcm.certification.stopping import FUTILE, WHOLE_GRID, GroupSequential, fixed_sample, group_sequential
 from rrcm.utils.errors import RRCMError
 
 IMAGES, SIGMA = 200_000, 0.5

@@ -11,8 +11,9 @@ from torch import nn
 
 from rrcm.certification.certify import _frame
 from rrcm.certification.outcomes import find_impossible
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import ImageState, SampleRequest, SmoothedClassifier
-from rrcm.certification.stopping import StoppingRule, make_stopping_rule
+from rrcm.certification.stopping import StoppingRule
 
 
 class DrawnVotes(SmoothedClassifier):

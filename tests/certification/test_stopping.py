@@ -15,6 +15,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom, binomtest
 
 from rrcm.certification import stopping
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
     FUTILE,
@@ -31,7 +32,6 @@ from rrcm.certification.stopping import (
     group_sequential,
     in_reach,
     look_schedule,
-    make_stopping_rule,
 )
 from rrcm.utils.errors import RRCMError
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from rrcm.certification.certify_images import certify_folder, find_images, read_pixels
-from rrcm.certification.stopping import make_stopping_rule
+from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Data
 from rrcm.data import shards
 from rrcm.data.sharding import write_shards

@@ -23,7 +23,8 @@ from matplotlib.cbook import pts_to_prestep
 from PIL import Image
 
 from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates, write_samples
-from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS, make_stopping_rule
+from rrcm.certification.rules import make_stopping_rule
+from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.config import Config, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, evenly_spaced
