@@ -79,6 +79,7 @@ class Budget:
 
     total_steps: int
     epoch_steps: int
+    step_images: int  # over all processes
     step_compute: float
     pretrain_share: float  # of the compute of the pre-training that it starts from
     soft_label_share: float  # of the compute of the soft labels that it learns from
@@ -151,4 +152,6 @@ def plan_budget(
         folder = pretrained / METHODS[method].initial_weights
         share = read_json(folder / "config.json")["compute"]["pretrain"] / shared_by
     evaluate_every = math.ceil(config.finetune.evaluate_every * total_steps / planned_steps)
-    return Budget(total_steps, epoch_steps, step_compute, share, soft_label_share, evaluate_every, settings.epochs)
+    return Budget(
+        total_steps, epoch_steps, step_images, step_compute, share, soft_label_share, evaluate_every, settings.epochs
+    )

@@ -199,14 +199,13 @@ def _train(
         classifier.compile()
     classify = WrappedClassifier(classifier, training, config.finetune.num_chunks, denoise)
     peak_lr = settings.lr * settings.batch_size / 256
-    step_images = settings.images_per_step(METHODS[method].objective)
-    batches = train_batches(config, settings.augmentation, step_images, images, env, training.step, budget.total_steps)
+    batches = train_batches(config, settings.augmentation, budget, images, env, training.step)
     for step, batch in training.steps(batches):
         # schedule
         passed = budget.schedule_epoch(step)
         lr = peak_lr * lr_factor(settings, passed, budget.schedule_epochs)
         # loss
-        draw = Draw(config.seed, step, batch["position"].tolist(), step_images, env.device, passed)
+        draw = Draw(config.seed, step, batch["position"].tolist(), budget.step_images, env.device, passed)
         losses = objective(classify, targets(batch, step), draw)
         # optimizer
         training.optimizer_step(losses["loss"], lr)
@@ -249,7 +248,7 @@ def _train(
             },
         )
 
-    training.publish(output, timing, save, budget.total_steps * step_images)
+    training.publish(output, timing, save, budget.total_steps * budget.step_images)
 
 
 def initial_weights_of(config: Config, method: str) -> str:
@@ -378,7 +377,6 @@ def build_trainer(
     """The loop around the classifier, with the identity of this run. `inputs` are hashes of further training data."""
     settings = config.finetune.settings(method, sigma)
     batch_seed = derive_seed(config.seed, "finetune batches")
-    step_images = settings.images_per_step(METHODS[method].objective)
     scales = layerwise_lr_scales(classifier, settings.layer_decay)
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in classifier.named_parameters():
@@ -413,7 +411,7 @@ def build_trainer(
         precision=config.finetune.precision,
         metrics=["loss", *objective.terms],
         checkpoint_every=config.finetune.checkpoint_every * budget.epoch_steps,
-        describe_step=lambda step: describe_step(images, step_images, batch_seed, step),
+        describe_step=lambda step: describe_step(images, budget.step_images, batch_seed, step),
     )
     training.extra_state = {"selected": {"epoch": 0, "val_accuracy": -1.0}}
     return training
@@ -429,20 +427,19 @@ def describe(classifier: Classifier) -> dict[str, object]:
 def train_batches(
     config: Config,
     augmentation: str,
-    step_images: int,
+    budget: Budget,
     images: ShardedDataset,
     env: DistEnv,
     first_step: int,
-    last_step: int,
 ) -> Generator[Batch]:
-    """This process's share of the augmented images of each step, `step_images` in all processes, from a step on."""
+    """This process's share of the augmented images of each step from the first on."""
     return batch_loader(
         images,
         FinetuneTransform(augmentation, config.data.image_size),
-        batch_size=step_images,
+        batch_size=budget.step_images,
         seed=derive_seed(config.seed, "finetune batches"),
         first_step=first_step,
-        last_step=last_step,
+        last_step=budget.total_steps,
         rank=env.rank,
         world_size=env.world_size,
         workers=config.data.workers,
