@@ -128,7 +128,7 @@ def check_hashes(root: Path, cache: Path) -> list[str]:
             entries = json.dumps([{"md5": md5, "relpath": name} for name, md5 in found.items()])
             if hashlib.md5(entries.encode()).hexdigest() == expected.removesuffix(".dir"):
                 continue
-            listing = cache / "files/md5" / expected[:2] / expected[2:]
+            listing = cache / expected[:2] / expected[2:]
             if _hashes(listing) == {".": expected.removesuffix(".dir")}:
                 listed = {entry["relpath"]: entry["md5"] for entry in read_json(listing)}
             else:

@@ -119,9 +119,18 @@ def test_verify_passes_and_finds_what_was_changed(cloned):
     text = table.read_text()
     table.write_text(text + " ")
     output = run(cloned, *command, fails=True)
-    assert "NOT verified: 2 problems" in output  # DVC's hash, and the drawing
-    assert "dvc status: plot" in output and f"{table.relative_to(cloned)}: differs when drawn again" in output
+    assert "NOT verified: 3 problems" in output  # the hash, DVC's status, and the drawing
+    assert "reports/digits: is not what dvc.lock has" in output and "dvc status: plot" in output
+    assert f"{table.relative_to(cloned)}: differs when drawn again" in output
     table.write_text(text)
+    weights = cloned / "models/gaussian_matched/sigma_0.5/model.safetensors"
+    content, times = weights.read_bytes(), weights.stat()
+    weights.chmod(0o644)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # DVC does not look at it
+    output = run(cloned, *command, fails=True)
+    assert f"{weights.relative_to(cloned)}: is not what dvc.lock has" in output and "\nverified" not in output
+    weights.write_bytes(content)
 
 
 def test_experiments_rerun_only_what_they_touch(cloned):

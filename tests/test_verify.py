@@ -139,7 +139,7 @@ def locked(tmp_path) -> Path:
         listing = json.dumps([{"md5": md5(text.encode()), "relpath": name} for name, text in files.items()])
         outs.append({"path": folder, "md5": f"{md5(listing.encode())}.dir"})
         if folder != "report":
-            path = tmp_path / "cache/files/md5" / outs[-1]["md5"][:2] / outs[-1]["md5"][2:]
+            path = tmp_path / "cache" / outs[-1]["md5"][:2] / outs[-1]["md5"][2:]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(listing)
     (tmp_path / "timing.json").write_text("{}")

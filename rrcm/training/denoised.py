@@ -47,8 +47,7 @@ def finetune_denoised(
         if not record.exists():
             finetune(config, method, sigma, shard_folder, pretrained, trained, record, soft_labels, parts=parts)
     if env.is_main:
-        with claimed(output, timing, wait=True):
-            _publish(config, method, sigma, ShardedDataset(shard_folder, "train"), parts, trained, env, output, timing)
+        _publish(config, method, sigma, ShardedDataset(shard_folder, "train"), parts, trained, env, output, timing)
         run_state.finish()
 
 
@@ -104,24 +103,25 @@ def _publish(
         "compute": {"finetune": 0.0, "pretrain_share": _shared_compute(config, parts), "soft_label_share": 0.0},
     }
     record = {"seconds": 0.0, "images_per_second": None, "processes": env.world_size}
-    with atomic_directory(output) as folder:
-        if trained is None:
-            write_csv(folder / "history.csv", [{"epoch": 0, "loss": None, "val_accuracy": None, "lr": None}])
-        else:
-            shutil.copytree(trained, folder / "classifier")
-            shutil.copy(trained / "history.csv", folder)
-            own, record = read_json(trained / "config.json"), read_json(trained.with_suffix(".json"))
-            facts |= {name: own[name] for name in ("training", "selected")}
-            facts["compute"]["finetune"] = own["compute"]["finetune"]
-        classifier = folder / "classifier" if trained else parts.classifier
-        named = {"denoiser": part_of(folder, os.path.relpath(parts.denoiser, folder))}
-        if classifier is None:
-            named["classifier"] = _named_elsewhere(config.denoised.model, loaded)
-        else:
-            named["classifier"] = part_of(folder, os.path.relpath(classifier, folder))
-        write_denoised(folder, kind, named, images.classes, **facts)
-    record |= {"seconds": record["seconds"] + time.monotonic() - start}
-    write_json(timing, record | {"environment": describe_environment(env.device)})
+    with claimed(output, timing, wait=True):  # by another run of this stage, they are not mixed with its own
+        with atomic_directory(output) as folder:
+            if trained is None:
+                write_csv(folder / "history.csv", [{"epoch": 0, "loss": None, "val_accuracy": None, "lr": None}])
+            else:
+                shutil.copytree(trained, folder / "classifier")
+                shutil.copy(trained / "history.csv", folder)
+                own, record = read_json(trained / "config.json"), read_json(trained.with_suffix(".json"))
+                facts |= {name: own[name] for name in ("training", "selected")}
+                facts["compute"]["finetune"] = own["compute"]["finetune"]
+            classifier = folder / "classifier" if trained else parts.classifier
+            named = {"denoiser": part_of(folder, os.path.relpath(parts.denoiser, folder))}
+            if classifier is None:
+                named["classifier"] = _named_elsewhere(config.denoised.model, loaded)
+            else:
+                named["classifier"] = part_of(folder, os.path.relpath(classifier, folder))
+            write_denoised(folder, kind, named, images.classes, **facts)
+        record |= {"seconds": record["seconds"] + time.monotonic() - start}
+        write_json(timing, record | {"environment": describe_environment(env.device)})
 
 
 def _shared_compute(config: Config, parts: DenoisedParts) -> float:

@@ -703,5 +703,5 @@ def test_an_index_that_points_outside_its_shard(digits: Path, tmp_path: Path, co
     np.save(path, index)
     manifest["splits"]["test"]["index"]["sha256"] = sha256_file(path)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RRCMError, match=r"test\.index\.npy: places a sample outside its shard; run shard-data again"):
+    with pytest.raises(RRCMError, match=r"test\.index\.npy: does not fit manifest\.json; run shard-data again"):
         ShardedDataset(folder, "test")

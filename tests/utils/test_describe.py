@@ -58,7 +58,19 @@ def denoiser() -> EDMDenoiser:
 
 def public_denoiser() -> DiscreteDenoiser:
     torch.manual_seed(2)
-    sizes = Sizes(8, 1, 1, 32, [32], 1, [0], 2, True, False, 1.0)
+    sizes = Sizes(
+        image_size=8,
+        channels=1,
+        out_channels=1,
+        model_channels=32,
+        level_channels=[32],
+        num_res_blocks=1,
+        attention_levels=[0],
+        num_heads=2,
+        scale_shift=True,
+        resblock_updown=False,
+        time_scale=1.0,
+    )
     return DiscreteDenoiser(GuidedDiffusionUNet(sizes), named_schedule("linear", 1000), "epsilon")
 
 
