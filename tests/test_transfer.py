@@ -23,8 +23,8 @@ SMALL += [
     "finetune.epochs=10",
     "finetune.lr=4e-2",
 ]
-SMALL += ["finetune.batch_size=16", "finetune.weights_dtype=fp32", "denoiser.batch_size=32", "denoiser.steps=20"]
-SMALL += ["denoiser.warmup_steps=4", "denoiser.precision=fp32"]
+SMALL += ["finetune.batch_size=16", "finetune.weights_dtype=fp32", "denoiser.batch_size=32", "denoiser.steps=200"]
+SMALL += ["denoiser.warmup_steps=4", "denoiser.lr=2e-3", "denoiser.ema_decay=0.9", "denoiser.precision=fp32"]
 SMALL += ["certify.n0=20", "certify.n=60", "certify.every=2", "certify.radius_step=0.25"]
 
 
