@@ -118,7 +118,7 @@ def small_config(device: str) -> Config:
             "methods": ["rrcm", "consistency"],
             "data": data,
             "pretrain": config.pretrain.model_copy(update=steps),
-            "finetune": config.finetune.model_copy(update={"epochs": 3, "warmup_epochs": 1}),
+            "finetune": config.finetune.model_copy(update={"epochs": 5, "warmup_epochs": 1}),
             "certify": config.certify.model_copy(update={"n": 1000, "every": 6}),
         }
     )

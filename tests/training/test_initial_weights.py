@@ -217,6 +217,7 @@ def test_a_classifier_of_ours_tuned_again(project, trained):
         finetune__initial_checkpoint=str(trained / "models/rrcm/sigma_0.5"),
         finetune__time_condition="nearest_level",
         finetune__epochs=1,
+        finetune__warmup_epochs=0,
     )
     answer = stage(project, "finetune", "rrcm", "0.5")
     assert answer.returncode == 0, answer.stderr
