@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
+from conftest import assert_close
 from PIL import Image
 
 from rrcm.config import Views
@@ -64,14 +65,14 @@ def test_operations_equal_torchvision(channels: int, column: int, values: tuple[
         parameters[1:, column] = value  # the first image is unchanged
         result = color_blur(images, parameters)
         assert torch.equal(result[0], images[0])
-        torch.testing.assert_close(result[1:], reference(images[1:], value), atol=2e-6, rtol=0)
+        assert_close(result[1:], reference(images[1:], value))
 
 
 def test_hue_of_degenerate_colours_equals_torchvision():
     images = colours()
     for shift in (-0.1, 0.07):
         result = augment.adjust_hue(images, torch.full((len(images),), shift))
-        torch.testing.assert_close(result, F.adjust_hue(images, shift), atol=2e-6, rtol=0)
+        assert_close(result, F.adjust_hue(images, shift))
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
@@ -87,7 +88,7 @@ def test_blur_equals_torchvision(sigma: float):
     expected = padded_blur(images) / padded_blur(torch.ones_like(images))
     parameters = NEUTRAL.repeat(len(images), 1)
     parameters[:, augment.BLUR] = sigma
-    torch.testing.assert_close(color_blur(images, parameters), expected, atol=2e-6, rtol=0)
+    assert_close(color_blur(images, parameters), expected)
 
 
 def test_each_image_has_its_own_sigma_order_and_batch():
@@ -97,7 +98,7 @@ def test_each_image_has_its_own_sigma_order_and_batch():
     together = color_blur(images, parameters)
     assert together.dtype == torch.float32 and together.min() >= 0 and together.max() <= 1
     for i in range(64):
-        assert torch.allclose(color_blur(images[i : i + 1], parameters[i : i + 1])[0], together[i], atol=1e-6)
+        assert_close(color_blur(images[i : i + 1], parameters[i : i + 1])[0], together[i])
     steps = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
     for number, order in enumerate(augment.ORDERS.tolist()):
         factors = [1.4, 0.6, 1.2, -0.1]
@@ -105,7 +106,7 @@ def test_each_image_has_its_own_sigma_order_and_batch():
         expected = images[:1].float() / 255
         for operation in order:
             expected = steps[operation](expected, factors[operation])
-        torch.testing.assert_close(color_blur(images[:1], row), expected, atol=5e-6, rtol=0)
+        assert_close(color_blur(images[:1], row), expected)
 
 
 def test_color_blur_does_not_change_its_input():

@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import change_model
+from conftest import assert_close, change_model
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
@@ -104,7 +104,7 @@ def test_a_unet_gets_scaled_images_and_the_trunks_embedding_of_the_time():
     network.unet.time_embedding.register_forward_pre_hook(lambda _, inputs: seen.update(time=inputs[0]))
     assert answer(network, x, t).shape == x.shape
     torch.testing.assert_close(seen["image"], x / (by_image(t) ** 2 + 0.25).sqrt())
-    torch.testing.assert_close(seen["time"], time_embedding(t, 8), atol=2e-5, rtol=0)
+    assert_close(seen["time"], time_embedding(t, 8), 2e-5)
 
 
 def test_a_unet_has_attention_where_it_is_wanted():
@@ -204,7 +204,7 @@ def test_the_best_network_gives_the_closed_form_between_steps(schedule, num_step
     denoiser = DiscreteDenoiser(BestNetwork(abar, prediction_type), abar, prediction_type)
     levels = denoiser.levels[(denoiser.levels > 0.1) & (denoiser.levels < 1.5)]  # pixel sigmas .05 to .75
     x = randn(1, 1, 8, 8).expand(len(levels), -1, -1, -1)
-    torch.testing.assert_close(denoiser(x, levels), closed_form(x, levels), atol=1e-5, rtol=0)
+    assert_close(denoiser(x, levels), closed_form(x, levels))
     low, high = levels[:-1], levels[1:]
     for share in (0.1, 0.45, 0.55, 0.9):  # of the way from one step to the next
         t, nearest = low ** (1 - share) * high**share, low if share < 0.5 else high
@@ -295,7 +295,7 @@ def test_a_pipeline_predicts_what_the_library_says(scheduler, prediction_type, s
             output = output[:, : denoiser.channels]
         expected = library.step(output, step, scaled).pred_original_sample
         x = scaled / library.alphas_cumprod[step].sqrt()
-        torch.testing.assert_close(answer(denoiser, x, float(denoiser.levels[step])), expected, atol=1e-5, rtol=0)
+        assert_close(answer(denoiser, x, float(denoiser.levels[step])), expected)
     assert (denoiser.image_size, denoiser.training) == (8, False)
 
 
@@ -463,12 +463,12 @@ def guided_file(tmp_path) -> Callable[..., Path]:
 def test_a_file_of_guided_diffusion_predicts_what_its_authors_code_does(guided_file, name):
     denoiser = read_public_denoiser(guided_file(name), **GUIDED[name])
     x, steps = REFERENCE[f"{name}.x"], REFERENCE[f"{name}.steps"]
-    torch.testing.assert_close(answer(denoiser.network, x, steps), REFERENCE[f"{name}.output"], atol=1e-5, rtol=0)
+    assert_close(answer(denoiser.network, x, steps), REFERENCE[f"{name}.output"])
     abar = denoiser.alphas_cumprod[steps]
     last = denoiser.alphas_cumprod[-1:]
     torch.testing.assert_close(torch.cat([abar, last]), REFERENCE[f"{name}.alphas_cumprod"], atol=0, rtol=1e-10)
     clean = answer(denoiser, x / by_image(abar.sqrt()), denoiser.levels[steps])
-    torch.testing.assert_close(clean, REFERENCE[f"{name}.pred_xstart"], atol=1e-5, rtol=0)
+    assert_close(clean, REFERENCE[f"{name}.pred_xstart"])
 
 
 BIG = Sizes(
@@ -606,9 +606,9 @@ def test_q_k_and_v_in_the_new_order_are_the_same_network(guided_file):
     network.load_state_dict(in_new_order(network.state_dict(), num_heads=2))
     assert (answer(network, x, steps) - expected).abs().max() > 0.01
     network.set_order(True)
-    torch.testing.assert_close(answer(network, x, steps), expected, atol=1e-5, rtol=0)
+    assert_close(answer(network, x, steps), expected)
     save_denoiser(Path("ours"), DiscreteDenoiser(network, named_schedule("cosine", 4000), "epsilon"))
-    torch.testing.assert_close(answer(load_denoiser("ours").network, x, steps), expected, atol=1e-5, rtol=0)
+    assert_close(answer(load_denoiser("ours").network, x, steps), expected)
 
 
 @pytest.mark.parametrize("better", [False, True])
