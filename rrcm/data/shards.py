@@ -25,6 +25,7 @@ from rrcm.data.augment import centre_crop, to_array
 from rrcm.data.images import decode_image, describe_left_out, natural_order, to_channels
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import HINTS, atomic_path, lock_file, sha256_file, writing
+from rrcm.utils.registry import Registry
 
 OFFSET, SIZE, LABEL, KEY = range(4)  # columns of the index
 BLOCK = 512  # size of a tar block in bytes
@@ -33,14 +34,7 @@ DECODED_BYTES = 256 * 2**20  # a split that fits into this is kept decoded, in e
 DOWNLOAD_PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
 RERUN_HINT = "run shard-data again (dvc repro shard-data)"
 # Class names of published data sets; labels are indices into them.
-CLASSES = {
-    "digits": list("0123456789"),
-    "fashion_mnist": [
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    ],
-    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
-}
+CLASSES = Registry({name: f"rrcm.sources.{name}:CLASSES" for name in ("digits", "fashion_mnist", "cifar10")})
 
 
 class _Strict(BaseModel):

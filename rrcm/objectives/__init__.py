@@ -1,39 +1,27 @@
 """objectives: the losses that networks are trained on, one file per formula. README.md says how to add one."""
 
-from functools import partial
+from rrcm.utils.registry import Registry
 
-from rrcm.objectives.cat_rs import CATRS
-from rrcm.objectives.consistency import Consistency
-from rrcm.objectives.contrastive import Contrastive
-from rrcm.objectives.denoising import Denoising
-from rrcm.objectives.dmae import DMAE
-from rrcm.objectives.gaussian import Gaussian
-from rrcm.objectives.macer import MACER
-from rrcm.objectives.moco_v3 import MoCoV3
-from rrcm.objectives.rrcm import RRCM
-from rrcm.objectives.rrcm_dmae import RRCMDMAE
-from rrcm.objectives.smoothadv import SmoothAdv
-from rrcm.objectives.smoothmix import SmoothMix
-from rrcm.objectives.stability import Stability
-
-PRETRAINING = {
-    "rrcm": RRCM,
-    "rrcm_without_contrastive": partial(RRCM, contrastive=False),
-    "rrcm_without_consistency": Contrastive,
-    "rrcm_independent_noise": partial(RRCM, same_noise=False),
-    "rrcm_constant_levels": partial(RRCM, constant_levels=True),
-    "moco_v3": MoCoV3,
-    "dmae": DMAE,
-    "rrcm_dmae": RRCMDMAE,
-}
-FINETUNING = {
-    "gaussian": Gaussian,
-    "stability": Stability,
-    "consistency": Consistency,
-    "macer": MACER,
-    "smoothadv": SmoothAdv,
-    "smoothmix": SmoothMix,
-    "cat_rs": CATRS,
-}
-
-__all__ = ["FINETUNING", "PRETRAINING", "Denoising"]
+PRETRAINING = Registry(
+    {
+        "rrcm": "rrcm.objectives.rrcm:RRCM",
+        "rrcm_without_contrastive": ("rrcm.objectives.rrcm:RRCM", {"contrastive": False}),
+        "rrcm_without_consistency": "rrcm.objectives.contrastive:Contrastive",
+        "rrcm_independent_noise": ("rrcm.objectives.rrcm:RRCM", {"same_noise": False}),
+        "rrcm_constant_levels": ("rrcm.objectives.rrcm:RRCM", {"constant_levels": True}),
+        "moco_v3": "rrcm.objectives.moco_v3:MoCoV3",
+        "dmae": "rrcm.objectives.dmae:DMAE",
+        "rrcm_dmae": "rrcm.objectives.rrcm_dmae:RRCMDMAE",
+    }
+)
+FINETUNING = Registry(
+    {
+        "gaussian": "rrcm.objectives.gaussian:Gaussian",
+        "stability": "rrcm.objectives.stability:Stability",
+        "consistency": "rrcm.objectives.consistency:Consistency",
+        "macer": "rrcm.objectives.macer:MACER",
+        "smoothadv": "rrcm.objectives.smoothadv:SmoothAdv",
+        "smoothmix": "rrcm.objectives.smoothmix:SmoothMix",
+        "cat_rs": "rrcm.objectives.cat_rs:CATRS",
+    }
+)

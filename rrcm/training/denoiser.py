@@ -21,8 +21,8 @@ from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
 from rrcm.models.noise_levels import model_space
 from rrcm.models.public_denoisers import MIN_IMAGES, load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
-from rrcm.objectives import Denoising
 from rrcm.objectives.base import Draw
+from rrcm.objectives.denoising import Denoising
 from rrcm.training.optim import build_optimizer, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import (

@@ -21,11 +21,11 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 from rrcm.config import Data
-from rrcm.data import datasets
 from rrcm.data.datasets import DATASETS, RawDataset, RawSplit, read_dataset
 from rrcm.data.images import LISTED
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import CLASSES, ShardedDataset
+from rrcm.sources import cifar10, fashion_mnist
 from rrcm.utils.errors import RRCMError
 
 
@@ -99,7 +99,8 @@ def write_fashion(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture
 def other_contents(monkeypatch: pytest.MonkeyPatch):
     """Small files of noise are accepted in place of the published ones."""
-    monkeypatch.setattr(datasets, "_check_content", lambda *_: None)
+    for module in (cifar10, fashion_mnist):
+        monkeypatch.setattr(module, "check_content", lambda *_: None)
 
 
 def test_fashion_mnist_from_a_folder(tmp_path: Path, other_contents: None):
@@ -118,7 +119,7 @@ def test_fashion_mnist_download(
     sums = [(name, hashlib.md5((folder / name).read_bytes()).hexdigest()) for name in arrays]
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"{address}/"])
     monkeypatch.setattr(FashionMNIST, "resources", sums)
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
     dataset = read_dataset(settings("fashion_mnist", None, 28, 1))
     assert np.array_equal(dataset.test.images, arrays["t10k-images-idx3-ubyte.gz"])
@@ -167,7 +168,8 @@ def test_files_of_another_data_set_are_refused(tmp_path: Path, source: str, monk
         content = gzip.decompress(content) if name.endswith(".gz") else content
         (tmp_path / "unpacked").write_bytes(content)
         printed = subprocess.run(["git", "hash-object", tmp_path / "unpacked"], capture_output=True, text=True)
-        monkeypatch.setitem(datasets.CONTENTS, name.removesuffix(".gz"), printed.stdout.strip())
+        contents = {"fashion_mnist": fashion_mnist, "cifar10": cifar10}[source].CONTENTS
+        monkeypatch.setitem(contents, name.removesuffix(".gz"), printed.stdout.strip())
         with pytest.raises(RRCMError) as error:
             read_dataset(settings(source, tmp_path, size))
         assert f"{tmp_path / name}: has" not in one_line(error)  # but the next one
@@ -204,7 +206,7 @@ def test_names_that_no_manifest_may_have(tmp_path: Path, monkeypatch: pytest.Mon
     assert one_line(error) and not (tmp_path / "shards").exists()
 
 
-@pytest.mark.skipif(not datasets.DEBIAN_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not here")
+@pytest.mark.skipif(not fashion_mnist.DEBIAN.exists(), reason="package dataset-fashion-mnist is not here")
 def test_fashion_mnist_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     dataset = read_dataset(settings("fashion_mnist", None, 28, 1))
@@ -238,13 +240,13 @@ def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: py
         tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(datasets, "CIFAR10_URL", f"{address}/{archive.name}")
+    monkeypatch.setattr(cifar10, "URL", f"{address}/{archive.name}")
     data = settings("cifar10", None, 32)
     with pytest.raises(RRCMError, match=r"cifar10: download from http://.* failed .*corrupted") as error:
         read_dataset(data)  # the small archive lacks the real checksum
     one_line(error)
     assert list(Path("data/raw/cifar10").iterdir()) == []
-    monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     dataset = read_dataset(data)
     assert dataset.classes[0] == "airplane" and len(dataset.classes) == 10
     assert np.array_equal(dataset.train.images, pixels[:100]) and np.array_equal(dataset.train.labels, labels[:100])
@@ -258,12 +260,12 @@ def test_an_archive_cannot_leave_its_folder(tmp_path: Path, web: tuple[Path, str
     archive = folder / "cifar-10-binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("../../../../escaped"))
-        for name in datasets.CIFAR10_FILES:
+        for name in cifar10.FILES:
             link = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, "../../../../../../../etc/passwd"
             tar.addfile(link)
-    monkeypatch.setattr(datasets, "CIFAR10_URL", f"{address}/cifar-10-binary.tar.gz")
-    monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10, "URL", f"{address}/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(archive.read_bytes()).hexdigest())
     with pytest.raises(RRCMError, match="cannot be unpacked"):
         read_dataset(settings("cifar10", tmp_path, 32))
     assert not list(tmp_path.rglob("escaped")) and not list(tmp_path.parent.glob("escaped"))
@@ -473,7 +475,7 @@ def test_errors_name_the_wrong_folder(tmp_path: Path):
 
 
 def test_without_network_the_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datasets, "CIFAR10_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar10, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     with pytest.raises(RRCMError, match=r"cifar10: download from .* failed") as error:
         read_dataset(settings("cifar10", tmp_path, 32))
     one_line(error)
@@ -498,6 +500,6 @@ def test_relative_folders_are_found_from_a_copy_that_dvc_makes(
     copy = tmp_path / ".dvc/tmp/exps/tmpabc"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
     assert read_dataset(settings("imagefolder", Path("pictures"))).classes == ["a", "b"]
     read_dataset(settings("fashion_mnist", size=28, channels=1))  # as it was downloaded before
