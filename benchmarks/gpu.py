@@ -33,7 +33,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.architectures import build_network
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives.base import Draw
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective

@@ -21,7 +21,7 @@ from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.latency import fastest_batch, seconds_to_vote
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.provenance import describe_environment
 

@@ -18,7 +18,7 @@ from rrcm.certification.margin import BINARY, PAIR, TWO_BOUNDS, margin_radius
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import WRONG_CLASS
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 
 app = make_app()
 GRID = np.arange(61) * 0.05

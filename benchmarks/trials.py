@@ -24,7 +24,7 @@ from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 
 resume_gc()
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -18,7 +18,8 @@ from rrcm.data.datasets import DATASETS, RawDataset, RawSplit
 from rrcm.data.sharding import write_shards
 from rrcm.methods import METHODS, Method
 from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
-from rrcm.models.load import KINDS, load_base_classifier
+from rrcm.models.kinds import KINDS
+from rrcm.models.load import load_base_classifier
 from rrcm.objectives import FINETUNING
 from rrcm.objectives.base import draw_noise, noisy_logits, soft_cross_entropy
 from rrcm.training.finetune import finetune

@@ -20,7 +20,7 @@ from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.models.ensembles import with_consensus
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import claimed, sha256_folder, write_json
 from rrcm.utils.progress import Progress

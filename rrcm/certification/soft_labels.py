@@ -19,7 +19,7 @@ from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_pixels
 from rrcm.data.soft_labels import write_votes
 from rrcm.data.verification import verify_shards
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import claimed, sha256_folder, write_json
 from rrcm.utils.progress import Progress

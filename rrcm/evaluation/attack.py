@@ -31,7 +31,7 @@ from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import BaseClassifier
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.objectives.adversarial import ascend
 from rrcm.utils.distributed import explain_out_of_memory, pick_device, set_threads
 from rrcm.utils.errors import RRCMError

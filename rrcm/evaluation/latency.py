@@ -19,7 +19,7 @@ from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.denoised import DenoisedClassifier
 from rrcm.models.ensembles import Ensemble, with_consensus
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.files import write_json

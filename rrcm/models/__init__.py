@@ -1,1 +1,29 @@
-"""models: the vision transformer, the classifiers that are smoothed, and their checkpoints."""
+"""models: networks, and the classifiers of noisy images that are made of them. README.md says how to add one."""
+
+from rrcm.utils.registry import Registry
+
+# Classifiers in model folders, by the `kind` in config.json: (folder, config.json) -> `LoadedClassifier`.
+KINDS = Registry(
+    {
+        "classifier": "rrcm.models.checkpoints:load_classifier_folder",
+        "network": "rrcm.models.architectures:load_network_folder",
+        "ensemble": "rrcm.models.ensembles:load_ensemble",
+        "denoised": "rrcm.models.denoised:load_denoised",
+    }
+)
+# Networks in the place of the ViT, with random weights, by the setting `model.architecture`; else it is a name of timm.
+NETWORKS = Registry(
+    {
+        "lenet": "rrcm.models.convnets:LeNet",
+        "resnet110": "rrcm.models.convnets:resnet110",
+        "timm": "rrcm.models.timm_models:build_timm",
+    }
+)
+# Where the encoder that a fine-tuning starts from may come from.
+ENCODERS = Registry(
+    {
+        "folder": "rrcm.models.checkpoints:load_encoder_folder",
+        "file": "rrcm.models.authors:load_authors_encoder",
+        "timm": "rrcm.models.timm_vit:load_timm_encoder",
+    }
+)

@@ -1,16 +1,17 @@
 """The trunks that are not ours: networks of images without a noise level, by name."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import ConfigDict, model_validator
 from torch import nn
 
 from rrcm.config import Positive
+from rrcm.models import NETWORKS
 from rrcm.models.base_classifiers import NetworkClassifier
-from rrcm.models.convnets import LeNet, ResNet
-from rrcm.models.folders import ClassNames, Entries, ImageSize
-from rrcm.models.timm_models import suggest_timm_name
+from rrcm.models.folders import ClassNames, Entries, ImageSize, load_network, parse_entries
+from rrcm.models.kinds import LoadedClassifier
 from rrcm.utils.distributed import sync_batch_norm
 from rrcm.utils.errors import RRCMError, one_line
 
@@ -38,19 +39,10 @@ def build_network(name: str, image_size: int, channels: int, num_classes: int) -
     It maps (B, channels, image_size, image_size) to logits (B, num_classes). Raises `RRCMError` for an unknown name and
     for sizes that the network cannot have.
     """
+    network = name if name in NETWORKS else "timm"
+    named = {"name": name} if network == "timm" else {}
     try:
-        if name == "lenet":
-            return LeNet(image_size, channels, num_classes)
-        if name == "resnet110":
-            return ResNet(110, channels, num_classes)
-        import timm  # seconds of import
-
-        if complaint := suggest_timm_name(name):
-            raise RRCMError(f"model.architecture = {name!r}: must be vit, lenet, resnet110 or a timm name; {complaint}")
-        try:
-            return timm.create_model(name, num_classes=num_classes, in_chans=channels, img_size=image_size)
-        except TypeError:  # convolutional networks take any size and no such argument
-            return timm.create_model(name, num_classes=num_classes, in_chans=channels)
+        return NETWORKS[network](image_size=image_size, channels=channels, num_classes=num_classes, **named)
     except RRCMError:
         raise
     except Exception as error:  # each of timm's models raises its own
@@ -75,3 +67,11 @@ def network_classifier(architecture: Mapping, num_classes: int, sigma: float) ->
     sizes = {key: architecture[key] for key in ("name", "image_size", "channels")}
     network = sync_batch_norm(build_network(**sizes, num_classes=num_classes))
     return NetworkClassifier(network, num_classes, architecture, sigma)
+
+
+def load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
+    """The loader of kind "network" in `rrcm.models.KINDS`."""
+    entries = parse_entries(folder, config, NetworkEntries)
+    sizes, num_classes = entries.architecture, len(entries.class_names)
+    classifier = load_network(folder, lambda: network_classifier(sizes.model_dump(), num_classes, entries.sigma))
+    return LoadedClassifier(classifier, sizes.image_size, sizes.channels, entries.class_names)

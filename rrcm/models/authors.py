@@ -1,6 +1,7 @@
 """Read checkpoints released by the paper's authors."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -72,6 +73,12 @@ def load_authors_checkpoint(
     classifier = NoiseConditionedClassifier(encoder, _rows(head, "bias", path), nearest)
     load_weights(classifier.head, head, path)
     return classifier
+
+
+def load_authors_encoder(path: Path, expected: Mapping[str, int] | None) -> NoiseConditionedViT:
+    """The encoder alone. `expected` has `num_heads`, or is None. Raises `RRCMError` as `load_authors_checkpoint`."""
+    num_heads = None if expected is None else expected["num_heads"]
+    return load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # sigma matters to heads only
 
 
 def _rows(weights: dict[str, torch.Tensor], name: str, path: Path) -> int:

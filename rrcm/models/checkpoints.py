@@ -1,7 +1,7 @@
 """Model folders of encoders and classifiers.
 
 Their `kind` in config.json is "encoder" (pre-trained), "classifier" (fine-tuned), or "network" (a classifier on another
-trunk). Other kinds are loaded by load.py alone.
+trunk). Other kinds are loaded by kinds.py alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import ConfigDict, model_validator
 
 from rrcm.config import Count, Positive
-from rrcm.models.authors import load_authors_checkpoint
+from rrcm.models import ENCODERS
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.folders import (
     ClassNames,
@@ -24,6 +24,7 @@ from rrcm.models.folders import (
     read_model_config,
     write_model_folder,
 )
+from rrcm.models.kinds import LoadedClassifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
@@ -91,7 +92,7 @@ def save_model(
     *,
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: its numbers
     sigma: float | None = None,  # of a classifier, pixel units; None: its own
-    kind: str = "classifier",  # of a classifier with our encoder, a key of `rrcm.models.load.KINDS`
+    kind: str = "classifier",  # of a classifier with our encoder, a key of `rrcm.models.KINDS`
     dtype: str = "fp32",  # bf16 rounds the weights in the file, which halves it; they are loaded as float32
     **metadata: object,
 ) -> None:
@@ -125,15 +126,17 @@ def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) ->
     `RRCMError` for other sizes, and for a file or folder that cannot be read.
     """
     path = expand_user(path)
-    if path.is_file():
-        num_heads = None if expected is None else expected["num_heads"]
-        encoder = load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # sigma matters to heads only
-        _check_sizes(architecture(encoder), expected, path)
-        return encoder
+    encoder = ENCODERS["file" if path.is_file() else "folder"](path, expected)
+    _check_sizes(architecture(encoder), expected, path)
+    return encoder
+
+
+def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> NoiseConditionedViT:
+    """The encoder of a model folder. Raises `RRCMError` as `load_encoder` does."""
     config = read_model_config(path)
     check_kind(path, config, ("encoder", "classifier"))
     sizes = parse_entries(path, config, EncoderEntries).architecture.model_dump()
-    _check_sizes(sizes, expected, path)
+    _check_sizes(sizes, expected, path)  # before the weights are read
     if config["kind"] == "classifier":
         return classifier_of(path, config).train().encoder
     return load_network(path, lambda: NoiseConditionedViT(**sizes)).train()
@@ -144,6 +147,20 @@ def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
     config = read_model_config(folder)
     check_kind(folder, config, ("classifier",))
     return classifier_of(Path(folder), config)
+
+
+def load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
+    """The loader of kind "classifier" in `rrcm.models.KINDS`."""
+    return describe_classifier(classifier_of(folder, config), config["class_names"])
+
+
+def describe_classifier(
+    classifier: NoiseConditionedClassifier, class_names: list[str] | None = None
+) -> LoadedClassifier:
+    """A classifier with our encoder, and what is needed to certify with it. Without names, classes have numbers."""
+    encoder = classifier.encoder
+    numbers = [str(number) for number in range(classifier.num_classes)]
+    return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
 
 
 def classifier_of(folder: Path, config: Mapping) -> NoiseConditionedClassifier:

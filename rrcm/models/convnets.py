@@ -92,3 +92,8 @@ class ResNet(nn.Module):
         x = self.bn1(self.conv1(images)).relu()
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
+
+
+def resnet110(image_size: int, channels: int, num_classes: int) -> ResNet:
+    """The network of depth 110. It takes images of any size."""
+    return ResNet(110, channels, num_classes)

@@ -16,9 +16,13 @@ from torch import nn
 
 from rrcm.config import Count, NonNegative, Positive
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
-from rrcm.models.denoiser import Denoiser
-from rrcm.models.folders import ClassNames, Entries, Part, Place, Sha256, write_model_folder
+from rrcm.models.denoiser import Denoiser, load_denoiser
+from rrcm.models.folders import ClassNames, Entries, Part, Place, Sha256, parse_entries, write_model_folder
+from rrcm.models.kinds import LoadedClassifier, load_model_folder, refuse_within
+from rrcm.models.load import load_base_classifier
 from rrcm.models.sampler import reverse_levels, reverse_sde
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.tensors import sha256_tensors
 
 
 def clipped(denoiser: Denoiser, x: torch.Tensor, t: float) -> torch.Tensor:
@@ -175,3 +179,28 @@ def write_denoised(
     """
     config = {"kind": "denoised", "denoised": kind, "parts": dict(parts), "sigma": sigma}
     write_model_folder(folder, config | {"settings": settings, "class_names": class_names} | metadata)
+
+
+def load_denoised(folder: Path, config: dict) -> LoadedClassifier:
+    """The loader of kind "denoised" in `rrcm.models.KINDS`."""
+    entries = parse_entries(folder, config, DenoisedEntries)
+    settings = parse_entries(folder, entries.settings, SETTINGS[entries.denoised]).model_dump()
+    named = entries.parts
+    if "model" in named.classifier:
+        part = parse_entries(folder, named.classifier, PartElsewhere)
+        loaded = load_base_classifier(part.model)
+        if sha256_tensors(loaded.classifier.state_dict()) != part.sha256:
+            raise RRCMError(f"{part.model}: has other weights than {folder}/config.json names; train it again")
+    else:
+        part = parse_entries(folder, named.classifier, Part)
+        loaded = load_model_folder(folder / part.path, part.sha256)
+    refuse_within(folder, loaded.classifier, DenoisedClassifier)
+    denoiser = load_denoiser(folder / named.denoiser.path, named.denoiser.sha256)
+    fits = loaded.channels == denoiser.channels and loaded.num_classes == len(entries.class_names)
+    if not fits or loaded.classifier.stochastic:  # nobody hands it random numbers
+        raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
+    build = DENOISED[entries.denoised]
+    classifier = build(denoiser, loaded.classifier, sigma=entries.sigma, classifier_size=loaded.image_size, **settings)
+    return loaded._replace(
+        classifier=classifier.eval(), image_size=denoiser.image_size, class_names=entries.class_names
+    )

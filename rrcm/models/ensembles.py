@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field
 from torch import nn
 
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
-from rrcm.models.folders import Entries, Part, part_of, write_model_folder
+from rrcm.models.folders import Entries, Part, parse_entries, part_of, write_model_folder
+from rrcm.models.kinds import LoadedClassifier, load_model_folder, refuse_within
 from rrcm.utils.errors import RRCMError
 
 PARTS = 8  # with consensus: the last members see the undecided samples in parts of an eighth of the batch
@@ -82,3 +83,17 @@ def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[s
     """
     parts = [part_of(folder, path) for path in members]
     write_model_folder(folder, {"kind": "ensemble", "members": parts, "class_names": list(class_names)} | metadata)
+
+
+def load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
+    """The loader of kind "ensemble" in `rrcm.models.KINDS`."""
+    members = []
+    for part in parse_entries(folder, config, EnsembleEntries).members:
+        path = folder / part.path
+        members.append(load_model_folder(path, part.sha256))
+        refuse_within(folder, members[-1].classifier, Ensemble)
+        for name in ("class_names", "image_size", "channels"):
+            found, first = getattr(members[-1], name), getattr(members[0], name)
+            if found != first:
+                raise RRCMError(f"{path}: has {name} {found}, the first member {first}; members must be alike")
+    return members[0]._replace(classifier=Ensemble([member.classifier for member in members]).eval())

@@ -1,47 +1,16 @@
-"""Load a base classifier from a model folder, a checkpoint file of the paper's authors, or as a timm model.
-
-A model folder is the contract between training and certification. Its config.json has a `kind`, and KINDS has a loader
-for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
-"""
+"""Load a base classifier from a model folder, a checkpoint file of the paper's authors, or as a timm model."""
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from rrcm.models.architectures import NetworkEntries, network_classifier
 from rrcm.models.authors import load_authors_checkpoint
-from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
-from rrcm.models.checkpoints import classifier_of
-from rrcm.models.denoised import DENOISED, SETTINGS, DenoisedClassifier, DenoisedEntries, PartElsewhere
-from rrcm.models.denoiser import load_denoiser
-from rrcm.models.ensembles import Ensemble, EnsembleEntries
-from rrcm.models.folders import Part, check_kind, load_network, parse_entries, read_model_config
+from rrcm.models.base_classifiers import NoiseConditionedClassifier, Normalized
+from rrcm.models.checkpoints import describe_classifier
+from rrcm.models.kinds import LoadedClassifier, load_model_folder
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, read_text
-from rrcm.utils.tensors import sha256_tensors
-
-
-class LoadedClassifier(NamedTuple):
-    """A base classifier and the facts needed to certify images with it."""
-
-    classifier: BaseClassifier  # in eval mode
-    image_size: int  # side of its square input, pixels
-    channels: int  # 1 or 3
-    class_names: list[str]
-    synsets: list[str] = []  # noqa: RUF012 (never changed); short unique names: of ImageNet classes, its folders
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
-    @property
-    def sigma(self) -> float | None:
-        """The pixel noise that the classifier was trained for, if known."""
-        return getattr(self.classifier, "sigma", None)
 
 
 def load_base_classifier(
@@ -72,21 +41,6 @@ def load_base_classifier(
     return loaded if classes is None else loaded._replace(class_names=_read_class_names(classes, loaded.num_classes))
 
 
-def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedClassifier:
-    """Load the classifier in a model folder of any kind in KINDS.
-
-    `sha256` is what the model must have that it is part of. Raises `RRCMError` for a missing or damaged folder, one of
-    another hash, and one of an unknown kind.
-    """
-    folder = Path(folder)
-    config = read_model_config(folder, sha256)
-    check_kind(folder, config, KINDS)
-    try:
-        return KINDS[config["kind"]](folder, config)
-    except RecursionError:
-        raise RRCMError(f"{folder}: has parts within parts, too many for any model; train it again") from None
-
-
 def class_folders(loaded: LoadedClassifier, *, numbers: bool = True) -> dict[str, int]:
     """Folder names that identify a class: its name where no other class has the same, its synset, or its number.
 
@@ -104,66 +58,6 @@ def class_folders(loaded: LoadedClassifier, *, numbers: bool = True) -> dict[str
     return folders
 
 
-def _load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
-    return _describe(classifier_of(folder, config), config["class_names"])
-
-
-def _load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
-    entries = parse_entries(folder, config, NetworkEntries)
-    sizes, num_classes = entries.architecture, len(entries.class_names)
-    classifier = load_network(folder, lambda: network_classifier(sizes.model_dump(), num_classes, entries.sigma))
-    return LoadedClassifier(classifier, sizes.image_size, sizes.channels, entries.class_names)
-
-
-def _load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
-    members = []
-    for part in parse_entries(folder, config, EnsembleEntries).members:
-        path = folder / part.path
-        members.append(load_model_folder(path, part.sha256))
-        _refuse_within(folder, members[-1].classifier, Ensemble)
-        for name in ("class_names", "image_size", "channels"):
-            found, first = getattr(members[-1], name), getattr(members[0], name)
-            if found != first:
-                raise RRCMError(f"{path}: has {name} {found}, the first member {first}; members must be alike")
-    return members[0]._replace(classifier=Ensemble([member.classifier for member in members]).eval())
-
-
-def _load_denoised(folder: Path, config: dict) -> LoadedClassifier:
-    entries = parse_entries(folder, config, DenoisedEntries)
-    settings = parse_entries(folder, entries.settings, SETTINGS[entries.denoised]).model_dump()
-    named = entries.parts
-    if "model" in named.classifier:
-        part = parse_entries(folder, named.classifier, PartElsewhere)
-        loaded = load_base_classifier(part.model)
-        if sha256_tensors(loaded.classifier.state_dict()) != part.sha256:
-            raise RRCMError(f"{part.model}: has other weights than {folder}/config.json names; train it again")
-    else:
-        part = parse_entries(folder, named.classifier, Part)
-        loaded = load_model_folder(folder / part.path, part.sha256)
-    _refuse_within(folder, loaded.classifier, DenoisedClassifier)
-    denoiser = load_denoiser(folder / named.denoiser.path, named.denoiser.sha256)
-    fits = loaded.channels == denoiser.channels and loaded.num_classes == len(entries.class_names)
-    if not fits or loaded.classifier.stochastic:  # nobody hands it random numbers
-        raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
-    build = DENOISED[entries.denoised]
-    classifier = build(denoiser, loaded.classifier, sigma=entries.sigma, classifier_size=loaded.image_size, **settings)
-    return loaded._replace(
-        classifier=classifier.eval(), image_size=denoiser.image_size, class_names=entries.class_names
-    )
-
-
-def _refuse_within(folder: Path, part: BaseClassifier, kind: type[BaseClassifier]) -> None:
-    """Raises `RRCMError` if a part of the model in `folder` is or contains a classifier of the same kind."""
-    if any(isinstance(module, kind) for module in part.modules()):
-        raise RRCMError(f"{folder}: a part of it is itself a {kind.__name__}; name the parts of that one, or another")
-
-
-def _describe(classifier: NoiseConditionedClassifier, class_names: list[str] | None = None) -> LoadedClassifier:
-    encoder = classifier.encoder
-    numbers = [str(number) for number in range(classifier.num_classes)]
-    return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
-
-
 def _load_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedClassifier:
     if sigma is None:
         raise RRCMError(f"{path}: does not record the noise it was fine-tuned for; give sigma, in pixel units")
@@ -171,7 +65,7 @@ def _load_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedCl
     if not isinstance(classifier, NoiseConditionedClassifier):
         raise RRCMError(f"{path}: a pre-trained network has no classes; use a fine-tuned one")
     classifier.sigma = sigma  # its t is the nearest noise level of the authors' grid
-    loaded = _describe(classifier)
+    loaded = describe_classifier(classifier)
     return _with_imagenet_names(loaded, "imagenet-1k") if loaded.num_classes == 1000 else loaded
 
 
@@ -219,12 +113,3 @@ def _read_class_names(path: Path, count: int) -> list[str]:
             f"{path}: has {len(names)} class names, the model {count} classes; give one per line, in the model's order"
         )
     return names
-
-
-Loader = Callable[[Path, dict], LoadedClassifier]  # (model folder, its config.json) -> classifier
-KINDS: dict[str, Loader] = {
-    "classifier": _load_classifier_folder,
-    "network": _load_network_folder,
-    "ensemble": _load_ensemble,
-    "denoised": _load_denoised,
-}

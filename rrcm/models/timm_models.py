@@ -59,6 +59,18 @@ def load_timm(name: str, weights: Path | str | None = None) -> nn.Module:
     return _download_timm(name)
 
 
+def build_timm(name: str, image_size: int, channels: int, num_classes: int) -> nn.Module:
+    """The model of timm with this name, with random weights. Raises `RRCMError` for an unknown name."""
+    import timm
+
+    if complaint := suggest_timm_name(name):
+        raise RRCMError(f"model.architecture = {name!r}: must be vit, lenet, resnet110 or a timm name; {complaint}")
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=channels, img_size=image_size)
+    except TypeError:  # convolutional networks take any size and no such argument
+        return timm.create_model(name, num_classes=num_classes, in_chans=channels)
+
+
 def suggest_timm_name(name: str) -> str | None:
     """None if timm has a model of this name; else a message with similar names."""
     import timm

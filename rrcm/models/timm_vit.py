@@ -8,9 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from rrcm.models.timm_models import load_timm
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, time_embedding
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.tensors import load_weights
+
+
+def load_timm_encoder(name: str, weights: str | None, **sizes: float) -> NoiseConditionedViT:
+    """Our network with the weights of the timm model `name`, as `load_timm` and `convert_timm_vit` say."""
+    return convert_timm_vit(load_timm(name, weights), name, **sizes)
 
 
 @torch.no_grad()

@@ -3,23 +3,33 @@
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset
 from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, classifier_of
-from rrcm.models.denoised import write_denoised
+from rrcm.models.denoised import denoise_pixels, write_denoised
 from rrcm.models.denoiser import load_denoiser
 from rrcm.models.folders import part_of
-from rrcm.models.load import LoadedClassifier, load_base_classifier, load_model_folder
+from rrcm.models.kinds import LoadedClassifier, load_model_folder
+from rrcm.models.load import load_base_classifier
 from rrcm.models.vit import parameter_count
-from rrcm.training.finetune import DenoisedParts, finetune, initial_weights_of
+from rrcm.training.finetune import Denoising, finetune, initial_weights_of
 from rrcm.utils.distributed import DistEnv, init_distributed
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, claimed, read_json, sha256_folder, write_csv, write_json
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.tensors import sha256_tensors
+
+
+class DenoisedParts(NamedTuple):
+    """The model folders that a method is put together from."""
+
+    denoiser: Path
+    classifier: Path | None  # None: a model from elsewhere, `denoised.model`
 
 
 def finetune_denoised(
@@ -45,7 +55,8 @@ def finetune_denoised(
     if METHODS[method].objective is not None:
         trained, record = run_state.folder / "classifier", run_state.folder / "classifier.json"  # written last
         if not record.exists():
-            finetune(config, method, sigma, shard_folder, pretrained, trained, record, soft_labels, parts=parts)
+            start = partial(denoising, parts, sigma)
+            finetune(config, method, sigma, shard_folder, pretrained, trained, record, soft_labels, denoising=start)
     if env.is_main:
         _publish(config, method, sigma, ShardedDataset(shard_folder, "train"), parts, trained, env, output, timing)
         run_state.finish()
@@ -57,6 +68,12 @@ def find_parts(config: Config, method: str, models: Path) -> DenoisedParts:
     if classifier is not None:
         classifier = models / classifier[0] / f"sigma_{classifier[1]}"
     return DenoisedParts(models / Path(DENOISER).name, classifier)
+
+
+def denoising(parts: DenoisedParts, sigma: float, env: DistEnv) -> Denoising:
+    """What further training for noise of pixel `sigma` starts from. The parts must be there."""
+    denoiser = load_denoiser(parts.denoiser).requires_grad_(False).to(env.device)
+    return Denoising(parts.classifier, partial(denoise_pixels, denoiser, sigma=sigma), sha256_folder(parts.denoiser))
 
 
 def _run_state(config: Config, method: str, sigma: float, shard_folder: Path | str, parts: DenoisedParts) -> RunState:

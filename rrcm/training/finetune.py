@@ -18,12 +18,11 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.verification import verify_shards
 from rrcm.methods import METHODS, SOFT_LABELS, classifier_of
+from rrcm.models import ENCODERS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import CLASSIFIERS, NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
-from rrcm.models.denoised import denoise_pixels
-from rrcm.models.denoiser import load_denoiser
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.noise_levels import karras_levels, model_space, nearest_level
 from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
 from rrcm.objectives.base import Batch, Draw, Objective
@@ -40,7 +39,7 @@ from rrcm.utils.distributed import (
     set_threads,
 )
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import expand_user, sha256_folder
+from rrcm.utils.files import expand_user
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 from rrcm.utils.tensors import sha256_tensors
@@ -48,11 +47,12 @@ from rrcm.utils.tensors import sha256_tensors
 Classifier = NoiseConditionedClassifier | NetworkClassifier
 
 
-class DenoisedParts(NamedTuple):
-    """The model folders that a method is put together from, if it denoises."""
+class Denoising(NamedTuple):
+    """What the training of a method that denoises starts from."""
 
-    denoiser: Path
-    classifier: Path | None  # None: a model from elsewhere, `denoised.model`
+    classifier: Path  # model folder that is trained further
+    denoise: Callable[[torch.Tensor], torch.Tensor]  # (B, C, H, W), pixels in [0, 1] plus noise -> in [0, 1]
+    sha256: str  # of the denoiser
 
 
 def finetune(
@@ -65,15 +65,15 @@ def finetune(
     timing: Path,
     soft_labels: Path = Path(SOFT_LABELS),
     label: str | None = None,
-    parts: DenoisedParts | None = None,
+    denoising: Callable[[DistEnv], Denoising] | None = None,
 ) -> None:
     """Train one classifier and write `output` (model.safetensors, config.json, history.csv) and `timing` (JSON).
 
     `pretrained` holds the encoders by objective, for methods that start from one. The weights with the best accuracy
     on noisy images of the `val` split are kept. Killed and started again it continues from its last checkpoint and
     ends with the same bytes. The file `soft_labels` is read for methods that need it. `label` is what progress and live
-    metrics call this training, if not by its method and sigma. With `parts`, their classifier is trained on what their
-    denoiser makes of noisy images.
+    metrics call this training, if not by its method and sigma. With `denoising`, called once the processes are
+    connected, its classifier is trained on what its denoiser makes of noisy images.
     """
     set_threads(config.threads)
     advice = "raise finetune.num_chunks, set model.grad_checkpointing, or lower finetune.batch_size"
@@ -82,12 +82,13 @@ def finetune(
         verify_shards([images, validation], env)
         labels = read_soft_labels(soft_labels, images) if METHODS[method].needs_soft_labels else None
         label = label or f"finetune {method} sigma {sigma:g}"
-        _train(config, method, sigma, images, validation, labels, pretrained, env, output, timing, label, parts)
+        start = None if denoising is None else denoising(env)
+        _train(config, method, sigma, images, validation, labels, pretrained, env, output, timing, label, start)
 
 
 def time_condition(config: Config, method: str, sigma: float) -> float:
     """The noise level t that a classifier for pixel `sigma` is given: 2 sigma, or the nearest level of pre-training."""
-    if config.finetune.time_condition == "exact" or not METHODS[method].pretrained_here:
+    if not METHODS[method].pretrained_here or config.finetune.time_condition == "exact":
         return 2 * sigma
     grid = config.pretrain
     levels = karras_levels(grid.max_levels + 1, t_min=grid.t_min, t_max=grid.t_max, rho=grid.rho)
@@ -102,12 +103,8 @@ def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path
     kind, settings, sizes = METHODS[method], config.finetune, config.data.model_dump() | config.model.model_dump()
     encoder = build_encoder(config.model, config.data)
     if kind.initial_weights == "timm":
-        from rrcm.models.timm_models import load_timm
-        from rrcm.models.timm_vit import convert_timm_vit  # seconds of import
-
-        network = load_timm(settings.timm.model, settings.timm.weights)
         shape = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
-        encoder = convert_timm_vit(network, settings.timm.model, **shape, t=t)
+        encoder = ENCODERS["timm"](settings.timm.model, settings.timm.weights, **shape, t=t)
     elif kind.initial_weights is not None:
         path = expand_user(settings.initial_checkpoint or pretrained / kind.initial_weights)
         if settings.initial_checkpoint is not None and not path.exists():
@@ -181,17 +178,17 @@ def _train(
     output: Path,
     timing: Path,
     label: str,
-    parts: DenoisedParts | None,
+    denoising: Denoising | None,
 ) -> None:
     settings, num_classes = config.finetune.settings(method, sigma), len(images.classes)
     objective = build_finetuning_objective(settings, method, sigma)
     budget = plan_budget(config, method, sigma, objective, len(images), pretrained)
     targets = Targets(settings, num_classes, config.seed, env, soft_labels)
-    classifier = build_classifier(config, method, sigma, num_classes, pretrained, parts).to(env.device).train()
-    denoise = None if parts is None else build_denoise(parts, sigma, env)
+    classifier = build_classifier(config, method, sigma, num_classes, pretrained, denoising).to(env.device).train()
+    denoise = None if denoising is None else denoising.denoise
     best = BestWeights(classifier, config, sigma, validation, env, denoise)
     inputs = {} if soft_labels is None else {"soft_labels": sha256_tensors({"soft_labels": soft_labels})}
-    inputs |= {} if parts is None else {"denoiser": sha256_folder(parts.denoiser)}
+    inputs |= {} if denoising is None else {"denoiser": denoising.sha256}
     training = build_trainer(config, method, sigma, objective, budget, classifier, best, images, env, label, inputs)
     if not training.resume() and settings.linear_probe_epochs and METHODS[method].initial_weights is not None:
         linear_probe(classifier, images, config, settings, env, probe_level(config, method, classifier))
@@ -229,7 +226,7 @@ def _train(
             best.classifier,
             class_names=images.classes,
             kind=METHODS[method].trained,
-            sigma=sigma if parts is None else classifier.sigma,
+            sigma=sigma if denoising is None else classifier.sigma,
             dtype=config.finetune.weights_dtype,
             method=method,
             seed=config.seed,
@@ -258,12 +255,6 @@ def initial_weights_of(config: Config, method: str) -> str:
     return config.denoised.model or "models/{}/sigma_{}".format(*classifier_of(method, config.denoised.model_dump()))
 
 
-def build_denoise(parts: DenoisedParts, sigma: float, env: DistEnv) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the classifier's inputs go through: (B, C, H, W), pixels in [0, 1] plus noise of `sigma` -> in [0, 1]."""
-    denoiser = load_denoiser(parts.denoiser).requires_grad_(False).to(env.device)
-    return partial(denoise_pixels, denoiser, sigma=sigma)
-
-
 def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float:
     """Learning rate after `passed` of `epochs` epochs, as a share of its peak."""
     if settings.lr_schedule == "step":
@@ -272,11 +263,11 @@ def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float
 
 
 def build_classifier(
-    config: Config, method: str, sigma: float, num_classes: int, pretrained: Path, parts: DenoisedParts | None = None
+    config: Config, method: str, sigma: float, num_classes: int, pretrained: Path, denoising: Denoising | None = None
 ) -> Classifier:
     """The classifier before the first step. All methods that start from scratch start from the same weights."""
-    if parts is not None:
-        return load_model_folder(parts.classifier).classifier
+    if denoising is not None:
+        return load_model_folder(denoising.classifier).classifier
     torch.manual_seed(derive_seed(config.seed, "finetune"))
     if config.model.architecture != "vit":
         return network_classifier(trunk(config), num_classes, sigma)

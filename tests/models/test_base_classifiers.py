@@ -13,7 +13,8 @@ from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
 from rrcm.models.folders import write_model_folder
-from rrcm.models.load import KINDS, LoadedClassifier, load_base_classifier, load_model_folder
+from rrcm.models.kinds import KINDS, LoadedClassifier, load_model_folder
+from rrcm.models.load import load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json

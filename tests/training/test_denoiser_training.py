@@ -20,7 +20,8 @@ from rrcm.models.load import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives.base import Draw
 from rrcm.objectives.denoising import Denoising, denoising_loss
-from rrcm.training.finetune import DenoisedParts, WrappedClassifier, build_denoise
+from rrcm.training.denoised import DenoisedParts, denoising
+from rrcm.training.finetune import WrappedClassifier
 from rrcm.utils.distributed import DistEnv
 from rrcm.utils.files import read_json
 
@@ -180,7 +181,7 @@ def test_certificates_of_a_stochastic_method_survive_kills_and_processes(ready):
 
 def test_fine_tuning_sees_denoised_images_and_leaves_the_denoiser_alone(ready):
     folders = DenoisedParts(ready / "models/denoiser", ready / "models/gaussian/sigma_0.001")
-    denoise = build_denoise(folders, 0.5, DistEnv(0, 1, torch.device("cpu")))
+    denoise = denoising(folders, 0.5, DistEnv(0, 1, torch.device("cpu"))).denoise
     noisy = torch.rand(4, 1, 8, 8) + 0.5 * torch.randn(4, 1, 8, 8)
     denoiser = load_denoiser(folders.denoiser)
     assert torch.equal(denoise(noisy), denoise_pixels(denoiser, noisy, sigma=0.5).detach())

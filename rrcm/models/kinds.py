@@ -1,0 +1,54 @@
+"""Classifiers in model folders, of every kind.
+
+A model folder is the contract between training and certification. Its config.json has a `kind`, and KINDS has a loader
+for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rrcm.models import KINDS
+from rrcm.models.base_classifiers import BaseClassifier
+from rrcm.models.folders import check_kind, read_model_config
+from rrcm.utils.errors import RRCMError
+
+
+class LoadedClassifier(NamedTuple):
+    """A base classifier and the facts needed to certify images with it."""
+
+    classifier: BaseClassifier  # in eval mode
+    image_size: int  # side of its square input, pixels
+    channels: int  # 1 or 3
+    class_names: list[str]
+    synsets: list[str] = []  # noqa: RUF012 (never changed); short unique names: of ImageNet classes, its folders
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def sigma(self) -> float | None:
+        """The pixel noise that the classifier was trained for, if known."""
+        return getattr(self.classifier, "sigma", None)
+
+
+def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedClassifier:
+    """Load the classifier in a model folder of any kind in KINDS.
+
+    `sha256` is what the model must have that it is part of. Raises `RRCMError` for a missing or damaged folder, one of
+    another hash, and one of an unknown kind.
+    """
+    folder = Path(folder)
+    config = read_model_config(folder, sha256)
+    check_kind(folder, config, KINDS)
+    try:
+        return KINDS[config["kind"]](folder, config)
+    except RecursionError:
+        raise RRCMError(f"{folder}: has parts within parts, too many for any model; train it again") from None
+
+
+def refuse_within(folder: Path, part: BaseClassifier, kind: type[BaseClassifier]) -> None:
+    """Raises `RRCMError` if a part of the model in `folder` is or contains a classifier of the same kind."""
+    if any(isinstance(module, kind) for module in part.modules()):
+        raise RRCMError(f"{folder}: a part of it is itself a {kind.__name__}; name the parts of that one, or another")
