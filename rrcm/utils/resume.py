@@ -4,18 +4,15 @@ A run's folder is named by a hash of its settings, its input data and its code, 
 ones. It is deleted when the outputs are in place.
 """
 
-import ast
 import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import resolve_name
 from pathlib import Path
 from typing import IO
 
@@ -23,12 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from rrcm.utils.code import fingerprints
 from rrcm.utils.describe import Description
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_path, in_repository, open_locked, sha256_file, write_text, writing
 from rrcm.utils.tensors import write_tensors
-
-STDLIB = sysconfig.get_path("stdlib")
 
 
 def runs_directory() -> Path:
@@ -36,61 +32,11 @@ def runs_directory() -> Path:
     return Path(os.environ.get("RRCM_RUNS") or in_repository("runs").absolute())
 
 
-def source_files(*modules: str) -> dict[str, Path]:
-    """The files of modules, and of all modules of rrcm that they import, directly or not, by name.
-
-    So too of all other modules that are loaded and not installed in the environment: the user's own code.
-    """
-    found: dict[str, Path] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop()
-        path = _source_file(name)
-        if name in found or path is None or (_is_installed(name, path) and name not in modules):
-            continue
-        found[name] = path
-        if not _is_installed(name, path):
-            waiting += _imports(name, path)
-    return found
-
-
-def _source_file(module: str) -> Path | None:
-    """The file of a module or package of rrcm, or of one that is loaded; None if there is none of that name."""
-    top, *below = module.split(".")
-    if top == "rrcm":
-        path = Path(__file__).parents[1].joinpath(*below)
-        return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-    path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
-    return path if path.is_file() else None
-
-
-def _is_installed(module: str, path: Path) -> bool:
-    """Whether a module belongs to the environment, as all of Python and of its packages do. rrcm may be one of them."""
-    if module.split(".")[0] == "rrcm":
-        return False
-    return (
-        path.suffix != ".py"
-        or path.is_relative_to(STDLIB)
-        or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
-    )
-
-
-def _imports(module: str, path: Path) -> Iterator[str]:
-    """The names of modules that a module of this name imports anywhere, and of what it imports from them."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
-            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
-
-
 def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objects: object) -> str:
     """16 hex digits that name a run: a hash of all that decides its result.
 
-    That is JSON-able settings, named hashes of the inputs, the code of `module` with all of rrcm that it imports, and
-    the `objects` that compute the result, such as networks: all that they hold, and the code of all classes and
+    That is JSON-able settings, named hashes of the inputs, what `module` and all that it imports of rrcm do (code.py),
+    and the `objects` that compute the result, such as networks: all that they hold, and the code of all classes and
     functions among it, wherever they come from (describe.py). Raises `RRCMError` for objects that cannot be described.
     """
     description = Description()
@@ -98,9 +44,8 @@ def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objec
         described = [description.of(each) for each in objects]
     except RecursionError:
         raise RRCMError("the model is nested too deeply to be described; make it of fewer levels") from None
-    files = source_files(module, *sorted(description.modules))
-    code = {name: sha256_file(path) for name, path in files.items()}
-    versions = {name: _version(name) for name in sorted({name.split(".")[0] for name in files})}
+    code = fingerprints(module, *sorted(description.modules))
+    versions = {name: _version(name) for name in sorted({name.split(".")[0] for name in code})}
     text = json.dumps([settings, dict(inputs), described, code, versions, torch.__version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

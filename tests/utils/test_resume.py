@@ -15,7 +15,8 @@ import torch
 from conftest import Answer, change, files_of, in_own_mounts, stage, start
 
 from benchmarks.gpu import resume_lenet
-from rrcm.utils import resume
+from rrcm.models.convnets import LeNet
+from rrcm.utils import code, resume
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.resume import RunState, fingerprint, runs_directory
 from rrcm.utils.tensors import write_tensors
@@ -142,7 +143,10 @@ def test_the_code_that_a_model_runs_belongs_to_the_mark(own_code, file, counts):
     """Whosever it is, and however it is imported."""
     network = importlib.import_module("users_package.net").Net()
     before = fingerprint({}, {}, HELPER, network)
-    (own_code / f"{file}.py").write_text((own_code / f"{file}.py").read_text() + "# another version\n")
+    source = own_code / f"{file}.py"
+    source.write_text(source.read_text() + "# a comment\n")
+    assert fingerprint({}, {}, HELPER, network) == before
+    source.write_text(source.read_text() + "VERSION = 2\n")
     assert (fingerprint({}, {}, HELPER, network) != before) == counts
 
 
@@ -161,17 +165,19 @@ def test_settings_inputs_module_and_objects_belong_to_the_mark():
     assert len(set(marks)) == len(marks) and all(len(mark) == 16 for mark in marks)
 
 
-@pytest.mark.parametrize(
-    "name", ["models.vit", "models.convnets", "models.denoised", "models.ensembles", "utils.philox"]
-)
-def test_every_file_that_certification_imports_belongs_to_the_mark(monkeypatch, name):
-    """Those of every kind of model, for one."""
-    before = fingerprint({}, {}, "rrcm.certification.certify")
-    hashed = resume.sha256_file
-    monkeypatch.setattr(
-        resume, "sha256_file", lambda path: hashed(path) + str(path).endswith(f"{name}.py".replace(".", "/", 1)) * "x"
-    )
-    assert fingerprint({}, {}, "rrcm.certification.certify") != before
+@pytest.mark.parametrize("name", ["models.vit", "models.convnets", "models.ensembles", "utils.philox"])
+def test_every_module_that_certification_runs_belongs_to_the_mark(monkeypatch, name):
+    """That of the network too, which certification does not import by name."""
+    network = LeNet(16, 1, 2)
+    before = fingerprint({}, {}, "rrcm.certification.certify", network)
+    read = code.read_module
+
+    def changed(module: str, path: Path) -> code.Module:
+        found = read(module, path)
+        return found._replace(fingerprint="other") if module == f"rrcm.{name}" else found
+
+    monkeypatch.setattr(code, "read_module", changed)
+    assert fingerprint({}, {}, "rrcm.certification.certify", network) != before
 
 
 def test_a_model_that_is_nested_too_deeply_is_refused_in_one_line():
