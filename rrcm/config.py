@@ -24,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, derived_settings, value_for_objective
+from rrcm.derived import SECTIONS, derived_settings
+from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, finetuning_keys, value_for_objective
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
 
@@ -328,11 +329,6 @@ class FinetuneSettings(Section):
         own = self.objectives.model_dump().get(name, {})
         return common | {key: value for key, value in own.items() if value is not None}
 
-    def images_per_step(self, objective: str) -> int:
-        """Images that one optimizer step sees: a batch, or one of its parts."""
-        parts = self.of_objective(objective)["num_noise"] if self.steps_per_batch == "num_noise" else 1
-        return self.batch_size // parts
-
     def check_objective(self, name: str) -> None:
         """Raises ValueError when these settings do not fit an objective."""
         values = self.of_objective(name)
@@ -431,10 +427,7 @@ class Finetune(_varying(FinetuneSettings)):
 
     def settings(self, method: str, sigma: float) -> FinetuneSettings:
         """The settings of one training. Raises ValueError if one has no value for it, or if they do not fit."""
-        objective, initial_weights = METHODS[method].objective, METHODS[method].initial_weights
-        keys = [objective] if objective is not None else []
-        keys += ["scratch"] if initial_weights is None else []
-        keys += [f"sigma_{float(sigma)}", "default"]
+        keys, objective = finetuning_keys(method, sigma), METHODS[method].objective
         settings = FinetuneSettings.model_validate(_choose(self, FinetuneSettings, keys, "finetune"))
         if objective is not None:
             settings.check_objective(objective)
@@ -662,7 +655,7 @@ class Config(Section):
     attack: Attack
     generate: Generate
     report: Report
-    derived: dict[str, Any]  # `rrcm.methods.derived_settings` of the others, for DVC
+    derived: dict[str, Any]  # `rrcm.derived.derived_settings` of the others, for DVC
 
     @field_validator("sigmas", mode="before")
     @classmethod
@@ -805,8 +798,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def derived_fits(self) -> Self:
-        names = {"methods", "sigmas", "pretrain", "finetune", "soft_labels", "denoiser", "denoised"}
-        values = self.model_dump(mode="json", include=names)
+        values = self.model_dump(mode="json", include=set(SECTIONS))
         if self.derived != derived_settings(**values):
             raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
         return self

@@ -1,12 +1,11 @@
 """The methods that are compared, one row each. Everything that tells one method from another stands here.
 
-TABLE is a plain literal because DVC reads it too: `finetune` watches the cells of its own row that decide a result, so
-changing a row retrains that method alone, and adding a row retrains nothing.
+A training depends on the cells of its own row that decide its result, so changing a row retrains that method alone, and
+adding a row retrains nothing (derived.py).
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
@@ -390,28 +389,6 @@ class Method:
 METHODS = {name: Method(**row) for name, row in TABLE.items()}
 
 
-def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> str:
-    """The file or folder that decides a method's initial weights: what DVC watches.
-
-    `finetune` and `denoised` are the settings of these names. Random weights are decided by the code that draws them.
-    """
-    kind = METHODS[method]
-    if kind.denoises:
-        if (part := classifier_of(method, denoised)) is not None:
-            return "models/{}/sigma_{}".format(*part)
-        folder = _expand(denoised["model"].removeprefix("local-dir:"))
-        return folder if Path(folder).exists() else "rrcm/models/timm_models.py"
-    if kind.pretrained_here:
-        return _expand(finetune["initial_checkpoint"] or f"models/pretrain/{kind.initial_weights}")
-    if kind.initial_weights == "timm":
-        model, weights = finetune["timm"]["model"] or "", finetune["timm"]["weights"]
-        folder = _expand(model.removeprefix("local-dir:"))
-        if not weights and folder and Path(folder).is_dir():
-            return folder
-        return _expand(weights) if weights else "rrcm/models/timm_vit.py"
-    return "rrcm/models/vit.py"
-
-
 def classifier_of(method: str, denoised: Mapping) -> tuple[str, float] | None:
     """What classifies for a method that denoises: the method it is trained by, and the pixel noise it is trained with.
 
@@ -424,85 +401,14 @@ def classifier_of(method: str, denoised: Mapping) -> tuple[str, float] | None:
     return kind.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))
 
 
-def _expand(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~/") else path  # DVC takes a ~ literally
+def finetuning_keys(method: str, sigma: float) -> list[str]:
+    """The keys of a setting's values that apply to one training, the most special first."""
+    row = METHODS[method]
+    keys = [row.objective] if row.objective is not None else []
+    keys += ["scratch"] if row.initial_weights is None else []
+    return [*keys, f"sigma_{float(sigma)}", "default"]
 
 
 def value_for_objective(setting: object, objective: str) -> object:
     """A setting of pre-training that is one value, or a mapping by objective with the key `default`."""
     return setting.get(objective, setting.get("default")) if isinstance(setting, Mapping) else setting
-
-
-def derived_settings(
-    methods: list[str],
-    sigmas: list[float],
-    pretrain: Mapping,
-    finetune: Mapping,
-    soft_labels: Mapping,
-    denoiser: Mapping,
-    denoised: Mapping,
-) -> dict:
-    """The settings that follow from others and METHODS, for DVC, whose templates cannot look anything up.
-
-    `pretrain`: by objective, the settings that it has for itself. `denoiser`: the stage, by name, if a method needs it.
-    `finetune`: the stages, by name, with what each depends on; the classifiers of methods that denoise are among them.
-    `soft_labels`: the stage that counts them, by name, if a method needs them. `matched_compute`: by method, the
-    objectives whose compute it gets (null: none), so that it is trained again when that compute changes. `denoised`: by
-    method, the settings of how it denoises (null: it does not).
-    """
-    parts = {classifier_of(method, denoised) for method in methods} - {None}
-    runs = [(method, sigma) for method in methods for sigma in sigmas]
-    runs += sorted(parts - set(runs))
-    trained = dict.fromkeys(method for method, _ in runs)
-    denoise = any(METHODS[method].denoises for method in methods)
-    source = denoiser["public"]["source"]
-    own = {
-        objective: {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
-        | {"settings": pretrain.get(objective)}
-        for objective in pretrain["objectives"]
-    }
-    voter = {name: soft_labels[name] for name in ("method", "sigma")}
-    needed = any(METHODS[method].needs_soft_labels for method in methods)
-    matched = {"objective": MATCHED_PRETRAINING, "steps": pretrain["steps"], "batch_size": pretrain["batch_size"]}
-    reference = {"finetune_objective": METHODS[REFERENCE].objective}
-    compute = {"finetune": reference if finetune["budget"] == "passes" else None, "total": reference | matched}
-    return {
-        "pretrain": own,
-        "denoiser": {("trained" if source is None else "public"): _source_path(source)} if denoise else {},
-        "finetune": {
-            f"{method}-{sigma}": {
-                "method": method,
-                "sigma": sigma,
-                "initial_weights": initial_weights_path(method, finetune, denoised),
-                "other_input": _other_input(method),
-            }
-            for method, sigma in runs
-        },
-        "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needed else {},
-        "matched_compute": {method: compute.get(METHODS[method].budget) for method in trained},
-        "denoised": {method: _denoised_settings(method, denoised) for method in trained},
-    }
-
-
-def _source_path(source: str | None) -> str:
-    """The file or folder that decides a denoiser: what DVC watches. A name on a hub decides itself."""
-    folder = _expand((source or "").removeprefix("local-dir:"))
-    return folder if folder and Path(folder).exists() else "rrcm/models/denoiser.py"
-
-
-def _other_input(method: str) -> str:
-    """What a method is made from besides images and initial weights."""
-    if METHODS[method].denoises:
-        return DENOISER
-    return SOFT_LABELS if METHODS[method].needs_soft_labels else "data/shards"  # nothing else
-
-
-def _denoised_settings(method: str, denoised: Mapping) -> dict | None:
-    kind = METHODS[method].classifier
-    if kind not in DENOISED:
-        return None
-    return {
-        "model": denoised["model"],
-        "settings": denoised.get(kind),
-        "max_images": denoised["max_images"].get(method),
-    }

@@ -22,7 +22,7 @@ from dvc.utils.hydra import compose_and_dump
 from rrcm.config import Data, load_config
 from rrcm.data.datasets import RawDataset, read_dataset
 from rrcm.data.sharding import identify_images, split_off_test, write_shards
-from rrcm.methods import derived_settings
+from rrcm.derived import SECTIONS, derived_settings
 from rrcm.models.folders import sha256_config
 from rrcm.utils.files import read_json, sha256_file, write_json
 
@@ -253,6 +253,5 @@ def change_model(folder: Path, **values: object) -> None:
 def with_derived(values: dict) -> dict:
     """Settings with the derived ones brought up to date, where the others make sense."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        names = ("methods", "sigmas", "pretrain", "finetune", "soft_labels", "denoiser", "denoised")
-        values["derived"] = derived_settings(*(values[name] for name in names))
+        values["derived"] = derived_settings(**{name: values[name] for name in SECTIONS})
     return values

@@ -29,7 +29,7 @@ def _build(config: Config, name: str, settings: Pretrain) -> PretrainingObjectiv
 def plan_pretraining(config: Config, name: str) -> Pretrain:
     """The settings of one pre-training. With budget `passes` its steps cost what rRCM's steps cost."""
     settings = config.pretrain.settings(name)
-    if settings.budget == "steps":
+    if name == MATCHED_PRETRAINING or settings.budget == "steps":
         return settings
     cost, matched = (_build(config, each, settings).forwards_per_image for each in (name, MATCHED_PRETRAINING))
     return scale_steps(settings, matched / cost)
@@ -53,6 +53,12 @@ def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: f
     return build_objective(FINETUNING, name, settings.of_objective(name) | {"sigma": sigma})
 
 
+def images_per_step(settings: FinetuneSettings, objective: str) -> int:
+    """Images that one optimizer step sees: a batch, or one of its parts."""
+    parts = settings.of_objective(objective)["num_noise"] if settings.steps_per_batch == "num_noise" else 1
+    return settings.batch_size // parts
+
+
 def pretraining_compute(config: Config, objective: str) -> float:
     """Encoder forward passes of the whole pre-training; a backward pass counts as two."""
     settings = plan_pretraining(config, objective)
@@ -63,7 +69,7 @@ def planned_passes(config: Config, method: str, sigma: float, num_images: int) -
     """Encoder forward passes of all epochs of a method's settings, on `num_images` training images."""
     settings = config.finetune.settings(method, sigma)
     objective = build_finetuning_objective(settings, method, sigma)
-    step_images = settings.images_per_step(METHODS[method].objective)
+    step_images = images_per_step(settings, METHODS[method].objective)
     return objective.forwards_per_image * settings.epochs * steps_per_epoch(num_images, step_images) * step_images
 
 
@@ -125,7 +131,7 @@ def plan_budget(
     has about the same number of evaluations. Raises `RRCMError` when soft labels leave nothing for the training.
     """
     settings = config.finetune.settings(method, sigma)
-    step_images = settings.images_per_step(METHODS[method].objective)
+    step_images = images_per_step(settings, METHODS[method].objective)
     epoch_steps = steps_per_epoch(num_images, step_images)
     step_compute = objective.forwards_per_image * step_images
     if METHODS[method].denoises:

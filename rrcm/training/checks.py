@@ -17,7 +17,12 @@ from rrcm.models.denoised import DENOISED
 from rrcm.models.load import load_base_classifier
 from rrcm.models.public_denoisers import HUB
 from rrcm.objectives import FINETUNING, PRETRAINING
-from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective, plan_budget
+from rrcm.training.budget import (
+    build_finetuning_objective,
+    build_pretraining_objective,
+    images_per_step,
+    plan_budget,
+)
 from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
 from rrcm.utils.distributed import process_count
 from rrcm.utils.errors import RRCMError, one_line
@@ -119,7 +124,7 @@ def _check_finetuning(config: Config, method: str, sigma: float, images: int, pr
     objective = build_finetuning_objective(settings, method, sigma)
     if kind.needs_soft_labels and kind.budget == "total":  # it may have nothing left to train with
         plan_budget(config, method, sigma, objective, images, Path("models/pretrain"))
-    step_images = settings.images_per_step(kind.objective)
+    step_images = images_per_step(settings, kind.objective)
     if step_images < settings.batch_size:
         who = f", a part of {settings.batch_size}{who}"
     _check_batch("finetune", who, step_images, config.finetune.num_chunks, images, processes)

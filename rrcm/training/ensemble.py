@@ -9,9 +9,10 @@ import torch
 
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.methods import METHODS, SOFT_LABELS, initial_weights_path
+from rrcm.derived import initial_weights_path
+from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.models.ensembles import write_ensemble
-from rrcm.models.load import load_model_folder
+from rrcm.models.kinds import load_model_folder
 from rrcm.training.finetune import finetune
 from rrcm.training.validation import NoisyValidation
 from rrcm.utils.distributed import DistEnv, all_reduce_min, init_distributed, resolve_precision
@@ -66,11 +67,11 @@ def _identity(
 ) -> str:
     """The hash that names the run: of the settings, the code, and the data and weights that the members start from."""
     inputs = {"shards": ShardedDataset(shard_folder, "train").fingerprint}
-    weights = Path(initial_weights_path(method, config.finetune.model_dump(), config.denoised.model_dump()))
+    weights = initial_weights_path(method, config.finetune.model_dump(), config.denoised.model_dump())
     if config.finetune.uses_pretraining(method):
         weights = pretrained / METHODS[method].initial_weights
-    for path in (weights, *([soft_labels] if METHODS[method].needs_soft_labels else [])):
-        if path.exists():  # what is missing is named by the training that needs it
+    for path in (weights, soft_labels if METHODS[method].needs_soft_labels else None):
+        if path is not None and (path := Path(path)).exists():  # what is missing is named by the training that needs it
             inputs[path.name] = sha256_folder(path) if path.is_dir() else sha256_file(path)
     settings = config.model_dump(mode="json", include={"seed", "data", "model", "pretrain", "finetune"})
     return fingerprint({"method": METHODS[method].identity, "sigma": sigma, **settings}, inputs, __name__)

@@ -6,13 +6,15 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # DVC may run in the environment of another checkout
-from rrcm.methods import METHODS, derived_settings
+from rrcm.derived import derived_settings
+from rrcm.methods import METHODS
 
 
-def derive(methods: ListConfig, sigmas: ListConfig, *sections: DictConfig) -> DictConfig:
-    """`rrcm.methods.derived_settings` of the composed settings. Unknown methods are left out: validation names them."""
+def derive(methods: ListConfig, *sections: ListConfig | DictConfig) -> DictConfig:
+    """`rrcm.derived.derived_settings` of the composed settings. Unknown methods are left out: validation names them."""
     known = [name for name in methods if name in METHODS]
-    return OmegaConf.create(derived_settings(known, list(sigmas), *sections))
+    values = [OmegaConf.to_container(section, resolve=True) for section in sections]
+    return OmegaConf.create(derived_settings(known, *values))
 
 
 OmegaConf.register_new_resolver("derive", derive, replace=True)
