@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import io
 import json
 import logging
 import multiprocessing
@@ -62,6 +63,7 @@ WARM = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.den
 WARM += ["rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset", "rrcm.report.build"]
 MIN_WARM = 3  # stages from which on the imports here pay
 LAUNCHERS = re.compile(r"\b(torchrun|torch\.distributed|srun|mpirun)\b")  # they take every GPU themselves
+FIRST = "fingerprint"  # what it writes decides which of the others have changed
 ALONE = {"latency"}  # it measures time, so nothing else runs beside it
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
@@ -99,12 +101,12 @@ def repro(
         for module in USED_BY_DVC.split():
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)  # once here, and not again in the child of each stage
-        stages = [Stage(*each) for each in _in_child(read_graph, targets or [])]
         if Path("dvc.lock").exists():
             with atomic_path(logs / "dvc.lock") as copy:
                 shutil.copyfile("dvc.lock", copy)
         else:
             (logs / "dvc.lock").write_bytes(b"")
+        stages = [Stage(*each) for each in _in_child(read_graph, targets or [])]
         gpus = visible_gpus()
         jobs = jobs or default_jobs(gpus)
         print(f"{len(stages)} stages, {jobs} at once; their output goes to {_relative(logs)}/", file=sys.stderr)
@@ -343,12 +345,19 @@ class Display:
 
 
 def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
-    """(name, command, upstream names, changed) of the targets (default: all) and all they need, in DVC's order."""
+    """(name, command, upstream names, changed) of the targets (default: all) and all they need, in DVC's order.
+
+    The stage FIRST is brought up to date before, so that the others are compared with what the code does now.
+    """
     repo, said = Repo(), False
     while True:
         try:
             with repo.lock:
                 _drop_damaged(Path(repo.tmp_dir) / "rwlock")
+            if any(stage.addressing == FIRST for stage in repo.index.stages):
+                with contextlib.redirect_stdout(io.StringIO()):  # what DVC says of every stage
+                    repo.reproduce(FIRST, single_item=True)
+            with repo.lock:
                 graph = get_active_graph(repo.index.graph)
                 steps = plan_repro(graph, collect_stages(repo, targets or ["dvc.yaml"]))
                 return [
@@ -628,10 +637,18 @@ def _drop_damaged(claims: Path) -> None:
 
 
 def _print_results() -> None:
-    """The best-sigma table of these settings, where there is one."""
+    """The best-sigma table of these settings, where there is one, and how it differs from published figures."""
+    from rrcm.publication.compare import compare_with_published  # imports pandas
+
     report = Path("reports") / str(_params().get("report", {}).get("name"))
     if report.is_dir():
         print(f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}\nThe report: {report}/report.md")
+    try:
+        found = compare_with_published(Path())
+    except RRCMError as error:
+        found = f"note: not compared with published results ({error})"
+    if found:
+        print(f"\n{found}")
 
 
 def _relative(path: Path) -> str:

@@ -1,115 +1,38 @@
-"""What DVC watches: all code and settings that decide a stage's result, and no more."""
+"""What DVC watches: the code and the settings that decide a stage's result, and no more."""
 
 import contextlib
+import json
 import re
 import shutil
+import sys
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
-from conftest import REPOSITORY, compose
+from conftest import REPOSITORY, compose, make_project
 from dvc.repo import Repo
+from pydantic import BaseModel
 
-from rrcm.config import Pretrain, load_config
-from rrcm.methods import PER_OBJECTIVE
-from rrcm.objectives import PRETRAINING
-from rrcm.utils.resume import source_files
+from benchmarks.edits import EDITS, Edit, changed_stages, make_committed, renew, stages_after
+from rrcm.config import Config, load_config, parse_config
+from rrcm.derived import SECTIONS, derived_settings
+from rrcm.fingerprints import NO_RESULTS, TABLES, find_items, fingerprint_text
+from rrcm.methods import METHODS
 
-MODULES = {
-    "shard-data": "rrcm.data.sharding",
-    "pretrain": "rrcm.training.pretrain",
-    "denoiser": "rrcm.training.denoiser",
-    "finetune": ("rrcm.training.ensemble", "rrcm.training.denoised"),
-    "soft-labels": "rrcm.certification.soft_labels",
-    "certify": "rrcm.certification.certify",
-    "latency": "rrcm.evaluation.latency",
-    "attack": "rrcm.evaluation.attack",
-    "conditional-denoiser": "rrcm.training.denoiser",
-    "generate": "rrcm.evaluation.generation",
-    "plot": "rrcm.report.build",
-}
-# Modules that can stop a stage but not change what it computes. Settings and the method table are watched by value.
-NO_RESULTS = {
-    "config",
-    "methods",
-    "utils.app",
-    "utils.describe",
-    "utils.errors",
-    "utils.files",
-    "utils.progress",
-    "utils.provenance",
-}
-NO_RESULTS |= {"utils.resume", "utils.tensors", "data.verification"}
-
-
-def definition(stage: str) -> dict:
-    """The stage in dvc.yaml."""
-    found = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]
-    return found.get("do", found)
-
-
-@pytest.mark.parametrize("stage", MODULES)
-def test_a_stage_watches_the_code_that_its_module_imports(stage):
-    watched = set()
-    for dep in definition(stage)["deps"]:
-        path = REPOSITORY / dep
-        if dep.startswith("rrcm/"):
-            files = [path] if path.suffix == ".py" else path.glob("*.py")
-            watched |= {str(file.relative_to(REPOSITORY)) for file in files}
-    modules = [MODULES[stage]] if isinstance(MODULES[stage], str) else MODULES[stage]
-    needed = {
-        str(path.relative_to(REPOSITORY))
-        for module in modules
-        for name, path in source_files(module).items()
-        if name.removeprefix("rrcm.") not in NO_RESULTS
-        and (path.name != "__init__.py" or re.search(r"^from rrcm", path.read_text(), re.MULTILINE))
-    } - {"rrcm/__init__.py"}
-    assert watched - {"rrcm/config.py", "rrcm/methods.py"} == needed
-
-
-def test_pretraining_watches_every_setting_that_concerns_its_objective():
-    params = definition("pretrain")["params"]
-    watched = {name.removeprefix("pretrain.") for name in params if name.startswith("pretrain.")}
-    own = {*PER_OBJECTIVE, *PRETRAINING}
-    assert watched == set(Pretrain.model_fields) - {"objectives"} - own
-    assert "derived.pretrain.${item.objective}" in params
-
-
-def test_finetuning_watches_the_columns_of_the_table_that_decide_a_result():
-    from rrcm.methods import APPEARANCE, Method
-
-    (cells,) = (entry["rrcm/methods.py"] for entry in definition("finetune")["params"] if isinstance(entry, dict))
-    assert {cell.rsplit(".", 1)[1] for cell in cells} == set(Method.__dataclass_fields__) - APPEARANCE
+SETTINGS = ["sigmas=[0.5]", "methods=[rrcm,consistency,consistency_matched,gaussian]"]
+SETTINGS += ["+finetune.lr={sigma_0.5: 4e-3}"]  # DVC has to cope with such keys
+RUN = ["rrcm", "consistency", "consistency_matched", "gaussian"]
 
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory) -> Path:
     """A DVC repository with the real dvc.yaml, whose stages are all up to date. The outputs are dummies."""
     folder = tmp_path_factory.mktemp("dvc")
-    for name in ("rrcm", "stages"):
-        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPOSITORY / "dvc.yaml", folder)
-    (folder / "external").mkdir()
-    (folder / "external/empty").touch()
-    compose(folder / "params.yaml", *METHODS)
-    repo = Repo.init(str(folder), no_scm=True)
-    for stage in repo.index.stages:
-        for out in stage.outs:
-            path = Path(out.fs_path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix:
-                path.write_text(out.def_path)
-            else:
-                path.mkdir()
-                (path / "file").write_text(out.def_path)
-    with contextlib.chdir(folder):
-        repo.commit(force=True)
-        assert repo.status() == {}
+    make_committed(REPOSITORY, folder, SETTINGS)
     return folder
-
-
-METHODS = ["sigmas=[0.5]", "methods=[rrcm,consistency,consistency_matched,gaussian]"]
-METHODS += ["finetune.lr={default: 5e-3, sigma_0.5: 4e-3}"]  # DVC has to cope with such keys
 
 
 @pytest.fixture
@@ -117,10 +40,25 @@ def repository(committed, tmp_path) -> Path:
     return Path(shutil.copytree(committed, tmp_path / "repository"))
 
 
-def changed(folder: Path) -> set[str]:
-    """Stages that DVC would run again for what changed in their own code and settings."""
-    with contextlib.chdir(folder), Repo() as repo:
-        return {name for name, what in repo.status().items() if any("changed deps" in each for each in what)}
+def finetunings(*methods: str) -> set[str]:
+    return {f"finetune@{method}-0.5" for method in methods}
+
+
+EXPECTED = {
+    "a new row of the method table": {"plot"},
+    "the formula of the consistency loss": finetunings("rrcm", "consistency", "consistency_matched"),
+    "the noise of certification": {"latency", *(f"certify@{method}-0.5" for method in RUN)},
+    "a colour of the report": {"plot"},
+    "a setting of one method": {"plot", *finetunings("gaussian")},
+    "a setting of a method that is not run": {"plot"},
+    "a setting of all fine-tunings": {"plot", *finetunings(*RUN)},
+    "a setting of certification": {"plot", *(f"certify@{method}-0.5" for method in RUN)},
+}  # all others: nothing
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
+def test_an_edit_reruns_what_it_changes(committed, tmp_path, edit: Edit):
+    assert stages_after(edit, committed, tmp_path / "copy", SETTINGS) == EXPECTED.get(edit.name, set())
 
 
 @pytest.mark.parametrize(("methods", "stages"), [("[rrcm,gaussian]", []), ("[gaussian,cat_rs]", ["gaussian-0.25"])])
@@ -172,53 +110,277 @@ def test_methods_that_denoise_bring_their_parts(tmp_path, overrides, denoisers, 
         assert len(needed) == (0 if config.denoised.model else 1)
 
 
-def edit(path: Path, pattern: str, replacement: str) -> None:
-    text, count = re.subn(pattern, replacement, path.read_text(), flags=re.DOTALL)
-    assert count == 1
-    path.write_text(text)
-
-
 @pytest.mark.parametrize(
     ("column", "value", "again"),
     [
-        ("objective", '"gaussian"', {"finetune@consistency-0.5", "plot"}),
-        ("budget", '"total"', {"finetune@consistency-0.5", "plot"}),
+        ("objective", '"gaussian"', {*finetunings("consistency"), "plot"}),
+        ("budget", '"total"', {*finetunings("consistency"), "plot"}),
         ("label", '"Jeong & Shin"', {"plot"}),
     ],
 )
 def test_a_changed_row_of_the_table_retrains_that_method_alone(repository, column, value, again):
-    edit(repository / "rrcm/methods.py", rf'("consistency": \{{.*?"{column}": )"[^"]*"', rf"\g<1>{value}")
-    assert changed(repository) == again
+    path = repository / "rrcm/methods.py"
+    pattern = rf'("consistency": \{{.*?"{column}": )"[^"]*"'
+    text, count = re.subn(pattern, rf"\g<1>{value}", path.read_text(), count=1, flags=re.DOTALL)
+    assert count == 1
+    path.write_text(text)
+    compose_in(repository)
+    renew(repository)
+    assert changed_stages(repository) == again
 
 
-def test_a_new_row_of_the_table_retrains_nothing(repository):
-    edit(repository / "rrcm/methods.py", r"\nTABLE = \{", '\nTABLE = {\n    "new": {"objective": "gaussian"},')
-    assert changed(repository) == {"plot"}
+def compose_in(repository: Path, *overrides: str) -> None:
+    """Compose params.yaml by the code of the copy, which may have another table of methods."""
+    from benchmarks.edits import run
+
+    run(repository, "compose", *SETTINGS, *overrides)
 
 
 @pytest.mark.parametrize(
     ("override", "again"),
     [
         ("pretrain.lr=7e-3", {"pretrain@rrcm", "plot"}),
-        ("pretrain.steps=31", {"pretrain@rrcm", "finetune@consistency_matched-0.5", "plot"}),
+        ("pretrain.steps=361", {"pretrain@rrcm", *finetunings("consistency_matched"), "plot"}),
         ("pretrain.lr={default: 7e-3, dmae: 1e-3}", {"pretrain@rrcm", "plot"}),
-        ("pretrain.temperature={rrcm: 0.2, default: 1.0}", {"plot"}),
+        ("pretrain.temperature={rrcm: 1.0, default: 0.2}", {"plot"}),
         ("pretrain.dmae.sigma=0.5", {"plot"}),
         ("pretrain.objectives=[rrcm,moco_v3]", {"pretrain@moco_v3", "plot"}),
-        ("finetune.lr=4e-3", {"plot", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
-        ("seed=1", {"shard-data", "pretrain@rrcm", *(f"finetune@{m}-0.5" for m in METHODS[1][9:-1].split(","))}),
+        ("model.projection_dim=32", {"pretrain@rrcm", "plot"}),
+        ("seed=1", {"shard-data", "pretrain@rrcm", "latency", "plot", *finetunings(*RUN)}),
     ],
 )
 def test_changed_settings_rerun_the_stages_that_they_concern(repository, override, again):
     """Scratch methods do not depend on pre-training, but for the compute that a matched one gets."""
-    compose(repository / "params.yaml", *METHODS, override)
-    found = changed(repository)
+    compose_in(repository, override)
+    renew(repository)
+    found = changed_stages(repository)
     if override == "seed=1":
-        assert found >= again
-    else:
-        assert found == again
+        again = again | {f"certify@{method}-0.5" for method in RUN}
+    assert found == again
+
+
+def test_no_stage_writes_where_results_are_published(repository):
+    """So an experiment, whatever its settings, leaves them as they are."""
+    with contextlib.chdir(repository), Repo() as repo:
+        written = {
+            Path(out.fs_path).relative_to(repository).parts[0] for stage in repo.index.stages for out in stage.outs
+        }
+    assert "certificates" in written and "results" not in written
 
 
 def test_a_changed_encoder_retrains_the_methods_that_start_from_it(repository):
     (repository / "models/pretrain/rrcm/file").write_text("other weights")
-    assert {name for name in changed(repository) if name.startswith("finetune")} == {"finetune@rrcm-0.5"}
+    assert {name for name in changed_stages(repository) if name.startswith("finetune")} == finetunings("rrcm")
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The paths of all settings of a section of the schema."""
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        nested = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        yield from leaves(nested, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+
+
+WATCHED = {*SECTIONS} - {"methods", "sigmas", "denoiser"}  # the denoiser has a stage of its own, which watches it all
+SCHEMA = sorted(path for path in leaves(Config) if path.split(".")[0] in WATCHED)
+LEVELS = [0.25, 0.5]
+TRAINED = {name for name, row in METHODS.items() if row.objective is not None}
+
+
+def training(**columns: object) -> set[str]:
+    """The methods that are trained and have these values in their rows."""
+    return {name for name in TRAINED if all(getattr(METHODS[name], key) == value for key, value in columns.items())}
+
+
+PRETRAINED = {name for name in TRAINED if METHODS[name].pretrained_here}
+DENOISING = {name for name, row in METHODS.items() if row.denoises}
+SOFT = {name for name in TRAINED if METHODS[name].needs_soft_labels}
+MATCHED, ENSEMBLES = training(budget="total"), training(classifier="ensemble")
+SHARING = PRETRAINED | DENOISING | SOFT | MATCHED
+OWN_NUM_NOISE = {name for name in TRAINED if METHODS[name].objective in ("macer", "cat_rs", "smoothadv", "smoothmix")}
+FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again` has the rules for other settings
+    "finetune.checkpoint_every": set(),
+    "finetune.initial_checkpoint": PRETRAINED,
+    "finetune.ensemble_members": ENSEMBLES,
+    "finetune.time_condition": PRETRAINED,
+    "finetune.pretrain_cost_shared_by": SHARING,
+    "finetune.num_noise": (TRAINED - OWN_NUM_NOISE) | MATCHED | SOFT,
+    "finetune.timm.model": training(initial_weights="timm"),
+    "finetune.timm.weights": training(initial_weights="timm"),
+    "pretrain.t_min": PRETRAINED,
+    "pretrain.steps": MATCHED,
+    "pretrain.batch_size": MATCHED,
+    "model.pixel_mean": set(),
+    "model.pixel_std": set(),
+    "model.projection_dim": set(),
+    "model.projector_hidden_dim": set(),
+    "denoised.model": DENOISING,
+}
+
+
+def methods_trained_again(path: str) -> set[str]:
+    """The methods that a setting concerns, by its place in the schema."""
+    section, *rest = path.split(".")
+    if path in FINETUNING_OF:
+        return FINETUNING_OF[path]
+    if section == "finetune" and rest[0] == "objectives":
+        reference = MATCHED if rest[1] == "consistency" else set()  # they get the compute of its training
+        voter = SOFT if rest[1] == "gaussian" else set()
+        return training(objective=rest[1]) | reference | voter
+    if section == "denoised" and len(rest) == 2:
+        return {name for name in DENOISING if METHODS[name].classifier == rest[0]}
+    return {
+        "finetune": TRAINED,
+        "model": TRAINED - DENOISING,
+        "soft_labels": SOFT,
+    }.get(section, set())
+
+
+def changed_value(value: object) -> object:
+    """Another value of a setting, of the same form."""
+    if isinstance(value, Mapping):
+        return {key: changed_value(item) for key, item in value.items()}
+    if isinstance(value, bool):
+        return not value
+    if value is None:
+        return "other"
+    return value + ([1] if isinstance(value, list) else "x" if isinstance(value, str) else 1)
+
+
+@pytest.fixture(scope="module")
+def every_method(tmp_path_factory) -> dict:
+    """Settings in which every method of the table is trained, at two noise levels."""
+    path = compose(tmp_path_factory.mktemp("all") / "params.yaml")
+    return yaml.safe_load(path.read_text()) | {"methods": [*METHODS], "sigmas": LEVELS}
+
+
+@pytest.mark.parametrize("path", [path for path in SCHEMA if not path.startswith(("soft_labels.", "denoised.max"))])
+def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, path):
+    """Over all methods and all settings of the schema."""
+    values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
+    before = derived_settings(**values)["settings"]
+    *above, name = path.split(".")
+    section = values
+    for key in above:
+        section = section[key]
+    if path == "denoised.classifier_sigma" or path.endswith("smooth.classifier_sigma"):
+        pytest.skip("names the classifier of nearly clean images, a training of its own")
+    section[name] = changed_value(section[name])
+    after = derived_settings(**values)["settings"]
+    again = {name for name, own in before["finetune"].items() if after["finetune"][name].items() - own.items()}
+    assert again == methods_trained_again(path)
+    certified = {method for method in METHODS if before["certify"][method] != after["certify"][method]}
+    expected = ENSEMBLES if name == "consensus" else set(METHODS) if path.startswith("certify.") else set()
+    assert certified == expected
+
+
+def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_method):
+    values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
+    values["pretrain"]["objectives"] = ["rrcm", "dmae", "rrcm_dmae"]
+    before = derived_settings(**values)["settings"]["pretrain"]
+    for path in (path for path in SCHEMA if path.startswith(("pretrain.", "model."))):
+        section, name, *rest = path.split(".")
+        changed = json.loads(json.dumps(values))
+        place = changed[section] if not rest else changed[section][name]
+        key = rest[0] if rest else name
+        if path == "pretrain.objectives":
+            continue
+        place[key] = changed_value(place[key])
+        after = derived_settings(**changed)["settings"]["pretrain"]
+        again = {objective for objective in before if before[objective] != after[objective]}
+        expected = {name} & before.keys() if rest and name != "views" else set(before)
+        if path in ("pretrain.checkpoint_every", "model.pixel_mean", "model.pixel_std", "model.architecture"):
+            expected = set()
+        assert again == expected, path
+
+
+def test_the_hash_of_a_training_covers_the_settings_it_is_trained_with(every_method):
+    """`config.py` and `derived.py` choose the same values."""
+    from rrcm.derived import chosen
+
+    config = load_config_of(every_method)
+    finetune = config.finetune.model_dump(mode="json")
+    for method in TRAINED:
+        for sigma in LEVELS:
+            expected = config.finetune.settings(method, sigma).of_objective(METHODS[method].objective)
+            found = chosen(finetune, method, sigma)
+            assert {name: found[name] for name in expected} == expected
+
+
+def load_config_of(values: dict) -> Config:
+    """The settings with every method, as far as they can be validated together."""
+    values = json.loads(json.dumps(values))
+    values["pretrain"]["objectives"] = sorted(
+        {row.initial_weights for row in METHODS.values() if row.pretrained_here and not row.denoises}
+    )
+    values["finetune"]["timm"]["model"] = "vit_tiny_patch16_224"
+    values["derived"] = derived_settings(**{name: values[name] for name in SECTIONS})
+    return parse_config(values)
+
+
+# What a stage may read without watching it: it decides no result, or finds what is watched as a file.
+FREE = {"device", "threads", "seed", "profile", "launcher", "sigmas", "methods", "derived", "data.workers", "latency"}
+FREE |= {"data.image_size", "data.channels", "finetune.checkpoint_every", "pretrain.checkpoint_every", "certify"}
+FREE_OF_MATCHED = {"pretrain.lr", "pretrain.temperature"}  # chosen with the steps of rRCM, whose number is all it reads
+SECTION_OF = {"Config": "", "FinetuneSettings": "finetune."}
+
+
+@pytest.mark.parametrize("item", ["pretrain/rrcm", "finetune/rrcm", "finetune/consistency_matched", "certify/rrcm"])
+def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, monkeypatch, item):
+    """A real run of each stage: its functions are in watched modules, and the settings it reads in its hash."""
+    from rrcm.certification.certify import certify_split
+    from rrcm.config import Section
+    from rrcm.training.finetune import finetune
+    from rrcm.training.pretrain import pretrain
+
+    monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "runs"))
+    folder = make_project(tmp_path, tiny_shards, "sigmas=[0.5]", "methods=[rrcm,consistency_matched]")
+    config, shards, models = load_config(folder / "params.yaml"), folder / "data/shards", folder / "models"
+    kind, name = item.split("/")
+    pretrained = models / "pretrain"
+    steps = {
+        "pretrain": lambda: pretrain(config, "rrcm", shards, pretrained / "rrcm", folder / "pretrain.json"),
+        "finetune": lambda: finetune(config, name, 0.5, shards, pretrained, models / name, folder / "finetune.json"),
+        "certify": lambda: certify_split(config, 0.5, shards, models / name, folder / "a.tsv", folder / "certify.json"),
+    }
+    for step in steps if name == "rrcm" else ["finetune"]:
+        if step == kind:
+            break
+        steps[step]()
+    files, read = set(), set()
+
+    def record(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call":
+            files.add(frame.f_code.co_filename)
+
+    plain = Section.__getattribute__
+
+    def getattribute(self: Section, attribute: str) -> object:
+        if attribute in type(self).model_fields:
+            read.add((type(self).__name__, attribute))
+        return plain(self, attribute)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Section, "__getattribute__", getattribute)
+        sys.setprofile(record)
+        try:
+            steps[kind]()
+        finally:
+            sys.setprofile(None)
+    package = str(REPOSITORY / "rrcm") + "/"
+    ran = {file.removeprefix(package)[:-3].replace("/", ".") for file in files if file.startswith(package)}
+    ran = {f"rrcm.{module}".removesuffix(".__init__") for module in ran} - TABLES - NO_RESULTS
+    lines = fingerprint_text(find_items(config)[item]).splitlines()
+    assert len(ran) > 5 and ran - {"rrcm"} <= {line.split()[0] for line in lines}
+
+    values = {name: json.loads(config.model_dump_json())[name] for name in SECTIONS}
+    before = derived_settings(**values)["settings"][kind][name]
+    for owner, attribute in sorted(read):
+        path = SECTION_OF.get(owner, f"{owner.lower()}.") + attribute
+        free = FREE | (FREE_OF_MATCHED if name == "consistency_matched" else set())
+        if path in free or path.split(".")[0] in FREE or path not in SCHEMA:
+            continue
+        changed = json.loads(json.dumps(values))
+        section, key = path.split(".")
+        changed[section][key] = changed_value(changed[section][key])
+        assert derived_settings(**changed)["settings"][kind][name] != before, path

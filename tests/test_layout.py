@@ -13,12 +13,13 @@ from conftest import PRELOAD, REPOSITORY
 # From bottom to top. A module may import from its own package and from packages of lower layers.
 LAYERS = [
     {"rrcm.utils", "rrcm.methods"},
+    {"rrcm.derived"},
     {"rrcm.config"},
     {"rrcm.data", "rrcm.models"},
-    {"rrcm.objectives"},
+    {"rrcm.sources", "rrcm.objectives"},
     {"rrcm.certification"},
     {"rrcm.evaluation"},
-    {"rrcm.report", "rrcm.training"},
+    {"rrcm.report", "rrcm.training", "rrcm.fingerprints"},
     {"rrcm.cli"},
     {"rrcm"},  # rrcm/__init__.py: the public names
 ]
