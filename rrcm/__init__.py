@@ -8,7 +8,7 @@ from importlib import import_module
 
 _HOMES = {
     "BaseClassifier": "rrcm.models.base_classifiers",
-    "Certificate": "rrcm.certification.smoothing",
+    "Certificate": "rrcm.certification.states",
     "NoiseConditionedViT": "rrcm.models.vit",
     "SmoothedClassifier": "rrcm.certification.smoothing",
     "consistency_regularizer": "rrcm.objectives.consistency",
@@ -17,6 +17,7 @@ _HOMES = {
     "load_authors_checkpoint": "rrcm.models.authors",
     "load_base_classifier": "rrcm.models.load",
     "num_levels": "rrcm.objectives.rrcm",
+    "recompute_radii": "rrcm.certification.votes",
     "rrcm_loss": "rrcm.objectives.rrcm",
     "teacher_decay": "rrcm.training.optim",
 }

@@ -86,7 +86,7 @@ def certify(  # long because each option has its own lines
 
     A run that is stopped continues when the same command is given again.
     """
-    from rrcm.certification.certify_images import certify_folder, files_path, find_images, folder_tables
+    from rrcm.certification.certify_images import certify_folder, find_images, folder_files, output_paths
     from rrcm.certification.rules import make_stopping_rule
     from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
@@ -95,9 +95,10 @@ def certify(  # long because each option has its own lines
     from rrcm.utils.files import claimed, write_together
 
     resume_gc()  # this function is long only because of its options
-    _check_outputs(output, files_path(output), gallery, FORMATS)
+    written = [*output_paths(output), gallery]
+    _check_outputs(output_paths(output), gallery, FORMATS)
     images = find_images(folder, [gallery])  # fails before a model is downloaded
-    if {(folder / file).resolve() for file in images.files} & {output.resolve(), files_path(output).resolve()}:
+    if {(folder / file).resolve() for file in images.files} & {path.resolve() for path in written}:
         raise RRCMError(f"{output}: is one of the images; choose another path")
     if left_out := describe_left_out(images.left_out):
         print(f"note: left out {left_out}", file=sys.stderr)
@@ -105,11 +106,12 @@ def certify(  # long because each option has its own lines
     noise = loaded.sigma if sigma is None else sigma
     if noise is None:
         raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
-    rule = make_stopping_rule(stopping, noise, n0=n0, n=n, alpha=alpha, radius_step=radius_step, bound=bound)
+    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
+    rule = make_stopping_rule(sigma=noise, **settings)
     if loaded.sigma not in (None, noise):
         note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
         print(f"{note}, but may be smaller and fewer", file=sys.stderr)
-    context.with_resource(claimed(output, files_path(output), gallery))  # until the command ends
+    context.with_resource(claimed(*written))  # until the command ends
     found = certify_folder(
         images,
         loaded,
@@ -123,20 +125,20 @@ def certify(  # long because each option has its own lines
         device=device,
     )
     picture = encode(draw_gallery(found, loaded, rule), gallery.suffix)
-    write_together(folder_tables(output, found.frame) | {gallery: picture})
+    write_together(folder_files(output, found, loaded, model, settings) | {gallery: picture})
     print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")
     for note in (note_on_labels(found.frame), note_on_letters([*found.frame["file"], *found.frame["class"]])):
         if note:
             print(f"note: {note}", file=sys.stderr)
-    print(f"written: {output}, {files_path(output)}, {gallery}")
+    print(f"written: {', '.join(map(str, written))}")
     found.run.finish()
 
 
-def _check_outputs(output: Path, files: Path, gallery: Path, formats: Collection[str]) -> None:
+def _check_outputs(outputs: Collection[Path], gallery: Path, formats: Collection[str]) -> None:
     """Raises `RRCMError` for output paths that cannot be written, before hours of computing."""
-    for path in (output, files, gallery):
+    for path in (*outputs, gallery):
         check_output(path)
-    if gallery in (output, files):
+    if gallery in outputs:
         raise RRCMError(f"{gallery}: is the path of both the certificates and the gallery; give two paths")
     if gallery.suffix not in formats:
         raise RRCMError(f"{gallery}: the gallery must end in {' or '.join(formats)}")

@@ -5,24 +5,27 @@ restarted, therefore writes the same bytes. Each process appends the counts of i
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pandas as pd
 from torch import nn
 
 from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
-from rrcm.certification.results import COLUMNS, SAMPLES, write_certificates, write_samples
+from rrcm.certification.record import make_record, record_bytes, record_path
+from rrcm.certification.results import certificate_tables
 from rrcm.certification.rules import make_stopping_rule
-from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
-from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.states import ImageState
+from rrcm.certification.stopping import StoppingRule
+from rrcm.certification.votes import certificate_frame
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.models.ensembles import with_consensus
+from rrcm.models.folders import read_model_config
 from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
-from rrcm.utils.files import claimed, sha256_folder, write_json
+from rrcm.utils.files import json_bytes, sha256_folder, write_together
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
@@ -40,9 +43,10 @@ def certify_split(
     timing: Path,
     max_images: int | None = None,
 ) -> None:
-    """Certify every k-th test image and write `output` (TSV, Cohen et al.'s format), with OUTPUT.samples.tsv beside it.
+    """Certify every k-th test image and write `output` (TSV, Cohen et al.'s format).
 
-    With `max_images` at most so many of them are certified.
+    Beside it are OUTPUT.samples.tsv with the votes, and OUTPUT.json with all that decided them. With `max_images` at
+    most so many of the images are certified.
     The column `time` is 0 because the true seconds differ from run to run; `timing` (JSON) has them. Under torchrun all
     processes share the images. A killed run continues from the last samples it counted, on any number of processes.
     Raises `RRCMError` for missing or damaged inputs.
@@ -80,22 +84,21 @@ def certify_split(
         return
 
     _restore(states, run_state.folder, rule, smoothed)  # the other processes' journals
-    frame = _frame(states, rule, smoothed.num_classes)
-    seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
-    record = {
-        "seconds": seconds,
-        "samples": samples,
-        "samples_per_second": samples / seconds,
-        "batch_size": batch_size,
-        "dtype": smoothed.precision,
-        "processes": queue.world_size,
-        "seconds_by_image": {str(state.index): state.seconds for state in states},
-        "environment": describe_environment(device),
-    }
-    with claimed(output, timing, wait=True):  # by another run of this stage, they are not mixed with its own
-        write_certificates(output, frame)
-        write_samples(output.with_suffix(".samples.tsv"), frame)
-        write_json(timing, record)
+    tables = certificate_tables(output, certificate_frame(states, rule, smoothed.num_classes))
+    record = make_record(
+        smoothed,
+        batch_size,
+        tables,
+        model={"kind": read_model_config(model_folder)["kind"], "sha256": inputs["model"]},
+        data={"sha256": inputs["shards"], "split": "test", "every": settings.every, "max_images": list(limits)},
+        image_size=config.data.image_size,
+        labelled=True,
+        compile=settings.compile,
+        consensus=settings.consensus,
+        **settings.rule,
+    )
+    timed = json_bytes(_describe_time(states, batch_size, smoothed, queue.world_size))
+    write_together(tables | {record_path(output): record_bytes(record), timing: timed})
     run_state.finish()
 
 
@@ -143,17 +146,18 @@ def _restore(states: list[ImageState], folder: Path, rule: StoppingRule, smoothe
     restore_states(states, folder, lambda saved: is_possible_state(saved, rule, smoothed.num_classes))
 
 
-def _frame(states: Iterable[ImageState], rule: StoppingRule, num_classes: int) -> pd.DataFrame:
-    rows = []
-    for state in states:
-        found = certificate(state, rule, num_classes)
-        correct = int(found.prediction == state.label)
-        field = (state.index, state.label, found.prediction, found.radius, correct, 0)
-        wrong = found.prediction if found.stop_reason == WRONG_CLASS else ABSTAIN  # predicted without a radius
-        both = [
-            value
-            for radius in (found.binary_radius, found.margin_radius)
-            for value in ((wrong, 0.0) if radius is None else (state.top_class, radius))
-        ]
-        rows.append((*field, found.samples, found.stop_reason, found.binary_samples, *both))
-    return pd.DataFrame(rows, columns=[*COLUMNS, *SAMPLES[1:]])
+def _describe_time(
+    states: Sequence[ImageState], batch_size: int, smoothed: SmoothedClassifier, processes: int
+) -> dict[str, object]:
+    """What the images have cost."""
+    seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
+    return {
+        "seconds": seconds,
+        "samples": samples,
+        "samples_per_second": samples / seconds,
+        "batch_size": batch_size,
+        "dtype": smoothed.precision,
+        "processes": processes,
+        "seconds_by_image": {str(state.index): state.seconds for state in states},
+        "environment": describe_environment(smoothed.device),
+    }

@@ -4,8 +4,8 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,12 @@ import pandas as pd
 import torch
 
 from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
-from rrcm.certification.results import ABSTAIN, COLUMNS, UNKNOWN, certificates_text
-from rrcm.certification.smoothing import ImageState, SmoothedClassifier, certificate
-from rrcm.certification.stopping import StoppingRule
+from rrcm.certification.record import make_record, record_bytes, record_path
+from rrcm.certification.results import certificate_tables, samples_path
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.states import ImageState
+from rrcm.certification.stopping import ABSTAIN, StoppingRule
+from rrcm.certification.votes import certificate_frame
 from rrcm.data.augment import centre_crop, to_array
 from rrcm.data.images import (
     Listing,
@@ -28,11 +31,14 @@ from rrcm.data.images import (
     refuse_unreadable,
 )
 from rrcm.data.shards import evenly_spaced
+from rrcm.models.folders import CONFIG
 from rrcm.models.load import LoadedClassifier, class_folders
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError, printable
+from rrcm.utils.files import read_json, sha256_file, sha256_folder
 from rrcm.utils.progress import Progress
 from rrcm.utils.resume import RunState, fingerprint
+from rrcm.utils.tensors import sha256_tensors
 
 FILES = ["idx", "file", "class", "samples", "stop_reason"]
 
@@ -47,8 +53,11 @@ class FileState(ImageState):
 class FolderCertificates(NamedTuple):
     """The certificates of a folder's images."""
 
-    frame: pd.DataFrame  # one row per image: COLUMNS, then `file`, `class` (a name or ""), `samples`, `stop_reason`
+    frame: pd.DataFrame  # one row per image: that of `certificate_frame`, with `file` and `class` (a name or "")
     paths: list[Path]  # of the images, in the same order
+    sha256: str  # of their pixels (`sha256_images`)
+    smoothed: SmoothedClassifier
+    batch_size: int
     seconds: float  # of computing, over all starts
     run: RunState  # to be finished when everything is written
 
@@ -111,7 +120,8 @@ def certify_folder(
     positions = evenly_spaced(len(found.files), limit).tolist()
     states = _check_images(found, positions, loaded, skip_unreadable)
     example = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
-    description = [seed, smoothed.find_batch_size(example), smoothed.precision, smoothed.device.type]
+    size = smoothed.find_batch_size(example)
+    description = [seed, size, smoothed.precision, smoothed.device.type]
     description += [torch.get_num_threads(), loaded.image_size]
     mark = fingerprint(description, {}, __name__, smoothed.model, rule)
     run = RunState(f".{output.name}", mark, output.absolute().parent)
@@ -119,7 +129,8 @@ def certify_folder(
     _certify_files(smoothed, found, states, loaded, rule, run)
     frame = _frame(states, rule, found.files, find_labels(found, loaded), loaded)
     paths = [found.folder / found.files[state.index] for state in states]
-    return FolderCertificates(frame, paths, sum(state.seconds for state in states), run)
+    seconds, content = sum(state.seconds for state in states), sha256_images(state.content for state in states)
+    return FolderCertificates(frame, paths, content, smoothed, size, seconds, run)
 
 
 def find_labels(found: Listing, loaded: LoadedClassifier) -> list[int | None]:
@@ -146,10 +157,53 @@ def find_labels(found: Listing, loaded: LoadedClassifier) -> list[int | None]:
     return [label] * len(found.files)
 
 
-def folder_tables(output: Path, frame: pd.DataFrame) -> dict[Path, bytes]:
-    """The content of `output` in Cohen et al.'s format, and of `files_path(output)`, which names the images."""
-    names = frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
-    return {output: certificates_text(frame).encode(), files_path(output): names.encode()}
+def folder_files(
+    output: Path, found: FolderCertificates, loaded: LoadedClassifier, model: str, settings: Mapping[str, object]
+) -> dict[Path, bytes]:
+    """What is written for a folder, by path: `certificate_tables`, `files_path(output)` with the images, the record.
+
+    `model` and the `settings` of the stopping rule are those of the command.
+    """
+    names = found.frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
+    tables = certificate_tables(output, found.frame) | {files_path(output): names.encode()}
+    record = make_record(
+        found.smoothed,
+        found.batch_size,
+        tables,
+        model=identify_model(model, loaded),
+        data={"sha256": found.sha256, "split": None},
+        image_size=loaded.image_size,
+        labelled=False,
+        compile=False,
+        consensus=None,
+        **settings,
+    )
+    return tables | {record_path(output): record_bytes(record)}
+
+
+def output_paths(output: Path) -> list[Path]:
+    """The paths of `folder_files`."""
+    return [output, samples_path(output), files_path(output), record_path(output)]
+
+
+def identify_model(model: str, loaded: LoadedClassifier) -> dict[str, str]:
+    """The entry `model` of a record: what kind of thing `model` names, and a hash of it."""
+    path = Path(model)
+    if (path / CONFIG).is_file():
+        return {"kind": read_json(path / CONFIG).get("kind", "timm"), "sha256": sha256_folder(path)}
+    if path.is_file():
+        return {"kind": "file", "sha256": sha256_file(path)}
+    return {"kind": "weights", "sha256": sha256_tensors(loaded.classifier.state_dict())}
+
+
+def sha256_images(contents: Iterable[str]) -> str:
+    """Hexadecimal SHA-256 of the hashes of images' pixels, in order."""
+    return hashlib.sha256("".join(contents).encode()).hexdigest()
+
+
+def sha256_pixels(pixels: np.ndarray) -> str:
+    """Hexadecimal SHA-256 of an image's pixels, as `read_pixels` returns them."""
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 def files_path(output: Path) -> Path:
@@ -172,7 +226,7 @@ def _check_images(
         for position in positions:
             try:
                 pixels = read_pixels(found.folder / found.files[position], loaded)
-                states.append(FileState(position, nothing, content=hashlib.sha256(pixels.tobytes()).hexdigest()))
+                states.append(FileState(position, nothing, content=sha256_pixels(pixels)))
             except RRCMError as error:
                 problems.append(str(error))
             progress.update()
@@ -230,12 +284,8 @@ def _frame(
     labels: Sequence[int | None],
     loaded: LoadedClassifier,
 ) -> pd.DataFrame:
-    """The frame of `FolderCertificates`, from files and labels by position. `time` is 0, as in the pipeline."""
-    rows = []
-    for state in states:
-        file, label = files[state.index], labels[state.index]
-        found, label = certificate(state, rule, loaded.num_classes), UNKNOWN if label is None else label
-        name = "" if found.prediction == ABSTAIN else loaded.class_names[found.prediction]
-        field = (state.index, label, found.prediction, found.radius, int(found.prediction == label != UNKNOWN))
-        rows.append((*field, 0, printable(file), name, found.samples, found.stop_reason))
-    return pd.DataFrame(rows, columns=[*COLUMNS, *FILES[1:]])
+    """The frame of `FolderCertificates`, from files and labels by position."""
+    labelled = [replace(state, label=labels[state.index]) for state in states]
+    frame = certificate_frame(labelled, rule, loaded.num_classes)
+    names = ["" if predict == ABSTAIN else loaded.class_names[predict] for predict in frame["predict"]]
+    return frame.assign(**{"file": [printable(files[index]) for index in frame["idx"]], "class": names})

@@ -9,7 +9,7 @@ import math
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -72,7 +72,7 @@ def _identity(values: dict) -> str:
 
 def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool:
     """Whether sampling by `rule` can lead to these values of an `ImageState`: each has its type, and counts add up."""
-    counts, selection = saved["counts"], saved["selection_counts"]
+    counts, selection, votes = saved["counts"], saved["selection"], saved["votes"]
     if not (_are_counts(counts, num_classes) and _are_counts(selection, num_classes)):
         return False
     numbers = ("num_drawn", "look", "num_certified", "margin_certified", "binary_samples", "samples")
@@ -86,8 +86,12 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
         return False
     drawn, look, reason = saved["num_drawn"], saved["look"], saved["stop_reason"]
     if saved["top_class"] == ABSTAIN:  # the class is still to be chosen
-        return not (counts or look or reason) and sum(selection.values()) == drawn == saved["samples"] < rule.n0
-    if not 0 <= saved["top_class"] < num_classes or selection or sum(counts.values()) != drawn:
+        return (
+            not (counts or look or reason or votes) and sum(selection.values()) == drawn == saved["samples"] < rule.n0
+        )
+    if not 0 <= saved["top_class"] < num_classes or sum(selection.values()) != rule.n0 or sum(counts.values()) != drawn:
+        return False
+    if not _are_kept_votes(votes, counts, rule.looks[:look], num_classes):
         return False
     if saved["samples"] != rule.n0 + drawn or saved["binary_samples"] > saved["samples"]:
         return False
@@ -99,7 +103,19 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
         return False
     if reason == "":
         return look < len(rule.looks)
-    return reason in (ALL_SAMPLES, WHOLE_GRID, FUTILE) and look > 0 and rule.looks[look - 1] == drawn
+    return reason in (ALL_SAMPLES, WHOLE_GRID, FUTILE) and look > 0 and votes.get(str(drawn)) == counts
+
+
+def _are_kept_votes(votes: object, counts: dict[str, int], looks: Sequence[int], num_classes: int) -> bool:
+    """Whether these are votes at some of the `looks` in order, none of which has more than `counts` of any class."""
+    if not isinstance(votes, dict) or list(votes) != [str(drawn) for drawn in looks if str(drawn) in votes]:
+        return False
+    return all(
+        _are_counts(kept, num_classes)
+        and sum(kept.values()) == int(drawn)
+        and all(count <= counts.get(k, 0) for k, count in kept.items())
+        for drawn, kept in votes.items()
+    )
 
 
 def _are_counts(votes: object, num_classes: int) -> bool:

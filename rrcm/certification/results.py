@@ -16,11 +16,12 @@ import pandas as pd
 
 from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import atomic_path, read_text, write_text
+from rrcm.utils.files import read_text, write_text
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # then what each bound certifies
 SAMPLES += ["binary_predict", "binary_radius", "margin_predict", "margin_radius"]
+VOTES = ["selection", "votes"]  # from which all of this follows (votes.py)
 STOP_REASONS = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
 UNKNOWN = -1  # label of an image of unknown class
 
@@ -37,15 +38,18 @@ def read_certificates(path: Path | str) -> pd.DataFrame:
     are ignored. Blank lines may follow the last row. Unlabelled images and duplicate rows are rejected. Raises
     `RRCMError` with the file, the line and the problem.
     """
-    return pd.DataFrame(_read_rows(path, COLUMNS, parse_certificate), columns=COLUMNS)
+    return pd.DataFrame(read_rows(path, COLUMNS, parse_certificate), columns=COLUMNS)
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """Read a file of `write_samples`, the columns SAMPLES. Raises `RRCMError` as `read_certificates` does."""
-    return pd.DataFrame(_read_rows(path, SAMPLES, _parse_samples), columns=SAMPLES)
+    """The columns SAMPLES of a file of `write_samples`; `read_votes` reads the others.
+
+    Raises `RRCMError` as `read_certificates` does.
+    """
+    return pd.DataFrame(read_rows(path, SAMPLES, _parse_samples), columns=SAMPLES)
 
 
-def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
+def read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
     """Rows of a tab-separated file with a header.
 
     `parse` takes the fields of a row in the order of `columns`, idx first, and raises ValueError for bad ones.
@@ -131,6 +135,20 @@ def certificates_text(frame: pd.DataFrame) -> str:
 
 
 def write_samples(path: Path | str, frame: pd.DataFrame) -> None:
-    """Write the columns that Cohen et al.'s format lacks, SAMPLES, atomically. Numbers read back bit for bit."""
-    with atomic_path(path) as scratch:
-        frame[SAMPLES].to_csv(scratch, sep="\t", index=False, lineterminator="\n")
+    """Write the columns that Cohen et al.'s format lacks, SAMPLES and VOTES, atomically."""
+    write_text(path, samples_text(frame))
+
+
+def samples_text(frame: pd.DataFrame) -> str:
+    """What `write_samples` writes. Numbers read back bit for bit."""
+    return frame[SAMPLES + VOTES].to_csv(sep="\t", index=False, lineterminator="\n")
+
+
+def certificate_tables(output: Path, frame: pd.DataFrame) -> dict[Path, bytes]:
+    """The content of a certificate file and of its samples file, by path."""
+    return {output: certificates_text(frame).encode(), samples_path(output): samples_text(frame).encode()}
+
+
+def samples_path(path: Path) -> Path:
+    """The samples file OUTPUT.samples.tsv beside a certificate file OUTPUT.tsv."""
+    return path.with_suffix(".samples.tsv")

@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from os import sysconf
 
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from rrcm.certification.margin import BINARY, MarginRule
 from rrcm.certification.networks import (
     attribute,
     batch_limits,
@@ -42,14 +41,8 @@ from rrcm.certification.networks import (
 )
 from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, CounterDraw, counter_normal
 from rrcm.certification.rules import make_stopping_rule
-from rrcm.certification.stopping import (
-    ABSTAIN,
-    WRONG_CLASS,
-    GroupSequential,
-    StoppingRule,
-    binomial_test,
-    check_prediction,
-)
+from rrcm.certification.states import Certificate, ImageState, certificate, choose_class, decide
+from rrcm.certification.stopping import ABSTAIN, StoppingRule, binomial_test, check_prediction
 from rrcm.utils.arguments import real_number, shown, whole_number
 from rrcm.utils.distributed import explain_out_of_memory, native_precision
 from rrcm.utils.errors import RRCMError, one_line
@@ -59,49 +52,6 @@ LARGEST_BATCH = 1024
 FIXED = ("model", "sigma", "num_classes", "seed", "num_noise", "memory_gib", "precision")  # of a SmoothedClassifier
 BLACK = 1.01 / 255  # pixels up to the first grey level above black
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}  # of logits whose rounding may depend on the batch, relative to the largest
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The smoothed classifier predicts `prediction` everywhere within the L2 `radius` (pixel units) of the image.
-
-    `prediction` is a class or ABSTAIN. `samples` counts all noisy samples, those that chose the class included.
-    `stop_reason` is a constant of stopping.py. After "wrong class" nothing is certified: `prediction` is the chosen
-    class and the radius is 0.
-
-    The same samples give a radius by each bound, None where it certifies nothing. `radius` is that of the bound that
-    was asked for. Each is wrong with probability at most alpha, not both together.
-    """
-
-    prediction: int
-    radius: float
-    samples: int
-    stop_reason: str
-    binary_radius: float | None = None
-    binary_samples: int = 0  # after which the binary bound alone would have stopped
-    margin_radius: float | None = None
-
-
-@dataclass
-class ImageState:
-    """An image on its way to a certificate. All but `image` is JSON-able, so a journal of it is a checkpoint."""
-
-    index: int  # selects the noise
-    image: torch.Tensor = field(repr=False)  # (C, H, W) float32 in [0, 1]
-    label: int | None = None  # if known, `GroupSequential` stops as soon as another class is chosen
-    selection_counts: dict[str, int] = field(default_factory=dict)  # votes by class among the n0 selection samples
-    top_class: int = -1  # the chosen class
-    test: str = ""  # of the margin bound, as the selection samples have chosen it
-    num_drawn: int = 0  # samples of the current purpose: selection, then estimation
-    counts: dict[str, int] = field(default_factory=dict)  # votes by class among the estimation samples
-    look: int = 0  # the next look
-    num_certified: int = 0  # radii of the grid, by the binary bound until it stops
-    binary_reason: str = ""  # why the binary bound stops
-    binary_samples: int = 0  # after which it did
-    margin_certified: int = 0  # radii of the grid, by the margin bound
-    samples: int = 0  # of both purposes
-    stop_reason: str = ""
-    seconds: float = 0.0  # share of the computing time; not part of the result
 
 
 @dataclass(frozen=True)
@@ -521,28 +471,6 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
-def certificate(state: ImageState, rule: StoppingRule, num_classes: int) -> Certificate:
-    """The certificate of an image whose sampling has stopped."""
-    if state.stop_reason == WRONG_CLASS:
-        return Certificate(state.top_class, 0.0, state.samples, WRONG_CLASS, binary_samples=state.samples)
-    margin = MarginRule(rule)
-    top, others = _votes(state, num_classes)
-    radii = {
-        "binary": rule.radius(top, state.num_certified),
-        "margin": margin.radius(state.test, top, others, state.margin_certified),
-    }
-    radius = radii[rule.bound]
-    return Certificate(
-        ABSTAIN if radius is None else state.top_class,
-        0.0 if radius is None else radius,
-        state.samples,
-        state.stop_reason,
-        radii["binary"],
-        state.binary_samples,
-        radii["margin"],
-    )
-
-
 def _next_samples(state: ImageState, rule: StoppingRule, room: int) -> SampleRequest:
     """The samples up to the next look, at most `room` of them."""
     purpose, stop = (SELECT, rule.n0) if state.top_class < 0 else (ESTIMATE, rule.looks[state.look])
@@ -554,48 +482,14 @@ def _update(state: ImageState, request: SampleRequest, votes: np.ndarray, rule: 
     """Add the votes. After the selection choose the class; at a look decide whether to stop."""
     state.num_drawn = request.stop
     state.samples += request.stop - request.start
-    counts = state.selection_counts if request.purpose == SELECT else state.counts
+    counts = state.selection if request.purpose == SELECT else state.counts
     for k in np.flatnonzero(votes).tolist():
-        counts[str(k)] = counts.get(str(k), 0) + int(votes[k])  # JSON keys are text
+        counts[str(k)] = counts.get(str(k), 0) + int(votes[k])
     if request.purpose == SELECT:
         if state.num_drawn == rule.n0:
-            state.top_class = min((-count, int(k)) for k, count in counts.items())[1]
-            state.test = MarginRule(rule).choose_test({int(k): count for k, count in counts.items()}, state.top_class)
-            state.selection_counts, state.num_drawn = {}, 0
-            if isinstance(rule, GroupSequential) and state.label not in (None, state.top_class):
-                state.stop_reason = WRONG_CLASS
-        return
-    if state.num_drawn == rule.looks[state.look]:
-        _decide(state, rule, len(votes))
-        state.look += 1
-
-
-def _decide(state: ImageState, rule: StoppingRule, num_classes: int) -> None:
-    """What both bounds certify after this look, and whether to stop.
-
-    The binary bound stops by its own rule, so its certificates do not depend on the bound that is asked for. The margin
-    bound uses all samples there are. Asked for, it goes on until both have come to an end.
-    """
-    margin, (top, others) = MarginRule(rule), _votes(state, num_classes)
-    if not state.binary_reason:
-        state.num_certified, state.binary_reason = rule.decide(state.look, top, state.num_certified)
-        state.binary_samples = state.samples
-    if state.test == BINARY:
-        state.margin_certified, state.stop_reason = state.num_certified, state.binary_reason
-        return
-    at_look = state.test, state.look, top, others
-    state.margin_certified = int(margin.certify(*at_look, state.margin_certified))
-    if rule.bound == "binary":
-        state.stop_reason = state.binary_reason
-    elif state.binary_reason:
-        state.stop_reason = str(margin.reason_to_stop(*at_look, state.margin_certified))
-
-
-def _votes(state: ImageState, num_classes: int) -> tuple[int, np.ndarray]:
-    """The votes for the chosen class, and each number of votes that another class has: (C,) int64."""
-    others = {count for k, count in state.counts.items() if int(k) != state.top_class}
-    unseen = num_classes - len(state.counts.keys() | {str(state.top_class)})
-    return state.counts.get(str(state.top_class), 0), np.array(sorted(others | ({0} if unseen else set())))
+            choose_class(state, rule)
+    elif state.num_drawn == rule.looks[state.look]:
+        decide(state, rule, len(votes))
 
 
 def whole_numbers(name: str, numbers: Iterable[int] | torch.Tensor) -> list[int]:

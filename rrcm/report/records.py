@@ -10,18 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rrcm.config import Count, NonNegative, Positive, Probability
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_json
+from rrcm.utils.provenance import Environment
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?", re.ASCII)  # as Python and pandas write it
-VERSION = r"^\d[\w.+!-]*$"
 SHARE_ERROR = 1e-15  # what rounding can do to a share of images
 RANGES = {  # by column; others hold any finite number
     "epoch": (0, math.inf),
@@ -39,45 +39,6 @@ OPTIONAL = {"val_accuracy"}  # columns with empty cells
 
 class Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
-
-class _Whole(Record):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Git(_Whole):
-    """The code revision of a stage."""
-
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")] | None
-    dirty: bool
-
-
-class Hardware(_Whole):
-    """The machine of a stage."""
-
-    cpu: str
-    instructions: str | None = None
-    cores: Count | None = None
-    threads: Count | None = None
-    memory_gib: Positive | None = None
-    gpus: list[str] = []
-
-
-class Software(_Whole):
-    """The versions that a stage ran with."""
-
-    os: str | None = None
-    python: Annotated[str, Field(pattern=VERSION)]
-    cuda: Annotated[str, Field(pattern=VERSION)] | None = None
-    packages: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Annotated[str, Field(pattern=VERSION)] | None] = {}
-
-
-class Environment(_Whole):
-    """A record of `rrcm.utils.provenance.describe_environment`."""
-
-    git: Git | None
-    hardware: Hardware
-    software: Software
 
 
 class Timing(Record):

@@ -400,8 +400,14 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write `value` atomically as indented JSON with a final newline. Keys keep their order; NaN is an error."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `value` atomically as `json_bytes` has it."""
+    with atomic_path(path) as scratch:
+        scratch.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """Indented JSON with a final newline. Keys keep their order; NaN is an error."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_csv(path: Path | str, rows: list[dict]) -> None:

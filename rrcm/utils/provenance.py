@@ -7,9 +7,53 @@ import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 PACKAGES = ["rrcm", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "matplotlib", "scikit-learn", "pillow"]
 PACKAGES += ["safetensors", "webdataset", "dvc"]
+VERSION = r"^\d[\w.+!-]*$"
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
+
+
+class Git(_Record):
+    """The revision of the code."""
+
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40,64}$")] | None
+    dirty: bool
+
+
+class Hardware(_Record):
+    """The machine."""
+
+    cpu: str
+    instructions: str | None = None
+    cores: Count | None = None
+    threads: Count | None = None
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    gpus: list[str] = []
+
+
+class Software(_Record):
+    """The versions of all that may change a result."""
+
+    os: str | None = None
+    python: Annotated[str, Field(pattern=VERSION)]
+    cuda: Annotated[str, Field(pattern=VERSION)] | None = None
+    packages: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Annotated[str, Field(pattern=VERSION)] | None] = {}
+
+
+class Environment(_Record):
+    """What `describe_environment` returns, as it is read back."""
+
+    git: Git | None
+    hardware: Hardware
+    software: Software
 
 
 def describe_environment(device: object) -> dict:

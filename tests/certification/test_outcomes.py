@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from rrcm.certification.certify import _frame
 from rrcm.certification.outcomes import find_impossible
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import ImageState, SampleRequest, SmoothedClassifier
 from rrcm.certification.stopping import StoppingRule
+from rrcm.certification.votes import certificate_frame
 
 
 class DrawnVotes(SmoothedClassifier):
@@ -47,7 +47,7 @@ def outcomes(rule: StoppingRule, num_classes: int, images: int = 200) -> pd.Data
     states = [ImageState(index, torch.zeros(1, 2, 2), label) for index, label in enumerate(labels)]
     for _ in smoothed.certify_stream(states, rule):
         pass
-    return _frame(states, rule, num_classes)
+    return certificate_frame(states, rule, num_classes)
 
 
 SETTINGS = [

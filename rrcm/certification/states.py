@@ -1,0 +1,168 @@
+"""An image on its way from votes to a certificate: what is counted, when it is decided, and what is certified.
+
+Everything here follows from counts of votes. `recompute` therefore gives the certificates of a file again without the
+network, from the votes that the file keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rrcm.certification.margin import BINARY, MarginRule
+from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, GroupSequential, StoppingRule
+
+if TYPE_CHECKING:
+    import torch  # slow to import; counts do without it
+
+Votes = dict[str, int]  # how many samples chose a class, for each class that any sample chose; JSON keys are text
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The smoothed classifier predicts `prediction` everywhere within the L2 `radius` (pixel units) of the image.
+
+    `prediction` is a class or ABSTAIN. `samples` counts all noisy samples, those that chose the class included.
+    `stop_reason` is a constant of stopping.py. After "wrong class" nothing is certified: `prediction` is the chosen
+    class and the radius is 0.
+
+    The same samples give a radius by each bound, None where it certifies nothing. `radius` is that of the bound that
+    was asked for. Each is wrong with probability at most alpha, not both together.
+    """
+
+    prediction: int
+    radius: float
+    samples: int
+    stop_reason: str
+    binary_radius: float | None = None
+    binary_samples: int = 0  # after which the binary bound alone would have stopped
+    margin_radius: float | None = None
+
+
+@dataclass
+class ImageState:
+    """An image on its way to a certificate. All but `image` is JSON-able, so a journal of it is a checkpoint."""
+
+    index: int  # selects the noise
+    image: torch.Tensor = field(repr=False)  # (C, H, W) float32 in [0, 1]
+    label: int | None = None  # if known, `GroupSequential` stops as soon as another class is chosen
+    selection: Votes = field(default_factory=dict)  # of the n0 selection samples
+    top_class: int = -1  # the chosen class
+    test: str = ""  # of the margin bound, as the selection samples have chosen it
+    num_drawn: int = 0  # samples of the current purpose: selection, then estimation
+    counts: Votes = field(default_factory=dict)  # of the estimation samples
+    look: int = 0  # the next look
+    num_certified: int = 0  # radii of the grid, by the binary bound until it stops
+    binary_reason: str = ""  # why the binary bound stops
+    binary_samples: int = 0  # after which it did
+    margin_certified: int = 0  # radii of the grid, by the margin bound
+    votes: dict[str, Votes] = field(default_factory=dict)  # by estimation samples, at each look that decided something
+    samples: int = 0  # of both purposes
+    stop_reason: str = ""
+    seconds: float = 0.0  # share of the computing time; not part of the result
+
+
+def choose_class(state: ImageState, rule: StoppingRule) -> None:
+    """What the selection samples decide: the class, the test of the margin bound, and whether the class is wrong."""
+    state.top_class = min((-count, int(k)) for k, count in state.selection.items())[1]
+    state.test = MarginRule(rule).choose_test({int(k): n for k, n in state.selection.items()}, state.top_class)
+    state.num_drawn = 0
+    if isinstance(rule, GroupSequential) and state.label not in (None, state.top_class):
+        state.stop_reason = WRONG_CLASS
+
+
+def decide(state: ImageState, rule: StoppingRule, num_classes: int) -> None:
+    """What both bounds certify after a look, and whether to stop.
+
+    The binary bound stops by its own rule, so its certificates do not depend on the bound that is asked for. The margin
+    bound uses all samples there are. Asked for, it goes on until both have come to an end.
+
+    The votes of a look are kept if it has decided anything: if either bound has certified more, or has stopped. The
+    other looks change nothing, so the kept ones lead to the same certificate.
+    """
+    before = state.num_certified, state.margin_certified, state.binary_reason, state.stop_reason
+    margin, (top, others) = MarginRule(rule), _top_and_others(state, num_classes)
+    if not state.binary_reason:
+        state.num_certified, state.binary_reason = rule.decide(state.look, top, state.num_certified)
+        state.binary_samples = state.samples
+    if state.test == BINARY:
+        state.margin_certified, state.stop_reason = state.num_certified, state.binary_reason
+    else:
+        at_look = state.test, state.look, top, others
+        state.margin_certified = int(margin.certify(*at_look, state.margin_certified))
+        if rule.bound == "binary":
+            state.stop_reason = state.binary_reason
+        elif state.binary_reason:
+            state.stop_reason = str(margin.reason_to_stop(*at_look, state.margin_certified))
+    if (state.num_certified, state.margin_certified, state.binary_reason, state.stop_reason) != before:
+        state.votes[str(state.num_drawn)] = dict(state.counts)
+    state.look += 1
+
+
+def replay(
+    selection: Votes, votes: Mapping[str, Votes], label: int | None, rule: StoppingRule, num_classes: int
+) -> ImageState:
+    """The state to which the votes of the selection and of the kept looks lead. Raises ValueError for impossible ones.
+
+    The image, its index and the seconds are unknown.
+    """
+    _check_votes("the selection", selection, rule.n0, num_classes)
+    state = ImageState(-1, None, label, dict(selection), samples=rule.n0)
+    choose_class(state, rule)
+    for text, counts in votes.items():
+        drawn = int(text)
+        if drawn not in rule.looks or drawn <= state.num_drawn:
+            raise ValueError(f"votes at {drawn}: must be at looks of the stopping rule, in order")
+        if state.stop_reason:
+            raise ValueError(f"votes at {drawn}: sampling has stopped before ({state.stop_reason})")
+        _check_votes(f"{drawn} samples", counts, drawn, num_classes)
+        if any(counts.get(k, 0) < count for k, count in state.counts.items()):
+            raise ValueError(f"votes at {drawn}: a class has fewer than at an earlier look")
+        state.counts, state.num_drawn, state.samples = dict(counts), drawn, rule.n0 + drawn
+        state.look = rule.looks.index(drawn)
+        decide(state, rule, num_classes)
+        if text not in state.votes:
+            raise ValueError(f"votes at {drawn}: decide nothing")
+    if not state.stop_reason:
+        raise ValueError(f"votes end at {state.num_drawn} samples, before the stopping rule stops")
+    return state
+
+
+def certificate(state: ImageState, rule: StoppingRule, num_classes: int) -> Certificate:
+    """The certificate of an image whose sampling has stopped."""
+    if state.stop_reason == WRONG_CLASS:
+        return Certificate(state.top_class, 0.0, state.samples, WRONG_CLASS, binary_samples=state.samples)
+    margin = MarginRule(rule)
+    top, others = _top_and_others(state, num_classes)
+    radii = {
+        "binary": rule.radius(top, state.num_certified),
+        "margin": margin.radius(state.test, top, others, state.margin_certified),
+    }
+    radius = radii[rule.bound]
+    return Certificate(
+        ABSTAIN if radius is None else state.top_class,
+        0.0 if radius is None else radius,
+        state.samples,
+        state.stop_reason,
+        radii["binary"],
+        state.binary_samples,
+        radii["margin"],
+    )
+
+
+def _top_and_others(state: ImageState, num_classes: int) -> tuple[int, np.ndarray]:
+    """The votes for the chosen class, and each number of votes that another class has: (C,) int64."""
+    others = {count for k, count in state.counts.items() if int(k) != state.top_class}
+    unseen = num_classes - len(state.counts.keys() | {str(state.top_class)})
+    return state.counts.get(str(state.top_class), 0), np.array(sorted(others | ({0} if unseen else set())))
+
+
+def _check_votes(name: str, votes: Votes, total: int, num_classes: int) -> None:
+    """Raises ValueError unless the votes are for classes there are, and as many as there were samples."""
+    if votes and max(map(int, votes)) >= num_classes:
+        raise ValueError(f"votes of {name} are for class {max(map(int, votes))}: there are {num_classes} classes")
+    if sum(votes.values()) != total:
+        raise ValueError(f"{sum(votes.values())} votes of {name}: must be {total}")

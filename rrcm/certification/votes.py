@@ -1,0 +1,126 @@
+"""The votes in a samples file, and the certificates that follow from them. Pure functions, without the network.
+
+A cell of the column `selection` has the votes of the selection samples by class: `3:97 8:3`. A cell of `votes` has
+those of the estimation samples at each look that decided something, after the number of samples:
+`100=3:98,8:2 120=3:117,8:3`. It is empty where the selection has chosen a wrong class. A radius that an early look has
+certified stays certified, so the votes at the last look alone do not give it.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from rrcm.certification.record import read_record, record_path
+from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES, read_certificates, read_rows, samples_path
+from rrcm.certification.states import ImageState, Votes, certificate, replay
+from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
+from rrcm.utils.arguments import shown
+from rrcm.utils.errors import RRCMError
+
+COUNT = re.compile(r"(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,9})")  # a class and its votes
+
+
+def selection_text(selection: Votes) -> str:
+    """A cell of the column `selection`."""
+    return " ".join(_counts(selection))
+
+
+def votes_text(votes: dict[str, Votes]) -> str:
+    """A cell of the column `votes`."""
+    return " ".join(f"{drawn}={','.join(_counts(counts))}" for drawn, counts in votes.items())
+
+
+def parse_selection(text: str) -> Votes:
+    """The votes in a cell of `selection`. Raises ValueError unless it is as `selection_text` writes it."""
+    selection = _parse_counts(text, " ")
+    if selection_text(selection) != text:
+        raise ValueError(f"selection {shown(text)}: must be votes by class, each class once, as 3:97 8:3")
+    return selection
+
+
+def parse_votes(text: str) -> dict[str, Votes]:
+    """The votes in a cell of `votes`, by numbers of samples. Raises ValueError unless it is as `votes_text` writes."""
+    looks = [look.partition("=") for look in text.split(" ")] if text else []
+    votes = {drawn: _parse_counts(counts, ",") for drawn, _, counts in looks if drawn.isdecimal()}
+    if votes_text(votes) != text:
+        raise ValueError(f"votes {shown(text)}: must be votes by class at each look, as 100=3:98,8:2 120=3:117,8:3")
+    return votes
+
+
+def _counts(votes: Votes) -> list[str]:
+    return [f"{k}:{votes[k]}" for k in sorted(votes, key=int)]
+
+
+def _parse_counts(text: str, separator: str) -> Votes:
+    """Votes by class, those that can be read; the caller compares the text that they have."""
+    pairs = [COUNT.fullmatch(each) for each in text.split(separator)]
+    return {pair[1]: int(pair[2]) for pair in pairs if pair}
+
+
+def read_votes(path: Path | str) -> pd.DataFrame:
+    """The columns `idx`, `selection` and `votes` of a samples file, the latter as text that can be parsed.
+
+    Raises `RRCMError` with the file, the line and the problem.
+    """
+
+    def parse(idx: str, selection: str, votes: str) -> tuple[int, str, str]:
+        parse_selection(selection), parse_votes(votes)
+        return int(idx), selection, votes
+
+    return pd.DataFrame(read_rows(path, ["idx", *VOTES], parse), columns=["idx", *VOTES])
+
+
+def certificate_frame(states: Iterable[ImageState], rule: StoppingRule, num_classes: int) -> pd.DataFrame:
+    """The certificates of images whose sampling has stopped: COLUMNS, SAMPLES and VOTES. `time` is 0."""
+    rows = []
+    for state in states:
+        found = certificate(state, rule, num_classes)
+        label = UNKNOWN if state.label is None else state.label
+        field = (state.index, label, found.prediction, found.radius, int(found.prediction == label != UNKNOWN), 0)
+        wrong = found.prediction if found.stop_reason == WRONG_CLASS else ABSTAIN  # predicted without a radius
+        both = [
+            value
+            for radius in (found.binary_radius, found.margin_radius)
+            for value in ((wrong, 0.0) if radius is None else (state.top_class, radius))
+        ]
+        votes = selection_text(state.selection), votes_text(state.votes)
+        rows.append((*field, found.samples, found.stop_reason, found.binary_samples, *both, *votes))
+    return pd.DataFrame(rows, columns=[*COLUMNS, *SAMPLES[1:], *VOTES])
+
+
+def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labelled: bool) -> pd.DataFrame:
+    """`certificate_frame` of the votes in a frame with `idx`, `label`, `selection` and `votes`.
+
+    `labelled` says whether the sampling stopped as soon as the chosen class was not the label. Raises `RRCMError` for
+    the first image whose votes cannot be those of `rule`.
+    """
+    states = []
+    for row in frame.itertuples():
+        votes = parse_selection(row.selection), parse_votes(row.votes)
+        try:
+            state = replay(*votes, row.label if labelled else None, rule, num_classes)
+        except ValueError as error:
+            raise RRCMError(f"image {row.idx}: {error}") from None
+        state.index, state.label = row.idx, None if row.label == UNKNOWN else row.label
+        states.append(state)
+    return certificate_frame(states, rule, num_classes)
+
+
+def recompute_radii(path: Path | str) -> pd.DataFrame:
+    """The columns `idx`, `predict` and `radius` of a certificate file, recomputed from the votes beside it.
+
+        rrcm.recompute_radii("certificates/rrcm/sigma_0.5.tsv")
+
+    The stopping rule is that of the record beside the file. Of the file itself only the labels are read. Raises
+    `RRCMError` for files that are missing or damaged, and for votes that cannot be those of the rule.
+    """
+    path = Path(path)
+    record, votes = read_record(record_path(path)), read_votes(samples_path(path))
+    labels = read_certificates(path)[["idx", "label"]]
+    if labels["idx"].tolist() != votes["idx"].tolist():
+        raise RRCMError(f"{path}: has other images than {samples_path(path)}; certify again")
+    frame = votes.assign(label=labels["label"])
+    found = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
+    return found[["idx", "predict", "radius"]]
