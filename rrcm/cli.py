@@ -166,6 +166,57 @@ def compare(
     draw(files, radii, output, reference)
 
 
+@app.command()
+@exit_on_error
+def audit(
+    file: Annotated[Path, typer.Argument(help="Certificates (TSV) with the votes and the record beside them.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|FILE|NAME", help="The model. Default: ROOT/models/METHOD/sigma_S of a result."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of shards or pictures. Default: ROOT/shards or ROOT/data/shards of a result."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to vote again on, chosen at random.")] = 100,
+    every_row: Annotated[bool, typer.Option("--all", help="Vote again on all rows.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Chooses the rows; default: random.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="fp32|bf16", help="Default: as published, if this machine has it.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as published.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as published.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.")] = "auto",
+) -> None:
+    """Audit a certificate file: recompute its radii from its votes, and let the model vote again.
+
+    The verdict is the last line. The exit status is 0 only if it is "verified".
+    """
+    import secrets
+    import time
+
+    from rrcm.certification.audit import audit_file, find_inputs, verdict
+    from rrcm.certification.revote import Settings
+
+    resume_gc()
+    start = time.monotonic()
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    print(f"rows are chosen with --seed {seed}", file=sys.stderr)
+    found = audit_file(
+        file,
+        *find_inputs(file, model, images),
+        rows=None if every_row else rows,
+        seed=seed,
+        settings=Settings(precision, batch_size, threads),
+        device=device,
+    )
+    for problem in found.problems:
+        print(f"  {printable(problem)}", file=sys.stderr)
+    print(printable(verdict(file, found, time.monotonic() - start)))
+    if found.problems:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The console command. It runs the code that is installed, and says so in a checkout with other code."""
     if folder := other_checkout([Path.cwd(), *Path.cwd().parents]):

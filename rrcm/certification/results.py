@@ -31,14 +31,15 @@ def sigma_name(sigma: float) -> str:
     return f"sigma_{float(sigma)}"
 
 
-def read_certificates(path: Path | str) -> pd.DataFrame:
+def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataFrame:
     """Read a file in the format of Cohen et al. 2019, as we write it; external.py reads other groups' files.
 
     `time` may be in seconds or h:mm:ss.ffffff and is converted to seconds. Columns are found by name and other columns
-    are ignored. Blank lines may follow the last row. Unlabelled images and duplicate rows are rejected. Raises
-    `RRCMError` with the file, the line and the problem.
+    are ignored. Blank lines may follow the last row. Duplicate rows are rejected, and so are unlabelled images, unless
+    `unlabelled` allows them. Raises `RRCMError` with the file, the line and the problem.
     """
-    return pd.DataFrame(read_rows(path, COLUMNS, parse_certificate), columns=COLUMNS)
+    parse = _parse_any if unlabelled else parse_certificate
+    return pd.DataFrame(read_rows(path, COLUMNS, parse), columns=COLUMNS)
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
@@ -87,15 +88,20 @@ def read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple])
 
 def parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
     """The values of a row from its fields, both in the order of COLUMNS. Raises ValueError for impossible ones."""
+    row = _parse_any(*fields)
+    if row[1] == UNKNOWN:
+        raise ValueError("label -1: the true class is unknown, so accuracy is undefined")
+    return row
+
+
+def _parse_any(*fields: str) -> tuple[int, int, int, float, int, float]:
     idx, label, predict, correct = (int(fields[i]) for i in (0, 1, 2, 4))
     radius, time = float(fields[3]), _seconds(fields[5])
-    if label == UNKNOWN:
-        raise ValueError("label -1: the true class is unknown, so accuracy is undefined")
-    if idx < 0 or label < 0 or predict < ABSTAIN:
+    if idx < 0 or label < UNKNOWN or predict < ABSTAIN:
         raise ValueError(f"idx {idx}, label {label}, predict {predict}: must be at least 0, predict at least -1")
     if not (math.isfinite(radius) and radius >= 0) or (predict == ABSTAIN and radius > 0):
         raise ValueError(f"radius {fields[3]}: must be a finite number >= 0, and 0 when abstained")
-    if correct != (predict == label):
+    if correct != (predict == label != UNKNOWN):
         raise ValueError(f"correct {correct} does not fit label {label} and predict {predict}")
     return idx, label, predict, radius, correct, time
 

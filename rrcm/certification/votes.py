@@ -118,7 +118,7 @@ def recompute_radii(path: Path | str) -> pd.DataFrame:
     """
     path = Path(path)
     record, votes = read_record(record_path(path)), read_votes(samples_path(path))
-    labels = read_certificates(path)[["idx", "label"]]
+    labels = read_certificates(path, unlabelled=True)[["idx", "label"]]
     if labels["idx"].tolist() != votes["idx"].tolist():
         raise RRCMError(f"{path}: has other images than {samples_path(path)}; certify again")
     frame = votes.assign(label=labels["label"])

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PACKAGES = ["rrcm", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "matplotlib", "scikit-learn", "pillow"]
 PACKAGES += ["safetensors", "webdataset", "dvc"]
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 VERSION = r"^\d[\w.+!-]*$"
 Count = Annotated[int, Field(ge=1)]
 
@@ -70,7 +71,7 @@ def describe_environment(device: object) -> dict:
         "git": _revision(Path(__file__).parent.parent),
         "hardware": {
             "cpu": _cpu_model(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),  # what PyTorch's kernels use of it
+            "instructions": _instructions(torch.backends.cpu.get_cpu_capability()),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -119,6 +120,12 @@ def _cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions(capability: str) -> str:
+    """What PyTorch's kernels use of the CPU, with the limits that the environment sets for oneDNN and MKL."""
+    limits = [f"{name}={value}" for name in LIMITS if (value := os.environ.get(name))]
+    return ", ".join([capability, *limits])
 
 
 def _version(package: str) -> str | None:

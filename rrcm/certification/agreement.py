@@ -1,0 +1,101 @@
+"""Whether two counts of the same noisy samples agree, if the network only rounds differently. Pure functions.
+
+Votes flip near a tie of two classes. Let z be the gap between the two classes' logits under noise, in units of its
+standard deviation, and p the probability that it is above 0. A rounding error flips the votes with |z| below a small
+bound, whose probability is that bound times twice the density of z at 0. For a normal z this density is
+phi(Phi^-1(p)). So a model has one rate, at a tie, and an image with the vote share p has `rate` times `closeness(p)`.
+On the digits this explains how the flips differ between images (benchmarks/README.md).
+
+Each flip moves one vote. So the votes that have moved between two counts are at most the flips, which are binomial.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.special import bdtrc, gammaln, ndtr, ndtri  # importing scipy.stats takes a second
+
+from rrcm.certification.stopping import clopper_pearson_lower
+
+CONFIDENCE = 0.99  # with which an audit says that it would have found forged rows
+
+
+def moved_votes(first: Mapping[str, int], second: Mapping[str, int]) -> int:
+    """How many of the votes by class have another class in the other count: half the sum of the differences.
+
+    Both counts are of the same number of samples.
+    """
+    return sum(abs(first.get(k, 0) - second.get(k, 0)) for k in first.keys() | second.keys()) // 2
+
+
+def closeness(top: int | np.ndarray, m: int | np.ndarray) -> float | np.ndarray:
+    """phi(Phi^-1(p)) / phi(0) for `top` votes of m: how close the image is to a tie, in (0, 1].
+
+    p = (top + 1) / (m + 2) is never 0 or 1. Below one half other classes may tie too, so there it is 1.
+    """
+    p = (np.asarray(top) + 1) / (np.asarray(m) + 2)
+    return np.where(p > 0.5, np.exp(-(ndtri(p) ** 2) / 2), 1.0)[()]
+
+
+def rate_bounds(flips: int, samples: int, close: float, alpha: float) -> tuple[float, float]:
+    """Lower and upper confidence bounds on the flip rate at a tie; each errs with probability at most alpha.
+
+    `flips` of `samples` votes flipped, over images whose mean closeness is `close`. The sum of independent flips with
+    several rates has thinner tails than a binomial of their mean (Hoeffding 1956), so the bounds of Clopper and Pearson
+    hold.
+    """
+    low = clopper_pearson_lower(flips, samples, alpha)
+    high = 1 - clopper_pearson_lower(samples - flips, samples, alpha)
+    return min(1.0, low / close), min(1.0, high / close)
+
+
+def tail(moved: int | np.ndarray, m: int | np.ndarray, rate: float | np.ndarray) -> float | np.ndarray:
+    """P(Bin(m, rate) >= moved), the p-value of so many moved votes if each of m samples flips at this rate."""
+    moved = np.asarray(moved)
+    return np.where(moved > 0, bdtrc(np.maximum(moved - 1, 0), m, rate), 1.0)[()]
+
+
+def most_moved(m: int, rate: float, level: float) -> int:
+    """The largest number of moved votes whose p-value exceeds `level`."""
+    low, high = 0, m  # the p-value of `low` does
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if tail(middle, m, rate) > level else (low, middle - 1)
+    return low
+
+
+def pooled_tail(moved: Sequence[int], m: Sequence[int], rates: Sequence[float]) -> float:
+    """The p-value of the sum of the moved votes of images with own sample sizes and rates.
+
+    At or above its mean a sum of independent flips has a thinner tail than a binomial of the mean rate (Hoeffding 1956,
+    theorem 4). Below that the answer is 1.
+    """
+    total, samples = sum(moved), sum(m)
+    mean = float(np.dot(m, rates))
+    return float(tail(total, samples, mean / samples)) if total >= mean + 1 else 1.0
+
+
+def votes_to_raise(top: int, m: int, shift: float) -> float:
+    """How many of m votes the top class must gain, beyond its `top` votes, to raise a radius by sigma * `shift`.
+
+    The radius is sigma Phi^-1(p), but for its confidence bound.
+    """
+    p = (top + 1) / (m + 2)
+    return m * (float(ndtr(ndtri(p) + shift)) - p)
+
+
+def found_share(rows: int, audited: int, power: float) -> float | None:
+    """The smallest share of forged rows that an audit finds with CONFIDENCE, of `rows` rows in all.
+
+    It draws `audited` of them without replacement, and finds a forged one among these with probability `power`. None if
+    it does not even find it when all rows are forged.
+    """
+    for forged in range(1, rows + 1):
+        drawn = np.arange(max(0, audited - (rows - forged)), min(forged, audited) + 1)
+        ways = _log_choose(forged, drawn) + _log_choose(rows - forged, audited - drawn) - _log_choose(rows, audited)
+        if float((np.exp(ways) * (1 - power) ** drawn).sum()) <= 1 - CONFIDENCE:
+            return forged / rows
+    return None
+
+
+def _log_choose(n: int, k: np.ndarray) -> np.ndarray:
+    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)

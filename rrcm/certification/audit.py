@@ -1,0 +1,338 @@
+"""Audit a certificate file: do its radii follow from its votes, and does the published model vote like that?
+
+`check_file` does the first without the network. `audit_file` also lets the model vote again on rows chosen at random.
+On the machine type that published the file all counts must be equal. Elsewhere the network rounds differently, and a
+few votes flip. How many may have flipped follows from the flip rate that is published with the file. Each look of each
+row is tested by itself, and all rows together, by exact binomial tests that together raise a false alarm with
+probability at most `false_alarm`.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rrcm.certification.agreement import (
+    CONFIDENCE,
+    closeness,
+    found_share,
+    most_moved,
+    moved_votes,
+    pooled_tail,
+    rate_bounds,
+    tail,
+    votes_to_raise,
+)
+from rrcm.certification.flips import SAMPLES_PER_IMAGE, count_flips, spread_indices
+from rrcm.certification.record import CertificateRecord, Flips, read_record, record_path
+from rrcm.certification.results import COLUMNS, SAMPLES, read_certificates, read_samples, samples_path
+from rrcm.certification.revote import (
+    Inputs,
+    RowVotes,
+    Settings,
+    load_inputs,
+    published_votes,
+    same_computation,
+    smooth_again,
+    vote_again,
+    vote_singly,
+)
+from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.states import Votes
+from rrcm.certification.votes import read_votes, recompute
+from rrcm.utils.distributed import pick_device
+from rrcm.utils.errors import RRCMError, printable
+from rrcm.utils.files import sha256_file
+from rrcm.utils.progress import Progress
+from rrcm.utils.provenance import describe_environment
+
+AS_PUBLISHED = Settings()
+SAMPLES_HERE = 10_000  # to measure the flip rate of this machine
+SPREAD = 2.0  # an image may flip this many times as often as the model's rate says; machines differ as much
+RAISE = 0.05  # pixel units; how much a radius is raised in the forgeries that an audit says it would find
+SHOWN = 3  # rows that are named of each kind of problem
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the audit of a certificate file has found."""
+
+    problems: list[str]  # none: verified
+    rows: int  # in the file
+    audited: int = 0  # rows voted again
+    exact: bool = False  # whether all counts had to be equal
+    computation: str = ""  # how the votes were counted again
+    moved: int = 0  # votes at the last looks of these rows that have another class now
+    samples: int = 0  # votes there in all
+    found: float | None = None  # the smallest share of forged rows that would have been found with 99 %
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How many votes may have moved."""
+
+    rate: float  # of flips at a tie
+    row_level: float  # of each test of a row
+    pooled_level: float  # of the test of all rows together
+
+    def rate_of(self, votes: Votes) -> float:
+        """The flip rate of an image with these `votes`, as they were counted again."""
+        return min(1.0, self.rate * float(closeness(max(votes.values()), sum(votes.values()))))
+
+    def allows(self, published: RowVotes, again: RowVotes) -> bool:
+        """Whether the votes for an image may differ so, in the selection and at each look."""
+        pairs = [
+            (published.selection, again.selection),
+            *zip(published.votes.values(), again.votes.values(), strict=True),
+        ]
+        return all(
+            tail(moved_votes(votes, now), sum(now.values()), min(1.0, SPREAD * self.rate_of(now))) > self.row_level
+            for votes, now in pairs
+        )
+
+    def power(self, rows: Sequence[RowVotes], shift: float) -> float:
+        """The probability to find a row whose votes were changed to raise its radius by sigma * `shift`.
+
+        It is the mean over the `rows` in which so many votes can be changed. A row is taken to be found if the test
+        finds it even when votes flip back, as many as they do with 99 %.
+        """
+        found = []
+        for votes in (_last(row) for row in rows if row.votes):
+            top, m, rate = max(votes.values()), sum(votes.values()), self.rate_of(votes)
+            if (added := votes_to_raise(top, m, shift)) <= m - top:
+                lost = most_moved(m, rate, 1 - CONFIDENCE)
+                found.append(CONFIDENCE * (added - lost > most_moved(m, min(1.0, SPREAD * rate), self.row_level)))
+        return float(np.mean(found)) if found else CONFIDENCE
+
+
+def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
+    """The record beside a certificate file, its rows with their votes, and what is wrong with them.
+
+    The tables must have the hashes in the record, and all columns must follow from the votes. Raises `RRCMError` for
+    files that are missing or cannot be read.
+    """
+    record, problems = read_record(record_path(path)), []
+    for name, expected in record.files.items():
+        if sha256_file(path.with_name(name)) != expected:
+            problems.append(f"{path.with_name(name)}: is not the file that {record_path(path).name} describes")
+    frame, samples = read_certificates(path, unlabelled=True), read_samples(samples_path(path))
+    votes = read_votes(samples_path(path))
+    if frame["idx"].tolist() != samples["idx"].tolist():
+        return record, frame, [*problems, f"{path}: has other images than {samples_path(path).name}"]
+    frame = frame.join(samples.drop(columns="idx")).join(votes.drop(columns="idx"))
+    try:
+        found = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
+    except RRCMError as error:
+        return record, frame, [*problems, f"{path}: {error}"]
+    lines = []
+    for name in (*COLUMNS[2:5], *SAMPLES[1:]):
+        for row in np.flatnonzero(frame[name].to_numpy() != found[name].to_numpy()):
+            claim, follows = frame[name].iloc[row], found[name].iloc[row]
+            lines.append(f"image {frame['idx'].iloc[row]}: {name} is {claim}, but its votes give {follows}")
+    return record, frame, problems + _shortened(path, lines)
+
+
+def audit_file(
+    path: Path,
+    model: Path | str,
+    images: Path,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    false_alarm: float = 1e-3,
+    settings: Settings = AS_PUBLISHED,
+    device: str = "auto",
+) -> Audit:
+    """Check a certificate file, and vote again on `rows` of its rows (None: all), which `seed` chooses.
+
+    `images` is the folder of shards, or that of pictures if such were certified. An honest file has no problems, but
+    with probability `false_alarm` where the counts need not be equal. Nothing is voted again if the tables, the model
+    or the images are not those of the record. Raises `RRCMError` for missing or damaged files and inputs.
+    """
+    record, frame, problems = check_file(path)
+    if problems:
+        return Audit(problems, len(frame))
+    inputs, problems = load_inputs(path, record, frame, model, images)
+    if problems:
+        return Audit(problems, len(frame))
+    smoothed = smooth_again(record, inputs, pick_device(device), settings)
+    chosen = sorted(random.Random(seed).sample(range(len(frame)), min(rows or len(frame), len(frame))))
+    published = published_votes(frame.iloc[chosen])
+    again = _count_again(path, smoothed, inputs, published)
+    if same_computation(record, smoothed):
+        return compare_equal(path, len(frame), published, again)
+    tolerance, problems, notes = _allow(path, record, inputs, smoothed, published, false_alarm)
+    found = compare_close(path, record, len(frame), tolerance, published, again)
+    computation = f"in {smoothed.precision}, batch {smoothed.batch_size}"
+    return replace(found, problems=problems + found.problems, notes=notes, computation=computation)
+
+
+def compare_equal(path: Path, rows: int, published: Sequence[RowVotes], again: Sequence[RowVotes]) -> Audit:
+    """The audit of rows whose counts must be equal."""
+    pairs = list(zip(published, again, strict=True))
+    lines = [_difference(*pair) for pair in pairs if pair[0] != pair[1]]
+    moved, samples = _last_looks(pairs)
+    share = found_share(rows, len(pairs), 1.0)
+    return Audit(_shortened(path, lines), rows, len(pairs), True, "as published", sum(moved), sum(samples), share)
+
+
+def compare_close(
+    path: Path,
+    record: CertificateRecord,
+    rows: int,
+    tolerance: Tolerance,
+    published: Sequence[RowVotes],
+    again: Sequence[RowVotes],
+) -> Audit:
+    """The audit of rows whose votes may have flipped: each look of each row by itself, then all rows together."""
+    pairs = list(zip(published, again, strict=True))
+    lines = [_difference(*pair) for pair in pairs if not tolerance.allows(*pair)]
+    problems, (moved, samples) = _shortened(path, lines), _last_looks(pairs)
+    rates = [tolerance.rate_of(_last(row)) for row in again]
+    if pooled_tail(moved, samples, rates) <= tolerance.pooled_level:
+        expected = f"{np.dot(samples, rates):.0f} are expected at most"
+        problems.append(f"{path}: {sum(moved):,} of {sum(samples):,} votes differ when counted again; {expected}")
+    share = found_share(rows, len(pairs), tolerance.power(again, RAISE / record.sigma))
+    return Audit(problems, rows, len(pairs), False, "", sum(moved), sum(samples), share)
+
+
+def _allow(
+    path: Path,
+    record: CertificateRecord,
+    inputs: Inputs,
+    smoothed: SmoothedClassifier,
+    published: Sequence[RowVotes],
+    false_alarm: float,
+) -> tuple[Tolerance, list[str], tuple[str, ...]]:
+    """What may have moved, by the published flip rate or else by the one of this machine; problems; notes.
+
+    Half of `false_alarm` is for the rows, a quarter for all together, and a quarter for the bounds on the rates.
+    """
+    tests, alpha = sum(1 + len(row.votes) for row in published), false_alarm / 4
+    here = _measure_here(record, inputs, smoothed, [row.idx for row in published])
+    measured = (record.flips or {}).get(smoothed.precision)
+    known = measured or [here]
+    rate = max(flip_rate(each, alpha / 2 / len(known)) for each in known)
+    tolerance = Tolerance(rate, false_alarm / 2 / tests, false_alarm / 4)
+    if measured is None:
+        return tolerance, [], (f"no flip rate is published for {smoothed.precision}; it was measured here",)
+    least = max(rate_bounds(each.flips, each.samples, each.closeness, alpha / 4 / len(known))[0] for each in known)
+    most = SPREAD * flip_rate(here, alpha / 4)
+    if least > most:
+        claim = f"publishes a flip rate above {least:.2g} at a tie; on this machine it is below {most:.2g}"
+        return tolerance, [f"{record_path(path)}: {claim}"], ()
+    return tolerance, [], ()
+
+
+def flip_rate(flips: Flips, alpha: float) -> float:
+    """An upper confidence bound on the flip rate at a tie, raised by what the images differ beyond chance."""
+    return max(1.0, flips.dispersion) * rate_bounds(flips.flips, flips.samples, flips.closeness, alpha)[1]
+
+
+def _measure_here(
+    record: CertificateRecord, inputs: Inputs, smoothed: SmoothedClassifier, indices: Sequence[int]
+) -> Flips:
+    """The flips on this machine between the precisions, or if these are the same between two ways to compute."""
+    chosen, first = spread_indices(indices, SAMPLES_HERE), smoothed
+    other = Settings(record.precision, smoothed.batch_size)
+    if record.precision == smoothed.precision:
+        other = Settings(record.precision, max(1, smoothed.batch_size // 2))
+    classes = vote_singly(first, inputs, chosen, SAMPLES_PER_IMAGE)
+    second = smooth_again(record, inputs, smoothed.device, other)
+    return count_flips(classes, vote_singly(second, inputs, chosen, SAMPLES_PER_IMAGE), "here")
+
+
+def _count_again(
+    path: Path, smoothed: SmoothedClassifier, inputs: Inputs, published: Sequence[RowVotes]
+) -> list[RowVotes]:
+    """`vote_again`, with an estimate of the time and with progress on stderr."""
+    samples = sum(sum(row.selection.values()) + _drawn(row) for row in published)
+    probe = [RowVotes(published[0].idx, {"0": smoothed.batch_size}, {})]
+    next(vote_again(smoothed, inputs, probe))  # the first batch takes longer
+    start = time.monotonic()
+    next(vote_again(smoothed, inputs, probe))
+    seconds = (time.monotonic() - start) * samples / smoothed.batch_size
+    text = f"votes again on {len(published):,} rows, {samples:,} samples, in about {seconds:,.0f} s"
+    print(f"{printable(path)}: {text}", file=sys.stderr)
+    again = []
+    with Progress(len(published), f"vote on {printable(path)} again", "rows", only_if_long=True) as progress:
+        for group in vote_again(smoothed, inputs, published):
+            again += group
+            progress.update(len(group))
+    return again
+
+
+def _difference(published: RowVotes, again: RowVotes) -> str:
+    """Where the votes for an image differ most."""
+    name, votes, now = max(_counts(published, again), key=lambda each: moved_votes(*each[1:]))
+    return f"image {published.idx}: {moved_votes(votes, now)} of {sum(votes.values())} {name} differ when counted again"
+
+
+def _counts(published: RowVotes, again: RowVotes) -> list[tuple[str, Votes, Votes]]:
+    """Each count of an image with its name, as published and as counted again."""
+    looks = [("votes", votes, again.votes[drawn]) for drawn, votes in published.votes.items()]
+    return [("selection votes", published.selection, again.selection), *looks]
+
+
+def _last(row: RowVotes) -> Votes:
+    """The votes at the last look, or those of the selection if there is no look."""
+    return list(row.votes.values())[-1] if row.votes else row.selection
+
+
+def _drawn(row: RowVotes) -> int:
+    return int(list(row.votes)[-1]) if row.votes else 0
+
+
+def _last_looks(pairs: Sequence[tuple[RowVotes, RowVotes]]) -> tuple[list[int], list[int]]:
+    """The moved votes of each row at its last look, and how many votes there are."""
+    moved = [moved_votes(_last(first), _last(second)) for first, second in pairs]
+    return moved, [sum(_last(first).values()) for first, _ in pairs]
+
+
+def _shortened(path: Path, lines: Sequence[str]) -> list[str]:
+    """The lines, each with the path, of which the last counts those that are left out."""
+    more = [f"{len(lines) - SHOWN:,} more lines like that"] if len(lines) > SHOWN else []
+    return [f"{path}: {line}" for line in [*lines[:SHOWN], *more]]
+
+
+def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str, Path]:
+    """The model and the images of a certificate file, those that are None from where a result has them.
+
+    A result is a folder with certificates/METHOD/sigma_S.tsv, models/METHOD/sigma_S, and shards or data/shards. Raises
+    `RRCMError` for those that are not there.
+    """
+    root, name = path.absolute().parent.parent.parent, Path(path.absolute().parent.name, path.stem)
+    if model is None:
+        model = str(root / "models" / name)
+        if not Path(model).is_dir():
+            raise RRCMError(f"{model}: no such folder, where the model of {path} would be; give --model")
+    if images is None:
+        shards = [root / "shards", root / "data/shards"]
+        images = next((folder for folder in shards if folder.is_dir()), None)
+        if images is None:
+            raise RRCMError(f"{shards[0]}, {shards[1]}: no such folders with the images of {path}; give --images")
+    return model, images
+
+
+def verdict(path: Path, audit: Audit, seconds: float) -> str:
+    """One line that says what was verified, how, and what it would have found."""
+    if audit.problems:
+        return f"NOT verified: {path}: {len(audit.problems)} problem{'s' * (len(audit.problems) > 1)}, listed above"
+    how = "equal" if audit.exact else f"{audit.moved:,} of {audit.samples:,} votes differ, as rounding explains"
+    forged = "forged rows" if audit.exact else f"rows raised by {RAISE}"
+    share = f"would find {audit.found:.1%} {forged} with 99 %" if audit.found else f"would not find {forged} one by one"
+    again = f"{audit.audited} voted again {audit.computation}: {how} ({share})"
+    parts = [f"{audit.rows} of {audit.rows} radii follow from their votes", again, *audit.notes, code_version()]
+    return f"verified: {path}, {', '.join(parts)}, {seconds:.0f} s"
+
+
+def code_version() -> str:
+    """The revision of the code that audits, and whether it was changed."""
+    git = describe_environment("cpu")["git"]
+    return f"code {git['revision'][:7]} ({'changed' if git['dirty'] else 'clean'})" if git else "code without git"

@@ -1,0 +1,106 @@
+"""How often a vote flips when the network rounds differently, measured with the same noise (agreement.py).
+
+It is measured where certificates are published, against what other machines may do: another precision, batch size or
+number of threads, and the instructions of older CPUs. An audit measures it again, so that nobody can publish a rate
+that hides forged votes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rrcm.certification.agreement import closeness
+from rrcm.certification.record import Flips, read_record, record_path
+from rrcm.certification.results import read_certificates
+from rrcm.certification.revote import Inputs, Settings, load_inputs, smooth_again, vote_singly
+from rrcm.data.shards import evenly_spaced
+from rrcm.utils.distributed import pick_device
+from rrcm.utils.errors import RRCMError
+
+SAMPLES_PER_IMAGE = 200  # to measure flips; more images tell more than more samples of one
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # compute as a CPU without AVX-512
+
+
+def count_flips(first: np.ndarray, second: np.ndarray, against: str) -> Flips:
+    """The flips between the classes of the same samples, both (images, samples) int64."""
+    images, samples = first.shape
+    tops = np.array([np.bincount(row).max() for row in first])
+    close, flips = closeness(tops, samples), (first != second).sum(1)
+    expected = flips.sum() * close / close.sum()
+    dispersion = ((flips - expected) ** 2).sum() / max(expected.sum(), 1.0)
+    return Flips(
+        against=against,
+        images=images,
+        samples=first.size,
+        flips=int(flips.sum()),
+        closeness=float(close.mean()),
+        dispersion=float(dispersion),
+    )
+
+
+def measure_flips(
+    path: Path, model: Path | str, images: Path, *, samples: int = 20_000, device: str = "auto"
+) -> dict[str, list[Flips]]:
+    """The entry `flips` of the record beside the certificate file `path`: by the precision of who votes again.
+
+    The certified computation runs here. Call this on the machine type that certified. `model` and `images` are as for
+    `load_inputs`. Each list has one measurement for each way to compute otherwise, of about `samples` votes.
+    """
+    record, frame = read_record(record_path(path)), read_certificates(path, unlabelled=True)
+    inputs, problems = load_inputs(path, record, frame, model, images)
+    if problems:
+        raise RRCMError(problems[0])
+    place = pick_device(device)
+    indices = spread_indices(frame["idx"].tolist(), samples)
+    threads, size = record.environment.hardware.threads or 1, record.batch_size
+
+    def classes(settings: Settings) -> np.ndarray:
+        return vote_singly(smooth_again(record, inputs, place, settings), inputs, indices, SAMPLES_PER_IMAGE)
+
+    certified, found = classes(Settings(record.precision)), {}
+    for precision in ("fp32", "bf16"):
+        other = Settings(precision, max(1, size // 2), 2 if threads == 1 else threads // 2)
+        measured = {f"batch {other.batch_size}, {other.threads} threads": classes(other)}
+        if precision != record.precision:
+            measured = {precision: classes(Settings(precision))} | measured
+        if place.type == "cpu":
+            measured["AVX2"] = _classes_with_avx2(path, model, images, indices, precision)
+        found[precision] = [count_flips(certified, each, against) for against, each in measured.items()]
+    smooth_again(record, inputs, place, Settings())  # the number of threads as before
+    return found
+
+
+def spread_indices(indices: Sequence[int], samples: int) -> list[int]:
+    """Some of the images, evenly spaced, so that SAMPLES_PER_IMAGE of each are about `samples`."""
+    return [indices[place] for place in evenly_spaced(len(indices), max(1, samples // SAMPLES_PER_IMAGE))]
+
+
+def _classes_with_avx2(
+    path: Path, model: Path | str, images: Path, indices: Sequence[int], precision: str
+) -> np.ndarray:
+    """What `vote_singly` returns in a process that uses no instructions beyond AVX2."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "classes.npy"
+        arguments = json.dumps([str(path), str(model), str(images), list(indices), precision, str(output)])
+        command = [sys.executable, "-m", "rrcm.certification.flips", arguments]
+        answer = subprocess.run(command, env=os.environ | AVX2, stderr=subprocess.PIPE, text=True)
+        if answer.returncode != 0:
+            raise RRCMError(f"{path}: cannot be voted on with AVX2 ({answer.stderr.strip()[-200:]})")
+        return np.load(output, allow_pickle=False)
+
+
+def _write_classes(path: str, model: str, images: str, indices: list[int], precision: str, output: str) -> None:
+    record, frame = read_record(record_path(Path(path))), read_certificates(path, unlabelled=True)
+    inputs: Inputs = load_inputs(Path(path), record, frame, model, Path(images))[0]
+    smoothed = smooth_again(record, inputs, pick_device("cpu"), Settings(precision))
+    np.save(output, vote_singly(smoothed, inputs, indices, SAMPLES_PER_IMAGE))
+
+
+if __name__ == "__main__":
+    _write_classes(*json.loads(sys.argv[1]))

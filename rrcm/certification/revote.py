@@ -1,0 +1,177 @@
+"""Let the published model vote again on the published images, with the noise of the published certificates."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rrcm.certification.certify_images import files_path, identify_model, sha256_images, sha256_pixels
+from rrcm.certification.certify_images import read_pixels as read_file
+from rrcm.certification.noise import ESTIMATE, SELECT
+from rrcm.certification.record import CertificateRecord
+from rrcm.certification.results import read_rows
+from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
+from rrcm.certification.states import Votes
+from rrcm.certification.votes import parse_selection, parse_votes
+from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
+from rrcm.models.ensembles import with_consensus
+from rrcm.models.load import LoadedClassifier, load_base_classifier
+from rrcm.utils.distributed import native_precision, set_threads
+from rrcm.utils.provenance import Environment, describe_environment
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model and the images of a certificate file."""
+
+    loaded: LoadedClassifier
+    images: ShardedDataset | dict[int, Path]  # a split, or picture files by `idx`
+
+    def pixels(self, indices: Sequence[int]) -> torch.Tensor:
+        """The images with these `idx`: (N, C, H, W) float32 in [0, 1]."""
+        if isinstance(self.images, ShardedDataset):
+            pixels = read_pixels(self.images, self.loaded.image_size, indices)
+        else:
+            pixels = torch.stack([torch.from_numpy(read_file(self.images[i], self.loaded).copy()) for i in indices])
+        return pixels.float() / 255
+
+
+class Settings(NamedTuple):
+    """How to vote again; None: as it was published, as far as this machine can."""
+
+    precision: str | None = None  # fp32 or bf16
+    batch_size: int | None = None
+    threads: int | None = None
+
+
+class RowVotes(NamedTuple):
+    """The votes for an image, as published or as counted again."""
+
+    idx: int
+    selection: Votes
+    votes: dict[str, Votes]  # by numbers of samples
+
+
+def load_inputs(
+    path: Path, record: CertificateRecord, frame: pd.DataFrame, model: Path | str, images: Path
+) -> tuple[Inputs, list[str]]:
+    """The model and the images of the certificates in `path`, and what shows that they are others.
+
+    `images` is a folder of shards if a split was certified, else the folder of pictures. Raises `RRCMError` for inputs
+    that are missing or damaged.
+    """
+    loaded = load_base_classifier(model, sigma=record.sigma)
+    problems = []
+    if identify_model(str(model), loaded)["sha256"] != record.model.sha256:
+        problems.append(f"{model}: is not the model that was certified")
+    if record.data.split is None:
+        files, content = _read_files(path, images, loaded)
+        if content != record.data.sha256:
+            problems.append(f"{images}: its images are not those that were certified")
+        return Inputs(loaded, files), problems
+    split = ShardedDataset(images, record.data.split)
+    problems += filter(None, map(split.complaint, split.split.shards))
+    if split.fingerprint != record.data.sha256:
+        problems.append(f"{images}: its images are not those that were certified")
+    elif frame["idx"].tolist() != choose_rows(len(split), record.data.every, *record.data.max_images):
+        problems.append(f"{path}: has other images than every = {record.data.every} and the limits choose")
+    elif frame["label"].tolist() != split.labels[frame["idx"]].tolist():
+        problems.append(f"{path}: has other labels than {images}")
+    return Inputs(loaded, split), problems
+
+
+def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dict[int, Path], str]:
+    """The picture files by `idx`, and a hash of their pixels."""
+    rows = read_rows(files_path(path), ["idx", "file"], lambda idx, file: (int(idx), file))
+    files = {idx: folder / file for idx, file in rows}
+    return files, sha256_images(sha256_pixels(read_file(file, loaded)) for file in files.values())
+
+
+def smooth_again(
+    record: CertificateRecord, inputs: Inputs, device: torch.device, settings: Settings
+) -> SmoothedClassifier:
+    """The smoothed classifier of a record, on this machine. It sets the number of threads of this process too.
+
+    Certificates in bfloat16 are voted again in float32 where the device has no instructions for bfloat16: it would
+    compute the same there, but many times more slowly.
+    """
+    precision = settings.precision or record.precision
+    if settings.precision is None and native_precision(device) != "bf16":
+        precision = "fp32"
+    set_threads(settings.threads or record.environment.hardware.threads)
+    return SmoothedClassifier(
+        with_consensus(inputs.loaded.classifier.to(device), record.consensus),
+        record.sigma,
+        record.num_classes,
+        seed=record.seed,
+        batch_size=settings.batch_size or record.batch_size,
+        precision=precision,
+        compile=record.compile,
+    )
+
+
+def same_computation(record: CertificateRecord, smoothed: SmoothedClassifier) -> bool:
+    """Whether `smoothed` computes here as the certified one did where it was published: then every vote is the same."""
+    there, here = record.environment, Environment.model_validate(describe_environment(smoothed.device))
+    names = ("cpu", "instructions", "gpus", "threads")
+    return (
+        all(getattr(there.hardware, name) == getattr(here.hardware, name) for name in names)
+        and there.software.packages.get("torch") == here.software.packages.get("torch")
+        and (record.precision, record.batch_size) == (smoothed.precision, smoothed.batch_size)
+    )
+
+
+def published_votes(frame: pd.DataFrame) -> list[RowVotes]:
+    """The votes in a frame with `idx`, `selection` and `votes`."""
+    columns = frame["idx"], frame["selection"], frame["votes"]
+    return [RowVotes(idx, parse_selection(a), parse_votes(b)) for idx, a, b in zip(*columns, strict=True)]
+
+
+def vote_again(smoothed: SmoothedClassifier, inputs: Inputs, rows: Sequence[RowVotes]) -> Iterator[list[RowVotes]]:
+    """The votes of the selection, and of the looks that each of the published `rows` has, counted again.
+
+    Yields them in groups of rows that fill some batches. Votes do not depend on the groups.
+    """
+    room, group, waiting = BATCHES_PER_SYNC * smoothed.batch_size, [], 0
+    for row in rows:
+        group.append(row)
+        waiting += sum(row.selection.values()) + max(map(int, row.votes), default=0)
+        if waiting >= room or row is rows[-1]:
+            yield _vote_on_group(smoothed, inputs, group)
+            group, waiting = [], 0
+
+
+def _vote_on_group(smoothed: SmoothedClassifier, inputs: Inputs, group: Sequence[RowVotes]) -> list[RowVotes]:
+    requests = []
+    for row, image in zip(group, inputs.pixels([row.idx for row in group]), strict=True):
+        requests.append(SampleRequest(image, row.idx, SELECT, 0, sum(row.selection.values())))
+        looks = [0, *map(int, row.votes)]
+        requests += [SampleRequest(image, row.idx, ESTIMATE, *part) for part in pairwise(looks)]
+    counts, again = iter(smoothed.count_votes(requests)), []
+    for row in group:
+        selection, total = _by_class(next(counts)), np.zeros(smoothed.num_classes, np.int64)
+        votes = {}
+        for drawn in row.votes:
+            total = total + next(counts)
+            votes[drawn] = _by_class(total)
+        again.append(RowVotes(row.idx, selection, votes))
+    return again
+
+
+def vote_singly(smoothed: SmoothedClassifier, inputs: Inputs, indices: Sequence[int], samples: int) -> np.ndarray:
+    """The class of each of the first `samples` estimation samples of each image: (len(indices), samples) int64."""
+    return np.array(
+        [
+            smoothed.count_votes([SampleRequest(image, index, ESTIMATE, k, k + 1) for k in range(samples)]).argmax(1)
+            for index, image in zip(indices, inputs.pixels(indices), strict=True)
+        ]
+    )
+
+
+def _by_class(counts: np.ndarray) -> Votes:
+    return {str(k): int(counts[k]) for k in np.flatnonzero(counts)}
