@@ -43,11 +43,11 @@ def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataF
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """The columns SAMPLES of a file of `write_samples`; `read_votes` reads the others.
+    """Read a file of `write_samples`, the columns SAMPLES and VOTES; the latter are text, which `recompute` parses.
 
     Raises `RRCMError` as `read_certificates` does.
     """
-    return pd.DataFrame(read_rows(path, SAMPLES, _parse_samples), columns=SAMPLES)
+    return pd.DataFrame(read_rows(path, SAMPLES + VOTES, _parse_samples), columns=SAMPLES + VOTES)
 
 
 def read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
@@ -118,7 +118,7 @@ def _parse_samples(*fields: str) -> tuple:
         if predict < ABSTAIN or not 0 <= radius < math.inf or (predict == ABSTAIN and radius > 0):
             raise ValueError(f"predict {predict}, radius {radius}: must be a class and its radius, or -1 and 0")
         claims += [predict, radius]
-    return idx, samples, stop_reason, alone, *claims
+    return idx, samples, stop_reason, alone, *claims, *fields[8:]
 
 
 def _seconds(text: str) -> float:

@@ -21,7 +21,7 @@ from rrcm.certification.votes import parse_selection, parse_votes
 from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import LoadedClassifier, load_base_classifier
-from rrcm.utils.distributed import native_precision, set_threads
+from rrcm.utils.distributed import set_threads
 from rrcm.utils.provenance import Environment, describe_environment
 
 
@@ -42,7 +42,7 @@ class Inputs:
 
 
 class Settings(NamedTuple):
-    """How to vote again; None: as it was published, as far as this machine can."""
+    """How to vote again; None: as it was published."""
 
     precision: str | None = None  # fp32 or bf16
     batch_size: int | None = None
@@ -97,12 +97,8 @@ def smooth_again(
 ) -> SmoothedClassifier:
     """The smoothed classifier of a record, on this machine. It sets the number of threads of this process too.
 
-    Certificates in bfloat16 are voted again in float32 where the device has no instructions for bfloat16: it would
-    compute the same there, but many times more slowly.
+    A CPU without instructions for bfloat16 computes the same in it, but about ten times more slowly.
     """
-    precision = settings.precision or record.precision
-    if settings.precision is None and native_precision(device) != "bf16":
-        precision = "fp32"
     set_threads(settings.threads or record.environment.hardware.threads)
     return SmoothedClassifier(
         with_consensus(inputs.loaded.classifier.to(device), record.consensus),
@@ -110,7 +106,7 @@ def smooth_again(
         record.num_classes,
         seed=record.seed,
         batch_size=settings.batch_size or record.batch_size,
-        precision=precision,
+        precision=settings.precision or record.precision,
         compile=record.compile,
     )
 
@@ -165,12 +161,11 @@ def _vote_on_group(smoothed: SmoothedClassifier, inputs: Inputs, group: Sequence
 
 def vote_singly(smoothed: SmoothedClassifier, inputs: Inputs, indices: Sequence[int], samples: int) -> np.ndarray:
     """The class of each of the first `samples` estimation samples of each image: (len(indices), samples) int64."""
-    return np.array(
-        [
-            smoothed.count_votes([SampleRequest(image, index, ESTIMATE, k, k + 1) for k in range(samples)]).argmax(1)
-            for index, image in zip(indices, inputs.pixels(indices), strict=True)
-        ]
-    )
+    pixels = zip(indices, inputs.pixels(indices), strict=True)
+    requests = [SampleRequest(image, index, ESTIMATE, k, k + 1) for index, image in pixels for k in range(samples)]
+    size = smoothed.batch_size
+    classes = [smoothed.count_votes(requests[k : k + size]).argmax(1) for k in range(0, len(requests), size)]
+    return np.concatenate(classes).reshape(len(indices), samples)
 
 
 def _by_class(counts: np.ndarray) -> Votes:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from rrcm.certification.record import read_record, record_path
-from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES, read_certificates, read_rows, samples_path
+from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES, read_certificates, read_samples, samples_path
 from rrcm.certification.states import ImageState, Votes, certificate, replay
 from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 from rrcm.utils.arguments import shown
@@ -59,19 +59,6 @@ def _parse_counts(text: str, separator: str) -> Votes:
     return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
 
-def read_votes(path: Path | str) -> pd.DataFrame:
-    """The columns `idx`, `selection` and `votes` of a samples file, the latter as text that can be parsed.
-
-    Raises `RRCMError` with the file, the line and the problem.
-    """
-
-    def parse(idx: str, selection: str, votes: str) -> tuple[int, str, str]:
-        parse_selection(selection), parse_votes(votes)
-        return int(idx), selection, votes
-
-    return pd.DataFrame(read_rows(path, ["idx", *VOTES], parse), columns=["idx", *VOTES])
-
-
 def certificate_frame(states: Iterable[ImageState], rule: StoppingRule, num_classes: int) -> pd.DataFrame:
     """The certificates of images whose sampling has stopped: COLUMNS, SAMPLES and VOTES. `time` is 0."""
     rows = []
@@ -98,8 +85,8 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
     """
     states = []
     for row in frame.itertuples():
-        votes = parse_selection(row.selection), parse_votes(row.votes)
         try:
+            votes = parse_selection(row.selection), parse_votes(row.votes)
             state = replay(*votes, row.label if labelled else None, rule, num_classes)
         except ValueError as error:
             raise RRCMError(f"image {row.idx}: {error}") from None
@@ -117,10 +104,10 @@ def recompute_radii(path: Path | str) -> pd.DataFrame:
     `RRCMError` for files that are missing or damaged, and for votes that cannot be those of the rule.
     """
     path = Path(path)
-    record, votes = read_record(record_path(path)), read_votes(samples_path(path))
-    labels = read_certificates(path, unlabelled=True)[["idx", "label"]]
-    if labels["idx"].tolist() != votes["idx"].tolist():
+    record, samples = read_record(record_path(path)), read_samples(samples_path(path))
+    table = read_certificates(path, unlabelled=True)
+    if not table["idx"].equals(samples["idx"]):
         raise RRCMError(f"{path}: has other images than {samples_path(path)}; certify again")
-    frame = votes.assign(label=labels["label"])
+    frame = samples.assign(label=table["label"])
     found = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
     return found[["idx", "predict", "radius"]]

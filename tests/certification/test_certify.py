@@ -25,7 +25,7 @@ from torch import nn
 
 from rrcm.certification.journal import is_possible_state, restore_states
 from rrcm.certification.noise import ESTIMATE, SELECT, CounterDraw, counter_normal
-from rrcm.certification.results import SAMPLES, read_certificates, read_samples
+from rrcm.certification.results import SAMPLES, VOTES, read_certificates, read_samples
 from rrcm.certification.smoothing import ABSTAIN, ImageState, SampleRequest, SmoothedClassifier, certificate
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
@@ -507,10 +507,10 @@ def test_the_stage_writes_what_the_engine_answers(trained):
     assert frame["predict"].tolist() == [answer.prediction for answer in answers]
     assert frame["radius"].tolist() == [answer.radius for answer in answers]
     rows = [line.split("\t") for line in (trained / "certificates/rrcm/sigma_0.5.samples.tsv").read_text().splitlines()]
-    assert rows[0] == SAMPLES
+    assert rows[0] == SAMPLES + VOTES
     for i, a, row in zip(indices, answers, rows[1:], strict=True):
         assert row[:4] == [str(i), str(a.samples), a.stop_reason, str(a.binary_samples)]
-        for radius, (predict, published) in zip((a.binary_radius, a.margin_radius), (row[4:6], row[6:]), strict=True):
+        for radius, (predict, published) in zip((a.binary_radius, a.margin_radius), (row[4:6], row[6:8]), strict=True):
             assert float(published) == (radius or 0)
             assert a.stop_reason == WRONG_CLASS or (int(predict) == ABSTAIN) == (radius is None)
 
@@ -642,7 +642,16 @@ RULES = [
 IMPOSSIBLE = {
     "index": [-1, 0.0, "0", True, None, 7],
     "label": [0, "1", None],
-    "selection_counts": [{"0": 5}, {"2": 1}, {"-1": 1}, [], None, {"0": -1}],
+    "selection": [{"0": 5}, {"2": 1}, {"-1": 1}, [], None, {"0": -1}, {}],
+    "votes": [
+        {"0": {"0": 1}},
+        {"100": {"0": 99}},
+        {"100": {"0": 101, "1": -1}},
+        {"101": {"0": 101}},
+        [],
+        None,
+        {"x": 1},
+    ],
     "top_class": [-2, 2, 0.0, None, "0", True],
     "test": [0, None],
     "num_drawn": [-1, 10**6, 0.5, None],

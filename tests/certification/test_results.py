@@ -16,6 +16,7 @@ from scipy.stats import binomtest, multinomial, norm, sem, t
 from rrcm.certification.results import (
     COLUMNS,
     SAMPLES,
+    VOTES,
     read_certificates,
     read_samples,
     sigma_name,
@@ -93,6 +94,7 @@ def test_samples_read_back_as_written(tmp_path: Path):
         binary_samples=[200, 100, 600, 850], binary_predict=[-1, 4, -1, 2], binary_radius=[0, 0, 0, 0.1 + 0.2]
     )
     frame = frame.assign(margin_predict=[3, 4, -1, 2], margin_radius=[1 / 3, 0, 0, 0.3])
+    frame = frame.assign(selection=["3:9", "4:8 10:1", "1:9", "2:9"], votes=["100=3:100", "", "", "100=2:99,5:1"])
     write_samples(tmp_path / "samples.tsv", frame.assign(label=0))
     pd.testing.assert_frame_equal(read_samples(tmp_path / "samples.tsv"), frame)
 
@@ -100,27 +102,30 @@ def test_samples_read_back_as_written(tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("3\t100", "has 2 tab-separated fields, must have 8"),
-        ("3\tmany\tfutile\t100\t-1\t0\t-1\t0", "invalid literal for int"),
-        ("3\t0\tfutile\t0\t-1\t0\t-1\t0", "idx 3, samples 0, binary_samples 0: must be at least 0 and 1"),
+        ("3\t100", "has 2 tab-separated fields, must have 10"),
+        ("3\tmany\tfutile\t100\t-1\t0\t-1\t0\t3:9\t", "invalid literal for int"),
+        ("3\t0\tfutile\t0\t-1\t0\t-1\t0\t3:9\t", "idx 3, samples 0, binary_samples 0: must be at least 0 and 1"),
         (
-            "3\t100\tfutile\t101\t-1\t0\t-1\t0",
+            "3\t100\tfutile\t101\t-1\t0\t-1\t0\t3:9\t",
             "101: must be at least 0 and 1, and not more than samples",
         ),
-        ("-3\t100\tfutile\t100\t-1\t0\t-1\t0", "idx -3, samples 100"),
+        ("-3\t100\tfutile\t100\t-1\t0\t-1\t0\t3:9\t", "idx -3, samples 100"),
         (
-            "3\t100\tbored\t100\t-1\t0\t-1\t0",
+            "3\t100\tbored\t100\t-1\t0\t-1\t0\t3:9\t",
             "stop_reason 'bored': must be all samples or whole grid or",
         ),
-        ("3\t100\tfutile\t100\t-1\t0.5\t-1\t0", "predict -1, radius 0.5: must be a class and its radius, or -1 and 0"),
-        ("3\t100\tfutile\t100\t-1\t0\t2\tnan", "predict 2, radius nan: must be a class"),
-        ("0\t100\tfutile\t100\t-1\t0\t-1\t0", "idx 0 occurs twice"),
+        (
+            "3\t100\tfutile\t100\t-1\t0.5\t-1\t0\t3:9\t",
+            "predict -1, radius 0.5: must be a class and its radius, or -1 and 0",
+        ),
+        ("3\t100\tfutile\t100\t-1\t0\t2\tnan\t3:9\t", "predict 2, radius nan: must be a class"),
+        ("0\t100\tfutile\t100\t-1\t0\t-1\t0\t3:9\t", "idx 0 occurs twice"),
     ],
 )
 def test_malformed_samples_name_file_and_line(tmp_path: Path, row: str, message: str):
     path = tmp_path / "bad.samples.tsv"
-    first = "0\t100\tfutile\t100\t-1\t0\t-1\t0"
-    path.write_text("\t".join(SAMPLES) + f"\n{first}\n{row}\n")
+    first = "0\t100\tfutile\t100\t-1\t0\t-1\t0\t3:9\t"
+    path.write_text("\t".join(SAMPLES + VOTES) + f"\n{first}\n{row}\n")
     with pytest.raises(RRCMError) as error:
         read_samples(path)
     assert str(error.value).startswith(f"{path}, line 3: ")

@@ -113,7 +113,7 @@ def make_inputs(config: Config, root: Path) -> None:
             frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stop_reason=stop_reason)
             gained = np.where(correct, grid[reached + 1], 0.0)  # the margin bound certifies a bit more
             frame = frame.assign(binary_samples=samples, binary_predict=predict, binary_radius=radius)
-            frame = frame.assign(margin_predict=predict, margin_radius=gained)
+            frame = frame.assign(margin_predict=predict, margin_radius=gained, selection="", votes="")
             write_certificates(root / f"certificates/{place}.tsv", frame)
             write_samples(root / f"certificates/{place}.samples.tsv", frame)
             make_model(config, root / f"models/{place}", method, sigma, skill[method])
