@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import bdtrc, gammaln, ndtr, ndtri  # importing scipy.stats takes a second
 
-from rrcm.certification.stopping import clopper_pearson_lower
+from rrcm.certification.stopping import clopper_pearson_lower, smallest_count
 
 CONFIDENCE = 0.99  # with which an audit says that it would have found forged rows
 
@@ -54,13 +54,13 @@ def tail(moved: int | np.ndarray, m: int | np.ndarray, rate: float | np.ndarray)
     return np.where(moved > 0, bdtrc(np.maximum(moved - 1, 0), m, rate), 1.0)[()]
 
 
-def most_moved(m: int, rate: float, level: float) -> int:
-    """The largest number of moved votes whose p-value exceeds `level`."""
-    low, high = 0, m  # the p-value of `low` does
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if tail(middle, m, rate) > level else (low, middle - 1)
-    return low
+def least_improbable(m: np.ndarray, rate: np.ndarray, level: float) -> np.ndarray:
+    """The smallest number of moved votes whose p-value is at most `level`: (B,) int64 of m (B,) and `rate` (B,).
+
+    m + 1 where there is none.
+    """
+    columns = m[:, None], rate[:, None]
+    return smallest_count(lambda moved: tail(moved, *columns) <= level, columns[0], 1)[:, 0]
 
 
 def pooled_tail(moved: Sequence[int], m: Sequence[int], rates: Sequence[float]) -> float:
@@ -74,13 +74,13 @@ def pooled_tail(moved: Sequence[int], m: Sequence[int], rates: Sequence[float]) 
     return float(tail(total, samples, mean / samples)) if total >= mean + 1 else 1.0
 
 
-def votes_to_raise(top: int, m: int, shift: float) -> float:
-    """How many of m votes the top class must gain, beyond its `top` votes, to raise a radius by sigma * `shift`.
+def votes_to_raise(top: np.ndarray, m: np.ndarray, shift: float) -> np.ndarray:
+    """How many of m votes the top class must gain, beyond its `top` votes, to raise a radius by sigma * `shift`: (B,).
 
     The radius is sigma Phi^-1(p), but for its confidence bound.
     """
     p = (top + 1) / (m + 2)
-    return m * (float(ndtr(ndtri(p) + shift)) - p)
+    return np.ceil(m * (ndtr(ndtri(p) + shift) - p)).astype(np.int64)
 
 
 def found_share(rows: int, audited: int, power: float) -> float | None:

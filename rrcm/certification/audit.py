@@ -7,13 +7,13 @@ row is tested by itself, and all rows together, by exact binomial tests that tog
 probability at most `false_alarm`.
 """
 
-import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ import pandas as pd
 from rrcm.certification.agreement import (
     closeness,
     found_share,
-    most_moved,
+    least_improbable,
     moved_votes,
     pooled_tail,
     rate_bounds,
@@ -73,6 +73,20 @@ class Audit:
     notes: tuple[str, ...] = ()
 
 
+class Counts(NamedTuple):
+    """Published votes and those counted again, of B looks or selections."""
+
+    moved: np.ndarray  # (B,) int64, votes with another class
+    m: np.ndarray  # (B,) int64, of so many
+    top: np.ndarray  # (B,) int64, votes for the class that has most, as counted again
+
+
+def count_moves(pairs: Iterable[tuple[Votes, Votes]]) -> Counts:
+    """The `Counts` of votes as published and as counted again."""
+    rows = [(moved_votes(votes, now), sum(now.values()), max(now.values())) for votes, now in pairs]
+    return Counts(*np.array(rows, np.int64).reshape(-1, 3).T)
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """How many votes may have moved."""
@@ -81,34 +95,27 @@ class Tolerance:
     row_level: float  # of each test of a row
     pooled_level: float  # of the test of all rows together
 
-    def rate_of(self, votes: Votes) -> float:
-        """The flip rate of an image with these `votes`, as they were counted again."""
-        return min(1.0, self.rate * float(closeness(max(votes.values()), sum(votes.values()))))
+    def rates(self, counts: Counts, spread: float = 1.0) -> np.ndarray:
+        """The flip rate at each of the counts, `spread` times that of the model: (B,)."""
+        return np.minimum(1.0, spread * self.rate * closeness(counts.top, counts.m))
 
-    def allows(self, published: RowVotes, again: RowVotes) -> bool:
-        """Whether the votes for an image may differ so, in the selection and at each look."""
-        pairs = [
-            (published.selection, again.selection),
-            *zip(published.votes.values(), again.votes.values(), strict=True),
-        ]
-        return all(
-            tail(moved_votes(votes, now), sum(now.values()), min(1.0, SPREAD * self.rate_of(now))) > self.row_level
-            for votes, now in pairs
-        )
+    def refuses(self, counts: Counts) -> np.ndarray:
+        """Whether more votes have moved than an image can explain, at each of the counts: (B,) bool."""
+        return tail(counts.moved, counts.m, self.rates(counts, SPREAD)) <= self.row_level
 
-    def power(self, rows: Sequence[RowVotes], shift: float) -> float:
-        """The probability to find a row whose votes were changed to raise its radius by sigma * `shift`.
+    def power(self, counts: Counts, shift: float) -> float:
+        """The probability to find a row that was changed to raise its radius by sigma * `shift`.
 
-        It is the mean over the `rows` in which so many votes can be changed, of the test at their last look. The votes
-        of a row are taken to flip in one direction, which hides changes as often as it adds to them.
+        It is the mean over the rows in which so many votes can be changed, of the test at their last look, of which
+        `counts` are. The votes of a row are taken to flip in one direction, which hides changes as often as it adds to
+        them.
         """
-        found = []
-        for votes in (_last(row) for row in rows if row.votes):
-            top, m, rate = max(votes.values()), sum(votes.values()), self.rate_of(votes)
-            if (added := math.ceil(votes_to_raise(top, m, shift))) <= m - top:
-                needed = most_moved(m, min(1.0, SPREAD * rate), self.row_level) + 1
-                found.append((tail(needed - added, m, rate) + 1 - tail(added - needed + 1, m, rate)) / 2)
-        return float(np.mean(found)) if found else 1.0
+        added = votes_to_raise(counts.top, counts.m, shift)
+        needed = least_improbable(counts.m, self.rates(counts, SPREAD), self.row_level)
+        rates = self.rates(counts)
+        found = (tail(needed - added, counts.m, rates) + 1 - tail(added - needed + 1, counts.m, rates)) / 2
+        possible = added <= counts.m - counts.top
+        return float(found[possible].mean()) if possible.any() else 1.0
 
 
 def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
@@ -176,9 +183,8 @@ def compare_equal(path: Path, rows: int, published: Sequence[RowVotes], again: S
     """The audit of rows whose counts must be equal."""
     pairs = list(zip(published, again, strict=True))
     lines = [_difference(*pair) for pair in pairs if pair[0] != pair[1]]
-    moved, samples = _last_looks(pairs)
     share = found_share(rows, len(pairs), 1.0)
-    return Audit(_shortened(path, lines), rows, len(pairs), True, "as published", sum(moved), sum(samples), share)
+    return Audit(_shortened(path, lines), rows, len(pairs), exact=True, computation="as published", found=share)
 
 
 def compare_close(
@@ -191,14 +197,18 @@ def compare_close(
 ) -> Audit:
     """The audit of rows whose votes may have flipped: each look of each row by itself, then all rows together."""
     pairs = list(zip(published, again, strict=True))
-    lines = [_difference(*pair) for pair in pairs if not tolerance.allows(*pair)]
-    problems, (moved, samples) = _shortened(path, lines), _last_looks(pairs)
-    rates = [tolerance.rate_of(_last(row)) for row in again]
-    if pooled_tail(moved, samples, rates) <= tolerance.pooled_level:
-        expected = f"{np.dot(samples, rates):.0f} are expected at most"
-        problems.append(f"{path}: {sum(moved):,} of {sum(samples):,} votes differ when counted again; {expected}")
-    share = found_share(rows, len(pairs), tolerance.power(again, RAISE / record.sigma))
-    return Audit(problems, rows, len(pairs), False, "", sum(moved), sum(samples), share)
+    every = [_counts(*pair) for pair in pairs]
+    row = np.repeat(np.arange(len(every)), list(map(len, every)))
+    refused = row[tolerance.refuses(count_moves(each[1:] for counts in every for each in counts))]
+    problems = _shortened(path, [_difference(*pairs[i]) for i in np.unique(refused)])
+    last = count_moves(counts[-1][1:] for counts in every)
+    rates = tolerance.rates(last)
+    moved, samples = int(last.moved.sum()), int(last.m.sum())
+    if pooled_tail(last.moved, last.m, rates) <= tolerance.pooled_level:
+        expected = f"{last.m @ rates:.0f} are expected at most"
+        problems.append(f"{path}: {moved:,} of {samples:,} votes differ when counted again; {expected}")
+    share = found_share(rows, len(pairs), tolerance.power(last, RAISE / record.sigma))
+    return Audit(problems, rows, len(pairs), False, "", moved, samples, share)
 
 
 def allow(
@@ -251,7 +261,7 @@ def _count_again(
     path: Path, smoothed: SmoothedClassifier, inputs: Inputs, published: Sequence[RowVotes]
 ) -> list[RowVotes]:
     """`vote_again`, with an estimate of the time and with progress on stderr."""
-    samples = sum(sum(row.selection.values()) + _drawn(row) for row in published)
+    samples = sum(sum(row.selection.values()) + max(map(int, row.votes), default=0) for row in published)
     probe = [RowVotes(published[0].idx, {"0": smoothed.batch_size}, {})]
     next(vote_again(smoothed, inputs, probe))  # the first batch takes longer
     start = time.monotonic()
@@ -277,21 +287,6 @@ def _counts(published: RowVotes, again: RowVotes) -> list[tuple[str, Votes, Vote
     """Each count of an image with its name, as published and as counted again."""
     looks = [("votes", votes, again.votes[drawn]) for drawn, votes in published.votes.items()]
     return [("selection votes", published.selection, again.selection), *looks]
-
-
-def _last(row: RowVotes) -> Votes:
-    """The votes at the last look, or those of the selection if there is no look."""
-    return list(row.votes.values())[-1] if row.votes else row.selection
-
-
-def _drawn(row: RowVotes) -> int:
-    return int(list(row.votes)[-1]) if row.votes else 0
-
-
-def _last_looks(pairs: Sequence[tuple[RowVotes, RowVotes]]) -> tuple[list[int], list[int]]:
-    """The moved votes of each row at its last look, and how many votes there are."""
-    moved = [moved_votes(_last(first), _last(second)) for first, second in pairs]
-    return moved, [sum(_last(first).values()) for first, _ in pairs]
 
 
 def _shortened(path: Path, lines: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from rrcm.utils.arguments import shown
 from rrcm.utils.errors import RRCMError
 
 COUNT = re.compile(r"(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,9})")  # a class and its votes
+LOOK = re.compile(r"([1-9][0-9]{0,9})=(.+)")
 
 
 def selection_text(selection: Votes) -> str:
@@ -35,15 +36,15 @@ def votes_text(votes: dict[str, Votes]) -> str:
 def parse_selection(text: str) -> Votes:
     """The votes in a cell of `selection`. Raises ValueError unless it is as `selection_text` writes it."""
     selection = _parse_counts(text, " ")
-    if selection_text(selection) != text:
+    if not selection or selection_text(selection) != text:
         raise ValueError(f"selection {shown(text)}: must be votes by class, each class once, as 3:97 8:3")
     return selection
 
 
 def parse_votes(text: str) -> dict[str, Votes]:
     """The votes in a cell of `votes`, by numbers of samples. Raises ValueError unless it is as `votes_text` writes."""
-    looks = [look.partition("=") for look in text.split(" ")] if text else []
-    votes = {drawn: _parse_counts(counts, ",") for drawn, _, counts in looks if drawn.isdecimal()}
+    looks = [LOOK.fullmatch(look) for look in text.split(" ")] if text else []
+    votes = {look[1]: _parse_counts(look[2], ",") for look in looks if look}
     if votes_text(votes) != text:
         raise ValueError(f"votes {shown(text)}: must be votes by class at each look, as 100=3:98,8:2 120=3:117,8:3")
     return votes
