@@ -23,8 +23,10 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from rrcm.certification.certify_images import find_images, find_labels, read_pixels
+from rrcm.certification.record import read_record
 from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
+from rrcm.certification.votes import recompute_radii
 from rrcm.cli import app
 from rrcm.data.images import Listing
 from rrcm.models.authors import load_authors_checkpoint
@@ -111,6 +113,27 @@ def test_it_writes_and_prints_what_the_engine_certifies(saved, images, stopping)
     assert "wrong with probability at most 0.001" in answer.stdout
     assert Image.open("gallery.png").format == "PNG"
     assert "4/4 images" in answer.stderr
+
+
+def test_what_it_writes_can_be_audited(saved, images):
+    """The radii follow from the votes, and the model votes the same on the same pictures, but not on others."""
+    Path("images/other/a.png").rename("images/other/an odd_name é.png")
+    frame = certified("images", "--model", "model", "--bound", "margin")
+    radii = recompute_radii("certificates.tsv")
+    assert radii["radius"].tolist() == frame["radius"].tolist()
+    record = read_record(Path("certificates.json"))
+    assert (record.bound, record.model.kind, record.data.split, record.sigma) == ("margin", "classifier", None, 0.25)
+    assert set(record.files) == {f"certificates{name}.tsv" for name in ("", ".samples", ".files")}
+    arguments = ["audit", "certificates.tsv", "--model", "model", "--images", "images"]
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout.startswith(
+        "verified: certificates.tsv, 4 of 4 radii follow from their votes, 4 voted again as"
+    )
+    shutil.copy("images/0/a.png", "images/1/a.png")
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 1 and answer.stdout.startswith("NOT verified: certificates.tsv: 1 problem")
+    assert "images: its images are not those that were certified" in answer.stderr
 
 
 def test_the_file_reads_back_where_labels_are_known(saved, images):
@@ -353,7 +376,7 @@ def test_bad_input_ends_in_one_line_and_nothing_is_written(saved, images, argume
     Path("junk.pth").write_bytes(b"not a checkpoint")
     for pipe in ("pipe", "pipe.png"):
         os.mkfifo(pipe)
-    for name in ("certificates.tsv", "certificates.files.tsv", "gallery.png"):
+    for name in ("certificates.tsv", "certificates.samples.tsv", "certificates.json", "gallery.png"):
         Path(name).write_text("of an earlier run")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     refused(rrcm(*arguments), said)
@@ -367,7 +390,7 @@ def release_lock(answer: Result) -> None:
 
 
 def test_an_interrupted_run_continues(saved, images, monkeypatch):
-    outputs = ["certificates.tsv", "certificates.files.tsv", "gallery.png"]
+    outputs = [f"certificates{name}" for name in (".tsv", ".samples.tsv", ".files.tsv", ".json")] + ["gallery.png"]
     assert rrcm("images", "--model", "model", *SMALL).exit_code == 0
     whole = [Path(name).read_bytes() for name in outputs]
     for name in outputs:
@@ -504,7 +527,7 @@ def test_two_runs_do_not_write_one_output(saved, images):
 
 
 def test_an_error_in_the_last_file_leaves_the_others(saved, images, monkeypatch):
-    outputs = ["certificates.tsv", "certificates.files.tsv", "gallery.png"]
+    outputs = [f"certificates{name}" for name in (".tsv", ".samples.tsv", ".files.tsv", ".json")] + ["gallery.png"]
     arguments = "images", "--model", "model", *SMALL
     assert rrcm(*arguments).exit_code == 0
     before = [Path(name).read_bytes() for name in outputs]

@@ -39,7 +39,7 @@ def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataF
     `unlabelled` allows them. Raises `RRCMError` with the file, the line and the problem.
     """
     parse = _parse_any if unlabelled else parse_certificate
-    return pd.DataFrame(read_rows(path, COLUMNS, parse), columns=COLUMNS)
+    return pd.DataFrame(_read_rows(path, COLUMNS, parse), columns=COLUMNS)
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
@@ -47,10 +47,10 @@ def read_samples(path: Path | str) -> pd.DataFrame:
 
     Raises `RRCMError` as `read_certificates` does.
     """
-    return pd.DataFrame(read_rows(path, SAMPLES + VOTES, _parse_samples), columns=SAMPLES + VOTES)
+    return pd.DataFrame(_read_rows(path, SAMPLES + VOTES, _parse_samples), columns=SAMPLES + VOTES)
 
 
-def read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
+def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
     """Rows of a tab-separated file with a header.
 
     `parse` takes the fields of a row in the order of `columns`, idx first, and raises ValueError for bad ones.

@@ -14,7 +14,6 @@ from rrcm.certification.certify_images import files_path, identify_model, sha256
 from rrcm.certification.certify_images import read_pixels as read_file
 from rrcm.certification.noise import ESTIMATE, SELECT
 from rrcm.certification.record import CertificateRecord
-from rrcm.certification.results import read_rows
 from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
@@ -22,6 +21,7 @@ from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
 from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import LoadedClassifier, load_base_classifier
 from rrcm.utils.distributed import set_threads
+from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.provenance import Environment, describe_environment
 
 
@@ -87,8 +87,11 @@ def load_inputs(
 
 def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dict[int, Path], str]:
     """The picture files by `idx`, and a hash of their pixels."""
-    rows = read_rows(files_path(path), ["idx", "file"], lambda idx, file: (int(idx), file))
-    files = {idx: folder / file for idx, file in rows}
+    try:
+        rows = pd.read_csv(files_path(path), sep="\t", dtype={"idx": int, "file": str}, keep_default_na=False)
+        files = {idx: folder / file for idx, file in zip(rows["idx"], rows["file"], strict=True)}
+    except (OSError, ValueError, KeyError) as error:
+        raise RRCMError(f"{files_path(path)}: cannot be read ({one_line(error)}); certify again") from None
     return files, sha256_images(sha256_pixels(read_file(file, loaded)) for file in files.values())
 
 
