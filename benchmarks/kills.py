@@ -100,7 +100,12 @@ STAGES = [  # each after those that it needs
     Command(
         "certify",
         ["certify.py", "rrcm", "0.5"],
-        [f"certificates/{MODEL}.tsv", f"certificates/{MODEL}.samples.tsv", f"timings/certify/{MODEL}.json"],
+        [
+            f"certificates/{MODEL}.tsv",
+            f"certificates/{MODEL}.samples.tsv",
+            f"certificates/{MODEL}.json",
+            f"timings/certify/{MODEL}.json",
+        ],
     ),
     Command("latency", ["latency.py"], [LATENCY]),
     Command("attack", ["attack.py", "rrcm"], ["attack/rrcm"]),

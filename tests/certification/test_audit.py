@@ -194,6 +194,7 @@ def test_other_images_are_found(result: Path):
     assert any(str(shard) in p for p in audit(result).problems)
 
 
+@pytest.mark.slow
 def test_a_published_flip_rate_is_measured_and_checked(result: Path):
     path = result / NAME
     flips = measure_flips(path, str(result / MODEL), result / "shards", samples=1000, device="cpu")
