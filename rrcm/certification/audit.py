@@ -49,7 +49,7 @@ from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import sha256_file
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import describe_environment
+from rrcm.utils.provenance import Environment, describe_environment
 
 AS_PUBLISHED = Settings()
 SAMPLES_HERE = 10_000  # to measure the flip rate of this machine
@@ -70,6 +70,8 @@ class Audit:
     moved: int = 0  # votes at the last looks of these rows that have another class now
     samples: int = 0  # votes there in all
     found: float | None = None  # the smallest share of forged rows that would have been found with 99 %
+    false_alarm: float = 0.0  # the probability that an honest file has problems
+    code: str = ""  # that certified
     notes: tuple[str, ...] = ()
 
 
@@ -171,12 +173,19 @@ def audit_file(
     chosen = sorted(random.Random(seed).sample(range(len(frame)), min(rows or len(frame), len(frame))))
     published = published_votes(frame.iloc[chosen])
     again = _count_again(path, smoothed, inputs, published)
+    code = code_of(record.environment)
     if same_computation(record, smoothed):
-        return compare_equal(path, len(frame), published, again)
+        return replace(compare_equal(path, len(frame), published, again), code=code)
     tolerance, problems, notes = allow(path, record, inputs, smoothed, published, false_alarm)
     found = compare_close(path, record, len(frame), tolerance, published, again)
-    computation = f"in {smoothed.precision}, batch {smoothed.batch_size}"
-    return replace(found, problems=problems + found.problems, notes=notes, computation=computation)
+    return replace(
+        found,
+        problems=problems + found.problems,
+        computation=f"in {smoothed.precision}, batch {smoothed.batch_size}",
+        false_alarm=false_alarm,
+        code=code,
+        notes=notes,
+    )
 
 
 def compare_equal(path: Path, rows: int, published: Sequence[RowVotes], again: Sequence[RowVotes]) -> Audit:
@@ -319,14 +328,17 @@ def verdict(path: Path, audit: Audit, seconds: float) -> str:
     if audit.problems:
         return f"NOT verified: {path}: {len(audit.problems)} problem{'s' * (len(audit.problems) > 1)}, listed above"
     how = "equal" if audit.exact else f"{audit.moved:,} of {audit.samples:,} votes differ, as rounding explains"
+    how += f" at a false alarm of {audit.false_alarm:g}" * (not audit.exact)
     forged = "forged rows" if audit.exact else f"rows raised by {RAISE}"
     share = f"would find {audit.found:.1%} {forged} with 99 %" if audit.found else f"would not find {forged} one by one"
     again = f"{audit.audited} voted again {audit.computation}: {how} ({share})"
-    parts = [f"{audit.rows} of {audit.rows} radii follow from their votes", again, *audit.notes, code_version()]
+    here = code_of(Environment.model_validate(describe_environment("cpu")))
+    codes = f"certified by {audit.code}, audited by {here}"
+    parts = [f"{audit.rows} of {audit.rows} radii follow from their votes", again, *audit.notes, codes]
     return f"verified: {path}, {', '.join(parts)}, {seconds:.0f} s"
 
 
-def code_version() -> str:
-    """The revision of the code that audits, and whether it was changed."""
-    git = describe_environment("cpu")["git"]
-    return f"code {git['revision'][:7]} ({'changed' if git['dirty'] else 'clean'})" if git else "code without git"
+def code_of(environment: Environment) -> str:
+    """The revision of the code that ran, and whether it was changed."""
+    git = environment.git
+    return "code without git" if git is None else f"code {git.revision[:7]} ({'changed' if git.dirty else 'clean'})"

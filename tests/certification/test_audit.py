@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import REPOSITORY, change_model, files_of
 from safetensors.torch import load_file, save_file
 
 from rrcm.certification.audit import audit_file, check_file, find_inputs, verdict
@@ -20,7 +21,6 @@ from rrcm.certification.revote import Settings
 from rrcm.certification.votes import parse_votes, recompute, votes_text
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, sha256_file, sha256_folder, write_json
-from tests.conftest import REPOSITORY, change_model, files_of
 
 NAME = "certificates/rrcm/sigma_0.5.tsv"
 MODEL = "models/rrcm/sigma_0.5"

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, norm
+from test_outcomes import SETTINGS, outcomes
 
 import rrcm
 from rrcm.certification.results import read_certificates, read_samples
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.votes import parse_selection, parse_votes, recompute, selection_text, votes_text
 from rrcm.utils.errors import RRCMError
-from tests.certification.test_outcomes import SETTINGS, outcomes
-from tests.conftest import REPOSITORY
 
 NEEDED = ["idx", "label", "selection", "votes"]
 COUNTS = st.dictionaries(st.integers(0, 2000).map(str), st.integers(1, 10**6), min_size=1, max_size=8)

@@ -59,3 +59,12 @@ def test_the_quota_of_a_container_bounds_the_cores(tmp_path, monkeypatch, files,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert provenance.available_cores(tmp_path) == cores
+
+
+def test_limits_on_the_instructions_are_recorded(monkeypatch):
+    """With them a CPU rounds as another one does, so an audit must not expect equal counts."""
+    plain = provenance.describe_environment("cpu")["hardware"]["instructions"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    limited = provenance.describe_environment("cpu")
+    assert limited["hardware"]["instructions"] == f"{plain}, ONEDNN_MAX_CPU_ISA=AVX2"
+    assert provenance.Environment.model_validate(limited).hardware.instructions == f"{plain}, ONEDNN_MAX_CPU_ISA=AVX2"
