@@ -58,7 +58,7 @@ DAMAGED = {  # file, change of its text, what is said
         put(r"1100\tall samples\t1100", "9100\tall samples\t9100"),
         "samples 9100: must be n0",
     ),
-    "a radius off the grid": (SAMPLES, put(r"(\t0\.\d\d)$", r"\g<1>5"), "is no radius of the grid"),
+    "a radius off the grid": (SAMPLES, put(r"(\t0\.\d\d)\t\t$", r"\g<1>5\t\t"), "is no radius of the grid"),
     "one sample less in the sum": (CERTIFY, set_key("samples", 5), "another sum of samples"),
     "images of another run": (CERTIFY, set_key("seconds_by_image.1", 0.1), "has other images"),
     "seconds that do not add up": (CERTIFY, set_key("seconds", 1.7), "is not the sum of seconds_by_image"),
