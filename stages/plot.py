@@ -1,4 +1,4 @@
-"""Write the report of the profile: every figure and table under reports/."""
+"""Write the report of the run: its figures and tables below reports/, and metrics.json."""
 
 import sys
 
@@ -12,10 +12,12 @@ from rrcm.config import load_config
 from rrcm.report.build import write_report
 
 
-def plot(params: Path = Path("params.yaml"), reports: Path = Path("reports")) -> None:
-    """Write the report from certificates, histories and timings."""
+def plot(
+    params: Path = Path("params.yaml"), reports: Path = Path("reports"), metrics: Path = Path("metrics.json")
+) -> None:
+    """Write the report and the metrics from certificates, histories and timings."""
     config = load_config(params)
-    write_report(config, Path(), reports / config.report.name)
+    write_report(config, Path(), reports / config.report.name, metrics)
 
 
 if __name__ == "__main__":

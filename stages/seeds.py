@@ -11,9 +11,12 @@ from pathlib import Path
 from rrcm.report.seeds import seeds_text
 
 
-def seeds(reports: list[Path]) -> None:
-    """Print means over seeds, and mean differences to rRCM, with 95 % intervals. REPORTS: folders below reports/."""
-    print(seeds_text(reports))
+def seeds(folders: list[Path]) -> None:
+    """Print means over seeds, and mean differences to rRCM, with 95 % intervals.
+
+    FOLDERS: published results such as results/digits, with all their seeds, or reports such as reports/digits.
+    """
+    print(seeds_text(folders))
 
 
 if __name__ == "__main__":

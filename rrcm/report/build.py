@@ -1,4 +1,4 @@
-"""Build the report of a profile: figures, tables, metrics and report.md, from the outputs of the other stages.
+"""Build the report of a run: figures, tables, metrics and report.md, from the outputs of the other stages.
 
 The same inputs give the same bytes on every machine. Git revision, hardware and versions in the report are those of the
 stages that made the inputs, not those of the machine that draws.
@@ -34,11 +34,13 @@ class Gallery(NamedTuple):
     classes: list[str]  # the true class of each image
 
 
-def write_report(config: Config, root: Path, output: Path) -> None:
+def write_report(config: Config, root: Path, output: Path, metrics: Path | None = None) -> None:
     """Write the folder `output` from the outputs of the other stages under `root`.
 
-    Without `latency.n` there is neither a figure nor a table of the latency. Raises `RRCMError` for a missing input,
-    with the command that makes it, and for certificates that do not belong together.
+    `metrics` is a JSON file for `dvc metrics` and `dvc exp show`. DVC compares runs by its path, so it does not lie in
+    `output`, whose name may differ from run to run. Without `latency.n` there is neither a figure nor a table of the
+    latency. Raises `RRCMError` for a missing input, with the command that makes it, and for certificates that do not
+    belong together.
     """
     root = Path(root)
     inputs = read_inputs(config, root)
@@ -57,12 +59,11 @@ def write_report(config: Config, root: Path, output: Path) -> None:
             write_text(folder / f"{name}.tex", tables.latex_text(table.text))
         for name, frame in _plot_data(inputs).items():
             write_text(folder / f"{name}.csv", tables.csv_text(frame))
-        write_json(
-            folder / "metrics.json",
-            tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii),
-        )
         page = render_report(config, root, inputs, texts, list(drawn), gallery.classes)
         write_text(folder / "report.md", page)
+    if metrics is not None:
+        values = tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii)
+        write_json(metrics, values)
     if note := figures.note_on_letters([*inputs.classes, *(label for label, _ in inputs.external)]):
         print(f"note: {note}", file=sys.stderr)
 

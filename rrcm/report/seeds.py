@@ -15,12 +15,13 @@ KEY = ["method", "measure", "at"]
 VALUES = ["seed", "value", "difference"]
 
 
-def seeds_text(reports: Sequence[Path]) -> str:
-    """Two Markdown tables over the reports in these folders: the mean of each method, and that of its difference.
+def seeds_text(folders: Sequence[Path]) -> str:
+    """Two Markdown tables over all reports of these folders: the mean of each method, and that of its difference.
 
-    Raises `RRCMError` if they are fewer than two, repeat a seed, or do not compare the same methods alike.
+    A folder is a report, or a published result with a report of each seed. Raises `RRCMError` if the reports are fewer
+    than two, repeat a seed, or do not compare the same methods alike.
     """
-    numbers = read_reports(reports)
+    numbers = read_reports([report for folder in folders for report in find_reports(Path(folder))])
     seeds = ", ".join(str(seed) for seed in sorted(numbers["seed"].unique()))
     (reference,) = method_labels(numbers.loc[numbers["difference"].isna(), "method"].unique())
     values, differences = (over_seeds(numbers, column) for column in ("value", "difference"))
@@ -35,11 +36,16 @@ def seeds_text(reports: Sequence[Path]) -> str:
     )
 
 
+def find_reports(folder: Path) -> list[Path]:
+    """The reports of a published result such as results/digits, one per seed; any other folder is one itself."""
+    return sorted(folder.glob("seed_*/report")) or [folder]
+
+
 def read_reports(reports: Sequence[Path]) -> pd.DataFrame:
     """differences.csv of each report, one after another. Raises `RRCMError` as `seeds_text` does."""
     frames = [_read(Path(report) / "differences.csv") for report in reports]
     if len(frames) < 2:
-        raise RRCMError(f"{', '.join(map(str, reports))}: give the report folders of at least two seeds")
+        raise RRCMError(f"{', '.join(map(str, reports))}: give the reports of at least two seeds")
     for place, frame in enumerate(frames):
         if not frame[KEY].equals(frames[0][KEY]):
             problem = "compares other methods, radii or sigmas than"
@@ -54,7 +60,7 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path)
     except OSError:
-        raise RRCMError(f"{path}: no such file; give folders such as reports/digits") from None
+        raise RRCMError(f"{path}: no such file; give folders such as results/digits") from None
     except ValueError as error:  # pandas' own errors are ValueErrors
         raise RRCMError(f"{path}: cannot be read as CSV ({' '.join(str(error).split())})") from None
     if missing := [name for name in (*KEY, *VALUES, "low", "high") if name not in frame] or ["row"] * frame.empty:

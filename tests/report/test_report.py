@@ -179,7 +179,7 @@ def make_latency(config: Config, root: Path) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     config, root = make_config(), tmp_path_factory.mktemp("made")
     make_inputs(config, root)
-    write_report(config, root, root / "reports/digits")
+    write_report(config, root, root / "reports/digits", root / "metrics.json")
     return config, root
 
 
@@ -228,7 +228,7 @@ def test_figures_are_whole_and_say_nothing_of_when_or_where(made):
 def test_numbers_agree_with_the_certificates(made):
     config, root = made
     report, radii = root / "reports/digits", config.report.radii
-    metrics = json.loads((report / "metrics.json").read_text())
+    metrics = json.loads((root / "metrics.json").read_text())
     table = pd.read_csv(report / "per_sigma.csv").set_index(["method", "sigma"])
     curves = pd.read_csv(report / "curves.csv")
     for method in config.methods:
@@ -396,8 +396,9 @@ def test_external_results_stay_apart(made, tmp_path: Path):
         assert row["acr"] == pytest.approx(average_certified_radius(frame), abs=1e-6)
         assert np.isnan(row["samples"])
     assert len(table) == 6 + len(EXTERNAL)
-    write_report(make_config(external=[]), root, tmp_path / "out")
-    without, same = tmp_path / "out", ["best_sigma.md", "metrics.json", "curves.csv", "budgets.md", "envelope.svg"]
+    write_report(make_config(external=[]), root, tmp_path / "out", tmp_path / "metrics.json")
+    assert (tmp_path / "metrics.json").read_bytes() == (root / "metrics.json").read_bytes()
+    without, same = tmp_path / "out", ["best_sigma.md", "curves.csv", "budgets.md", "envelope.svg"]
     assert all((without / name).read_bytes() == (report / name).read_bytes() for name in same)
     assert len(pd.read_csv(without / "per_sigma.csv")) == 6
     headline, headline_without = ((f / "report.md").read_text().split("## Figures")[0] for f in (report, without))
@@ -629,7 +630,7 @@ def test_published_results_are_labelled_and_apart(made, tmp_path: Path):
     assert status["Consistency"] == "here" and status["Gaussian"] == status["SmoothMix"] == "not run"
     assert "None of these numbers was measured here" in section
     assert "Published results" not in (root / "reports/digits/report.md").read_text()
-    for name in ("best_sigma.csv", "per_sigma.csv", "metrics.json", "certified_accuracy.svg"):
+    for name in ("best_sigma.csv", "per_sigma.csv", "certified_accuracy.svg"):
         assert (tmp_path / "out" / name).read_bytes() == (root / "reports/digits" / name).read_bytes()
 
 
@@ -887,7 +888,7 @@ def denoising_config(methods: list[str] = DENOISING, **changes: object) -> Confi
 def denoised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     config, root = denoising_config(), tmp_path_factory.mktemp("denoised")
     make_inputs(config, root)
-    write_report(config, root, root / "reports/digits")
+    write_report(config, root, root / "reports/digits", root / "metrics.json")
     return config, root
 
 
@@ -910,7 +911,7 @@ def test_methods_that_denoise_are_explained_and_paid_for(denoised):
     assert (budgets.loc[["dds", "diffsmooth", "dds_finetuned"], "preparation_seconds"] == 21).all()  # (61.5 + 1.5) / 3
     assert budgets["images"].to_dict() == {run: 40 if run[0] == "densepure" else 120 for run in budgets.index}
     assert set(pd.read_csv(report / "training.csv")["method"]) == {"rrcm", "gaussian", "dds_finetuned"}
-    metrics = json.loads((report / "metrics.json").read_text())
+    metrics = json.loads((root / "metrics.json").read_text())
     assert set(metrics["val_accuracy"]) == {"rrcm", "gaussian", "dds_finetuned"} and "dds" in metrics["acr"]
 
 
