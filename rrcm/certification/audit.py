@@ -69,6 +69,7 @@ class Audit:
     computation: str = ""  # how the votes were counted again
     moved: int = 0  # votes at the last looks of these rows that have another class now
     samples: int = 0  # votes there in all
+    power: float = 0.0  # with which a forged row is found that is voted on again
     found: float | None = None  # the smallest share of forged rows that would have been found with 99 %
     false_alarm: float = 0.0  # the probability that an honest file has problems
     code: str = ""  # that certified
@@ -193,7 +194,8 @@ def compare_equal(path: Path, rows: int, published: Sequence[RowVotes], again: S
     pairs = list(zip(published, again, strict=True))
     lines = [_difference(*pair) for pair in pairs if pair[0] != pair[1]]
     share = found_share(rows, len(pairs), 1.0)
-    return Audit(_shortened(path, lines), rows, len(pairs), exact=True, computation="as published", found=share)
+    problems = _shortened(path, lines)
+    return Audit(problems, rows, len(pairs), exact=True, computation="as published", power=1.0, found=share)
 
 
 def compare_close(
@@ -216,8 +218,9 @@ def compare_close(
     if pooled_tail(last.moved, last.m, rates) <= tolerance.pooled_level:
         expected = f"{last.m @ rates:.0f} are expected at most"
         problems.append(f"{path}: {moved:,} of {samples:,} votes differ when counted again; {expected}")
-    share = found_share(rows, len(pairs), tolerance.power(last, RAISE / record.sigma))
-    return Audit(problems, rows, len(pairs), False, "", moved, samples, share)
+    power = tolerance.power(last, RAISE / record.sigma)
+    share = found_share(rows, len(pairs), power)
+    return Audit(problems, rows, len(pairs), False, "", moved, samples, power, share)
 
 
 def allow(

@@ -17,7 +17,7 @@ Certificates = Mapping[tuple[str, float], pd.DataFrame]  # (method, sigma) -> fr
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % confidence interval."""
+    """An estimate with its confidence interval, of 95 % where nothing else is said."""
 
     value: float
     low: float
@@ -45,24 +45,28 @@ def average_certified_radius(frame: pd.DataFrame) -> float:
     return float(certified_radii(frame).mean())
 
 
-def acr_difference(one: pd.DataFrame, other: pd.DataFrame) -> Interval:
-    """ACR of `one` less that of `other`: the normal interval of the mean difference. Rows are the same images."""
+def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NORMAL_95) -> Interval:
+    """ACR of `one` less that of `other`: the normal interval of the mean difference. Rows are the same images.
+
+    `quantile` is the two-sided one of the normal distribution.
+    """
     differences = certified_radii(one) - certified_radii(other)
     spread = differences.std(ddof=1) if len(differences) > 1 else math.inf
-    mean, half_width = float(differences.mean()), float(NORMAL_95 * spread / math.sqrt(len(differences)))
+    mean, half_width = float(differences.mean()), float(quantile * spread / math.sqrt(len(differences)))
     return Interval(mean, mean - half_width, mean + half_width)
 
 
-def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float) -> Interval:
+def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float, quantile: float = NORMAL_95) -> Interval:
     """Certified accuracy at `radius` of `one` less that of `other`, as shares. Rows are the same images.
 
     The adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4): one image is added to each of the
     two kinds that only one of the classifiers gets right. So it keeps its width where the two hardly ever differ.
+    `quantile` is the two-sided one of the normal distribution.
     """
     first, second = certified_at(one, radius), certified_at(other, radius)
     gained, lost, count = int((first > second).sum()), int((first < second).sum()), len(first)
     more, less = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
-    centre, half_width = more - less, NORMAL_95 * math.sqrt((more + less - (more - less) ** 2) / (count + 2))
+    centre, half_width = more - less, quantile * math.sqrt((more + less - (more - less) ** 2) / (count + 2))
     return Interval((gained - lost) / count, centre - half_width, centre + half_width)
 
 

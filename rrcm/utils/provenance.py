@@ -97,20 +97,33 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return cores
 
 
-def _revision(folder: Path) -> dict | None:
-    def git(*arguments: str) -> str | None:
-        try:
-            # A kill must leave no index.lock. The checkout may be another user's, as one mounted into a container: its
-            # code runs here anyway.
-            command = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", folder, *arguments]
-            answer = subprocess.run(command, capture_output=True, text=True)
-        except OSError:  # no git on this machine
-            return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
+def uncommitted(root: Path, *paths: str) -> list[str] | None:
+    """The files at or below `paths` of a checkout that differ from its commit or are new; None without git."""
+    found = _git(root, "status", "--porcelain", "--no-renames", "--untracked-files=all", "-z", "--", *paths)
+    return None if found is None else [line[3:] for line in found.split("\0") if line]
 
-    if not git("ls-files", "--error-unmatch", "__init__.py"):  # some other checkout around site-packages
+
+def head(root: Path) -> str | None:
+    """The commit of a checkout, or None without git."""
+    return _git(root, "rev-parse", "HEAD")
+
+
+def _revision(folder: Path) -> dict | None:
+    if not _git(folder, "ls-files", "--error-unmatch", "__init__.py"):  # some other checkout around site-packages
         return None
-    return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", "../stages"))}
+    return {"revision": head(folder), "dirty": bool(uncommitted(folder, ".", "../stages"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints about a checkout, or None if it fails or there is no git."""
+    try:
+        # A kill must leave no index.lock. The checkout may be another user's, as one mounted into a container: its code
+        # runs here anyway.
+        command = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", folder, *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip("\n") if answer.returncode == 0 else None
 
 
 def _cpu_model() -> str:
