@@ -4,11 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +70,12 @@ def compose(path: Path, *overrides: str) -> Path:
     conf = REPOSITORY / "conf"
     compose_and_dump(path, str(conf), None, "config", str(conf / "plugins"), [*TINY, *overrides])
     return path
+
+
+CLEAN = {"revision": "1" * 40, "dirty": False}
+ROWS = 'label,result,method,model,sigma\n"tiny, rRCM",tiny,rrcm,,\n"ImageNet, rRCM-B",,rRCM,rRCM-B,1.0\n'
+PERSON = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org"}
+PERSON |= {"GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org"}
 
 
 class Answer(NamedTuple):
@@ -255,3 +263,62 @@ def with_derived(values: dict) -> dict:
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         values["derived"] = derived_settings(**{name: values[name] for name in SECTIONS})
     return values
+
+
+def run_in(folder: Path, *command: str) -> str:
+    """Run a command that must succeed; returns what it prints."""
+    answer = subprocess.run(command, cwd=folder, env=os.environ | PERSON, capture_output=True, text=True)
+    assert answer.returncode == 0, f"{command}\n{answer.stdout}\n{answer.stderr}"
+    return answer.stdout
+
+
+def commit(folder: Path) -> None:
+    """Commit everything in a repository."""
+    run_in(folder, "git", "add", "-A")
+    run_in(folder, "git", "-c", "commit.gpgsign=false", "commit", "-qm", "all")
+
+
+def finish_run(trained: Path, folder: Path) -> Path:
+    """A repository of git and DVC with the finished run of the one trained model, from code that was committed."""
+    from rrcm.publication.readme import BEGIN, END
+
+    for name in ("models", "certificates", "timings", "params.yaml"):
+        (shutil.copytree if (trained / name).is_dir() else shutil.copy)(trained / name, folder / name)
+    (folder / "data").mkdir()
+    (folder / "data/shards").symlink_to(trained / "data/shards")
+    change(folder, sigmas=[0.5], methods=["rrcm"], latency__n=[])
+    for path in (*folder.glob("timings/**/*.json"), *folder.glob("certificates/*/*.json")):
+        record = read_json(path)
+        record["environment"]["git"] = CLEAN  # the code of this test may be in no commit
+        write_json(path, record)
+    (folder / "README.md").write_text(f"# Tiny\n\n{BEGIN}{END}\n")
+    (folder / "results").mkdir()
+    (folder / "results/readme.csv").write_text(ROWS)
+    (folder / "dvc.yaml").write_text("stages: {}\n")
+    (folder / ".gitignore").write_text("/data\n/models\n/certificates\n/timings\n")
+    run_in(folder, "git", "init", "-q")
+    run_in(folder, sys.executable, "-m", "dvc", "init", "-q")
+    run_in(folder, sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "artifacts", "artifacts")
+    commit(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def honest(trained, tmp_path_factory) -> Path:
+    """A repository with the published and committed result tiny; do not change it."""
+    from rrcm.publication import freeze
+    from rrcm.publication.readme import write_readme
+
+    folder = finish_run(trained, tmp_path_factory.mktemp("honest"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(freeze, "measure_flips", partial(freeze.measure_flips, samples=2000))  # it takes long
+        freeze.publish(folder, "tiny")
+    write_readme(folder)
+    commit(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(honest, tmp_path) -> Path:
+    """A copy of the repository that a test may change."""
+    return Path(shutil.copytree(honest, tmp_path / "repository", symlinks=True))

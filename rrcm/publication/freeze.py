@@ -1,0 +1,202 @@
+"""Publish a finished run: freeze it below results/, and let DVC keep what is too large for git."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rrcm.certification.flips import measure_flips
+from rrcm.certification.record import read_record, record_bytes
+from rrcm.certification.results import sigma_name
+from rrcm.config import Config, load_config
+from rrcm.data.shards import ShardedDataset
+from rrcm.publication.result import (
+    NAME,
+    Result,
+    ResultRecord,
+    check_methods,
+    files_below,
+    hash_files,
+    model_runs,
+    summarize_stages,
+)
+from rrcm.report.build import write_report
+from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, read_inputs
+from rrcm.utils.errors import RRCMError, one_line, printable
+from rrcm.utils.files import atomic_directory, read_json, write_json
+from rrcm.utils.progress import Progress
+from rrcm.utils.provenance import Git, head, uncommitted
+
+CODE = ("rrcm", "stages", "conf", "dvc.yaml")  # what decides a run beside its settings, which are published with it
+MAX_TEST_BYTES = 10 * 2**20  # a larger test split is not published; whoever verifies makes it with shard-data
+
+
+def publish(
+    root: Path, name: str | None, methods: Sequence[str] | None = None, *, replace: bool = False, dirty: bool = False
+) -> Result:
+    """Freeze the run of the repository `root` as results/NAME/seed_S, and add it to DVC and its remote.
+
+    `name` is by default that of the report. The networks of `methods` are included, by default of all. Without `dirty`
+    the code must be that of a commit, now and in every stage of the run. Raises `RRCMError` for an unfinished run, and
+    for a published one unless `replace` is given.
+    """
+    config = load_config(root / "params.yaml")
+    result = Result(root, name or config.report.name, config.seed)
+    if not NAME.fullmatch(result.name):
+        raise RRCMError(
+            f"{printable(result.name)}: must be letters a to z, digits and underscores; choose another NAME"
+        )
+    included = check_methods(config, methods)
+    if (result.folder / "result.json").exists() and not replace:
+        raise RRCMError(f"{result.label}: is published already; choose another NAME, or replace it with --replace")
+    if unfinished := find_unfinished(root):
+        shown = "; ".join(unfinished[:3]) + ("; ..." if unfinished[3:] else "")
+        raise RRCMError(
+            f"the run is not finished, {len(unfinished)} stages are not up to date: {shown}; run `make repro`"
+        )
+    changed = uncommitted(root, *CODE)
+    if not dirty and changed is None:
+        raise RRCMError("this is no git checkout, so no commit can be named; publish from one, or with --dirty")
+    if not dirty and changed:
+        raise RRCMError(
+            f"{', '.join(changed[:5])}: not committed; commit, or publish with --dirty, which verify refuses"
+        )
+    draft = describe_run(config, root, result, included, None if changed is None else bool(changed))
+    if not dirty and not draft.is_clean:
+        kinds = ", ".join(kind for kind, stage in draft.stages.items() if not stage.is_clean)
+        raise RRCMError(f"{kinds}: ran from code that was not committed; run them again, or publish with --dirty")
+    with atomic_directory(result.folder) as folder:
+        freeze(config, root, folder, draft)
+    keep(result)
+    return result
+
+
+def describe_run(
+    config: Config, root: Path, result: Result, methods: Sequence[str], dirty: bool | None
+) -> ResultRecord:
+    """The record of a result before its files are there. `dirty` is that of the code, None without git."""
+    timings = [path for path in read_inputs(config, root).files if path.startswith("timings/")]
+    return ResultRecord(
+        format="rrcm-result-1",
+        name=result.name,
+        seed=config.seed,
+        models=list(methods),
+        code=None if dirty is None else Git(revision=head(root), dirty=dirty),
+        stages=summarize_stages({path: read_json(root / path) for path in timings}),
+        files={},
+    )
+
+
+def freeze(config: Config, root: Path, folder: Path, draft: ResultRecord) -> None:
+    """Write all files of a published result to the empty `folder`, but those of DVC.
+
+    The report is drawn anew from the frozen files, so these suffice for it. `draft` is the record without their hashes.
+    """
+    for path in sorted(run_files(config, root, draft.models)):
+        (folder / "run" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / path, folder / "run" / path)
+    add_flips(config, folder / "run", root / SHARDS, draft.models)
+    shutil.copyfile(root / "params.yaml", folder / "params.yaml")
+    write_report(config, folder / "run", folder / "report")
+    record = draft.model_copy(update={"files": hash_files(folder)})
+    write_json(folder / "result.json", record.model_dump(mode="json"))
+
+
+def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
+    """Every file that is published of a run, relative to `root`.
+
+    That is what the report reads, the record beside each certificate file, the networks of `methods` with all their
+    parts, the encoders if every method is included, and the test images if they are small.
+    """
+    files = set(read_inputs(config, root).files)
+    files |= {record_file(*run) for run in model_runs(config, config.methods)}
+    for method, sigma in model_runs(config, methods):
+        files |= _model_files(root, f"models/{method}/{sigma_name(sigma)}")
+    if list(methods) == config.methods:
+        for objective in config.pretrain.objectives:
+            files |= _model_files(root, f"models/pretrain/{objective}")
+    test = ShardedDataset(root / SHARDS, "test").split
+    entries = [test.index, *test.shards]
+    if sum(entry.bytes for entry in entries) <= MAX_TEST_BYTES:
+        files |= {f"{SHARDS}/{entry.name}" for entry in entries}
+    else:
+        print(f"note: the test images are too large to be published; {MANIFEST} names them", file=sys.stderr)
+    return files
+
+
+def record_file(method: str, sigma: float) -> str:
+    """The record beside the certificates of a model, relative to the root."""
+    return certificates_file(method, sigma).removesuffix(".tsv") + ".json"
+
+
+def _model_files(root: Path, folder: str) -> set[str]:
+    """Every file of a model folder, and of the models that are its parts."""
+    files = {f"{folder}/{name}" for name in files_below(root / folder)}
+    for path in _part_paths(read_json(root / folder / "config.json")):
+        part = os.path.normpath(f"{folder}/{path}")
+        if not part.startswith("models/"):
+            raise RRCMError(f"{folder}: its part {part} lies outside models/; publish it without, with --models")
+        files |= _model_files(root, part)
+    return files
+
+
+def _part_paths(config: Mapping) -> Iterator[str]:
+    """The folders of a model's parts, relative to its own: those of an ensemble, or of one that denoises.
+
+    A part from elsewhere has a name and no path.
+    """
+    for part in [*config.get("members", []), *config.get("parts", {}).values()]:
+        if "path" in part:
+            yield part["path"]
+
+
+def add_flips(config: Config, run: Path, shards: Path, methods: Sequence[str]) -> None:
+    """Put into each model's record how often its answers flip where a machine rounds differently.
+
+    An audit on another machine takes this rate as its tolerance.
+    """
+    runs = model_runs(config, methods)
+    with Progress(len(runs), "measure how often answers flip", "models") as progress:
+        for method, sigma in runs:
+            model = run / f"models/{method}/{sigma_name(sigma)}"
+            flips = measure_flips(run / certificates_file(method, sigma), model, shards)
+            path = run / record_file(method, sigma)
+            record = read_record(path).model_copy(update={"flips": flips})
+            path.write_bytes(record_bytes(record))
+            progress.update()
+
+
+def find_unfinished(root: Path) -> list[str]:
+    """The stages of dvc.yaml that are not up to date, each with what has changed."""
+    answer = _dvc(root, "status", "--json", "dvc.yaml")
+    if answer.returncode != 0:
+        raise RRCMError(f"DVC cannot say whether the run is finished ({_said(answer)}); see `dvc status`")
+    return [f"{stage} ({_changes(found)})" for stage, found in json.loads(answer.stdout).items()]
+
+
+def _changes(found: Sequence[str | Mapping[str, Mapping[str, str]]]) -> str:
+    """What DVC says of a stage, such as "changed deps: data/shards", in one line."""
+    return ", ".join(
+        each if isinstance(each, str) else "; ".join(f"{kind}: {', '.join(paths)}" for kind, paths in each.items())
+        for each in found
+    )
+
+
+def keep(result: Result) -> None:
+    """Let DVC track the run of a result, and push it to the default remote."""
+    for command in (["add", "--quiet", f"{result.label}/run"], ["push", "--quiet", f"{result.label}/run.dvc"]):
+        answer = _dvc(result.root, *command)
+        if answer.returncode != 0:
+            again = f"`dvc {' '.join(command)}`"
+            raise RRCMError(f"{result.label}: is written, but DVC cannot keep it ({_said(answer)}); then run {again}")
+
+
+def _dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, capture_output=True, text=True)
+
+
+def _said(answer: subprocess.CompletedProcess) -> str:
+    return one_line(RuntimeError(answer.stderr.strip().rpartition("ERROR: ")[2] or answer.stdout))

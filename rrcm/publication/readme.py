@@ -1,0 +1,149 @@
+"""The table of results in README.md, made from published results alone.
+
+results/readme.csv names its rows. A row with a `result` shows a method of the published result of this name: the mean
+over its seeds. `label` may hold {ratio}, its latency over rRCM's, {images} and {seeds}. A row without a `result` quotes
+the row of rrcm/report/published.csv with its `method`, `model` and `sigma`.
+"""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rrcm.publication.result import RESULTS, Result, find_results
+from rrcm.report.tables import read_published
+from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.files import read_text, write_text
+
+README, ROWS = "README.md", f"{RESULTS}/readme.csv"
+COLUMNS = ["label", "result", "method", "model", "sigma"]
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+HEADINGS = ["data, method", "r = 0", *(f"{radius:g}" for radius in RADII[1:]), "source", "status"]
+BEGIN, END = "<!-- made by `make publish` from results/readme.csv -->\n", "<!-- end of what is made -->"
+BLOCK = re.compile(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", re.DOTALL)
+
+
+def write_readme(root: Path) -> None:
+    """Bring the table in README.md up to date. Raises `RRCMError` as `result_rows` does."""
+    text, table = read_text(root / README), table_text(result_rows(root))
+    _find_block(text)
+    write_text(root / README, BLOCK.sub(lambda _: BEGIN + table + END, text))
+
+
+def check_readme(root: Path) -> list[str]:
+    """A line for each cell of the table in README.md that is not the published one."""
+    try:
+        block, expected = _find_block(read_text(root / README)), [HEADINGS, *result_rows(root)]
+    except RRCMError as error:
+        return [str(error)]
+    except (OSError, ValueError) as error:
+        return [f"{README}: cannot be read ({one_line(error)})"]
+    found = [_cells(line) for line in block.splitlines() if not line.startswith("|---")]
+    if len(found) != len(expected):
+        return [f"{README}: its table of results has {len(found) - 1} rows, {ROWS} has {len(expected) - 1}"]
+    problems = []
+    for row, correct in zip(found, expected, strict=True):
+        if len(row) != len(correct):
+            problems.append(f"{README}, row {row[0]!r}: has {len(row)} cells, must have {len(correct)}")
+            continue
+        for heading, cell, published in zip(HEADINGS, row, correct, strict=True):
+            if cell != published:
+                problems.append(
+                    f"{README}, row {correct[0]!r}, column {heading!r}: has {cell!r}, published is {published!r}"
+                )
+    return problems
+
+
+def missing_results(root: Path) -> list[str]:
+    """The results that results/readme.csv names and that are not published."""
+    published = {result.name for result in find_results(root)}
+    return sorted({row["result"] for row in read_rows(root)} - published - {""})
+
+
+def table_text(rows: Sequence[Sequence[str]]) -> str:
+    """The table as Markdown."""
+    lines = [HEADINGS, *rows]
+    text = [f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in lines]
+    return "\n".join([text[0], "|---" * len(HEADINGS) + "|", *text[1:]]) + "\n"
+
+
+def result_rows(root: Path) -> list[list[str]]:
+    """The cells of each row of the table. Raises `RRCMError` for a row that no published result has."""
+    rows = read_rows(root)
+    results = find_results(root, sorted({row["result"] for row in rows} - {""}))
+    return [
+        _own_row(row, [each for each in results if each.name == row["result"]]) if row["result"] else _quoted_row(row)
+        for row in rows
+    ]
+
+
+def read_rows(root: Path) -> list[dict[str, str]]:
+    """The rows of results/readme.csv. Raises `RRCMError` for another file."""
+    path = root / ROWS
+    try:
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+    except (OSError, ValueError) as error:
+        raise RRCMError(f"{path}: cannot be read ({one_line(error)}); restore it with git") from None
+    for line, row in enumerate(rows, start=2):
+        if list(row) != COLUMNS or None in row.values():
+            raise RRCMError(f"{path}, line {line}: must have the cells {', '.join(COLUMNS)}; correct it")
+    return rows
+
+
+def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
+    """What a published result has of a method, as the mean over its seeds."""
+    best = pd.concat([_of_method(seed, "best_sigma.csv", row) for seed in seeds])
+    shares = best.groupby("radius")["certified_accuracy"].mean()
+    cells = [f"{100 * shares[radius]:.1f}" if radius in shares else "" for radius in RADII]
+    fields = {"images": f"{best['images'].iloc[0]:,}", "seeds": str(len(seeds))}
+    if "{ratio}" in row["label"]:
+        ratios = [_of_method(seed, "latency.csv", row)["ratio"].iloc[0] for seed in seeds]
+        fields["ratio"] = f"{np.mean(ratios):.2g}"
+    try:
+        label = row["label"].format(**fields)
+    except (KeyError, IndexError, ValueError) as error:
+        raise RRCMError(f"{ROWS}: {row['label']!r}: knows no {one_line(error)}; use ratio, images or seeds") from None
+    return [label, *cells, f"[{RESULTS}/{row['result']}]({seeds[0].label}/report/report.md)", "run here"]
+
+
+def _of_method(result: Result, name: str, row: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of a method in a table of a published report. Raises `RRCMError` if it has none."""
+    path = result.folder / "report" / name
+    try:
+        table = pd.read_csv(path)
+        found = table[table["method"] == row["method"]]
+    except (OSError, KeyError, ValueError) as error:
+        raise RRCMError(f"{path}: cannot be read ({one_line(error)}); restore it with git") from None
+    if found.empty:
+        raise RRCMError(f"{ROWS}: {row['label']!r}: {path} has no method {row['method']}; correct the row")
+    return found
+
+
+def _quoted_row(row: Mapping[str, str]) -> list[str]:
+    """A row of rrcm/report/published.csv."""
+    quoted = read_published()
+    for name in ("method", "model", "sigma"):
+        quoted = quoted[quoted[name] == row[name]]
+    quoted = quoted[quoted["certified_accuracy"] != ""]
+    if len(quoted) != 1:
+        raise RRCMError(
+            f"{ROWS}: {row['label']!r}: {len(quoted)} rows of published.csv fit, must be one; correct the row"
+        )
+    (found,) = quoted.to_dict("records")
+    pairs = (pair.partition("(")[0].split(":") for pair in found["certified_accuracy"].split())
+    shares = {float(radius): share for radius, share in pairs}
+    return [row["label"], *(shares.get(radius, "") for radius in RADII), found["source"], "not run"]
+
+
+def _find_block(text: str) -> str:
+    blocks = BLOCK.findall(text)
+    if len(blocks) != 1:
+        raise RRCMError(f"{README}: must have one table of results between {BEGIN.strip()} and {END}; restore them")
+    return blocks[0]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]

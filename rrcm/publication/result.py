@@ -1,0 +1,182 @@
+"""Published results: where they lie, what belongs to them, and result.json, which says what they are.
+
+A published result is the run of one seed, in results/NAME/seed_S:
+
+    result.json   what this module describes; it has the hash of every other file
+    params.yaml   the settings
+    report/       the report, which git keeps, as it does the two files above
+    run/          what the report is made from, models and test images, laid out as in a working copy. DVC keeps it
+    run.dvc       its hash for DVC
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rrcm.config import Config, describe
+from rrcm.methods import METHODS
+from rrcm.utils.errors import RRCMError, printable
+from rrcm.utils.files import read_json, sha256_file
+from rrcm.utils.provenance import Environment, Git
+
+RESULTS = "results"
+UNHASHED = {"result.json", "run.dvc", ".gitignore"}  # the record itself, and what DVC writes
+NAME = re.compile(r"^[a-z0-9_]+$")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
+
+
+class StageRecord(_Strict):
+    """What the stages of one kind took, all together."""
+
+    seconds: Annotated[float, Field(ge=0)]
+    precisions: list[str]  # that the networks computed in, where the stage notes it
+    environments: list[Environment]  # the distinct ones: commit, machine and packages
+
+    @property
+    def commits(self) -> list[str]:
+        """Every commit that these stages ran from, abbreviated."""
+        return sorted({short(each.git.revision) for each in self.environments if each.git is not None})
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether all of these stages ran from the code of a commit."""
+        return all(each.git is not None and not each.git.dirty for each in self.environments)
+
+
+class ResultRecord(_Strict):
+    """result.json."""
+
+    format: Literal["rrcm-result-1"]
+    name: Annotated[str, Field(pattern=NAME.pattern)]
+    seed: int
+    models: list[str]  # the methods whose networks are included; of the others only config.json and history.csv are
+    code: Git | None  # that published it; None outside a git checkout
+    stages: dict[str, StageRecord]  # by kind, as in timings/
+    files: dict[str, Sha256]  # by the path below the folder of the result
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it was computed and published with the code of a commit."""
+        clean = self.code is not None and not self.code.dirty
+        return clean and all(stage.is_clean for stage in self.stages.values())
+
+    @property
+    def commits(self) -> list[str]:
+        """Every commit that its stages ran from, abbreviated."""
+        return sorted({commit for stage in self.stages.values() for commit in stage.commits})
+
+
+class Result(NamedTuple):
+    """A published result by its name and training seed."""
+
+    root: Path  # of the repository
+    name: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """Its folder, relative to the repository's root."""
+        return f"{RESULTS}/{self.name}/seed_{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.root / self.label
+
+    def read(self) -> ResultRecord:
+        """Its record. Raises `RRCMError` for one that cannot be a record, or is of another result."""
+        path = self.folder / "result.json"
+        try:
+            record = ResultRecord.model_validate(read_json(path))
+        except ValidationError as error:
+            raise RRCMError(f"{path}: {describe(error, ResultRecord)}; restore it with git, or publish again") from None
+        if (record.name, record.seed) != (self.name, self.seed):
+            raise RRCMError(f"{path}: is of {record.name}, seed {record.seed}; restore it with git, or publish again")
+        return record
+
+
+def find_results(root: Path, names: Sequence[str] = ()) -> list[Result]:
+    """The published results with these names, or all, in the order of names and seeds.
+
+    Raises `RRCMError` for a name that is not published.
+    """
+    seeds = {}
+    for path in (root / RESULTS).glob("*/seed_*"):
+        seed = path.name.removeprefix("seed_")
+        if path.is_dir() and seed.isdigit():
+            seeds.setdefault(path.parent.name, []).append(int(seed))
+    for name in names:
+        if name not in seeds:
+            known = f"published are {', '.join(sorted(seeds))}" if seeds else "nothing is published yet"
+            raise RRCMError(f"{RESULTS}/{printable(name)}: no such result; {known}")
+    return [Result(root, name, seed) for name in sorted(names or seeds) for seed in sorted(seeds[name])]
+
+
+def hash_files(folder: Path, run: Path | None = None) -> dict[str, str]:
+    """SHA-256 of every file of a result but UNHASHED, by its path below `folder`. `run` may lie elsewhere."""
+    hashes = {}
+    for place, prefix in ((folder, ""), (run or folder / "run", "run/")):
+        for name in files_below(place):
+            if prefix or (name not in UNHASHED and not name.startswith("run/")):
+                hashes[prefix + name] = sha256_file(place / name)
+    return dict(sorted(hashes.items()))
+
+
+def files_below(folder: Path) -> list[str]:
+    """The relative paths of all files in a folder and below, but those that a killed process was writing."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in paths
+        if not (path.name.startswith(".") and path.name.endswith(".tmp"))
+    )
+
+
+def summarize_stages(timings: Mapping[str, Mapping]) -> dict[str, StageRecord]:
+    """What the stages of each kind took, from their records by path, such as timings/finetune/rrcm/sigma_0.5.json."""
+    kinds: dict[str, list[Mapping]] = {}
+    for path, timing in sorted(timings.items()):
+        kinds.setdefault(Path(path).parts[1].removesuffix(".json"), []).append(timing)
+    return {
+        kind: StageRecord(
+            seconds=sum(timing.get("seconds", 0.0) for timing in of_kind),
+            precisions=sorted({timing["dtype"] for timing in of_kind if "dtype" in timing}),
+            environments=_distinct(Environment.model_validate(timing["environment"]) for timing in of_kind),
+        )
+        for kind, of_kind in kinds.items()
+    }
+
+
+def model_runs(config: Config, methods: Iterable[str]) -> list[tuple[str, float]]:
+    """(method, sigma) of the certified models of `methods`, in the order of the settings."""
+    chosen = set(methods)
+    return [(method, sigma) for method in config.methods if method in chosen for sigma in config.sigmas]
+
+
+def check_methods(config: Config, methods: Sequence[str] | None) -> list[str]:
+    """The methods of a run that `methods` names, or all. Raises `RRCMError` for another one."""
+    for name in methods or ():
+        if name not in config.methods:
+            known = f"the run has {', '.join(config.methods)}"
+            raise RRCMError(f"{printable(name)}: {'is not in this run' if name in METHODS else 'no method'}; {known}")
+    return [name for name in config.methods if methods is None or name in methods]
+
+
+def short(revision: str | None) -> str:
+    """A commit as people write it."""
+    return "no commit" if revision is None else revision[:7]
+
+
+def _distinct(environments: Iterable[Environment]) -> list[Environment]:
+    found: list[Environment] = []
+    for environment in environments:
+        if environment not in found:
+            found.append(environment)
+    return found
