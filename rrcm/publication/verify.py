@@ -1,0 +1,352 @@
+"""Verify published results: every file by its hash, every figure by the votes, random votes by the networks.
+
+Nothing is written outside temporary folders. Only a run that is neither here nor among DVC's objects is pulled.
+"""
+
+import random
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rrcm.certification.agreement import found_share
+from rrcm.certification.audit import RAISE, Audit, audit_file, check_file
+from rrcm.certification.record import CertificateRecord
+from rrcm.certification.results import read_certificates, sigma_name
+from rrcm.config import Config, load_config
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedDataset
+from rrcm.publication.freeze import CODE, record_file
+from rrcm.publication.objects import folder_md5, open_run, tracked_md5
+from rrcm.publication.readme import README, check_readme
+from rrcm.publication.result import (
+    RESULTS,
+    Result,
+    ResultRecord,
+    files_below,
+    hash_files,
+    model_runs,
+    short,
+    summarize_stages,
+)
+from rrcm.report.build import write_report
+from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json, sha256_folder
+from rrcm.utils.provenance import head, uncommitted
+
+FALSE_ALARM = 1e-3  # chance that the votes of an honest result on another machine are called forged
+WATCHED = (*CODE, RESULTS, README)  # what must be as in the commit
+RULE = ("n0", "n", "alpha", "bound", "stopping", "radius_step", "consensus")  # settings of certify in each record
+
+
+@dataclass
+class Verdict:
+    """What verifying a result has shown. As text it is one line."""
+
+    result: Result
+    problems: list[str] = field(default_factory=list)
+    tree: str = ""  # what code verifies
+    computed: str = "unknown code"
+    rows: int = 0  # certificates
+    files: int = 0  # that hold them
+    votable: int = 0  # certificates whose network is included
+    audits: list[Audit] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def audited(self) -> int:
+        """How many rows have been voted on again."""
+        return sum(audit.audited for audit in self.audits)
+
+    @property
+    def share(self) -> float | None:
+        """The smallest share of forged rows, among the votable, that is found with 99 %; None if there is none."""
+        power = sum(audit.power * audit.audited for audit in self.audits) / max(self.audited, 1)
+        return found_share(self.votable, self.audited, power)
+
+    def __str__(self) -> str:
+        chosen = "" if self.votable == self.rows else f" of the {self.votable:,} with networks"
+        return (
+            f"{self._answer}, {self.rows:,} rows in {self.files:,} files, "
+            f"{self.audited:,}{chosen} voted again{self._agreement}, "
+            f"computed by {self.computed}, tree {self.tree}, {self.seconds:.0f} s"
+        )
+
+    @property
+    def _answer(self) -> str:
+        count = len(self.problems)
+        if not count:
+            return f"verified: {self.result.label}"
+        return f"NOT verified: {self.result.label}: {count} problem{'s' * (count > 1)}, listed above"
+
+    @property
+    def _agreement(self) -> str:
+        """How the votes agree, and what share of forged rows would have been found."""
+        if self.problems or not self.audited:
+            return ""
+        exact = all(audit.exact for audit in self.audits)
+        moved, samples = (sum(getattr(audit, name) for audit in self.audits) for name in ("moved", "samples"))
+        how = "equal" if exact else f"{moved:,} of {samples:,} votes differ, as rounding explains"
+        forged = "forged rows" if exact else f"rows raised by {RAISE}"
+        if self.share is None:
+            return f": {how} (would not find {forged} one by one)"
+        return f": {how} (would find {self.share:.1%} {forged} with 99 %)"
+
+
+def verify_result(result: Result, rows: int | None, seed: int, shared: Sequence[str] = ()) -> Verdict:
+    """Verify a result: nothing is wrong if the verdict has no problems. `shared` are those of the whole repository.
+
+    `rows` certificates, which `seed` chooses, are voted on again; None: all.
+    """
+    start, verdict = time.monotonic(), Verdict(result, [*shared], tree=describe_tree(result.root))
+    try:
+        record = result.read()
+        verdict.computed = f"{', '.join(record.commits) or 'no commit'} ({'clean' if record.is_clean else 'dirty'})"
+        if not record.is_clean:
+            verdict.problems.append(f"{result.label}: was computed or published with code that is in no commit")
+        with open_run(result) as run:
+            _say(f"{result.label}: compare {len(record.files):,} files with their hashes")
+            verdict.problems += check_files(result, record, run)
+            config = load_config(result.folder / "params.yaml")
+            with with_test_images(result.root, run) as complete:
+                problems = _verify_run(verdict, record, config, complete, rows, seed)
+        verdict.problems += [each.replace(f"{complete}/", f"{result.label}/run/") for each in problems]
+    except RRCMError as error:
+        verdict.problems.append(str(error))
+    verdict.seconds = time.monotonic() - start
+    return verdict
+
+
+def _verify_run(
+    verdict: Verdict, record: ResultRecord, config: Config, run: Path, rows: int | None, seed: int
+) -> list[str]:
+    """What is wrong with the report, the certificates and the votes of a run. Counts into `verdict`."""
+    result, problems = verdict.result, []
+    if config.seed != result.seed:
+        problems.append(f"{result.label}/params.yaml: has seed {config.seed}; restore it with git")
+    problems += _attempt(check_provenance, result, record, run)
+    _say(f"{result.label}: draw the report again")
+    problems += _attempt(check_report, config, run, result)
+    _say(f"{result.label}: recompute every radius from its votes")
+    for key in model_runs(config, config.methods):
+        problems += _attempt(check_certificates, config, run, *key, key[0] in record.models)
+    problems += _attempt(check_images, config, result.root, run)
+    counts = count_rows(config, run, config.methods)
+    verdict.rows, verdict.files = sum(counts), len(counts)
+    verdict.votable = sum(count_rows(config, run, record.models))
+    if not verdict.votable:
+        return [*problems, f"{result.label}/result.json: includes no network, so no row can be voted on again"]
+    again = min(rows or verdict.votable, verdict.votable)
+    seconds = record.stages["certify"].seconds * again / verdict.rows if "certify" in record.stages else 0
+    _say(f"{result.label}: vote again on {again:,} of {verdict.votable:,} rows, in about {seconds:.0f} s as published")
+    _say(f"  (--seed {seed} chooses the same rows again)")
+    verdict.audits = vote_again(config, run, record.models, again, seed)
+    return problems + [problem for audit in verdict.audits for problem in audit.problems]
+
+
+def check_files(result: Result, record: ResultRecord, run: Path) -> list[str]:
+    """A line for each file that is missing, changed, or not of the result; and whether DVC would fetch this run."""
+    found, problems = hash_files(result.folder, run), []
+    advice = f"restore it with git, or delete {result.label}/run, which is then fetched again"
+    for name in sorted(found.keys() | record.files):
+        if name not in found:
+            problems.append(f"{result.label}/{name}: is missing; {advice}")
+        elif name not in record.files:
+            problems.append(f"{result.label}/{name}: is no file of the result; delete it")
+        elif found[name] != record.files[name]:
+            problems.append(f"{result.label}/{name}: was changed: its hash is not that in result.json; {advice}")
+    if not problems and folder_md5(run) != tracked_md5(result):
+        problems.append(f"{result.label}/run.dvc: is of other files than run/ has; restore it with git")
+    return problems
+
+
+def check_provenance(result: Result, record: ResultRecord, run: Path) -> list[str]:
+    """What result.json says of the stages must follow from their own records."""
+    stages = summarize_stages({name: read_json(run / name) for name in files_below(run) if name.startswith("timings/")})
+    return [
+        f"{result.label}/result.json: stages.{kind} does not follow from run/timings; restore it with git"
+        for kind in sorted(stages.keys() | record.stages)
+        if stages.get(kind) != record.stages.get(kind)
+    ]
+
+
+@contextmanager
+def with_test_images(root: Path, run: Path) -> Iterator[Path]:
+    """`run` itself, or where its test images were too large to be published, its files with those of the working copy.
+
+    Raises `RRCMError` if the working copy has none, or others.
+    """
+    if (run / SHARDS / "test.index.npy").exists():
+        yield run
+        return
+    if not (root / MANIFEST).exists() or read_json(root / MANIFEST) != read_json(run / MANIFEST):
+        problem = "are not published and not here" if not (root / MANIFEST).exists() else "are others here"
+        raise RRCMError(f"{MANIFEST}: its test images {problem}; make them with `dvc repro shard-data`")
+    with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
+        for entry in run.iterdir():
+            if entry.name != "data":
+                (Path(scratch) / entry.name).symlink_to(entry.absolute())
+        (Path(scratch) / "data").mkdir()
+        (Path(scratch) / SHARDS).symlink_to((root / SHARDS).absolute())
+        yield Path(scratch)
+
+
+def check_report(config: Config, run: Path, result: Result) -> list[str]:
+    """Draw the report from the run into a scratch folder: how the published one differs."""
+    with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
+        drawn = Path(scratch) / "report"
+        write_report(config, run, drawn)
+        return compare_folders(result.folder / "report", drawn, f"{result.label}/report")
+
+
+def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
+    """A line for each file that is in only one of two folders or differs by a byte. `label` names the published one."""
+    problems = []
+    first, second = set(files_below(published)), set(files_below(drawn))
+    for name in sorted(first | second):
+        if name not in first or name not in second:
+            problems.append(f"{label}/{name}: {'is missing' if name not in first else 'is not drawn any more'}")
+        elif (published / name).read_bytes() != (drawn / name).read_bytes():
+            problems.append(f"{label}/{name}: differs when drawn again (with the versions of constraints.txt?)")
+    return problems
+
+
+def check_certificates(config: Config, run: Path, method: str, sigma: float, included: bool) -> list[str]:
+    """What is wrong with the certificates of a model: their radii, and their record beside data and settings.
+
+    And beside the model, if its network is `included`.
+    """
+    path, model = run / certificates_file(method, sigma), run / f"models/{method}/{sigma_name(sigma)}"
+    record, _, problems = check_file(path)
+    expected = _expected_entries(config, run, sigma, config.denoised.max_images.get(method))
+    if included:
+        expected["model.sha256"] = sha256_folder(model)
+    found = _flat(record)
+    return problems + [
+        f"{record_file(method, sigma)}: {key} is {found[key]!r}, by settings, model and data it is {value!r}"
+        for key, value in expected.items()
+        if found[key] != value
+    ]
+
+
+def _expected_entries(config: Config, run: Path, sigma: float, max_images: int | None) -> dict[str, object]:
+    """What a record must say, by the settings and the data."""
+    settings = config.certify
+    return {
+        "sigma": sigma,
+        "seed": config.seed,
+        "image_size": config.data.image_size,
+        "data.sha256": ShardedDataset(run / SHARDS, "test").fingerprint,
+        "data.split": "test",
+        "data.every": settings.every,
+        "data.max_images": [settings.max_images, max_images],
+    } | {name: getattr(settings, name) for name in RULE}
+
+
+def _flat(record: CertificateRecord) -> dict[str, object]:
+    """The entries of a record, with those of its sections under names such as data.sha256."""
+    values = record.model_dump()
+    sections = {f"{name}.{key}": value for name in ("model", "data") for key, value in values[name].items()}
+    return values | sections
+
+
+def check_images(config: Config, root: Path, run: Path) -> list[str]:
+    """How the published test images differ from those that the data set has on this machine.
+
+    The digits are on every machine. Of other data sets the working copy may have shards. If not, a note says so.
+    """
+    if config.data.source == "digits":
+        with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
+            write_shards(config.data, config.seed, Path(scratch) / "shards")
+            return compare_images(run / SHARDS, Path(scratch) / "shards")
+    if (root / MANIFEST).exists() and _same_kind(root, run):
+        return compare_images(run / SHARDS, root / SHARDS)
+    _say(f"note: {config.data.source} has no shards here, so the published test images were not compared with it")
+    return []
+
+
+def _same_kind(root: Path, run: Path) -> bool:
+    """Whether the shards of the working copy are of the same data set, in the same size."""
+    return all(
+        read_json(root / MANIFEST).get(key) == read_json(run / MANIFEST)[key]
+        for key in ("source", "image_size", "channels")
+    )
+
+
+def compare_images(published: Path, made: Path) -> list[str]:
+    """A line about the first test image of two shard folders whose label or pixels differ."""
+    one, other = (ShardedDataset(folder, "test") for folder in (published, made))
+    if len(one) != len(other):
+        return [f"{SHARDS}: has {len(one):,} test images, {one.manifest.source} has {len(other):,}"]
+    for i in range(len(one)):
+        (image, label, _), (true_image, true_label, _) = one.read(i), other.read(i)
+        if label != true_label or not np.array_equal(np.asarray(image), np.asarray(true_image)):
+            return [f"{SHARDS}: test image {i} is not that of {one.manifest.source}"]
+    return []
+
+
+def count_rows(config: Config, run: Path, methods: Sequence[str]) -> list[int]:
+    """The certificates in each file of `methods`."""
+    return [len(read_certificates(run / certificates_file(*key))) for key in model_runs(config, methods)]
+
+
+def vote_again(config: Config, run: Path, methods: Sequence[str], rows: int, seed: int) -> list[Audit]:
+    """Audit `rows` of the certificates of `methods`, drawn at random from all files, which share the false alarms."""
+    counts = count_rows(config, run, methods)
+    chosen = np.random.default_rng(seed).multivariate_hypergeometric(counts, rows).tolist()
+    voted = [(key, count) for key, count in zip(model_runs(config, methods), chosen, strict=True) if count]
+    return [
+        _audit(run, *key, count, random.Random(f"{seed} {key}").randrange(2**31), FALSE_ALARM / len(voted))
+        for key, count in voted
+    ]
+
+
+def _audit(run: Path, method: str, sigma: float, rows: int, seed: int, false_alarm: float) -> Audit:
+    path, model = run / certificates_file(method, sigma), run / f"models/{method}/{sigma_name(sigma)}"
+    try:
+        return audit_file(path, model, run / SHARDS, rows=rows, seed=seed, false_alarm=false_alarm)
+    except RRCMError as error:
+        return Audit([str(error)], rows)
+
+
+def check_tree(root: Path) -> list[str]:
+    """A line that names the uncommitted files, if there are any. An archive without git has none."""
+    changed = uncommitted(root, *WATCHED)
+    if not changed:
+        return []
+    return [f"{name}: is not committed; commit it, or restore it with git" for name in changed]
+
+
+def check_repository(root: Path) -> list[str]:
+    """What is wrong with the repository as a whole: uncommitted files, and the README's table."""
+    return check_tree(root) + check_readme(root)
+
+
+def describe_tree(root: Path) -> str:
+    """The commit of the code that verifies, and whether files differ from it."""
+    changed = uncommitted(root, *WATCHED)
+    return "without git" if changed is None else f"{short(head(root))} ({'dirty' if changed else 'clean'})"
+
+
+def choose_seed(seed: int | None) -> int:
+    """`seed`, or a random one."""
+    return secrets.randbelow(2**31) if seed is None else seed
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _attempt(check: Callable[..., list[str]], *arguments: object) -> list[str]:
+    """What a check finds; where it cannot go on, why."""
+    try:
+        return check(*arguments)
+    except RRCMError as error:
+        return [str(error)]
