@@ -1,5 +1,6 @@
 # make repro      train, certify and report everything that is not up to date; JOBS=2 runs two stages at once
-# make verify     verify the published results without training: pull, draw again, certify a few images again
+# make publish    freeze the finished run below results/; NAME=digits names it, by default as its report
+# make verify     verify the published results without training: redraw, recompute, vote again; NAME=digits for one
 # make test       lint and all tests
 # make test-fast  lint and the tests that take no long training
 # make install    the environment alone: .venv with the versions of constraints.txt
@@ -11,6 +12,9 @@
 PYTHON ?= python3
 PROFILE ?= digits
 JOBS ?=
+NAME ?=
+ROWS ?=
+SEED ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # the same in any shell: UTF-8 in any locale, and no packages of another environment
@@ -21,8 +25,11 @@ unexport PYTHONHOME PYTHONPATH
 repro: $(VENV)/.installed
 	@python stages/repro.py $(if $(JOBS),--jobs $(JOBS))
 
+publish: $(VENV)/.installed
+	@python stages/publish.py $(NAME)
+
 verify: $(VENV)/.installed
-	@python stages/verify.py
+	@python stages/verify.py $(NAME) $(if $(ROWS),--rows $(ROWS)) $(if $(SEED),--seed $(SEED))
 
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup
@@ -58,4 +65,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-.PHONY: repro verify test test-fast lint install params
+.PHONY: repro publish verify test test-fast lint install params
