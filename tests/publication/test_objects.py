@@ -1,12 +1,13 @@
 """The run of a published result, fetched from the objects that DVC keeps, or from a remote elsewhere."""
 
+import configparser
 import hashlib
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import files_of, run_in
+from conftest import REPOSITORY, files_of, run_in
 
 from rrcm.publication.objects import assemble, folder_md5, open_local_run, open_run, tracked_md5
 from rrcm.publication.result import Result
@@ -89,3 +90,9 @@ def test_a_run_dvc_that_names_no_run_is_said(fetched, text):
     (fetched.folder / "run.dvc").unlink()
     with pytest.raises(RRCMError, match=r"run\.dvc: no such file; restore it with git, or publish tiny again"):
         tracked_md5(fetched)
+
+
+def test_dvc_checks_what_it_pulls():
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / ".dvc/config")
+    assert config["'remote \"artifacts\"'"].getboolean("verify")
