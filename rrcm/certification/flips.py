@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from rrcm.certification.agreement import closeness
 from rrcm.certification.record import Flips, read_record, record_path
 from rrcm.certification.results import read_certificates
 from rrcm.certification.revote import Inputs, Settings, load_inputs, smooth_again, vote_singly
+from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.data.shards import evenly_spaced
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError
 
 SAMPLES_PER_IMAGE = 200  # to measure flips; more images tell more than more samples of one
+MOST_SAMPLES, LEAST_SAMPLES = 20_000, 1_000  # of a model, by how long they take
+SECONDS = 2.0  # of the certified computation; bfloat16 with AVX2 takes ten times as long
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # compute as a CPU without AVX-512
 
 
@@ -45,19 +49,21 @@ def count_flips(first: np.ndarray, second: np.ndarray, against: str) -> Flips:
 
 
 def measure_flips(
-    path: Path, model: Path | str, images: Path, *, samples: int = 20_000, device: str = "auto"
+    path: Path, model: Path | str, images: Path, *, samples: int | None = None, device: str = "auto"
 ) -> dict[str, list[Flips]]:
     """The entry `flips` of the record beside the certificate file `path`: by the precision of who votes again.
 
     The certified computation runs here. Call this on the machine type that certified. `model` and `images` are as for
-    `load_inputs`. Each list has one measurement for each way to compute otherwise, of about `samples` votes.
+    `load_inputs`. Each list has one measurement for each way to compute otherwise, of about `samples` votes; None: as
+    many as take SECONDS, between the least and the most.
     """
     record, frame = read_record(record_path(path)), read_certificates(path, unlabelled=True)
     inputs, problems = load_inputs(path, record, frame, model, images)
     if problems:
         raise RRCMError(problems[0])
     place = pick_device(device)
-    indices = spread_indices(frame["idx"].tolist(), samples)
+    smoothed, indices = smooth_again(record, inputs, place, Settings(record.precision)), frame["idx"].tolist()
+    indices = spread_indices(indices, samples or affordable_samples(smoothed, inputs, indices[0]))
     threads, size = record.environment.hardware.threads or 1, record.batch_size
 
     def classes(settings: Settings) -> np.ndarray:
@@ -74,6 +80,15 @@ def measure_flips(
         found[precision] = [count_flips(certified, each, against) for against, each in measured.items()]
     smooth_again(record, inputs, place, Settings())  # the number of threads as before
     return found
+
+
+def affordable_samples(smoothed: SmoothedClassifier, inputs: Inputs, index: int) -> int:
+    """How many votes take about SECONDS, within the bounds."""
+    size = smoothed.batch_size
+    vote_singly(smoothed, inputs, [index], size)  # the first batch takes longer
+    start = time.monotonic()
+    vote_singly(smoothed, inputs, [index], size)
+    return int(np.clip(SECONDS * size / (time.monotonic() - start), LEAST_SAMPLES, MOST_SAMPLES))
 
 
 def spread_indices(indices: Sequence[int], samples: int) -> list[int]:

@@ -1,15 +1,18 @@
 """Publish a finished run: freeze it below results/, and let DVC keep what is too large for git."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from rrcm.certification.flips import measure_flips
-from rrcm.certification.record import read_record, record_bytes
+from rrcm.certification.record import read_record, record_bytes, record_path
 from rrcm.certification.results import sigma_name
 from rrcm.config import Config, load_config
 from rrcm.data.shards import ShardedDataset
@@ -28,7 +31,7 @@ from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, read_inputs
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, read_json, write_json
 from rrcm.utils.progress import Progress
-from rrcm.utils.provenance import Git, head, uncommitted
+from rrcm.utils.provenance import Git, available_cores, head, uncommitted
 
 CODE = ("rrcm", "stages", "conf", "dvc.yaml")  # what decides a run beside its settings, which are published with it
 MAX_TEST_BYTES = 10 * 2**20  # a larger test split is not published; whoever verifies makes it with shard-data
@@ -159,13 +162,14 @@ def add_flips(config: Config, run: Path, shards: Path, methods: Sequence[str]) -
     An audit on another machine takes this rate as its tolerance.
     """
     runs = model_runs(config, methods)
-    with Progress(len(runs), "measure how often answers flip", "models") as progress:
-        for method, sigma in runs:
-            model = run / f"models/{method}/{sigma_name(sigma)}"
-            flips = measure_flips(run / certificates_file(method, sigma), model, shards)
-            path = run / record_file(method, sigma)
-            record = read_record(path).model_copy(update={"flips": flips})
-            path.write_bytes(record_bytes(record))
+    models = [run / f"models/{method}/{sigma_name(sigma)}" for method, sigma in runs]
+    certificates = [run / certificates_file(*each) for each in runs]
+    workers = ProcessPoolExecutor(available_cores(), mp_context=multiprocessing.get_context("spawn"))
+    with workers, Progress(len(runs), "measure how often answers flip", "models") as progress:
+        measured = workers.map(measure_flips, certificates, models, repeat(shards))
+        for path, flips in zip(certificates, measured, strict=True):
+            record = read_record(record_path(path)).model_copy(update={"flips": flips})
+            record_path(path).write_bytes(record_bytes(record))
             progress.update()
 
 

@@ -258,7 +258,7 @@ def test_a_record_that_cannot_be_is_said(result, values, said):
 
 def test_swapped_test_images_are_found(tmp_path, tiny_shards, trained, monkeypatch):
     config = load_config(trained / "params.yaml")
-    honest = datasets.read_digits(config.data)
+    honest = datasets.DATASETS["digits"](config.data)
     honest.train.images[:] = np.flip(honest.train.images, axis=2)
     monkeypatch.setitem(datasets.DATASETS, "digits", lambda data: honest)
     write_shards(config.data, config.seed, tmp_path / "shards")
