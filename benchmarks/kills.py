@@ -109,14 +109,15 @@ STAGES = [  # each after those that it needs
     ),
     Command("latency", ["latency.py"], [LATENCY]),
     Command("attack", ["attack.py", "rrcm"], ["attack/rrcm"]),
-    Command("plot", ["plot.py"], ["reports/digits"]),
+    Command("fingerprint", ["fingerprint.py"], ["fingerprints"]),
+    Command("plot", ["plot.py"], ["reports/digits", "metrics.json"]),
     Command(
         "rrcm certify",
         f"rrcm certify images --model models/{MODEL} --n 1000 --output found/of.tsv --gallery found/of.png".split(),
         ["found/of.tsv", "found/of.files.tsv", "found/of.png"],
     ),
 ]
-RESULTS = ["data", "models", "certificates", "timings", "attack", "dvclive"]
+RESULTS = ["fingerprints", "metrics.json", "data", "models", "certificates", "timings", "attack", "dvclive"]
 PIPELINE = Command(
     "repro.py",
     ["repro.py", "--jobs", "2"],
