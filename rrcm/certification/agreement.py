@@ -4,7 +4,7 @@ Votes flip near a tie of two classes. Let z be the gap between the two classes' 
 standard deviation, and p the probability that it is above 0. A rounding error flips the votes with |z| below a small
 bound, whose probability is that bound times twice the density of z at 0. For a normal z this density is
 phi(Phi^-1(p)). So a model has one rate, at a tie, and an image with the vote share p has `rate` times `closeness(p)`.
-On the digits this explains how the flips differ between images (benchmarks/README.md).
+On the digits this explains how the flips differ between images (benchmarks/README.md, "Audits").
 
 Each flip moves one vote. So the votes that have moved between two counts are at most the flips, which are binomial.
 """

@@ -41,7 +41,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     """softmax(q k^T / sqrt(d)) v, each (B, heads, L, d) -> (B, heads, L, d).
 
     Uses torch's fused kernel, except in half precision on a CPU. There plain products take half the time in the forward
-    pass and a fraction of it in the backward pass (benchmarks/README.md).
+    pass and a fraction of it in the backward pass (benchmarks/README.md, "Attention").
     """
     if q.device.type == "cpu" and q.dtype != torch.float32:
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v

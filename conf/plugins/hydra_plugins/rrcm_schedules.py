@@ -3,7 +3,7 @@
 The paper's settings are made for 300,000 steps (CIFAR-10). Scaled down in steps alone, they learn a trajectory in more
 strides than there is time for, and their moving averages remember more steps than there are. These functions pass
 through the paper's values at 300,000 steps, and close to what trials on Fashion-MNIST and the digits preferred below
-(benchmarks/README.md, "Short pre-training"). The paper's own profiles keep their numbers and use none of them.
+(docs/experiments.md, "Short pre-training"). The paper's own profiles keep their numbers and use none of them.
 """
 
 import math
