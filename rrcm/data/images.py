@@ -1,7 +1,7 @@
 """Image files as people have them: which files of a folder are read, in which order, with which labels and pixels.
 
 Training (sharding.py, shards.py) and `rrcm certify` both use these functions, so they see the same pictures with the
-same labels. README.md says what is read how.
+same labels. README.md lists the supported formats.
 """
 
 import contextlib
