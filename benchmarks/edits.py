@@ -65,8 +65,15 @@ def add_data_set(folder: Path) -> None:
     replace("rrcm/data/datasets.py", r'("digits": )', rf'"new": {entry},\n    \1')(folder)
 
 
-ROW = '"new": {"initial_weights": None, "objective": "gaussian", "budget": "finetune", "classifier": "classifier", '
-ROW += '"base": None, "family": "noise", "label": "New", "colour": "#123456"},'
+def add_row(folder: Path) -> None:
+    """A new row of the method table. In earlier checkouts the table was a dictionary of dictionaries."""
+    row = {"initial_weights": None, "objective": "gaussian", "budget": "finetune", "classifier": "classifier"}
+    row |= {"base": None, "family": "noise", "label": "New", "colour": "#123456"}
+    if "TABLE = {" in (folder / "rrcm/methods.py").read_text(encoding="utf-8"):
+        replace("rrcm/methods.py", r"^TABLE = \{", f'TABLE = {{\n    "new": {row},')(folder)
+    else:
+        replace("rrcm/methods.py", r"^(  gaussian  )", r"  new  -  gaussian  classifier  #123456  New\n\1")(folder)
+
 
 EDITS = [
     Edit("a comment in the random streams", replace("rrcm/utils/rng.py", r"\Z", "# a comment\n")),
@@ -80,7 +87,7 @@ EDITS = [
     ),
     Edit("a new loss", add_loss),
     Edit("a new data set", add_data_set),
-    Edit("a new row of the method table", replace("rrcm/methods.py", r"^TABLE = \{", rf"TABLE = {{\n    {ROW}")),
+    Edit("a new row of the method table", add_row),
     Edit(
         "the formula of the consistency loss",
         replace("rrcm/objectives/consistency.py", r"= -entropy - ", "= -entropy + "),

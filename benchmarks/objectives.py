@@ -67,7 +67,8 @@ def main(params: Path = Path("params.yaml"), sigma: float = 0.5, batch: int = 32
     precision = resolve_precision(torch.device("cpu"), "auto")
     target = torch.eye(NUM_CLASSES)[torch.arange(batch) % NUM_CLASSES]
     images = {"image": torch.rand(batch, *SHAPE), "target": target, "soft_label": 0.9 * target + 0.01}
-    rows = {row.objective: name for name, row in METHODS.items() if row.initial_weights is None and row.base is None}
+    scratch = {name: row for name, row in METHODS.items() if row.initial_weights is None and row.budget == "finetune"}
+    rows = {row.objective: name for name, row in scratch.items()}
     objectives = {"gaussian, m = 1": Gaussian(sigma, 1)}
     for name, method in rows.items():
         objectives[name] = build_finetuning_objective(config.finetune.settings(method, sigma), method, sigma)

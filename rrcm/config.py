@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from rrcm.derived import SECTIONS, derived_settings
-from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, finetuning_keys, value_for_objective
+from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, check_methods, finetuning_keys, value_for_objective
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
 
@@ -832,7 +832,11 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
-    """Validate a mapping. Raises `RRCMError` with one line naming the key, the value and what is allowed."""
+    """Validate a mapping, and the table of methods that it chooses from.
+
+    Raises `RRCMError` with one line naming the key, the value and what is allowed.
+    """
+    check_methods()
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rrcm.methods import (
-    DENOISED,
     DENOISER,
     MATCHED_PRETRAINING,
     METHODS,
@@ -210,7 +209,7 @@ def _source_path(source: str | None) -> str | None:
 
 def _other_input(method: str) -> str | None:
     """What a method is made from besides images and initial weights."""
-    if METHODS[method].classifier in DENOISED:
+    if METHODS[method].denoises:
         return DENOISER
     return SOFT_LABELS if METHODS[method].needs_soft_labels else None
 

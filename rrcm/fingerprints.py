@@ -99,14 +99,14 @@ def classifier_entries(config: Config, method: str) -> list[Entry]:
     """What loads the classifiers of a method."""
     row = METHODS[method]
     whole = ["ensemble"] if row.is_ensemble else ["denoised"] if row.denoises else []
-    return [(KINDS, kind) for kind in whole] + trunk_entries(config)
+    return [(KINDS, kind) for kind in whole] + trunk_entries(config, method)
 
 
-def trunk_entries(config: Config) -> list[Entry]:
-    """What loads one classifier that is trained here, and builds its network."""
+def trunk_entries(config: Config, method: str) -> list[Entry]:
+    """What loads one classifier that is trained for a method, and builds its network."""
     name = config.model.architecture
     if name == "vit":
-        return [(KINDS, "classifier")]
+        return [(KINDS, METHODS[method].trained)]
     return [(KINDS, "network"), (NETWORKS, name if name in NETWORKS else "timm")]
 
 
@@ -114,7 +114,7 @@ def training_entries(config: Config, method: str) -> list[Entry]:
     """What a training of a method minimizes, what it starts from, and what says how long it is."""
     row, settings = METHODS[method], config.finetune
     objectives = [row.objective] if row.objective is not None else []
-    entries = classifier_entries(config, method) if row.is_ensemble or row.denoises else trunk_entries(config)
+    entries = classifier_entries(config, method) if row.is_ensemble or row.denoises else trunk_entries(config, method)
     if row.pretrained_here or row.initial_weights == "timm":
         given = settings.initial_checkpoint
         is_file = given is not None and expand_user(given).is_file()

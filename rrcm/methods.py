@@ -1,11 +1,17 @@
-"""The methods that are compared, one row each. Everything that tells one method from another stands here.
+"""The methods that are compared, one line each. Everything that tells one method from another stands here.
 
 A training depends on the cells of its own row that decide its result, so changing a row retrains that method alone, and
 adding a row retrains nothing (derived.py).
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from rrcm.models import CLASSIFIERS, DENOISED, KINDS
+from rrcm.objectives import FINETUNING, PRETRAINING
+from rrcm.utils.errors import RRCMError
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
@@ -13,8 +19,6 @@ MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with 
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
 SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
 DENOISER = "models/denoiser"  # where the stage denoiser puts it
-DENOISED = ("dds", "densepure", "diffsmooth")  # base classifiers that denoise first
-BUDGETS = ("finetune", "total")
 FAMILIES = (
     "rRCM",
     "other pre-training",
@@ -25,321 +29,51 @@ FAMILIES = (
     "denoise, then classify",
 )
 
-TABLE = {
-    "rrcm": {
-        "initial_weights": "rrcm",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM",
-        "colour": "#0072B2",
-    },
-    "consistency": {
-        "initial_weights": None,
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "regularization",
-        "label": "Consistency",
-        "colour": "#D55E00",
-    },
-    "gaussian": {
-        "initial_weights": None,
-        "objective": "gaussian",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "noise",
-        "label": "Gaussian",
-        "colour": "#009E73",
-    },
-    "consistency_matched": {
-        "initial_weights": None,
-        "objective": "consistency",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "consistency",
-        "family": "regularization",
-        "label": "Consistency, matched compute",
-        "colour": "#D55E00",
-    },
-    "gaussian_matched": {
-        "initial_weights": None,
-        "objective": "gaussian",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "gaussian",
-        "family": "noise",
-        "label": "Gaussian, matched compute",
-        "colour": "#009E73",
-    },
-    "timm": {
-        "initial_weights": "timm",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "other pre-training",
-        "label": "timm ViT",
-        "colour": "#CC79A7",
-    },
-    "stability": {
-        "initial_weights": None,
-        "objective": "stability",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "noise",
-        "label": "Stability",
-        "colour": "#999933",
-    },
-    "stability_matched": {
-        "initial_weights": None,
-        "objective": "stability",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "stability",
-        "family": "noise",
-        "label": "Stability, matched compute",
-        "colour": "#999933",
-    },
-    "macer": {
-        "initial_weights": None,
-        "objective": "macer",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "regularization",
-        "label": "MACER",
-        "colour": "#882255",
-    },
-    "macer_matched": {
-        "initial_weights": None,
-        "objective": "macer",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "macer",
-        "family": "regularization",
-        "label": "MACER, matched compute",
-        "colour": "#882255",
-    },
-    "smoothadv": {
-        "initial_weights": None,
-        "objective": "smoothadv",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "adversarial",
-        "label": "SmoothAdv",
-        "colour": "#E69F00",
-    },
-    "smoothadv_matched": {
-        "initial_weights": None,
-        "objective": "smoothadv",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "smoothadv",
-        "family": "adversarial",
-        "label": "SmoothAdv, matched compute",
-        "colour": "#E69F00",
-    },
-    "smoothmix": {
-        "initial_weights": None,
-        "objective": "smoothmix",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "adversarial",
-        "label": "SmoothMix",
-        "colour": "#56B4E9",
-    },
-    "smoothmix_matched": {
-        "initial_weights": None,
-        "objective": "smoothmix",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "smoothmix",
-        "family": "adversarial",
-        "label": "SmoothMix, matched compute",
-        "colour": "#56B4E9",
-    },
-    "rrcm_without_contrastive": {
-        "initial_weights": "rrcm_without_contrastive",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM, consistency alone",
-        "colour": "#44AA99",
-    },
-    "rrcm_without_consistency": {
-        "initial_weights": "rrcm_without_consistency",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM without consistency",
-        "colour": "#332288",
-    },
-    "rrcm_independent_noise": {
-        "initial_weights": "rrcm_independent_noise",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM, independent noise",
-        "colour": "#AA4499",
-    },
-    "rrcm_constant_levels": {
-        "initial_weights": "rrcm_constant_levels",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM, constant levels",
-        "colour": "#DDCC77",
-    },
-    "moco_v3": {
-        "initial_weights": "moco_v3",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "other pre-training",
-        "label": "MoCo-v3",
-        "colour": "#661100",
-    },
-    "dmae": {
-        "initial_weights": "dmae",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "other pre-training",
-        "label": "DMAE",
-        "colour": "#117733",
-    },
-    "rrcm_dmae": {
-        "initial_weights": "rrcm_dmae",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "other pre-training",
-        "label": "rRCM + DMAE",
-        "colour": "#F0E442",
-    },
-    "cat_rs": {
-        "initial_weights": None,
-        "objective": "cat_rs",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "adversarial",
-        "label": "CAT-RS",
-        "colour": "#A0522D",
-    },
-    "rrcm_cat_rs": {
-        "initial_weights": "rrcm",
-        "objective": "cat_rs",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM + CAT-RS",
-        "colour": "#5E3C99",
-    },
-    "rrcm_smoothadv": {
-        "initial_weights": "rrcm",
-        "objective": "smoothadv",
-        "budget": "finetune",
-        "classifier": "classifier",
-        "base": None,
-        "family": "rRCM",
-        "label": "rRCM + SmoothAdv",
-        "colour": "#0B8F9C",
-    },
-    "cat_rs_matched": {
-        "initial_weights": None,
-        "objective": "cat_rs",
-        "budget": "total",
-        "classifier": "classifier",
-        "base": "cat_rs",
-        "family": "adversarial",
-        "label": "CAT-RS, matched compute",
-        "colour": "#A0522D",
-    },
-    "consistency_ensemble": {
-        "initial_weights": None,
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "ensemble",
-        "base": None,
-        "family": "ensemble",
-        "label": "Consistency, ensemble",
-        "colour": "#B2182B",
-    },
-    "rrcm_ensemble": {
-        "initial_weights": "rrcm",
-        "objective": "consistency",
-        "budget": "finetune",
-        "classifier": "ensemble",
-        "base": None,
-        "family": "ensemble",
-        "label": "rRCM, ensemble",
-        "colour": "#2166AC",
-    },
-    "dds": {
-        "initial_weights": "gaussian",
-        "objective": None,
-        "budget": "finetune",
-        "classifier": "dds",
-        "base": None,
-        "family": "denoise, then classify",
-        "label": "DDS",
-        "colour": "#CC6677",
-    },
-    "dds_finetuned": {
-        "initial_weights": "gaussian",
-        "objective": "gaussian",
-        "budget": "finetune",
-        "classifier": "dds",
-        "base": None,
-        "family": "denoise, then classify",
-        "label": "DDS, fine-tuned",
-        "colour": "#6699CC",
-    },
-    "densepure": {
-        "initial_weights": "gaussian",
-        "objective": None,
-        "budget": "finetune",
-        "classifier": "densepure",
-        "base": None,
-        "family": "denoise, then classify",
-        "label": "DensePure",
-        "colour": "#AA3377",
-    },
-    "diffsmooth": {
-        "initial_weights": "gaussian",
-        "objective": None,
-        "budget": "finetune",
-        "classifier": "diffsmooth",
-        "base": None,
-        "family": "denoise, then classify",
-        "label": "DiffSmooth",
-        "colour": "#997700",
-    },
-}
+# The methods by family. Two spaces or more part the columns, which are fields of `Method`; - stands for None. The three
+# columns after the name decide the result. A method that starts from random weights also exists as NAME_matched.
+TABLE = """\
+  method                    initial_weights           objective    classifier  colour   label
 
+rRCM
+  rrcm                      rrcm                      consistency  classifier  #0072B2  rRCM
+  rrcm_without_contrastive  rrcm_without_contrastive  consistency  classifier  #44AA99  rRCM, consistency alone
+  rrcm_without_consistency  rrcm_without_consistency  consistency  classifier  #332288  rRCM without consistency
+  rrcm_independent_noise    rrcm_independent_noise    consistency  classifier  #AA4499  rRCM, independent noise
+  rrcm_constant_levels      rrcm_constant_levels      consistency  classifier  #DDCC77  rRCM, constant levels
+  rrcm_cat_rs               rrcm                      cat_rs       classifier  #5E3C99  rRCM + CAT-RS
+  rrcm_smoothadv            rrcm                      smoothadv    classifier  #0B8F9C  rRCM + SmoothAdv
 
-APPEARANCE = {"label", "colour", "base", "family"}  # columns of TABLE that decide no result
+other pre-training
+  timm                      timm                      consistency  classifier  #CC79A7  timm ViT
+  moco_v3                   moco_v3                   consistency  classifier  #661100  MoCo-v3
+  dmae                      dmae                      consistency  classifier  #117733  DMAE
+  rrcm_dmae                 rrcm_dmae                 consistency  classifier  #F0E442  rRCM + DMAE
+
+noise
+  gaussian                  -                         gaussian     classifier  #009E73  Gaussian
+  stability                 -                         stability    classifier  #999933  Stability
+
+regularization
+  consistency               -                         consistency  classifier  #D55E00  Consistency
+  macer                     -                         macer        classifier  #882255  MACER
+
+adversarial
+  smoothadv                 -                         smoothadv    classifier  #E69F00  SmoothAdv
+  smoothmix                 -                         smoothmix    classifier  #56B4E9  SmoothMix
+  cat_rs                    -                         cat_rs       classifier  #A0522D  CAT-RS
+
+ensemble
+  consistency_ensemble      -                         consistency  ensemble    #B2182B  Consistency, ensemble
+  rrcm_ensemble             rrcm                      consistency  ensemble    #2166AC  rRCM, ensemble
+
+denoise, then classify
+  dds                       gaussian                  -            dds         #CC6677  DDS
+  dds_finetuned             gaussian                  gaussian     dds         #6699CC  DDS, fine-tuned
+  densepure                 gaussian                  -            densepure   #AA3377  DensePure
+  diffsmooth                gaussian                  -            diffsmooth  #997700  DiffSmooth
+"""
+COLUMNS = ("initial_weights", "objective", "classifier", "colour", "label")
+APPEARANCE = {"colour", "label", "family"}  # fields of `Method` that decide no result
 
 
 @dataclass(frozen=True)
@@ -348,12 +82,11 @@ class Method:
 
     initial_weights: str | None  # a pre-training objective, "timm", a method if it denoises, or None: random weights
     objective: str | None  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`; None: put together, not trained
-    budget: str  # of BUDGETS; "total": also the compute of rRCM's pre-training
-    classifier: str  # base classifier, a key of `rrcm.models.base_classifiers.CLASSIFIERS`, "ensemble", or in DENOISED
-    base: str | None  # the method with the same training at the smaller budget
-    family: str  # of FAMILIES: what tells it from the others
-    label: str
+    classifier: str  # base classifier, a key of `rrcm.models.CLASSIFIERS`, "ensemble", or of `rrcm.models.DENOISED`
     colour: str  # such as #0072B2
+    label: str
+    family: str  # of FAMILIES: what tells it from the others
+    budget: str = "finetune"  # or "total": also the compute of rRCM's pre-training
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -386,7 +119,81 @@ class Method:
         return "classifier" if self.is_ensemble or self.denoises else self.classifier
 
 
-METHODS = {name: Method(**row) for name, row in TABLE.items()}
+def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
+    """The family and the cells of each row of a table that is written as TABLE."""
+    family = ""
+    for line in table.splitlines()[1:]:
+        cells = re.split("  +", line.strip())
+        if line.startswith(" ") or len(cells) > 1:
+            yield family, cells
+        else:
+            family = line or family
+
+
+def read_methods(table: str) -> dict[str, Method]:
+    """The methods of a table by name, then those that follow from them.
+
+    A row with too few or too many cells is left out; `check_methods` names it.
+    """
+    written = {
+        name: Method(*(None if cell == "-" else cell for cell in cells[:2]), *cells[2:], family=family)
+        for family, (name, *cells) in read_rows(table)
+        if len(cells) == len(COLUMNS)
+    }
+    return written | {
+        f"{name}_matched": matched(row)
+        for name, row in written.items()
+        if row.initial_weights is None and not row.is_ensemble
+    }
+
+
+def matched(row: Method) -> Method:
+    """The same training with the compute of rRCM's pre-training added: both then have the same total compute."""
+    return replace(row, budget="total", label=f"{row.label}, matched compute")
+
+
+METHODS = read_methods(TABLE)
+
+
+def check_methods() -> None:
+    """Raises `RRCMError` for the first row with which a stage would fail, and says which cell and what it may be."""
+    rows = [cells for _, cells in read_rows(TABLE)]
+    for name, *cells in rows:
+        if len(cells) != len(COLUMNS):
+            raise RRCMError(
+                f"rrcm/methods.py: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces "
+                f"between them: {', '.join(COLUMNS)}"
+            )
+    names = Counter([name for name, *_ in rows] + [name for name, row in METHODS.items() if row.budget == "total"])
+    labels = Counter(row.label for row in METHODS.values())
+    for name, row in METHODS.items():
+        if names[name] > 1:
+            raise RRCMError(f"rrcm/methods.py: {name} stands for {names[name]} methods; give each its own name")
+        if not re.fullmatch("[a-z0-9_]+", name):
+            raise RRCMError(f"rrcm/methods.py: {name!r} names files and stages; write it with a-z, 0-9 and _")
+        for column, allowed in _allowed_cells(row).items():
+            if (cell := getattr(row, column)) not in allowed:
+                known = ", ".join(_written(each) for each in allowed)
+                raise RRCMError(f"rrcm/methods.py: {name} has {column} {_written(cell)!r}; choose one of {known}")
+        if not re.fullmatch("#[0-9a-fA-F]{6}", row.colour):
+            raise RRCMError(f"rrcm/methods.py: {name} has colour {row.colour!r}; write it as #0072B2")
+        if labels[row.label] > 1:
+            raise RRCMError(f"rrcm/methods.py: {name} has label {row.label!r}, as another method; give each its own")
+
+
+def _allowed_cells(row: Method) -> dict[str, Sequence[str | None]]:
+    """What cells of a row may be, by column. The classifier comes first, as others depend on it."""
+    first = [name for name, other in METHODS.items() if not other.denoises]  # classifies what another denoises
+    return {
+        "classifier": [*(kind for kind in CLASSIFIERS if kind in KINDS), "ensemble", *DENOISED],  # what can be loaded
+        "initial_weights": first if row.denoises else [None, "timm", *PRETRAINING],
+        "objective": [None, *FINETUNING] if row.denoises else [*FINETUNING],
+        "family": FAMILIES,
+    }
+
+
+def _written(cell: str | None) -> str:
+    return "-" if cell is None else cell
 
 
 def classifier_of(method: str, denoised: Mapping) -> tuple[str, float] | None:

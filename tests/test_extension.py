@@ -17,8 +17,8 @@ from rrcm.config import Config, parse_config
 from rrcm.data.datasets import DATASETS, RawDataset, RawSplit
 from rrcm.data.sharding import write_shards
 from rrcm.methods import METHODS, Method
-from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
-from rrcm.models.kinds import KINDS
+from rrcm.models import CLASSIFIERS, KINDS
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.load import load_base_classifier
 from rrcm.objectives import FINETUNING
 from rrcm.objectives.base import draw_noise, noisy_logits, soft_cross_entropy
@@ -74,12 +74,11 @@ def stripes(data) -> RawDataset:
 
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"initial_weights": None, "objective": "both_views", "budget": "finetune", "classifier": "jittered"}
-    monkeypatch.setitem(
-        METHODS, "both_views", Method(**row, base=None, family="noise", label="Both views", colour="#E69F00")
-    )
+    row = Method(None, "both_views", "jittered", "#E69F00", "Both views", family="noise")
+    monkeypatch.setitem(METHODS, "both_views", row)
     monkeypatch.setitem(FINETUNING, "both_views", BothViews)
     monkeypatch.setitem(CLASSIFIERS, "jittered", Jittered)
+    monkeypatch.setitem(KINDS, "jittered", load_jittered)
     monkeypatch.setitem(DATASETS, "stripes", stripes)
 
 
@@ -105,7 +104,6 @@ def load_jittered(folder: Path, config: dict):
 
 
 def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_path, monkeypatch):
-    monkeypatch.setitem(KINDS, "jittered", load_jittered)
     monkeypatch.chdir(tmp_path)
     config = settings(project)
     write_shards(config.data, config.seed, tmp_path / "shards")

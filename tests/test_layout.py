@@ -12,7 +12,8 @@ from conftest import PRELOAD, REPOSITORY
 
 # From bottom to top. A module may import from its own package and from packages of lower layers.
 LAYERS = [
-    {"rrcm.utils", "rrcm.methods"},
+    {"rrcm.utils"},
+    {"rrcm.methods"},
     {"rrcm.derived"},
     {"rrcm.config"},
     {"rrcm.data", "rrcm.models"},
@@ -24,6 +25,9 @@ LAYERS = [
     {"rrcm.cli"},
     {"rrcm"},  # rrcm/__init__.py: the public names
 ]
+# Packages whose registries, the upper-case names in their __init__.py, any layer may import. An entry is the text of
+# where an object is, so the names are known without the objects.
+REGISTRIES = {"rrcm.models", "rrcm.objectives"}
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 OUTSIDE = {"stages", "tests", "benchmarks", "conftest"}  # they use the package, never the other way round
 DRAWING = {"matplotlib", "PIL.ImageDraw", "PIL.ImageFont"}
@@ -78,10 +82,13 @@ def package_of(name: str) -> str:
 
 
 def wrong_directions(imports: list[Import]) -> list[str]:
-    """Imports from a higher layer, or from another package of the same layer."""
+    """Imports from a higher layer, or from another package of the same layer. REGISTRIES may be imported."""
     wrong = []
     for module, target, place in imports:
         source, goal = package_of(module), package_of(target)
+        package, _, name = target.rpartition(".")
+        if package in REGISTRIES and name.isupper():
+            continue
         if goal and source != goal and LEVEL[goal] >= LEVEL[source]:
             way = "sideways" if LEVEL[goal] == LEVEL[source] else "upwards"
             wrong.append(f"{place}: {source} imports {way} from {target}")
@@ -138,6 +145,11 @@ def test_imports_go_downwards():
     assert not (wrong := wrong_directions(IMPORTS)), "\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("package", sorted(REGISTRIES))
+def test_a_registry_imports_none_of_its_entries(package):
+    assert {target for module, target, _ in IMPORTS if module == package} == {"rrcm.utils.registry.Registry"}
+
+
 def test_no_import_cycle():
     assert not (cycle := find_cycle(IMPORTS, MODULES)), " -> ".join(cycle)
 
@@ -166,6 +178,8 @@ def write_package(root: Path, **sources: str) -> list[Import]:
         ("data__loader", "def f():\n    from rrcm import models", "sideways from rrcm.models"),
         ("data__loader", "import rrcm.models.vit", "sideways from rrcm.models.vit"),
         ("config", "from .cli import main", "upwards from rrcm.cli.main"),
+        ("config", "from rrcm.models import vit", "upwards from rrcm.models.vit"),
+        ("config", "from rrcm.models.denoised import SETTINGS", "upwards from rrcm.models.denoised.SETTINGS"),
         ("models__vit", "from ..evaluation.attack import attack", "upwards from rrcm.evaluation.attack.attack"),
         (
             "models__load",

@@ -11,6 +11,16 @@ KINDS = Registry(
         "denoised": "rrcm.models.denoised:load_denoised",
     }
 )
+# What fine-tuning trains, by the `kind` of the model folder it writes: (encoder, number of classes, t) -> classifier.
+CLASSIFIERS = Registry({"classifier": "rrcm.models.base_classifiers:NoiseConditionedClassifier"})
+# Classifiers that denoise first, by the `classifier` of a method. Each also takes its own settings, by name.
+DENOISED = Registry(
+    {
+        "dds": "rrcm.models.denoised:DDS",
+        "densepure": "rrcm.models.denoised:DensePure",
+        "diffsmooth": "rrcm.models.denoised:DiffSmooth",
+    }
+)
 # Networks in the place of the ViT, with random weights, by the setting `model.architecture`; else it is a name of timm.
 NETWORKS = Registry(
     {

@@ -68,10 +68,6 @@ class NoiseConditionedClassifier(BaseClassifier):
         return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, 2 * noisy - 1))
 
 
-# What fine-tuning trains, by the `kind` of the model folder it writes.
-CLASSIFIERS = {"classifier": NoiseConditionedClassifier}
-
-
 class Normalized(BaseClassifier):
     """A network that expects normalized images, as a classifier of pixels in [0, 1]."""
 

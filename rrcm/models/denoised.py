@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from rrcm.config import Count, NonNegative, Positive
+from rrcm.models import DENOISED
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
 from rrcm.models.denoiser import Denoiser, load_denoiser
 from rrcm.models.folders import ClassNames, Entries, Part, Place, Sha256, parse_entries, write_model_folder
@@ -112,10 +113,6 @@ class DiffSmooth(DenoisedClassifier):
             noise = draw.normal(f"local noise {copy}", clean.shape[1:]) if self.local_sigma else 0.0
             total = total + self.classify(clean + self.local_sigma * noise).softmax(1)
         return (total / self.num_noise).clamp_min(torch.finfo(total.dtype).tiny).log()
-
-
-# By the `classifier` of a method. Each also takes its own settings, by name.
-DENOISED = {"dds": DDS, "densepure": DensePure, "diffsmooth": DiffSmooth}
 
 
 class Runs(Entries):

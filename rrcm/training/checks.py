@@ -1,6 +1,5 @@
 """What can be known before training: whether all later stages can work with these settings and this data set."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,13 +9,12 @@ from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
-from rrcm.methods import BUDGETS, FAMILIES, METHODS, PER_OBJECTIVE
+from rrcm.methods import METHODS, PER_OBJECTIVE
+from rrcm.models import CLASSIFIERS, DENOISED
 from rrcm.models.architectures import network_classifier
-from rrcm.models.base_classifiers import CLASSIFIERS
-from rrcm.models.denoised import DENOISED
 from rrcm.models.load import load_base_classifier
 from rrcm.models.public_denoisers import HUB
-from rrcm.objectives import FINETUNING, PRETRAINING
+from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import (
     build_finetuning_objective,
     build_pretraining_objective,
@@ -36,8 +34,6 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     number of processes that torchrun has started. Weights from outside this pipeline are loaded once, as fine-tuning
     does; apart from that no network is built. Raises `RRCMError` with the key, its value and the bound.
     """
-    for method in config.methods:
-        _check_row(method)
     manifest, processes = read_manifest(shard_folder), process_count()
     _check_data(config, manifest)
     images = sum(manifest.splits["train"].counts)
@@ -56,27 +52,6 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     _check_denoised(config, len(manifest.classes))
     _check_certification(config)
     _check_external_results(config)
-
-
-def _check_row(method: str) -> None:
-    """Raises `RRCMError` for a row of the method table with a cell that a later stage does not know."""
-    row = METHODS[method]
-    start = METHODS if row.denoises else ("timm", *PRETRAINING)
-    known = {
-        "initial_weights": (None, *start),
-        "objective": (None, *FINETUNING),
-        "budget": BUDGETS,
-        "classifier": (*CLASSIFIERS, "ensemble", *DENOISED),
-        "base": (None, *METHODS),
-        "family": FAMILIES,
-    }
-    for column, values in known.items():
-        if (cell := getattr(row, column)) not in values:
-            raise RRCMError(
-                f"rrcm/methods.py: {method} has {column} {cell!r}; choose one of {', '.join(map(str, values))}"
-            )
-    if not re.fullmatch("#[0-9a-fA-F]{6}", row.colour):
-        raise RRCMError(f"rrcm/methods.py: {method} has colour {row.colour!r}; write it as #0072B2")
 
 
 def _check_data(config: Config, manifest: Manifest) -> None:
@@ -117,7 +92,7 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
 
 def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
     settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
-    if config.certify.compile and getattr({**CLASSIFIERS, **DENOISED}.get(kind.classifier), "stochastic", False):
+    if config.certify.compile and getattr((CLASSIFIERS | DENOISED).get(kind.classifier), "stochastic", False):
         raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
     if kind.objective is None:
         return

@@ -18,9 +18,9 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.verification import verify_shards
 from rrcm.methods import METHODS, SOFT_LABELS, classifier_of
-from rrcm.models import ENCODERS
+from rrcm.models import CLASSIFIERS, ENCODERS
 from rrcm.models.architectures import network_classifier
-from rrcm.models.base_classifiers import CLASSIFIERS, NetworkClassifier, NoiseConditionedClassifier
+from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
 from rrcm.models.kinds import load_model_folder
 from rrcm.models.noise_levels import karras_levels, model_space, nearest_level

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm.config import Config, load_config
 from rrcm.methods import METHODS, SOFT_LABEL_OBJECTIVES
-from rrcm.models import vit
-from rrcm.models.base_classifiers import CLASSIFIERS
+from rrcm.models import CLASSIFIERS, vit
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING, cat_rs
 from rrcm.objectives.adversarial import ascend

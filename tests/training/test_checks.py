@@ -1,7 +1,6 @@
 """What is known before training is said before training: one line with the key, its value and the bound."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,8 @@ from conftest import change, stage
 
 from rrcm.config import load_config
 from rrcm.methods import METHODS, Method
-from rrcm.models.base_classifiers import CLASSIFIERS, NoiseConditionedClassifier
+from rrcm.models import CLASSIFIERS, KINDS
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.training.checks import check_before_training
 from rrcm.utils.errors import RRCMError
 
@@ -152,38 +152,14 @@ def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
     assert said in complaint(project)
 
 
-@pytest.mark.parametrize(
-    ("kind", "compile", "said"),
-    [
-        ("jitered", False, "rrcm/methods.py: jittered has classifier 'jitered'; choose one of classifier, jittered"),
-        ("jittered", True, "certify.compile = True: jittered is stochastic and cannot be compiled"),
-    ],
-)
-def test_rows_of_the_table_that_cannot_be_certified(project, monkeypatch, kind, compile, said):
+def test_a_stochastic_classifier_cannot_be_compiled(project, monkeypatch):
     stochastic = type("Jittered", (NoiseConditionedClassifier,), {"stochastic": True})
-    row = Method(None, "gaussian", "finetune", kind, None, "noise", "Jittered", "#E69F00")
+    row = Method(None, "gaussian", "jittered", "#E69F00", "Jittered", family="noise")
     monkeypatch.setitem(METHODS, "jittered", row)
     monkeypatch.setitem(CLASSIFIERS, "jittered", stochastic)
-    change(project, methods=["jittered"], certify__compile=compile)
-    assert said in complaint(project)
-
-
-@pytest.mark.parametrize(
-    ("column", "cell", "said"),
-    [
-        ("family", "nois", "rrcm/methods.py: own has family 'nois'; choose one of rRCM, other pre-training, noise"),
-        ("colour", "orange-ish", "rrcm/methods.py: own has colour 'orange-ish'; write it as #0072B2"),
-        ("objective", "gausian", "rrcm/methods.py: own has objective 'gausian'; choose one of None, gaussian"),
-        ("budget", "all", "rrcm/methods.py: own has budget 'all'; choose one of finetune, total"),
-        ("base", "gausian", "rrcm/methods.py: own has base 'gausian'; choose one of None, rrcm"),
-        ("initial_weights", "rcm", "pretrain.objectives"),
-    ],
-)
-def test_rows_of_the_table_with_an_unknown_cell(project, monkeypatch, column, cell, said):
-    row = Method(None, "gaussian", "finetune", "classifier", None, "noise", "Own", "#E69F00")
-    monkeypatch.setitem(METHODS, "own", replace(row, **{column: cell}))
-    change(project, methods=["own"])
-    assert said in complaint(project)
+    monkeypatch.setitem(KINDS, "jittered", KINDS["classifier"])
+    change(project, methods=["jittered"], certify__compile=True)
+    assert "certify.compile = True: jittered is stochastic and cannot be compiled" in complaint(project)
 
 
 @pytest.mark.parametrize("command", [("pretrain", "rrcm"), ("finetune", "gaussian_matched", "0.25")])

@@ -1,0 +1,120 @@
+"""The method table: what its rows mean, and that a wrong cell is named before any work."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import REPOSITORY
+
+from rrcm import methods
+from rrcm.config import load_config, parse_config
+from rrcm.methods import METHODS, Method, check_methods, read_methods
+from rrcm.models import CLASSIFIERS
+from rrcm.utils.errors import RRCMError
+
+MATCHED = {"gaussian", "stability", "consistency", "macer", "smoothadv", "smoothmix", "cat_rs"}
+
+
+@pytest.mark.parametrize(
+    ("name", "initial_weights", "objective", "budget", "classifier", "family", "label", "colour"),
+    [
+        ("rrcm", "rrcm", "consistency", "finetune", "classifier", "rRCM", "rRCM", "#0072B2"),
+        ("timm", "timm", "consistency", "finetune", "classifier", "other pre-training", "timm ViT", "#CC79A7"),
+        ("gaussian", None, "gaussian", "finetune", "classifier", "noise", "Gaussian", "#009E73"),
+        (
+            "consistency_matched",
+            None,
+            "consistency",
+            "total",
+            "classifier",
+            "regularization",
+            "Consistency, matched compute",
+            "#D55E00",
+        ),
+        ("cat_rs_matched", None, "cat_rs", "total", "classifier", "adversarial", "CAT-RS, matched compute", "#A0522D"),
+        ("rrcm_ensemble", "rrcm", "consistency", "finetune", "ensemble", "ensemble", "rRCM, ensemble", "#2166AC"),
+        ("dds", "gaussian", None, "finetune", "dds", "denoise, then classify", "DDS", "#CC6677"),
+    ],
+)
+def test_rows_of_the_table(name, initial_weights, objective, budget, classifier, family, label, colour):
+    row = METHODS[name]
+    assert row == Method(initial_weights, objective, classifier, colour, label, family=family, budget=budget)
+    decisive = {"initial_weights": initial_weights, "objective": objective, "budget": budget, "classifier": classifier}
+    assert row.identity == decisive
+
+
+def test_methods_from_random_weights_also_get_the_compute_of_pretraining():
+    assert {name for name, row in METHODS.items() if row.budget == "total"} == {f"{name}_matched" for name in MATCHED}
+    assert len(METHODS) == 24 + len(MATCHED)
+
+
+def test_the_table_that_is_shipped_is_right():
+    check_methods()
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "said"),
+    [
+        ("family", "nois", "own has family 'nois'; choose one of rRCM, other pre-training, noise, regularization,"),
+        ("colour", "orange-ish", "own has colour 'orange-ish'; write it as #0072B2"),
+        ("objective", "gausian", "own has objective 'gausian'; choose one of gaussian, stability, consistency,"),
+        ("objective", None, "own has objective '-'; choose one of gaussian, stability, consistency,"),
+        ("initial_weights", "rcm", "own has initial_weights 'rcm'; choose one of -, timm, rrcm, rrcm_without"),
+        ("initial_weights", "gaussian", "own has initial_weights 'gaussian'; choose one of -, timm, rrcm"),
+        ("classifier", "clasifier", "own has classifier 'clasifier'; choose one of classifier, ensemble, dds, dense"),
+        ("classifier", "unloadable", "own has classifier 'unloadable'; choose one of classifier, ensemble, dds, dense"),
+        ("classifier", "dds", "own has initial_weights '-'; choose one of rrcm, rrcm_without_contrastive"),
+        ("label", "Gaussian", "has label 'Gaussian', as another method; give each its own"),
+    ],
+)
+def test_a_wrong_cell_is_named_when_settings_are_read(project, monkeypatch, column, cell, said):
+    """Also of a method that is not among the settings: nothing is trained beside it, then."""
+    monkeypatch.setitem(CLASSIFIERS, "unloadable", object)  # without an entry in KINDS
+    row = Method(None, "gaussian", "classifier", "#123456", "Own", family="noise")
+    monkeypatch.setitem(METHODS, "own", replace(row, **{column: cell}))
+    with pytest.raises(RRCMError) as caught:
+        load_config(project / "params.yaml")
+    assert str(caught.value).startswith("rrcm/methods.py: ") and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+HEAD = "  method  initial_weights  objective  classifier  colour  label\n\nnoise\n"
+GAUSSIAN = "  gaussian  -  gaussian  classifier  #009E73  Gaussian\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("  own  -  gaussian  #123456  Own\n", "own has 4 cells after its name; write 5, with two spaces between"),
+        (
+            "  own\n",
+            "own has 0 cells after its name; write 5, with two spaces between them: initial_weights, objective,",
+        ),
+        ("  own  -  gaussian  classifier  #123456  Own  noise\n", "own has 6 cells after its name; write 5, with two"),
+        ("own  -  gaussian  classifier  Own\n", "own has 4 cells after its name; write 5, with two"),
+        ("  gaussian  -  macer  classifier  #123456  Own\n", "gaussian stands for 2 methods; give each its own"),
+        ("  gaussian_matched  -  macer  classifier  #123456  Own\n", "gaussian_matched stands for 2 methods; give"),
+        ("  my.own  -  gaussian  classifier  #123456  Own\n", "'my.own' names files and stages; write it with a-z"),
+        ("nose\n  own  -  gaussian  classifier  #123456  Own\n", "own has family 'nose'; choose one of rRCM, other"),
+    ],
+)
+def test_a_wrong_line_is_named(monkeypatch, rows, said):
+    monkeypatch.setattr(methods, "TABLE", HEAD + GAUSSIAN + rows)
+    monkeypatch.setattr(methods, "METHODS", read_methods(methods.TABLE))
+    with pytest.raises(RRCMError) as caught:
+        parse_config({})
+    assert str(caught.value).startswith(f"rrcm/methods.py: {said}") and "\n" not in str(caught.value)
+
+
+def test_the_table_is_checked_without_torch():
+    code = "import sys; from rrcm.methods import check_methods; check_methods(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_a_new_row_is_a_method_and_its_matched_one():
+    own = "  own  -  macer  classifier  #123456  Own, with a comma\n"
+    found = read_methods(HEAD + GAUSSIAN + own)
+    assert [*found] == ["gaussian", "own", "gaussian_matched", "own_matched"]
+    assert found["own"] == Method(None, "macer", "classifier", "#123456", "Own, with a comma", family="noise")
+    assert found["own_matched"].budget == "total"
