@@ -38,8 +38,8 @@ def other(tmp_path) -> Path:
     for name in ("stages", "conf", "benchmarks"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "rrcm/utils").mkdir(parents=True)
-    for name in ("__init__.py", "methods.py", "utils/__init__.py", "utils/app.py"):
-        (folder / "rrcm" / name).write_text(OWN if name in ("methods.py", "utils/app.py") else "")
+    for name in ("__init__.py", "derived.py", "methods.py", "utils/__init__.py", "utils/app.py"):
+        (folder / "rrcm" / name).write_text(OWN if name not in ("__init__.py", "utils/__init__.py") else "")
     return folder
 
 
