@@ -19,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from rrcm.config import parse_config
+from rrcm.methods import check_methods
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import write_text
 
@@ -29,6 +30,7 @@ def compose(
     """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10, preset=all or certify.n=2000."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     check_encoding(conf)
+    check_methods()
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "params.yaml"
         try:

@@ -1,11 +1,13 @@
 """The method table: what its rows mean, and that a wrong cell is named before any work."""
 
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, compose
+from omegaconf.errors import OmegaConfBaseException
 
 from rrcm import methods
 from rrcm.config import load_config, parse_config
@@ -77,6 +79,24 @@ def test_a_wrong_cell_is_named_when_settings_are_read(project, monkeypatch, colu
         load_config(project / "params.yaml")
     assert str(caught.value).startswith("rrcm/methods.py: ") and said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_classifier_is_blamed_before_the_cells_that_depend_on_it(monkeypatch):
+    monkeypatch.setitem(METHODS, "dds", replace(METHODS["dds"], classifier="ddss"))
+    with pytest.raises(RRCMError, match=r"^rrcm/methods\.py: dds has classifier 'ddss'; choose one of classifier, "):
+        check_methods()
+
+
+@pytest.mark.parametrize("column", ["family", "classifier"])
+def test_a_wrong_cell_is_named_when_settings_are_composed(monkeypatch, tmp_path, column):
+    """By `dvc exp run`, which validates nothing itself, and by `make params`."""
+    row = Method(None, "gaussian", "classifier", "#123456", "Own", family="noise")
+    monkeypatch.setitem(METHODS, "own", replace(row, **{column: "dds"}))
+    with pytest.raises(OmegaConfBaseException, match=r"rrcm/methods\.py: own has "):
+        compose(tmp_path / "params.yaml", "methods=[own]")
+    command = runpy.run_path(str(REPOSITORY / "stages/compose.py"))["compose"]
+    with pytest.raises(RRCMError, match=r"^rrcm/methods\.py: own has "):
+        command(["methods=[own]"], tmp_path / "params.yaml")
 
 
 HEAD = "  method  initial_weights  objective  classifier  colour  label\n\nnoise\n"

@@ -7,11 +7,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # DVC may run in the environment of another checkout
 from rrcm.derived import derived_settings
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, check_methods
 
 
 def derive(methods: ListConfig, *sections: ListConfig | DictConfig) -> DictConfig:
     """`rrcm.derived.derived_settings` of the composed settings. Unknown methods are left out: validation names them."""
+    check_methods()
     known = [name for name in methods if name in METHODS]
     values = [OmegaConf.to_container(section, resolve=True) for section in sections]
     return OmegaConf.create(derived_settings(known, *values))
