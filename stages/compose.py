@@ -16,12 +16,14 @@ import yaml
 from dvc.exceptions import DvcException
 from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from rrcm.config import parse_config
 from rrcm.methods import check_methods
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import write_text
+
+PACKAGE = "# @package _global_"  # tells Hydra that a file has settings of the top level
 
 
 def compose(
@@ -30,6 +32,7 @@ def compose(
     """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10, preset=all or certify.n=2000."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     check_encoding(conf)
+    check_packages(conf)
     check_methods()
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "params.yaml"
@@ -39,6 +42,11 @@ def compose(
             group = (error.missing_cfg_file or "").split("/")[0]
             known = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
             raise RRCMError(f"{str(error).splitlines()[0]}; conf/{group} has {known}") from None
+        except InterpolationKeyError as error:
+            raise RRCMError(
+                f"{str(error).splitlines()[0]}; correct it, or let the profile name others in `defaults`, as in "
+                "rrcm/data/README.md"
+            ) from None
         except (DvcException, HydraException, OmegaConfBaseException) as error:
             raise RRCMError(one_line(error)) from None
         config = parse_config(yaml.safe_load(draft.read_text(encoding="utf-8")), "conf")
@@ -53,6 +61,13 @@ def check_encoding(conf: Path) -> None:
             if not path.read_text(encoding="utf-8").startswith("\ufeff"):
                 continue
         raise RRCMError(f"{path}: must be UTF-8 without a byte order mark; save it as that")
+
+
+def check_packages(conf: Path) -> None:
+    """Raise `RRCMError` for a profile or a preset whose settings Hydra would put below the name of its folder."""
+    for path in sorted([*conf.glob("profile/*.yaml"), *conf.glob("preset/*.yaml")]):
+        if not path.read_text(encoding="utf-8").startswith(PACKAGE):
+            raise RRCMError(f"{path}: the first line must be `{PACKAGE}`; add it")
 
 
 if __name__ == "__main__":
