@@ -355,7 +355,8 @@ def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
             with repo.lock:
                 _drop_damaged(Path(repo.tmp_dir) / "rwlock")
             if any(stage.addressing == FIRST for stage in repo.index.stages):
-                with contextlib.redirect_stdout(io.StringIO()):  # what DVC says of every stage
+                logging.getLogger("dvc").setLevel(logging.WARNING)  # of this child: no hints for git
+                with contextlib.redirect_stdout(io.StringIO()):
                     repo.reproduce(FIRST, single_item=True)
             with repo.lock:
                 graph = get_active_graph(repo.index.graph)
