@@ -642,8 +642,9 @@ def _print_results() -> None:
     from rrcm.publication.compare import compare_with_published  # imports pandas
 
     report = Path("reports") / str(_params().get("report", {}).get("name"))
-    if report.is_dir():
-        print(f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}\nThe report: {report}/report.md")
+    if not report.is_dir():
+        return
+    print(f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}\nThe report: {report}/report.md")
     try:
         found = compare_with_published(Path())
     except RRCMError as error:

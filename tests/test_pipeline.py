@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY, TINY, compose, files_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]  # built once
@@ -46,7 +47,7 @@ def ran(output: str) -> set[str]:
 def copy_repository(folder: Path) -> Path:
     """A repository of its own in `folder`, with this working tree's code and without results."""
     for name in run(REPOSITORY, "git", "ls-files", "-co", "--exclude-standard").splitlines():
-        if not name.startswith(("artifacts/", "reports/", "dvc.lock")) and (REPOSITORY / name).is_file():
+        if not name.startswith(("artifacts/", "results/", "dvc.lock")) and (REPOSITORY / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, folder / name)
     run(folder, "git", "init", "-q")
@@ -59,7 +60,10 @@ def built(tmp_path_factory) -> Path:
     folder = copy_repository(tmp_path_factory.mktemp("built") / "repository")
     profile = folder / "conf/profile/digits.yaml"  # experiments compose from conf/: the small size must be there too
     compose(folder / "params.yaml", "sigmas=[0.5]")
-    profile.write_text("# @package _global_\n" + (folder / "params.yaml").read_text())
+    settings = yaml.safe_load((folder / "params.yaml").read_text())
+    del settings["derived"]  # conf/config.yaml derives it
+    profile.write_text("# @package _global_\n" + yaml.safe_dump(settings))
+    (folder / "results").mkdir()
     (folder / "results/readme.csv").write_text("label,result,method,model,sigma\ndigits,digits,rrcm,,\n")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "code")  # what is published must be computed with the code of a commit
@@ -76,7 +80,8 @@ def built(tmp_path_factory) -> Path:
 def test_a_second_repro_runs_nothing(built):
     assert "up to date" in run(built, "dvc", "status")
     assert not ran(run(built, "dvc", "repro"))
-    assert f"0 ran, 0 restored from the cache, {len(STAGES)} up to date" in run(built, "python", "stages/repro.py")
+    stages = len(STAGES) + 1  # and the fingerprints
+    assert f"0 ran, 0 restored from the cache, {stages} up to date" in run(built, "python", "stages/repro.py")
     assert not run(built, "git", "status", "--porcelain")
 
 
