@@ -39,7 +39,7 @@ import typer
 import yaml
 from dvc.cli import main as dvc_main
 from dvc.dvcfile import Lockfile
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, ReproductionError
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
@@ -354,10 +354,10 @@ def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
         try:
             with repo.lock:
                 _drop_damaged(Path(repo.tmp_dir) / "rwlock")
-            if any(stage.addressing == FIRST for stage in repo.index.stages):
-                logging.getLogger("dvc").setLevel(logging.WARNING)  # of this child: no hints for git
-                with contextlib.redirect_stdout(io.StringIO()):
-                    repo.reproduce(FIRST, single_item=True)
+                first = next((stage for stage in repo.index.stages if stage.addressing == FIRST), None)
+                renew = first is not None and first.changed()
+            if renew:
+                _renew_fingerprints(repo)
             with repo.lock:
                 graph = get_active_graph(repo.index.graph)
                 steps = plan_repro(graph, collect_stages(repo, targets or ["dvc.yaml"]))
@@ -371,6 +371,18 @@ def read_graph(targets: list[str]) -> list[tuple[str, str, list[str], bool]]:
                 print(f"another DVC command is at work here; waiting for it{hint} ({one_line(error)})", file=sys.stderr)
                 said = True
             time.sleep(1)
+
+
+def _renew_fingerprints(repo: Repo) -> None:
+    """Run the stage FIRST. Raises `LockError` while stages of a run that was killed still read what it wrote."""
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # of this child: no hints for git
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            repo.reproduce(FIRST, single_item=True)
+    except ReproductionError as error:
+        if isinstance(error.__cause__, LockError):
+            raise error.__cause__ from None
+        raise
 
 
 def _check_dvc_locks(repo: Repo) -> str:
