@@ -67,7 +67,7 @@ def add_data_set(folder: Path) -> None:
 
 def add_row(folder: Path) -> None:
     """A new row of the method table. In earlier checkouts the table was a dictionary of dictionaries."""
-    row = {"initial_weights": None, "objective": "gaussian", "budget": "finetune", "classifier": "classifier"}
+    row = {"initial_weights": None, "objective": "gaussian", "matched": False, "classifier": "classifier"}
     row |= {"base": None, "family": "noise", "label": "New", "colour": "#123456"}
     if "TABLE = {" in (folder / "rrcm/methods.py").read_text(encoding="utf-8"):
         replace("rrcm/methods.py", r"^TABLE = \{", f'TABLE = {{\n    "new": {row},')(folder)

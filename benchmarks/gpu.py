@@ -35,11 +35,11 @@ from rrcm.models.architectures import build_network
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives.base import Draw
+from rrcm.objectives.base import StepRandomness
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import finetune
 from rrcm.training.optim import build_optimizer
-from rrcm.training.pretrain import build_networks, pretrain
+from rrcm.training.pretrain import build_student_and_teacher, pretrain
 from rrcm.utils import philox
 from rrcm.utils.distributed import (
     all_gather_cat,
@@ -199,25 +199,25 @@ def check_noise_time(bench: Bench) -> Iterator[Row]:
     yield Row("  batch size chosen for the free memory", str(automatic.find_batch_size(image)))
 
 
-class DrawOnCPU(Draw):
+class RandomnessOnCPU(StepRandomness):
     """The draws of a training step, drawn on the CPU for every device: devices draw different noise."""
 
     def normal(self, name: str, shape: tuple[int, ...], copies: int | None = None) -> torch.Tensor:
-        on_cpu = Draw(self.seed, self.step, self.positions, self.batch_size, CPU, self.epoch)
+        on_cpu = StepRandomness(self.seed, self.step, self.positions, self.batch_size, CPU, self.epoch)
         return on_cpu.normal(name, shape, copies).to(self.device)
 
 
 def pretraining_gradient(bench: Bench, device: torch.device, precision: str) -> torch.Tensor:
     """The gradient of rRCM's loss in one fixed step, flat, float64 on the CPU."""
     objective = build_pretraining_objective(bench.config, "rrcm")
-    networks = build_networks(bench.config, objective, device)
+    networks = build_student_and_teacher(bench.config, objective, device)
     generator = torch.Generator().manual_seed(0)
     size, channels = bench.config.data.image_size, bench.config.data.channels
     views = ("image", "view1", "view2")
     batch = {name: (2 * torch.rand(64, channels, size, size, generator=generator) - 1).to(device) for name in views}
-    draw = DrawOnCPU(0, 5, list(range(64)), 64, device)
+    random = RandomnessOnCPU(0, 5, list(range(64)), 64, device)
     with autocast(device, precision):
-        loss = objective(networks, batch, draw)["loss"]
+        loss = objective(networks, batch, random)["loss"]
     return flat_gradient(loss, networks.student, device, precision)
 
 
@@ -239,7 +239,7 @@ def finetuning_gradient(bench: Bench, device: torch.device, precision: str, name
         with autocast(device, precision):
             return network(noisy).float()
 
-    loss = objective(classify, batch, DrawOnCPU(0, 5, list(range(64)), 64, device, 2.0))["loss"]
+    loss = objective(classify, batch, RandomnessOnCPU(0, 5, list(range(64)), 64, device, 2.0))["loss"]
     return flat_gradient(loss, network, device, precision)
 
 

@@ -20,7 +20,7 @@ from rrcm.config import load_config
 from rrcm.methods import METHODS
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives.base import Draw
+from rrcm.objectives.base import StepRandomness
 from rrcm.objectives.gaussian import Gaussian
 from rrcm.training.budget import build_finetuning_objective
 from rrcm.utils.distributed import autocast, resolve_precision
@@ -49,8 +49,8 @@ class Training:
     def step(self) -> float:
         """Seconds of one step, as in the last epochs of a training: warm-ups are over."""
         start, count = time.perf_counter(), len(self.batch["image"])
-        draw = Draw(0, self.steps, range(count), count, torch.device("cpu"), 1e6)
-        loss = self.objective(self.classify, self.batch, draw)["loss"]
+        random = StepRandomness(0, self.steps, range(count), count, torch.device("cpu"), 1e6)
+        loss = self.objective(self.classify, self.batch, random)["loss"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -67,7 +67,7 @@ def main(params: Path = Path("params.yaml"), sigma: float = 0.5, batch: int = 32
     precision = resolve_precision(torch.device("cpu"), "auto")
     target = torch.eye(NUM_CLASSES)[torch.arange(batch) % NUM_CLASSES]
     images = {"image": torch.rand(batch, *SHAPE), "target": target, "soft_label": 0.9 * target + 0.01}
-    scratch = {name: row for name, row in METHODS.items() if row.initial_weights is None and row.budget == "finetune"}
+    scratch = {name: row for name, row in METHODS.items() if row.initial_weights is None and not row.matched}
     rows = {row.objective: name for name, row in scratch.items()}
     objectives = {"gaussian, m = 1": Gaussian(sigma, 1)}
     for name, method in rows.items():

@@ -166,7 +166,7 @@ class Pretrain(Section):
     objectives: list[str]  # keys of `rrcm.objectives.PRETRAINING`, one encoder each
     batch_size: Annotated[int, Field(ge=2)]  # images per step, over all processes
     steps: Count
-    budget: Literal["steps", "passes"]  # passes: of another objective so many steps that it costs what rRCM costs
+    equal_passes: bool  # every objective takes as many steps as cost what rRCM's steps cost
     warmup_steps: Annotated[int, Field(ge=0)]
     lr: PerObjective
     weight_decay: NonNegative
@@ -412,8 +412,8 @@ class Finetune(_varying(FinetuneSettings)):
     has, in this order, is used.
     """
 
-    budget: Literal["epochs", "passes"]  # what all methods get: `epochs`, or the encoder passes that rRCM's epochs cost
-    initial_checkpoint: str | None  # model folder or authors' file that replaces models/pretrain/<objective>
+    equal_passes: bool  # every method gets the encoder passes that rRCM's epochs cost, instead of equal epochs
+    initial_weights: str | None  # model folder or authors' file that replaces models/pretrain/<objective>
     ensemble_members: Annotated[int, Field(ge=2)]  # k, of the methods that are ensembles
     time_condition: Literal["exact", "nearest_level"]  # t = 2 sigma, or the nearest level of pre-training to it
     timm: TimmViT
@@ -433,16 +433,16 @@ class Finetune(_varying(FinetuneSettings)):
             settings.check_objective(objective)
         return settings
 
-    def initial_weights(self, method: str) -> str:
+    def origin_of_weights(self, method: str) -> str:
         """Where a method's weights come from: `scratch`, a folder, a file, or the name of a ViT in timm."""
         kind = METHODS[method]
         if kind.pretrained_here:
-            return self.initial_checkpoint or f"models/pretrain/{kind.initial_weights}"
+            return self.initial_weights or f"models/pretrain/{kind.initial_weights}"
         return self.timm.model if kind.initial_weights == "timm" else "scratch"
 
     def uses_pretraining(self, method: str) -> bool:
         """Whether a method starts from models/pretrain/, so that the compute of its pre-training counts."""
-        return METHODS[method].pretrained_here and self.initial_checkpoint is None
+        return METHODS[method].pretrained_here and self.initial_weights is None
 
 
 class PublicDenoiser(Section):
@@ -670,7 +670,7 @@ class Config(Section):
         if name == "vit":
             return self
         for method in self.methods:
-            if METHODS[method].initial_weights is not None or METHODS[method].budget != "finetune":
+            if METHODS[method].initial_weights is not None or METHODS[method].matched:
                 raise ValueError(f"methods: {method} needs model.architecture vit, not {name}; leave it out")
             for sigma in self.sigmas:
                 if self.finetune.settings(method, sigma).layer_decay != 1:
@@ -717,8 +717,10 @@ class Config(Section):
         for name in self.methods:
             if not METHODS[name].denoises:
                 continue
-            if self.finetune.budget == "passes" and METHODS[name].objective is not None:
-                raise ValueError(f"finetune.budget passes has no meaning for {name}; leave it out, or set it to epochs")
+            if self.finetune.equal_passes and METHODS[name].objective is not None:
+                raise ValueError(
+                    f"finetune.equal_passes true has no meaning for {name}; leave it out, or set it to false"
+                )
             if METHODS[name].objective is not None and self.denoised.model is not None:
                 raise ValueError(
                     f"denoised.model {self.denoised.model}: {name} fine-tunes a classifier that is trained here; leave "
@@ -769,7 +771,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def every_training_has_settings(self) -> Self:
-        by_passes = self.finetune.budget == "passes" or any(METHODS[name].budget == "total" for name in self.methods)
+        by_passes = self.finetune.equal_passes or any(METHODS[name].matched for name in self.methods)
         for method in [*self.methods, *([REFERENCE] if by_passes else [])]:
             for sigma in self.sigmas:
                 self.finetune.settings(method, sigma)
@@ -804,7 +806,7 @@ class Config(Section):
         return self
 
 
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first complaint of a pydantic error as one line: the key, its value, and what is allowed."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
@@ -840,7 +842,7 @@ def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise RRCMError(f"{source}: {describe(error, Config)}") from None
+        raise RRCMError(f"{source}: {explain(error, Config)}") from None
 
 
 def load_config(path: Path | str = "params.yaml") -> Config:

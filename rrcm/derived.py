@@ -16,7 +16,7 @@ from rrcm.methods import (
     PER_OBJECTIVE,
     REFERENCE,
     SOFT_LABELS,
-    classifier_of,
+    denoising_classifier,
     finetuning_keys,
     value_for_objective,
 )
@@ -24,7 +24,7 @@ from rrcm.methods import (
 # The settings that others are derived from: the arguments of `derived_settings`.
 SECTIONS = ["methods", "sigmas", "model", "pretrain", "finetune", "soft_labels", "denoiser", "denoised", "certify"]
 NOTHING = "data/shards"  # watched in the place of an input that a training does not have, as all watch it
-STARTS = {"objectives", "initial_checkpoint", "timm"}  # settings of `finetune` that single methods need
+STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that single methods need
 SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition"}  # and those that are looked up
 NO_RESULT = {"checkpoint_every"}  # settings that decide no result
 TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network that is no ViT
@@ -48,7 +48,7 @@ def derived_settings(
     `settings`: the hashes of the settings that decide each pre-training, each fine-tuning and each certification. The
     classifiers of methods that denoise are among the fine-tunings.
     """
-    parts = {classifier_of(method, denoised) for method in methods} - {None}
+    parts = {denoising_classifier(method, denoised) for method in methods} - {None}
     runs = [(method, sigma) for method in methods for sigma in sigmas]
     runs += sorted(parts - set(runs))
     denoise = any(METHODS[method].denoises for method in methods)
@@ -101,7 +101,7 @@ def _place(sigma: float) -> str:
 def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> dict:
     """The settings that decide a pre-training, apart from seed, threads and data."""
     blocks = {name for name, value in pretrain.items() if isinstance(value, Mapping)} - {*PER_OBJECTIVE, "views"}
-    needed = {objective} | ({MATCHED_PRETRAINING} if pretrain["budget"] == "passes" else set())
+    needed = {objective} | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
     values = _without(pretrain, (blocks - needed) | {"objectives"} | NO_RESULT)
     own = {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
     return {"pretrain": values | own, "model": _without(model, TRUNK)}
@@ -118,7 +118,7 @@ def finetuning_settings(
 ) -> dict:
     """The settings that decide one training, apart from seed, threads and data."""
     row = METHODS[method]
-    matched = row.budget == "total"
+    matched = row.matched
     found = {"method": row.identity}
     if row.denoises:
         found["denoised"] = {name: denoised.get(name) for name in ("model", row.classifier)}
@@ -129,7 +129,7 @@ def finetuning_settings(
         is_vit = model["architecture"] == "vit"
         found["model"] = _without(model, TRUNK + PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
     if row.pretrained_here:
-        found["start"] = finetune["initial_checkpoint"]
+        found["start"] = finetune["initial_weights"]
         grid = ("max_levels", "t_min", "t_max", "rho") if finetune["time_condition"] == "nearest_level" else ("t_min",)
         found["levels"] = [finetune["time_condition"], {name: pretrain[name] for name in grid}]
     if row.initial_weights == "timm":
@@ -138,7 +138,7 @@ def finetuning_settings(
         found["members"] = finetune["ensemble_members"]
     if row.pretrained_here or row.denoises or row.needs_soft_labels or matched:
         found["shared_by"] = finetune["pretrain_cost_shared_by"]
-    if matched or finetune["budget"] == "passes":
+    if matched or finetune["equal_passes"]:
         found["reference"] = _cost(REFERENCE, sigma, finetune)
     if matched:
         settings = ("steps", "batch_size", MATCHED_PRETRAINING)
@@ -190,11 +190,11 @@ def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> s
     """
     row = METHODS[method]
     if row.denoises:
-        if (part := classifier_of(method, denoised)) is not None:
+        if (part := denoising_classifier(method, denoised)) is not None:
             return "models/{}/sigma_{}".format(*part)
         return _source_path(denoised["model"])
     if row.pretrained_here:
-        return _expand(finetune["initial_checkpoint"] or f"models/pretrain/{row.initial_weights}")
+        return _expand(finetune["initial_weights"] or f"models/pretrain/{row.initial_weights}")
     if row.initial_weights == "timm":
         weights = finetune["timm"]["weights"]
         return _expand(weights) if weights else _source_path(finetune["timm"]["model"])

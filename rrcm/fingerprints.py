@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rrcm.config import Config
 from rrcm.data.datasets import DATASETS
 from rrcm.methods import MATCHED_PRETRAINING, METHODS, REFERENCE
-from rrcm.models import ENCODERS, KINDS, NETWORKS
+from rrcm.models import ENCODERS, FOLDER_LOADERS, NETWORKS
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.code import fingerprints, read_module
 from rrcm.utils.files import atomic_directory, expand_user, write_text
@@ -76,7 +76,7 @@ def find_items(config: Config) -> dict[str, Item]:
         "plot": Item("plot", "rrcm.report.build"),
     }
     for name in config.pretrain.objectives:
-        matched = [(PRETRAINING, MATCHED_PRETRAINING)] if config.pretrain.budget == "passes" else []
+        matched = [(PRETRAINING, MATCHED_PRETRAINING)] if config.pretrain.equal_passes else []
         items[f"pretrain/{name}"] = Item("pretrain", "rrcm.training.pretrain", [(PRETRAINING, name), *matched])
     for method in dict.fromkeys(each["method"] for each in config.derived["finetune"].values()):
         row = METHODS[method]
@@ -99,15 +99,15 @@ def classifier_entries(config: Config, method: str) -> list[Entry]:
     """What loads the classifiers of a method."""
     row = METHODS[method]
     whole = ["ensemble"] if row.is_ensemble else ["denoised"] if row.denoises else []
-    return [(KINDS, kind) for kind in whole] + trunk_entries(config, method)
+    return [(FOLDER_LOADERS, kind) for kind in whole] + trunk_entries(config, method)
 
 
 def trunk_entries(config: Config, method: str) -> list[Entry]:
     """What loads one classifier that is trained for a method, and builds its network."""
     name = config.model.architecture
     if name == "vit":
-        return [(KINDS, METHODS[method].trained)]
-    return [(KINDS, "network"), (NETWORKS, name if name in NETWORKS else "timm")]
+        return [(FOLDER_LOADERS, METHODS[method].trained)]
+    return [(FOLDER_LOADERS, "network"), (NETWORKS, name if name in NETWORKS else "timm")]
 
 
 def training_entries(config: Config, method: str) -> list[Entry]:
@@ -116,12 +116,12 @@ def training_entries(config: Config, method: str) -> list[Entry]:
     objectives = [row.objective] if row.objective is not None else []
     entries = classifier_entries(config, method) if row.is_ensemble or row.denoises else trunk_entries(config, method)
     if row.pretrained_here or row.initial_weights == "timm":
-        given = settings.initial_checkpoint
+        given = settings.initial_weights
         is_file = given is not None and expand_user(given).is_file()
         entries.append((ENCODERS, "timm" if row.initial_weights == "timm" else "file" if is_file else "folder"))
-    if row.budget == "total":
+    if row.matched:
         entries.append((PRETRAINING, MATCHED_PRETRAINING))
-    if row.budget == "total" or (settings.budget == "passes" and objectives):
+    if row.matched or (settings.equal_passes and objectives):
         objectives.append(METHODS[REFERENCE].objective)
     if row.needs_soft_labels:
         objectives.append(METHODS[config.soft_labels.method].objective)

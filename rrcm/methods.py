@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from rrcm.models import CLASSIFIERS, DENOISED, KINDS
+from rrcm.models import DENOISING_CLASSIFIERS, FOLDER_LOADERS, TRAINED_CLASSIFIERS
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.errors import RRCMError
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
-MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the methods with budget "total" get as well
+MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the matched methods get as well
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
 SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
 DENOISER = "models/denoiser"  # where the stage denoiser puts it
@@ -82,11 +82,13 @@ class Method:
 
     initial_weights: str | None  # a pre-training objective, "timm", a method if it denoises, or None: random weights
     objective: str | None  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`; None: put together, not trained
-    classifier: str  # base classifier, a key of `rrcm.models.CLASSIFIERS`, "ensemble", or of `rrcm.models.DENOISED`
+    classifier: (
+        str  # base classifier, a key of TRAINED_CLASSIFIERS or DENOISING_CLASSIFIERS (rrcm/models), or "ensemble"
+    )
     colour: str  # such as #0072B2
     label: str
     family: str  # of FAMILIES: what tells it from the others
-    budget: str = "finetune"  # or "total": also the compute of rRCM's pre-training
+    matched: bool = False  # whether it is also trained for the passes of rRCM's pre-training: equal total compute
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -111,7 +113,7 @@ class Method:
     @property
     def denoises(self) -> bool:
         """Whether its base classifier is a denoiser and a classifier."""
-        return self.classifier in DENOISED
+        return self.classifier in DENOISING_CLASSIFIERS
 
     @property
     def trained(self) -> str:
@@ -149,7 +151,7 @@ def read_methods(table: str) -> dict[str, Method]:
 
 def matched(row: Method) -> Method:
     """The same training with the compute of rRCM's pre-training added: both then have the same total compute."""
-    return replace(row, budget="total", label=f"{row.label}, matched compute")
+    return replace(row, matched=True, label=f"{row.label}, matched compute")
 
 
 METHODS = read_methods(TABLE)
@@ -164,7 +166,7 @@ def check_methods() -> None:
                 f"rrcm/methods.py: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces "
                 f"between them: {', '.join(COLUMNS)}"
             )
-    names = Counter([name for name, *_ in rows] + [name for name, row in METHODS.items() if row.budget == "total"])
+    names = Counter([name for name, *_ in rows] + [name for name, row in METHODS.items() if row.matched])
     labels = Counter(row.label for row in METHODS.values())
     for name, row in METHODS.items():
         if names[name] > 1:
@@ -185,7 +187,11 @@ def _allowed_cells(row: Method) -> dict[str, Sequence[str | None]]:
     """What cells of a row may be, by column. The classifier comes first, as others depend on it."""
     first = [name for name, other in METHODS.items() if not other.denoises]  # classifies what another denoises
     return {
-        "classifier": [*(kind for kind in CLASSIFIERS if kind in KINDS), "ensemble", *DENOISED],  # what can be loaded
+        "classifier": [
+            *(kind for kind in TRAINED_CLASSIFIERS if kind in FOLDER_LOADERS),
+            "ensemble",
+            *DENOISING_CLASSIFIERS,
+        ],  # what can be loaded
         "initial_weights": first if row.denoises else [None, "timm", *PRETRAINING],
         "objective": [None, *FINETUNING] if row.denoises else [*FINETUNING],
         "family": FAMILIES,
@@ -196,7 +202,7 @@ def _written(cell: str | None) -> str:
     return "-" if cell is None else cell
 
 
-def classifier_of(method: str, denoised: Mapping) -> tuple[str, float] | None:
+def denoising_classifier(method: str, denoised: Mapping) -> tuple[str, float] | None:
     """What classifies for a method that denoises: the method it is trained by, and the pixel noise it is trained with.
 
     None if the method does not denoise, or if `denoised`, the settings of that name, have a model from elsewhere.

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from rrcm.certification.certify_images import find_images, find_labels, read_pixels
+from rrcm.certification.certify_images import find_images, find_labels, read_square
 from rrcm.certification.record import read_record
 from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
@@ -218,15 +218,15 @@ def odd_images() -> dict[str, tuple[Image.Image, int, tuple[int, int, int]]]:
 def test_odd_images(name):
     image, grey, colour = odd_images()[name]
     image.save(name)
-    assert read_pixels(Path(name), subject(4, 1)).tolist() == [[[grey] * 4] * 4]
-    assert read_pixels(Path(name), subject(4, 3))[:, 0, 0].tolist() == list(colour)
+    assert read_square(Path(name), subject(4, 1)).tolist() == [[[grey] * 4] * 4]
+    assert read_square(Path(name), subject(4, 3))[:, 0, 0].tolist() == list(colour)
 
 
 def test_a_wide_image_is_cut_as_in_the_pipeline():
     """The middle of 4 x 12, enlarged twice: of three squares the grey one."""
     wide = np.concatenate([np.zeros((4, 4)), np.full((4, 4), 90), np.full((4, 4), 255)], axis=1).astype(np.uint8)
     Image.fromarray(wide).save("wide.png")
-    pixels = read_pixels(Path("wide.png"), subject(8, 1))
+    pixels = read_square(Path("wide.png"), subject(8, 1))
     assert pixels.shape == (1, 8, 8) and (pixels[:, :, 2:6] == 90).mean() > 0.4 and abs(pixels[0, 4, 4] - 90.0) < 3
 
 
@@ -285,7 +285,7 @@ def test_a_timm_model_with_weights_of_a_file(images):
         def forward(self, pixels):
             return network((pixels - 0.5) / 0.5)
 
-    pixels = [read_pixels(Path("images", name), subject(160, 3)) for name in ("0/a.png", "other/a.png")]
+    pixels = [read_square(Path("images", name), subject(160, 3)) for name in ("0/a.png", "other/a.png")]
     inputs = torch.from_numpy(np.stack(pixels)).float() / 255
     smoothed = SmoothedClassifier(Pixels(), 1.0, 5, batch_size=55)
     expected = smoothed.certify(inputs, stopping="fixed", n0=10, n=100, indices=[0, 3])

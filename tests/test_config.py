@@ -121,12 +121,12 @@ def test_presets_compose_with_every_profile(tmp_path, name):
         same = {"profile", "seed", "sigmas", "data", "model", "certify", "latency"}
         assert config.model_dump(include=same) == plain.model_dump(include=same)
     equal_passes = profile(tmp_path, name, "preset=all").finetune
-    assert equal_passes.budget == "passes"
+    assert equal_passes.equal_passes is True
     for method in ("gaussian", "stability"):
         assert equal_passes.settings(method, 0.5).of_objective(method)["num_noise"] == 1
     own = {"gaussian", "stability"}
     assert equal_passes.objectives.model_dump(exclude=own) == plain.finetune.objectives.model_dump(exclude=own)
-    alone = {"budget": "epochs", "objectives": plain.finetune.objectives}
+    alone = {"equal_passes": False, "objectives": plain.finetune.objectives}
     assert equal_passes.model_copy(update=alone) == plain.finetune
 
 
@@ -257,7 +257,7 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"pretrain__lr": float("nan")}, "pretrain.lr = nan: should be a finite number"),
         ({"pretrain__lr": {"dmae": 1e-3}}, "pretrain: lr {'dmae': 0.001} must have a value for default"),
         ({"pretrain__temperature": {"default": 0}}, "pretrain.temperature.default = 0: should be greater than 0"),
-        ({"pretrain__budget": "passess"}, "pretrain.budget = 'passess': should be 'steps' or 'passes'"),
+        ({"pretrain__equal_passes": "passes"}, "pretrain.equal_passes = 'passes': should be a valid boolean"),
         ({"pretrain__dmae__mask_ratio": 1}, "pretrain.dmae.mask_ratio = 1: should be less than 1"),
         ({"pretrain__dmae__sigma": -0.1}, "pretrain.dmae.sigma = -0.1: should be greater than or equal to 0"),
         ({"pretrain__dmae__decoder_depth": 0}, "pretrain.dmae.decoder_depth = 0: should be greater than or equal to 1"),
@@ -319,9 +319,9 @@ def test_an_override_beats_the_profile(tmp_path):
         ),
         ({"profile": "../etc"}, "profile = '../etc'"),
         ({"report__name": "../etc"}, "report.name = '../etc'"),
-        ({"finetune__budget": "steps"}, "finetune.budget = 'steps': should be 'epochs' or 'passes'"),
+        ({"finetune__equal_passes": "epochs"}, "finetune.equal_passes = 'epochs': should be a valid boolean"),
         (
-            {"methods": ["gaussian_matched"], "finetune__lr": {"scratch": 1.0}},  # the budget is that of rrcm
+            {"methods": ["gaussian_matched"], "finetune__lr": {"scratch": 1.0}},  # the passes are those of rrcm
             "finetune.lr: has no value for sigma_0.25; add sigma_0.25 or default",
         ),
         ({"finetune__objectives__cat_rs__num_noise": 0}, "cat_rs.num_noise = 0: should be greater than or equal to 1"),
@@ -350,7 +350,10 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"denoised__max_images": {"gaussian": 5}}, "denoised.max_images.gaussian: does not denoise"),
         ({"methods": ["densepure"], "attack__methods": ["densepure"]}, "attack.methods: densepure votes, which has no"),
         ({"methods": ["dds_finetuned"], "denoised__model": "vit"}, "denoised.model vit: dds_finetuned fine-tunes a"),
-        ({"methods": ["dds_finetuned"], "finetune__budget": "passes"}, "finetune.budget passes has no meaning for dds"),
+        (
+            {"methods": ["dds_finetuned"], "finetune__equal_passes": True},
+            "finetune.equal_passes true has no meaning for dds",
+        ),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(project, change_of, said):

@@ -198,12 +198,12 @@ def training(**columns: object) -> set[str]:
 PRETRAINED = {name for name in TRAINED if METHODS[name].pretrained_here}
 DENOISING = {name for name, row in METHODS.items() if row.denoises}
 SOFT = {name for name in TRAINED if METHODS[name].needs_soft_labels}
-MATCHED, ENSEMBLES = training(budget="total"), training(classifier="ensemble")
+MATCHED, ENSEMBLES = training(matched=True), training(classifier="ensemble")
 SHARING = PRETRAINED | DENOISING | SOFT | MATCHED
 OWN_NUM_NOISE = {name for name in TRAINED if METHODS[name].objective in ("macer", "cat_rs", "smoothadv", "smoothmix")}
 FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again` has the rules for other settings
     "finetune.checkpoint_every": set(),
-    "finetune.initial_checkpoint": PRETRAINED,
+    "finetune.initial_weights": PRETRAINED,
     "finetune.ensemble_members": ENSEMBLES,
     "finetune.time_condition": PRETRAINED,
     "finetune.pretrain_cost_shared_by": SHARING,

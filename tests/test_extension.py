@@ -17,7 +17,7 @@ from rrcm.config import Config, parse_config
 from rrcm.data.datasets import DATASETS, RawDataset, RawSplit
 from rrcm.data.sharding import write_shards
 from rrcm.methods import METHODS, Method
-from rrcm.models import CLASSIFIERS, KINDS
+from rrcm.models import FOLDER_LOADERS, TRAINED_CLASSIFIERS
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.load import load_base_classifier
 from rrcm.objectives import FINETUNING
@@ -77,8 +77,8 @@ def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Method(None, "both_views", "jittered", "#E69F00", "Both views", family="noise")
     monkeypatch.setitem(METHODS, "both_views", row)
     monkeypatch.setitem(FINETUNING, "both_views", BothViews)
-    monkeypatch.setitem(CLASSIFIERS, "jittered", Jittered)
-    monkeypatch.setitem(KINDS, "jittered", load_jittered)
+    monkeypatch.setitem(TRAINED_CLASSIFIERS, "jittered", Jittered)
+    monkeypatch.setitem(FOLDER_LOADERS, "jittered", load_jittered)
     monkeypatch.setitem(DATASETS, "stripes", stripes)
 
 
@@ -96,7 +96,7 @@ def settings(project: Path) -> Config:
 
 def load_jittered(folder: Path, config: dict):
     """A kind of model folder that only this file knows."""
-    loaded = KINDS["classifier"](folder, config)
+    loaded = FOLDER_LOADERS["classifier"](folder, config)
     inner = loaded.classifier
     outer = Jittered(inner.encoder, inner.num_classes, inner.t)
     outer.load_state_dict(inner.state_dict())

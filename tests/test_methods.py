@@ -12,42 +12,47 @@ from omegaconf.errors import OmegaConfBaseException
 from rrcm import methods
 from rrcm.config import load_config, parse_config
 from rrcm.methods import METHODS, Method, check_methods, read_methods
-from rrcm.models import CLASSIFIERS
+from rrcm.models import TRAINED_CLASSIFIERS
 from rrcm.utils.errors import RRCMError
 
 MATCHED = {"gaussian", "stability", "consistency", "macer", "smoothadv", "smoothmix", "cat_rs"}
 
 
 @pytest.mark.parametrize(
-    ("name", "initial_weights", "objective", "budget", "classifier", "family", "label", "colour"),
+    ("name", "initial_weights", "objective", "matched", "classifier", "family", "label", "colour"),
     [
-        ("rrcm", "rrcm", "consistency", "finetune", "classifier", "rRCM", "rRCM", "#0072B2"),
-        ("timm", "timm", "consistency", "finetune", "classifier", "other pre-training", "timm ViT", "#CC79A7"),
-        ("gaussian", None, "gaussian", "finetune", "classifier", "noise", "Gaussian", "#009E73"),
+        ("rrcm", "rrcm", "consistency", False, "classifier", "rRCM", "rRCM", "#0072B2"),
+        ("timm", "timm", "consistency", False, "classifier", "other pre-training", "timm ViT", "#CC79A7"),
+        ("gaussian", None, "gaussian", False, "classifier", "noise", "Gaussian", "#009E73"),
         (
             "consistency_matched",
             None,
             "consistency",
-            "total",
+            True,
             "classifier",
             "regularization",
             "Consistency, matched compute",
             "#D55E00",
         ),
-        ("cat_rs_matched", None, "cat_rs", "total", "classifier", "adversarial", "CAT-RS, matched compute", "#A0522D"),
-        ("rrcm_ensemble", "rrcm", "consistency", "finetune", "ensemble", "ensemble", "rRCM, ensemble", "#2166AC"),
-        ("dds", "gaussian", None, "finetune", "dds", "denoise, then classify", "DDS", "#CC6677"),
+        ("cat_rs_matched", None, "cat_rs", True, "classifier", "adversarial", "CAT-RS, matched compute", "#A0522D"),
+        ("rrcm_ensemble", "rrcm", "consistency", False, "ensemble", "ensemble", "rRCM, ensemble", "#2166AC"),
+        ("dds", "gaussian", None, False, "dds", "denoise, then classify", "DDS", "#CC6677"),
     ],
 )
-def test_rows_of_the_table(name, initial_weights, objective, budget, classifier, family, label, colour):
+def test_rows_of_the_table(name, initial_weights, objective, matched, classifier, family, label, colour):
     row = METHODS[name]
-    assert row == Method(initial_weights, objective, classifier, colour, label, family=family, budget=budget)
-    decisive = {"initial_weights": initial_weights, "objective": objective, "budget": budget, "classifier": classifier}
+    assert row == Method(initial_weights, objective, classifier, colour, label, family=family, matched=matched)
+    decisive = {
+        "initial_weights": initial_weights,
+        "objective": objective,
+        "matched": matched,
+        "classifier": classifier,
+    }
     assert row.identity == decisive
 
 
 def test_methods_from_random_weights_also_get_the_compute_of_pretraining():
-    assert {name for name, row in METHODS.items() if row.budget == "total"} == {f"{name}_matched" for name in MATCHED}
+    assert {name for name, row in METHODS.items() if row.matched} == {f"{name}_matched" for name in MATCHED}
     assert len(METHODS) == 24 + len(MATCHED)
 
 
@@ -72,7 +77,7 @@ def test_the_table_that_is_shipped_is_right():
 )
 def test_a_wrong_cell_is_named_when_settings_are_read(project, monkeypatch, column, cell, said):
     """Also of a method that is not among the settings: nothing is trained beside it, then."""
-    monkeypatch.setitem(CLASSIFIERS, "unloadable", object)  # without an entry in KINDS
+    monkeypatch.setitem(TRAINED_CLASSIFIERS, "unloadable", object)  # without an entry in FOLDER_LOADERS
     row = Method(None, "gaussian", "classifier", "#123456", "Own", family="noise")
     monkeypatch.setitem(METHODS, "own", replace(row, **{column: cell}))
     with pytest.raises(RRCMError) as caught:
@@ -137,4 +142,4 @@ def test_a_new_row_is_a_method_and_its_matched_one():
     found = read_methods(HEAD + GAUSSIAN + own)
     assert [*found] == ["gaussian", "own", "gaussian_matched", "own_matched"]
     assert found["own"] == Method(None, "macer", "classifier", "#123456", "Own, with a comma", family="noise")
-    assert found["own_matched"].budget == "total"
+    assert found["own_matched"].matched

@@ -51,7 +51,7 @@ def pretrain_on_stripes(folder: Path, *settings: str) -> Path:
             image = Image.fromarray(pixels if name == "across" else pixels.swapaxes(0, 1).copy())
             image.save(folder / "images" / name / f"{number}.png")
     stripes = ["data.source=imagefolder", f"data.root={folder / 'images'}", "pretrain.batch_size=16"]
-    stripes += ["methods=[rrcm]", "pretrain.objectives=[rrcm]", "finetune.initial_checkpoint=null"]
+    stripes += ["methods=[rrcm]", "pretrain.objectives=[rrcm]", "finetune.initial_weights=null"]
     compose(folder / "params.yaml", *settings, *stripes)
     do(folder, ["shard_data"], ["pretrain"])
     return folder / "models/pretrain/rrcm"
@@ -80,7 +80,7 @@ def test_the_whole_pipeline_at_28_pixels(tmp_path):
     settings = ["profile=kather_28", *SMALL, "model.patch_size=7"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)
     folder = copy_repository(tmp_path / "repository")
-    given = [*write_tissues(tmp_path / "tissue", 28), "methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}"]
+    given = [*write_tissues(tmp_path / "tissue", 28), "methods=[rrcm,dds]", f"finetune.initial_weights={encoder}"]
     compose(folder / "params.yaml", *settings, *given)
     found = ran(run(folder, "python", "stages/repro.py", "--jobs", "2"))
     assert {"denoiser@trained", "finetune@gaussian-0.001", "finetune@rrcm", "certify@dds", "plot"} <= found
@@ -95,7 +95,7 @@ def test_the_whole_pipeline_at_28_pixels(tmp_path):
 def test_training_and_certification_at_224_pixels(tmp_path):
     settings = ["profile=kather", *SMALL, "model.patch_size=56"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)
-    given = [*write_tissues(tmp_path / "tissue", 224), "methods=[rrcm,dds]", f"finetune.initial_checkpoint={encoder}"]
+    given = [*write_tissues(tmp_path / "tissue", 224), "methods=[rrcm,dds]", f"finetune.initial_weights={encoder}"]
     compose(tmp_path / "params.yaml", *settings, *given)
     do(tmp_path, ["shard_data"], ["denoiser"], ["finetune", "gaussian", "0.001"])
     for method in ("rrcm", "dds"):

@@ -26,6 +26,7 @@ from rrcm.models.folders import read_model_config
 from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import json_bytes, sha256_folder, write_together
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
@@ -61,7 +62,7 @@ def certify_split(
     rule = make_stopping_rule(sigma=sigma, **settings.rule)
     limits = settings.max_images, max_images
     pixels, labels, indices = read_split(images, config.data.image_size, settings.every, *limits)
-    pixels = pixels.to(device).float() / 255
+    pixels = to_unit_range(pixels.to(device))
     states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
     inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}

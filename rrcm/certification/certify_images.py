@@ -36,6 +36,7 @@ from rrcm.models.load import LoadedClassifier, class_folders
 from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import read_json, sha256_file, sha256_folder
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.progress import Progress
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.tensors import sha256_tensors
@@ -76,7 +77,7 @@ def find_images(folder: Path, exclude: Collection[Path] = ()) -> Listing:
     return found
 
 
-def read_pixels(path: Path, loaded: LoadedClassifier) -> np.ndarray:
+def read_square(path: Path, loaded: LoadedClassifier) -> np.ndarray:
     """The central square of an image file at the classifier's size, as in the pipeline: uint8 (C, H, W).
 
     Raises `RRCMError` for a file that cannot be decoded.
@@ -202,7 +203,7 @@ def sha256_images(contents: Iterable[str]) -> str:
 
 
 def sha256_pixels(pixels: np.ndarray) -> str:
-    """Hexadecimal SHA-256 of an image's pixels, as `read_pixels` returns them."""
+    """Hexadecimal SHA-256 of an image's pixels, as `read_square` returns them."""
     return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
@@ -225,7 +226,7 @@ def _check_images(
     with Progress(len(positions), f"read {printable(found.folder)}", "images", only_if_long=True) as progress:
         for position in positions:
             try:
-                pixels = read_pixels(found.folder / found.files[position], loaded)
+                pixels = read_square(found.folder / found.files[position], loaded)
                 states.append(FileState(position, nothing, content=sha256_pixels(pixels)))
             except RRCMError as error:
                 problems.append(str(error))
@@ -257,8 +258,8 @@ def _certify_files(
     def decoded() -> Iterator[ImageState]:
         for state in states:
             if not state.stop_reason:
-                pixels = read_pixels(found.folder / found.files[state.index], loaded)
-                state.image = torch.from_numpy(pixels.copy()).float() / 255
+                pixels = read_square(found.folder / found.files[state.index], loaded)
+                state.image = to_unit_range(torch.from_numpy(pixels.copy()))
                 yield state
 
     label = f"certify {printable(found.folder)}"

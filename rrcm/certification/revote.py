@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rrcm.certification.certify_images import files_path, identify_model, sha256_images, sha256_pixels
-from rrcm.certification.certify_images import read_pixels as read_file
+from rrcm.certification.certify_images import files_path, identify_model, read_square, sha256_images, sha256_pixels
 from rrcm.certification.noise import ESTIMATE, SELECT
 from rrcm.certification.record import CertificateRecord
 from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
@@ -22,6 +21,7 @@ from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import LoadedClassifier, load_base_classifier
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.errors import RRCMError, one_line
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.provenance import Environment, describe_environment
 
 
@@ -37,8 +37,8 @@ class Inputs:
         if isinstance(self.images, ShardedDataset):
             pixels = read_pixels(self.images, self.loaded.image_size, indices)
         else:
-            pixels = torch.stack([torch.from_numpy(read_file(self.images[i], self.loaded).copy()) for i in indices])
-        return pixels.float() / 255
+            pixels = torch.stack([torch.from_numpy(read_square(self.images[i], self.loaded).copy()) for i in indices])
+        return to_unit_range(pixels)
 
 
 class Settings(NamedTuple):
@@ -92,7 +92,7 @@ def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dic
         files = {idx: folder / file for idx, file in zip(rows["idx"], rows["file"], strict=True)}
     except (OSError, ValueError, KeyError) as error:
         raise RRCMError(f"{files_path(path)}: cannot be read ({one_line(error)}); certify again") from None
-    return files, sha256_images(sha256_pixels(read_file(file, loaded)) for file in files.values())
+    return files, sha256_images(sha256_pixels(read_square(file, loaded)) for file in files.values())
 
 
 def smooth_again(

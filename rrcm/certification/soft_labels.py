@@ -22,6 +22,7 @@ from rrcm.data.verification import verify_shards
 from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import claimed, sha256_folder, write_json
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
@@ -96,7 +97,7 @@ def _count_share(
             group = [each for each in groups[number] if not each.samples]
             if not group:
                 continue
-            pixels = read_pixels(images, config.data.image_size, [each.index for each in group]).float() / 255
+            pixels = to_unit_range(read_pixels(images, config.data.image_size, [each.index for each in group]))
             for each, votes in zip(group, _count(smoothed, pixels, group, n, room), strict=True):
                 each.votes, each.samples = votes.tolist(), n
             append_states(journal, group)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from rrcm.config import Views
+from rrcm.utils.pixels import to_unit_range
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SOLARIZE = range(8)  # columns of `sample_color_blur`
 JITTER = (0.4, 0.4, 0.2, 0.1)  # MoCo-v3's strengths of the first four columns
@@ -132,7 +133,7 @@ def color_blur(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     so that selecting rows does not wait for the GPU. Returns float32 in [0, 1], on the device of `images`. With one
     channel, saturation, hue and greyscale do nothing.
     """
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.clone()
+    images = to_unit_range(images) if images.dtype == torch.uint8 else images.clone()
     color = images.shape[1] == 3
     operations = [adjust_brightness, adjust_contrast, *([adjust_saturation, adjust_hue] if color else [])]
     order = ORDERS.to(parameters.device)[parameters[:, ORDER].long()]

@@ -36,6 +36,7 @@ from rrcm.objectives.adversarial import ascend
 from rrcm.utils.distributed import explain_out_of_memory, pick_device, set_threads
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_json
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.progress import Progress
 
 RADIUS_FRACTION = 0.999  # certificates are attacked within this fraction of their radius
@@ -230,7 +231,7 @@ def attack_method(
         classifiers[sigma] = load_model_folder(models / sigma_name(sigma)).classifier.to(device)
 
     rows, radii = evenly_spaced(len(indices), config.attack.max_images), report_radii(config)
-    pixels = pixels[rows].to(device).float() / 255
+    pixels = to_unit_range(pixels[rows].to(device))
     frames = {sigma: frame.iloc[rows].reset_index(drop=True) for sigma, frame in frames.items()}
     attacks = sum(2 * len(radii) * len(frame) + int((frame["radius"] > 0).sum()) for frame in frames.values())
     with Progress(attacks, f"attack {method}", "attacks") as progress:

@@ -23,12 +23,12 @@ from rrcm.evaluation.representations import centred, same_and_cross_cosine
 from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, load_denoiser
 from rrcm.models.folders import read_model_config
-from rrcm.models.noise_levels import model_space
 from rrcm.models.sampler import Denoise, heun, reverse_levels
 from rrcm.models.vit import NoiseConditionedViT, build_encoder
 from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_csv, write_json
+from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.progress import Progress
 from rrcm.utils.rng import derive_seed, normal_per_sample
 
@@ -254,8 +254,8 @@ def generate(config: Config, objective: str, shard_folder: Path | str, encoder: 
     measures = _Measures(parts, sampler_levels(settings, config.generate.steps), settings)
     with Progress(half, f"generate {objective}", "images") as progress:
         for rows in torch.arange(half).split(BATCH):
-            measures.add_reference(model_space(reference[rows].to(device)))
-            clean = model_space(held_out[rows].to(device))
+            measures.add_reference(to_model_space(to_unit_range(reference[rows].to(device))))
+            clean = to_model_space(to_unit_range(held_out[rows].to(device)))
             noise = normal_per_sample(clean.shape[1:], config.seed, "generate", positions=rows.tolist(), device=device)
             measures.add_held_out(clean, noise)
             progress.update(len(rows))

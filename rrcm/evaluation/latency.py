@@ -23,6 +23,7 @@ from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.files import write_json
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.provenance import describe_environment
 
 IMAGES = 8  # samples are of several images, since with consensus the cost depends on the image
@@ -39,7 +40,7 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
     set_threads(config.threads)
     settings, device, sigma = config.latency, pick_device(config.device), config.sigmas[0]
     pixels, _, _ = read_split(ShardedDataset(shard_folder, "test"), config.data.image_size, limit=IMAGES)
-    images = pixels.to(device).float() / 255
+    images = to_unit_range(pixels.to(device))
     timed, records = {}, {}
     for method in config.methods:
         classifier = load_model_folder(models / method / sigma_name(sigma)).classifier.to(device)

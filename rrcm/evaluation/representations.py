@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rrcm.data.shards import ShardedDataset, read_pixels
-from rrcm.models.noise_levels import model_space
 from rrcm.utils.distributed import DistEnv, all_gather_cat, autocast
+from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.rng import normal_per_sample
 
 BATCH = 256
@@ -96,7 +96,7 @@ def evaluate(
         """Representations (N, D) float32 from all processes. Image i has noise sample i."""
         indices, found = torch.arange(len(images.pixels)) * env.world_size + env.rank, []
         for pixels, chunk in zip(images.pixels.split(BATCH), indices.split(BATCH), strict=True):
-            clean = model_space(pixels.to(env.device))
+            clean = to_model_space(to_unit_range(pixels.to(env.device)))
             positions = (chunk % len(images.labels)).tolist()
             noise = normal_per_sample(clean.shape[1:], seed, "trajectory", positions=positions, device=env.device)
             with autocast(env.device, precision):

@@ -3,7 +3,7 @@
 from rrcm.utils.registry import Registry
 
 # Classifiers in model folders, by the `kind` in config.json: (folder, config.json) -> `LoadedClassifier`.
-KINDS = Registry(
+FOLDER_LOADERS = Registry(
     {
         "classifier": "rrcm.models.checkpoints:load_classifier_folder",
         "network": "rrcm.models.architectures:load_network_folder",
@@ -12,9 +12,9 @@ KINDS = Registry(
     }
 )
 # What fine-tuning trains, by the `kind` of the model folder it writes: (encoder, number of classes, t) -> classifier.
-CLASSIFIERS = Registry({"classifier": "rrcm.models.base_classifiers:NoiseConditionedClassifier"})
+TRAINED_CLASSIFIERS = Registry({"classifier": "rrcm.models.base_classifiers:NoiseConditionedClassifier"})
 # Classifiers that denoise first, by the `classifier` of a method. Each also takes its own settings, by name.
-DENOISED = Registry(
+DENOISING_CLASSIFIERS = Registry(
     {
         "dds": "rrcm.models.denoised:DDS",
         "densepure": "rrcm.models.denoised:DensePure",

@@ -70,7 +70,7 @@ def network_classifier(architecture: Mapping, num_classes: int, sigma: float) ->
 
 
 def load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
-    """The loader of kind "network" in `rrcm.models.KINDS`."""
+    """The loader of kind "network" in `rrcm.models.FOLDER_LOADERS`."""
     entries = parse_entries(folder, config, NetworkEntries)
     sizes, num_classes = entries.architecture, len(entries.class_names)
     classifier = load_network(folder, lambda: network_classifier(sizes.model_dump(), num_classes, entries.sigma))

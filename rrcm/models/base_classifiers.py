@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rrcm.models.vit import NoiseConditionedViT, forward_in_chunks
+from rrcm.utils.pixels import to_model_space
 
 
 class Draw(Protocol):
@@ -65,7 +66,7 @@ class NoiseConditionedClassifier(BaseClassifier):
 
         With `num_chunks` above 1 the encoder sees the batch in chunks, which saves memory in training.
         """
-        return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, 2 * noisy - 1))
+        return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, to_model_space(noisy)))
 
 
 class Normalized(BaseClassifier):

@@ -92,7 +92,7 @@ def save_model(
     *,
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: its numbers
     sigma: float | None = None,  # of a classifier, pixel units; None: its own
-    kind: str = "classifier",  # of a classifier with our encoder, a key of `rrcm.models.KINDS`
+    kind: str = "classifier",  # of a classifier with our encoder, a key of `rrcm.models.FOLDER_LOADERS`
     dtype: str = "fp32",  # bf16 rounds the weights in the file, which halves it; they are loaded as float32
     **metadata: object,
 ) -> None:
@@ -138,7 +138,7 @@ def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> Noise
     sizes = parse_entries(path, config, EncoderEntries).architecture.model_dump()
     _check_sizes(sizes, expected, path)  # before the weights are read
     if config["kind"] == "classifier":
-        return classifier_of(path, config).train().encoder
+        return build_from_folder(path, config).train().encoder
     return load_network(path, lambda: NoiseConditionedViT(**sizes)).train()
 
 
@@ -146,12 +146,12 @@ def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
     """Load a fine-tuned classifier in eval mode. Raises `RRCMError` for a folder of another kind or a damaged one."""
     config = read_model_config(folder)
     check_kind(folder, config, ("classifier",))
-    return classifier_of(Path(folder), config)
+    return build_from_folder(Path(folder), config)
 
 
 def load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
-    """The loader of kind "classifier" in `rrcm.models.KINDS`."""
-    return describe_classifier(classifier_of(folder, config), config["class_names"])
+    """The loader of kind "classifier" in `rrcm.models.FOLDER_LOADERS`."""
+    return describe_classifier(build_from_folder(folder, config), config["class_names"])
 
 
 def describe_classifier(
@@ -163,7 +163,7 @@ def describe_classifier(
     return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
 
 
-def classifier_of(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
+def build_from_folder(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
     """The classifier in a model folder of kind "classifier" whose config.json is `config`, in eval mode."""
     entries = parse_entries(folder, config, ClassifierEntries)
     sizes, num_classes = entries.architecture.model_dump(), len(entries.class_names)

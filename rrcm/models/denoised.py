@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from rrcm.config import Count, NonNegative, Positive
-from rrcm.models import DENOISED
+from rrcm.models import DENOISING_CLASSIFIERS
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
 from rrcm.models.denoiser import Denoiser, load_denoiser
 from rrcm.models.folders import ClassNames, Entries, Part, Place, Sha256, parse_entries, write_model_folder
@@ -23,6 +23,7 @@ from rrcm.models.kinds import LoadedClassifier, load_model_folder, refuse_within
 from rrcm.models.load import load_base_classifier
 from rrcm.models.sampler import reverse_levels, reverse_sde
 from rrcm.utils.errors import RRCMError
+from rrcm.utils.pixels import to_model_space
 from rrcm.utils.tensors import sha256_tensors
 
 
@@ -33,7 +34,7 @@ def clipped(denoiser: Denoiser, x: torch.Tensor, t: float) -> torch.Tensor:
 
 def denoise_pixels(denoiser: Denoiser, noisy: torch.Tensor, *, sigma: float) -> torch.Tensor:
     """The clipped estimate in pixels: (B, C, H, W) float32 in [0, 1] plus noise of pixel `sigma` -> in [0, 1]."""
-    return (clipped(denoiser, 2 * noisy - 1, 2 * sigma) + 1) / 2
+    return (clipped(denoiser, to_model_space(noisy), 2 * sigma) + 1) / 2
 
 
 class DenoisedClassifier(BaseClassifier):
@@ -80,7 +81,7 @@ class DensePure(DenoisedClassifier):
             def noise(step: int, run: int = run) -> torch.Tensor:
                 return draw.normal(f"reverse run {run} step {step}", noisy.shape[1:])
 
-            clean = reverse_sde(partial(clipped, self.denoiser), 2 * noisy - 1, levels, noise)
+            clean = reverse_sde(partial(clipped, self.denoiser), to_model_space(noisy), levels, noise)
             choices.append(self.classify((clean + 1) / 2).argmax(1))
         return majority_vote(torch.stack(choices, dim=1), self.num_classes)
 
@@ -129,7 +130,7 @@ class LocalNoise(Entries):
     local_sigma: NonNegative
 
 
-SETTINGS = {"dds": Entries, "densepure": Runs, "diffsmooth": LocalNoise}  # as DENOISED
+SETTINGS = {"dds": Entries, "densepure": Runs, "diffsmooth": LocalNoise}  # as DENOISING_CLASSIFIERS
 
 
 class PartElsewhere(Entries):
@@ -168,7 +169,7 @@ def write_denoised(
     settings: Mapping,
     **metadata: object,
 ) -> None:
-    """Write the config.json of a classifier of `kind`, a key of DENOISED, for pixel noise `sigma`, in `folder`.
+    """Write config.json in `folder` for a classifier of `kind` (in DENOISING_CLASSIFIERS) and pixel noise `sigma`.
 
     `parts` are the `denoiser` and the `classifier`, each as `part_of` names it. A classifier from elsewhere has its
     name as `model` instead of a path, and the hash of its weights. `settings` are the further arguments of the class.
@@ -179,7 +180,7 @@ def write_denoised(
 
 
 def load_denoised(folder: Path, config: dict) -> LoadedClassifier:
-    """The loader of kind "denoised" in `rrcm.models.KINDS`."""
+    """The loader of kind "denoised" in `rrcm.models.FOLDER_LOADERS`."""
     entries = parse_entries(folder, config, DenoisedEntries)
     settings = parse_entries(folder, entries.settings, SETTINGS[entries.denoised]).model_dump()
     named = entries.parts
@@ -196,7 +197,7 @@ def load_denoised(folder: Path, config: dict) -> LoadedClassifier:
     fits = loaded.channels == denoiser.channels and loaded.num_classes == len(entries.class_names)
     if not fits or loaded.classifier.stochastic:  # nobody hands it random numbers
         raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
-    build = DENOISED[entries.denoised]
+    build = DENOISING_CLASSIFIERS[entries.denoised]
     classifier = build(denoiser, loaded.classifier, sigma=entries.sigma, classifier_size=loaded.image_size, **settings)
     return loaded._replace(
         classifier=classifier.eval(), image_size=denoiser.image_size, class_names=entries.class_names

@@ -86,7 +86,7 @@ def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[s
 
 
 def load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
-    """The loader of kind "ensemble" in `rrcm.models.KINDS`."""
+    """The loader of kind "ensemble" in `rrcm.models.FOLDER_LOADERS`."""
     members = []
     for part in parse_entries(folder, config, EnsembleEntries).members:
         path = folder / part.path

@@ -17,7 +17,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 from torch import nn
 
-from rrcm.config import Section, describe
+from rrcm.config import Section, explain
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import read_json, sha256_file, write_json
 from rrcm.utils.tensors import check_weights, load_tensors, load_weights, save_tensors
@@ -138,7 +138,7 @@ def parse_entries(folder: Path | str, config: object, entries: type[TypedEntries
     try:
         return entries.model_validate(config)
     except ValidationError as error:
-        raise RRCMError(f"{folder}/{CONFIG}: {describe(error, entries)}; train it again or dvc pull") from None
+        raise RRCMError(f"{folder}/{CONFIG}: {explain(error, entries)}; train it again or dvc pull") from None
 
 
 def check_kind(folder: Path | str, config: Mapping, known: Iterable[str]) -> None:

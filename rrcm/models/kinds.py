@@ -1,13 +1,13 @@
 """Classifiers in model folders, of every kind.
 
-A model folder is the contract between training and certification. Its config.json has a `kind`, and KINDS has a loader
-for each kind. Code outside the package adds a kind with `KINDS["my kind"] = my_loader`.
+A model folder is the contract between training and certification. Its config.json has a `kind`, and FOLDER_LOADERS
+has a loader for each kind. Code outside the package adds a kind with `FOLDER_LOADERS["my kind"] = my_loader`.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
-from rrcm.models import KINDS
+from rrcm.models import FOLDER_LOADERS
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.folders import check_kind, read_model_config
 from rrcm.utils.errors import RRCMError
@@ -34,16 +34,16 @@ class LoadedClassifier(NamedTuple):
 
 
 def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedClassifier:
-    """Load the classifier in a model folder of any kind in KINDS.
+    """Load the classifier in a model folder of any kind in FOLDER_LOADERS.
 
     `sha256` is what the model must have that it is part of. Raises `RRCMError` for a missing or damaged folder, one of
     another hash, and one of an unknown kind.
     """
     folder = Path(folder)
     config = read_model_config(folder, sha256)
-    check_kind(folder, config, KINDS)
+    check_kind(folder, config, FOLDER_LOADERS)
     try:
-        return KINDS[config["kind"]](folder, config)
+        return FOLDER_LOADERS[config["kind"]](folder, config)
     except RecursionError:
         raise RRCMError(f"{folder}: has parts within parts, too many for any model; train it again") from None
 

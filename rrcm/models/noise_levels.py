@@ -14,11 +14,6 @@ def karras_levels(
     return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
-def model_space(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels of any shape as float32 in [-1, 1]."""
-    return 2 * (pixels.float() / 255) - 1
-
-
 def nearest_level(levels: torch.Tensor, t: float) -> float:
     """The entry of `levels` (N,) nearest to t. The authors' fine-tuning uses it in place of t."""
     return float(levels[(levels - t).abs().argmin()])

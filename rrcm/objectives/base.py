@@ -30,7 +30,7 @@ class Classifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Draw:
+class StepRandomness:
     """The randomness of one step: a pure function of (seed, step, name, position in the global batch).
 
     So it does not depend on the number of processes, on chunks, or on where a run was resumed.
@@ -63,10 +63,10 @@ class Draw:
 
 
 class Objective(Protocol):
-    """A loss with its random draw, its logged terms and its cost.
+    """A loss with the randomness of its steps, its logged terms and its cost.
 
-    For pre-training `model` has the networks `student` and `teacher` that `build_networks` has built, and the batch has
-    `image`, `view1` and `view2`, (B, C, H, W) float32 in model space. For fine-tuning `model` is a `Classifier`, and
+    In pre-training, `model` has the networks `student` and `teacher` of `build_student_and_teacher`. The batch has
+    `image`, `view1` and `view2`, (B, C, H, W) float32 in model space. In fine-tuning, `model` is a `Classifier`, and
     the batch has `image`, (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities. With
     `needs_soft_labels` it also has `soft_label`, (B, K) float32: the votes of another smoothed classifier, as shares.
     """
@@ -74,7 +74,7 @@ class Objective(Protocol):
     terms: tuple[str, ...]  # logged beside "loss"
     forwards_per_image: float  # encoder passes per image and step; a backward pass counts as two
 
-    def __call__(self, model: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, model: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         """{"loss": scalar with gradient, **terms: scalars}."""
         ...
 
@@ -85,7 +85,7 @@ class Objective(Protocol):
 class PretrainingObjective(Objective, Protocol):
     """An objective that also builds what it trains."""
 
-    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[nn.Module, nn.Module | None]:
+    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[nn.Module, nn.Module | None]:
         """Student and teacher around one randomly initialized encoder, which the student has as `encoder`.
 
         The teacher, if there is one, is a copy of the student or of a part of it, under the same parameter names: it
@@ -111,9 +111,9 @@ def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str
     return kinds[name](**{p.name: settings[p.name] for p in parameters if p.name in settings})
 
 
-def draw_noise(images: torch.Tensor, draw: Draw, sigma: float, num_noise: int) -> torch.Tensor:
+def draw_noise(images: torch.Tensor, random: StepRandomness, sigma: float, num_noise: int) -> torch.Tensor:
     """Gaussian noise of pixel `sigma` for `num_noise` copies of each image: (B, C, H, W) -> (m, B, C, H, W)."""
-    noise = draw.normal("finetune noise", images.shape[1:], copies=num_noise)
+    noise = random.normal("finetune noise", images.shape[1:], copies=num_noise)
     return sigma * noise.unflatten(0, (num_noise, -1))
 
 

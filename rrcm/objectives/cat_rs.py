@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rrcm.objectives.adversarial import ascend, project_to_ball
-from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits
+from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits
 
 
 def divergence(soft_label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -100,9 +100,9 @@ class CATRS:
         attack = 2 * self.attack_steps if self.attack_radius else 0  # gradients of pixels alone cost one pass
         return (3 + 3 + attack) * self.num_noise
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         images, target, soft_label = batch["image"], batch["target"], batch["soft_label"]
-        noise = worst = draw_noise(images, draw, self.sigma, self.num_noise)
+        noise = worst = draw_noise(images, random, self.sigma, self.num_noise)
         if self.attack_radius:
             attack = partial(worst_case_noise, radius=self.attack_radius, steps=self.attack_steps)
             worst = attack(partial(classifier, frozen=True), images, soft_label, noise)
@@ -111,7 +111,7 @@ class CATRS:
         right = share_right(logits, target)
         if self.confidence == "soft_label":
             right = soft_label.gather(1, target.argmax(1, keepdim=True)).squeeze(1)
-        trials = draw.uniform("bottom count", (self.num_noise,)).T
+        trials = random.uniform("bottom count", (self.num_noise,)).T
         count = (trials < right).sum(0).clamp_min(1)  # binomial
         bottom, worst_case = cat_rs_loss(logits, worst_logits, target, soft_label, count)
         worst_case = self.worst_case_weight * worst_case

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, soft_cross_entropy
 
 
 def consistency_regularizer(
@@ -38,8 +38,8 @@ class Consistency:
     def forwards_per_image(self) -> float:
         return 3 * self.num_noise
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
+        noise = draw_noise(batch["image"], random, self.sigma, self.num_noise)
         logits = noisy_logits(classifier, batch["image"], noise)
         cross_entropy = soft_cross_entropy(logits, batch["target"])
         regularizer = consistency_regularizer(logits, self.consistency_weight, self.entropy_weight).mean()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
-from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.utils.distributed import all_gather_cat
 
 Network = Callable[..., list[torch.Tensor]]  # an `EncoderWithProjector`, or a wrapper of one
@@ -73,16 +73,16 @@ class Contrastive:
     terms: ClassVar[tuple[str, ...]] = ("contrastive",)
     forwards_per_image: ClassVar[float] = 2 * 3 + 2  # two student views, two teacher views
 
-    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
         student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
         return student, copy.deepcopy(student)
 
-    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         view1, view2 = batch["view1"], batch["view2"]
-        noise1, noise2 = (draw.normal(f"noise {i}", view1.shape[1:]) for i in (1, 2))
+        noise1, noise2 = (random.normal(f"noise {i}", view1.shape[1:]) for i in (1, 2))
         loudest = 2 * max(self.evaluate_sigmas)
-        levels = draw.generator("view levels").uniform(self.t_min, loudest, (2, draw.batch_size))
-        t1, t2 = torch.from_numpy(levels[:, list(draw.positions)]).to(draw.device, torch.float32)
+        levels = random.generator("view levels").uniform(self.t_min, loudest, (2, random.batch_size))
+        t1, t2 = torch.from_numpy(levels[:, list(random.positions)]).to(random.device, torch.float32)
         loss = contrastive_loss(
             networks.student,
             networks.teacher,

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from rrcm.models.denoiser import loss_weight
-from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.base import Batch, StepRandomness
 
 
 def denoising_loss(estimate: torch.Tensor, image: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -28,10 +28,10 @@ class Denoising:
     terms: ClassVar[tuple[str, ...]] = ()
     forwards_per_image: ClassVar[float] = 3.0
 
-    def __call__(self, model: Callable, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, model: Callable, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         image = batch["image"]
-        t = (self.noise_mean + self.noise_std * draw.normal("noise level", ())).exp()
-        noisy = image + t[:, None, None, None] * draw.normal("noise", image.shape[1:])
+        t = (self.noise_mean + self.noise_std * random.normal("noise level", ())).exp()
+        noisy = image + t[:, None, None, None] * random.normal("noise", image.shape[1:])
         condition = (batch["condition"],) if "condition" in batch else ()
         estimate = model(noisy, t, *condition, num_chunks=self.num_chunks)
         return {"loss": denoising_loss(estimate, image, t).mean()}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from rrcm.models.heads import Decoder, MaskedAutoencoder
 from rrcm.models.vit import NoiseConditionedViT, block_multiply_adds, encoder_multiply_adds
-from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.base import Batch, StepRandomness
 
 
 def normalized_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -76,14 +76,14 @@ class DMAE:
     def build_decoder(self, encoder: NoiseConditionedViT) -> Decoder:
         return Decoder(encoder, self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads)
 
-    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, None]:
+    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, None]:
         return MaskedAutoencoder(encoder, self.build_decoder(encoder)), None
 
-    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         image = batch["image"]
-        noisy = image + 2 * self.sigma * draw.normal("masked image's noise", image.shape[1:])
+        noisy = image + 2 * self.sigma * random.normal("masked image's noise", image.shape[1:])
         t = torch.full((len(image),), max(2 * self.sigma, self.t_min), device=image.device)
-        visible = visible_patches(draw.uniform("mask", (self.num_patches,)), self.num_visible)
+        visible = visible_patches(random.uniform("mask", (self.num_patches,)), self.num_visible)
         reconstruction = networks.student(noisy, t, visible=visible, num_chunks=self.num_chunks)
         loss = reconstruction_loss(reconstruction, image, self.patch_size).mean()
         return {"loss": loss, "reconstruction": loss}

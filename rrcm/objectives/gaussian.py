@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Gaussian:
     def forwards_per_image(self) -> float:
         return 3 * self.num_noise
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
+        noise = draw_noise(batch["image"], random, self.sigma, self.num_noise)
         logits = noisy_logits(classifier, batch["image"], noise)
         return {"loss": soft_cross_entropy(logits, batch["target"])}

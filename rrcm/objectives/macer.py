@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.special import ndtri
 
-from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, smoothed_cross_entropy
+from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, smoothed_cross_entropy
 
 
 def macer_loss(
@@ -46,10 +46,10 @@ class MACER:
     def forwards_per_image(self) -> float:
         return 3 * self.num_noise
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
+        noise = draw_noise(batch["image"], random, self.sigma, self.num_noise)
         logits = noisy_logits(classifier, batch["image"], noise)
-        weight = self.radius_weight if draw.epoch >= self.deferred_epochs else 0.0
+        weight = self.radius_weight if random.epoch >= self.deferred_epochs else 0.0
         classification, radius = macer_loss(
             logits, batch["target"], sigma=self.sigma, radius_weight=weight, beta=self.beta, gamma=self.gamma
         )

@@ -7,7 +7,7 @@ import torch
 
 from rrcm.models.heads import EncoderWithPredictor
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
-from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.contrastive import Contrastive
 
 
@@ -18,11 +18,11 @@ class MoCoV3(Contrastive):
     The views have the noise of `Contrastive`. The teacher is the average of encoder and projector, without predictor.
     """
 
-    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
         hidden, out = self.projector_hidden_dim, self.projection_dim
         network = EncoderWithProjector(encoder, hidden, out, last_norm=True)
         return EncoderWithPredictor(network, hidden, out), copy.deepcopy(network)
 
-    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        loss = 2 * self.temperature * super().__call__(networks, batch, draw)["loss"]
+    def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
+        loss = 2 * self.temperature * super().__call__(networks, batch, random)["loss"]
         return {"loss": loss, "contrastive": loss}

@@ -9,7 +9,7 @@ import torch
 
 from rrcm.models.noise_levels import karras_levels
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
-from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.contrastive import Network, global_info_nce
 
 
@@ -99,7 +99,7 @@ class RRCM:
         views = 2 if self.contrastive else 0
         return 3 * (views + 1) + 1 + views  # student, the quieter target, teacher
 
-    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
         student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
         if self.contrastive:
             return student, copy.deepcopy(student)
@@ -117,9 +117,9 @@ class RRCM:
     def schedule(self, step: int) -> dict[str, float]:
         return {"levels": self.num_levels(step)}
 
-    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        levels = self.levels(draw.step)
-        n = int(draw.generator("level").integers(len(levels) - 1))  # one for the whole global batch
+    def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
+        levels = self.levels(random.step)
+        n = int(random.generator("level").integers(len(levels) - 1))  # one for the whole global batch
         shape = batch["image"].shape[1:]
         terms = rrcm_loss(
             networks.student,
@@ -127,13 +127,13 @@ class RRCM:
             batch["image"],
             batch["view1"],
             batch["view2"],
-            draw.normal("noise", shape),
+            random.normal("noise", shape),
             t=levels[n],
             t_next=levels[n + 1],
             t_min=levels[-1],
             temperature=self.temperature,
             num_chunks=self.num_chunks,
-            quieter_noise=None if self.same_noise else draw.normal("quieter noise", shape),
+            quieter_noise=None if self.same_noise else random.normal("quieter noise", shape),
         )
         losses = {"loss": terms.total.mean(), "consistency": terms.consistency.mean()}
         return losses | ({"contrastive": terms.contrastive.mean()} if self.contrastive else {})

@@ -6,7 +6,7 @@ import torch
 
 from rrcm.models.heads import ProjectedAutoencoder
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives.base import Batch, Draw
+from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.dmae import DMAE
 from rrcm.objectives.rrcm import RRCM
 
@@ -25,10 +25,10 @@ class RRCMDMAE(RRCM, DMAE):
     def forwards_per_image(self) -> float:
         return super().forwards_per_image + DMAE.forwards_per_image.fget(self)
 
-    def build_networks(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-        student, teacher = super().build_networks(encoder)
+    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+        student, teacher = super().build_student_and_teacher(encoder)
         return ProjectedAutoencoder(student, self.build_decoder(encoder)), teacher
 
-    def __call__(self, networks: object, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
-        rrcm, dmae = (objective.__call__(self, networks, batch, draw) for objective in (RRCM, DMAE))
+    def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
+        rrcm, dmae = (objective.__call__(self, networks, batch, random) for objective in (RRCM, DMAE))
         return rrcm | dmae | {"loss": rrcm["loss"] + self.dmae_weight * dmae["loss"]}

@@ -10,7 +10,7 @@ from rrcm.objectives.adversarial import ascend, project_to_ball
 from rrcm.objectives.base import (
     Batch,
     Classifier,
-    Draw,
+    StepRandomness,
     draw_noise,
     linear_warmup,
     noisy_logits,
@@ -59,10 +59,10 @@ class SmoothAdv:
         attack = 2 * self.attack_steps if self.attack_radius else 0  # gradients of pixels alone cost one pass
         return (attack + 3) * self.num_noise
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         images, target = batch["image"], batch["target"]
-        noise = draw_noise(images, draw, self.sigma, self.num_noise)
-        radius = self.attack_radius * linear_warmup(draw.epoch, self.attack_warmup_epochs)
+        noise = draw_noise(images, random, self.sigma, self.num_noise)
+        radius = self.attack_radius * linear_warmup(random.epoch, self.attack_warmup_epochs)
         frozen = partial(classifier, frozen=True)
         attacked = smoothadv_attack(frozen, images, target, noise, radius=radius, steps=self.attack_steps)
         return {"loss": soft_cross_entropy(noisy_logits(classifier, attacked, noise), target)}

@@ -11,7 +11,7 @@ from rrcm.objectives.adversarial import ascend, project_to_ball
 from rrcm.objectives.base import (
     Batch,
     Classifier,
-    Draw,
+    StepRandomness,
     draw_noise,
     linear_warmup,
     noisy_logits,
@@ -83,10 +83,10 @@ class SmoothMix:
     def forwards_per_image(self) -> float:
         return (3 + 3 + 2 * self.attack_steps) * self.num_noise  # gradients of pixels alone cost one pass
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         images, target = batch["image"], batch["target"]
-        noise = draw_noise(images, draw, self.sigma, self.num_noise)
-        grown, share = linear_warmup(draw.epoch, self.mix_warmup_epochs), draw.uniform("mix share") / 2
+        noise = draw_noise(images, random, self.sigma, self.num_noise)
+        grown, share = linear_warmup(random.epoch, self.mix_warmup_epochs), random.uniform("mix share") / 2
         attack = partial(smoothmix_attack, partial(classifier, frozen=True), length=self.attack_step)
         moved = attack(images, target, noise, steps=1)
         adversary = attack(moved, target, noise, steps=self.attack_steps - 1)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.base import Batch, Classifier, Draw, draw_noise, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, soft_cross_entropy
 
 
 def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
@@ -30,9 +30,9 @@ class Stability:
     def forwards_per_image(self) -> float:
         return 3 * (1 + self.num_noise)
 
-    def __call__(self, classifier: Classifier, batch: Batch, draw: Draw) -> dict[str, torch.Tensor]:
+    def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         clean = classifier(batch["image"])
-        noise = draw_noise(batch["image"], draw, self.sigma, self.num_noise)
+        noise = draw_noise(batch["image"], random, self.sigma, self.num_noise)
         noisy = noisy_logits(classifier, batch["image"], noise)
         cross_entropy = soft_cross_entropy(clean[None], batch["target"])
         regularizer = self.stability_weight * stability_regularizer(clean, noisy).mean()

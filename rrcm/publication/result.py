@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rrcm.config import Config, describe
+from rrcm.config import Config, explain
 from rrcm.methods import METHODS
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import read_json, sha256_file
@@ -96,7 +96,7 @@ class Result(NamedTuple):
         try:
             record = ResultRecord.model_validate(read_json(path))
         except ValidationError as error:
-            raise RRCMError(f"{path}: {describe(error, ResultRecord)}; restore it with git, or publish again") from None
+            raise RRCMError(f"{path}: {explain(error, ResultRecord)}; restore it with git, or publish again") from None
         if (record.name, record.seed) != (self.name, self.seed):
             raise RRCMError(f"{path}: is of {record.name}, seed {record.seed}; restore it with git, or publish again")
         return record

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from rrcm.certification.certify_images import FolderCertificates, read_pixels
+from rrcm.certification.certify_images import FolderCertificates, read_square
 from rrcm.certification.results import ABSTAIN, UNKNOWN
 from rrcm.certification.stopping import StoppingRule
 from rrcm.data.shards import evenly_spaced
@@ -59,7 +59,7 @@ def draw_gallery(found: FolderCertificates, loaded: LoadedClassifier, rule: Stop
         path, row = found.paths[i], found.frame.iloc[i]
         unlabelled = row["label"] == UNKNOWN and row["predict"] != ABSTAIN
         kind = "certified" if unlabelled else verdict(row["predict"], row["label"])
-        pixels = read_pixels(path, loaded).transpose(1, 2, 0) / 255
+        pixels = read_square(path, loaded).transpose(1, 2, 0) / 255
         thumbnails.append(Thumbnail(pixels, row["file"], row["class"], row["radius"], kind))
     part = f", {GALLERY_IMAGES} of {count:,} images" if count > GALLERY_IMAGES else ""
     return draw_certified_images(thumbnails, f"σ = {rule.sigma:g}, n = {rule.looks[-1]:,}, α = {rule.alpha:g}{part}")

@@ -132,7 +132,7 @@ def save_all(drawn: Mapping[str, Figure], folder: Path) -> None:
 def line_style(method: str) -> dict:
     """Colour, line style, marker and label of a row of the method table, as arguments of `Axes.plot`."""
     row = METHODS[method]
-    matched = row.budget == "total"
+    matched = row.matched
     return {
         "color": row.colour,
         "linestyle": (0, (4, 1.5)) if matched else "-",

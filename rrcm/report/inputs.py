@@ -14,7 +14,7 @@ from rrcm.certification.results import read_certificates, read_samples, sigma_na
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import METHODS, classifier_of
+from rrcm.methods import METHODS, denoising_classifier
 from rrcm.report.records import (
     CertifyTiming,
     Latency,
@@ -140,7 +140,7 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
             stages[SOFT_LABEL_TIMING] = f"soft-labels@{source.method}-{source.sigma}"
         if METHODS[method].denoises:
             stages[DENOISER_TIMING] = f"denoiser@{next(iter(config.derived['denoiser']))}"
-        if (part := classifier_of(method, config.denoised.model_dump())) is not None:
+        if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
             stages[_timing("finetune", *part)] = "finetune@{}-{}".format(*part)
     if config.latency.n:
         stages[LATENCY] = "latency"
@@ -340,7 +340,7 @@ def _shared_timings(config: Config, method: str) -> list[str]:
         shared += [_timing("finetune", config.soft_labels.method, config.soft_labels.sigma), SOFT_LABEL_TIMING]
     if METHODS[method].denoises:
         shared.append(DENOISER_TIMING)
-    if (part := classifier_of(method, config.denoised.model_dump())) is not None:
+    if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
         shared.append(_timing("finetune", *part))
     return shared
 

@@ -20,7 +20,7 @@ from rrcm.evaluation.metrics import (
     best_sigma_table,
     on_common_images,
 )
-from rrcm.methods import METHODS, classifier_of
+from rrcm.methods import METHODS, denoising_classifier
 from rrcm.report.figures import panel_groups
 from rrcm.report.inputs import Inputs
 from rrcm.report.tables import (
@@ -106,14 +106,14 @@ def render_report(
         data_notes=inputs.data_notes,
         comparisons=_headline(config, inputs),
         pretrained_elsewhere=[
-            (METHODS[name].label, config.finetune.initial_weights(name))
+            (METHODS[name].label, config.finetune.origin_of_weights(name))
             for name in config.methods
             if METHODS[name].initial_weights is not None
             and not config.finetune.uses_pretraining(name)
             and not METHODS[name].denoises
         ],
         denoising=[
-            (METHODS[name], classifier_of(name, config.denoised.model_dump()))
+            (METHODS[name], denoising_classifier(name, config.denoised.model_dump()))
             for name in config.methods
             if METHODS[name].denoises
         ],
@@ -155,14 +155,12 @@ def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
     Methods that denoise are compared with all others, whatever these cost, as no budget is theirs.
     """
     passes = inputs.budgets.groupby("method")["total_passes"].sum()
-    total = [
-        name for name in config.methods if METHODS[name].budget == "total" or config.finetune.uses_pretraining(name)
-    ]
+    total = [name for name in config.methods if METHODS[name].matched or config.finetune.uses_pretraining(name)]
     least, most = ((1 + side * EQUAL_COMPUTE) * passes.get(reference_method(total), 0) for side in (-1, 1))
     denoising = [name for name in config.methods if METHODS[name].denoises]
     groups = {
         "equal fine-tuning budget": [
-            name for name in config.methods if METHODS[name].budget == "finetune" and name not in denoising
+            name for name in config.methods if not METHODS[name].matched and name not in denoising
         ],
         "equal total compute": [name for name in total if least <= passes[name] <= most],
         "any cost": config.methods if denoising else [],

@@ -29,7 +29,7 @@ def _build(config: Config, name: str, settings: Pretrain) -> PretrainingObjectiv
 def plan_pretraining(config: Config, name: str) -> Pretrain:
     """The settings of one pre-training. With budget `passes` its steps cost what rRCM's steps cost."""
     settings = config.pretrain.settings(name)
-    if name == MATCHED_PRETRAINING or settings.budget == "steps":
+    if name == MATCHED_PRETRAINING or not settings.equal_passes:
         return settings
     cost, matched = (_build(config, each, settings).forwards_per_image for each in (name, MATCHED_PRETRAINING))
     return scale_steps(settings, matched / cost)
@@ -125,7 +125,7 @@ def plan_budget(
 ) -> Budget:
     """The budget of a method at noise `sigma`, on `num_images` training images.
 
-    With `finetune.budget: passes` a training ends after the step at which it comes closest to the encoder passes of
+    With `finetune.equal_passes: true` a training ends after the step at which it comes closest to the encoder passes of
     rRCM's fine-tuning. A method with budget "total" also gets rRCM's share of the pre-training, less its own share of
     soft labels. The members of an ensemble share these passes. A longer training is evaluated less often, so that each
     has about the same number of evaluations. Raises `RRCMError` when soft labels leave nothing for the training.
@@ -137,7 +137,7 @@ def plan_budget(
     if METHODS[method].denoises:
         step_compute += objective.num_noise * step_images  # passes of the denoiser
     planned_steps = total_steps = settings.epochs * epoch_steps
-    matched, by_passes = METHODS[method].budget == "total", config.finetune.budget == "passes"
+    matched, by_passes = METHODS[method].matched, config.finetune.equal_passes
     shared_by, share, soft_label_share = config.finetune.pretrain_cost_shared_by, 0.0, 0.0
     if METHODS[method].needs_soft_labels:
         soft_label_share = soft_label_compute(config, num_images) / shared_by

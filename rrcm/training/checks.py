@@ -10,7 +10,7 @@ from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
 from rrcm.methods import METHODS, PER_OBJECTIVE
-from rrcm.models import CLASSIFIERS, DENOISED
+from rrcm.models import DENOISING_CLASSIFIERS, TRAINED_CLASSIFIERS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.load import load_base_classifier
 from rrcm.models.public_denoisers import HUB
@@ -92,12 +92,14 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
 
 def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
     settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
-    if config.certify.compile and getattr((CLASSIFIERS | DENOISED).get(kind.classifier), "stochastic", False):
+    if config.certify.compile and getattr(
+        (TRAINED_CLASSIFIERS | DENOISING_CLASSIFIERS).get(kind.classifier), "stochastic", False
+    ):
         raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
     if kind.objective is None:
         return
     objective = build_finetuning_objective(settings, method, sigma)
-    if kind.needs_soft_labels and kind.budget == "total":  # it may have nothing left to train with
+    if kind.needs_soft_labels and kind.matched:  # it may have nothing left to train with
         plan_budget(config, method, sigma, objective, images, Path("models/pretrain"))
     step_images = images_per_step(settings, kind.objective)
     if step_images < settings.batch_size:
@@ -127,14 +129,14 @@ def _check_trunk(config: Config, num_classes: int) -> None:
 
 def _check_initial_weights(config: Config) -> None:
     given = config.finetune
-    for name, path in {"initial_checkpoint": given.initial_checkpoint, "timm.weights": given.timm.weights}.items():
+    for name, path in {"initial_weights": given.initial_weights, "timm.weights": given.timm.weights}.items():
         if path and not expand_user(path).exists() and in_repository(path).exists():
             raise RRCMError(
                 f"finetune.{name} = {path!r}: is not in the copy of the repository that this experiment works in; give "
                 f"an absolute path, or `dvc exp run` the option --copy-paths {path}"
             )
     outside = {
-        config.finetune.initial_weights(method): method
+        config.finetune.origin_of_weights(method): method
         for method in config.methods
         if METHODS[method].initial_weights is not None
         and not config.finetune.uses_pretraining(method)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset
-from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, classifier_of
+from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, denoising_classifier
 from rrcm.models.denoised import denoise_pixels, write_denoised
 from rrcm.models.denoiser import load_denoiser
 from rrcm.models.folders import part_of
@@ -64,7 +64,7 @@ def finetune_denoised(
 
 def find_parts(config: Config, method: str, models: Path) -> DenoisedParts:
     """Where the parts of a method are below the folder of all models. There they may be missing."""
-    classifier = classifier_of(method, config.denoised.model_dump())
+    classifier = denoising_classifier(method, config.denoised.model_dump())
     if classifier is not None:
         classifier = models / classifier[0] / f"sigma_{classifier[1]}"
     return DenoisedParts(models / Path(DENOISER).name, classifier)

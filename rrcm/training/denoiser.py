@@ -18,10 +18,9 @@ from rrcm.data.verification import verify_shards
 from rrcm.models.checkpoints import ARCHITECTURE
 from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
-from rrcm.models.noise_levels import model_space
 from rrcm.models.public_denoisers import MIN_IMAGES, load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
-from rrcm.objectives.base import Draw
+from rrcm.objectives.base import StepRandomness
 from rrcm.objectives.denoising import Denoising
 from rrcm.training.optim import build_optimizer, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
@@ -34,6 +33,7 @@ from rrcm.utils.distributed import (
     set_threads,
 )
 from rrcm.utils.files import atomic_directory, write_csv, write_json
+from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed, normal_per_sample
@@ -76,7 +76,7 @@ def copy_public_denoiser(
     settings, start = config.denoiser.public, time.monotonic()
     options = settings.model_dump(exclude={"source"})
     pixels, _, _ = read_split(images, config.data.image_size, limit=MIN_IMAGES)
-    denoiser = load_public_denoiser(settings.source, pixels.to(device) / 255, config.sigmas, **options)
+    denoiser = load_public_denoiser(settings.source, to_unit_range(pixels.to(device)), config.sigmas, **options)
     record = {"source": settings.source, "parameters": parameter_count(denoiser), "compute": 0.0}
     with atomic_directory(output) as folder:
         save_denoiser(folder, denoiser, sigmas=config.sigmas, **record)
@@ -113,7 +113,7 @@ class DenoisingError:
         device = self.env.device
         sums = torch.zeros(len(self.sigmas), dtype=torch.float64, device=device)
         for rows in torch.arange(self.env.rank, len(self.pixels), self.env.world_size).split(BATCH_SIZE):
-            image = model_space(self.pixels[rows].to(device))
+            image = to_model_space(to_unit_range(self.pixels[rows].to(device)))
             noise = normal_per_sample(image.shape[1:], self.seed, "validation", positions=rows.tolist(), device=device)
             with autocast(device, self.precision):
                 told = () if self.condition is None else (self.condition(image),)
@@ -162,12 +162,12 @@ def _train(
         # schedule
         lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
         # loss
-        draw = Draw(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
-        clean = {"image": model_space(batch["image"].to(env.device, non_blocking=True))}
+        random = StepRandomness(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
+        clean = {"image": to_model_space(to_unit_range(batch["image"].to(env.device, non_blocking=True)))}
         with training.autocast():
             if condition is not None:
                 clean["condition"] = condition(clean["image"])
-            loss = objective(model, clean, draw)["loss"]
+            loss = objective(model, clean, random)["loss"]
         # optimizer and EMA
         grad_norm = training.optimizer_step(loss, lr, settings.grad_clip_norm)
         update_average(ema, denoiser, settings.ema_decay)

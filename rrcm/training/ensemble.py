@@ -93,7 +93,7 @@ def _describe(
         "method": method,
         "seed": config.seed,
         "parameters": sum(each["parameters"] for each in configs),
-        "initial_weights": config.finetune.initial_weights(method),
+        "initial_weights": config.finetune.origin_of_weights(method),
         "training": configs[0]["training"],
         "compute": add_compute([each["compute"] for each in configs]),
     }

@@ -17,15 +17,15 @@ from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, 
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.verification import verify_shards
-from rrcm.methods import METHODS, SOFT_LABELS, classifier_of
-from rrcm.models import CLASSIFIERS, ENCODERS
+from rrcm.methods import METHODS, SOFT_LABELS, denoising_classifier
+from rrcm.models import ENCODERS, TRAINED_CLASSIFIERS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import ARCHITECTURE, architecture, load_encoder, save_model
 from rrcm.models.kinds import load_model_folder
-from rrcm.models.noise_levels import karras_levels, model_space, nearest_level
+from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.models.vit import NoiseConditionedViT, build_encoder, parameter_count
-from rrcm.objectives.base import Batch, Draw, Objective
+from rrcm.objectives.base import Batch, Objective, StepRandomness
 from rrcm.training.budget import Budget, build_finetuning_objective, plan_budget
 from rrcm.training.optim import build_optimizer, layerwise_lr_scales, warmup_cosine, warmup_step
 from rrcm.training.trainer import Trainer
@@ -40,6 +40,7 @@ from rrcm.utils.distributed import (
 )
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
+from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 from rrcm.utils.tensors import sha256_tensors
@@ -106,9 +107,9 @@ def load_initial_encoder(config: Config, method: str, t: float, pretrained: Path
         shape = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
         encoder = ENCODERS["timm"](settings.timm.model, settings.timm.weights, **shape, t=t)
     elif kind.initial_weights is not None:
-        path = expand_user(settings.initial_checkpoint or pretrained / kind.initial_weights)
-        if settings.initial_checkpoint is not None and not path.exists():
-            raise RRCMError(f"finetune.initial_checkpoint = {settings.initial_checkpoint!r}: no such folder or file")
+        path = expand_user(settings.initial_weights or pretrained / kind.initial_weights)
+        if settings.initial_weights is not None and not path.exists():
+            raise RRCMError(f"finetune.initial_weights = {settings.initial_weights!r}: no such folder or file")
         encoder = load_encoder(path, {name: sizes[name] for name in ARCHITECTURE})
     encoder.patch_embed.requires_grad_(not config.model.freeze_patch_embed)
     encoder.grad_checkpointing = config.model.grad_checkpointing
@@ -150,7 +151,7 @@ class Targets:
         else:
             target = F.one_hot(labels, self.num_classes).float()
             target = target * (1 - settings.label_smoothing) + settings.label_smoothing / self.num_classes
-        found = {"image": images.float() / 255, "target": target}
+        found = {"image": to_unit_range(images), "target": target}
         if self.soft_labels is not None:
             found["soft_label"] = self.soft_labels[batch["index"]].to(self.device)
             if self.mixup_fn is not None:
@@ -202,8 +203,8 @@ def _train(
         passed = budget.schedule_epoch(step)
         lr = peak_lr * lr_factor(settings, passed, budget.schedule_epochs)
         # loss
-        draw = Draw(config.seed, step, batch["position"].tolist(), budget.step_images, env.device, passed)
-        losses = objective(classify, targets(batch, step), draw)
+        random = StepRandomness(config.seed, step, batch["position"].tolist(), budget.step_images, env.device, passed)
+        losses = objective(classify, targets(batch, step), random)
         # optimizer
         training.optimizer_step(losses["loss"], lr)
         training.accumulate_metrics(losses["loss"], *(losses[term] for term in objective.terms))
@@ -251,8 +252,10 @@ def _train(
 def initial_weights_of(config: Config, method: str) -> str:
     """Where a method's weights come from: `scratch`, a folder, a file, or the name of a timm model."""
     if not METHODS[method].denoises:
-        return config.finetune.initial_weights(method)
-    return config.denoised.model or "models/{}/sigma_{}".format(*classifier_of(method, config.denoised.model_dump()))
+        return config.finetune.origin_of_weights(method)
+    return config.denoised.model or "models/{}/sigma_{}".format(
+        *denoising_classifier(method, config.denoised.model_dump())
+    )
 
 
 def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float:
@@ -273,7 +276,7 @@ def build_classifier(
         return network_classifier(trunk(config), num_classes, sigma)
     t = time_condition(config, method, sigma)
     encoder = load_initial_encoder(config, method, t, pretrained)
-    return CLASSIFIERS[METHODS[method].trained](encoder, num_classes, t)
+    return TRAINED_CLASSIFIERS[METHODS[method].trained](encoder, num_classes, t)
 
 
 def trunk(config: Config) -> dict[str, object]:
@@ -378,7 +381,7 @@ def build_trainer(
             "method": METHODS[method].identity,
             "sigma": sigma,
             "budget": asdict(budget),
-            "architecture": describe(classifier),
+            "architecture": architecture_of(classifier),
             **config.model_dump(mode="json", include={"seed", "data", "model", "finetune"}),
         },
         {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.state_dict()), **inputs},
@@ -408,7 +411,7 @@ def build_trainer(
     return training
 
 
-def describe(classifier: Classifier) -> dict[str, object]:
+def architecture_of(classifier: Classifier) -> dict[str, object]:
     """What builds the same network."""
     if isinstance(classifier, NetworkClassifier):
         return classifier.architecture
@@ -465,7 +468,7 @@ def linear_probe(
     )
     for batch in batches:
         with torch.no_grad():
-            clean = model_space(batch["image"].to(env.device))
+            clean = to_model_space(to_unit_range(batch["image"].to(env.device)))
             representation = classifier.encoder(clean, t)
         loss = F.cross_entropy(classifier.head(representation), batch["label"].to(env.device))
         optimizer.zero_grad(set_to_none=True)

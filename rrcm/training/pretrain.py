@@ -18,12 +18,13 @@ from rrcm.evaluation.representations import COLLAPSED, evaluate, load_eval_image
 from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import NoiseConditionedViT, build_encoder
 from rrcm.objectives import PRETRAINING
-from rrcm.objectives.base import Batch, Draw, PretrainingObjective
+from rrcm.objectives.base import Batch, PretrainingObjective, StepRandomness
 from rrcm.training.budget import build_pretraining_objective, plan_pretraining, pretraining_compute
 from rrcm.training.optim import build_optimizer, teacher_decay, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import DistEnv, explain_out_of_memory, init_distributed, set_threads
 from rrcm.utils.files import write_csv
+from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 
@@ -67,10 +68,10 @@ class Networks:
         return getattr(self.student, "module", self.student)
 
 
-def build_networks(config: Config, objective: PretrainingObjective, device: torch.device) -> Networks:
+def start_networks(config: Config, objective: PretrainingObjective, device: torch.device) -> Networks:
     """The networks of an objective. With one seed all objectives start from the same encoder."""
     torch.manual_seed(derive_seed(config.seed, "pretrain"))
-    student, teacher = objective.build_networks(build_encoder(config.model, config.data))
+    student, teacher = objective.build_student_and_teacher(build_encoder(config.model, config.data))
     student.to(device).train()
     if teacher is not None:
         teacher.to(device).train().requires_grad_(False)
@@ -142,7 +143,7 @@ def _train(
     timing: Path,
 ) -> None:
     settings, seed = plan_pretraining(config, name), config.seed
-    networks = build_networks(config, objective, env.device)
+    networks = start_networks(config, objective, env.device)
     training = build_trainer(config, name, settings, objective, networks, images, env)
     training.resume()
     if settings.compile:
@@ -168,10 +169,10 @@ def _train(
         # schedules
         now = schedule(settings, step)
         # loss
-        draw = Draw(seed, step, batch["position"].tolist(), settings.batch_size, env.device)
-        images_of_step = to_model_space(batch, env.device)
+        random = StepRandomness(seed, step, batch["position"].tolist(), settings.batch_size, env.device)
+        images_of_step = images_in_model_space(batch, env.device)
         with training.autocast():
-            losses = objective(networks, images_of_step, draw)
+            losses = objective(networks, images_of_step, random)
         # optimizer
         grad_norm = training.optimizer_step(losses["loss"], now["lr"], now["max_norm"])
         # teacher and EMA
@@ -242,13 +243,13 @@ def build_trainer(
     return training
 
 
-def to_model_space(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+def images_in_model_space(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """`image`, `view1` and `view2` of a batch of the loader, each (B, C, H, W) float32 in [-1, 1]."""
-    pixels = {"image": batch["image"].to(device, non_blocking=True).float() / 255}
+    pixels = {"image": to_unit_range(batch["image"].to(device, non_blocking=True))}
     for view in (1, 2):
         cropped = batch[f"view{view}"].to(device, non_blocking=True)
         pixels[f"view{view}"] = color_blur(cropped, batch[f"color_blur{view}"])
-    return {name: 2 * image - 1 for name, image in pixels.items()}
+    return {name: to_model_space(image) for name, image in pixels.items()}
 
 
 def _log(

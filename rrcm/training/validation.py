@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast
+from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.rng import normal_per_sample
 
 VALIDATION_NOISES = 4  # noisy copies of each validation image
@@ -39,7 +40,7 @@ class NoisyValidation:
         classifier.eval()
         correct = torch.zeros((), dtype=torch.float64, device=device)
         for rows in torch.arange(self.env.rank, len(self.pixels), self.env.world_size).split(BATCH_SIZE):
-            clean, target = self.pixels[rows].to(device).float() / 255, self.labels[rows].to(device)
+            clean, target = to_unit_range(self.pixels[rows].to(device)), self.labels[rows].to(device)
             for copy in range(VALIDATION_NOISES):
                 noise = normal_per_sample(
                     clean.shape[1:], self.seed, "validation", copy, positions=rows.tolist(), device=device

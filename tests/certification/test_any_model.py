@@ -59,7 +59,7 @@ def ours() -> NoiseConditionedClassifier:
     return classifier.eval()
 
 
-KINDS = {
+FOLDER_LOADERS = {
     "script": torch.jit.script,
     "trace": trace,
     "freeze": lambda network: torch.jit.freeze(torch.jit.script(network)),
@@ -87,9 +87,9 @@ def votes(model: nn.Module, **settings: object) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FOLDER_LOADERS)
 def test_the_votes_are_those_of_the_plain_network(kind, precision):
-    model, settings = KINDS[kind](net()), {"precision": precision}
+    model, settings = FOLDER_LOADERS[kind](net()), {"precision": precision}
     if kind == "freeze" and precision == "bf16":
         with pytest.raises(RRCMError, match=r"^precision = bf16: the model has weights as constants .*use fp32$"):
             SmoothedClassifier(model, 0.5, 5, precision=precision)
@@ -110,14 +110,14 @@ def test_the_votes_are_those_of_the_plain_network(kind, precision):
 
 @pytest.mark.parametrize(("kind", "size"), [("export of one batch size", 4), ("export of few batch sizes", 50)])
 def test_an_exported_program_gets_its_batch_size(kind, size):
-    smoothed = SmoothedClassifier(KINDS[kind](net()), 0.5, 5)
+    smoothed = SmoothedClassifier(FOLDER_LOADERS[kind](net()), 0.5, 5)
     assert smoothed.find_batch_size(images()[0]) == size
     assert smoothed(images(0)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("kind", ["trace", "export", "export of one batch size", "compile"])
 def test_a_classifier_of_ours_in_other_forms(kind):
-    assert votes(KINDS[kind](ours()), batch_size=64) == votes(ours(), batch_size=64)
+    assert votes(FOLDER_LOADERS[kind](ours()), batch_size=64) == votes(ours(), batch_size=64)
 
 
 def test_an_exported_classifier_inside_one_of_ours():
@@ -186,7 +186,7 @@ def test_models_that_stay_in_training_mode_are_refused(make, said, batch_size):
 
 @pytest.mark.parametrize("kind", ["script", "compile", "DataParallel"])
 def test_a_training_mode_that_can_be_left_is_left(kind):
-    assert votes(KINDS[kind](net(train=True)), batch_size=64) == votes(net(), batch_size=64)
+    assert votes(FOLDER_LOADERS[kind](net(train=True)), batch_size=64) == votes(net(), batch_size=64)
 
 
 class StandardisedWeights(nn.Module):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from rrcm.certification.certify_images import certify_folder, find_images, read_pixels
+from rrcm.certification.certify_images import certify_folder, find_images, read_square
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Data
 from rrcm.data import shards
@@ -153,7 +153,7 @@ def seen_in_certification(root: Path, loaded: LoadedClassifier, output: Path) ->
     rule = make_stopping_rule("fixed", 0.5, n0=1, n=2, alpha=0.3, radius_step=0.25)
     certified = certify_folder(found, loaded, rule, output, batch_size=16)
     certified.run.finish()
-    pixels = [read_pixels(path, loaded).tobytes() for path in certified.paths]
+    pixels = [read_square(path, loaded).tobytes() for path in certified.paths]
     each = zip(certified.paths, certified.frame["label"], pixels, strict=True)
     return {path: (label, content) for path, label, content in each if label >= 0}
 
@@ -163,7 +163,7 @@ def remove_unreadable(root: Path, channels: int) -> int:
     loaded, removed = LoadedClassifier(Brightness(2), SIZE, channels, ["a", "b"]), 0
     for file in find_images(root).files:
         try:
-            read_pixels(root / file, loaded)
+            read_square(root / file, loaded)
         except RRCMError as error:
             one_line(error)
             (root / file).unlink(missing_ok=True)

@@ -63,7 +63,7 @@ def seen(smoothed: SmoothedClassifier) -> dict[str, int]:
     return {kind: sum(each.seen for each in found) for kind, found in networks(smoothed.model).items()}
 
 
-CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per sample
+TRAINED_CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per sample
     "rrcm": (CountingClassifier, 0, 1),
     "dds": (lambda: DDS(*parts()), 1, 1),
     "densepure": (lambda: DensePure(*parts(), runs=3, steps=2), 3 * 2, 3),
@@ -73,9 +73,9 @@ CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per sample
 }
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", TRAINED_CLASSIFIERS)
 def test_passes_are_those_of_the_formulas_and_of_the_networks_own_count(name):
-    build, denoiser, classifier = CLASSIFIERS[name]
+    build, denoiser, classifier = TRAINED_CLASSIFIERS[name]
     smoothed = SmoothedClassifier(build(), SIGMA, K, batch_size=8)
     smoothed.count_votes(latency._requests(IMAGES, 8))  # checks the model with samples of its own
     before, expected = seen(smoothed), {"denoiser": denoiser, "classifier": classifier}

@@ -13,7 +13,7 @@ from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
 from rrcm.models.folders import write_model_folder
-from rrcm.models.kinds import KINDS, LoadedClassifier, load_model_folder
+from rrcm.models.kinds import FOLDER_LOADERS, LoadedClassifier, load_model_folder
 from rrcm.models.load import load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
@@ -181,7 +181,7 @@ def test_a_kind_from_outside_the_package_is_loaded_and_certified(tmp_path, monke
     with pytest.raises(RRCMError, match="kind 'average' cannot be loaded here; must be classifier"):
         load_base_classifier(tmp_path)
 
-    monkeypatch.setitem(KINDS, "average", load_average)
+    monkeypatch.setitem(FOLDER_LOADERS, "average", load_average)
     loaded = load_base_classifier(tmp_path)
     assert (loaded.class_names, loaded.sigma, loaded.num_classes) == (["x", "y", "z"], 0.5, 3)
     smoothed = SmoothedClassifier(loaded.classifier, loaded.sigma, loaded.num_classes, batch_size=64)

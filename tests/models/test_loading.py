@@ -605,7 +605,7 @@ def test_fine_tuning_starts_from_a_snapshot(hub, where):
 )
 def test_dvc_watches_the_snapshot(model, weights, path, tmp_path):
     Path("snapshot").mkdir()
-    settings = {"timm": {"model": model, "weights": weights}, "initial_checkpoint": "~/start"}
+    settings = {"timm": {"model": model, "weights": weights}, "initial_weights": "~/start"}
     path = path and path.format(home=tmp_path)
     assert initial_weights_path("timm", settings, {}) == path
     assert initial_weights_path("rrcm", settings, {}) == f"{tmp_path}/start"

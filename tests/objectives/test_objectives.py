@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm.config import Config, load_config
 from rrcm.methods import METHODS, SOFT_LABEL_OBJECTIVES
-from rrcm.models import CLASSIFIERS, vit
+from rrcm.models import TRAINED_CLASSIFIERS, vit
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING, cat_rs
 from rrcm.objectives.adversarial import ascend
 from rrcm.objectives.base import (
-    Draw,
+    StepRandomness,
     build_objective,
     draw_noise,
     noisy_logits,
@@ -61,11 +61,11 @@ def pretraining_gradients(
     """Loss, terms and gradients of the student."""
     pretrain = config.pretrain.model_copy(update={"num_chunks": num_chunks})
     objective = build_pretraining_objective(config.model_copy(update={"pretrain": pretrain}), name)
-    student, teacher = objective.build_networks(encoder())
+    student, teacher = objective.build_student_and_teacher(encoder())
     batch = {key: 2 * images(B, 1, 8, 8) - 1 for key in ("image", "view1", "view2")}
-    draw = Draw(0, step, list(range(B)), B, CPU)
+    random = StepRandomness(0, step, list(range(B)), B, CPU)
     with autocast(CPU, precision):
-        losses = objective(SimpleNamespace(student=student, teacher=teacher), batch, draw)
+        losses = objective(SimpleNamespace(student=student, teacher=teacher), batch, random)
     assert set(losses) == {"loss", *objective.terms}
     losses["loss"].backward()
     return losses | {key: p.grad for key, p in student.named_parameters()}
@@ -73,11 +73,13 @@ def pretraining_gradients(
 
 def finetuning_gradients(config: Config, method: str, step: int = 3) -> dict:
     """Loss, terms and gradients of the classifier."""
-    classifier = CLASSIFIERS[METHODS[method].classifier](encoder(), K, 1.0).train()
+    classifier = TRAINED_CLASSIFIERS[METHODS[method].classifier](encoder(), K, 1.0).train()
     torch.nn.init.normal_(classifier.head.weight)
     objective = build_finetuning_objective(config.finetune.settings(method, 0.5), method, 0.5)
     batch = labelled()
-    losses = objective(lambda noisy, frozen=False: classifier(noisy), batch, Draw(0, step, range(B), B, CPU, 1.0))
+    losses = objective(
+        lambda noisy, frozen=False: classifier(noisy), batch, StepRandomness(0, step, range(B), B, CPU, 1.0)
+    )
     assert set(losses) == {"loss", *objective.terms}
     losses["loss"].backward()
     return losses | {key: p.grad for key, p in classifier.named_parameters()}
@@ -112,7 +114,7 @@ def test_pretraining_in_bfloat16_gives_every_parameter_its_gradient(config, name
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_a_teacher_is_a_copy_of_a_part_of_the_student(config, name):
     """So its average knows whose parameters it follows, and all objectives start from the same encoder."""
-    student, teacher = build_pretraining_objective(config, name).build_networks(encoder())
+    student, teacher = build_pretraining_objective(config, name).build_student_and_teacher(encoder())
     parameters = dict(student.named_parameters())
     assert all(torch.equal(p, parameters[f"encoder.{key}"]) for key, p in encoder().named_parameters())
     for key, parameter in teacher.named_parameters() if teacher else ():
@@ -131,7 +133,7 @@ def test_cost_of_pretraining_counts_multiply_adds_in_passes_through_the_encoder(
         vit, "attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v
     )  # torch cannot count the fused one
     objective = build_pretraining_objective(config, name)
-    student, teacher = objective.build_networks(encoder())
+    student, teacher = objective.build_student_and_teacher(encoder())
     spent = 0.0
 
     def before(*_) -> None:
@@ -149,7 +151,7 @@ def test_cost_of_pretraining_counts_multiply_adds_in_passes_through_the_encoder(
                 module.register_forward_hook(after)
     batch = {key: images(B, 1, 8, 8) for key in ("image", "view1", "view2")}
     with FlopCounterMode(display=False) as counter:
-        objective(SimpleNamespace(student=student, teacher=teacher), batch, Draw(0, 3, range(B), B, CPU))
+        objective(SimpleNamespace(student=student, teacher=teacher), batch, StepRandomness(0, 3, range(B), B, CPU))
     with FlopCounterMode(display=False) as counter:
         encoder()(batch["image"], 1.0)
     assert spent / counter.get_total_flops() == pytest.approx(objective.forwards_per_image, rel=1e-6)
@@ -165,7 +167,7 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
         passes += len(inputs[0]) * (2 if for_pixels_alone else 3 if output.requires_grad else 1)
 
     module.register_forward_hook(count)
-    classifier = CLASSIFIERS["classifier"](module, K, 1.0).train()
+    classifier = TRAINED_CLASSIFIERS["classifier"](module, K, 1.0).train()
     settings = config.finetune.settings("gaussian", 0.5).model_dump()
     own = {key: value for key, value in settings["objectives"].get(name, {}).items() if value is not None}
     settings |= {"sigma": 0.5, **own}
@@ -177,7 +179,7 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
         for_pixels_alone = frozen
         return classifier(noisy)
 
-    objective(classify, batch, Draw(0, 3, range(B), B, CPU))
+    objective(classify, batch, StepRandomness(0, 3, range(B), B, CPU))
     assert passes == objective.forwards_per_image * B
 
 
@@ -203,7 +205,7 @@ def test_without_its_own_part_an_objective_is_gaussian(name, settings):
     settings |= {"sigma": 0.5, "num_noise": 4}
     batch = labelled()
     one, other = (
-        build_objective(FINETUNING, each, settings)(classifier, batch, Draw(0, 0, range(B), B, CPU))["loss"]
+        build_objective(FINETUNING, each, settings)(classifier, batch, StepRandomness(0, 0, range(B), B, CPU))["loss"]
         for each in (name, "gaussian")
     )
     torch.testing.assert_close(one, other)
@@ -228,7 +230,7 @@ def test_smoothmix_with_one_step_mixes_from_the_clean_image(steps, same):
     for one_step in (False, True):
         own = settings | {"one_step_clean_end": one_step, "mix_warmup_epochs": 0.0}
         objective = build_objective(FINETUNING, "smoothmix", own)
-        losses.append(objective(linear_classifier, batch, Draw(0, 0, range(B), B, CPU)))
+        losses.append(objective(linear_classifier, batch, StepRandomness(0, 0, range(B), B, CPU)))
     assert torch.equal(losses[0]["loss"], losses[1]["loss"]) == same
     assert all(each["mix_loss"] > 0 for each in losses)
 
@@ -236,14 +238,14 @@ def test_smoothmix_with_one_step_mixes_from_the_clean_image(steps, same):
 def test_macer_without_its_radius_loss_is_the_soft_cross_entropy(config):
     settings = config.finetune.settings("macer", 0.5).objectives.macer.model_dump() | {"sigma": 0.5}
     batch = {"image": images(B, 1, 8, 8), "target": torch.eye(K)[torch.arange(B) % K]}
-    draw = Draw(0, 0, range(B), B, CPU)
+    random = StepRandomness(0, 0, range(B), B, CPU)
     deferred, without = (
-        build_objective(FINETUNING, "macer", settings | each)(linear_classifier, batch, draw)
+        build_objective(FINETUNING, "macer", settings | each)(linear_classifier, batch, random)
         for each in ({"deferred_epochs": 1.0}, {"radius_weight": 0.0})
     )
     assert torch.equal(deferred["loss"], without["loss"]) and without["radius_loss"] == 0
     logits = noisy_logits(
-        linear_classifier, batch["image"], draw_noise(batch["image"], draw, 0.5, settings["num_noise"])
+        linear_classifier, batch["image"], draw_noise(batch["image"], random, 0.5, settings["num_noise"])
     )
     mean = logits.softmax(-1).mean(0)
     torch.testing.assert_close(without["loss"], -(batch["target"] * mean.log()).sum(1).mean())
@@ -280,7 +282,7 @@ def test_cat_rs_draws_the_count_from_the_binomial_distribution_of_the_confidence
     batch = {"image": torch.zeros(size, 1, 1, 1), "target": torch.eye(K)[:1].expand(size, K)}
     batch |= {"soft_label": 0.5 * batch["target"] + 0.1}
     classify = lambda noisy, frozen=False: torch.eye(K)[(torch.arange(len(noisy)) >= 2 * size).long()]  # noqa: E731
-    cat_rs.CATRS(0.5, 4, 1.0, 0.0, 1, confidence)(classify, batch, Draw(0, 0, range(size), size, CPU))
+    cat_rs.CATRS(0.5, 4, 1.0, 0.0, 1, confidence)(classify, batch, StepRandomness(0, 0, range(size), size, CPU))
     share = counts[0].bincount(minlength=5) / size
     weights = [math.comb(4, k) * p**k * (1 - p) ** (4 - k) for k in range(5)]
     expected = torch.tensor([0.0, weights[0] + weights[1], *weights[2:]])
@@ -330,8 +332,8 @@ def test_soft_cross_entropy_is_torchs():
 
 
 def test_a_draw_depends_on_position_not_on_company():
-    whole = Draw(0, 3, range(6), 6, CPU).normal("noise", (4,), copies=2).unflatten(0, (2, 6))
-    part = Draw(0, 3, [4, 2], 6, CPU).normal("noise", (4,), copies=2).unflatten(0, (2, 2))
+    whole = StepRandomness(0, 3, range(6), 6, CPU).normal("noise", (4,), copies=2).unflatten(0, (2, 6))
+    part = StepRandomness(0, 3, [4, 2], 6, CPU).normal("noise", (4,), copies=2).unflatten(0, (2, 2))
     assert torch.equal(part, whole[:, [4, 2]])
     assert not torch.equal(whole[0], whole[1])
 

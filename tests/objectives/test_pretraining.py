@@ -10,13 +10,13 @@ from torch import nn
 from rrcm.models.heads import Decoder, EncoderWithPredictor, MaskedAutoencoder
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, mlp_head
 from rrcm.objectives import PRETRAINING
-from rrcm.objectives.base import Draw
+from rrcm.objectives.base import StepRandomness
 from rrcm.objectives.contrastive import Contrastive, info_nce
 from rrcm.objectives.dmae import DMAE, normalized_patches, visible_patches
 from rrcm.objectives.rrcm import rrcm_loss
 
 B = 6
-DRAW = Draw(0, 3, range(B), B, torch.device("cpu"))
+DRAW = StepRandomness(0, 3, range(B), B, torch.device("cpu"))
 PATCHES = {"image_size": 8, "channels": 1, "patch_size": 4}
 
 
@@ -125,7 +125,7 @@ def test_moco_v3_without_predictor_and_last_norm_is_info_nce_times_two_tau():
 
 def test_the_heads_of_moco_v3_are_the_published_ones():
     encoder = NoiseConditionedViT(8, 1, 4, embed_dim=16, depth=1, num_heads=2)
-    student, teacher = PRETRAINING["moco_v3"](**CONTRASTIVE).build_networks(encoder)
+    student, teacher = PRETRAINING["moco_v3"](**CONTRASTIVE).build_student_and_teacher(encoder)
     assert not hasattr(teacher, "predictor")
     kinds = ["Linear", "SyncBatchNorm1d", "ReLU"]
     layers = [[type(layer).__name__ for layer in head] for head in (student.projector, student.predictor)]

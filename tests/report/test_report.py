@@ -137,7 +137,7 @@ def make_inputs(config: Config, root: Path) -> None:
 def make_model(config: Config, folder: Path, method: str, sigma: float, skill: float) -> None:
     """config.json and history.csv of a model that gets better, or of one that is not trained."""
     kind = METHODS[method]
-    epochs = 0 if kind.objective is None else 68 if kind.budget == "total" else 20
+    epochs = 0 if kind.objective is None else 68 if kind.matched else 20
     accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill) * np.arange(1, epochs + 1) / 9))
     accuracy = np.arange(1, epochs + 1) / 4000 + (accuracy * 1000).round() / 1000
     accuracy[-1:] = 0.1  # the one before it is selected
@@ -359,7 +359,7 @@ def test_report_shows_its_figures_and_sources(made):
 def test_pretraining_elsewhere_is_named_and_not_counted(tmp_path: Path):
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     finetune, pretrain = values["finetune"], values["pretrain"] | {"objectives": []}
-    finetune |= {"initial_checkpoint": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
+    finetune |= {"initial_weights": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
     config = make_config(methods=["rrcm", "timm", "consistency"], pretrain=pretrain, finetune=finetune, sigmas=[0.25])
     make_inputs(config, tmp_path)
     shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it

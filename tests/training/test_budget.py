@@ -45,7 +45,7 @@ def test_the_reference_is_the_fine_tuning_of_rrcm(plan):
     assert (
         planned_passes(config, "rrcm", SIGMA, IMAGES) == 3 * 3 * 6 * IMAGES
     )  # m = 3, a pass forward and two back, 6 epochs
-    _, of_rrcm = plan("rrcm", "finetune.num_noise=3", "finetune.budget=passes")
+    _, of_rrcm = plan("rrcm", "finetune.num_noise=3", "finetune.equal_passes=true")
     assert of_rrcm.compute == 3 * 3 * 6 * IMAGES and of_rrcm.epochs == budget.epochs == 6
 
 
@@ -63,11 +63,9 @@ def test_an_objective_may_have_a_number_of_noises_of_its_own(plan, name, own, pa
     assert planned_passes(config, "consistency", SIGMA, IMAGES) == 4 * 3 * 6 * IMAGES  # that has none
 
 
-@pytest.mark.parametrize(
-    "method", [n for n in TRAINABLE if METHODS[n].budget == "finetune" and not METHODS[n].denoises]
-)
+@pytest.mark.parametrize("method", [n for n in TRAINABLE if not METHODS[n].matched and not METHODS[n].denoises])
 def test_equal_passes_are_equal_to_within_a_percent(plan, method):
-    config, budget = plan(method, "finetune.budget=passes")
+    config, budget = plan(method, "finetune.equal_passes=true")
     members = config.finetune.ensemble_members if METHODS[method].is_ensemble else 1
     assert members * budget.compute == pytest.approx(planned_passes(config, "rrcm", SIGMA, IMAGES), rel=0.01)
     _, by_epochs = plan(method)
@@ -75,10 +73,10 @@ def test_equal_passes_are_equal_to_within_a_percent(plan, method):
 
 
 @pytest.mark.parametrize("unit", ["epochs", "passes"])
-@pytest.mark.parametrize("method", [name for name in TRAINABLE if METHODS[name].budget == "total"])
+@pytest.mark.parametrize("method", [name for name in TRAINABLE if METHODS[name].matched])
 def test_matched_methods_get_the_total_compute_of_rrcm(plan, method, unit):
     """To within half an epoch, or half a step."""
-    settings = (f"finetune.budget={unit}", "finetune.epochs=40", "pretrain.steps=20000")
+    settings = (f"finetune.equal_passes={unit == 'passes'}", "finetune.epochs=40", "pretrain.steps=20000")
     config, budget = plan(method, *settings)
     _, of_rrcm = plan("rrcm", *settings)
     share = pretraining_compute(config, "rrcm") / config.finetune.pretrain_cost_shared_by
@@ -108,7 +106,9 @@ def test_soft_labels_that_cost_all_are_refused(plan):
 def test_schedules_end_with_a_training_that_is_shorter_than_planned(plan):
     """SmoothAdv with T = 10 and m = 2 costs 46 passes per image, consistency 6."""
     settings = "finetune.objectives.smoothadv"
-    _, budget = plan("smoothadv", f"{settings}.attack_steps=10", f"{settings}.num_noise=2", "finetune.budget=passes")
+    _, budget = plan(
+        "smoothadv", f"{settings}.attack_steps=10", f"{settings}.num_noise=2", "finetune.equal_passes=true"
+    )
     assert budget.total_steps == round(600 * 6 / 46) == 78 and budget.epochs == 0.78
     assert budget.schedule_epoch(0) == 0 and budget.schedule_epoch(39) == pytest.approx(3)
     assert budget.schedule_epoch(78) == pytest.approx(6) == budget.schedule_epochs
@@ -127,7 +127,7 @@ def test_a_longer_training_is_evaluated_as_often(plan):
 
 def test_a_training_has_at_least_one_step(plan):
     _, budget = plan(
-        "smoothadv", "finetune.objectives.smoothadv.attack_steps=900", "finetune.budget=passes", images=128
+        "smoothadv", "finetune.objectives.smoothadv.attack_steps=900", "finetune.equal_passes=true", images=128
     )
     assert (budget.total_steps, budget.epochs) == (1, 1)
 
@@ -137,7 +137,7 @@ def test_a_training_has_at_least_one_step(plan):
 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_with_equal_passes_every_pre_training_costs_what_rrcm_costs(project, name):
-    change(project, pretrain__budget="passes", pretrain__steps=3000, pretrain__warmup_steps=100)
+    change(project, pretrain__equal_passes=True, pretrain__steps=3000, pretrain__warmup_steps=100)
     config = load_config(project / "params.yaml")
     assert pretraining_compute(config, name) == pytest.approx(12 * 3000 * 64, rel=1e-3)
     settings, objective = plan_pretraining(config, name), build_pretraining_objective(config, name)

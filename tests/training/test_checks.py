@@ -8,7 +8,7 @@ from conftest import change, stage
 
 from rrcm.config import load_config
 from rrcm.methods import METHODS, Method
-from rrcm.models import CLASSIFIERS, KINDS
+from rrcm.models import FOLDER_LOADERS, TRAINED_CLASSIFIERS
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.training.checks import check_before_training
 from rrcm.utils.errors import RRCMError
@@ -28,7 +28,7 @@ def test_good_settings_pass_without_a_network(project, monkeypatch):
     check_before_training(load_config(project / "params.yaml"), project / "data/shards")
 
 
-@pytest.mark.parametrize("key", ["initial_checkpoint", "timm__weights"])
+@pytest.mark.parametrize("key", ["initial_weights", "timm__weights"])
 def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch, key):
     """DVC copies what git or DVC has. It misses the weights itself, but says no more than that, and later."""
     change(project, **{f"finetune__{key}": "weights/file"})
@@ -74,8 +74,8 @@ def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch
         ),
         ({"finetune__num_chunks": 129}, "finetune.num_chunks = 129: must be at most 128, as finetune.batch_size = 128"),
         (
-            {"finetune__initial_checkpoint": "nowhere"},
-            "finetune.initial_checkpoint = 'nowhere': no such folder or file",
+            {"finetune__initial_weights": "nowhere"},
+            "finetune.initial_weights = 'nowhere': no such folder or file",
         ),
         (
             {"data__image_size": 16},
@@ -156,8 +156,8 @@ def test_a_stochastic_classifier_cannot_be_compiled(project, monkeypatch):
     stochastic = type("Jittered", (NoiseConditionedClassifier,), {"stochastic": True})
     row = Method(None, "gaussian", "jittered", "#E69F00", "Jittered", family="noise")
     monkeypatch.setitem(METHODS, "jittered", row)
-    monkeypatch.setitem(CLASSIFIERS, "jittered", stochastic)
-    monkeypatch.setitem(KINDS, "jittered", KINDS["classifier"])
+    monkeypatch.setitem(TRAINED_CLASSIFIERS, "jittered", stochastic)
+    monkeypatch.setitem(FOLDER_LOADERS, "jittered", FOLDER_LOADERS["classifier"])
     change(project, methods=["jittered"], certify__compile=True)
     assert "certify.compile = True: jittered is stochastic and cannot be compiled" in complaint(project)
 

@@ -18,7 +18,7 @@ from rrcm.models.denoised import denoise_pixels
 from rrcm.models.denoiser import EDMDenoiser, PixelViT, load_denoiser, save_denoiser
 from rrcm.models.load import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives.base import Draw
+from rrcm.objectives.base import StepRandomness
 from rrcm.objectives.denoising import Denoising, denoising_loss
 from rrcm.training.denoised import DenoisedParts, denoising
 from rrcm.training.finetune import WrappedClassifier
@@ -76,14 +76,14 @@ def small_denoiser() -> EDMDenoiser:
 def test_the_loss_is_that_of_edm():
     """Against its definition: F's error with weight 1 at each level, which the levels' distribution decides."""
     image, objective = torch.rand(256, 1, 8, 8) * 2 - 1, Denoising(noise_mean=-1.2, noise_std=1.2)
-    draw = Draw(0, 3, range(256), 256, torch.device("cpu"))
+    random = StepRandomness(0, 3, range(256), 256, torch.device("cpu"))
     seen = {}
 
     def denoiser(noisy, t, *, num_chunks):
         seen.update(noisy=noisy, t=t)
         return noisy
 
-    loss = objective(denoiser, {"image": image}, draw)["loss"]
+    loss = objective(denoiser, {"image": image}, random)["loss"]
     t, noise = seen["t"], (seen["noisy"] - image) / seen["t"][:, None, None, None]
     weight = (t**2 + 0.25) / (0.5 * t) ** 2
     torch.testing.assert_close(loss, (weight * (t[:, None, None, None] * noise).square().mean((1, 2, 3))).mean())
@@ -98,11 +98,11 @@ def test_a_perfect_estimate_has_no_loss_and_the_target_is_the_clean_image():
 
 
 def test_chunks_change_no_gradient():
-    image, draw = torch.rand(12, 1, 8, 8), Draw(0, 0, range(12), 12, torch.device("cpu"))
+    image, random = torch.rand(12, 1, 8, 8), StepRandomness(0, 0, range(12), 12, torch.device("cpu"))
     gradients = []
     for chunks in (1, 3):
         denoiser = small_denoiser()
-        loss = Denoising(noise_mean=0.0, noise_std=1.0, num_chunks=chunks)(denoiser, {"image": image}, draw)["loss"]
+        loss = Denoising(noise_mean=0.0, noise_std=1.0, num_chunks=chunks)(denoiser, {"image": image}, random)["loss"]
         loss.backward()
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None})
     assert_same_gradients(gradients[1], gradients[0])

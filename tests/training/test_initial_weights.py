@@ -166,12 +166,12 @@ def test_a_checkpoint_of_the_authors(reference, tmp_path, prefix):
     if "base_model" in prefix:
         names |= {k.replace("head.", "module.linear_head."): v for k, v in reference.items() if k.startswith("head.")}
     torch.save(names, tmp_path / "theirs.pth")
-    config = settings(tmp_path, *AUTHORS, f"finetune.initial_checkpoint={tmp_path / 'theirs.pth'}")
+    config = settings(tmp_path, *AUTHORS, f"finetune.initial_weights={tmp_path / 'theirs.pth'}")
     encoder = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere").eval()
     with torch.no_grad():
         representation = encoder(reference["x"] + reference["noise"], 1.0)
     assert_close(representation, reference["cls_t1.0"])
-    other = settings(tmp_path, *AUTHORS, "model.depth=3", f"finetune.initial_checkpoint={tmp_path / 'theirs.pth'}")
+    other = settings(tmp_path, *AUTHORS, "model.depth=3", f"finetune.initial_weights={tmp_path / 'theirs.pth'}")
     with pytest.raises(RRCMError, match=r"theirs.pth: checkpoint of another architecture: depth is 2, .* want 3"):
         load_initial_encoder(other, "rrcm", 1.0, tmp_path / "nowhere")
 
@@ -190,7 +190,7 @@ def test_a_folder_of_ours(tmp_path, with_head):
     torch.manual_seed(3)
     encoder = NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=2, num_heads=2)
     save_model(tmp_path / "start", NoiseConditionedClassifier(encoder, 10, 0.7) if with_head else encoder)
-    config = settings(tmp_path, f"finetune.initial_checkpoint={tmp_path / 'start'}", "model.freeze_patch_embed=true")
+    config = settings(tmp_path, f"finetune.initial_weights={tmp_path / 'start'}", "model.freeze_patch_embed=true")
     started = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere")
     assert sha256_tensors(started.state_dict()) == sha256_tensors(encoder.state_dict())
     assert [name for name, p in started.named_parameters() if not p.requires_grad] == [
@@ -214,7 +214,7 @@ def test_a_classifier_of_ours_tuned_again(project, trained):
     """Without models/pretrain, whose compute is then not counted; on the authors' grid of time."""
     change(
         project,
-        finetune__initial_checkpoint=str(trained / "models/rrcm/sigma_0.5"),
+        finetune__initial_weights=str(trained / "models/rrcm/sigma_0.5"),
         finetune__time_condition="nearest_level",
         finetune__epochs=1,
         finetune__warmup_epochs=0,
@@ -258,8 +258,8 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
 @pytest.mark.parametrize(
     ("start", "method", "said"),
     [
-        ({"initial_checkpoint": "nowhere"}, "rrcm", "finetune.initial_checkpoint = 'nowhere': no such folder or file"),
-        ({"initial_checkpoint": "vit.safetensors"}, "rrcm", "vit.safetensors"),
+        ({"initial_weights": "nowhere"}, "rrcm", "finetune.initial_weights = 'nowhere': no such folder or file"),
+        ({"initial_weights": "vit.safetensors"}, "rrcm", "vit.safetensors"),
         ({"timm": {"model": "test_vitt", "weights": None}}, "timm", "did you mean test_vit"),
         (
             {"timm": {"model": "test_vit", "weights": "nowhere.safetensors"}},

@@ -87,7 +87,7 @@ def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
 
 def test_equal_passes_end_within_an_epoch(project):
     """SmoothAdv with T = 4 and m = 2 costs 22 passes per image, rRCM's fine-tuning 6 in each of 60 steps."""
-    change(project, methods=["smoothadv"], pretrain__objectives=[], finetune__budget="passes")
+    change(project, methods=["smoothadv"], pretrain__objectives=[], finetune__equal_passes=True)
     change(project, finetune__objectives__smoothadv__num_noise=2, finetune__objectives__smoothadv__attack_steps=4)
     succeed(stage(project, "finetune", "smoothadv", "0.5"))
     spent = read_json(project / "models/smoothadv/sigma_0.5/config.json")

@@ -27,7 +27,7 @@ from rrcm.utils.errors import RRCMError
 if TYPE_CHECKING:
     from rrcm.config import Config
 
-KINDS = Registry({"one": "a:b"})
+FOLDER_LOADERS = Registry({"one": "a:b"})
 
 
 class Point:
@@ -90,7 +90,7 @@ def test_an_edit_of_how_it_is_written_changes_nothing(old, new):
         ("raise RRCMError", "raise ValueError"),
         ("has {len(values)} values", "holds {len(values)} values"),
         ("import numpy as np", "import scipy as np"),
-        ("KINDS = Registry", "NETWORKS = Registry"),
+        ("FOLDER_LOADERS = Registry", "NETWORKS = Registry"),
         ("return np.mean(list(values.values())), text", "return text, np.mean(list(values.values()))"),
     ],
 )

@@ -26,7 +26,7 @@ from rrcm.data.verification import verify_shards
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
 from rrcm.objectives import FINETUNING, PRETRAINING
-from rrcm.objectives.base import Draw, build_objective
+from rrcm.objectives.base import StepRandomness, build_objective
 from rrcm.objectives.rrcm import rrcm_loss
 from rrcm.training.budget import build_pretraining_objective
 from rrcm.training.finetune import WrappedClassifier, finetune
@@ -95,9 +95,11 @@ def one_step_each(folder: Path) -> None:
         for name in PRETRAINING:
             objective = build_pretraining_objective(config, name)
             torch.manual_seed(0)
-            student, teacher = objective.build_networks(build_encoder(config.model, config.data))
+            student, teacher = objective.build_student_and_teacher(build_encoder(config.model, config.data))
             forward = DistributedDataParallel(student, broadcast_buffers=False) if env.world_size > 1 else student
-            losses = objective(SimpleNamespace(student=forward, teacher=teacher), part, Draw(0, 3, positions, 12, CPU))
+            losses = objective(
+                SimpleNamespace(student=forward, teacher=teacher), part, StepRandomness(0, 3, positions, 12, CPU)
+            )
             losses["loss"].backward()
             found = {f"gradient.{key}": p.grad for key, p in student.named_parameters()}
             found |= {key: all_reduce_sum(value.detach()) / env.world_size for key, value in losses.items()}
@@ -134,9 +136,9 @@ def finetuning_steps(folder: Path) -> None:
             classify = WrappedClassifier(classifier, SimpleNamespace(wrap_ddp=wrap, autocast=nullcontext), num_chunks=1)
             own = {key: value for key, value in settings["objectives"].get(name, {}).items() if value is not None}
             own = settings | own | {"sigma": 0.5}
-            draw = Draw(0, 3, rows, 8, CPU, epoch=20.0)
+            random = StepRandomness(0, 3, rows, 8, CPU, epoch=20.0)
             part = {key: value[list(rows)] for key, value in batch.items()}
-            loss = build_objective(FINETUNING, name, own)(classify, part, draw)["loss"]
+            loss = build_objective(FINETUNING, name, own)(classify, part, random)["loss"]
             loss.backward()
             found |= {f"{name} {key}": p.grad for key, p in classifier.named_parameters()}
             found[f"{name} loss"] = all_reduce_sum(loss.detach()) / env.world_size
