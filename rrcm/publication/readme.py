@@ -1,7 +1,7 @@
 """The table of results in README.md, made from published results alone.
 
 results/readme.csv names its rows. A row with a `result` shows a method of the published result of this name: the mean
-over its seeds. `label` may hold {ratio}, its latency over rRCM's, {images} and {seeds}. A row without a `result` quotes
+over its seeds, with half the width of the t interval over them. `label` may hold {ratio}, its latency over rRCM's, {images} and {seeds}. A row without a `result` quotes
 the row of rrcm/report/published.csv with its `method`, `model` and `sigma`.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rrcm.evaluation.metrics import mean_over_seeds
 from rrcm.publication.result import RESULTS, Result, find_results
 from rrcm.report.tables import read_published
 from rrcm.utils.errors import RRCMError, one_line
@@ -21,6 +22,7 @@ from rrcm.utils.files import read_text, write_text
 README, ROWS = "README.md", f"{RESULTS}/readme.csv"
 COLUMNS = ["label", "result", "method", "model", "sigma"]
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+MIN_SEEDS = 3  # an interval over two seeds is wider than the scale
 HEADINGS = ["data, method", "r = 0", *(f"{radius:g}" for radius in RADII[1:]), "source", "status"]
 BEGIN, END = "<!-- made by `make publish` from results/readme.csv -->\n", "<!-- end of what is made -->"
 BLOCK = re.compile(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", re.DOTALL)
@@ -96,8 +98,8 @@ def read_rows(root: Path) -> list[dict[str, str]]:
 def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
     """What a published result has of a method, as the mean over its seeds."""
     best = pd.concat([_of_method(seed, "best_sigma.csv", row) for seed in seeds])
-    shares = best.groupby("radius")["certified_accuracy"].mean()
-    cells = [f"{100 * shares[radius]:.1f}" if radius in shares else "" for radius in RADII]
+    shares = dict(list(best.groupby("radius")["certified_accuracy"]))
+    cells = [_share_text(shares[radius]) if radius in shares else "" for radius in RADII]
     fields = {"images": f"{best['images'].iloc[0]:,}", "seeds": str(len(seeds))}
     if "{ratio}" in row["label"]:
         ratios = [_of_method(seed, "latency.csv", row)["ratio"].iloc[0] for seed in seeds]
@@ -107,6 +109,13 @@ def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
     except (KeyError, IndexError, ValueError) as error:
         raise RRCMError(f"{ROWS}: {row['label']!r}: knows no {one_line(error)}; use ratio, images or seeds") from None
     return [label, *cells, f"[{RESULTS}/{row['result']}]({seeds[0].label}/report/report.md)", "run here"]
+
+
+def _share_text(shares: pd.Series) -> str:
+    """The mean over seeds in percent, from three seeds on with half the width of its t interval."""
+    mean = mean_over_seeds(shares)
+    interval = f" ± {100 * (mean.high - mean.value):.1f}" if len(shares) >= MIN_SEEDS else ""
+    return f"{100 * mean.value:.1f}{interval}"
 
 
 def _of_method(result: Result, name: str, row: Mapping[str, str]) -> pd.DataFrame:

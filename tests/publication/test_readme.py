@@ -46,6 +46,16 @@ def test_the_rows_are_those_of_the_published_files(root):
     assert (root / README).read_text() == text
 
 
+def test_three_seeds_have_an_interval(root):
+    """t of 2 degrees of freedom is 4.303; the three shares 0.5, 0.75 and 1 have a standard deviation of 0.25."""
+    shutil.copytree(root / "results/tiny/seed_1", root / "results/tiny/seed_2")
+    path = root / "results/tiny/seed_2/report/best_sigma.csv"
+    frame = pd.read_csv(path)
+    frame.loc[frame["method"] == "rrcm", "certified_accuracy"] = [1.0, 0.5]
+    frame.to_csv(path, index=False)
+    assert result_rows(root)[0][1:4] == ["75.0 ± 62.1", "", "37.5 ± 31.1"]
+
+
 def test_every_digit_of_the_table_counts(root):
     text = (root / README).read_text()
     block = BLOCK.search(text)
