@@ -584,14 +584,6 @@ class Attack(Section):
     batch_size: Count  # images per batch; each has num_noise copies
 
 
-class Generate(Section):
-    """Images generated from an encoder's representations, and what it makes of noise (Lei et al. 2025, appendix)."""
-
-    objectives: list[str]  # the pre-trainings whose encoders are looked at; []: none
-    steps: Annotated[int, Field(ge=2)]  # of the sampler
-    max_images: Annotated[int, Field(ge=4)] | None  # of the test split, evenly spaced; half of them are generated from
-
-
 class ExternalResult(Section):
     """Certificates of another group in the format of Cohen et al., at one smoothing noise."""
 
@@ -653,7 +645,6 @@ class Config(Section):
     certify: Certify
     latency: Latency
     attack: Attack
-    generate: Generate
     report: Report
     derived: dict[str, Any]  # `rrcm.derived.derived_settings` of the others, for DVC
 
@@ -735,21 +726,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def generate_fits(self) -> Self:
-        objectives = self.generate.objectives
-        if len(set(objectives)) != len(objectives) or not set(objectives) <= set(self.pretrain.objectives):
-            raise ValueError(
-                f"generate.objectives {objectives} must be among pretrain.objectives {self.pretrain.objectives}, each "
-                "at most once"
-            )
-        if objectives and self.denoiser.network != "vit":
-            raise ValueError(
-                f"generate.objectives {objectives} need denoiser.network vit, as {self.denoiser.network} takes no "
-                "condition; set it, or set generate.objectives to []"
-            )
-        return self
-
-    @model_validator(mode="after")
     def soft_labels_fit(self) -> Self:
         source = self.soft_labels
         for name in self.methods:
@@ -783,8 +759,7 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of model.patch_size {self.model.patch_size}"
             )
-        trained = self.trains_denoiser or self.generate.objectives
-        if trained and self.denoiser.network == "vit" and self.data.image_size % self.denoiser.patch_size:
+        if self.trains_denoiser and self.denoiser.network == "vit" and self.data.image_size % self.denoiser.patch_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} must be a multiple of denoiser.patch_size "
                 f"{self.denoiser.patch_size}"

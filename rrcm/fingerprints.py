@@ -89,9 +89,6 @@ def find_items(config: Config) -> dict[str, Item]:
         entries = classifier_entries(config, method)
         items[f"certify/{method}"] = Item("certify", "rrcm.certification.certify", entries)
         items[f"attack/{method}"] = Item("attack", "rrcm.evaluation.attack", entries)
-    for name in config.generate.objectives:
-        items[f"conditional-denoiser/{name}"] = Item("denoiser", "rrcm.training.denoiser")
-        items[f"generate/{name}"] = Item("generate", "rrcm.evaluation.generation")
     return items
 
 

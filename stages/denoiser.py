@@ -1,7 +1,4 @@
-"""Train the denoiser of the methods that denoise first: models/denoiser. Run it as it is, or under torchrun.
-
-With an objective: the denoiser that is conditional on that encoder's representations, generated/denoiser/OBJECTIVE.
-"""
+"""Train the denoiser of the methods that denoise first: models/denoiser. Run it as it is, or under torchrun."""
 
 import sys
 
@@ -10,9 +7,6 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 from environment import run_command
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from rrcm.config import load_config
 from rrcm.methods import DENOISER
@@ -21,21 +15,15 @@ from rrcm.training.denoiser import train_denoiser
 
 
 def main(
-    objective: Annotated[str | None, typer.Argument()] = None,
     params: Path = Path("params.yaml"),
     shards: str = "data/shards",
-    encoders: Path = Path("models/pretrain"),
-    output: Path | None = None,
-    timing: Path | None = None,
+    output: Path = Path(DENOISER),
+    timing: Path = Path("timings/denoiser.json"),
 ) -> None:
-    """Train a denoiser, for OBJECTIVE a conditional one. Continues where a killed run stopped. SHARDS may be a URL."""
+    """Train a denoiser. Continues where a killed run stopped. SHARDS may be a URL."""
     config = load_config(params)
     check_before_training(config, shards)
-    if objective is None:
-        train_denoiser(config, shards, output or Path(DENOISER), timing or Path("timings/denoiser.json"))
-    else:
-        own = Path("generated/denoiser") / objective
-        train_denoiser(config, shards, output or own, timing or own.with_suffix(".json"), encoders / objective)
+    train_denoiser(config, shards, output, timing)
 
 
 if __name__ == "__main__":

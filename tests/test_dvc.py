@@ -74,18 +74,6 @@ def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, st
         assert "models/gaussian/sigma_0.25" in found[f"soft-labels@{name}"]
 
 
-@pytest.mark.parametrize("objectives", [[], ["rrcm"]])
-def test_images_are_generated_where_the_settings_say_so(tmp_path, objectives):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    compose(tmp_path / "params.yaml", *([f"generate.objectives={objectives}"] if objectives else []))
-    index = Repo.init(str(tmp_path), no_scm=True).index
-    found = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
-    wanted = {f"{kind}@{name}" for name in objectives for kind in ("conditional-denoiser", "generate")}
-    assert {name for name in found if name.startswith(("conditional", "generate"))} == wanted
-    for name in wanted:
-        assert "models/pretrain/rrcm" in found[name]
-
-
 @pytest.mark.parametrize(
     ("overrides", "denoisers", "classifiers"),
     [

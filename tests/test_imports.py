@@ -28,7 +28,6 @@ def test_a_stage_imports_no_slow_package(stage):
 DRAWING = [
     "stages/plot.py",
     "stages/attack.py",
-    "stages/generate.py",
     "benchmarks/trajectories.py",
     "benchmarks/certify.py",
 ]

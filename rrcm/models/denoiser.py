@@ -72,25 +72,21 @@ class Denoiser(nn.Module):
 class PixelViT(nn.Module):
     """F: the noise-conditioned trunk with a linear head that turns each patch token into pixels.
 
-    The trunk scales its input with c_in and has its noise level as a token. With `condition_dim` it also takes a vector
-    per image, in the place of the class token.
+    The trunk scales its input with c_in and has its noise level as a token.
     """
 
-    def __init__(self, encoder: NoiseConditionedViT, condition_dim: int | None = None):
+    def __init__(self, encoder: NoiseConditionedViT):
         super().__init__()
         self.encoder = encoder
         self.image_size, self.channels = encoder.patch_embed.img_size[0], encoder.in_chans
-        self.architecture = {"network": "vit", **architecture(encoder), "condition_dim": condition_dim}
+        self.architecture = {"network": "vit", **architecture(encoder)}
         self.head = nn.Linear(encoder.embed_dim, encoder.in_chans * encoder.patch_embed.patch_size[0] ** 2)
         nn.init.zeros_(self.head.weight)  # as in EDM: D is c_skip x at first
         nn.init.zeros_(self.head.bias)
-        encoder.cls_token.requires_grad_(condition_dim is None)
-        self.condition = None if condition_dim is None else nn.Linear(condition_dim, encoder.embed_dim)
 
-    def forward(self, noisy: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """noisy (B, C, H, W), t (B,), condition (B, condition_dim) -> (B, C, H, W)."""
-        first = None if condition is None else self.condition(condition)
-        patches = self.head(self.encoder.patch_tokens(noisy, t, first))
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """noisy (B, C, H, W), t (B,) -> (B, C, H, W)."""
+        patches = self.head(self.encoder.patch_tokens(noisy, t))
         size, side = self.encoder.patch_embed.img_size, self.encoder.patch_embed.patch_size
         return F.fold(patches.mT, size, side, stride=side)
 
@@ -204,9 +200,9 @@ class DiffusersUNet(nn.Module):
 
 
 class PixelViTSizes(ViTSizes):
-    """The arguments of a `PixelViT` and of its encoder."""
+    """The arguments of the encoder of a `PixelViT`."""
 
-    condition_dim: Count | None
+    condition_dim: None = Field(default=None, exclude=True)  # null in folders of earlier versions
 
 
 class UNetSizes(Entries, UNetSettings):
@@ -233,9 +229,7 @@ class NetworkKind(NamedTuple):
 
 # By the `network` of the architecture in config.json.
 NETWORKS = {
-    "vit": NetworkKind(
-        PixelViTSizes, lambda condition_dim, **sizes: PixelViT(NoiseConditionedViT(**sizes), condition_dim)
-    ),
+    "vit": NetworkKind(PixelViTSizes, lambda **sizes: PixelViT(NoiseConditionedViT(**sizes))),
     "unet": NetworkKind(UNetSizes, UNet),
     "diffusers": NetworkKind(DiffusersConfig, DiffusersUNet),
     "guided_diffusion": NetworkKind(Sizes, lambda **sizes: GuidedDiffusionUNet(Sizes(**sizes))),
@@ -250,21 +244,13 @@ class EDMDenoiser(Denoiser):
         self.network = network
         self.image_size, self.channels = network.image_size, network.channels
 
-    def forward(
-        self,
-        noisy: torch.Tensor,
-        t: torch.Tensor | float,
-        condition: torch.Tensor | None = None,
-        *,
-        num_chunks: int = 1,
-    ) -> torch.Tensor:
-        """As `Denoiser.forward`, with the condition of each image (B, condition_dim) if the network takes one.
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor | float, *, num_chunks: int = 1) -> torch.Tensor:
+        """As `Denoiser.forward`.
 
-        With `num_chunks` above 1 the network sees the batch in chunks, which saves memory in training.
+        With `num_chunks` above 1 the network processes the batch in chunks, which saves memory in training.
         """
         t = torch.as_tensor(t, dtype=torch.float32, device=noisy.device).expand(len(noisy))
-        inputs = (noisy, t) if condition is None else (noisy, t, condition)
-        output = forward_in_chunks(self.network, num_chunks, *inputs).float()
+        output = forward_in_chunks(self.network, num_chunks, noisy, t).float()
         factors = preconditioning(t[:, None, None, None])
         return factors.c_skip * noisy + factors.c_out * output
 

@@ -14,21 +14,9 @@ from rrcm.models.noise_levels import karras_levels
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]  # D(x; t)
 
 
-def reverse_levels(t: float, steps: int, *, t_min: float = 0.002, rho: float = 7.0) -> list[float]:
-    """The levels of `steps` steps from t to 0: Karras's grid from t to t_min, whose last level is replaced by 0."""
-    return [*karras_levels(steps + 1, t_min=t_min, t_max=t, rho=rho).tolist()[:-1], 0.0]
-
-
-def heun(denoise: Denoise, x: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
-    """The probability-flow ODE by Heun's second-order method (Karras et al. 2022, algorithm 1)."""
-    for t, following in pairwise(levels):
-        slope = (x - denoise(x, t)) / t
-        euler = x + (following - t) * slope
-        if following > 0:
-            slope = (slope + (euler - denoise(euler, following)) / following) / 2
-            euler = x + (following - t) * slope
-        x = euler
-    return x
+def reverse_levels(t: float, steps: int) -> list[float]:
+    """The levels of `steps` steps from t to 0: Karras's grid from t to 0.002, whose last level is replaced by 0."""
+    return [*karras_levels(steps + 1, t_min=0.002, t_max=t, rho=7.0).tolist()[:-1], 0.0]
 
 
 def reverse_sde(

@@ -213,22 +213,17 @@ class NoiseConditionedViT(nn.Module):
         *blocks, last = self.blocks
         return self.norm(last.forward_cls(self._through(blocks, tokens)))  # nothing reads the other tokens
 
-    def patch_tokens(
-        self, images: torch.Tensor, t: torch.Tensor | float, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The tokens of all patches: (B, C, H, W) -> (B, patches, embed_dim). images and t as in `forward`.
+    def patch_tokens(self, images: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """The tokens of all patches: (B, C, H, W) -> (B, patches, embed_dim). images and t as in `forward`."""
+        return self.norm(self._through(self.blocks, self._embed(images, t)))[:, 2:]
 
-        A `condition` (B, embed_dim) takes the place of the class token.
-        """
-        return self.norm(self._through(self.blocks, self._embed(images, t, condition)))[:, 2:]
-
-    def _embed(self, images: torch.Tensor, t: torch.Tensor | float, first: torch.Tensor | None = None) -> torch.Tensor:
-        """The first token (by default the class token), the time token and the patches: (B, 2 + patches, D)."""
+    def _embed(self, images: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """The class token, the time token and the patches: (B, 2 + patches, D)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()
         patches = self.patch_embed((c_in[:, None, None, None] * images).to(self.patch_embed.proj.weight.dtype))
         time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
-        class_token = self.cls_token.expand(images.shape[0], -1, -1) if first is None else first[:, None]
+        class_token = self.cls_token.expand(images.shape[0], -1, -1)
         return torch.cat([class_token.to(patches.dtype), time_token[:, None], patches], dim=1) + self.pos_embed
 
     def _through(self, blocks: Iterable[Block], tokens: torch.Tensor) -> torch.Tensor:

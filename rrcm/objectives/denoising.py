@@ -19,7 +19,7 @@ def denoising_loss(estimate: torch.Tensor, image: torch.Tensor, t: torch.Tensor)
 class Denoising:
     """E lambda(t) |D(image + t e; t) - image|^2 with ln t ~ N(P_mean, P_std^2), in model space.
 
-    `model` is the denoiser. The batch has `image`, (B, C, H, W) float32 in [-1, 1], and may have a `condition`, (B, D).
+    `model` is the denoiser. The batch has `image`, (B, C, H, W) float32 in [-1, 1].
     """
 
     noise_mean: float  # P_mean
@@ -32,6 +32,5 @@ class Denoising:
         image = batch["image"]
         t = (self.noise_mean + self.noise_std * random.normal("noise level", ())).exp()
         noisy = image + t[:, None, None, None] * random.normal("noise", image.shape[1:])
-        condition = (batch["condition"],) if "condition" in batch else ()
-        estimate = model(noisy, t, *condition, num_chunks=self.num_chunks)
+        estimate = model(noisy, t, num_chunks=self.num_chunks)
         return {"loss": denoising_loss(estimate, image, t).mean()}

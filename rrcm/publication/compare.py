@@ -28,7 +28,7 @@ from rrcm.utils.errors import RRCMError
 
 LEVEL = 0.05  # chance that any figure of an equally good run is called beyond chance
 # settings that decide no certificate
-NO_RESULT = dict.fromkeys(["device", "launcher", "derived", "attack", "generate", "latency", "report"], True)
+NO_RESULT = dict.fromkeys(["device", "launcher", "derived", "attack", "latency", "report"], True)
 NO_RESULT |= {"data": {"root", "workers"}}
 
 

@@ -36,7 +36,7 @@ from rrcm.utils.files import read_json, sha256_file
 
 EQUAL_COMPUTE = 0.1  # whole epochs and steps leave differences of some percent
 # settings that have no effect on what the report shows
-IGNORED_SETTINGS = dict.fromkeys(["derived", "device", "launcher", "attack", "generate"], True)
+IGNORED_SETTINGS = dict.fromkeys(["derived", "device", "launcher", "attack"], True)
 IGNORED_SETTINGS |= {"data": {"root", "workers"}}
 
 

@@ -45,7 +45,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     parts = [(each["method"], each["sigma"]) for each in config.derived["finetune"].values()]
     for method, sigma in dict.fromkeys(runs + parts):
         _check_finetuning(config, method, sigma, images, processes)
-    if config.trains_denoiser or config.generate.objectives:
+    if config.trains_denoiser:
         _check_batch("denoiser", "", config.denoiser.batch_size, config.denoiser.num_chunks, images, processes)
     _check_trunk(config, len(manifest.classes))
     _check_initial_weights(config)

@@ -1,7 +1,4 @@
-"""Training of a denoiser on clean images (Karras et al. 2022). A public one is copied instead.
-
-A conditional denoiser D(x; t, r) is also told the representation r of the clean image, by a frozen encoder.
-"""
+"""Training of a denoiser on clean images (Karras et al. 2022). A public one is copied instead."""
 
 import copy
 import time
@@ -16,7 +13,6 @@ from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.models.checkpoints import ARCHITECTURE
-from rrcm.models.condition import Condition, load_condition
 from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
 from rrcm.models.public_denoisers import MIN_IMAGES, load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
@@ -41,19 +37,16 @@ from rrcm.utils.rng import derive_seed, normal_per_sample
 BATCH_SIZE = 256  # of the validation
 
 
-def train_denoiser(
-    config: Config, shard_folder: Path | str, output: Path, timing: Path, encoder: Path | None = None
-) -> None:
+def train_denoiser(config: Config, shard_folder: Path | str, output: Path, timing: Path) -> None:
     """Train on the `train` split and write `output` (model.safetensors, config.json, history.csv, denoising.csv) and
     `timing` (JSON).
 
     Runs in this process or as one of torchrun's. Killed and started again it continues from its last checkpoint and
-    ends with the same bytes. If the settings name a public denoiser, it is written to `output` instead. With the model
-    folder of an `encoder`, the denoiser is conditional on its representations, and always trained. Raises `RRCMError`
-    when the loss is no longer finite or what is loaded does not fit, `Interrupted` after SIGTERM.
+    ends with the same bytes. If the settings name a public denoiser, it is written to `output` instead. Raises
+    `RRCMError` when the loss is no longer finite or what is loaded does not fit, `Interrupted` after SIGTERM.
     """
     set_threads(config.threads)
-    if config.denoiser.public.source is not None and encoder is None:
+    if config.denoiser.public.source is not None:
         with init_distributed(config.device) as env:
             if env.is_main:
                 copy_public_denoiser(config, ShardedDataset(shard_folder, "train"), output, timing, env.device)
@@ -62,8 +55,7 @@ def train_denoiser(
     with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
         images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
         verify_shards([images, validation], env)
-        condition = None if encoder is None else load_condition(config, encoder, env.device)
-        _train(config, images, validation, condition, env, output, timing)
+        _train(config, images, validation, env, output, timing)
 
 
 def copy_public_denoiser(
@@ -83,14 +75,14 @@ def copy_public_denoiser(
     write_json(timing, {"seconds": time.monotonic() - start, "environment": describe_environment(device)})
 
 
-def build_denoiser(config: Config, condition_dim: int | None = None) -> EDMDenoiser:
+def build_denoiser(config: Config) -> EDMDenoiser:
     """The denoiser that the settings describe, with random weights from torch's global generator."""
     settings, data = config.denoiser, config.data
     if settings.network == "unet":
         return EDMDenoiser(UNet(data.image_size, data.channels, **settings.unet.model_dump()))
     sizes = data.model_dump() | settings.model_dump()
     encoder = NoiseConditionedViT(**{name: sizes[name] for name in ARCHITECTURE})
-    return EDMDenoiser(PixelViT(encoder, condition_dim))
+    return EDMDenoiser(PixelViT(encoder))
 
 
 @dataclass
@@ -105,7 +97,6 @@ class DenoisingError:
     seed: int
     precision: str
     env: DistEnv
-    condition: Condition | None = None
 
     @torch.no_grad()
     def __call__(self, denoiser: EDMDenoiser) -> dict[float, float]:
@@ -115,38 +106,29 @@ class DenoisingError:
         for rows in torch.arange(self.env.rank, len(self.pixels), self.env.world_size).split(BATCH_SIZE):
             image = to_model_space(to_unit_range(self.pixels[rows].to(device)))
             noise = normal_per_sample(image.shape[1:], self.seed, "validation", positions=rows.tolist(), device=device)
-            with autocast(device, self.precision):
-                told = () if self.condition is None else (self.condition(image),)
             for number, sigma in enumerate(self.sigmas):
                 with autocast(device, self.precision):
-                    estimate = denoiser(image + 2 * sigma * noise, 2 * sigma, *told)
+                    estimate = denoiser(image + 2 * sigma * noise, 2 * sigma)
                 sums[number] += (estimate - image).double().square().mean((1, 2, 3)).sum()
         means = all_reduce_sum(sums) / len(self.pixels)
         return dict(zip(self.sigmas, means.tolist(), strict=True))
 
 
 def _train(
-    config: Config,
-    images: ShardedDataset,
-    validation: ShardedDataset,
-    condition: Condition | None,
-    env: DistEnv,
-    output: Path,
-    timing: Path,
+    config: Config, images: ShardedDataset, validation: ShardedDataset, env: DistEnv, output: Path, timing: Path
 ) -> None:
     settings = config.denoiser
     torch.manual_seed(derive_seed(config.seed, "denoiser"))
-    condition_dim = None if condition is None else condition.encoder.embed_dim
-    denoiser = build_denoiser(config, condition_dim).to(env.device).train()
+    denoiser = build_denoiser(config).to(env.device).train()
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     objective = Denoising(noise_mean=settings.noise_mean, noise_std=settings.noise_std, num_chunks=settings.num_chunks)
-    training = build_trainer(config, settings, objective, condition, denoiser, ema, images, env)
+    training = build_trainer(config, settings, objective, denoiser, ema, images, env)
     training.resume()
     if settings.compile:
         denoiser.network.compile()
     model = training.wrap_ddp(denoiser)
     pixels, _, _ = read_split(validation, config.data.image_size)
-    error = DenoisingError(pixels, config.sigmas, config.seed, training.precision, env, condition)
+    error = DenoisingError(pixels, config.sigmas, config.seed, training.precision, env)
     batches = batch_loader(
         images,
         FinetuneTransform(settings.augmentation, config.data.image_size),
@@ -165,8 +147,6 @@ def _train(
         random = StepRandomness(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
         clean = {"image": to_model_space(to_unit_range(batch["image"].to(env.device, non_blocking=True)))}
         with training.autocast():
-            if condition is not None:
-                clean["condition"] = condition(clean["image"])
             loss = objective(model, clean, random)["loss"]
         # optimizer and EMA
         grad_norm = training.optimizer_step(loss, lr, settings.grad_clip_norm)
@@ -192,8 +172,7 @@ def _train(
             seed=config.seed,
             parameters=parameter_count(ema),
             training={"profile": config.profile, **settings.model_dump(mode="json")},
-            compute=(objective.forwards_per_image + (condition is not None)) * seen,
-            condition=condition and condition.identity,
+            compute=objective.forwards_per_image * seen,
         )
 
     training.publish(output, timing, save, settings.steps * settings.batch_size)
@@ -203,7 +182,6 @@ def build_trainer(
     config: Config,
     settings: DenoiserSettings,
     objective: Denoising,
-    condition: Condition | None,
     denoiser: EDMDenoiser,
     ema: EDMDenoiser,
     images: ShardedDataset,
@@ -212,19 +190,17 @@ def build_trainer(
     """The loop around the denoiser, with the identity of this run."""
     batch_seed = derive_seed(config.seed, "denoiser batches")
     identity = fingerprint(
-        config.model_dump(mode="json", include={"seed", "data", "denoiser", "sigmas"})
-        | {"condition": condition and condition.identity},
+        config.model_dump(mode="json", include={"seed", "data", "denoiser", "sigmas"}),
         {"shards": images.fingerprint},
         __name__,
         objective,
         denoiser,
     )
-    name = "denoiser" if condition is None else "conditional denoiser"
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     training = Trainer(
-        RunState(name.replace(" ", "-"), identity),
+        RunState("denoiser", identity),
         env,
-        label=name,
+        label="denoiser",
         total_steps=settings.steps,
         modules={"denoiser": denoiser, "ema": ema},
         optimizer=build_optimizer([(1.0, parameters)], lr=settings.lr, weight_decay=settings.weight_decay),

@@ -215,6 +215,7 @@ ODD = {
     "no such trunk": ("network", in_architecture(name="lenot"), "must be vit, lenet, resnet110 or a timm name"),
     "a number for a name": ("network", in_architecture(name=3), "architecture.name = 3"),
     "no such denoiser": ("denoiser", in_architecture(network="gan"), "architecture.network = 'gan'"),
+    "conditional denoiser": ("denoiser", in_architecture(condition_dim=3), "condition_dim = 3"),
     "denoiser of another kind": ("denoiser", in_architecture(network="unet"), "base_channels: missing"),
     "settings of another": ("dds", lambda folder: change_model(folder, settings={"runs": 2}), "runs: unknown key"),
     "parts in a list": ("dds", lambda folder: change_model(folder, parts=[]), r"parts = \[\]"),
@@ -227,6 +228,13 @@ def test_odd_folders_are_refused_in_one_line(tmp_path, name):
     folder = folder_of(kind, tmp_path)
     harm(folder)
     refused(folder, said)
+
+
+def test_a_denoiser_of_an_earlier_version_is_read(tmp_path):
+    """Its config.json has a null where a conditional denoiser had a number."""
+    folder = folder_of("denoiser", tmp_path)
+    in_architecture(condition_dim=None)(folder)
+    load(folder)
 
 
 @pytest.mark.parametrize("entry", ["layers_per_block", "channel_mults", "num_res_blocks", "level_channels"])
