@@ -445,15 +445,6 @@ class Finetune(_varying(FinetuneSettings)):
         return METHODS[method].pretrained_here and self.initial_weights is None
 
 
-class PublicDenoiser(Section):
-    """A denoiser that others have trained. Heads and schedule are those of OpenAI's files, which do not record them."""
-
-    source: str | None  # a folder of diffusers, hf-hub:owner/name, or a file of OpenAI's; null: train one
-    num_heads: Count | None  # null: one per 64 channels
-    beta_schedule: Literal["linear", "cosine"]
-    num_steps: Count
-
-
 class UNetSettings(Section):
     """The UNet of Ho et al. 2020, in the package diffusers."""
 
@@ -466,7 +457,7 @@ class UNetSettings(Section):
 class DenoiserSettings(Section):
     """The denoiser D(x; t) of the methods that denoise first: its network, and its training (Karras et al. 2022)."""
 
-    public: PublicDenoiser
+    public: str | None  # a folder that diffusers has saved, or hf-hub:owner/name; null: train one
     network: Literal["vit", "unet"]
     unet: UNetSettings
     patch_size: Count
@@ -701,7 +692,7 @@ class Config(Section):
     @property
     def trains_denoiser(self) -> bool:
         """Whether a method needs a denoiser, and it is to be trained here."""
-        return self.denoiser.public.source is None and any(METHODS[name].denoises for name in self.methods)
+        return self.denoiser.public is None and any(METHODS[name].denoises for name in self.methods)
 
     @model_validator(mode="after")
     def denoised_fit(self) -> Self:

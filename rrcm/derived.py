@@ -52,7 +52,7 @@ def derived_settings(
     runs = [(method, sigma) for method in methods for sigma in sigmas]
     runs += sorted(parts - set(runs))
     denoise = any(METHODS[method].denoises for method in methods)
-    source = denoiser["public"]["source"]
+    source = denoiser["public"]
     voter = {name: soft_labels[name] for name in ("method", "sigma")}
     needed = any(METHODS[method].needs_soft_labels for method in methods)
     by_method: dict[str, dict] = {}

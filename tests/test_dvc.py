@@ -81,7 +81,7 @@ def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, st
         (["methods=[gaussian,dds]"], ["denoiser@trained"], ["gaussian-0.001"]),
         (["methods=[diffsmooth,densepure]"], ["denoiser@trained"], ["gaussian-0.001", "gaussian-0.25"]),
         (["methods=[dds]", "denoised.model=resnet18"], ["denoiser@trained"], []),
-        (["methods=[dds]", "denoiser.public.source=hf-hub:a/b"], ["denoiser@public"], ["gaussian-0.001"]),
+        (["methods=[dds]", "denoiser.public=hf-hub:a/b"], ["denoiser@public"], ["gaussian-0.001"]),
     ],
 )
 def test_methods_that_denoise_bring_their_parts(tmp_path, overrides, denoisers, classifiers):

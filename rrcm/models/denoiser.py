@@ -29,7 +29,6 @@ from rrcm.models.folders import (
     read_model_config,
     write_model_folder,
 )
-from rrcm.models.guided_diffusion import GuidedDiffusionUNet, Sizes
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, forward_in_chunks
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.tensors import load_tensors
@@ -232,7 +231,6 @@ NETWORKS = {
     "vit": NetworkKind(PixelViTSizes, lambda **sizes: PixelViT(NoiseConditionedViT(**sizes))),
     "unet": NetworkKind(UNetSizes, UNet),
     "diffusers": NetworkKind(DiffusersConfig, DiffusersUNet),
-    "guided_diffusion": NetworkKind(Sizes, lambda **sizes: GuidedDiffusionUNet(Sizes(**sizes))),
 }
 
 
@@ -357,7 +355,7 @@ class NetworkName(Entries):
 
     model_config = ConfigDict(extra="allow")
 
-    network: Literal["vit", "unet", "diffusers", "guided_diffusion"]
+    network: Literal["vit", "unet", "diffusers"]
 
 
 class DenoiserEntries(Entries):

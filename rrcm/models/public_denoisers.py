@@ -1,19 +1,16 @@
-"""Public diffusion models as denoisers: of the package diffusers, and of OpenAI's guided-diffusion.
+"""Public diffusion models of the package diffusers as denoisers.
 
 Nothing in their files is run: weights are safetensors, or checkpoints of torch that hold tensors only.
 """
 
 import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 
 import torch
 
 from rrcm.models.denoiser import PREDICTIONS, Denoiser, DiffusersUNet, DiscreteDenoiser, import_diffusers
-from rrcm.models.guided_diffusion import GuidedDiffusionUNet, named_schedule, read_sizes
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, read_json
 from rrcm.utils.tensors import load_tensors, load_weights
@@ -27,55 +24,40 @@ LATENT = ("vae", "vqvae")  # parts of a pipeline whose UNet does not see images
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load_public_denoiser(
-    source: Path | str, images: torch.Tensor, sigmas: Sequence[float], **options: object
-) -> DiscreteDenoiser:
+def load_public_denoiser(source: Path | str, images: torch.Tensor, sigmas: Sequence[float]) -> DiscreteDenoiser:
     """Load a public diffusion model as `read_public_denoiser` does, and make sure that it denoises.
 
     `images` (N, C, H, W) float in [0, 1] are a few clean ones, at least MIN_IMAGES, of the kind and the size that the
     denoiser is for. With noise of each of the pixel `sigmas` its mean squared error on them must be below that of the
-    best linear denoiser of each pixel, and another prediction type must not make it smaller. The order of q, k and v in
-    a file of guided-diffusion is the one with the smaller error, and a note says so if it is not the usual one. It
-    computes on the device of the images. `options` are those of `read_public_denoiser`.
+    best linear denoiser of each pixel, and another prediction type must not make it smaller. It computes on the device
+    of the images.
 
     Raises `RRCMError` as that does, and for a model that does not denoise or is for images of other sizes.
     """
     if images.ndim != 4 or len(images) < MIN_IMAGES:
         raise RRCMError(f"{source}: needs {MIN_IMAGES} images (N, C, H, W) to be tried on, got {tuple(images.shape)}")
-    denoiser = read_public_denoiser(source, image_size=images.shape[-1], **options)
+    denoiser = read_public_denoiser(source, image_size=images.shape[-1])
     if images.shape[1:] != (denoiser.channels, denoiser.image_size, denoiser.image_size):
         raise RRCMError(
             f"{source}: is for images of {denoiser.channels} x {denoiser.image_size} pixels, not of "
             f"{images.shape[1]} x {images.shape[-1]}; choose another"
         )
     denoiser, stated = denoiser.to(images.device), denoiser.prediction_type
-    orders = (False, True) if isinstance(denoiser.network, GuidedDiffusionUNet) else (False,)
     trials = {}
-    for qkv_first, prediction_type in product(orders, (stated, *sorted(PREDICTIONS.keys() - {stated}))):
-        _assume(denoiser, qkv_first, prediction_type)
-        trials[qkv_first, prediction_type] = denoising_errors(denoiser, images, sigmas)
-    best = min(trials, key=lambda assumed: sum(error for error, _ in trials[assumed]))
+    for prediction_type in (stated, *sorted(PREDICTIONS.keys() - {stated})):
+        denoiser.prediction_type = prediction_type
+        trials[prediction_type] = denoising_errors(denoiser, images, sigmas)
+    denoiser.prediction_type = stated
+    best = min(trials, key=lambda prediction_type: sum(error for error, _ in trials[prediction_type]))
     for sigma, (error, linear) in zip(sigmas, trials[best], strict=True):
         if not error < linear:
             raise RRCMError(
                 f"{source}: does not denoise: at sigma {sigma:g} its mean squared error is {error:.2g}, that of the "
-                f"best linear denoiser {linear:.2g}; is it for such images, are its heads, schedule and steps right?"
+                f"best linear denoiser {linear:.2g}; is it for such images, is its schedule right?"
             )
-    qkv_first, prediction_type = best
-    if prediction_type != stated:
-        raise RRCMError(
-            f"{source}: predicts {prediction_type}, not {stated}: so it denoises best; correct its scheduler"
-        )
-    if qkv_first:
-        print(f"note: {source}: its attention has the rows of q, k and v in the new order", file=sys.stderr)
-    _assume(denoiser, *best)
+    if best != stated:
+        raise RRCMError(f"{source}: predicts {best}, not {stated}: so it denoises best; correct its scheduler")
     return denoiser
-
-
-def _assume(denoiser: DiscreteDenoiser, qkv_first: bool, prediction_type: str) -> None:
-    denoiser.prediction_type = prediction_type
-    if isinstance(denoiser.network, GuidedDiffusionUNet):
-        denoiser.network.set_order(qkv_first)
 
 
 @torch.no_grad()
@@ -96,31 +78,20 @@ def denoising_errors(denoiser: Denoiser, images: torch.Tensor, sigmas: Sequence[
     return errors
 
 
-def read_public_denoiser(
-    source: Path | str,
-    *,
-    image_size: int | None = None,  # side in pixels, where the model does not tell it
-    num_heads: int | None = None,  # of guided-diffusion; None: one per 64 channels
-    beta_schedule: str = "linear",  # of guided-diffusion; or "cosine"
-    num_steps: int = 1000,  # of guided-diffusion
-) -> DiscreteDenoiser:
+def read_public_denoiser(source: Path | str, *, image_size: int | None = None) -> DiscreteDenoiser:
     """Read a public diffusion model without conditions as a denoiser, in eval mode, without trying it.
 
     `source` is one of these:
     - a folder that diffusers has saved: a pipeline, or a UNet2DModel with a scheduler_config.json beside it
     - `hf-hub:owner/name` or `hf-hub:owner/name@revision`: such a folder on the Hugging Face hub
-    - a file with the weights of OpenAI's guided-diffusion or improved-diffusion (.pt), which predict epsilon. Heads and
-      schedule cannot be read off the weights. The defaults are those of 256x256_diffusion_uncond.pt. The CIFAR-10 model
-      of improved-diffusion has num_heads 4 and 4000 steps of the cosine schedule.
 
-    Raises `RRCMError` for anything else, for models with conditions or of latent images, and for damaged files.
+    `image_size` is the side in pixels, for a model whose config does not state it. Raises `RRCMError` for anything
+    else, for models with conditions or of latent images, and for damaged files.
     """
     source = str(source)
     path = expand_user(source)
     if path.is_file():
-        return _load_guided_diffusion(path, image_size, num_heads, beta_schedule, num_steps)
-    if (num_heads, beta_schedule, num_steps) != (None, "linear", 1000):
-        raise RRCMError(f"{source}: num_heads, beta_schedule and num_steps are for a file of guided-diffusion")
+        raise RRCMError(f"{source}: is a file; give a folder that diffusers has saved, or {HUB}owner/name")
     if source.startswith(HUB):
         return _load_diffusers(_download(source), source, image_size)
     if path.is_dir():
@@ -170,22 +141,6 @@ def new_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of a UNet2DModel under today's names."""
     old = re.compile(rf"(?<=\.attentions\.)(\d+)\.({'|'.join(OLD_NAMES)})(?=\.)")
     return {old.sub(lambda m: f"{m[1]}.{OLD_NAMES[m[2]]}", name): tensor for name, tensor in tensors.items()}
-
-
-def _load_guided_diffusion(
-    path: Path, image_size: int | None, num_heads: int | None, beta_schedule: str, num_steps: int
-) -> DiscreteDenoiser:
-    weights = load_tensors(path)
-    try:
-        sizes = read_sizes(weights, image_size=image_size, num_heads=num_heads, num_steps=num_steps)
-        alphas_cumprod = named_schedule(beta_schedule, num_steps)
-        denoiser = DiscreteDenoiser(GuidedDiffusionUNet(sizes), alphas_cumprod, "epsilon")
-    except KeyError as error:
-        raise RRCMError(f"{path}: not a UNet of guided-diffusion (has no {error.args[0]})") from None
-    except (ValueError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise RRCMError(f"{path}: not a UNet of guided-diffusion that can be loaded ({one_line(error)})") from None
-    load_weights(denoiser.network, weights, path)
-    return denoiser.eval()
 
 
 def _download(name: str) -> Path:

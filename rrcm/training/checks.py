@@ -147,13 +147,11 @@ def _check_initial_weights(config: Config) -> None:
 
 
 def _check_denoised(config: Config, num_classes: int) -> None:
-    source, model = config.denoiser.public.source, config.denoised.model
+    source, model = config.denoiser.public, config.denoised.model
     if not any(METHODS[method].denoises for method in config.methods):
         return
     if source is not None and not source.startswith(HUB) and not expand_user(source).exists():
-        raise RRCMError(
-            f"denoiser.public.source = {source!r}: no such file or folder; a model on the hub is {HUB}owner/name"
-        )
+        raise RRCMError(f"denoiser.public = {source!r}: no such file or folder; a model on the hub is {HUB}owner/name")
     if model is not None:
         loaded = load_base_classifier(model)
         for name, found, wanted in (

@@ -46,7 +46,7 @@ def train_denoiser(config: Config, shard_folder: Path | str, output: Path, timin
     `RRCMError` when the loss is no longer finite or what is loaded does not fit, `Interrupted` after SIGTERM.
     """
     set_threads(config.threads)
-    if config.denoiser.public.source is not None:
+    if config.denoiser.public is not None:
         with init_distributed(config.device) as env:
             if env.is_main:
                 copy_public_denoiser(config, ShardedDataset(shard_folder, "train"), output, timing, env.device)
@@ -65,11 +65,10 @@ def copy_public_denoiser(
 
     Raises `RRCMError` if it does not, if it cannot be loaded, or if it is for other images than those of the settings.
     """
-    settings, start = config.denoiser.public, time.monotonic()
-    options = settings.model_dump(exclude={"source"})
+    source, start = config.denoiser.public, time.monotonic()
     pixels, _, _ = read_split(images, config.data.image_size, limit=MIN_IMAGES)
-    denoiser = load_public_denoiser(settings.source, to_unit_range(pixels.to(device)), config.sigmas, **options)
-    record = {"source": settings.source, "parameters": parameter_count(denoiser), "compute": 0.0}
+    denoiser = load_public_denoiser(source, to_unit_range(pixels.to(device)), config.sigmas)
+    record = {"source": source, "parameters": parameter_count(denoiser), "compute": 0.0}
     with atomic_directory(output) as folder:
         save_denoiser(folder, denoiser, sigmas=config.sigmas, **record)
     write_json(timing, {"seconds": time.monotonic() - start, "environment": describe_environment(device)})

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from conftest import assert_close, change_model
@@ -26,18 +25,10 @@ from rrcm.models.denoiser import (
     loss_weight,
     save_denoiser,
 )
-from rrcm.models.guided_diffusion import AttentionBlock, GuidedDiffusionUNet, Sizes, named_schedule, read_sizes
 from rrcm.models.public_denoisers import OLD_NAMES, denoising_errors, load_public_denoiser, read_public_denoiser
 from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, time_embedding
 from rrcm.utils.errors import RRCMError
 
-# Measured with OpenAI's code in float32 on a CPU: inputs, steps, outputs of the network, the clean images that their
-# diffusion makes of these, and the names and shapes of the weights (`reference_weights`).
-REFERENCE = load_file(Path(__file__).parent.parent / "fixtures/guided_diffusion.safetensors")
-GUIDED = {  # all features of 256x256_diffusion_uncond.pt; other features, as improved-diffusion has them
-    "guided": {"image_size": 16},
-    "improved": {"image_size": 8, "num_heads": 2, "beta_schedule": "cosine", "num_steps": 4000},
-}
 SMALL = {
     "sample_size": 8,
     "in_channels": 1,
@@ -58,6 +49,11 @@ def in_a_folder(tmp_path, monkeypatch):
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def alphas_cumprod(schedule: str = "linear", num_steps: int = 1000) -> torch.Tensor:
+    """abar_k of the library's schedule: (num_steps,) float64."""
+    return DDPMScheduler(num_steps, beta_schedule=schedule).alphas_cumprod.double()
 
 
 def by_image(numbers: torch.Tensor) -> torch.Tensor:
@@ -197,9 +193,11 @@ def closed_form(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(("schedule", "num_steps", "accuracy"), [("linear", 1000, 0.004), ("cosine", 100, 0.04)])
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "accuracy"), [("linear", 1000, 0.004), ("squaredcos_cap_v2", 100, 0.04)]
+)
 def test_the_best_network_gives_the_closed_form_between_steps(schedule, num_steps, accuracy, prediction_type):
-    abar = named_schedule(schedule, num_steps)
+    abar = alphas_cumprod(schedule, num_steps)
     denoiser = DiscreteDenoiser(BestNetwork(abar, prediction_type), abar, prediction_type)
     levels = denoiser.levels[(denoiser.levels > 0.1) & (denoiser.levels < 1.5)]  # pixel sigmas .05 to .75
     x = randn(1, 1, 8, 8).expand(len(levels), -1, -1, -1)
@@ -421,7 +419,7 @@ def test_damaged_folders_are_refused(path, content, message):
     assert not Path("owned").exists()
 
 
-def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, guided_file):
+def test_without_the_package_one_line_says_how_to_install_it(monkeypatch):
     save_pipeline(DDPMScheduler)
     save_denoiser(Path("ours"), read_public_denoiser("public"))
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -429,127 +427,19 @@ def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, guided
     refused(missing, small_unet)
     refused(missing, read_public_denoiser, "public")
     refused(missing, load_denoiser, "ours")
-    read_public_denoiser(guided_file("improved"), **GUIDED["improved"])
 
 
-# OpenAI's guided-diffusion
-
-
-def reference_weights(name: str) -> dict[str, torch.Tensor]:
-    """The weights with which the reference was measured, drawn in the order of their names."""
-    rng, weights = np.random.RandomState(0), {}  # numpy promises the same numbers for ever
-    for key in sorted(key for key in REFERENCE if key.startswith(f"{name}.shape.")):
-        shape = REFERENCE[key].tolist()
-        x = rng.standard_normal(shape)
-        x = x / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1 * x + key.endswith("weight")
-        weights[key.removeprefix(f"{name}.shape.")] = torch.from_numpy(x.astype(np.float32))
-    return weights
-
-
-@pytest.fixture
-def guided_file(tmp_path) -> Callable[..., Path]:
-    """Writes reference weights in a file like OpenAI's. `changes` adds, replaces or removes (None) some."""
-
-    def write(name: str, **changes: torch.Tensor | None) -> Path:
-        weights = {key: tensor for key, tensor in (reference_weights(name) | changes).items() if tensor is not None}
-        torch.save(weights, tmp_path / f"{name}.pt")
-        return tmp_path / f"{name}.pt"
-
-    return write
-
-
-@pytest.mark.parametrize("name", GUIDED)
-def test_a_file_of_guided_diffusion_predicts_what_its_authors_code_does(guided_file, name):
-    denoiser = read_public_denoiser(guided_file(name), **GUIDED[name])
-    x, steps = REFERENCE[f"{name}.x"], REFERENCE[f"{name}.steps"]
-    assert_close(answer(denoiser.network, x, steps), REFERENCE[f"{name}.output"])
-    abar = denoiser.alphas_cumprod[steps]
-    last = denoiser.alphas_cumprod[-1:]
-    torch.testing.assert_close(torch.cat([abar, last]), REFERENCE[f"{name}.alphas_cumprod"], atol=0, rtol=1e-10)
-    clean = answer(denoiser, x / by_image(abar.sqrt()), denoiser.levels[steps])
-    assert_close(clean, REFERENCE[f"{name}.pred_xstart"])
-
-
-BIG = Sizes(
-    image_size=256,
-    channels=3,
-    out_channels=6,
-    model_channels=256,
-    level_channels=[256, 256, 512, 512, 1024, 1024],
-    num_res_blocks=2,
-    attention_levels=[3, 4, 5],
-    num_heads=None,
-    scale_shift=True,
-    resblock_updown=True,
-    time_scale=1.0,
-)
-CIFAR = {"image_size": 32, "model_channels": 128, "level_channels": [128, 256, 256, 256], "num_res_blocks": 3}
-CIFAR |= {"attention_levels": [1, 2], "num_heads": 4, "resblock_updown": False, "time_scale": 0.25}
-ONE_LEVEL = {"image_size": 8, "channels": 1, "out_channels": 1, "model_channels": 32, "level_channels": [32]}
-ONE_LEVEL |= {"attention_levels": [0], "num_heads": 2, "scale_shift": False}
-ALL_SIZES = {
-    "256x256_diffusion_uncond.pt": (BIG, 552_814_086),
-    "cifar10_uncond_50M_500K.pt": (BIG.model_copy(update=CIFAR), 52_546_438),
-    "narrow at first": (
-        BIG.model_copy(update={"image_size": 512, "level_channels": [128, *BIG.level_channels]}),
-        None,
-    ),
-    "one level": (BIG.model_copy(update=ONE_LEVEL), None),
-}
-
-
-@pytest.mark.parametrize("name", ALL_SIZES)
-def test_the_weights_tell_the_sizes(name):
-    sizes, num_parameters = ALL_SIZES[name]
-    with torch.device("meta"):
-        weights = GuidedDiffusionUNet(sizes).state_dict()
-    known = {"num_heads": sizes.num_heads, "num_steps": round(1000 / sizes.time_scale)}
-    image_size = 8 if name == "one level" else None
-    assert read_sizes(weights, image_size=image_size, **known) == sizes
-    assert num_parameters in (None, sum(tensor.numel() for tensor in weights.values()))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"label_emb.weight": torch.zeros(10, 128)}, r"conditional on classes; use an unconditional one"),
-        ({"time_embed.0.weight": None}, r"has no time_embed\.0\.weight"),
-        ({"out.0.weight": None}, r"out\.0\.weight is missing"),
-        ({"input_blocks.1.0.out_layers.3.weight": None}, r"has no input_blocks\.1\.0\.out_layers\.3\.weight"),
-        ({"input_blocks.1.1.proj.weight": torch.zeros(3)}, r"input_blocks\.1\.1\.proj\.weight is unknown"),
-        ({"time_embed.0.weight": torch.zeros(3)}, r"not a UNet of guided-diffusion that can be loaded"),
-        ({"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3)}, r"maps 6 channels to 6"),
-        ({"out.2.bias": torch.zeros(3)}, r"out\.2\.bias has shape \(3,\), expected \(6,\)"),
-    ],
-)
-def test_files_of_other_networks_are_refused(guided_file, changes, message):
-    refused(message, read_public_denoiser, guided_file("guided", **changes), **GUIDED["guided"])
-
-
-def test_what_the_weights_do_not_tell_must_fit(guided_file):
-    refused(r"its image size cannot be told; give image_size", read_public_denoiser, guided_file("guided"))
-    path, options = guided_file("improved"), GUIDED["improved"]
-    refused(r"32 channels do not divide into 5 heads", read_public_denoiser, path, **options | {"num_heads": 5})
-    refused(r"32 channels do not divide into heads of 64", read_public_denoiser, path, **options | {"num_heads": None})
-    refused(r"'exp' must be linear or cosine", read_public_denoiser, path, **options | {"beta_schedule": "exp"})
-    refused(r"must fall", read_public_denoiser, path, **options | {"beta_schedule": "linear", "num_steps": 10})
-
-
-def test_other_files_and_sources_are_refused(tmp_path):
-    torch.save({"weight": torch.zeros(3)}, "other.pt")
-    refused(r"no weights are called time_embed", read_public_denoiser, "other.pt", image_size=8)
-    Path("pickle.pt").write_bytes(pickle.dumps(Payload()))
-    refused(r"no code in it was run", read_public_denoiser, "pickle.pt", image_size=8)
-    assert not Path("owned").exists()
+def test_other_sources_are_refused():
+    Path("weights.pt").touch()
+    refused(r"^weights\.pt: is a file; give a folder that diffusers has saved, or", read_public_denoiser, "weights.pt")
     refused(
         r"^nothing: no such file or folder; a model on the hub is called hf-hub:owner/name$",
         read_public_denoiser,
         "nothing",
     )
-    refused(r"are for a file of guided-diffusion", read_public_denoiser, tmp_path, num_heads=4)
 
 
-# What the weights do not tell: it is found out on a few images
+# What the files do not tell: it is found out on a few images
 
 
 def flat_images(count: int, seed: int = 5) -> torch.Tensor:
@@ -573,7 +463,7 @@ class MeanNetwork(BestNetwork):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("told", ["epsilon", "v_prediction", "sample"])
 def test_a_denoiser_of_another_prediction_is_refused(monkeypatch, prediction_type, told):
-    abar = named_schedule("linear", 1000).float()
+    abar = alphas_cumprod().float()
     denoiser = DiscreteDenoiser(MeanNetwork(abar, prediction_type), abar, told)
     monkeypatch.setattr("rrcm.models.public_denoisers.read_public_denoiser", lambda *_, **__: denoiser)
     if told == prediction_type:
@@ -585,52 +475,15 @@ def test_a_denoiser_of_another_prediction_is_refused(monkeypatch, prediction_typ
 def test_the_best_linear_denoiser_has_the_error_that_is_compared_with():
     """Of images of independent pixels, and so no other is better."""
     images = 0.5 + 0.25 * randn(400, 1, 8, 8, seed=3)
-    abar = named_schedule("linear", 1000)
+    abar = alphas_cumprod()
     denoiser = DiscreteDenoiser(BestNetwork(abar, "sample"), abar, "sample")
     for sigma, (error, linear) in zip((0.25, 0.5), denoising_errors(denoiser, images, [0.25, 0.5]), strict=True):
         assert linear == pytest.approx(0.25 * 4 * sigma**2 / (0.25 + 4 * sigma**2), rel=0.02)
         assert error == pytest.approx(linear, rel=0.02)
 
 
-def in_new_order(weights: dict[str, torch.Tensor], num_heads: int) -> dict[str, torch.Tensor]:
-    """The same network with `use_new_attention_order`: rows by q, k and v first, not by head."""
-    names = [name for name in weights if ".qkv." in name]
-    rows = {name: weights[name].unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2) for name in names}
-    return weights | rows
-
-
-def test_q_k_and_v_in_the_new_order_are_the_same_network(guided_file):
-    network = read_public_denoiser(guided_file("improved"), **GUIDED["improved"]).network
-    x, steps, expected = (REFERENCE[f"improved.{name}"] for name in ("x", "steps", "output"))
-    network.load_state_dict(in_new_order(network.state_dict(), num_heads=2))
-    assert (answer(network, x, steps) - expected).abs().max() > 0.01
-    network.set_order(True)
-    assert_close(answer(network, x, steps), expected)
-    save_denoiser(Path("ours"), DiscreteDenoiser(network, named_schedule("cosine", 4000), "epsilon"))
-    assert_close(answer(load_denoiser("ours").network, x, steps), expected)
-
-
-@pytest.mark.parametrize("better", [False, True])
-@pytest.mark.parametrize("bad", [0.1, 0.6])
-def test_the_order_with_the_smaller_error_is_taken(guided_file, monkeypatch, capsys, better, bad):
-    """Also where both denoise: attention may matter little."""
-
-    def errors(denoiser: DiscreteDenoiser, *_: object) -> list[tuple[float, float]]:
-        right = denoiser.network.architecture["qkv_first"] == better and denoiser.prediction_type == "epsilon"
-        return [(0.05 if right else bad, 0.3)]
-
-    monkeypatch.setattr("rrcm.models.public_denoisers.denoising_errors", errors)
-    options = {name: value for name, value in GUIDED["improved"].items() if name != "image_size"}
-    denoiser = load_public_denoiser(guided_file("improved"), flat_images(8), [0.5], **options)
-    blocks = [module for module in denoiser.modules() if isinstance(module, AttentionBlock)]
-    assert {block.qkv_first for block in blocks} == {better} == {denoiser.network.architecture["qkv_first"]}
-    assert ("q, k and v in the new order" in capsys.readouterr().err) == better
-
-
-def test_what_does_not_denoise_is_refused(guided_file):
-    options = {name: value for name, value in GUIDED["improved"].items() if name != "image_size"}
+def test_what_does_not_denoise_is_refused():
     load = partial(load_public_denoiser, sigmas=[0.5])
-    refused(r"improved\.pt: does not denoise: at sigma 0\.5", load, guided_file("improved"), flat_images(8), **options)
     save_pipeline(DDPMScheduler)
     refused(r"^public: does not denoise: at sigma 0\.5 its mean squared error is", load, "public", flat_images(8))
     refused(r"^public: needs 8 images \(N, C, H, W\) to be tried on", load, "public", flat_images(7))
@@ -640,37 +493,11 @@ def test_what_does_not_denoise_is_refused(guided_file):
     refused(r"^public: does not denoise", load, "public", grey)
 
 
-@pytest.mark.slow
-def test_a_trained_file_in_either_order_is_recognized():
-    sizes = {"image_size": 8, "channels": 1, "out_channels": 1, "model_channels": 32, "level_channels": [32]}
-    sizes |= {"num_res_blocks": 1, "attention_levels": [0], "num_heads": 2, "scale_shift": True}
-    torch.manual_seed(0)
-    network = GuidedDiffusionUNet(Sizes(**sizes, resblock_updown=True, time_scale=1.0))
-    for name, parameter in network.named_parameters():
-        parameter.data.mul_(3 if "qkv.weight" in name or "proj_out.weight" in name else 1)
-    denoiser = DiscreteDenoiser(network, named_schedule("linear", 1000), "epsilon")
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    for step in range(30):
-        clean = 2 * flat_images(16, seed=100 + step) - 1
-        t = torch.linspace(-1, 1, 16).exp()
-        loss = ((denoiser(clean + by_image(t) * randn(*clean.shape, seed=step), t) - clean) / by_image(t)).square()
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-    x = randn(2, 1, 8, 8)
-    for weights in (network.state_dict(), in_new_order(network.state_dict(), num_heads=2)):
-        torch.save(weights, "trained.pt")
-        found = load_public_denoiser("trained.pt", flat_images(8), [0.25, 0.5, 1.0], num_heads=2)
-        torch.testing.assert_close(answer(found, x, 1.0), answer(denoiser, x, 1.0))
-
-
 # Public denoisers as our model folders
 
 
-@pytest.fixture(params=["diffusers", "guided_diffusion"])
-def public(request, guided_file) -> DiscreteDenoiser:
-    if request.param == "guided_diffusion":
-        return read_public_denoiser(guided_file("improved"), **GUIDED["improved"])
+@pytest.fixture
+def public() -> DiscreteDenoiser:
     save_pipeline(DDPMScheduler, "v_prediction", "squaredcos_cap_v2", out_channels=2)
     return read_public_denoiser("public")
 

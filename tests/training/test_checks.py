@@ -83,8 +83,8 @@ def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch
         ),
         ({"data__channels": 3}, "data.channels = 3: the shards were written with 1"),
         (
-            {"methods": ["dds"], "denoiser__public__source": "nowhere.pt"},
-            "denoiser.public.source = 'nowhere.pt': no such file or folder; a model on the hub is hf-hub:owner/name",
+            {"methods": ["dds"], "denoiser__public": "nowhere"},
+            "denoiser.public = 'nowhere': no such file or folder; a model on the hub is hf-hub:owner/name",
         ),
         ({"methods": ["dds"], "denoised__model": "nowhere"}, "nowhere: no such folder or file, and"),
         ({"methods": ["dds"], "denoiser__batch_size": 2048}, "denoiser.batch_size = 2048: must be at most 1295"),

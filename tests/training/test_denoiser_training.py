@@ -236,7 +236,7 @@ def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     }
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "public")
-    change(ready, denoiser__public__source=str(tmp_path / "public"))
+    change(ready, denoiser__public=str(tmp_path / "public"))
     shutil.rmtree(ready / "models/denoiser")
     answer = stage(ready, "denoiser")  # of random weights
     assert answer.returncode == 1 and "public: does not denoise: at sigma 0.5" in answer.stderr
@@ -253,7 +253,7 @@ def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     succeed(stage(ready, "certify", "dds", "0.5"))
     colour = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=4, **blocks)
     DDPMPipeline(colour, DDPMScheduler()).save_pretrained(tmp_path / "colour")
-    change(ready, denoiser__public__source=str(tmp_path / "colour"))
+    change(ready, denoiser__public=str(tmp_path / "colour"))
     answer = stage(ready, "denoiser")
     assert answer.returncode == 1 and "is for images of 3 x 8 pixels, not of 1 x 8" in answer.stderr
 

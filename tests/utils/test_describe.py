@@ -24,9 +24,8 @@ from rrcm.certification.stopping import fixed_sample, group_sequential
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NoiseConditionedClassifier, Normalized
 from rrcm.models.denoised import DDS, DensePure, DiffSmooth
-from rrcm.models.denoiser import DiscreteDenoiser, EDMDenoiser, PixelViT
+from rrcm.models.denoiser import DiffusersUNet, DiscreteDenoiser, EDMDenoiser, PixelViT
 from rrcm.models.ensembles import Ensemble, with_consensus
-from rrcm.models.guided_diffusion import GuidedDiffusionUNet, Sizes, named_schedule
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.describe import Description
@@ -58,20 +57,10 @@ def denoiser() -> EDMDenoiser:
 
 def public_denoiser() -> DiscreteDenoiser:
     torch.manual_seed(2)
-    sizes = Sizes(
-        image_size=8,
-        channels=1,
-        out_channels=1,
-        model_channels=32,
-        level_channels=[32],
-        num_res_blocks=1,
-        attention_levels=[0],
-        num_heads=2,
-        scale_shift=True,
-        resblock_updown=False,
-        time_scale=1.0,
-    )
-    return DiscreteDenoiser(GuidedDiffusionUNet(sizes), named_schedule("linear", 1000), "epsilon")
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    config = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+    unet = DiffusersUNet({**config, **blocks, "layers_per_block": 1, "attention_head_dim": 4})
+    return DiscreteDenoiser(unet, torch.linspace(0.99, 0.01, 100), "epsilon")
 
 
 def network(name: str, size: int = 16) -> nn.Module:
