@@ -538,20 +538,11 @@ class Certify(Section):
     max_images: Count | None  # at most, evenly spaced
     precision: CertifiedPrecision
     compile: bool  # torch.compile, with CUDA graphs on a GPU
-    consensus: Annotated[int, Field(ge=2)] | None  # K: an ensemble whose first K members agree skips the others
 
     @property
     def rule(self) -> dict[str, object]:
         """The settings that `make_stopping_rule` and `SmoothedClassifier.certify` take."""
         return self.model_dump(include={"stopping", "bound", "n0", "n", "alpha", "radius_step"})
-
-    @model_validator(mode="after")
-    def consensus_is_not_compiled(self) -> Self:
-        if self.consensus is not None and self.compile:
-            raise ValueError(
-                f"consensus {self.consensus} cannot be compiled; set consensus to null or compile to false"
-            )
-        return self
 
 
 class Latency(Section):
@@ -727,13 +718,6 @@ class Config(Section):
                 )
         if METHODS[source.method].needs_soft_labels:
             raise ValueError(f"soft_labels.method {source.method} needs soft labels itself; choose another")
-        return self
-
-    @model_validator(mode="after")
-    def ensembles_fit(self) -> Self:
-        consensus, members = self.certify.consensus, self.finetune.ensemble_members
-        if consensus is not None and consensus >= members:
-            raise ValueError(f"certify.consensus {consensus} must be below finetune.ensemble_members {members}")
         return self
 
     @model_validator(mode="after")

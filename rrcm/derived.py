@@ -150,8 +150,7 @@ def finetuning_settings(
 
 def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> dict:
     """The settings that decide the certificates of a method, apart from seed, threads and data."""
-    values = dict(certify) if METHODS[method].is_ensemble else _without(certify, {"consensus"})
-    return {"certify": values, "max_images": (denoised.get("max_images") or {}).get(method)}
+    return {"certify": dict(certify), "max_images": (denoised.get("max_images") or {}).get(method)}
 
 
 def chosen(finetune: Mapping, method: str, sigma: float) -> dict:

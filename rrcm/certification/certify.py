@@ -21,7 +21,6 @@ from rrcm.certification.votes import certificate_frame
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
-from rrcm.models.ensembles import with_consensus
 from rrcm.models.folders import read_model_config
 from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
@@ -95,7 +94,6 @@ def certify_split(
         image_size=config.data.image_size,
         labelled=True,
         compile=settings.compile,
-        consensus=settings.consensus,
         **settings.rule,
     )
     timed = json_bytes(_describe_time(states, batch_size, smoothed, queue.world_size))
@@ -105,7 +103,6 @@ def certify_split(
 
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
     """`classifier` smoothed as the `certify` settings say, with further `options` of `SmoothedClassifier`."""
-    classifier = with_consensus(classifier, config.certify.consensus)
     settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
     return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
 

@@ -176,7 +176,6 @@ def folder_files(
         image_size=loaded.image_size,
         labelled=False,
         compile=False,
-        consensus=None,
         **settings,
     )
     return tables | {record_path(output): record_bytes(record)}

@@ -79,7 +79,7 @@ class CertificateRecord(Entries):
     precision: Dtype
     batch_size: Count
     compile: bool
-    consensus: Count | None
+    consensus: None = Field(default=None, exclude=True)  # null in records of earlier versions
     device: str
     environment: Environment
     files: dict[str, Sha256]  # the tables beside it, by name
@@ -121,8 +121,14 @@ def record_bytes(record: CertificateRecord) -> bytes:
 
 def read_record(path: Path) -> CertificateRecord:
     """The record in the JSON file `path`. Raises `RRCMError` for a missing or damaged one."""
+    values = read_json(path)
+    if isinstance(values, dict) and (consensus := values.get("consensus")) is not None:
+        raise RRCMError(
+            f"{path}: was certified with consensus {consensus!r}, which is no longer supported; read it with the code "
+            "of commit 2a24858, or certify again"
+        )
     try:
-        return CertificateRecord.model_validate(read_json(path))
+        return CertificateRecord.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -17,7 +17,6 @@ from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, Smooth
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
 from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
-from rrcm.models.ensembles import with_consensus
 from rrcm.models.load import LoadedClassifier, load_base_classifier
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.errors import RRCMError, one_line
@@ -104,7 +103,7 @@ def smooth_again(
     """
     set_threads(settings.threads or record.environment.hardware.threads)
     return SmoothedClassifier(
-        with_consensus(inputs.loaded.classifier.to(device), record.consensus),
+        inputs.loaded.classifier.to(device),
         record.sigma,
         record.num_classes,
         seed=record.seed,

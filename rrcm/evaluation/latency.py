@@ -18,7 +18,7 @@ from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.denoised import DenoisedClassifier
-from rrcm.models.ensembles import Ensemble, with_consensus
+from rrcm.models.ensembles import Ensemble
 from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device, set_threads
@@ -26,7 +26,7 @@ from rrcm.utils.files import write_json
 from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.provenance import describe_environment
 
-IMAGES = 8  # samples are of several images, since with consensus the cost depends on the image
+IMAGES = 8  # that the samples are of
 HALVINGS = 3  # of the largest batch that fits, in search of the fastest
 TURNS = 4  # of each size in this search
 
@@ -44,7 +44,6 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
     timed, records = {}, {}
     for method in config.methods:
         classifier = load_model_folder(models / method / sigma_name(sigma)).classifier.to(device)
-        classifier = with_consensus(classifier, config.certify.consensus)
         smoothed = SmoothedClassifier(
             classifier, sigma, classifier.num_classes, seed=config.seed, precision=settings.precision
         )

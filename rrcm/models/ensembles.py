@@ -1,4 +1,4 @@
-"""Ensembles: the mean of several classifiers' logits (Horváth et al. 2022), with K-consensus as an option.
+"""Ensembles: the mean of several classifiers' logits (Horváth et al. 2022).
 
 The model folder has `kind` "ensemble" and in `members` the folders of the members, relative to it, with their hashes.
 """
@@ -16,21 +16,13 @@ from rrcm.models.folders import Entries, Part, parse_entries, part_of, write_mod
 from rrcm.models.kinds import LoadedClassifier, load_model_folder, refuse_within
 from rrcm.utils.errors import RRCMError
 
-PARTS = 8  # with consensus: the last members see the undecided samples in parts of an eighth of the batch
-
 
 class Ensemble(BaseClassifier):
-    """The mean of the members' logits.
+    """The mean of the members' logits."""
 
-    With `consensus` K it is another classifier, which costs less: the mean of the first K members' logits where these
-    agree on the class, and that of all members elsewhere. The last members then see only the samples on which the first
-    K disagree. These go through in parts of one size, the last one padded, so that an answer does not depend on how
-    many other samples of the batch are undecided.
-    """
-
-    def __init__(self, members: Sequence[BaseClassifier], consensus: int | None = None):
+    def __init__(self, members: Sequence[BaseClassifier]):
         super().__init__()
-        self.members, self.consensus = nn.ModuleList(members), consensus
+        self.members = nn.ModuleList(members)
         self.num_classes = members[0].num_classes
         sigmas = {member.sigma for member in members}
         self.sigma = sigmas.pop() if len(sigmas) == 1 else None
@@ -39,33 +31,7 @@ class Ensemble(BaseClassifier):
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes) float32."""
-        if self.consensus is None:
-            return torch.stack([part_logits(member, noisy, draw) for member in self.members]).mean(0)
-        first = torch.stack([part_logits(member, noisy) for member in self.members[: self.consensus]])
-        answer, classes = first.mean(0), first.argmax(-1)
-        undecided = (classes != classes[0]).any(0).nonzero().flatten()
-        for rows in undecided.split(-(-len(noisy) // PARTS)):
-            missing = -(-len(noisy) // PARTS) - len(rows)
-            part = torch.cat([noisy[rows], noisy[:1].expand(missing, *noisy.shape[1:])])
-            last = [part_logits(member, part)[: len(rows)] for member in self.members[self.consensus :]]
-            answer = answer.index_copy(0, rows, torch.stack([*first[:, rows], *last]).mean(0))
-        return answer
-
-
-def with_consensus(classifier: nn.Module, consensus: int | None) -> nn.Module:
-    """An ensemble with K = `consensus`, of the same members; any other classifier as it is.
-
-    Raises `RRCMError` for a K that is not below the number of members, and for members that draw random numbers.
-    """
-    if consensus is None or not isinstance(classifier, Ensemble):
-        return classifier
-    if not 2 <= consensus < len(classifier.members):
-        raise RRCMError(
-            f"consensus = {consensus}: must be at least 2 and below {len(classifier.members)}, the number of members"
-        )
-    if classifier.stochastic:
-        raise RRCMError(f"consensus = {consensus}: the members draw random numbers; set it to null")
-    return Ensemble(classifier.members, consensus).eval()
+        return torch.stack([part_logits(member, noisy, draw) for member in self.members]).mean(0)
 
 
 class EnsembleEntries(Entries):

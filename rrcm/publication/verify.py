@@ -43,7 +43,7 @@ from rrcm.utils.provenance import head, uncommitted
 
 FALSE_ALARM = 1e-3  # chance that the votes of an honest result on another machine are called forged
 WATCHED = (*CODE, RESULTS, README)  # what must be as in the commit
-RULE = ("n0", "n", "alpha", "bound", "stopping", "radius_step", "consensus")  # settings of certify in each record
+RULE = ("n0", "n", "alpha", "bound", "stopping", "radius_step")  # settings of certify in each record
 
 
 @dataclass

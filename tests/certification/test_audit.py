@@ -280,3 +280,14 @@ def test_the_record_explains_the_file(result: Path):
     assert (record["sigma"], record["seed"], record["batch_size"], record["n"]) == (0.5, 0, 200, 1000)
     assert set(record["files"]) == {"sigma_0.5.tsv", "sigma_0.5.samples.tsv"}
     assert record["environment"]["hardware"]["threads"] == 1 and record["flips"] is None
+
+
+def test_a_record_of_an_earlier_version_has_no_consensus(result: Path):
+    """Such a record has the entry `consensus`: null, or a number, with which the votes are those of another model."""
+    path = record_path(result / NAME)
+    record, entries = read_record(path), json.loads(path.read_text())
+    path.write_text(json.dumps(entries | {"consensus": None}))
+    assert read_record(path) == record and "consensus" not in json.loads(record_bytes(record))
+    path.write_text(json.dumps(entries | {"consensus": 2}))
+    with pytest.raises(RRCMError, match=r"was certified with consensus 2, which is no longer supported; .* again$"):
+        read_record(path)

@@ -85,15 +85,6 @@ def test_passes_are_those_of_the_formulas_and_of_the_networks_own_count(name):
     assert sum(map(parameter_count, found)) == parameter_count(smoothed.model)
 
 
-def test_consensus_costs_what_the_members_see():
-    members = [CountingClassifier(seed) for seed in range(3)]
-    smoothed = SmoothedClassifier(Ensemble(members, consensus=2), SIGMA, K, batch_size=64)
-    smoothed.count_votes(latency._requests(IMAGES, 64))
-    before = seen(smoothed)["classifier"]
-    passes = count_passes(smoothed, IMAGES, 128)["classifier"]
-    assert passes == (seen(smoothed)["classifier"] - before) / 128 and 2 < passes <= 3
-
-
 @pytest.mark.parametrize("n", [500, 2_500, 12_500])
 def test_certifying_takes_time_in_proportion_to_the_samples(monkeypatch, n):
     """What one full batch takes, times n0 + n, is what the fixed procedure takes: it runs no further sample."""

@@ -1,4 +1,4 @@
-"""Ensembles: the mean of logits, K-consensus, and their model folders."""
+"""Ensembles: the mean of logits, and their model folders."""
 
 import shutil
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch
 from conftest import change_model
 from torch import nn
 
-from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
+from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
-from rrcm.models.ensembles import Ensemble, with_consensus, write_ensemble
+from rrcm.models.ensembles import Ensemble, write_ensemble
 from rrcm.models.load import load_base_classifier, load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
@@ -27,37 +27,8 @@ def member(seed: int, num_classes: int = K, image_size: int = 8) -> NoiseConditi
     return classifier.eval()
 
 
-def alike(count: int) -> list[NoiseConditionedClassifier]:
-    """Members that agree on most images."""
-    members, generator = [member(0) for _ in range(count)], torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for each in members:
-            each.head.weight += 0.3 * torch.randn(each.head.weight.shape, generator=generator)
-    return members
-
-
 def noisy_images(count: int = 64) -> torch.Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(9))
-
-
-def by_definition(members: list, noisy: torch.Tensor, consensus: int) -> torch.Tensor:
-    """Every member answers every sample; then the rule is applied."""
-    logits = torch.stack([each(noisy) for each in members])
-    classes = logits[:consensus].argmax(-1)
-    agreed = (classes == classes[0]).all(0)
-    return torch.where(agreed[:, None], logits[:consensus].mean(0), logits.mean(0))
-
-
-class Counted(BaseClassifier):
-    """A member that counts the samples it is given."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner, self.num_classes, self.samples = inner, K, 0
-
-    def forward(self, noisy, draw=None):
-        self.samples += len(noisy)
-        return self.inner(noisy)
 
 
 @torch.no_grad()
@@ -67,33 +38,6 @@ def test_an_ensemble_answers_with_the_mean_of_the_logits():
     torch.testing.assert_close(Ensemble(members)(noisy), expected)
     same = Ensemble([members[0]] * 3)
     assert torch.equal(same(noisy).argmax(1), members[0](noisy).argmax(1)) and same.sigma == 0.5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("consensus", [2, 3])
-def test_skipping_members_changes_no_vote(consensus):
-    members, noisy = [Counted(each) for each in alike(5)], noisy_images(400)
-    answer = with_consensus(Ensemble(members), consensus)(noisy)
-    spent = [each.samples for each in members]
-    expected = by_definition(members, noisy, consensus)
-    assert torch.equal(answer.argmax(1), expected.argmax(1))
-    torch.testing.assert_close(answer, expected)
-    assert spent[:consensus] == [400] * consensus and all(0 < samples < 400 for samples in spent[consensus:])
-    assert all(samples % 50 == 0 for samples in spent)  # parts of one size
-    classes = torch.stack([each(noisy) for each in members[:consensus]]).argmax(-1)
-    agreed = (classes == classes[0]).all(0)
-    assert torch.equal(answer.argmax(1)[agreed], classes[0][agreed])  # the class that they agree on
-
-
-@torch.no_grad()
-def test_votes_of_a_consensus_do_not_depend_on_company():
-    """The engine's votes for an image alone and among others, with the members' parts filled differently."""
-    smoothed = SmoothedClassifier(with_consensus(Ensemble(alike(4)), 2), 0.5, K, batch_size=64)
-    images = noisy_images(6).sigmoid()
-    requests = [SampleRequest(image, index, 1, 0, 150) for index, image in enumerate(images)]
-    together = smoothed.count_votes(requests)
-    for request, votes in zip(requests, together, strict=True):
-        assert (smoothed.count_votes([request])[0] == votes).all() and votes.sum() == 150
 
 
 @torch.no_grad()
@@ -175,14 +119,3 @@ def test_a_bad_folder_is_refused_in_one_line(folder, harm, said):
     with pytest.raises(RRCMError, match=said) as caught:
         load_model_folder(folder)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("consensus", [1, 3, 4])
-def test_an_impossible_consensus_is_refused(consensus):
-    ensemble = Ensemble([member(seed) for seed in range(3)])
-    with pytest.raises(RRCMError, match=f"consensus = {consensus}: must be at least 2 and below 3"):
-        with_consensus(ensemble, consensus)
-    assert with_consensus(ensemble, None) is ensemble and with_consensus(ensemble.members[0], 7) is ensemble.members[0]
-    ensemble.stochastic = True
-    with pytest.raises(RRCMError, match="draw random numbers"):
-        with_consensus(ensemble, 2)

@@ -25,7 +25,7 @@ from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NoiseConditionedClassifier, Normalized
 from rrcm.models.denoised import DDS, DensePure, DiffSmooth
 from rrcm.models.denoiser import DiffusersUNet, DiscreteDenoiser, EDMDenoiser, PixelViT
-from rrcm.models.ensembles import Ensemble, with_consensus
+from rrcm.models.ensembles import Ensemble
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.describe import Description
@@ -86,7 +86,7 @@ FOLDER_LOADERS: dict[str, Callable[[], nn.Module]] = {
     "timm_vit": lambda: timm_model("test_vit"),
     "timm_convnext": lambda: timm_model("test_convnext"),
     "timm_mixer": lambda: timm_model("test_mambaout"),
-    "ensemble": lambda: with_consensus(Ensemble([classifier(), classifier(1.0), classifier(2.0)]), 2),
+    "ensemble": lambda: Ensemble([classifier(), classifier(1.0), classifier(2.0)]),
     "dds": lambda: DDS(*parts(), sigma=0.25, classifier_size=8),
     "densepure": lambda: DensePure(*parts(), **RUNS),
     "diffsmooth": lambda: DiffSmooth(*parts(), **NOISES),
@@ -142,8 +142,7 @@ MODELS = {
     "t": lambda: classifier(2.0),
     "num_heads": lambda: classifier(num_heads=4),
     "norm_eps": lambda: classifier(norm_eps=1e-3),
-    "members": lambda: Ensemble([classifier(), classifier(1.0), classifier(2.0)]),
-    "consensus": FOLDER_LOADERS["ensemble"],
+    "members": FOLDER_LOADERS["ensemble"],
     "dds": FOLDER_LOADERS["dds"],
     "dds of another sigma": lambda: DDS(*parts(), sigma=1.0, classifier_size=8),
     "densepure": FOLDER_LOADERS["densepure"],
