@@ -17,6 +17,7 @@ from statistics import median
 from typing import Annotated, NamedTuple
 from unittest import mock
 
+from rrcm.models.kinds import load_model_folder
 from rrcm.report.figures import OKABE_ITO, figure_style, save  # first: with it matplotlib takes any MPLBACKEND
 
 # isort: split
@@ -35,7 +36,6 @@ from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.checkpoints import load_classifier
 from rrcm.models.vit import Block
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
@@ -186,7 +186,7 @@ def measure(
         raise RRCMError(f"variants {unknown[0]}: unknown; they are {', '.join(LABELS)}")
     if not plain_allocator:
         keep_freed_memory()
-    split, classifier = ShardedDataset(models[1], "test"), load_classifier(models[0])
+    split, classifier = ShardedDataset(models[1], "test"), load_model_folder(models[0]).classifier
     size = classifier.encoder.patch_embed.img_size[0]
     pixels, labels, indices = read_split(split, size, every, images)
     inputs = Inputs(pixels.float() / 255, labels.tolist(), indices, classifier.sigma)

@@ -17,7 +17,7 @@ from rrcm.utils.app import keep_freed_memory
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.models.checkpoints import load_classifier
+from rrcm.models.kinds import load_model_folder
 from rrcm.utils.provenance import describe_environment
 
 
@@ -39,7 +39,7 @@ class Recorder(nn.Module):
 def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20) -> None:
     """Compare the votes of a classifier with those of float32, batches of 1024, two threads."""
     keep_freed_memory()
-    classifier = load_classifier(model)
+    classifier = load_model_folder(model).classifier
     split = ShardedDataset(shards, "test")
     pixels, _, indices = read_split(split, classifier.encoder.patch_embed.img_size[0], len(split) // images, images)
     each = votes // len(pixels)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
+import pandas as pd
 import pytest
 import torch
 import yaml
 from dvc.utils.hydra import compose_and_dump
 
+from rrcm.certification.results import certificates_text, samples_text
 from rrcm.config import Data, load_config
 from rrcm.data.datasets import RawDataset, read_dataset
 from rrcm.data.sharding import identify_images, split_off_test, write_shards
@@ -322,3 +324,13 @@ def honest(trained, tmp_path_factory) -> Path:
 def repository(honest, tmp_path) -> Path:
     """A copy of the repository that a test may change."""
     return Path(shutil.copytree(honest, tmp_path / "repository", symlinks=True))
+
+
+def write_certificates(path: Path, frame: pd.DataFrame) -> None:
+    """Write a certificate file, as a test has changed it."""
+    path.write_text(certificates_text(frame))
+
+
+def write_samples(path: Path, frame: pd.DataFrame) -> None:
+    """Write a samples file, as a test has changed it."""
+    path.write_text(samples_text(frame))

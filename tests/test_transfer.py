@@ -11,7 +11,8 @@ from conftest import REPOSITORY, compose, stage
 from PIL import Image
 from test_pipeline import copy_repository, ran, run
 
-from rrcm.models.checkpoints import load_classifier, load_encoder
+from rrcm.models.checkpoints import load_encoder
+from rrcm.models.kinds import load_model_folder
 from rrcm.utils.files import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists what to copy")]
@@ -67,7 +68,7 @@ def check_results(folder: Path, encoder: Path) -> None:
     """rRCM's classifier started from the encoder, and both methods have learned the colours."""
     assert read_json(folder / "models/rrcm/sigma_0.5/config.json")["initial_weights"] == str(encoder)
     name = "blocks.0.attn.qkv.weight"
-    networks = (load_encoder(encoder), load_classifier(folder / "models/rrcm/sigma_0.5").encoder)
+    networks = (load_encoder(encoder), load_model_folder(folder / "models/rrcm/sigma_0.5").classifier.encoder)
     before, after = (network.state_dict()[name].flatten() for network in networks)
     assert 0.8 < torch.nn.functional.cosine_similarity(before, after, dim=0) < 1
     for method in ("rrcm", "dds"):

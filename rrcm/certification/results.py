@@ -16,7 +16,7 @@ import pandas as pd
 
 from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS
 from rrcm.utils.errors import RRCMError
-from rrcm.utils.files import read_text, write_text
+from rrcm.utils.files import read_text
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # then what each bound certifies
@@ -43,7 +43,7 @@ def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataF
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """Read a file of `write_samples`, the columns SAMPLES and VOTES; the latter are text, which `recompute` parses.
+    """Read a samples file, the columns SAMPLES and VOTES; the latter are text, which `recompute` parses.
 
     Raises `RRCMError` as `read_certificates` does.
     """
@@ -130,23 +130,13 @@ def _seconds(text: str) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def write_certificates(path: Path | str, frame: pd.DataFrame) -> None:
-    """Write a certificate frame in Cohen et al.'s format, atomically. Numbers read back bit for bit."""
-    write_text(path, certificates_text(frame))
-
-
 def certificates_text(frame: pd.DataFrame) -> str:
-    """What `write_certificates` writes."""
+    """A certificate frame in Cohen et al.'s format. Numbers read back bit for bit."""
     return frame[COLUMNS].to_csv(sep="\t", index=False, lineterminator="\n")
 
 
-def write_samples(path: Path | str, frame: pd.DataFrame) -> None:
-    """Write the columns that Cohen et al.'s format lacks, SAMPLES and VOTES, atomically."""
-    write_text(path, samples_text(frame))
-
-
 def samples_text(frame: pd.DataFrame) -> str:
-    """What `write_samples` writes. Numbers read back bit for bit."""
+    """The columns that Cohen et al.'s format lacks, SAMPLES and VOTES. Numbers read back bit for bit."""
     return frame[SAMPLES + VOTES].to_csv(sep="\t", index=False, lineterminator="\n")
 
 

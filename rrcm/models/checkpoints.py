@@ -142,13 +142,6 @@ def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> Noise
     return load_network(path, lambda: NoiseConditionedViT(**sizes)).train()
 
 
-def load_classifier(folder: Path | str) -> NoiseConditionedClassifier:
-    """Load a fine-tuned classifier in eval mode. Raises `RRCMError` for a folder of another kind or a damaged one."""
-    config = read_model_config(folder)
-    check_kind(folder, config, ("classifier",))
-    return build_from_folder(Path(folder), config)
-
-
 def load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
     """The loader of kind "classifier" in `rrcm.models.FOLDER_LOADERS`."""
     return describe_classifier(build_from_folder(folder, config), config["class_names"])

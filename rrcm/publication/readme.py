@@ -1,8 +1,9 @@
 """The table of results in README.md, made from published results alone.
 
 results/readme.csv names its rows. A row with a `result` shows a method of the published result of this name: the mean
-over its seeds, with half the width of the t interval over them. `label` may hold {ratio}, its latency over rRCM's, {images} and {seeds}. A row without a `result` quotes
-the row of rrcm/report/published.csv with its `method`, `model` and `sigma`.
+over its seeds, with half the width of the t interval over them. `label` may hold {ratio}, which is its latency over
+rRCM's, {images} and {seeds}. A row without a `result` quotes the row of rrcm/report/published.csv with its `method`,
+`model` and `sigma`.
 """
 
 import csv

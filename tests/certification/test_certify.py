@@ -39,7 +39,7 @@ from rrcm.certification.stopping import (
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.base_classifiers import BaseClassifier
-from rrcm.models.checkpoints import load_classifier
+from rrcm.models.kinds import load_model_folder
 from rrcm.utils.errors import RRCMError
 
 
@@ -76,7 +76,8 @@ def digits(trained) -> tuple[nn.Module, torch.Tensor, list[int], list[int]]:
     """A trained network, test images, labels and their places."""
     images = ShardedDataset(trained / "data/shards", "test")
     pixels, labels, indices = read_split(images, 8, every=30)
-    return load_classifier(trained / "models/rrcm/sigma_0.5"), pixels.float() / 255, labels.tolist(), indices
+    classifier = load_model_folder(trained / "models/rrcm/sigma_0.5").classifier
+    return classifier, pixels.float() / 255, labels.tolist(), indices
 
 
 # --- the procedures ---------------------------------------------------------------------------------------------------
@@ -498,7 +499,7 @@ def test_the_stage_writes_what_the_engine_answers(trained):
     config = load_config(trained / "params.yaml")
     frame = read_certificates(trained / "certificates/rrcm/sigma_0.5.tsv")
     assert frame["idx"].tolist() == list(range(0, 360, 10)) and (frame["time"] == 0).all()
-    model = load_classifier(trained / "models/rrcm/sigma_0.5")
+    model = load_model_folder(trained / "models/rrcm/sigma_0.5").classifier
     pixels, labels, indices = read_split(ShardedDataset(trained / "data/shards", "test"), 8, every=10)
     smoothed = SmoothedClassifier(model, 0.5, 10, batch_size=200, precision=config.certify.precision)
     answers = smoothed.certify(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import write_certificates, write_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, multinomial, norm, sem, t
@@ -20,8 +21,6 @@ from rrcm.certification.results import (
     read_certificates,
     read_samples,
     sigma_name,
-    write_certificates,
-    write_samples,
 )
 from rrcm.evaluation.metrics import (
     accuracy_difference,

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_close, compose, files_of, stage
+from conftest import assert_close, compose, files_of, stage, write_certificates
 from torch import nn
 
-from rrcm.certification.results import ABSTAIN, read_certificates, write_certificates
+from rrcm.certification.results import ABSTAIN, read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Attack, load_config
 from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split

@@ -11,7 +11,7 @@ from torch import nn
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
-from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
+from rrcm.models.checkpoints import load_encoder, save_model
 from rrcm.models.folders import write_model_folder
 from rrcm.models.kinds import FOLDER_LOADERS, LoadedClassifier, load_model_folder
 from rrcm.models.load import load_base_classifier
@@ -84,8 +84,7 @@ def test_a_model_folder_says_what_certification_needs(folder):
     assert loaded.sigma == loaded.classifier.sigma == 0.49 and loaded.classifier.t == 1.0
     assert not loaded.classifier.training
     pixels = torch.rand(2, 1, 8, 8)
-    for found in (loaded.classifier, load_classifier(folder)):
-        assert torch.equal(found(pixels), small()(pixels))
+    assert torch.equal(loaded.classifier(pixels), small()(pixels))
     assert torch.equal(load_encoder(folder)(pixels, 1.0), small().encoder(pixels, 1.0))
 
 
@@ -103,7 +102,7 @@ def test_weights_can_be_published_in_bfloat16(tmp_path):
         save_model(tmp_path / dtype, small(), dtype=dtype)
     sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("fp32", "bf16")]
     assert sizes[1] < 0.6 * sizes[0]
-    loaded = load_classifier(tmp_path / "bf16").state_dict()
+    loaded = load_model_folder(tmp_path / "bf16").classifier.state_dict()
     for name, weight in small().state_dict().items():
         assert loaded[name].dtype == torch.float32 and torch.equal(loaded[name], weight.bfloat16().float())
 
@@ -113,12 +112,12 @@ def test_an_encoder_has_a_kind_but_no_classes(tmp_path):
     assert read_json(tmp_path / "config.json")["kind"] == "encoder"
     pixels = torch.rand(2, 1, 8, 8)
     assert torch.equal(load_encoder(tmp_path)(pixels, 1.0), small().encoder(pixels, 1.0))
-    for load in (load_classifier, load_model_folder, load_base_classifier):
+    for load in (load_model_folder, load_base_classifier):
         with pytest.raises(RRCMError, match=r"config\.json: this is an encoder without a head; fine-tune it first"):
             load(tmp_path)
 
 
-@pytest.mark.parametrize("load", [load_classifier, load_encoder, load_model_folder, load_base_classifier])
+@pytest.mark.parametrize("load", [load_encoder, load_model_folder, load_base_classifier])
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -169,7 +168,7 @@ class Average(BaseClassifier):
 
 
 def load_average(folder: Path, config: dict) -> LoadedClassifier:
-    members = [load_classifier(folder / name) for name in config["members"]]
+    members = [load_model_folder(folder / name).classifier for name in config["members"]]
     return LoadedClassifier(Average(members, config["sigma"]).eval(), 8, 1, config["class_names"])
 
 

@@ -26,7 +26,8 @@ from rrcm.config import load_config
 from rrcm.derived import initial_weights_path
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
+from rrcm.models.checkpoints import load_encoder, save_model
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.load import class_folders, load_base_classifier
 from rrcm.models.timm_models import _weights_only, load_timm
 from rrcm.models.vit import NoiseConditionedViT
@@ -553,7 +554,7 @@ def test_weights_are_for_names_only(hub):
 
 def test_other_loaders_say_what_a_snapshot_is_for():
     save_for_hf(timm_net(), "snapshot")
-    for load in (load_encoder, load_classifier):
+    for load in (load_encoder, load_model_folder):
         with pytest.raises(RRCMError, match=r"^snapshot/config.json: of timm or transformers, .* finetune.timm.model"):
             load("snapshot")
 

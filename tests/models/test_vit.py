@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from rrcm.models import vit
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.checkpoints import architecture, load_classifier, load_encoder, save_model
+from rrcm.models.checkpoints import architecture, load_encoder, save_model
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import Block, NoiseConditionedViT, attention, time_embedding
 from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
@@ -169,11 +170,11 @@ def test_models_come_back_from_disk_bit_for_bit(tmp_path):
     save_model(tmp_path / "c", classifier, method="rrcm")
     save_model(tmp_path / "e", classifier.encoder)
     pixels = torch.rand(2, 1, 8, 8)
-    assert torch.equal(load_classifier(tmp_path / "c")(pixels), classifier(pixels))
+    assert torch.equal(load_model_folder(tmp_path / "c").classifier(pixels), classifier(pixels))
     again = load_encoder(tmp_path / "e", architecture(classifier.encoder))
     assert torch.equal(again(pixels, 1.0), classifier.encoder(pixels, 1.0))
     with pytest.raises(RRCMError, match="without a head"):
-        load_classifier(tmp_path / "e")
+        load_model_folder(tmp_path / "e")
 
 
 def test_layer_rates():

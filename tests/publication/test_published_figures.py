@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import change
+from conftest import change, write_certificates
 from scipy.stats import norm
 
-from rrcm.certification.results import read_certificates, write_certificates
+from rrcm.certification.results import read_certificates
 from rrcm.config import load_config
 from rrcm.evaluation.metrics import NORMAL_95, accuracy_difference, acr_difference
 from rrcm.publication.compare import compare_with_published, find_differences

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, change, change_model, commit, in_own_mounts, stage
+from conftest import REPOSITORY, change, change_model, commit, in_own_mounts, stage, write_certificates
 
 from rrcm.certification.flips import AVX2
 from rrcm.certification.record import read_record, record_bytes
-from rrcm.certification.results import read_certificates, samples_path, write_certificates
+from rrcm.certification.results import read_certificates, samples_path
 from rrcm.config import load_config
 from rrcm.data import datasets
 from rrcm.data.sharding import write_shards

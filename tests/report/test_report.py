@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import with_derived
+from conftest import with_derived, write_certificates, write_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.cbook import pts_to_prestep
 from PIL import Image
 
-from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates, write_samples
+from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.config import Config, parse_config

@@ -14,7 +14,8 @@ from torch import nn
 
 from rrcm.config import Config, load_config
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
+from rrcm.models.checkpoints import load_encoder, save_model
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.load import load_base_classifier
 from rrcm.models.timm_vit import convert_timm_vit
 from rrcm.models.vit import NoiseConditionedViT
@@ -249,7 +250,7 @@ def test_timms_vit_from_fine_tuning_to_certificate(project):
     assert made["initial_weights"] == "test_vit" and made["compute"]["pretrain_share"] == 0
     assert [made["architecture"][name] for name in ("image_size", "embed_dim", "depth", "mlp_dim")] == [8, 64, 6, 192]
     started = convert_timm_vit(network, "it", image_size=8, channels=1, patch_size=4, t=1.0).state_dict()
-    tuned = load_classifier(project / "models/timm/sigma_0.5").encoder.state_dict()
+    tuned = load_model_folder(project / "models/timm/sigma_0.5").classifier.encoder.state_dict()
     for name in ("blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "pos_embed"):
         cosine = nn.functional.cosine_similarity(started[name].flatten(), tuned[name].flatten(), dim=0)
         assert 0.8 < cosine < 1 - 1e-7, name

@@ -25,7 +25,8 @@ from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.soft_labels import write_votes
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.checkpoints import load_classifier, load_encoder
+from rrcm.models.checkpoints import load_encoder
+from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.training.finetune import BestWeights, Targets, WrappedClassifier, warn_if_collapsed
 from rrcm.utils.distributed import DistEnv
@@ -55,7 +56,7 @@ def test_the_outputs_of_pre_training(trained):
 def test_fine_tuning_starts_from_the_averaged_encoder(trained):
     """Fine-tuned weights stay close to the pre-trained ones; random initial weights would not be."""
     before = load_encoder(trained / "models/pretrain/rrcm").state_dict()
-    after = load_classifier(trained / "models/rrcm/sigma_0.5").encoder.state_dict()
+    after = load_model_folder(trained / "models/rrcm/sigma_0.5").classifier.encoder.state_dict()
     name = "blocks.0.attn.qkv.weight"
     cosine = torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0)
     assert cosine > 0.8
@@ -190,7 +191,7 @@ def test_colour_images_through_every_stage(project):
         succeed(stage(project, *command))
     succeed(stage(project, "latency"))
     succeed(stage(project, "plot"))
-    classifier = load_classifier(project / "models/rrcm/sigma_0.25")
+    classifier = load_model_folder(project / "models/rrcm/sigma_0.25").classifier
     red = torch.zeros(3, 16, 16) + torch.tensor([0.7, 0.25, 0.25])[:, None, None]
     (answer,) = SmoothedClassifier(classifier, 0.25, 2).certify(red[None], n=500)
     classes = read_json(project / "data/shards/manifest.json")["classes"]
