@@ -28,7 +28,7 @@ from rrcm.data.datasets import RawDataset, read_dataset
 from rrcm.data.sharding import identify_images, split_off_test, write_shards
 from rrcm.derived import SECTIONS, derived_settings
 from rrcm.models.folders import sha256_config
-from rrcm.utils.files import read_json, sha256_file, write_json
+from rrcm.utils.files import read_json, sha256_file, write_json, write_text
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ["no_proxy"] = "127.0.0.1"  # where the tests have servers
@@ -328,9 +328,9 @@ def repository(honest, tmp_path) -> Path:
 
 def write_certificates(path: Path, frame: pd.DataFrame) -> None:
     """Write a certificate file, as a test has changed it."""
-    path.write_text(certificates_text(frame))
+    write_text(path, certificates_text(frame))
 
 
 def write_samples(path: Path, frame: pd.DataFrame) -> None:
     """Write a samples file, as a test has changed it."""
-    path.write_text(samples_text(frame))
+    write_text(path, samples_text(frame))
