@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.cbook import get_sample_data
 from PIL import Image, PngImagePlugin
 
 from rrcm.data.images import (
@@ -110,6 +111,16 @@ def test_twelve_bits_are_not_black():
     assert np.array_equal(pixels(tiff(values, BitsPerSample=16, MaxSampleValue=4095)), expected)
     for content in (encoded(values), tiff(values, BitsPerSample=16)):
         assert "no value reaches 4,096 of 65,535, so it would be black" in complaint(content)
+
+
+def test_a_scan_of_a_magnetic_resonance_tomograph():
+    """The one real image of 16 bits that our dependencies bring: matplotlib's sample of a head, 256 x 256 pixels."""
+    with get_sample_data("s1045.ima.gz") as file:
+        scan = np.frombuffer(file.read(), "<u2").reshape(256, 256)
+    expected = np.round(scan / 65535 * 255)
+    for content in (encoded(scan), encoded(scan, "TIFF"), tiff(scan >> 4, BitsPerSample=12)):
+        picture = pixels(content)
+        assert np.abs(picture - expected).max() <= 1 and picture.max() == 214 and picture.std() > 50
 
 
 def test_white_is_zero_in_some_tiffs():
