@@ -31,6 +31,7 @@ from rrcm.models.folders import sha256_config
 from rrcm.utils.files import read_json, sha256_file, write_json, write_text
 
 REPOSITORY = Path(__file__).parent.parent
+COMMANDS = sorted(path.name for path in REPOSITORY.glob("stages/*.py") if "    run_command(" in path.read_text())
 os.environ["no_proxy"] = "127.0.0.1"  # where the tests have servers
 os.environ["PYTHONPATH"] = str(REPOSITORY)  # all that tests start runs the code of this checkout, not the installed one
 hypothesis.settings.register_profile("thorough", max_examples=1000)  # --hypothesis-profile=thorough

@@ -2,14 +2,13 @@
 
 import ast
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import COMMANDS, REPOSITORY
 
 import rrcm
 from rrcm import cli
@@ -28,7 +27,6 @@ if __name__ == "__main__":
     process.join()
     sys.exit(process.exitcode)
 """
-COMMANDS = sorted(path.name for path in (REPOSITORY / "stages").glob("*.py") if path.name != "environment.py")
 
 
 @pytest.fixture
@@ -123,23 +121,6 @@ def test_settings_are_composed_by_the_checkout_that_has_them(other):
     compose = f"from dvc.utils.hydra import compose_and_dump; conf = {str(other / 'conf')!r}\n"
     compose += "compose_and_dump('params.yaml', conf, None, 'config', conf + '/plugins', [])"
     assert run(other, sys.executable, "-P", "-c", compose) == "own code"
-
-
-@pytest.mark.parametrize("changed", ["nothing", "a file", "a new file", "the checkout"])
-def test_a_stage_is_forked_from_what_was_imported_in_its_own_checkout_alone(other, monkeypatch, changed):
-    module, started = runpy.run_path(str(REPOSITORY / "stages/repro.py")), []
-    sources = module["_own_sources"]()
-    path = next(iter(sources))
-    module["_warm_sources"].update(sources | {"a file": {path: sources[path] - 1}}.get(changed, {}))
-    if changed == "a new file":
-        del module["_warm_sources"][path]
-    monkeypatch.setattr(os, "fork", lambda: started.append("warm") or 1)
-    monkeypatch.setattr(os, "waitpid", lambda *_: (1, 0))
-    cwd = str(other if changed == "the checkout" else REPOSITORY)
-    module["_run_warm"](
-        lambda *_, **__: started.append("cold"), "sh", "python stages/certify.py rrcm 0.5", cwd=cwd, env={}
-    )
-    assert started == ["warm" if changed == "nothing" else "cold"]
 
 
 @pytest.mark.parametrize(("place", "notes"), [("other", 1), ("other/conf", 1), ("here", 0), ("nowhere", 0)])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import COMMANDS, REPOSITORY
 
 SLOW = {"timm", "diffusers", "torchvision", "sklearn", "matplotlib", "webdataset", "dvclive", "dvc"}
 LOADED = """
@@ -40,7 +40,7 @@ def test_a_command_that_draws_needs_no_backend(command):
     subprocess.run([sys.executable, "-c", LOADED, command], cwd=REPOSITORY, env=environment, check=True)
 
 
-@pytest.mark.parametrize("command", sorted(path.name for path in (REPOSITORY / "stages").glob("*.py")))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_outside_the_environment_says_so(command):
     """As `dvc repro` starts it, when the environment is not active, with the system's Python."""
     bare = [sys.executable, "-E", "-S", str(REPOSITORY / "stages" / command)]  # without the installed packages

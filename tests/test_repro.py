@@ -1,11 +1,9 @@
-"""`stages/repro.py` on small pipelines of shell stages, which meet at named pipes: nothing here waits by the clock."""
+"""`stages/repro.py` on small pipelines of shell stages. They synchronize through named pipes, never by sleeping."""
 
 import os
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -13,17 +11,13 @@ import pytest
 import yaml
 import zc.lockfile
 from conftest import REPOSITORY
+from repro import usual_jobs
+from small_pipelines import ENVIRONMENT, finish, init_dvc, repro, start
 
 from rrcm.utils.provenance import available_cores
 
 pytestmark = pytest.mark.slow  # starts schedulers and DVC
 
-ENVIRONMENT = os.environ | {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "DVC_NO_ANALYTICS": "1",
-    "SHELL": "/bin/sh",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 CORES = available_cores()
 DIAMOND = {
     "last": {"cmd": "cat left right > last", "deps": ["left", "right"], "outs": ["last"]},
@@ -48,9 +42,7 @@ sys.exit(1)
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("empty")
-    subprocess.run(["dvc", "init", "--no-scm", "-q"], cwd=folder, env=ENVIRONMENT, check=True)
-    return folder
+    return init_dvc(tmp_path_factory.mktemp("empty"))
 
 
 @pytest.fixture
@@ -63,27 +55,6 @@ def make(empty, tmp_path):
         return folder
 
     return build
-
-
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, REPOSITORY / "stages/repro.py", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    """What a scheduler that must end with `status` has printed."""
-    try:
-        output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == status, errors
-    return output + errors
-
-
-def repro(folder: Path, *arguments: str, status: int = 0, **environment: str) -> str:
-    return finish(start(folder, *arguments, **environment), status)
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -105,7 +76,7 @@ def outputs(folder: Path, *names: str) -> dict[str, bytes]:
 def slow_pipeline(make, name: str = "pipeline", script: str = "slow.py") -> Path:
     """first -> slow -> last. Without the file `go`, slow writes into the pipe `started` and waits to be stopped.
 
-    A script in stages/ is forked from the scheduler, if there are some of them to run.
+    Scripts in stages/ are forked from the scheduler, if there are enough of them (stages/warm.py).
     """
     others = [f"other{i}" for i in range(2 * script.startswith("stages/"))]
     folder = make(
@@ -184,57 +155,31 @@ def test_ready_stages_run_at_once_each_on_its_own_gpu(make):
     assert (folder / "wide").read_text() == "3,7\n"
 
 
-def test_nothing_runs_beside_the_stage_that_measures_time(tmp_path, monkeypatch):
-    """It is ready at once, but others go first, and then it takes every slot."""
-    monkeypatch.chdir(tmp_path)
-    code = runpy.run_path(str(REPOSITORY / "stages/repro.py"))
-    names = ("latency", "one", "two", "three")
-    stages = [code["Stage"](name, f"echo > {name}", [], True) for name in names]
-    scheduler, started = code["Scheduler"](stages, 2, [], tmp_path), []
-
-    def start(stage, wanted):
-        started.append((stage.name, wanted))
-        (tmp_path / f"{stage.name}.log").touch()
-        stage.pid, stage.slots, scheduler.free = 1, scheduler.free[:wanted], scheduler.free[wanted:]
-
-    def finish(name):
-        stage = scheduler.stages[name]
-        stage.pid, stage.outcome = 0, "ran"
-        scheduler.free += stage.slots
-
-    scheduler._start = start
-    scheduler._start_ready()
-    finish("one")
-    scheduler._start_ready()
-    assert started == [("one", 1), ("two", 1), ("three", 1)]
-    finish("two")
-    scheduler._start_ready()
-    assert len(started) == 3  # a slot is free, but the third stage still runs
-    finish("three")
-    scheduler._start_ready()
-    assert started[3:] == [("latency", 2)]
+def test_a_launcher_sees_every_gpu_even_if_one_stage_runs_at_a_time(make):
+    folder = make({"wide": {"cmd": "echo $CUDA_VISIBLE_DEVICES > wide # torchrun", "outs": ["wide"]}})
+    repro(folder, "--jobs", "1", CUDA_VISIBLE_DEVICES="3,7")
+    assert (folder / "wide").read_text() == "3,7\n"
 
 
 @pytest.mark.parametrize(
-    "params, environment, gpus, jobs",
+    ("params", "environment", "jobs"),
     [
-        ("threads: 1", {}, [], CORES),
-        (f"threads: {CORES}", {}, [], 1),
-        ("threads: null", {}, [], 1),
-        ("", {"OMP_NUM_THREADS": "1"}, [], CORES),
-        ("", {"OMP_NUM_THREADS": f"{CORES},1"}, [], 1),  # a number for each level of nested threads
-        *[("", {"OMP_NUM_THREADS": text}, [], 1) for text in ("", "0", "all", ",")],
-        *[(text, {"OMP_NUM_THREADS": ""}, [], 1) for text in ("threads: all", "threads: 0", "[1]", "\x00")],
-        ("threads: 1", {}, ["0", "1", "2"], 3),
+        ("threads: 1", {}, CORES),
+        (f"threads: {CORES}", {}, 1),
+        ("threads: null", {}, 1),
+        ("", {"OMP_NUM_THREADS": "1"}, CORES),
+        ("", {"OMP_NUM_THREADS": f"{CORES},1"}, 1),  # a number for each level of nested threads
+        *[("", {"OMP_NUM_THREADS": text}, 1) for text in ("", "0", "all", ",")],
+        *[(text, {"OMP_NUM_THREADS": ""}, 1) for text in ("threads: all", "threads: 0", "[1]", "\x00")],
     ],
 )
-def test_by_default_stages_and_their_threads_fill_the_machine(tmp_path, monkeypatch, params, environment, gpus, jobs):
+def test_the_number_of_jobs_follows_from_the_threads_of_a_stage(tmp_path, monkeypatch, params, environment, jobs):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "params.yaml").write_text(params)
-    assert runpy.run_path(str(REPOSITORY / "stages/repro.py"))["default_jobs"](gpus) == jobs
+    assert usual_jobs([]) == jobs
 
 
 def test_a_failure_is_named_and_stops_the_rest(make):
@@ -424,47 +369,3 @@ def test_outside_of_a_repository_and_for_unknown_targets_it_says_so_in_one_line(
     assert output.startswith("error: ") and "not inside of a DVC repository" in output and output.count("\n") == 1
     output = repro(make(DIAMOND), "nope", status=1)
     assert output.startswith("error: ") and "nope" in output and output.count("\n") == 1
-
-
-WHOLE = """\
-import os, sys
-from pathlib import Path
-
-imported = "torch" in sys.modules
-name, *words = sys.argv[1:]
-Path(name).write_text(f"{imported} {words} {os.environ['DVC_STAGE']} {__name__} {Path.cwd().name}")
-sys.exit({"good": None, "bad": 3, "ugly": "it went wrong"}[words[0]])
-"""
-
-
-def scripts(make, ending: str) -> Path:
-    """Three stages that are Python scripts; the last one ends as told."""
-    names = {"one": "good", "two": "good", "three": ending}
-    folder = make({n: {"cmd": f"python stages/whole.py {n} {w} -x", "outs": [n]} for n, w in names.items()})
-    (folder / "stages").mkdir()
-    (folder / "stages/whole.py").write_text(WHOLE)
-    return folder
-
-
-def test_python_scripts_are_forked_with_the_imports_done_and_else_as_dvc_runs_them(make):
-    folder = scripts(make, "good")
-    repro(folder, "--jobs", "1")
-    for name in ("one", "two", "three"):
-        assert (folder / name).read_text() == f"True ['good', '-x'] {name} __main__ pipeline"
-    subprocess.run(["dvc", "repro", "-f", "one"], cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
-    assert (folder / "one").read_text() == "False ['good', '-x'] one __main__ pipeline"
-
-
-@pytest.mark.parametrize("ending", ["bad", "ugly", "unknown"])
-def test_a_forked_script_that_fails_is_named(make, ending):
-    folder = scripts(make, ending)
-    printed = repro(folder, "--jobs", "1", status=1)
-    assert "error: stage three failed" in printed
-    if ending != "bad":
-        assert {"ugly": "it went wrong", "unknown": "KeyError: 'unknown'"}[ending] in printed
-
-
-def test_other_commands_are_not_forked():
-    module = runpy.run_path(str(REPOSITORY / "stages/repro.py"))
-    for command in ("torchrun stages/whole.py", "python stages/a.py; rm b", "python other.py", "python stages/a.py $X"):
-        assert not module["is_python"](command)
