@@ -1,4 +1,4 @@
-"""Attack the classifiers of one method, smoothed and unsmoothed: attack/METHOD."""
+"""Attack the smoothed and unsmoothed classifiers of one method: attack/METHOD."""
 
 import sys
 

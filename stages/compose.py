@@ -23,7 +23,7 @@ from rrcm.methods import check_methods
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import write_text
 
-PACKAGE = "# @package _global_"  # tells Hydra that a file has settings of the top level
+PACKAGE = "# @package _global_"  # tells Hydra that the settings of a file belong to the top level
 
 
 def compose(
@@ -55,7 +55,7 @@ def compose(
 
 
 def check_encoding(conf: Path) -> None:
-    """Raise `RRCMError` for settings that Hydra cannot read: it takes a byte order mark for a part of the text."""
+    """Raise `RRCMError` for a file that is not UTF-8, or has a byte order mark, which Hydra would read as text."""
     for path in sorted(conf.rglob("*.yaml")):
         with contextlib.suppress(UnicodeDecodeError):
             if not path.read_text(encoding="utf-8").startswith("\ufeff"):
@@ -64,7 +64,7 @@ def check_encoding(conf: Path) -> None:
 
 
 def check_packages(conf: Path) -> None:
-    """Raise `RRCMError` for a profile or a preset whose settings Hydra would put below the name of its folder."""
+    """Raise `RRCMError` for a profile or a preset whose settings Hydra would nest below the name of its folder."""
     for path in sorted([*conf.glob("profile/*.yaml"), *conf.glob("preset/*.yaml")]):
         if not path.read_text(encoding="utf-8").startswith(PACKAGE):
             raise RRCMError(f"{path}: the first line must be `{PACKAGE}`; add it")

@@ -1,4 +1,4 @@
-"""Train one classifier: models/METHOD/sigma_SIGMA. Run it as it is, or under torchrun for many processes."""
+"""Train one classifier: models/METHOD/sigma_SIGMA. Runs alone or under torchrun."""
 
 import sys
 

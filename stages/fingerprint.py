@@ -1,4 +1,4 @@
-"""Write what the code of each stage does, as files that DVC compares: fingerprints/STAGE/ITEM.txt."""
+"""Write fingerprints of the code of each stage, which DVC compares: fingerprints/STAGE/ITEM.txt."""
 
 import sys
 
@@ -13,7 +13,7 @@ from rrcm.fingerprints import write_fingerprints
 
 
 def fingerprint(params: Path = Path("params.yaml"), output: Path = Path("fingerprints")) -> None:
-    """Write a fingerprint of the code that each stage runs for each of its items."""
+    """Write a fingerprint of the code that each stage runs, for each of its items."""
     write_fingerprints(load_config(params), output)
 
 

@@ -1,4 +1,4 @@
-"""Measure how long it takes to certify one image, of all methods in turn: timings/latency.json."""
+"""Measure how long each method takes to certify one image: timings/latency.json."""
 
 import sys
 
@@ -18,7 +18,7 @@ def main(
     models: Path = Path("models"),
     timing: Path = Path("timings/latency.json"),
 ) -> None:
-    """Time all classifiers for the first sigma of params.yaml."""
+    """Time the classifiers of all methods alternately, for the first sigma in params.yaml."""
     measure_latency(load_config(params), shards, models, timing)
 
 

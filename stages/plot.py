@@ -1,4 +1,4 @@
-"""Write the report of the run: its figures and tables below reports/, and metrics.json."""
+"""Write the report of a run: figures and tables in reports/NAME, and metrics.json."""
 
 import sys
 
@@ -15,7 +15,7 @@ from rrcm.report.build import write_report
 def plot(
     params: Path = Path("params.yaml"), reports: Path = Path("reports"), metrics: Path = Path("metrics.json")
 ) -> None:
-    """Write the report and the metrics from certificates, histories and timings."""
+    """Write the report and the metrics from the certificates, histories and timings of the run."""
     config = load_config(params)
     write_report(config, Path(), reports / config.report.name, metrics)
 

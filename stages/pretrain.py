@@ -1,4 +1,4 @@
-"""Pre-train the encoder: models/pretrain/OBJECTIVE. Run it as it is, or under torchrun for many processes."""
+"""Pre-train an encoder: models/pretrain/OBJECTIVE. Runs alone or under torchrun."""
 
 import sys
 
@@ -23,7 +23,7 @@ def main(
     models: Path = Path("models/pretrain"),
     timings: Path = Path("timings/pretrain"),
 ) -> None:
-    """Pre-train on OBJECTIVE. Continues where a killed run stopped. SHARDS is a folder or a URL."""
+    """Pre-train with OBJECTIVE. Continues where a killed run stopped. SHARDS is a folder or a URL."""
     config = load_config(params)
     check_before_training(config, shards)
     pretrain(config, objective, shards, models / objective, timings / f"{objective}.json")

@@ -1,4 +1,4 @@
-"""Publish a finished run beside the working copy: `make publish NAME=digits`. This is no DVC stage."""
+"""Publish the finished run of the working copy: `make publish NAME=digits`. This is not a DVC stage."""
 
 import sys
 
@@ -16,12 +16,12 @@ from rrcm.publication.readme import ROWS, missing_results, write_readme
 
 
 def publish(
-    name: Annotated[str | None, typer.Argument(help="Name of the result; default: the report's.")] = None,
-    models: Annotated[str | None, typer.Option(help="Methods whose networks are included, as rrcm,dds.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the result; default: the name of the report.")] = None,
+    models: Annotated[str | None, typer.Option(help="Methods whose networks to include, such as rrcm,dds.")] = None,
     replace: Annotated[bool, typer.Option(help="Replace a published result of this name and seed.")] = False,
-    dirty: Annotated[bool, typer.Option(help="Publish from code that is in no commit; verify refuses it.")] = False,
+    dirty: Annotated[bool, typer.Option(help="Publish uncommitted code; verify refuses the result.")] = False,
 ) -> None:
-    """Freeze the run as results/NAME/seed_S, add it to DVC, and bring the README's table up to date."""
+    """Freeze the run as results/NAME/seed_SEED, add it to DVC, and update the table in README.md."""
     root = Path()
     methods = None if models is None else models.split(",")
     result = publish_run(root, name, methods, replace=replace, dirty=dirty)

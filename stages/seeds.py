@@ -1,4 +1,4 @@
-"""Compare reports of the same methods with different training seeds. This is no DVC stage."""
+"""Compare reports of the same methods with different training seeds. This is not a DVC stage."""
 
 import sys
 
@@ -12,9 +12,10 @@ from rrcm.report.seeds import seeds_text
 
 
 def seeds(folders: list[Path]) -> None:
-    """Print means over seeds, and mean differences to rRCM, with 95 % intervals.
+    """Print means over seeds and mean differences from rRCM, with 95 % intervals.
 
-    FOLDERS: published results such as results/digits, with all their seeds, or reports such as reports/digits.
+    FOLDERS are published results such as results/digits, which include all their seeds, or single reports such as
+    reports/digits.
     """
     print(seeds_text(folders))
 

@@ -13,7 +13,7 @@ from rrcm.data.sharding import write_shards
 
 
 def shard_data(params: Path = Path("params.yaml"), output: Path = Path("data/shards")) -> None:
-    """Read the source of params.yaml and write train, val and test shards with their manifest."""
+    """Read the data source that params.yaml names, and write train, val and test shards with a manifest."""
     config = load_config(params)
     write_shards(config.data, config.seed, output)
 

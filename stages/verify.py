@@ -1,6 +1,6 @@
-"""Verify published results without training: `make verify`. This is no DVC stage, and it changes no tracked file.
+"""Verify published results without training: `make verify`. This is not a DVC stage, and it changes no tracked file.
 
-Each result ends with a verdict in one line. The exit status is 0 only if all are verified.
+It prints a verdict of one line for each result. The exit status is 0 only if all results are verified.
 """
 
 import sys
@@ -23,9 +23,9 @@ def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Published results; default: all.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Certificates of each result to vote on again.")] = 24,
     every: Annotated[bool, typer.Option("--all", help="Vote again on all certificates.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Chooses the rows; default: random.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Chooses the certificates; default: random.")] = None,
 ) -> None:
-    """Compare hashes, redraw the report, recompute every radius from its votes, and vote again on random rows."""
+    """Compare hashes, redraw the report, recompute every radius from its votes, and repeat the votes of random rows."""
     root, seed = Path(), choose_seed(seed)
     results = find_results(root, names or [])
     if not results:
