@@ -1,13 +1,13 @@
-# make repro      train, certify and report everything that is not up to date; JOBS=2 runs two stages at once
-# make publish    freeze the finished run below results/; NAME=digits names it, by default as its report
+# make repro      bring everything up to date: train, certify, report; JOBS=2 runs two stages at once
+# make publish    freeze the finished run in results/NAME/; NAME=digits names it (default: the name of its report)
 # make verify     verify the published results without training: redraw, recompute, vote again; NAME=digits for one
-# make test       lint and all tests
-# make test-fast  lint and the tests that take no long training
-# make install    the environment alone: .venv with the versions of constraints.txt
+# make test       run the linter and all tests
+# make test-fast  run the linter and the tests that are not slow
+# make install    only create the environment: .venv with the versions in constraints.txt
 # make params     compose conf/ into params.yaml; PROFILE=cifar10 for another profile
 #
-# Each of them makes .venv first. PYTHON=python3.12 chooses the interpreter for it.
-# JOBS is by default the number of GPUs, else of cores. stages/README.md has the details.
+# Each target first creates .venv if it is missing. PYTHON=python3.12 chooses the interpreter for it.
+# By default, one stage runs per GPU; without GPUs, as many as fill the cores. stages/README.md has the details.
 
 PYTHON ?= python3
 PROFILE ?= digits
@@ -17,7 +17,7 @@ ROWS ?=
 SEED ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# the same in any shell: UTF-8 in any locale, and no packages of another environment
+# the same behaviour in every shell: UTF-8 in any locale, and no packages of another environment
 export PYTHONUTF8 := 1
 export PIP_USER := 0
 unexport PYTHONHOME PYTHONPATH
@@ -47,9 +47,9 @@ params: $(VENV)/.installed
 	python stages/compose.py profile=$(PROFILE)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || { $(NEW_VENV); } # none, or one that was left half-made
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || { $(NEW_VENV); } # missing, or half-made by a killed run
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
-	@test -e .git || python -m dvc config --local core.no_scm true # a downloaded archive: DVC would refuse to work
+	@test -e .git || python -m dvc config --local core.no_scm true # an archive without git, which DVC would refuse
 	@touch $@
 
 define NEW_VENV

@@ -1,4 +1,4 @@
-"""A resolver for config.yaml: DVC's templates cannot look a method up, so what depends on one is written out here."""
+"""A resolver for config.yaml that computes what depends on a method, because DVC's templates cannot look methods up."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,10 @@ from rrcm.methods import METHODS, check_methods
 
 
 def derive(methods: ListConfig, *sections: ListConfig | DictConfig) -> DictConfig:
-    """`rrcm.derived.derived_settings` of the composed settings. Unknown methods are left out: validation names them."""
+    """Apply `rrcm.derived.derived_settings` to the composed settings.
+
+    Unknown methods are skipped here, because validation reports them.
+    """
     check_methods()
     known = [name for name in methods if name in METHODS]
     values = [OmegaConf.to_container(section, resolve=True) for section in sections]
