@@ -91,7 +91,8 @@ def certify(  # long because each option has its own lines
     from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
     from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery, note_on_labels
-    from rrcm.report.figures import FORMATS, encode, note_on_letters
+    from rrcm.report.figures import FORMATS, encode
+    from rrcm.report.fonts import note_on_letters
     from rrcm.utils.files import claimed, write_together
 
     resume_gc()  # this function is long only because of its options

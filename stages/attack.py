@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rrcm.config import load_config
 from rrcm.evaluation.attack import attack_method, summary_line, write_results
-from rrcm.report.figures import draw_attack, save_all
+from rrcm.report.accuracy_figures import draw_attack
+from rrcm.report.figures import save_all
 from rrcm.utils.files import atomic_directory
 
 

@@ -23,7 +23,7 @@ import yaml
 from dvc.utils.hydra import compose_and_dump
 
 from rrcm.certification.results import certificates_text, samples_text
-from rrcm.config import Data, load_config
+from rrcm.config import Config, Data, load_config
 from rrcm.data.datasets import RawDataset, read_dataset
 from rrcm.data.sharding import identify_images, split_off_test, write_shards
 from rrcm.derived import SECTIONS, derived_settings
@@ -335,3 +335,19 @@ def write_certificates(path: Path, frame: pd.DataFrame) -> None:
 def write_samples(path: Path, frame: pd.DataFrame) -> None:
     """Write a samples file, as a test has changed it."""
     write_text(path, samples_text(frame))
+
+
+@pytest.fixture(scope="session")
+def invented_report(tmp_path_factory) -> tuple[Config, Path]:
+    """Settings, and a folder with an invented run and its report; whoever changes a file restores it."""
+    from invented_run import make_config, make_report  # in tests/report
+
+    return make_report(make_config(), tmp_path_factory.mktemp("invented"))
+
+
+@pytest.fixture(scope="session")
+def denoising_report(tmp_path_factory) -> tuple[Config, Path]:
+    """As `invented_report`, of methods that denoise."""
+    from invented_run import denoising_config, make_report
+
+    return make_report(denoising_config(), tmp_path_factory.mktemp("denoising"))

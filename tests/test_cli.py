@@ -34,7 +34,7 @@ from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.load import LoadedClassifier, class_folders, load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.report.figures import Thumbnail, draw_certified_images, rounded_down
+from rrcm.report.gallery import Thumbnail, draw_certified_images, rounded_down
 
 SMALL = ["--n", "300", "--n0", "20", "--batch-size", "64"]
 

@@ -16,10 +16,16 @@ from matplotlib.figure import Figure
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates, best_sigma_table
 from rrcm.methods import METHODS
-from rrcm.report import figures, tables
-from rrcm.report.figures import Thumbnail
+from rrcm.report import tables
+from rrcm.report.accuracy_figures import draw_certified_accuracy, draw_envelope
+from rrcm.report.figures import save_all
+from rrcm.report.fonts import note_on_letters
+from rrcm.report.gallery import Thumbnail, draw_gallery, verdict
 from rrcm.report.inputs import Inputs, certificates_file, read_inputs
+from rrcm.report.latency_figure import draw_latency
 from rrcm.report.page import render_report
+from rrcm.report.representation_figure import draw_representation
+from rrcm.report.training_figure import draw_training
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_json, write_text
 
@@ -52,7 +58,7 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
     if published is not None:
         texts["published"] = published
     with atomic_directory(output) as folder:
-        figures.save_all(drawn, folder)
+        save_all(drawn, folder)
         for name, table in made.items():
             write_text(folder / f"{name}.csv", tables.csv_text(table.numbers))
             write_text(folder / f"{name}.md", tables.markdown_text(table.text))
@@ -64,23 +70,23 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
     if metrics is not None:
         values = tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii)
         write_json(metrics, values)
-    if note := figures.note_on_letters([*inputs.classes, *(label for label, _ in inputs.external)]):
+    if note := note_on_letters([*inputs.classes, *(label for label, _ in inputs.external)]):
         print(f"note: {note}", file=sys.stderr)
 
 
 def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, Figure]:
     """Every figure of the report by name."""
     drawn = {
-        "certified_accuracy": figures.draw_certified_accuracy(inputs.certificates, inputs.external),
-        "envelope": figures.draw_envelope(inputs.certificates),
-        "gallery": figures.draw_gallery(gallery.clean, gallery.noisy, METHODS[config.methods[0]].label),
+        "certified_accuracy": draw_certified_accuracy(inputs.certificates, inputs.external),
+        "envelope": draw_envelope(inputs.certificates),
+        "gallery": draw_gallery(gallery.clean, gallery.noisy, METHODS[config.methods[0]].label),
     }
     if not inputs.finetuning.empty:
-        drawn["training"] = figures.draw_training(inputs.pretraining, inputs.finetuning)
+        drawn["training"] = draw_training(inputs.pretraining, inputs.finetuning)
     if inputs.representations:
-        drawn["representation"] = figures.draw_representation(inputs.representations)
+        drawn["representation"] = draw_representation(inputs.representations)
     if inputs.latency:
-        drawn["latency"] = figures.draw_latency(
+        drawn["latency"] = draw_latency(
             latency_table(config, inputs).numbers,
             inputs.certificates,
             latency_radii(inputs.certificates, config.report.radii),
@@ -148,9 +154,9 @@ def read_gallery(config: Config, root: Path, certificates: Certificates) -> Gall
 
 
 def _thumbnail(pixels: np.ndarray, classes: list[str], label: int, answer: pd.Series) -> Thumbnail:
-    verdict = figures.verdict(answer["predict"], label)
-    predict = "" if verdict == "abstains" else classes[int(answer["predict"])]
-    return Thumbnail(pixels, classes[label], predict, answer["radius"], verdict)
+    kind = verdict(answer["predict"], label)
+    predict = "" if kind == "abstains" else classes[int(answer["predict"])]
+    return Thumbnail(pixels, classes[label], predict, answer["radius"], kind)
 
 
 def _plot_data(inputs: Inputs) -> Mapping[str, pd.DataFrame]:

@@ -12,7 +12,7 @@ from rrcm.certification.results import ABSTAIN, UNKNOWN
 from rrcm.certification.stopping import StoppingRule
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier
-from rrcm.report.figures import Thumbnail, draw_certified_images, rounded_down, verdict
+from rrcm.report.gallery import Thumbnail, draw_certified_images, rounded_down, verdict
 from rrcm.utils.errors import printable
 
 GALLERY_IMAGES = 48

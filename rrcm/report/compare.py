@@ -10,7 +10,9 @@ from tabulate import tabulate
 
 from rrcm.certification.external import read_external_certificates
 from rrcm.evaluation.metrics import Interval, accuracy_difference, acr_difference, summary
-from rrcm.report import figures
+from rrcm.report.accuracy_figures import draw_comparison
+from rrcm.report.figures import FORMATS, save
+from rrcm.report.fonts import note_on_letters
 from rrcm.report.tables import interval_text
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output
@@ -25,15 +27,15 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
     numbers, paths = parse_radii(radii), parse_files(files)
     if reference is not None and reference not in paths:
         raise RRCMError(f"--reference {reference!r}: must be one of the names {', '.join(map(repr, paths))}")
-    if output.suffix not in figures.FORMATS:
-        raise RRCMError(f"--output {output}: must end in {' or '.join(figures.FORMATS)}")
+    if output.suffix not in FORMATS:
+        raise RRCMError(f"--output {output}: must end in {' or '.join(FORMATS)}")
     check_output(output)
     certificates = {name: read_external_certificates(path) for name, path in paths.items()}
-    figures.save(figures.draw_comparison(certificates), output)
+    save(draw_comparison(certificates), output)
     print(comparison_table(certificates, numbers))
     if reference is not None:
         print(f"\n{differences_to(reference, certificates, numbers)}")
-    for note in (check_same_images(certificates), figures.note_on_letters(certificates)):
+    for note in (check_same_images(certificates), note_on_letters(certificates)):
         if note:
             print(f"note: {note}", file=sys.stderr)
 

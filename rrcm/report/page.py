@@ -21,8 +21,8 @@ from rrcm.evaluation.metrics import (
     on_common_images,
 )
 from rrcm.methods import METHODS, denoising_classifier
-from rrcm.report.figures import panel_groups
 from rrcm.report.inputs import Inputs
+from rrcm.report.panels import panel_groups
 from rrcm.report.tables import (
     escape_markdown,
     interval_text,

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_report import make_config, make_inputs
+from invented_run import make_config, make_inputs
 
 from rrcm.config import Config
-from rrcm.report import tables
 from rrcm.report.inputs import read_inputs
 from rrcm.report.records import Environment, check_finetuning, is_share, read_numbers
 from rrcm.utils.errors import RRCMError
@@ -172,25 +171,3 @@ def test_a_training_may_end_within_an_epoch_and_be_evaluated_seldom():
     assert check_finetuning(history.iloc[2:].assign(epoch=0.3), one, 4, one_model=True) is None
     late = history.assign(epoch=[1, 2, 1.5])
     assert "epochs must be" in check_finetuning(late, model | {"training": {"epochs": 1.5}}, 4, one_model=True)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("0.25:61.2 0.5:42.2", "0.25:61.2 0.5z42.2", "row 2: certified_accuracy"),
-        ("0.25:61.2 0.5:42.2", "0.25:61.2 0.5:72.2", "row 2: certified_accuracy"),
-        ("0.25:61.2 0.5:42.2", "0.5:61.2 0.25:42.2", "row 2: certified_accuracy"),
-        ("0.25:61.2", "0.25:161.2", "row 2: certified_accuracy"),
-        ("0.424", "-0.424", "row 2: acr"),
-        ("100000", "1e5", "row 2: n '1e5'"),
-        ("Gaussian", "Gauss\x01an", "row 2: method"),
-        ("dataset,", "data,", "must have the columns dataset, method"),
-    ],
-)
-def test_published_rows_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str):
-    text = (Path(tables.__file__).parent / "published.csv").read_text()
-    assert old in text
-    (tmp_path / "published.csv").write_text(text.replace(old, new, 1))
-    monkeypatch.setattr(tables, "files", lambda package: tmp_path)
-    with pytest.raises(RRCMError, match=re.escape(said)):
-        tables.read_published()

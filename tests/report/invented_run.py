@@ -1,0 +1,169 @@
+"""A run with invented but realistic numbers, from which the tests draw reports."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from conftest import REPOSITORY, with_derived, write_certificates, write_samples
+
+from rrcm.certification.results import sigma_name
+from rrcm.certification.rules import make_stopping_rule
+from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
+from rrcm.config import Config, parse_config
+from rrcm.data.sharding import write_shards
+from rrcm.data.shards import ShardedDataset, evenly_spaced
+from rrcm.methods import METHODS
+from rrcm.report import page
+from rrcm.report.build import make_tables, write_report
+from rrcm.report.inputs import Inputs
+from rrcm.utils.files import write_csv, write_json
+
+ENVIRONMENT = {
+    "git": {"revision": "0" * 40, "dirty": False},
+    "hardware": {"cpu": "a CPU"},
+    "software": {"python": "3.12"},
+}
+EXTERNAL = [  # the second has a sigma without a panel
+    {"label": "Cohen et al. 2019", "sigma": 1.0, "path": "external/cohen_1.0.tsv"},
+    {"label": "50 % more $_$", "sigma": 0.5, "path": "external/more_0.5.tsv"},
+]
+DENOISING = ["rrcm", "gaussian", "dds", "dds_finetuned", "densepure", "diffsmooth"]
+PASSES = {"dds": (1, 1), "dds_finetuned": (1, 1), "densepure": (20, 10), "diffsmooth": (1, 5)}
+
+
+def make_config(external: list[dict] = EXTERNAL, **changes: object) -> Config:
+    values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    values["report"]["external_results"] = external
+    values["latency"]["rounds"] = 3
+    values |= {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
+    return parse_config(with_derived(values))
+
+
+def denoising_config(methods: list[str] = DENOISING, **changes: object) -> Config:
+    """`densepure` certifies 40 images."""
+    denoised = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["denoised"]
+    denoised |= {"densepure": {"runs": 10, "steps": 2}, "max_images": {"densepure": 40}}
+    return make_config([], methods=methods, denoised=denoised, **changes)
+
+
+def make_inputs(config: Config, root: Path) -> None:
+    """Write what the other stages would leave under root, with invented but realistic numbers."""
+    rng = np.random.default_rng(0)
+    write_shards(config.data, 0, root / "data/shards")
+    labels = ShardedDataset(root / "data/shards", "test").labels
+    idx = np.arange(len(labels))[:: config.certify.every][: config.certify.max_images]
+    steps = np.arange(10, 401, 10)
+    pretraining = pd.DataFrame({"step": steps, "loss": 0.0, "contrastive": 1 + 9 * np.exp(-steps / 90.0)})
+    pretraining["consistency"] = 0.3 + 4 * np.exp(-steps / 60.0)
+    pretraining["levels"] = 1 + 20 * 2 ** (steps // 134)
+    write_csv(root / "models/pretrain/rrcm/history.csv", pretraining.to_dict("records"))
+    representations = [
+        {
+            "step": step,
+            "sigma": s,
+            "knn": (90 - 30 * s) / 100,
+            "same_image_cosine": 1 - s / (2 + step / 50),
+            "cross_image_cosine": 0.2 + 0.1 * s,
+            "centred_cosine": 1 - s / (1 + step / 50),
+        }
+        for step in (0, 100, 200, 400)
+        for s in (0.0, 0.25, 0.5, 1.0)
+    ]
+    write_csv(root / "models/pretrain/rrcm/representation.csv", representations)
+    encoder = {"objective": "rrcm", "training": {"steps": 400}, "compute": {"pretrain": 1.2e6}}
+    write_json(root / "models/pretrain/rrcm/config.json", encoder)
+    write_json(root / "timings/pretrain/rrcm.json", {"seconds": 90.0, "environment": ENVIRONMENT})
+    skill = dict(zip(METHODS, np.linspace(0.5, -0.3, len(METHODS)), strict=True)) | {"consistency_matched": 0.55}
+    for method in config.methods:
+        own_idx = idx[evenly_spaced(len(idx), config.denoised.max_images.get(method))]
+        for sigma in config.sigmas:
+            place, environment = f"{method}/{sigma_name(sigma)}", ENVIRONMENT | {"hardware": {"cpu": method[0]}}
+            z = rng.normal(1.3 - 0.9 * sigma + skill[method], 1.2, len(own_idx))
+            label = labels[own_idx]
+            predict = np.where(z > 0, label, (label + 3) % 10)
+            predict[abs(z) < 0.1] = -1
+            correct, grid = predict == label, np.array(make_stopping_rule(sigma=sigma, **config.certify.rule).radii)
+            reached = (sigma * abs(z) // config.certify.radius_step).astype(int).clip(max=len(grid) - 3)
+            radius = np.where(correct, grid[reached], 0.0)
+            stop_reason = np.select([correct, predict < 0], [ALL_SAMPLES, FUTILE], WRONG_CLASS)
+            samples = np.select([correct, predict < 0], [1100, 348], 100)
+            frame = pd.DataFrame({"idx": own_idx, "label": label, "predict": predict, "radius": radius})
+            frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stop_reason=stop_reason)
+            gained = np.where(correct, grid[reached + 1], 0.0)  # the margin bound certifies a bit more
+            frame = frame.assign(binary_samples=samples, binary_predict=predict, binary_radius=radius)
+            frame = frame.assign(margin_predict=predict, margin_radius=gained, selection="", votes="")
+            write_certificates(root / f"certificates/{place}.tsv", frame)
+            write_samples(root / f"certificates/{place}.samples.tsv", frame)
+            make_model(config, root / f"models/{place}", method, sigma, skill[method])
+            timing = {"seconds": 1.5, "environment": environment}
+            write_json(root / f"timings/finetune/{place}.json", timing)
+            timing |= {"samples": int(samples.sum())}
+            timing |= {"seconds_by_image": {str(i): 1.5 / len(own_idx) for i in own_idx}}
+            write_json(root / f"timings/certify/{place}.json", timing)
+    make_latency(config, root)
+    if config.derived["denoiser"]:
+        write_json(root / "timings/denoiser.json", {"seconds": 61.5, "environment": ENVIRONMENT})
+        for part in ("gaussian/sigma_0.001", "gaussian/sigma_0.25"):
+            write_json(root / f"timings/finetune/{part}.json", {"seconds": 1.5, "environment": ENVIRONMENT})
+
+    for place, other in enumerate(config.report.external_results):
+        rows = [f"{i}\t{i % 10}\t{i % 9}\t{0.01 * i}\t{int(i % 10 == i % 9)}\t0:00:17.5" for i in range(50 + place)]
+        (root / other.path).parent.mkdir(exist_ok=True)
+        (root / other.path).write_text("\r\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows, ""]))
+
+
+def make_report(config: Config, root: Path) -> tuple[Config, Path]:
+    """Write an invented run and its report under root. Returns both arguments."""
+    make_inputs(config, root)
+    write_report(config, root, root / "reports/digits", root / "metrics.json")
+    return config, root
+
+
+def make_model(config: Config, folder: Path, method: str, sigma: float, skill: float) -> None:
+    """config.json and history.csv of a model that gets better, or of one that is not trained."""
+    kind = METHODS[method]
+    epochs = 0 if kind.objective is None else 68 if kind.budget == "total" else 20
+    accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill) * np.arange(1, epochs + 1) / 9))
+    accuracy = np.arange(1, epochs + 1) / 4000 + (accuracy * 1000).round() / 1000
+    accuracy[-1:] = 0.1  # the one before it is selected
+    history = [
+        {"epoch": e, "loss": 2 / e, "cross_entropy": 1 / e, "regularizer": 1 / e, "val_accuracy": a, "lr": 0.1}
+        for e, a in enumerate(accuracy.tolist(), start=1)
+    ] or [{"epoch": 0, "loss": None, "val_accuracy": None, "lr": None}]
+    history[0]["val_accuracy"] = None
+    write_csv(folder / "history.csv", history)
+    share = 4e5 if config.finetune.uses_pretraining(method) else 6e5 if kind.denoises else 0.0
+    selected = {"epoch": epochs - 1, "val_accuracy": float(accuracy[-2])} if epochs else {"epoch": 0}
+    details = {"method": method, "sigma": sigma, "seed": 0, "class_names": [str(i) for i in range(10)]}
+    details |= {"parameters": 208_000 + 308_000 * kind.denoises}
+    details |= {"selected": {"val_accuracy": None} | selected, "training": {"epochs": epochs}}
+    compute = {"finetune": 8448.0 * epochs, "pretrain_share": share, "soft_label_share": 0.0}
+    write_json(folder / "config.json", details | {"compute": compute})
+
+
+def make_latency(config: Config, root: Path) -> None:
+    """Two microseconds a pass, and a machine that gets slower from round to round."""
+    methods = {}
+    for place, method in enumerate(config.methods):
+        denoiser, classifier = PASSES.get(method, (0, 1))
+        methods[method] = {
+            "parameters": {"denoiser": 308_000 * (denoiser > 0), "classifier": 208_000},
+            "passes": {"denoiser": float(denoiser), "classifier": float(classifier)},
+            "batch_size": 1024,
+            "samples": 2048,
+            "seconds_per_sample": [2e-6 * (denoiser + classifier) * (1 + 0.04 * place) * k for k in (1, 1.1, 1.3)],
+        }
+    record = {"device": "cpu", "dtype": "fp32", "sigma": config.sigmas[0], "methods": methods}
+    write_json(root / "timings/latency.json", record | {"environment": ENVIRONMENT})
+
+
+def frame_of(*radii: float) -> pd.DataFrame:
+    """Correct images with these radii."""
+    return pd.DataFrame({"radius": radii, "correct": 1})
+
+
+def render(config: Config, root: Path, inputs: Inputs, gallery_classes: list[str]) -> str:
+    """report.md without the figures that not every profile has."""
+    texts = {name: table.text for name, table in make_tables(config, inputs).items()}
+    return page.render_report(config, root, inputs, texts, [], gallery_classes)
