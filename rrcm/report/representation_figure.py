@@ -17,7 +17,7 @@ def draw_representation(representations: Mapping[str, pd.DataFrame]) -> Figure:
     """Evaluations of the representations during pre-training, with one row of panels per objective.
 
     Each frame is a representation.csv: one row per step and pixel sigma (0: clean images), with the columns of
-    `rrcm.evaluation.representations.evaluate`.
+    `rrcm.evaluation.representations.Evaluation`.
     """
     figure = Figure(figsize=(8.7, 0.4 + 2.7 * len(representations)))
     rows = figure.subplots(len(representations), 3, squeeze=False)

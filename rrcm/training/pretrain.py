@@ -4,7 +4,6 @@ import copy
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from rrcm.data.augment import PretrainTransform, color_blur
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.verification import verify_shards
-from rrcm.evaluation.representations import COLLAPSED, evaluate, load_eval_images
+from rrcm.evaluation.representations import COLLAPSED, Evaluation, load_eval_images
 from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import NoiseConditionedViT, build_encoder
 from rrcm.objectives import PRETRAINING
@@ -109,8 +108,7 @@ class RepresentationMonitor:
             load_eval_images(split, config.data.image_size, settings.evaluate_images, training.env)
             for split in (images, validation)
         )
-        self.evaluate = partial(
-            evaluate,
+        self.evaluate = Evaluation(
             bank=bank,
             held_out=held_out,
             sigmas=settings.evaluate_sigmas,

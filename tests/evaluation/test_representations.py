@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from rrcm.evaluation.representations import EvalImages, centred, evaluate, knn_accuracy, same_and_cross_cosine
+from rrcm.evaluation.representations import EvalImages, Evaluation, centred, knn_accuracy, same_and_cross_cosine
 from rrcm.utils.distributed import DistEnv
 
 ALONE = DistEnv(0, 1, torch.device("cpu"))
@@ -51,11 +51,12 @@ def evaluate_pixels(encoder: nn.Module) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.arange(300) % 10
-    images, options = EvalImages(pixels, labels), {"t_min": 0.002, "seed": 0, "precision": "fp32", "env": ALONE}
-    return evaluate(encoder, images, images, sigmas=[0.25, 1.0], **options)
+    images = EvalImages(pixels, labels)
+    evaluate = Evaluation(images, images, sigmas=[0.25, 1.0], t_min=0.002, seed=0, precision="fp32", env=ALONE)
+    return evaluate(encoder)
 
 
-def test_the_trajectory_of_pixels():
+def test_cosines_of_noisy_pixels_have_the_known_value():
     """Uniform pixels x in [-1, 1] have variance 1/3, so the cosine of x and x + t e is 1 / sqrt(1 + 3 t^2)."""
     clean, quiet, loud = evaluate_pixels(Pixels(1.0))
     assert [row["sigma"] for row in (clean, quiet, loud)] == [0.0, 0.25, 1.0]

@@ -123,7 +123,7 @@ def make_report(config: Config, root: Path) -> tuple[Config, Path]:
 def make_model(config: Config, folder: Path, method: str, sigma: float, skill: float) -> None:
     """config.json and history.csv of a model that gets better, or of one that is not trained."""
     kind = METHODS[method]
-    epochs = 0 if kind.objective is None else 68 if kind.budget == "total" else 20
+    epochs = 0 if kind.objective is None else 68 if kind.matched else 20
     accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill) * np.arange(1, epochs + 1) / 9))
     accuracy = np.arange(1, epochs + 1) / 4000 + (accuracy * 1000).round() / 1000
     accuracy[-1:] = 0.1  # the one before it is selected
