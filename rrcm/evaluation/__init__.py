@@ -1,1 +1,1 @@
-"""evaluation: metrics, representations, attacks and latency."""
+"""Evaluation: metrics, representations, attacks and latency."""

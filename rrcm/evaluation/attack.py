@@ -1,14 +1,15 @@
 """Attack smoothed classifiers with PGD (Salman et al. 2019) to test their certificates.
 
-Inside its certified radius no attack may change the class; an attack that does refutes the certificate. Outside it, the
-attack gives an upper bound on robust accuracy. The base classifier is attacked too, without smoothing and noise, to
-show that the attack works. (Training on noisy images made it harder to attack than training on clean ones would.)
+No attack within the certified radius may change the class: an attack that does refutes the certificate. Beyond that
+radius, the attack gives an upper bound on robust accuracy. The base classifier is also attacked, without smoothing and
+noise, to show that the attack works. (It was trained on noisy images, so it is harder to attack than one that was
+trained on clean images.)
 
-PREDICT classifies the attacked image with noise that the attack has not seen. A certificate does not exclude that
-PREDICT abstains, so abstentions are counted separately, neither as right nor as wrong. Up to the error probabilities
+PREDICT classifies the attacked image with noise that the attack has not seen. A certificate does not rule out that
+PREDICT abstains, so abstentions are counted separately, neither as correct nor as wrong. Up to the error probabilities
 alpha of PREDICT and CERTIFY,
 
-    certified accuracy at r <= share of images that are right or abstained on under attack within r.
+    certified accuracy at r <= share of images that are classified correctly or abstained on under attack within r.
 """
 
 import math
@@ -39,20 +40,20 @@ from rrcm.utils.files import write_json
 from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.progress import Progress
 
-RADIUS_FRACTION = 0.999  # certificates are attacked within this fraction of their radius
+RADIUS_FRACTION = 0.999  # each certificate is attacked within this fraction of its radius
 COUNTS = ("certificates", "broken", "abstained")
 
 
 def pgd(
     classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor, radius: torch.Tensor, *, steps: int = 20
 ) -> torch.Tensor:
-    """Images within `radius` of the given ones for which `classifier` finds `labels` unlikely: (B, C, H, W) float32.
+    """Images (B, C, H, W) float32 within `radius` of the given ones for which `classifier` finds `labels` unlikely.
 
-    Projected gradient ascent on the cross-entropy. Each step has the L2 length 2 radius / steps and is projected into
-    the ball and into [0, 1]. images (B, C, H, W) float32 in [0, 1], labels (B,) int64, radius (B,) L2 in pixel units.
-    `classifier` returns logits or log-probabilities (B, K), each row for its own image. With a `SmoothedClassifier`
-    this is SmoothAdv_PGD (Salman et al. 2019, eq. 6 and section 3): its gradient is that of the log of the mean softmax
-    over noisy copies, with the same noise in all steps.
+    This is projected gradient ascent on the cross-entropy. Each step has the L2 length 2 radius / steps and is
+    projected into the ball and into [0, 1]. images (B, C, H, W) float32 in [0, 1], labels (B,) int64, radius (B,) L2 in
+    pixel units. `classifier` returns logits or log-probabilities (B, K), each row for its own image. With a
+    `SmoothedClassifier` this is SmoothAdv_PGD (Salman et al. 2019, eq. 6 and section 3): it differentiates the log of
+    the mean softmax over noisy copies, with the same noise in all steps.
     """
     return ascend(
         lambda attacked: F.cross_entropy(classifier(attacked).float(), labels, reduction="sum"),
@@ -64,11 +65,11 @@ def pgd(
 
 
 def project(moved: torch.Tensor, images: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Move images back into the L2 balls around `images` and into [0, 1]: (B, C, H, W) float32.
+    """Move `moved` (B, C, H, W) back into the L2 balls around `images` and into [0, 1], as float32.
 
-    Clipping to [0, 1] only reduces the distance, because `images` (float32) are in [0, 1]. Rounding a pixel to float32
-    moves it by at most 2^-25, and so an image of d pixels by at most sqrt(d) 2^-25. The ball is shrunk by twice that,
-    so that the rounded result lies inside it.
+    Clipping to [0, 1] only reduces the distance, because `images` (float32) are in [0, 1]. Rounding to float32 moves a
+    pixel by at most 2^-25, and an image of d pixels by at most sqrt(d) 2^-25. The ball is shrunk by twice that, so that
+    the rounded result lies inside it.
     """
     offset = moved.double() - images.double()
     room = (radius.double() - math.sqrt(images[0].numel()) * 2**-24).clamp_min(0)
@@ -79,23 +80,23 @@ def project(moved: torch.Tensor, images: torch.Tensor, radius: torch.Tensor) -> 
 class AttackTarget(NamedTuple):
     """A classifier under attack."""
 
-    network: nn.Module  # gives the gradients: (B, C, H, W) -> logits or log-probabilities (B, K)
+    network: nn.Module  # to differentiate: (B, C, H, W) -> logits or log-probabilities (B, K)
     predict: Callable[[torch.Tensor, Sequence[int]], Sequence[int]]  # images and their indices -> classes or ABSTAIN
 
 
 def smoothed_target(smoothed: SmoothedClassifier, n: int, alpha: float) -> AttackTarget:
-    """The smoothed classifier, which predicts by PREDICT with n samples."""
+    """The smoothed classifier. It predicts by PREDICT with `n` samples at level `alpha`."""
     return AttackTarget(smoothed, lambda images, indices: smoothed.predict(images, n=n, alpha=alpha, indices=indices))
 
 
 def unsmoothed_target(classifier: BaseClassifier, seed: int = 0) -> AttackTarget:
-    """The base classifier, evaluated once and without noise."""
+    """The base classifier. It predicts with one pass on the image without noise."""
     network = _FixedDraw(classifier, seed) if is_stochastic(classifier) else classifier
     return AttackTarget(network, lambda images, indices: network(images).argmax(1).tolist())
 
 
 class _FixedDraw(nn.Module):
-    """A stochastic classifier with the same draws at each call, so that an attack has a function to climb."""
+    """A stochastic classifier with the same draws at each call, so that an attack maximizes one function."""
 
     def __init__(self, classifier: BaseClassifier, seed: int):
         super().__init__()
@@ -115,23 +116,24 @@ def worst_predictions(
     settings: Attack,
     progress: Progress,
 ) -> np.ndarray:
-    """The worst prediction within each radius, (R, N) int64: a class other than `truth`, else ABSTAIN, else `truth`.
+    """The worst prediction within each radius, (R, N) int64.
 
-    images (N, C, H, W) float32 in [0, 1], indices and truth (N,), radii (R, N) increasing from row to row. A result at
-    one radius also holds for the larger ones, and an image that is misclassified is not attacked again.
+    A class other than `truth` is the worst, then ABSTAIN, then `truth`. images (N, C, H, W) float32 in [0, 1], indices
+    and truth (N,), radii (R, N) increasing from row to row. A prediction within one radius is also one within the
+    larger radii, so an image that is misclassified is not attacked again.
     """
-    worst, found = np.empty(radii.shape, np.int64), truth.copy()
+    worst, current = np.empty(radii.shape, np.int64), truth.copy()
     for row, radius in zip(worst, radii, strict=True):
-        standing = np.flatnonzero((found == truth) | (found == ABSTAIN))
+        standing = np.flatnonzero((current == truth) | (current == ABSTAIN))
         progress.update(len(truth) - len(standing))
         for first in range(0, len(standing), settings.batch_size):
             batch = standing[first : first + settings.batch_size]
             labels, reach = (torch.from_numpy(values[batch]).to(images.device) for values in (truth, radius))
             attacked = pgd(target.network, images[batch], labels, reach, steps=settings.steps)
             predictions = np.array(target.predict(attacked, indices[batch].tolist()))
-            found[batch] = np.where(predictions == truth[batch], found[batch], predictions)
+            current[batch] = np.where(predictions == truth[batch], current[batch], predictions)
             progress.update(len(batch))
-        row[:] = found
+        row[:] = current
     return worst
 
 
@@ -143,11 +145,12 @@ def attack_classifier(
     images: torch.Tensor,
     progress: Progress,
 ) -> pd.DataFrame:
-    """Attack one classifier, smoothed and unsmoothed, on `images` (N, C, H, W), whose frame is `certificates`.
+    """Attack one classifier, smoothed and unsmoothed, on `images` (N, C, H, W), whose certificates are `certificates`.
 
-    Returns the certificates with further columns. `attacked` is the worst prediction just inside the certified radius,
-    relative to the certified class; NA without a radius. `broken` is 1 where it is another class. `r=R` and
-    `unsmoothed_r=R` are the worst predictions within each radius R of the report, relative to the label.
+    Returns the certificates with more columns. `attacked` is the worst prediction just inside the certified radius,
+    relative to the certified class, and NA for an image without a radius. `broken` is 1 where `attacked` is another
+    class. `r=R` and `unsmoothed_r=R` are the worst predictions within each radius R of the report, relative to the
+    label.
     """
     settings = config.attack
     smoothed = make_smoothed_classifier(classifier, sigma, config, num_noise=settings.num_noise)
@@ -160,25 +163,25 @@ def attack_classifier(
     certified, radii = np.flatnonzero(radius > 0), report_radii(config)
 
     inputs = (images[certified], idx[certified], predict[certified], RADIUS_FRACTION * radius[None, certified])
-    (found,) = worst_predictions(targets[""], *inputs, settings, progress)
-    table["attacked"] = pd.Series(found, certified, "Int64")
+    (worst,) = worst_predictions(targets[""], *inputs, settings, progress)
+    table["attacked"] = pd.Series(worst, certified, "Int64")
     table["broken"] = 0
-    table.loc[certified, "broken"] = ((found != predict[certified]) & (found != ABSTAIN)).astype(int)
+    table.loc[certified, "broken"] = ((worst != predict[certified]) & (worst != ABSTAIN)).astype(int)
     everywhere = np.repeat(np.array(radii)[:, None], len(table), axis=1)
     for name, target in targets.items():
-        found = worst_predictions(target, images, idx, label, everywhere, settings, progress)
-        for r, predictions in zip(radii, found, strict=True):
+        worst = worst_predictions(target, images, idx, label, everywhere, settings, progress)
+        for r, predictions in zip(radii, worst, strict=True):
             table[f"{name}r={r}"] = predictions
     return table
 
 
 def report_radii(config: Config) -> list[float]:
-    """The report's radii in order, with 0, which counts errors without an attack."""
+    """The report's radii in ascending order. 0 is always among them: it counts the errors without an attack."""
     return sorted({0.0, *config.report.radii})
 
 
 def summarize(table: pd.DataFrame, radii: Sequence[float]) -> dict:
-    """Counts and curves of a table of `attack_classifier`, JSON-able. Lists have one entry per radius."""
+    """Counts and curves from a table of `attack_classifier`, ready for JSON. Lists have one entry per radius."""
     label, worst = table["label"], {name: [table[f"{name}r={r}"] for r in radii] for name in ("", "unsmoothed_")}
     return {
         "images": len(table),
@@ -186,22 +189,22 @@ def summarize(table: pd.DataFrame, radii: Sequence[float]) -> dict:
         "broken": int(table["broken"].sum()),
         "abstained": int((table["attacked"] == ABSTAIN).sum()),
         "certified_accuracy": certified_accuracy(table, radii).tolist(),
-        "accuracy": [float((found == label).mean()) for found in worst[""]],
-        "not_wrong": [float(((found == label) | (found == ABSTAIN)).mean()) for found in worst[""]],
-        "unsmoothed_accuracy": [float((found == label).mean()) for found in worst["unsmoothed_"]],
+        "accuracy": [float((predict == label).mean()) for predict in worst[""]],
+        "not_wrong": [float(((predict == label) | (predict == ABSTAIN)).mean()) for predict in worst[""]],
+        "unsmoothed_accuracy": [float((predict == label).mean()) for predict in worst["unsmoothed_"]],
     }
 
 
 class AttackResults(NamedTuple):
-    """The attack on the classifiers of a method."""
+    """The results of attacking the classifiers of a method."""
 
     radii: list[float]
-    tables: dict[float, pd.DataFrame]  # by sigma, of `attack_classifier`
-    summaries: dict[float, dict]  # by sigma, of `summarize`
+    tables: dict[float, pd.DataFrame]  # by sigma, from `attack_classifier`
+    summaries: dict[float, dict]  # by sigma, from `summarize`
 
     @property
     def totals(self) -> dict[str, int]:
-        """The COUNTS over all sigmas."""
+        """Each of the COUNTS, summed over all sigmas."""
         return {name: sum(summary[name] for summary in self.summaries.values()) for name in COUNTS}
 
 
@@ -209,9 +212,9 @@ class AttackResults(NamedTuple):
 def attack_method(
     config: Config, method: str, shard_folder: Path | str, models: Path, certificates: Path
 ) -> AttackResults:
-    """Attack a method's classifiers of all sigmas: the model folders sigma_S in `models`.
+    """Attack a method's classifiers at all sigmas, which are the model folders sigma_S in `models`.
 
-    `certificates` has their certificates sigma_S.tsv. Raises `RRCMError` when a file is missing or when the
+    `certificates` is the folder with their certificates sigma_S.tsv. Raises `RRCMError` if a file is missing, or if the
     certificates are for other images than the settings select.
     """
     set_threads(config.threads)
@@ -251,9 +254,9 @@ def write_results(folder: Path, method: str, results: AttackResults) -> None:
 
 
 def summary_line(output: Path, totals: dict[str, int], alpha: float) -> str:
-    """One line with the number of broken certificates; a warning if there are any.
+    """One line with the number of broken certificates, which is a warning if there are any.
 
-    A broken certificate is not an error, since each may be false with probability alpha.
+    A broken certificate is not an error, since each certificate may be false with probability alpha.
     """
     broken, certificates = totals["broken"], totals["certificates"]
     line = f"{output}: {broken} of {certificates:,} certificates broken"

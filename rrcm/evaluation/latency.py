@@ -1,7 +1,8 @@
-"""The time it takes to certify one image: of all methods in turn, on one device.
+"""Measure the time that each method takes to certify one image, on one device.
 
-Certifying takes a time proportional to the number of samples (tests/evaluation/test_latency.py). So a few full batches
-of each method are timed in every round, and whoever reads the result multiplies.
+The time to certify is proportional to the number of samples (tests/evaluation/test_latency.py). It is therefore enough
+to time a few full batches, and to multiply the seconds per sample by the number of samples. Each round times all
+methods, one after another, so that a machine that slows down does so for all of them.
 """
 
 from collections import Counter
@@ -26,16 +27,16 @@ from rrcm.utils.files import write_json
 from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.provenance import describe_environment
 
-IMAGES = 8  # that the samples are of
-HALVINGS = 3  # of the largest batch that fits, in search of the fastest
-TURNS = 4  # of each size in this search
+IMAGES = 8  # images that the samples come from
+HALVINGS = 3  # how often the largest batch that fits is halved in the search for the fastest size
+TURNS = 4  # how often the search times each size
 
 
 def measure_latency(config: Config, shard_folder: Path | str, models: Path, output: Path) -> None:
     """Time each of `config.methods` for the first sigma in every round, and write `output` (JSON).
 
-    For each method: seconds per sample in each round, its batch size, which is the fastest for it, its networks'
-    parameters, and how often they see a sample. Raises `RRCMError` for missing or damaged inputs.
+    The file has for each method the seconds per sample in each round, the batch size, which is the fastest for this
+    method, the number of parameters, and the passes per sample. Raises `RRCMError` for missing or damaged inputs.
     """
     set_threads(config.threads)
     settings, device, sigma = config.latency, pick_device(config.device), config.sigmas[0]
@@ -74,7 +75,7 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
 
 
 def networks(classifier: nn.Module) -> dict[str, list[nn.Module]]:
-    """The networks that a base classifier consists of: each `denoiser`, and each `classifier`."""
+    """The networks that a base classifier consists of, under the keys `denoiser` and `classifier`."""
     if isinstance(classifier, DenoisedClassifier):
         parts = networks(classifier.classifier)
         return {"denoiser": [classifier.denoiser, *parts["denoiser"]], "classifier": parts["classifier"]}
@@ -85,10 +86,10 @@ def networks(classifier: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def count_passes(smoothed: SmoothedClassifier, images: torch.Tensor, samples: int) -> dict[str, float]:
-    """How often the networks of each kind see a noisy sample, on average over `samples` of them.
+    """The passes of the networks of each kind per noisy sample, as the mean over `samples` samples.
 
-    Rows of the networks' inputs are counted as they come. `samples` must fill batches, as padding is counted too, and
-    the model must have voted before, as it is checked when it first does.
+    This counts the rows of the networks' inputs. Padding is counted too, so `samples` must fill whole batches. The
+    model must have voted before, because its first vote includes checks.
     """
     rows, hooks = Counter(), []
     for kind, each in networks(smoothed.model).items():
@@ -107,16 +108,16 @@ def count_passes(smoothed: SmoothedClassifier, images: torch.Tensor, samples: in
 
 
 def seconds_to_vote(smoothed: SmoothedClassifier, images: torch.Tensor, samples: int) -> float:
-    """The seconds that noise, networks and votes take for so many samples."""
+    """The seconds that noise, networks and votes take for `samples` samples."""
     start = perf_counter()
-    smoothed.count_votes(_requests(images, samples))  # returns counts on the CPU, so the device has finished
+    smoothed.count_votes(_requests(images, samples))  # returns counts on the CPU, which waits for the device
     return perf_counter() - start
 
 
 def fastest_batch(smoothed: SmoothedClassifier, images: torch.Tensor) -> tuple[int, float]:
-    """The fastest batch size among the largest that fits into memory and its halves, and its samples per second.
+    """The fastest batch size, and its samples per second, among the largest that fits into memory and its halves.
 
-    The sizes take turns, or a slow moment would decide between those that are equally fast.
+    The sizes are timed alternately, so that a slow moment does not decide between sizes that are equally fast.
     """
     largest = smoothed.find_batch_size(images[0])
     rates = dict.fromkeys([max(1, largest >> halving) for halving in range(HALVINGS + 1)], 0.0)
@@ -129,7 +130,7 @@ def fastest_batch(smoothed: SmoothedClassifier, images: torch.Tensor) -> tuple[i
 
 
 def _requests(images: torch.Tensor, samples: int) -> Sequence[SampleRequest]:
-    """So many noisy samples, as evenly spread over the images as they can be."""
+    """Requests for `samples` noisy samples in all, spread over the images as evenly as possible."""
     bounds = [samples * number // len(images) for number in range(len(images) + 1)]
     return [
         SampleRequest(image, index, ESTIMATE, *bounds[index : index + 2])

@@ -1,4 +1,4 @@
-"""What is computed from certificate frames: certified accuracy, ACR, envelopes, intervals and the paper's tables.
+"""Certified accuracy, ACR, envelopes, confidence intervals and the paper's tables, computed from certificate frames.
 
 A certificate frame has the columns of `rrcm.certification.results`. All functions are pure.
 """
@@ -17,15 +17,19 @@ Certificates = Mapping[tuple[str, float], pd.DataFrame]  # (method, sigma) -> fr
 
 
 class Interval(NamedTuple):
-    """An estimate with its confidence interval, of 95 % where nothing else is said."""
+    """An estimate with its confidence interval, which is a 95 % one unless stated otherwise."""
 
     value: float
     low: float
     high: float
 
+    def times(self, factor: float) -> "Interval":
+        """The interval in another unit, such as 100 times as large in percent."""
+        return Interval(*(factor * bound for bound in self))
+
 
 def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Share of images that are correct with radius >= r, for each r in `radii` (R,). Abstentions count as wrong."""
+    """Share of images that are correct with radius >= r, for each r in `radii` (R,). An abstention counts as wrong."""
     certified = np.sort(frame.loc[frame["correct"] == 1, "radius"])
     return (len(certified) - np.searchsorted(certified, radii)) / len(frame)
 
@@ -36,7 +40,7 @@ def certified_at(frame: pd.DataFrame, radius: float) -> np.ndarray:
 
 
 def certified_radii(frame: pd.DataFrame) -> np.ndarray:
-    """(N,) the radius of each image where it is correct, else 0. Its mean is the ACR."""
+    """(N,) float64: the radius of each correct image, and 0 for the others. The mean is the ACR."""
     return (frame["radius"] * frame["correct"]).to_numpy()
 
 
@@ -46,9 +50,9 @@ def average_certified_radius(frame: pd.DataFrame) -> float:
 
 
 def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NORMAL_95) -> Interval:
-    """ACR of `one` less that of `other`: the normal interval of the mean difference. Rows are the same images.
+    """ACR of `one` less the ACR of `other`, with the normal interval of the mean difference.
 
-    `quantile` is the two-sided one of the normal distribution.
+    The rows of both frames are the same images. `quantile` is the two-sided quantile of the normal distribution.
     """
     differences = certified_radii(one) - certified_radii(other)
     spread = differences.std(ddof=1) if len(differences) > 1 else math.inf
@@ -57,11 +61,11 @@ def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NOR
 
 
 def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float, quantile: float = NORMAL_95) -> Interval:
-    """Certified accuracy at `radius` of `one` less that of `other`, as shares. Rows are the same images.
+    """Certified accuracy (a share) of `one` at `radius` less that of `other`. The rows of both are the same images.
 
-    The adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4): one image is added to each of the
-    two kinds that only one of the classifiers gets right. So it keeps its width where the two hardly ever differ.
-    `quantile` is the two-sided one of the normal distribution.
+    The interval is the adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4). It adds one image
+    that only the first classifier gets right and one that only the second gets right, so it has a width even if the two
+    classifiers agree on all images. `quantile` is the two-sided quantile of the normal distribution.
     """
     first, second = certified_at(one, radius), certified_at(other, radius)
     gained, lost, count = int((first > second).sum()), int((first < second).sum()), len(first)
@@ -71,7 +75,7 @@ def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float, q
 
 
 def mean_over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
-    """The mean of one value per seed with its t interval: infinite for a single seed."""
+    """The mean of one value per seed with its t interval, which is infinite for a single seed."""
     count = len(values)
     if count < 2:
         return Interval(float(np.mean(values)), -math.inf, math.inf)
@@ -88,10 +92,10 @@ def wilson_interval(share: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
-    """The highest certified accuracy of several models as an exact step curve.
+    """The highest certified accuracy of several models at each radius, as an exact step curve.
 
-    Returns (radii, accuracy), both (K,). accuracy[k] holds on the half-open interval (radii[k-1], radii[k]], so draw it
-    with steps before the point ("pre"). The curve starts at r = 0 and ends with the drop to 0.
+    Returns (radii, accuracy), both (K,). accuracy[k] holds on the half-open interval (radii[k-1], radii[k]], so the
+    curve is drawn with steps before the points ("pre"). It starts at r = 0 and ends with the drop to 0.
     """
     frames = list(frames)
     radii = np.unique(np.concatenate([[0.0], *(frame.loc[frame["correct"] == 1, "radius"] for frame in frames)]))
@@ -100,17 +104,17 @@ def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(frame: pd.DataFrame, radii: Sequence[float]) -> dict:
-    """The numbers of one run: `acr`, then certified accuracy (a share) under each radius."""
+    """The numbers of one run: `acr`, and for each radius as a key the certified accuracy (a share)."""
     return {"acr": average_certified_radius(frame)} | dict(zip(radii, certified_accuracy(frame, radii), strict=True))
 
 
 def mean_samples(frame: pd.DataFrame) -> float:
-    """Mean number of noisy samples per image; NaN if the frame does not have it."""
+    """Mean number of noisy samples per image, or NaN if the frame does not have it."""
     return float(frame["samples"].mean()) if "samples" in frame else math.nan
 
 
 def on_common_images(certificates: Certificates) -> dict[tuple[str, float], pd.DataFrame]:
-    """The rows of each frame for the images that all of them have, in the order of `idx`."""
+    """Each frame with only the images that all frames have, in the order of `idx`."""
     common = sorted(set.intersection(*(set(frame["idx"]) for frame in certificates.values())))
     return {run: frame.set_index("idx").loc[common].reset_index() for run, frame in certificates.items()}
 
@@ -127,8 +131,9 @@ def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.Da
 def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:
     """The paper's Table 1, one row per method and radius.
 
-    Columns: `method`, `radius`, `sigma`, `certified_accuracy`, `at_zero`, `images`. `sigma` has the highest certified
-    accuracy at that radius (the smaller one on ties). `at_zero` is the certified accuracy of the same model at r = 0.
+    Columns: `method`, `radius`, `sigma`, `certified_accuracy`, `at_zero`, `images`. `sigma` is the noise with the
+    highest certified accuracy at that radius, and the smaller one on ties. `at_zero` is the certified accuracy of the
+    same model at r = 0.
     """
     rows = []
     for method in dict.fromkeys(method for method, _ in certificates):
@@ -150,11 +155,12 @@ def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.D
 
 
 def differences_table(certificates: Certificates, reference: str, radii: Sequence[float]) -> pd.DataFrame:
-    """Each method less `reference`: in certified accuracy at each radius, best sigma each, and in ACR at each sigma.
+    """Each method less `reference`: in certified accuracy at each radius, and in ACR at each sigma.
 
-    Both are of the images that the two have in common. One row per method and measure: `method`, `measure`
-    ("certified_accuracy" or "acr"), `at` (radius or sigma), `value` of the method, `difference`, `low`, `high`,
-    `images`. The reference has no difference to itself (NaN).
+    Certified accuracies are for the best sigma of each method. Both measures are on the images that the method and the
+    reference have in common. One row per method and measure: `method`, `measure` ("certified_accuracy" or "acr"), `at`
+    (radius or sigma), `value` of the method, `difference`, `low`, `high`, `images`. In the rows of the reference,
+    `difference`, `low` and `high` are NaN.
     """
     methods = [reference, *(name for name in dict.fromkeys(name for name, _ in certificates) if name != reference)]
     rows = []
