@@ -1,7 +1,7 @@
 """Figures, tables and the report.
 
-Importing this package imports matplotlib with any value of MPLBACKEND. matplotlib itself fails when the variable names
-a backend that is not installed, such as the one that notebooks set. Our figures need no backend.
+Importing this package imports matplotlib, whatever the value of MPLBACKEND. The import of matplotlib alone fails when
+that variable names a backend that is not installed, such as the one that notebooks set. Our figures need no backend.
 """
 
 import contextlib

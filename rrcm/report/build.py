@@ -1,7 +1,7 @@
 """Build the report of a run: figures, tables, metrics and report.md, from the outputs of the other stages.
 
-The same inputs give the same bytes on every machine. Git revision, hardware and versions in the report are those of the
-stages that made the inputs, not those of the machine that draws.
+The same inputs give the same bytes on every machine. The report names the git revision, the hardware and the versions
+of the stages that made its inputs. The machine that draws it leaves no trace.
 """
 
 import sys
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from rrcm.certification.results import ABSTAIN
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates, best_sigma_table
 from rrcm.methods import METHODS
@@ -29,11 +30,12 @@ from rrcm.report.training_figure import draw_training
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_json, write_text
 
-LATENCY_PANELS, LEAST_ACCURACY = 3, 0.1  # the latency figure: at most so many radii, at which this is certified
+LATENCY_PANELS = 3  # at most, in the latency figure
+LEAST_ACCURACY = 0.1  # the latency figure shows radii at which some method has this certified accuracy
 
 
 class Gallery(NamedTuple):
-    """Test images with the first method's answers."""
+    """Test images with the answers of the first method."""
 
     clean: list[np.ndarray]  # (H, W, C), in [0, 1]
     noisy: dict[float, list[Thumbnail]]  # by sigma
@@ -44,7 +46,7 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
     """Write the folder `output` from the outputs of the other stages under `root`.
 
     `metrics` is a JSON file for `dvc metrics` and `dvc exp show`. DVC compares runs by its path, so it does not lie in
-    `output`, whose name may differ from run to run. Without `latency.n` there is neither a figure nor a table of the
+    `output`, whose name may differ from run to run. If `latency.n` is empty, there is neither a figure nor a table of
     latency. Raises `RRCMError` for a missing input, with the command that makes it, and for certificates that do not
     belong together.
     """
@@ -98,15 +100,15 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
 
 
 def latency_radii(certificates: Certificates, radii: Sequence[float]) -> list[float]:
-    """The radii of the latency figure's panels: evenly spaced over those that some method certifies often enough."""
+    """The radii of the latency figure's panels, evenly spaced among those with at least LEAST_ACCURACY."""
     best = best_sigma_table(certificates, radii).groupby("radius")["certified_accuracy"].max()
     often = [radius for radius in radii if best[radius] >= LEAST_ACCURACY] or list(radii[:1])
-    places = np.linspace(0, len(often) - 1, min(LATENCY_PANELS, len(often))).round().astype(int)
-    return [often[place] for place in places]
+    chosen = np.linspace(0, len(often) - 1, min(LATENCY_PANELS, len(often))).round().astype(int)
+    return [often[i] for i in chosen]
 
 
 def latency_table(config: Config, inputs: Inputs) -> tables.Table:
-    """The table of latencies. There must be a record of them."""
+    """The table of latencies. `inputs` must have a record of them."""
     return tables.latency(inputs.latency, config.latency.n, config.certify.n0, inputs.budgets)
 
 
@@ -124,11 +126,11 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
 
 
 def read_gallery(config: Config, root: Path, certificates: Certificates) -> Gallery:
-    """Test images evenly spaced over the certified ones, clean and noisy, with the answers of the first method.
+    """Test images, clean and noisy, with the answers of the first method, evenly spaced over the certified images.
 
-    Raises `RRCMError` when the certificates are not those of the images in data/shards.
+    Raises `RRCMError` if the certificates are for other images than data/shards has.
     """
-    from rrcm.data.augment import centre_crop  # these import torch, which takes seconds
+    from rrcm.data.augment import centre_crop  # these modules import torch, which takes seconds
     from rrcm.data.shards import ShardedDataset
     from rrcm.utils.rng import numpy_rng
 
@@ -147,20 +149,16 @@ def read_gallery(config: Config, root: Path, certificates: Certificates) -> Gall
         gallery.clean.append(pixels)
         gallery.classes.append(images.classes[label])
         for sigma, frame in frames.items():
-            answer = frame.loc[row]
+            predict, radius = frame.loc[row, ["predict", "radius"]]
+            name = "" if predict == ABSTAIN else images.classes[int(predict)]
             noisy = (pixels + sigma * noise).clip(0, 1)
-            gallery.noisy[sigma].append(_thumbnail(noisy, images.classes, label, answer))
+            thumbnail = Thumbnail(noisy, images.classes[label], name, radius, verdict(predict, label))
+            gallery.noisy[sigma].append(thumbnail)
     return gallery
 
 
-def _thumbnail(pixels: np.ndarray, classes: list[str], label: int, answer: pd.Series) -> Thumbnail:
-    kind = verdict(answer["predict"], label)
-    predict = "" if kind == "abstains" else classes[int(answer["predict"])]
-    return Thumbnail(pixels, classes[label], predict, answer["radius"], kind)
-
-
 def _plot_data(inputs: Inputs) -> Mapping[str, pd.DataFrame]:
-    """The data that DVC plots."""
+    """The tables that DVC plots, by name."""
     data = {"curves": tables.accuracy_curves(inputs.certificates)}
     if not inputs.finetuning.empty:
         data["training"] = inputs.finetuning.dropna(subset="val_accuracy")  # DVC would draw a gap as 0

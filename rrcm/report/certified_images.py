@@ -1,4 +1,4 @@
-"""The certificates of a folder's images for people: a table, a summary, and a gallery of the images."""
+"""The certificates of a folder's images for people to read: a table, a summary, and a gallery of the images."""
 
 from pathlib import Path
 
@@ -29,20 +29,20 @@ def certificate_table(frame: pd.DataFrame) -> str:
     return tabulate(columns, headers="keys", disable_numparse=True, colalign=("left", "left", "right", "right"))
 
 
-def certificate_summary(found: FolderCertificates, rule: StoppingRule) -> str:
+def certificate_summary(certified: FolderCertificates, rule: StoppingRule) -> str:
     """One line with the numbers of certified, correct and abstained images, the time and the error probability."""
-    frame = found.frame
+    frame = certified.frame
     labelled, abstained = frame[frame["label"] != UNKNOWN], (frame["predict"] == ABSTAIN).sum()
     correct = f" ({labelled['correct'].sum():,} of {len(labelled):,} labelled ones correct)" if len(labelled) else ""
     return (
-        f"{len(frame) - abstained:,} certified{correct}, {abstained:,} abstained; {found.seconds:.1f} s, "
-        f"{frame['samples'].sum() / found.seconds:,.0f} samples/s; each certificate is wrong with probability at most "
-        f"{rule.alpha:g}"
+        f"{len(frame) - abstained:,} certified{correct}, {abstained:,} abstained; {certified.seconds:.1f} s, "
+        f"{frame['samples'].sum() / certified.seconds:,.0f} samples/s; each certificate is wrong with "
+        f"probability at most {rule.alpha:g}"
     )
 
 
 def note_on_labels(frame: pd.DataFrame) -> str | None:
-    """If some images are labelled: one line about those in folders that are named after no class."""
+    """One line about images in folders that are named after no class, if other images have a label."""
     folders = frame.loc[frame["label"] == UNKNOWN, "file"].map(lambda file: Path(file).parent)
     others = sorted({str(folder) for folder in folders} - {"."})
     if not others or len(folders) == len(frame):
@@ -51,12 +51,12 @@ def note_on_labels(frame: pd.DataFrame) -> str | None:
     return f"{len(folders):,} of {len(frame):,} images have no label; no class of the model is called {names}"
 
 
-def draw_gallery(found: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule) -> Figure:
-    """At most GALLERY_IMAGES images, evenly spaced, with their classes and radii."""
-    count = len(found.paths)
+def draw_gallery(certified: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule) -> Figure:
+    """At most GALLERY_IMAGES images, evenly spaced over the folder, with their classes and radii."""
+    count = len(certified.paths)
     thumbnails = []
     for i in evenly_spaced(count, GALLERY_IMAGES):
-        path, row = found.paths[i], found.frame.iloc[i]
+        path, row = certified.paths[i], certified.frame.iloc[i]
         unlabelled = row["label"] == UNKNOWN and row["predict"] != ABSTAIN
         kind = "certified" if unlabelled else verdict(row["predict"], row["label"])
         pixels = read_square(path, loaded).transpose(1, 2, 0) / 255

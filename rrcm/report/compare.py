@@ -1,4 +1,4 @@
-"""Compare certificates from any source: one table and one figure from files that certification/external.py reads."""
+"""Compare certificates from any source in a table and a figure. certification/external.py has the file formats."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from rrcm.certification.external import read_external_certificates
-from rrcm.evaluation.metrics import Interval, accuracy_difference, acr_difference, summary
+from rrcm.evaluation.metrics import accuracy_difference, acr_difference, summary
 from rrcm.report.accuracy_figures import draw_comparison
 from rrcm.report.figures import FORMATS, save
 from rrcm.report.fonts import note_on_letters
@@ -21,8 +21,8 @@ from rrcm.utils.files import check_output
 def compare(files: Sequence[str], radii: str, output: Path, reference: str | None = None) -> None:
     """Print ACR and certified accuracy, and draw the exact curves as `output` (.png or .svg).
 
-    `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. With the name `reference`, the differences to its
-    certificates of the same images are printed too. Raises `RRCMError` for bad input.
+    `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. If `reference` is one of the names, this also
+    prints the differences to its certificates on common images. Raises `RRCMError` for bad input.
     """
     numbers, paths = parse_radii(radii), parse_files(files)
     if reference is not None and reference not in paths:
@@ -74,9 +74,9 @@ def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[f
 
 
 def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
-    """One line per other name: what it has more than `reference` on the images of both, with 95 % intervals.
+    """One line per other name: its differences to `reference` on the images of both, with 95 % intervals.
 
-    Raises `RRCMError` for a name without an image in common with `reference`.
+    Raises `RRCMError` for a name that has no image in common with `reference`.
     """
     rows, keys = [], ["idx", "label"]
     for name, frame in certificates.items():
@@ -88,7 +88,7 @@ def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], rad
         other = both[[f"{column} of reference" for column in ("radius", "correct")]].set_axis(
             ["radius", "correct"], axis=1
         )
-        shares = [Interval(*(100 * x for x in accuracy_difference(both, other, r))) for r in dict.fromkeys(radii)]
+        shares = (accuracy_difference(both, other, radius).times(100) for radius in dict.fromkeys(radii))
         texts = [interval_text(share, "+.1f") for share in shares]
         acr = interval_text(acr_difference(both, other), "+.3f")
         rows.append([printable(name), f"{len(both):,}", *texts, acr])
@@ -102,7 +102,7 @@ def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str
 
 
 def check_same_images(certificates: Mapping[str, pd.DataFrame]) -> str | None:
-    """A note if the files do not have the same image numbers with the same labels, else None."""
+    """A note if the files differ in their image numbers or in the labels of these, else None."""
     images = {name: set(zip(frame["idx"], frame["label"], strict=True)) for name, frame in certificates.items()}
     common = set.intersection(*images.values())
     if all(each == common for each in images.values()):

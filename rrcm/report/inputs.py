@@ -1,4 +1,4 @@
-"""The files that a report is made from: where they are, and one function that reads and checks them all."""
+"""The files that a report is made from: their paths, and `read_inputs`, which reads and checks them all."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,27 +34,20 @@ MANIFEST = f"{SHARDS}/manifest.json"
 SOFT_LABEL_TIMING = "timings/soft_labels.json"
 DENOISER_TIMING = "timings/denoiser.json"
 LATENCY = "timings/latency.json"
+PRETRAINING_FILES = ("config.json", "history.csv", "representation.csv")
 REPRESENTATION = ["step", "sigma", "knn", "same_image_cosine", "cross_image_cosine", "centred_cosine"]
 
 Run = tuple[str, float]  # method, sigma
 
 
-class PretrainingFiles(NamedTuple):
-    """Outputs of one pre-training, relative to the root, and the stage that writes them."""
-
-    folder: str
-    timing: str
-    stage: str
-
-
 class Inputs(NamedTuple):
-    """All that the report shows, in the order of the settings."""
+    """The contents of the report, in the order of the settings."""
 
     files: list[str]  # every file read, relative to the root
     classes: list[str]  # names; a label is an index into them
-    data_notes: list[str]  # what was left out of the data set, is there more than once, or is missing
+    data_notes: list[str]  # on images of the data set that were left out, are duplicates, or are missing
     certificates: Certificates  # by the binary bound, with the columns of the samples files
-    margin: Certificates  # of the same votes, by the margin bound
+    margin: Certificates  # from the same votes, by the margin bound
     external: Certificates  # other groups' certificates by (label, sigma)
     models: Mapping[Run, Mapping]  # config.json of each model folder
     finetuning: pd.DataFrame  # one row per epoch of each model that was trained
@@ -64,23 +57,21 @@ class Inputs(NamedTuple):
     latency: Mapping | None  # the latency stage's record
 
 
-def pretraining_files(objective: str) -> PretrainingFiles:
-    """Where the pre-training with `objective` leaves its outputs."""
-    return PretrainingFiles(
-        f"models/pretrain/{objective}", f"timings/pretrain/{objective}.json", f"pretrain@{objective}"
-    )
-
-
 def certificates_file(method: str, sigma: float) -> str:
     """The certificates of a model, relative to the root."""
     return f"certificates/{method}/{sigma_name(sigma)}.tsv"
 
 
+def model_folder(method: str, sigma: float) -> str:
+    """The folder of a fine-tuned model, relative to the root."""
+    return f"models/{method}/{sigma_name(sigma)}"
+
+
 def read_inputs(config: Config, root: Path) -> Inputs:
     """Read the outputs of the other stages under `root`, and the files in `report.external_results`.
 
-    Without `latency.n` no latency is read. Raises `RRCMError` for a missing file, with the command that makes it, for
-    files with values that cannot be, and for certificates of other test images than the settings say.
+    If `latency.n` is empty, no latency is read. Raises `RRCMError` for a missing file, with the command that makes it,
+    for impossible values, and for certificates of other test images than the settings select.
     """
     from rrcm.data.shards import ShardedDataset  # imports torch, which takes seconds
 
@@ -115,23 +106,18 @@ def _samples_file(method: str, sigma: float) -> str:
     return f"certificates/{method}/{sigma_name(sigma)}.samples.tsv"
 
 
-def _model_folder(method: str, sigma: float) -> str:
-    return f"models/{method}/{sigma_name(sigma)}"
-
-
 def _list_files(config: Config, root: Path) -> dict[str, str]:
-    """The files that stages leave for the report, relative to root, with their stages.
+    """The files that other stages write for the report, relative to `root`, each with its stage.
 
-    Raises `RRCMError` for the first that is missing, `report.external_results` included.
+    Raises `RRCMError` for the first file that is missing, also in `report.external_results`.
     """
     stages = {MANIFEST: "shard-data"}
     for objective in config.pretrain.objectives:
-        folder, timing, stage = pretraining_files(objective)
-        files = [f"{folder}/{name}" for name in ("config.json", "history.csv", "representation.csv")]
-        stages |= dict.fromkeys([*files, timing], stage)
+        files = [f"models/pretrain/{objective}/{name}" for name in PRETRAINING_FILES]
+        stages |= dict.fromkeys([*files, _pretraining_timing(objective)], f"pretrain@{objective}")
     for method in config.methods:
         for sigma in config.sigmas:
-            files = [f"{_model_folder(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
+            files = [f"{model_folder(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
             stages |= dict.fromkeys([*files, _timing("finetune", method, sigma)], f"finetune@{method}-{sigma}")
             files = [certificates_file(method, sigma), _samples_file(method, sigma)]
             stages |= dict.fromkeys([*files, _timing("certify", method, sigma)], f"certify@{method}-{sigma}")
@@ -159,7 +145,7 @@ def _again(stage: str) -> str:
 
 
 def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.DataFrame:
-    """The certificates of a model, which are by `bound`, with the columns of their samples file."""
+    """The certificates of a model with the columns of their samples file. Their radii must be by `bound`."""
     frame = read_certificates(root / certificates_file(method, sigma))
     path = root / _samples_file(method, sigma)
     samples = read_samples(path)
@@ -173,14 +159,14 @@ def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.Dat
 
 
 def _by_bound(frame: pd.DataFrame, bound: str) -> pd.DataFrame:
-    """`frame` with the predictions and radii of one bound, and the samples that this bound took."""
+    """`frame` with the predictions and radii by one bound, and the samples that this bound needed."""
     predict, samples = frame[f"{bound}_predict"], frame["binary_samples" if bound == "binary" else "samples"]
     changed = frame.assign(predict=predict, radius=frame[f"{bound}_radius"], samples=samples)
     return changed.assign(correct=(predict == frame["label"]).astype(int))
 
 
 def _check_images(config: Config, certificates: Certificates, labels: np.ndarray, root: Path) -> None:
-    """Each model must have been certified on the images that the settings choose of the test split, with `labels`."""
+    """Each model must have been certified on the test images that the settings select, with their `labels`."""
     from rrcm.data.shards import choose_rows  # imports torch, which takes seconds
 
     settings = config.certify
@@ -197,7 +183,7 @@ def _check_images(config: Config, certificates: Certificates, labels: np.ndarray
 
 
 def _check_outcomes(config: Config, certificates: Certificates, num_classes: int, root: Path) -> None:
-    """Each image must have an outcome that is possible under the settings of `certify`."""
+    """Each image must have an outcome that the settings of `certify` allow."""
     rules = {sigma: make_stopping_rule(sigma=sigma, **config.certify.rule) for sigma in config.sigmas}
     for (method, sigma), frame in certificates.items():
         if problem := find_impossible(frame, rules[sigma], num_classes):
@@ -206,10 +192,10 @@ def _check_outcomes(config: Config, certificates: Certificates, num_classes: int
 
 
 def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Sequence[str]) -> dict[Run, Mapping]:
-    """config.json of each model folder. Raises `RRCMError` for one of another method, sigma, seed or data set."""
+    """config.json of each model folder. Raises `RRCMError` if the method, sigma, seed or classes are different ones."""
     models: dict[Run, Mapping] = {}
     for method, sigma in runs:
-        path, advice = root / _model_folder(method, sigma) / "config.json", _again(f"finetune@{method}-{sigma}")
+        path, advice = root / model_folder(method, sigma) / "config.json", _again(f"finetune@{method}-{sigma}")
         model = models[method, sigma] = read_record(path, ModelRecord, advice)
         expected = {"method": method, "sigma": sigma, "seed": config.seed, "class_names": list(classes)}
         if other := [key for key, value in expected.items() if model[key] != value]:
@@ -220,7 +206,7 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
 
 
 def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certificates) -> dict[str, Mapping]:
-    """Every record under timings/ but that of the latency. Those of certifications must fit the certificates."""
+    """Every record under timings/ except the latency. The records of certifications must match the certificates."""
     timings = {
         path: read_record(root / path, CertifyTiming if path.startswith("timings/certify/") else Timing, _again(stage))
         for path, stage in stages.items()
@@ -240,7 +226,7 @@ def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certifica
 
 
 def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> Mapping:
-    """The latency stage's record. Raises `RRCMError` for one of other settings or models."""
+    """The record of the latency stage. Raises `RRCMError` if it is for other settings or models."""
     path, advice = root / LATENCY, _again("latency")
     record = read_record(path, Latency, advice)
     if list(record["methods"]) != config.methods or record["sigma"] != config.sigmas[0]:
@@ -255,7 +241,7 @@ def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
 
 def _read_pretraining(config: Config, root: Path, name: str, validation: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """history.csv and representation.csv of a pre-training. `validation` is the size of the validation split."""
-    folder, advice = root / pretraining_files(name).folder, _again(pretraining_files(name).stage)
+    folder, advice = root / f"models/pretrain/{name}", _again(f"pretrain@{name}")
     model = read_record(folder / "config.json", PretrainRecord, advice)
     sigmas = config.pretrain.settings(name).evaluate_sigmas
     history = read_numbers(folder / "history.csv", ["step", "loss"], advice)
@@ -272,7 +258,7 @@ def _read_pretraining(config: Config, root: Path, name: str, validation: int) ->
 
 
 def _read_histories(root: Path, models: Mapping[Run, Mapping], validation: int) -> pd.DataFrame:
-    """The fine-tuning of each model that was trained, one row per epoch."""
+    """The fine-tuning histories of all models that were trained, with one row per epoch."""
     trained = [
         _read_history(root, model, *run, validation)
         for run, model in models.items()
@@ -282,8 +268,11 @@ def _read_histories(root: Path, models: Mapping[Run, Mapping], validation: int) 
 
 
 def _read_history(root: Path, model: Mapping, method: str, sigma: float, validation: int) -> pd.DataFrame:
-    """Fine-tuning per epoch with the compute spent so far: encoder forward passes, those before it included."""
-    path, advice = root / _model_folder(method, sigma) / "history.csv", _again(f"finetune@{method}-{sigma}")
+    """The fine-tuning of a model, with one row per epoch.
+
+    `compute` is the number of encoder forward passes so far, including those before the fine-tuning.
+    """
+    path, advice = root / model_folder(method, sigma) / "history.csv", _again(f"finetune@{method}-{sigma}")
     history = read_numbers(path, ["epoch", "loss", "val_accuracy"], advice)
     if problem := check_finetuning(history, model, validation, one_model=not METHODS[method].is_ensemble):
         raise RRCMError(f"{path}: {problem}; {advice}")
@@ -302,7 +291,7 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
 
 
 def _preparation(model: Mapping) -> float:
-    """Passes before the fine-tuning: the model's share of its pre-training, its soft labels, its denoiser and so on."""
+    """Passes before the fine-tuning: the model's share of pre-training, soft labels, denoiser and so on."""
     return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
 
 
@@ -332,10 +321,10 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
 
 
 def _shared_timings(config: Config, method: str) -> list[str]:
-    """The timings of what a method is prepared with, and shares with other models."""
+    """The timing files of the preparation that a method shares with others."""
     shared = []
     if config.finetune.uses_pretraining(method):
-        shared.append(pretraining_files(METHODS[method].initial_weights).timing)
+        shared.append(_pretraining_timing(METHODS[method].initial_weights))
     if METHODS[method].needs_soft_labels:
         shared += [_timing("finetune", config.soft_labels.method, config.soft_labels.sigma), SOFT_LABEL_TIMING]
     if METHODS[method].denoises:
@@ -347,3 +336,7 @@ def _shared_timings(config: Config, method: str) -> list[str]:
 
 def _timing(stage: str, method: str, sigma: float) -> str:
     return f"timings/{stage}/{method}/{sigma_name(sigma)}.json"
+
+
+def _pretraining_timing(objective: str) -> str:
+    return f"timings/pretrain/{objective}.json"

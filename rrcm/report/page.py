@@ -1,4 +1,4 @@
-"""report.md: the numbers that go into templates/report.md.jinja, which holds the prose."""
+"""Write report.md: this module makes the numbers, and templates/report.md.jinja has the prose."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +34,8 @@ from rrcm.report.tables import (
 from rrcm.utils.errors import printable
 from rrcm.utils.files import read_json, sha256_file
 
-EQUAL_COMPUTE = 0.1  # whole epochs and steps leave differences of some percent
-# settings that have no effect on what the report shows
+EQUAL_COMPUTE = 0.1  # relative difference that counts as equal: whole epochs and steps differ by some percent
+# settings without an effect on anything that the report shows
 IGNORED_SETTINGS = dict.fromkeys(["derived", "device", "launcher", "attack"], True)
 IGNORED_SETTINGS |= {"data": {"root", "workers"}}
 
@@ -50,21 +50,14 @@ class Leader(NamedTuple):
 class Comparison(NamedTuple):
     """Methods compared on the images that all of them certify."""
 
-    name: str  # at what cost they are compared
+    name: str  # the costs that are equal, or "any cost"
     images: int
     leaders: list[Leader]
     table: Markup  # the two best methods at each radius and, by ACR, at each sigma
 
 
-class Subset(NamedTuple):
-    """A method that certifies fewer images than others."""
-
-    label: str
-    images: int
-
-
-class ClassCount(NamedTuple):
-    """How many of the certified images show a class."""
+class ImageCount(NamedTuple):
+    """How many images a method has certified, or how many certified images show a class."""
 
     name: str
     images: int
@@ -73,7 +66,7 @@ class ClassCount(NamedTuple):
 class Environment(NamedTuple):
     """Where some stages ran."""
 
-    records: list[str]  # their files under timings/
+    records: list[str]  # files of these stages under timings/
     text: str
 
 
@@ -85,7 +78,7 @@ def render_report(
     figures: Sequence[str],
     gallery_classes: Sequence[str],
 ) -> str:
-    """The text of report.md, from tables as text and the names of the figures beside it.
+    """The text of report.md. `tables` are the tables as text, and `figures` the names of the figures beside the page.
 
     `gallery_classes` are the true classes of the images in the gallery. The template escapes every value for HTML, and
     names also for Markdown.
@@ -98,11 +91,11 @@ def render_report(
         config=config,
         images=len(labels),
         subsets=[
-            Subset(METHODS[name].label, len(frame))
+            ImageCount(METHODS[name].label, len(frame))
             for (name, sigma), frame in inputs.certificates.items()
             if sigma == config.sigmas[0] and len(frame) < len(labels)
         ],
-        class_counts=[ClassCount(*each) for each in zip(inputs.classes, counts, strict=True)],
+        class_counts=[ImageCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         data_notes=inputs.data_notes,
         comparisons=_headline(config, inputs),
         pretrained_elsewhere=[
@@ -136,7 +129,7 @@ def render_report(
 
 
 def _template() -> jinja2.Template:
-    """The template with its filters: `md` and `code` write a text as Markdown, `listing` joins texts with commas."""
+    """The template with its filters: `md` and `code` write a text as Markdown, and `listing` joins texts by commas."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rrcm.report"),
         autoescape=True,
@@ -150,9 +143,9 @@ def _template() -> jinja2.Template:
 
 
 def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
-    """The comparisons that have at least two methods: at equal fine-tuning budget, and at equal total compute.
+    """The comparisons at equal fine-tuning budget, at equal total compute and at any cost that have several methods.
 
-    Methods that denoise are compared with all others, whatever these cost, as no budget is theirs.
+    Methods that denoise have no budget in common with the others, so they are compared with all of them at any cost.
     """
     passes = inputs.budgets.groupby("method")["total_passes"].sum()
     total = [name for name in config.methods if METHODS[name].matched or config.finetune.uses_pretraining(name)]
@@ -175,7 +168,10 @@ def _comparison(config: Config, certificates: Certificates, name: str, methods: 
 
 
 def _leaders(certificates: Certificates, radii: Sequence[float]) -> list[Leader]:
-    """Who has the highest certified accuracy at which radii, best sigma each. Radii nobody certifies are left out."""
+    """The methods with the highest certified accuracy at each radius, with the best sigma of each method.
+
+    Radii at which no method certifies any image are left out.
+    """
     leaders: dict[tuple[str, ...], list[str]] = {}
     for radius, rows in best_sigma_table(certificates, radii).groupby("radius"):
         highest = rows["certified_accuracy"].max()
@@ -186,7 +182,7 @@ def _leaders(certificates: Certificates, radii: Sequence[float]) -> list[Leader]
 
 
 def _comparison_table(config: Config, certificates: Certificates, methods: Sequence[str]) -> pd.DataFrame:
-    """The two best of `methods`: by certified accuracy (%) at each radius, best sigma, and by ACR at each sigma."""
+    """The two best methods at each radius by certified accuracy (%) with the best sigma, and at each sigma by ACR."""
     rows = []
     for radius in config.report.radii:
         best = best_sigma_table(certificates, [radius]).set_index("method")
@@ -210,13 +206,13 @@ def _top_two(values: Mapping[str, float]) -> list[str]:
 def _named(
     values: Mapping[str, float], first: str, second: str, unit: float, digits: str, difference: Interval
 ) -> list[str]:
-    """Two methods with their values and their difference, all of them `unit` times as large."""
+    """Two methods with their values and their difference, all multiplied by `unit`."""
     named = [f"{METHODS[name].label} {unit * values[name]:{digits}}" for name in (first, second)]
-    return [*named, interval_text(Interval(*(unit * bound for bound in difference)), digits)]
+    return [*named, interval_text(difference.times(unit), digits)]
 
 
 def _environments(root: Path, records: Sequence[str]) -> list[Environment]:
-    """Each distinct environment with the records that name it."""
+    """The distinct environments, each with the records that name it."""
     by_text: dict[str, list[str]] = {}
     for path in records:
         by_text.setdefault(_yaml(read_json(root / path)["environment"]), []).append(path)
@@ -237,7 +233,7 @@ def _markdown(text: str) -> Markup:
 
 
 def _code(text: str) -> Markup:
-    """A code span. Its fence is longer than any run of backticks in the text."""
+    """A code span. Its fence has more backticks than any run of them in the text."""
     text, fence = printable(" ".join(str(text).split())), "`"
     while fence in text:
         fence += "`"
@@ -246,6 +242,6 @@ def _code(text: str) -> Markup:
 
 
 def _listing(texts: Sequence[str]) -> Markup:
-    """a, b and c."""
+    """Join texts as in "a, b and c"."""
     *first, last = (Markup(text) if isinstance(text, Markup) else Markup.escape(text) for text in texts)
     return Markup(f"{Markup(', ').join(first)} and {last}") if first else last

@@ -1,7 +1,7 @@
-"""What training and measuring leave for the report, checked against what it can be: JSON records and histories.
+"""Read and check the JSON records and CSV histories that other stages write for the report.
 
-A record is a pydantic model of what the report reads; further keys are ignored. A history is a CSV file of numbers.
-Every `RRCMError` names the file, the place in it, and the stage to run again.
+A record is a pydantic model of the keys that the report uses; other keys are ignored. A history is a CSV file of
+numbers. Every `RRCMError` names the file, the key or line, and the stage to run again.
 """
 
 import io
@@ -21,9 +21,9 @@ from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_json
 from rrcm.utils.provenance import Environment
 
-NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?", re.ASCII)  # as Python and pandas write it
-SHARE_ERROR = 1e-15  # what rounding can do to a share of images
-RANGES = {  # by column; others hold any finite number
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?", re.ASCII)  # as Python and pandas write numbers
+SHARE_ERROR = 1e-15  # largest rounding error of a share of images
+RANGES = {  # by column; other columns hold any finite number
     "epoch": (0, math.inf),
     "step": (0, math.inf),
     "sigma": (0, math.inf),
@@ -56,14 +56,14 @@ class CertifyTiming(Timing):
 
 
 class Parts(Record):
-    """A number for the networks of each kind."""
+    """A number for the denoiser and one for the classifiers."""
 
     denoiser: NonNegative
     classifier: Positive
 
 
 class MethodLatency(Record):
-    """The latency of a method, with seconds per sample by round."""
+    """The latency of a method, with the seconds per sample in each round."""
 
     parameters: Parts
     passes: Parts
@@ -73,7 +73,7 @@ class MethodLatency(Record):
 
 
 class Latency(Record):
-    """What the latency stage writes."""
+    """The record that the latency stage writes."""
 
     device: str
     dtype: Literal["fp32", "bf16"]
@@ -127,7 +127,7 @@ class PretrainRecord(Record):
 
 
 def read_record(path: Path, kind: type[Record], advice: str) -> dict:
-    """The JSON file `path`, which must be a `kind`. Raises `RRCMError`, ended by `advice`."""
+    """The JSON file `path`, which must be a record of type `kind`. Raises `RRCMError`, which ends with `advice`."""
     value = read_json(path)
     try:
         kind.model_validate(value)
@@ -141,7 +141,7 @@ def read_record(path: Path, kind: type[Record], advice: str) -> dict:
 def read_numbers(path: Path, columns: Sequence[str], advice: str) -> pd.DataFrame:
     """A CSV file of numbers with at least `columns`, all of them within RANGES. An empty cell is NaN.
 
-    Raises `RRCMError` for anything else, ended by `advice`.
+    Raises `RRCMError` for any other file. The message ends with `advice`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -172,8 +172,8 @@ def is_share(value: float, images: int) -> bool:
 def check_finetuning(history: pd.DataFrame, model: Mapping, images: int, one_model: bool) -> str | None:
     """What is wrong with the history of a fine-tuning, or None.
 
-    `model` is its `ModelRecord`. `images` is the size of the validation split. With `one_model` the selected weights
-    are the first with the highest accuracy of the history; an ensemble has one of its own.
+    `model` is its `ModelRecord`. `images` is the size of the validation split. With `one_model`, the selected weights
+    must be the first with the highest accuracy in the history. The accuracy of an ensemble is not in its history.
     """
     epochs, accuracy, selected = history["epoch"], history["val_accuracy"], model["selected"]
     if epochs.tolist() != [*range(1, len(epochs)), model["training"]["epochs"]] or len(epochs) - 1 >= epochs.iloc[-1]:
@@ -197,7 +197,7 @@ def check_pretraining(history: pd.DataFrame, model: Mapping) -> str | None:
 
 
 def check_representation(frame: pd.DataFrame, model: Mapping, sigmas: Sequence[float], images: int) -> str | None:
-    """What is wrong with representation.csv, or None. At most `images` images of the validation split are in it."""
+    """What is wrong with representation.csv, which is of at most `images` validation images, or None."""
     expected = [0.0, *sigmas]
     steps = frame["step"].to_numpy()[:: len(expected)]
     if len(frame) != len(steps) * len(expected) or (frame["step"] != np.repeat(steps, len(expected))).any():

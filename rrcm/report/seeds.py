@@ -1,4 +1,4 @@
-"""Several trainings of the same methods: their reports, which differ in the seed alone, in one table."""
+"""Summarize the reports of several training seeds, which differ in nothing else, in one table."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ VALUES = ["seed", "value", "difference"]
 
 
 def seeds_text(folders: Sequence[Path]) -> str:
-    """Two Markdown tables over all reports of these folders: the mean of each method, and that of its difference.
+    """Two Markdown tables of means over all reports in `folders`: of each method, and of its difference.
 
-    A folder is a report, or a published result with a report of each seed. Raises `RRCMError` if the reports are fewer
-    than two, repeat a seed, or do not compare the same methods alike.
+    A folder is a report, or a published result with a report of each seed. Raises `RRCMError` if there are fewer than
+    two reports, if two have the same seed, or if they differ in methods, radii or sigmas.
     """
     numbers = read_reports([report for folder in folders for report in find_reports(Path(folder))])
     seeds = ", ".join(str(seed) for seed in sorted(numbers["seed"].unique()))
@@ -37,22 +37,22 @@ def seeds_text(folders: Sequence[Path]) -> str:
 
 
 def find_reports(folder: Path) -> list[Path]:
-    """The reports of a published result such as results/digits, one per seed; any other folder is one itself."""
+    """The reports of a published result such as results/digits, one per seed. Any other folder is itself a report."""
     return sorted(folder.glob("seed_*/report")) or [folder]
 
 
 def read_reports(reports: Sequence[Path]) -> pd.DataFrame:
-    """differences.csv of each report, one after another. Raises `RRCMError` as `seeds_text` does."""
+    """The rows of differences.csv of all reports. Raises `RRCMError` as `seeds_text` does."""
     frames = [_read(Path(report) / "differences.csv") for report in reports]
     if len(frames) < 2:
         raise RRCMError(f"{', '.join(map(str, reports))}: give the reports of at least two seeds")
-    for place, frame in enumerate(frames):
+    for i, frame in enumerate(frames):
         if not frame[KEY].equals(frames[0][KEY]):
             problem = "compares other methods, radii or sigmas than"
-            raise RRCMError(f"{reports[place]}: {problem} {reports[0]}; run both with the same settings but the seed")
-        for other, earlier in zip(reports, frames[:place], strict=False):
+            raise RRCMError(f"{reports[i]}: {problem} {reports[0]}; run both with the same settings but the seed")
+        for other, earlier in zip(reports, frames[:i], strict=False):
             if frame.loc[0, "seed"] == earlier.loc[0, "seed"]:
-                raise RRCMError(f"{reports[place]}: has seed {frame.loc[0, 'seed']} like {other}; give each seed once")
+                raise RRCMError(f"{reports[i]}: has seed {frame.loc[0, 'seed']} like {other}; give each seed once")
     return pd.concat(frames, ignore_index=True)
 
 
@@ -71,7 +71,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _find_impossible(frame: pd.DataFrame) -> str | None:
-    """What cannot be in a differences.csv, or None."""
+    """What is wrong with a differences.csv, or None."""
     numbers = frame[["at", *VALUES, "low", "high"]]
     if not all(map(pd.api.types.is_numeric_dtype, numbers.dtypes)):
         return "has text where numbers must be"
@@ -91,7 +91,7 @@ def _find_impossible(frame: pd.DataFrame) -> str | None:
 
 
 def over_seeds(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean of `column` over the seeds, with the t interval `low` to `high`, for each method and measure that has it."""
+    """Mean of `column` over the seeds for each method and measure that has it, with its t interval `low` to `high`."""
     groups = numbers.dropna(subset=column).groupby(KEY, sort=False)[column]
     rows = [(*key, *mean_over_seeds(values.to_numpy())) for key, values in groups]
     return pd.DataFrame(rows, columns=[*KEY, column, "low", "high"])

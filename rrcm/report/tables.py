@@ -1,4 +1,4 @@
-"""The report's tables, each with full numbers for machines and as text for people, and the files made of them."""
+"""The tables of the report, both as numbers for programs and as text for people, and their file formats."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from rrcm.utils.errors import RRCMError, printable
 
 MEASURES = {"certified_accuracy": ("r", 100, ".1f"), "acr": ("ACR, σ", 1, ".3f")}  # name, unit, digits
 PERCENTAGE = r"\d{1,3}\.\d"
-PUBLISHED = {  # the columns of published.csv, and what their cells match
+PUBLISHED = {  # the columns of published.csv, and the patterns of their cells
     "dataset": "[a-z0-9_]+",
     "method": r"[\w -]+",
     "model": r"[\w =-]*",
@@ -40,19 +40,19 @@ MARKDOWN_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in r"\`*_{}[]<>|$&~
 
 
 class Table(NamedTuple):
-    """A table twice: full numbers under names for machines, and text under headings for people."""
+    """The two forms of a table: unrounded numbers under names for programs, and text under headings for people."""
 
     numbers: pd.DataFrame
     text: pd.DataFrame
 
 
 def method_labels(methods: Sequence[str]) -> list[str]:
-    """The labels of methods by name. A name that is not in the table of methods stays as it is."""
+    """The label of each method. A name that is not in the table of methods is its own label."""
     return [METHODS[name].label if name in METHODS else name for name in methods]
 
 
 def reference_method(methods: Sequence[str]) -> str:
-    """The method that others are compared with: rRCM, or the first of `methods` where it is missing."""
+    """The method that others are compared with: rRCM, or the first of `methods` if rRCM is not among them."""
     return REFERENCE if REFERENCE in methods else next(iter(methods), REFERENCE)
 
 
@@ -62,10 +62,11 @@ def interval_text(interval: Interval, digits: str) -> str:
 
 
 def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
-    """Certified accuracy with the best sigma at each radius, and the highest ACR of any sigma beside it.
+    """Certified accuracy with the best sigma at each radius, and in the text also the highest ACR of any sigma.
 
-    The numbers are those of `best_sigma_table`. The text has percentages, and in parentheses the same model's certified
-    accuracy at r = 0; after the ACR, its sigma. If the methods certify different numbers of images, they are there too.
+    The numbers are from `best_sigma_table`. The text has percentages, each followed in parentheses by the same model's
+    certified accuracy at r = 0, and the ACR followed by its sigma. If the methods certify different numbers of images,
+    a last column has these numbers.
     """
     numbers = best_sigma_table(certificates, radii)
     rows = {}
@@ -82,11 +83,11 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
 
 
 def margin(binary: Certificates, certificates: Certificates, radii: Sequence[float]) -> Table:
-    """What the margin bound certifies, and what it gains over the binary bound on the same images.
+    """Certified accuracy by the margin bound (`certificates`), and its gain over the binary bound on the same images.
 
-    The numbers are those of `best_sigma_table`, with the gain. The text has percentages and the highest ACR of any
-    sigma, each with its gain in parentheses, and the mean samples per image over all sigmas, with those of the binary
-    bound alone.
+    The numbers are from `best_sigma_table`, with a column for the gain. The text has percentages and the highest ACR of
+    any sigma, each with its gain in parentheses. It also has the mean number of samples per image over all sigmas,
+    followed in parentheses by the mean number that the binary bound alone would have drawn.
     """
     numbers = best_sigma_table(certificates, radii)
     numbers["gain"] = numbers["certified_accuracy"] - best_sigma_table(binary, radii)["certified_accuracy"]
@@ -105,12 +106,12 @@ def margin(binary: Certificates, certificates: Certificates, radii: Sequence[flo
 
 
 def _with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
-    """`text` with a last column of the number of images, unless it is the same in all rows."""
+    """`text` with the number of images as the last column, unless it is the same in all rows."""
     return text.assign(images=[f"{count:,}" for count in images]) if len(set(images)) > 1 else text
 
 
 def per_sigma(certificates: Certificates, external: Certificates, radii: Sequence[float]) -> Table:
-    """Images, mean samples, certified accuracy and ACR of each model. Rows of `external` are marked as such."""
+    """Images, mean samples, certified accuracy and ACR of each model. Labels in `external` get "(external)" added."""
     marked = {(f"{label} (external)", sigma): frame for (label, sigma), frame in external.items()}
     numbers = per_sigma_table({**certificates, **marked}, radii)
     text = pd.DataFrame({"method": method_labels(numbers["method"])})
@@ -124,10 +125,11 @@ def per_sigma(certificates: Certificates, external: Certificates, radii: Sequenc
 
 
 def differences(certificates: Certificates, radii: Sequence[float], seed: int) -> Table:
-    """Each method less the reference, on the same images: the numbers of `differences_table`, with the training seed.
+    """Each method less the reference on the same images: the numbers of `differences_table` with the training seed.
 
-    The text has a row for each method but the reference: differences of accuracy in percentage points and of ACR, and
-    if the methods have different numbers of images in common with the reference, these.
+    The text has a row for each method except the reference, with the differences of accuracy in percentage points and
+    of ACR. If the methods have different numbers of images in common with the reference, a last column has these
+    numbers.
     """
     methods = list(dict.fromkeys(method for method, _ in certificates))
     numbers = differences_table(certificates, reference_method(methods), radii)
@@ -138,11 +140,11 @@ def differences(certificates: Certificates, radii: Sequence[float], seed: int) -
 
 
 def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
-    """`column` of each measure with the interval `low` to `high` as text, one row per method."""
+    """`column` of each measure as text, with its interval `low` to `high`, in one row per method."""
     rows: dict[str, dict] = {}
     for row in numbers.itertuples():
         name, unit, digits = MEASURES[row.measure]
-        interval = Interval(*(unit * bound for bound in (getattr(row, column), row.low, row.high)))
+        interval = Interval(getattr(row, column), row.low, row.high).times(unit)
         rows.setdefault(row.method, {})[f"{name} = {row.at:g}"] = interval_text(interval, digits)
     text = pd.DataFrame(rows.values())
     text.insert(0, "method", method_labels(rows))
@@ -150,7 +152,7 @@ def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def budgets(numbers: pd.DataFrame) -> Table:
-    """Length, compute and time of each model: `numbers` are those of `Inputs`."""
+    """Length, compute and time of the training of each model. `numbers` is the field `budgets` of `Inputs`."""
     passes = {"fine-tuning": "finetune", "preparation": "preparation", "total": "total"}
     seconds = {"fine-tuning": "finetune", "preparation": "preparation", "certification": "certify"}
     text = pd.DataFrame(
@@ -166,11 +168,11 @@ def budgets(numbers: pd.DataFrame) -> Table:
 
 
 def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFrame) -> Table:
-    """What it costs to certify an image with each n of `samples`, and what it has cost.
+    """The seconds to certify an image with each n of `samples`, and the seconds that it took in this run.
 
-    `record` is that of the latency stage: it has the seconds per sample in each round, and one image takes n0 + n
-    samples. The numbers are medians over the rounds with the range `low` to `high`. `ratio` is the time over that of
-    the reference method in the same round. `budgets`, as in `Inputs`, has the time of the certificates of this report.
+    `record` is the record of the latency stage: it has the seconds per sample in each round, and one image takes n0 + n
+    samples. The numbers are medians over the rounds with the range `low` to `high`. `ratio` is the time relative to the
+    reference method in the same round. `budgets` is the field of `Inputs` with the time of the certifications.
     """
     methods = record["methods"]
     reference = reference_method(methods)
@@ -179,7 +181,7 @@ def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFr
         per_sample = np.array(each["seconds_per_sample"])
         measured = {f"seconds_n_{n}": (n0 + n) * per_sample for n in samples}
         measured["ratio"] = per_sample / np.array(methods[reference]["seconds_per_sample"])
-        spread = {key: Interval(np.median(found), found.min(), found.max()) for key, found in measured.items()}
+        spread = {key: Interval(np.median(values), values.min(), values.max()) for key, values in measured.items()}
         of_method = budgets[budgets["method"] == name]
         certified = of_method["certify_seconds"].sum() / of_method["images"].sum()
         passes, parameters = (each[key] for key in ("passes", "parameters"))
@@ -199,7 +201,7 @@ def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFr
 
 
 def _three_digits(value: float) -> str:
-    """`value` with three significant digits, and large ones without an exponent."""
+    """`value` with three significant digits, or rounded to a whole number if it has more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -211,9 +213,9 @@ def _range_text(spread: Interval) -> str:
 def published(dataset: str, methods: Sequence[str]) -> pd.DataFrame | None:
     """The published results on `dataset` as text, or None when published.csv has none.
 
-    Certified accuracies are percentages, as published. The status is "here" if a row of `methods` has the same label:
-    then this report has its own result of that method. Otherwise it is "not run". Latencies, if there are any, are
-    relative to rRCM's in the same source.
+    Certified accuracies are percentages, as published. The status is "here" if one of `methods` has the same label, so
+    that this report has its own result for the method, and otherwise "not run". Latencies, if there are any, are
+    relative to the latency of rRCM in the same source.
     """
     rows = read_published()
     rows = rows[rows["dataset"] == dataset]
@@ -236,9 +238,9 @@ def published(dataset: str, methods: Sequence[str]) -> pd.DataFrame | None:
 def read_published() -> pd.DataFrame:
     """Every row of published.csv, as text.
 
-    `certified_accuracy` lists radius:percentage. A percentage in parentheses is the same model's at r = 0. `latency` is
-    the time to certify an image with n samples over rRCM's in the same source. Raises `RRCMError` for a cell that
-    cannot be.
+    `certified_accuracy` is a list of radius:percentage. A percentage in parentheses is the same model's certified
+    accuracy at r = 0. `latency` is the time to certify an image with n samples, relative to rRCM in the same source.
+    Raises `RRCMError` for an impossible cell.
     """
     path = files("rrcm.report") / "published.csv"
     with path.open(encoding="utf-8") as file:
@@ -255,20 +257,27 @@ def read_published() -> pd.DataFrame:
 
 
 def _falls(accuracies: str) -> bool:
-    """Whether percentages of a cell of published.csv are at most 100 and fall while the radii grow."""
-    pairs = [pair.partition("(")[0].split(":") for pair in accuracies.split()]
-    radii, shares = ([float(pair[place]) for pair in pairs] for place in (0, 1))
-    return radii == sorted(set(radii)) and [100, *shares] == sorted([100, *shares], reverse=True)
+    """Whether the radii of a cell of published.csv grow, and its percentages start at no more than 100 and fall."""
+    by_radius = percentages(accuracies)
+    radii, shares = list(by_radius), [100, *map(float, by_radius.values())]
+    unique = len(radii) == len(accuracies.split())
+    return unique and radii == sorted(radii) and shares == sorted(shares, reverse=True)
+
+
+def percentages(accuracies: str) -> dict[float, str]:
+    """The percentages of a cell of published.csv by radius, as published, without the ones in parentheses."""
+    pairs = (pair.partition("(")[0].split(":") for pair in accuracies.split())
+    return {float(radius): share for radius, share in pairs}
 
 
 def published_latencies() -> pd.DataFrame:
-    """The rows of published.csv that have a latency, as text. They are of one data set and one n."""
+    """The rows of published.csv that have a latency, as text. All have the same data set and the same n."""
     rows = read_published()
     return rows[rows["latency"] != ""]
 
 
 def accuracy_curves(certificates: Certificates) -> pd.DataFrame:
-    """Certified accuracy at 81 radii from 0 to 4 sigma, so that the same radii recur in every experiment."""
+    """Certified accuracy at 81 radii from 0 to 4 sigma, which are the same in every experiment."""
     grids = []
     for (method, sigma), frame in certificates.items():
         radii = sigma * np.arange(81) / 20  # 4 sigma is more than 100,000 samples can certify
@@ -280,7 +289,7 @@ def accuracy_curves(certificates: Certificates) -> pd.DataFrame:
 def metrics(certificates: Certificates, margin: Certificates, models: Mapping, radii: Sequence[float]) -> dict:
     """Values for `dvc metrics` and `dvc exp show` as {metric: {method: {sigma: value}}}.
 
-    DVC joins the keys with dots, so the keys themselves have none.
+    DVC joins the keys by dots, so no key contains one.
     """
     values: dict[str, dict] = {}
     for (method, sigma), frame in certificates.items():
@@ -315,7 +324,7 @@ def latex_text(frame: pd.DataFrame) -> str:
 
 
 def escape_markdown(value: object) -> str:
-    """Text that Markdown shows as it is, also in a cell of a table. Control characters are shown as escapes."""
+    """Text that Markdown shows literally, also in a cell of a table. Control characters become visible escapes."""
     return printable(" ".join(str(value).split())).translate(MARKDOWN_ESCAPES)
 
 
