@@ -9,13 +9,14 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from environment import run_command
 
+import secrets
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rrcm.publication.result import find_results
-from rrcm.publication.verify import check_repository, choose_seed, verify_result
+from rrcm.publication.verify import check_repository, verify_result
 from rrcm.utils.errors import RRCMError, printable
 
 
@@ -25,8 +26,8 @@ def verify(
     every: Annotated[bool, typer.Option("--all", help="Vote again on all certificates.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Chooses the certificates; default: random.")] = None,
 ) -> None:
-    """Compare hashes, redraw the report, recompute every radius from its votes, and repeat the votes of random rows."""
-    root, seed = Path(), choose_seed(seed)
+    """Compare hashes, redraw the report, recompute every radius from its votes, and vote again on random rows."""
+    root, seed = Path(), secrets.randbelow(2**31) if seed is None else seed
     results = find_results(root, names or [])
     if not results:
         raise RRCMError("results/: nothing is published here; publish a run with `make publish`")

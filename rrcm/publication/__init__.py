@@ -1,1 +1,1 @@
-"""Published results: frozen runs beside the working copy, their verification, and the README's tables from them."""
+"""Published results: freezing runs, fetching and verifying them, and the README's table, which is made from them."""

@@ -1,7 +1,8 @@
-"""The figures of this run beside the published ones of the same settings, which another machine may have computed.
+"""Compare the figures of a run with the published ones of the same settings, which may come from another machine.
 
-Other CPUs round differently and so train other networks. This says where figures differ, and whether by more than the
-choice of test images explains. It imports no torch, so that it takes no time at the end of a run.
+CPUs of other types round differently, so they train other networks. The comparison lists the figures that differ, and
+whether the choice of test images explains each difference. It imports no torch, so that it takes no time at the end of
+a run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,14 +27,14 @@ from rrcm.publication.objects import open_local_run
 from rrcm.publication.result import Result, find_results, model_runs
 from rrcm.utils.errors import RRCMError
 
-LEVEL = 0.05  # chance that any figure of an equally good run is called beyond chance
-# settings that decide no certificate
+LEVEL = 0.05  # probability that any difference of an equally good run is called significant
+# settings that have no effect on certificates
 NO_RESULT = dict.fromkeys(["device", "launcher", "derived", "attack", "latency", "report"], True)
 NO_RESULT |= {"data": {"root", "workers"}}
 
 
 class Difference(NamedTuple):
-    """A figure of two runs that differs between them."""
+    """A figure that may differ between this run and the published one."""
 
     figure: str
     here: float
@@ -42,22 +43,22 @@ class Difference(NamedTuple):
     digits: str
 
     @property
-    def beyond_chance(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the interval excludes zero."""
         return not self.interval.low <= 0 <= self.interval.high
 
     def __str__(self) -> str:
         values = [format(value, self.digits) for value in (self.here, self.published)]
         low, high = (format(bound, f"+{self.digits}") for bound in self.interval[1:])
-        verdict = "beyond chance" if self.beyond_chance else "may be chance"
+        verdict = "significant" if self.is_significant else "not significant"
         return f"  {self.figure}: {values[0]}, published {values[1]}, difference {low} to {high}: {verdict}"
 
 
 def compare_with_published(root: Path) -> str | None:
     """Where the figures of the run in `root` differ from the published ones of the same settings and seed.
 
-    None if nothing with these settings is published, or it is not on this machine. Raises `RRCMError` for files that
-    cannot be read.
+    None if no result with these settings is published, or if its files are not on this machine. Raises `RRCMError` for
+    files that cannot be read.
     """
     config = load_config(root / "params.yaml")
     result = find_same_settings(config, root)
@@ -68,24 +69,24 @@ def compare_with_published(root: Path) -> str | None:
             return None
         here, published = (read_all_certificates(config, folder) for folder in (root, run))
     if all(here[key].equals(published[key]) for key in here):
-        return f"Every certificate is that of {result.label}, published with the same settings."
-    found, count = find_differences(config, here, published)
-    beyond = sum(each.beyond_chance for each in found)
-    head = f"{len(found)} of {count} figures differ from {result.label}, published with the same settings; "
-    head += f"{beyond or 'none'} beyond chance"
-    if not found:
+        return f"Every certificate equals the one in {result.label}, published with the same settings."
+    differences, count = find_differences(config, here, published)
+    significant = sum(each.is_significant for each in differences)
+    head = f"{len(differences)} of {count} figures differ from {result.label}, published with the same settings; "
+    head += f"{significant or 'none'} significantly"
+    if not differences:
         return f"{head}."
     kind = f"paired intervals over the test images, {100 * (1 - LEVEL):.0f} % for all {count} together"
-    return "\n".join([f"{head} ({kind}):", *map(str, found)])
+    return "\n".join([f"{head} ({kind}):", *map(str, differences)])
 
 
 def find_same_settings(config: Config, root: Path) -> Result | None:
-    """The first published result whose settings are those of `config` in all that decides a certificate."""
+    """The first published result with the settings of `config`, except for those without an effect on certificates."""
     wanted = config.model_dump(exclude=NO_RESULT)
     for result in find_results(root):
         try:
             published = load_config(result.folder / "params.yaml")
-        except RRCMError:  # of an older version of the settings: `make verify` says more
+        except RRCMError:  # written by an older version of the settings; `make verify` gives the details
             continue
         if published.model_dump(exclude=NO_RESULT) == wanted:
             return result
@@ -101,9 +102,10 @@ def read_all_certificates(config: Config, root: Path) -> Certificates:
 
 
 def find_differences(config: Config, here: Certificates, published: Certificates) -> tuple[list[Difference], int]:
-    """(figures that differ, all figures): of each method, certified accuracy (%) at each radius, and ACR.
+    """The figures that differ, and the number of all figures.
 
-    Each with the best sigma of its own run. The intervals share `LEVEL` (Bonferroni).
+    Each method has its certified accuracy (%) at each radius and its ACR, with the best sigma in each of the two runs.
+    The intervals share `LEVEL` (Bonferroni).
     """
     for key, frame in here.items():
         if not frame["idx"].equals(published[key]["idx"]):
@@ -126,15 +128,13 @@ def _figures(
     published: Certificates,
     quantile: float,
 ) -> Iterator[Difference]:
-    label, runs = (
-        METHODS[method].label,
-        [{(method, sigma): each[method, sigma] for sigma in sigmas} for each in (here, published)],
-    )
+    label = METHODS[method].label
+    runs = [{(method, sigma): each[method, sigma] for sigma in sigmas} for each in (here, published)]
     best = [best_sigma_table(run, radii)["sigma"] for run in runs]
-    for place, radius in enumerate(radii):
-        frames = [run[method, sigma[place]] for run, sigma in zip(runs, best, strict=True)]
+    for i, radius in enumerate(radii):
+        frames = [run[method, sigma[i]] for run, sigma in zip(runs, best, strict=True)]
         values = [100 * float(certified_accuracy(frame, [radius])[0]) for frame in frames]
-        interval = Interval(*(100 * bound for bound in accuracy_difference(*frames, radius, quantile)))
+        interval = accuracy_difference(*frames, radius, quantile).times(100)
         yield Difference(f"{label}, accuracy (%) at r = {radius:g}", *values, interval, ".1f")
     frames = [max(run.values(), key=average_certified_radius) for run in runs]
     values = [average_certified_radius(frame) for frame in frames]

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,9 +12,9 @@ from pathlib import Path
 
 from rrcm.certification.flips import measure_flips
 from rrcm.certification.record import read_record, record_bytes, record_path
-from rrcm.certification.results import sigma_name
 from rrcm.config import Config, load_config
 from rrcm.data.shards import ShardedDataset
+from rrcm.publication.objects import dvc_error, run_dvc
 from rrcm.publication.result import (
     NAME,
     Result,
@@ -27,14 +26,14 @@ from rrcm.publication.result import (
     summarize_stages,
 )
 from rrcm.report.build import write_report
-from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, read_inputs
-from rrcm.utils.errors import RRCMError, one_line, printable
+from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, model_folder, read_inputs
+from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import atomic_directory, read_json, write_json
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import Git, available_cores, head, uncommitted
 
-CODE = ("rrcm", "stages", "conf", "dvc.yaml")  # what decides a run beside its settings, which are published with it
-MAX_TEST_BYTES = 10 * 2**20  # a larger test split is not published; whoever verifies makes it with shard-data
+CODE = ("rrcm", "stages", "conf", "dvc.yaml")  # all that a run depends on, except the settings that it publishes
+MAX_TEST_BYTES = 10 * 2**20  # a larger test split is not published; to verify the result, make it with shard-data
 
 
 def publish(
@@ -42,9 +41,9 @@ def publish(
 ) -> Result:
     """Freeze the run of the repository `root` as results/NAME/seed_S, and add it to DVC and its remote.
 
-    `name` is by default that of the report. The networks of `methods` are included, by default of all. Without `dirty`
-    the code must be that of a commit, now and in every stage of the run. Raises `RRCMError` for an unfinished run, and
-    for a published one unless `replace` is given.
+    The default of `name` is the name of the report. The networks of `methods` are included, by default of all methods.
+    Unless `dirty` is given, the code must be the code of a commit, now and in every stage of the run. Raises
+    `RRCMError` for an unfinished run, and for a published one unless `replace` is given.
     """
     config = load_config(root / "params.yaml")
     result = Result(root, name or config.report.name, config.seed)
@@ -80,7 +79,7 @@ def publish(
 def describe_run(
     config: Config, root: Path, result: Result, methods: Sequence[str], dirty: bool | None
 ) -> ResultRecord:
-    """The record of a result before its files are there. `dirty` is that of the code, None without git."""
+    """The record of a result before its files exist. `dirty`: the code is in no commit; None without git."""
     timings = [path for path in read_inputs(config, root).files if path.startswith("timings/")]
     return ResultRecord(
         format="rrcm-result-1",
@@ -94,9 +93,10 @@ def describe_run(
 
 
 def freeze(config: Config, root: Path, folder: Path, draft: ResultRecord) -> None:
-    """Write all files of a published result to the empty `folder`, but those of DVC.
+    """Write all files of a published result, except the files that DVC writes, to the empty `folder`.
 
-    The report is drawn anew from the frozen files, so these suffice for it. `draft` is the record without their hashes.
+    The report is drawn again from the frozen files, which shows that they suffice. `draft` is the record without the
+    hashes.
     """
     for path in sorted(run_files(config, root, draft.models)):
         (folder / "run" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -109,15 +109,15 @@ def freeze(config: Config, root: Path, folder: Path, draft: ResultRecord) -> Non
 
 
 def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
-    """Every file that is published of a run, relative to `root`.
+    """Every file of a run that is published, relative to `root`.
 
-    That is what the report reads, the record beside each certificate file, the networks of `methods` with all their
-    parts, the encoders if every method is included, and the test images if they are small.
+    These are the inputs of the report, the record beside each certificate file, the networks of `methods` with all
+    their parts, the encoders if every method is included, and the test images if they are small.
     """
     files = set(read_inputs(config, root).files)
     files |= {record_file(*run) for run in model_runs(config, config.methods)}
     for method, sigma in model_runs(config, methods):
-        files |= _model_files(root, f"models/{method}/{sigma_name(sigma)}")
+        files |= _model_files(root, model_folder(method, sigma))
     if list(methods) == config.methods:
         for objective in config.pretrain.objectives:
             files |= _model_files(root, f"models/pretrain/{objective}")
@@ -136,7 +136,7 @@ def record_file(method: str, sigma: float) -> str:
 
 
 def _model_files(root: Path, folder: str) -> set[str]:
-    """Every file of a model folder, and of the models that are its parts."""
+    """Every file of a model folder, and of the models that it consists of."""
     files = {f"{folder}/{name}" for name in files_below(root / folder)}
     for path in _part_paths(read_json(root / folder / "config.json")):
         part = os.path.normpath(f"{folder}/{path}")
@@ -147,9 +147,9 @@ def _model_files(root: Path, folder: str) -> set[str]:
 
 
 def _part_paths(config: Mapping) -> Iterator[str]:
-    """The folders of a model's parts, relative to its own: those of an ensemble, or of one that denoises.
+    """The folders of a model's parts relative to the model: members of an ensemble, or a denoiser and a classifier.
 
-    A part from elsewhere has a name and no path.
+    An external part has a name and no path.
     """
     for part in [*config.get("members", []), *config.get("parts", {}).values()]:
         if "path" in part:
@@ -157,12 +157,12 @@ def _part_paths(config: Mapping) -> Iterator[str]:
 
 
 def add_flips(config: Config, run: Path, shards: Path, methods: Sequence[str]) -> None:
-    """Put into each model's record how often its answers flip where a machine rounds differently.
+    """Add to each model's record how often its predictions flip on a machine that rounds differently.
 
-    An audit on another machine takes this rate as its tolerance.
+    An audit on another machine uses this rate as its tolerance.
     """
     runs = model_runs(config, methods)
-    models = [run / f"models/{method}/{sigma_name(sigma)}" for method, sigma in runs]
+    models = [run / model_folder(*each) for each in runs]
     certificates = [run / certificates_file(*each) for each in runs]
     workers = ProcessPoolExecutor(available_cores(), mp_context=multiprocessing.get_context("spawn"))
     with workers, Progress(len(runs), "measure how often answers flip", "models") as progress:
@@ -174,33 +174,25 @@ def add_flips(config: Config, run: Path, shards: Path, methods: Sequence[str]) -
 
 
 def find_unfinished(root: Path) -> list[str]:
-    """The stages of dvc.yaml that are not up to date, each with what has changed."""
-    answer = _dvc(root, "status", "--json", "dvc.yaml")
+    """The stages of dvc.yaml that are not up to date, each with its changes."""
+    answer = run_dvc(root, "status", "--json", "dvc.yaml")
     if answer.returncode != 0:
-        raise RRCMError(f"DVC cannot say whether the run is finished ({_said(answer)}); see `dvc status`")
-    return [f"{stage} ({_changes(found)})" for stage, found in json.loads(answer.stdout).items()]
+        raise RRCMError(f"DVC cannot say whether the run is finished ({dvc_error(answer)}); see `dvc status`")
+    return [f"{stage} ({_changes_text(changes)})" for stage, changes in json.loads(answer.stdout).items()]
 
 
-def _changes(found: Sequence[str | Mapping[str, Mapping[str, str]]]) -> str:
-    """What DVC says of a stage, such as "changed deps: data/shards", in one line."""
+def _changes_text(changes: Sequence[str | Mapping[str, Mapping[str, str]]]) -> str:
+    """The changes of a stage, as DVC reports them, in one line such as "changed deps: data/shards"."""
     return ", ".join(
         each if isinstance(each, str) else "; ".join(f"{kind}: {', '.join(paths)}" for kind, paths in each.items())
-        for each in found
+        for each in changes
     )
 
 
 def keep(result: Result) -> None:
     """Let DVC track the run of a result, and push it to the default remote."""
     for command in (["add", "--quiet", f"{result.label}/run"], ["push", "--quiet", f"{result.label}/run.dvc"]):
-        answer = _dvc(result.root, *command)
+        answer = run_dvc(result.root, *command)
         if answer.returncode != 0:
-            again = f"`dvc {' '.join(command)}`"
-            raise RRCMError(f"{result.label}: is written, but DVC cannot keep it ({_said(answer)}); then run {again}")
-
-
-def _dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, capture_output=True, text=True)
-
-
-def _said(answer: subprocess.CompletedProcess) -> str:
-    return one_line(RuntimeError(answer.stderr.strip().rpartition("ERROR: ")[2] or answer.stdout))
+            problem, again = dvc_error(answer), f"`dvc {' '.join(command)}`"
+            raise RRCMError(f"{result.label}: is written, but DVC cannot keep it ({problem}); then run {again}")

@@ -1,7 +1,7 @@
-"""The run of a published result: where it lies, or fetched from the objects that DVC keeps.
+"""Open the run of a published result, in its folder or from the objects that DVC keeps.
 
 DVC stores each file under the MD5 of its content, and a folder as a list of its files, in its cache and in a remote.
-Reading these objects needs neither DVC nor git, and writes nothing into the repository.
+Reading these objects requires neither DVC nor git, and writes nothing into the repository.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ STORES = (".dvc/cache/files/md5", "artifacts/files/md5")  # DVC's cache, and the
 
 @contextmanager
 def open_run(result: Result) -> Iterator[Path]:
-    """The folder run/ of a result: as it lies there, or else a temporary one with the objects at hand.
+    """The folder run/ of a result, or else a temporary folder that is assembled from local objects.
 
-    If these are not all here, `dvc pull` fetches the run from the remote, into its place. Raises `RRCMError` if that
-    fails, or an object is damaged.
+    If some objects are missing, `dvc pull` fetches run/ from the remote. Raises `RRCMError` if that fails, or if an
+    object is damaged.
     """
     with open_local_run(result) as run:
         if run is None:
@@ -37,7 +37,7 @@ def open_run(result: Result) -> Iterator[Path]:
 
 @contextmanager
 def open_local_run(result: Result, within: str = "") -> Iterator[Path | None]:
-    """As `open_run`, with None in place of a pull. Of the objects, only files whose path starts with `within`."""
+    """Like `open_run`, but None instead of a pull. Only files whose path starts with `within` are assembled."""
     run = result.folder / "run"
     with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
         if not run.is_dir():
@@ -47,26 +47,26 @@ def open_local_run(result: Result, within: str = "") -> Iterator[Path | None]:
 
 
 def assemble(result: Result, output: Path, within: str = "") -> bool:
-    """Write the run's files to the folder `output` from the objects in STORES. False if one of these is not here.
+    """Write the run's files to the folder `output` from the objects in STORES. False if an object is missing.
 
-    Raises `RRCMError` for a damaged object: its content has another hash than its name.
+    Raises `RRCMError` for a damaged object, whose content has another hash than its name.
     """
     listing = _find_object(result.root, tracked_md5(result))
     if listing is None:
         return False
     for entry in _read_listing(listing):
         if entry["relpath"].startswith(within):
-            found = _find_object(result.root, entry["md5"])
-            if found is None:
+            source = _find_object(result.root, entry["md5"])
+            if source is None:
                 return False
             path = output / entry["relpath"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_checked(found, entry["md5"]))
+            path.write_bytes(_checked(source, entry["md5"]))
     return True
 
 
 def tracked_md5(result: Result) -> str:
-    """The hash of the run in run.dvc, for DVC. Raises `RRCMError` if it has none."""
+    """The hash of the run in run.dvc. Raises `RRCMError` if the file is missing or names no run."""
     path = result.folder / "run.dvc"
     try:
         (out,) = yaml.safe_load(path.read_text(encoding="utf-8"))["outs"]
@@ -81,7 +81,7 @@ def tracked_md5(result: Result) -> str:
 
 
 def folder_md5(folder: Path) -> str:
-    """The hash that DVC gives a folder: the MD5 of the list of its files, which has their MD5."""
+    """DVC's hash of a folder: the MD5 of the list of its files, in which each file has its own MD5."""
     entries = [
         {"md5": hashlib.md5((folder / name).read_bytes()).hexdigest(), "relpath": name} for name in files_below(folder)
     ]
@@ -89,21 +89,28 @@ def folder_md5(folder: Path) -> str:
 
 
 def pull(result: Result) -> None:
-    """Fetch the run from DVC's remote into its place. Raises `RRCMError` in one line if that fails."""
-    target = f"{result.label}/run.dvc"
-    command = [sys.executable, "-m", "dvc", "pull", target]
-    answer = subprocess.run(command, cwd=result.root, capture_output=True, text=True)
+    """Fetch run/ from DVC's remote. Raises `RRCMError` if that fails."""
+    answer = run_dvc(result.root, "pull", f"{result.label}/run.dvc")
     if answer.returncode != 0 or not (result.folder / "run").is_dir():
-        said = one_line(RuntimeError(answer.stderr.strip().rpartition("ERROR: ")[2] or answer.stdout))
         raise RRCMError(
-            f"{result.label}/run: is not here, and DVC could not fetch it ({said}); "
+            f"{result.label}/run: is not here, and DVC could not fetch it ({dvc_error(answer)}); "
             f"restore artifacts/ with git, or check the remote that .dvc/config names"
         )
 
 
+def run_dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a command of DVC in the repository `root` and capture its output."""
+    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, capture_output=True, text=True)
+
+
+def dvc_error(answer: subprocess.CompletedProcess) -> str:
+    """The error message of a command of DVC, in one line."""
+    return one_line(RuntimeError(answer.stderr.strip().rpartition("ERROR: ")[2] or answer.stdout))
+
+
 def _find_object(root: Path, md5: str) -> Path | None:
-    places = (root / store / md5[:2] / md5[2:] for store in STORES)
-    return next((place for place in places if place.is_file()), None)
+    paths = (root / store / md5[:2] / md5[2:] for store in STORES)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _checked(path: Path, md5: str) -> bytes:

@@ -1,9 +1,8 @@
-"""The table of results in README.md, made from published results alone.
+"""The table of results in README.md, which is made from published results alone.
 
-results/readme.csv names its rows. A row with a `result` shows a method of the published result of this name: the mean
-over its seeds, with half the width of the t interval over them. `label` may hold {ratio}, which is its latency over
-rRCM's, {images} and {seeds}. A row without a `result` quotes the row of rrcm/report/published.csv with its `method`,
-`model` and `sigma`.
+results/readme.csv lists its rows. A row with a `result` shows a method of the published result with this name, as the
+mean over the seeds with half the width of the t interval over them. Its `label` may contain {ratio} (the latency
+relative to rRCM), {images} and {seeds}. A row without a `result` quotes the row of rrcm/report/published.csv with the same `method`, `model` and `sigma`.
 """
 
 import csv
@@ -16,7 +15,7 @@ import pandas as pd
 
 from rrcm.evaluation.metrics import mean_over_seeds
 from rrcm.publication.result import RESULTS, Result, find_results
-from rrcm.report.tables import read_published
+from rrcm.report.tables import percentages, read_published
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_text, write_text
 
@@ -37,18 +36,18 @@ def write_readme(root: Path) -> None:
 
 
 def check_readme(root: Path) -> list[str]:
-    """A line for each cell of the table in README.md that is not the published one."""
+    """A line for each cell of the table in README.md that differs from the published value."""
     try:
         block, expected = _find_block(read_text(root / README)), [HEADINGS, *result_rows(root)]
     except RRCMError as error:
         return [str(error)]
     except (OSError, ValueError) as error:
         return [f"{README}: cannot be read ({one_line(error)})"]
-    found = [_cells(line) for line in block.splitlines() if not line.startswith("|---")]
-    if len(found) != len(expected):
-        return [f"{README}: its table of results has {len(found) - 1} rows, {ROWS} has {len(expected) - 1}"]
+    rows = [_cells(line) for line in block.splitlines() if not line.startswith("|---")]
+    if len(rows) != len(expected):
+        return [f"{README}: its table of results has {len(rows) - 1} rows, {ROWS} has {len(expected) - 1}"]
     problems = []
-    for row, correct in zip(found, expected, strict=True):
+    for row, correct in zip(rows, expected, strict=True):
         if len(row) != len(correct):
             problems.append(f"{README}, row {row[0]!r}: has {len(row)} cells, must have {len(correct)}")
             continue
@@ -61,7 +60,7 @@ def check_readme(root: Path) -> list[str]:
 
 
 def missing_results(root: Path) -> list[str]:
-    """The results that results/readme.csv names and that are not published."""
+    """The results that results/readme.csv names but that are not published."""
     published = {result.name for result in find_results(root)}
     return sorted({row["result"] for row in read_rows(root)} - published - {""})
 
@@ -74,7 +73,7 @@ def table_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def result_rows(root: Path) -> list[list[str]]:
-    """The cells of each row of the table. Raises `RRCMError` for a row that no published result has."""
+    """The cells of each row of the table. Raises `RRCMError` for a row without a published result."""
     rows = read_rows(root)
     results = find_results(root, sorted({row["result"] for row in rows} - {""}))
     return [
@@ -84,7 +83,7 @@ def result_rows(root: Path) -> list[list[str]]:
 
 
 def read_rows(root: Path) -> list[dict[str, str]]:
-    """The rows of results/readme.csv. Raises `RRCMError` for another file."""
+    """The rows of results/readme.csv. Raises `RRCMError` for a file in another format."""
     path = root / ROWS
     try:
         rows = list(csv.DictReader(read_text(path).splitlines()))
@@ -97,7 +96,7 @@ def read_rows(root: Path) -> list[dict[str, str]]:
 
 
 def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
-    """What a published result has of a method, as the mean over its seeds."""
+    """The row of a method of a published result, as the mean over the seeds."""
     best = pd.concat([_of_method(seed, "best_sigma.csv", row) for seed in seeds])
     shares = dict(list(best.groupby("radius")["certified_accuracy"]))
     cells = [_share_text(shares[radius]) if radius in shares else "" for radius in RADII]
@@ -124,16 +123,16 @@ def _of_method(result: Result, name: str, row: Mapping[str, str]) -> pd.DataFram
     path = result.folder / "report" / name
     try:
         table = pd.read_csv(path)
-        found = table[table["method"] == row["method"]]
+        rows = table[table["method"] == row["method"]]
     except (OSError, KeyError, ValueError) as error:
         raise RRCMError(f"{path}: cannot be read ({one_line(error)}); restore it with git") from None
-    if found.empty:
+    if rows.empty:
         raise RRCMError(f"{ROWS}: {row['label']!r}: {path} has no method {row['method']}; correct the row")
-    return found
+    return rows
 
 
 def _quoted_row(row: Mapping[str, str]) -> list[str]:
-    """A row of rrcm/report/published.csv."""
+    """The row that quotes rrcm/report/published.csv."""
     quoted = read_published()
     for name in ("method", "model", "sigma"):
         quoted = quoted[quoted[name] == row[name]]
@@ -142,10 +141,8 @@ def _quoted_row(row: Mapping[str, str]) -> list[str]:
         raise RRCMError(
             f"{ROWS}: {row['label']!r}: {len(quoted)} rows of published.csv fit, must be one; correct the row"
         )
-    (found,) = quoted.to_dict("records")
-    pairs = (pair.partition("(")[0].split(":") for pair in found["certified_accuracy"].split())
-    shares = {float(radius): share for radius, share in pairs}
-    return [row["label"], *(shares.get(radius, "") for radius in RADII), found["source"], "not run"]
+    shares = percentages(quoted["certified_accuracy"].iloc[0])
+    return [row["label"], *(shares.get(radius, "") for radius in RADII), quoted["source"].iloc[0], "not run"]
 
 
 def _find_block(text: str) -> str:

@@ -1,12 +1,12 @@
-"""Published results: where they lie, what belongs to them, and result.json, which says what they are.
+"""The folder of a published result, the files in it, and its record result.json.
 
 A published result is the run of one seed, in results/NAME/seed_S:
 
-    result.json   what this module describes; it has the hash of every other file
+    result.json   the record that this module describes, with the hash of every other file
     params.yaml   the settings
-    report/       the report, which git keeps, as it does the two files above
-    run/          what the report is made from, models and test images, laid out as in a working copy. DVC keeps it
-    run.dvc       its hash for DVC
+    report/       the report; git tracks it and the two files above
+    run/          the inputs of the report, models and test images, with the paths of a working copy; DVC tracks it
+    run.dvc       the hash of run/ for DVC
 """
 
 import re
@@ -23,7 +23,7 @@ from rrcm.utils.files import read_json, sha256_file
 from rrcm.utils.provenance import Environment, Git
 
 RESULTS = "results"
-UNHASHED = {"result.json", "run.dvc", ".gitignore"}  # the record itself, and what DVC writes
+UNHASHED = {"result.json", "run.dvc", ".gitignore"}  # the record itself, and the files that DVC writes
 NAME = re.compile(r"^[a-z0-9_]+$")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -33,11 +33,11 @@ class _Strict(BaseModel):
 
 
 class StageRecord(_Strict):
-    """What the stages of one kind took, all together."""
+    """All stages of one kind together."""
 
-    seconds: Annotated[float, Field(ge=0)]
-    precisions: list[str]  # that the networks computed in, where the stage notes it
-    environments: list[Environment]  # the distinct ones: commit, machine and packages
+    seconds: Annotated[float, Field(ge=0)]  # the sum over the stages
+    precisions: list[str]  # of the networks, if the stages record it
+    environments: list[Environment]  # without duplicates: commit, machine and packages
 
     @property
     def commits(self) -> list[str]:
@@ -56,20 +56,20 @@ class ResultRecord(_Strict):
     format: Literal["rrcm-result-1"]
     name: Annotated[str, Field(pattern=NAME.pattern)]
     seed: int
-    models: list[str]  # the methods whose networks are included; of the others only config.json and history.csv are
-    code: Git | None  # that published it; None outside a git checkout
+    models: list[str]  # the methods whose networks are included; other methods have only config.json and history.csv
+    code: Git | None  # the code that published the result; None outside a git checkout
     stages: dict[str, StageRecord]  # by kind, as in timings/
     files: dict[str, Sha256]  # by the path below the folder of the result
 
     @property
     def is_clean(self) -> bool:
-        """Whether it was computed and published with the code of a commit."""
+        """Whether the result was computed and published with the code of a commit."""
         clean = self.code is not None and not self.code.dirty
         return clean and all(stage.is_clean for stage in self.stages.values())
 
     @property
     def commits(self) -> list[str]:
-        """Every commit that its stages ran from, abbreviated."""
+        """Every commit that the stages ran from, abbreviated."""
         return sorted({commit for stage in self.stages.values() for commit in stage.commits})
 
 
@@ -82,16 +82,16 @@ class Result(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its folder, relative to the repository's root."""
+        """The folder of the result, relative to the root of the repository."""
         return f"{RESULTS}/{self.name}/seed_{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The folder of the result."""
         return self.root / self.label
 
     def read(self) -> ResultRecord:
-        """Its record. Raises `RRCMError` for one that cannot be a record, or is of another result."""
+        """The record of the result. Raises `RRCMError` if it is invalid, or belongs to another result."""
         path = self.folder / "result.json"
         try:
             record = ResultRecord.model_validate(read_json(path))
@@ -120,17 +120,15 @@ def find_results(root: Path, names: Sequence[str] = ()) -> list[Result]:
 
 
 def hash_files(folder: Path, run: Path | None = None) -> dict[str, str]:
-    """SHA-256 of every file of a result but UNHASHED, by its path below `folder`. `run` may lie elsewhere."""
-    hashes = {}
-    for place, prefix in ((folder, ""), (run or folder / "run", "run/")):
-        for name in files_below(place):
-            if prefix or (name not in UNHASHED and not name.startswith("run/")):
-                hashes[prefix + name] = sha256_file(place / name)
-    return dict(sorted(hashes.items()))
+    """SHA-256 of every file of a result except UNHASHED, by its path below `folder`. `run` replaces folder/run."""
+    run = run or folder / "run"
+    paths = {name: folder / name for name in files_below(folder) if name not in UNHASHED and name[:4] != "run/"}
+    paths |= {f"run/{name}": run / name for name in files_below(run)}
+    return {name: sha256_file(path) for name, path in sorted(paths.items())}
 
 
 def files_below(folder: Path) -> list[str]:
-    """The relative paths of all files in a folder and below, but those that a killed process was writing."""
+    """The relative paths of all files in a folder and below, without the temporary files of killed processes."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return sorted(
         path.relative_to(folder).as_posix()
@@ -140,7 +138,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def summarize_stages(timings: Mapping[str, Mapping]) -> dict[str, StageRecord]:
-    """What the stages of each kind took, from their records by path, such as timings/finetune/rrcm/sigma_0.5.json."""
+    """The stages by kind. `timings` are their records by path, such as timings/finetune/rrcm/sigma_0.5.json."""
     kinds: dict[str, list[Mapping]] = {}
     for path, timing in sorted(timings.items()):
         kinds.setdefault(Path(path).parts[1].removesuffix(".json"), []).append(timing)
@@ -148,20 +146,20 @@ def summarize_stages(timings: Mapping[str, Mapping]) -> dict[str, StageRecord]:
         kind: StageRecord(
             seconds=sum(timing.get("seconds", 0.0) for timing in of_kind),
             precisions=sorted({timing["dtype"] for timing in of_kind if "dtype" in timing}),
-            environments=_distinct(Environment.model_validate(timing["environment"]) for timing in of_kind),
+            environments=_distinct([Environment.model_validate(timing["environment"]) for timing in of_kind]),
         )
         for kind, of_kind in kinds.items()
     }
 
 
 def model_runs(config: Config, methods: Iterable[str]) -> list[tuple[str, float]]:
-    """(method, sigma) of the certified models of `methods`, in the order of the settings."""
+    """(method, sigma) of each certified model of `methods`, in the order of the settings."""
     chosen = set(methods)
     return [(method, sigma) for method in config.methods if method in chosen for sigma in config.sigmas]
 
 
 def check_methods(config: Config, methods: Sequence[str] | None) -> list[str]:
-    """The methods of a run that `methods` names, or all. Raises `RRCMError` for another one."""
+    """The methods of a run that `methods` names, or all. Raises `RRCMError` for a method that the run does not have."""
     for name in methods or ():
         if name not in config.methods:
             known = f"the run has {', '.join(config.methods)}"
@@ -170,13 +168,9 @@ def check_methods(config: Config, methods: Sequence[str] | None) -> list[str]:
 
 
 def short(revision: str | None) -> str:
-    """A commit as people write it."""
+    """A commit, abbreviated."""
     return "no commit" if revision is None else revision[:7]
 
 
-def _distinct(environments: Iterable[Environment]) -> list[Environment]:
-    found: list[Environment] = []
-    for environment in environments:
-        if environment not in found:
-            found.append(environment)
-    return found
+def _distinct(environments: Sequence[Environment]) -> list[Environment]:
+    return [environment for i, environment in enumerate(environments) if environment not in environments[:i]]

@@ -1,10 +1,10 @@
-"""Verify published results: every file by its hash, every figure by the votes, random votes by the networks.
+"""Verify published results: files by their hashes, figures by the votes, and random votes by the networks.
 
-Nothing is written outside temporary folders. Only a run that is neither here nor among DVC's objects is pulled.
+Nothing is written outside temporary folders, unless a run is neither in its folder nor among DVC's local objects: then
+it is pulled.
 """
 
 import random
-import secrets
 import sys
 import tempfile
 import time
@@ -18,7 +18,7 @@ import numpy as np
 from rrcm.certification.agreement import found_share
 from rrcm.certification.audit import RAISE, Audit, audit_file, check_file
 from rrcm.certification.record import CertificateRecord
-from rrcm.certification.results import read_certificates, sigma_name
+from rrcm.certification.results import read_certificates
 from rrcm.config import Config, load_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
@@ -36,38 +36,37 @@ from rrcm.publication.result import (
     summarize_stages,
 )
 from rrcm.report.build import write_report
-from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file
+from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, model_folder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, sha256_folder
 from rrcm.utils.provenance import head, uncommitted
 
-FALSE_ALARM = 1e-3  # chance that the votes of an honest result on another machine are called forged
-WATCHED = (*CODE, RESULTS, README)  # what must be as in the commit
-RULE = ("n0", "n", "alpha", "bound", "stopping", "radius_step")  # settings of certify in each record
+FALSE_ALARM = 1e-3  # probability that the votes of an honest result on another machine are called forged
+WATCHED = (*CODE, RESULTS, README)  # files and folders that must be as in the commit
 
 
 @dataclass
 class Verdict:
-    """What verifying a result has shown. As text it is one line."""
+    """The outcome of verifying a result. Its text is one line."""
 
     result: Result
     problems: list[str] = field(default_factory=list)
-    tree: str = ""  # what code verifies
-    computed: str = "unknown code"
+    tree: str = ""  # the code that verifies
+    computed: str = "unknown code"  # the code that computed the result
     rows: int = 0  # certificates
-    files: int = 0  # that hold them
+    files: int = 0  # of certificates
     votable: int = 0  # certificates whose network is included
     audits: list[Audit] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def audited(self) -> int:
-        """How many rows have been voted on again."""
+        """The number of rows that have been voted on again."""
         return sum(audit.audited for audit in self.audits)
 
     @property
     def share(self) -> float | None:
-        """The smallest share of forged rows, among the votable, that is found with 99 %; None if there is none."""
+        """The smallest share of forged rows among the votable that the audits find with probability 99 %, or None."""
         power = sum(audit.power * audit.audited for audit in self.audits) / max(self.audited, 1)
         return found_share(self.votable, self.audited, power)
 
@@ -88,7 +87,7 @@ class Verdict:
 
     @property
     def _agreement(self) -> str:
-        """How the votes agree, and what share of forged rows would have been found."""
+        """How well the votes agree, and what share of forged rows would have been found."""
         if self.problems or not self.audited:
             return ""
         exact = all(audit.exact for audit in self.audits)
@@ -101,9 +100,9 @@ class Verdict:
 
 
 def verify_result(result: Result, rows: int | None, seed: int, shared: Sequence[str] = ()) -> Verdict:
-    """Verify a result: nothing is wrong if the verdict has no problems. `shared` are those of the whole repository.
+    """Verify a result. It is verified if the verdict has no problems. `shared` are problems of the whole repository.
 
-    `rows` certificates, which `seed` chooses, are voted on again; None: all.
+    `seed` chooses `rows` certificates to vote on again. None means all certificates.
     """
     start, verdict = time.monotonic(), Verdict(result, [*shared], tree=describe_tree(result.root))
     try:
@@ -127,7 +126,7 @@ def verify_result(result: Result, rows: int | None, seed: int, shared: Sequence[
 def _verify_run(
     verdict: Verdict, record: ResultRecord, config: Config, run: Path, rows: int | None, seed: int
 ) -> list[str]:
-    """What is wrong with the report, the certificates and the votes of a run. Counts into `verdict`."""
+    """What is wrong with the report, the certificates and the votes of a run. Sets the counts of `verdict`."""
     result, problems = verdict.result, []
     if config.seed != result.seed:
         problems.append(f"{result.label}/params.yaml: has seed {config.seed}; restore it with git")
@@ -152,15 +151,15 @@ def _verify_run(
 
 
 def check_files(result: Result, record: ResultRecord, run: Path) -> list[str]:
-    """A line for each file that is missing, changed, or not of the result; and whether DVC would fetch this run."""
-    found, problems = hash_files(result.folder, run), []
+    """A line for each file that is missing, changed, or not part of the result, and for a wrong hash in run.dvc."""
+    hashes, problems = hash_files(result.folder, run), []
     advice = f"restore it with git, or delete {result.label}/run, which is then fetched again"
-    for name in sorted(found.keys() | record.files):
-        if name not in found:
+    for name in sorted(hashes.keys() | record.files):
+        if name not in hashes:
             problems.append(f"{result.label}/{name}: is missing; {advice}")
         elif name not in record.files:
             problems.append(f"{result.label}/{name}: is no file of the result; delete it")
-        elif found[name] != record.files[name]:
+        elif hashes[name] != record.files[name]:
             problems.append(f"{result.label}/{name}: was changed: its hash is not that in result.json; {advice}")
     if not problems and folder_md5(run) != tracked_md5(result):
         problems.append(f"{result.label}/run.dvc: is of other files than run/ has; restore it with git")
@@ -168,7 +167,7 @@ def check_files(result: Result, record: ResultRecord, run: Path) -> list[str]:
 
 
 def check_provenance(result: Result, record: ResultRecord, run: Path) -> list[str]:
-    """What result.json says of the stages must follow from their own records."""
+    """A line for each kind of stages whose entry in result.json differs from the records of the stages."""
     stages = summarize_stages({name: read_json(run / name) for name in files_below(run) if name.startswith("timings/")})
     return [
         f"{result.label}/result.json: stages.{kind} does not follow from run/timings; restore it with git"
@@ -179,9 +178,9 @@ def check_provenance(result: Result, record: ResultRecord, run: Path) -> list[st
 
 @contextmanager
 def with_test_images(root: Path, run: Path) -> Iterator[Path]:
-    """`run` itself, or where its test images were too large to be published, its files with those of the working copy.
+    """`run` itself, or a folder with its files and the test images of the working copy if `run` has no test images.
 
-    Raises `RRCMError` if the working copy has none, or others.
+    Test images that are too large are not published. Raises `RRCMError` if the working copy has none, or other ones.
     """
     if (run / SHARDS / "test.index.npy").exists():
         yield run
@@ -199,7 +198,7 @@ def with_test_images(root: Path, run: Path) -> Iterator[Path]:
 
 
 def check_report(config: Config, run: Path, result: Result) -> list[str]:
-    """Draw the report from the run into a scratch folder: how the published one differs."""
+    """How the published report differs from one that is drawn again from the run."""
     with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
         drawn = Path(scratch) / "report"
         write_report(config, run, drawn)
@@ -207,7 +206,7 @@ def check_report(config: Config, run: Path, result: Result) -> list[str]:
 
 
 def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
-    """A line for each file that is in only one of two folders or differs by a byte. `label` names the published one."""
+    """A line for each file that is in only one of two folders, or differs by a byte. `label` names `published`."""
     problems = []
     first, second = set(files_below(published)), set(files_below(drawn))
     for name in sorted(first | second):
@@ -219,25 +218,25 @@ def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
 
 
 def check_certificates(config: Config, run: Path, method: str, sigma: float, included: bool) -> list[str]:
-    """What is wrong with the certificates of a model: their radii, and their record beside data and settings.
+    """What is wrong with the certificates of a model.
 
-    And beside the model, if its network is `included`.
+    Their radii must follow from the votes, and their record from data and settings, and from the model if its network
+    is `included`.
     """
-    path, model = run / certificates_file(method, sigma), run / f"models/{method}/{sigma_name(sigma)}"
-    record, _, problems = check_file(path)
+    record, _, problems = check_file(run / certificates_file(method, sigma))
     expected = _expected_entries(config, run, sigma, config.denoised.max_images.get(method))
     if included:
-        expected["model.sha256"] = sha256_folder(model)
-    found = _flat(record)
+        expected["model.sha256"] = sha256_folder(run / model_folder(method, sigma))
+    entries = _flat(record)
     return problems + [
-        f"{record_file(method, sigma)}: {key} is {found[key]!r}, by settings, model and data it is {value!r}"
+        f"{record_file(method, sigma)}: {key} is {entries[key]!r}, by settings, model and data it is {value!r}"
         for key, value in expected.items()
-        if found[key] != value
+        if entries[key] != value
     ]
 
 
 def _expected_entries(config: Config, run: Path, sigma: float, max_images: int | None) -> dict[str, object]:
-    """What a record must say, by the settings and the data."""
+    """The entries that a record must have according to the settings and the data."""
     settings = config.certify
     return {
         "sigma": sigma,
@@ -247,20 +246,22 @@ def _expected_entries(config: Config, run: Path, sigma: float, max_images: int |
         "data.split": "test",
         "data.every": settings.every,
         "data.max_images": [settings.max_images, max_images],
-    } | {name: getattr(settings, name) for name in RULE}
+        "consensus": settings.consensus,
+    } | settings.rule
 
 
 def _flat(record: CertificateRecord) -> dict[str, object]:
-    """The entries of a record, with those of its sections under names such as data.sha256."""
+    """The entries of a record, and the entries of its sections under names such as data.sha256."""
     values = record.model_dump()
     sections = {f"{name}.{key}": value for name in ("model", "data") for key, value in values[name].items()}
     return values | sections
 
 
 def check_images(config: Config, root: Path, run: Path) -> list[str]:
-    """How the published test images differ from those that the data set has on this machine.
+    """How the published test images differ from the data set on this machine.
 
-    The digits are on every machine. Of other data sets the working copy may have shards. If not, a note says so.
+    The digits are on every machine. Other data sets are compared if the working copy has their shards. If it has none,
+    a note says so.
     """
     if config.data.source == "digits":
         with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
@@ -273,7 +274,7 @@ def check_images(config: Config, root: Path, run: Path) -> list[str]:
 
 
 def _same_kind(root: Path, run: Path) -> bool:
-    """Whether the shards of the working copy are of the same data set, in the same size."""
+    """Whether the shards of the working copy have the same data set and image size."""
     return all(
         read_json(root / MANIFEST).get(key) == read_json(run / MANIFEST)[key]
         for key in ("source", "image_size", "channels")
@@ -281,7 +282,7 @@ def _same_kind(root: Path, run: Path) -> bool:
 
 
 def compare_images(published: Path, made: Path) -> list[str]:
-    """A line about the first test image of two shard folders whose label or pixels differ."""
+    """A line about the first test image whose label or pixels differ between two shard folders."""
     one, other = (ShardedDataset(folder, "test") for folder in (published, made))
     if len(one) != len(other):
         return [f"{SHARDS}: has {len(one):,} test images, {one.manifest.source} has {len(other):,}"]
@@ -293,51 +294,39 @@ def compare_images(published: Path, made: Path) -> list[str]:
 
 
 def count_rows(config: Config, run: Path, methods: Sequence[str]) -> list[int]:
-    """The certificates in each file of `methods`."""
+    """The number of certificates in each file of `methods`."""
     return [len(read_certificates(run / certificates_file(*key))) for key in model_runs(config, methods)]
 
 
 def vote_again(config: Config, run: Path, methods: Sequence[str], rows: int, seed: int) -> list[Audit]:
-    """Audit `rows` of the certificates of `methods`, drawn at random from all files, which share the false alarms."""
+    """Audit `rows` certificates of `methods`, drawn at random from all files. The audits share FALSE_ALARM."""
     counts = count_rows(config, run, methods)
-    chosen = np.random.default_rng(seed).multivariate_hypergeometric(counts, rows).tolist()
-    voted = [(key, count) for key, count in zip(model_runs(config, methods), chosen, strict=True) if count]
-    return [
-        _audit(run, *key, count, random.Random(f"{seed} {key}").randrange(2**31), FALSE_ALARM / len(voted))
-        for key, count in voted
-    ]
-
-
-def _audit(run: Path, method: str, sigma: float, rows: int, seed: int, false_alarm: float) -> Audit:
-    path, model = run / certificates_file(method, sigma), run / f"models/{method}/{sigma_name(sigma)}"
-    try:
-        return audit_file(path, model, run / SHARDS, rows=rows, seed=seed, false_alarm=false_alarm)
-    except RRCMError as error:
-        return Audit([str(error)], rows)
-
-
-def check_tree(root: Path) -> list[str]:
-    """A line that names the uncommitted files, if there are any. An archive without git has none."""
-    changed = uncommitted(root, *WATCHED)
-    if not changed:
-        return []
-    return [f"{name}: is not committed; commit it, or restore it with git" for name in changed]
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, rows).tolist()
+    chosen = {key: count for key, count in zip(model_runs(config, methods), drawn, strict=True) if count}
+    audits = []
+    for key, count in chosen.items():
+        path, model = run / certificates_file(*key), run / model_folder(*key)
+        chance = {"seed": random.Random(f"{seed} {key}").randrange(2**31), "false_alarm": FALSE_ALARM / len(chosen)}
+        try:
+            audits.append(audit_file(path, model, run / SHARDS, rows=count, **chance))
+        except RRCMError as error:
+            audits.append(Audit([str(error)], count))
+    return audits
 
 
 def check_repository(root: Path) -> list[str]:
-    """What is wrong with the repository as a whole: uncommitted files, and the README's table."""
-    return check_tree(root) + check_readme(root)
+    """What is wrong with the repository as a whole: uncommitted files, and the README's table.
+
+    An archive without git has no uncommitted files.
+    """
+    changed = uncommitted(root, *WATCHED) or []
+    return [f"{name}: is not committed; commit it, or restore it with git" for name in changed] + check_readme(root)
 
 
 def describe_tree(root: Path) -> str:
-    """The commit of the code that verifies, and whether files differ from it."""
+    """The commit of the code that verifies, and whether any file differs from it."""
     changed = uncommitted(root, *WATCHED)
     return "without git" if changed is None else f"{short(head(root))} ({'dirty' if changed else 'clean'})"
-
-
-def choose_seed(seed: int | None) -> int:
-    """`seed`, or a random one."""
-    return secrets.randbelow(2**31) if seed is None else seed
 
 
 def _say(line: str) -> None:
@@ -345,7 +334,7 @@ def _say(line: str) -> None:
 
 
 def _attempt(check: Callable[..., list[str]], *arguments: object) -> list[str]:
-    """What a check finds; where it cannot go on, why."""
+    """The problems that a check finds. If it cannot continue, the reason is its only problem."""
     try:
         return check(*arguments)
     except RRCMError as error:

@@ -19,14 +19,14 @@ NAME = "certificates/rrcm/sigma_0.5.tsv"
 
 
 def test_the_published_run_itself_is_equal(honest):
-    said = "Every certificate is that of results/tiny/seed_0, published with the same settings."
+    said = "Every certificate equals the one in results/tiny/seed_0, published with the same settings."
     assert compare_with_published(honest) == said
 
 
 @pytest.mark.parametrize("settings", [{"device": "cpu"}, {"report__radii": [0.0]}, {"data__workers": 3}])
 def test_settings_that_decide_no_certificate_may_differ(repository, settings):
     change(repository, **settings)
-    assert compare_with_published(repository).startswith("Every certificate is that of results/tiny/seed_0")
+    assert compare_with_published(repository).startswith("Every certificate equals the one in results/tiny/seed_0")
 
 
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"certify__n": 2000}, {"finetune__epochs": 7}])
@@ -40,12 +40,12 @@ def test_differences_are_listed_with_their_intervals(repository):
     lower = frame["radius"].where(frame.index != frame["radius"].idxmax(), 0.01)
     write_certificates(repository / NAME, frame.assign(radius=lower))
     text = compare_with_published(repository)
-    assert "figures differ from results/tiny/seed_0, published with the same settings; none beyond chance" in text
-    assert all(line.endswith(": may be chance") for line in text.splitlines()[1:])
+    assert "figures differ from results/tiny/seed_0, published with the same settings; none significantly" in text
+    assert all(line.endswith(": not significant") for line in text.splitlines()[1:])
     write_certificates(repository / NAME, frame.assign(radius=1.0, correct=1, predict=frame["label"]))
     text = compare_with_published(repository)
     first = text.splitlines()[1]
-    assert first.startswith("  rRCM, accuracy (%) at r = 0: 100.0, published ") and first.endswith(": beyond chance")
+    assert first.startswith("  rRCM, accuracy (%) at r = 0: 100.0, published ") and first.endswith(": significant")
 
 
 def test_the_intervals_share_their_level(repository):
