@@ -50,9 +50,9 @@ def average_certified_radius(frame: pd.DataFrame) -> float:
 
 
 def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NORMAL_95) -> Interval:
-    """ACR of `one` less the ACR of `other`, with the normal interval of the mean difference.
+    """Difference of the ACRs of `one` and `other`, with the normal interval of the mean difference.
 
-    The rows of both frames are the same images. `quantile` is the two-sided quantile of the normal distribution.
+    Their rows are the same images. `quantile` is the two-sided quantile of the normal distribution.
     """
     differences = certified_radii(one) - certified_radii(other)
     spread = differences.std(ddof=1) if len(differences) > 1 else math.inf
@@ -61,7 +61,7 @@ def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NOR
 
 
 def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float, quantile: float = NORMAL_95) -> Interval:
-    """Certified accuracy (a share) of `one` at `radius` less that of `other`. The rows of both are the same images.
+    """Difference of the certified accuracies (shares) of `one` and `other` at `radius`. Their rows are the same images.
 
     The interval is the adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4). It adds one image
     that only the first classifier gets right and one that only the second gets right, so it has a width even if the two

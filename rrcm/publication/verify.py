@@ -289,7 +289,7 @@ def compare_images(published: Path, made: Path) -> list[str]:
     for i in range(len(one)):
         (image, label, _), (true_image, true_label, _) = one.read(i), other.read(i)
         if label != true_label or not np.array_equal(np.asarray(image), np.asarray(true_image)):
-            return [f"{SHARDS}: test image {i} is not that of {one.manifest.source}"]
+            return [f"{SHARDS}: test image {i} differs from the one in {one.manifest.source}"]
     return []
 
 

@@ -199,7 +199,7 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
         model = models[method, sigma] = read_record(path, ModelRecord, advice)
         expected = {"method": method, "sigma": sigma, "seed": config.seed, "class_names": list(classes)}
         if other := [key for key, value in expected.items() if model[key] != value]:
-            raise RRCMError(f"{path}: {other[0]} is not that of the settings and shards; {advice}")
+            raise RRCMError(f"{path}: {other[0]} differs from the settings and shards; {advice}")
         if _preparation(model) != _preparation(models[method, config.sigmas[0]]):
             raise RRCMError(f"{path}: the share of the preparation is another than at other sigmas; {advice}")
     return models

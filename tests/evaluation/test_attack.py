@@ -1,4 +1,4 @@
-"""The attack against closed forms: it must reach the optimum, never leave its ball, and notice a broken certificate."""
+"""The attack reaches the optimum where it is known, never leaves its ball, and notices broken certificates."""
 
 import json
 import math
@@ -41,12 +41,12 @@ def half_space(direction: torch.Tensor) -> Linear:
 
 
 def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """L2 distances of the very numbers that two float32 batches hold."""
+    """L2 distances (float64) between the images of two float32 batches."""
     return (one.double() - other.double()).flatten(1).norm(dim=1)
 
 
-def test_the_worst_case_of_a_linear_classifier_is_reached():
-    """It moves by the whole radius along the difference of the two classes' weights: an image its own radius."""
+def test_pgd_reaches_the_optimum_against_a_linear_classifier():
+    """The optimum is a step of the whole radius of each image along the difference of the two classes' weights."""
     torch.manual_seed(0)
     network = Linear(torch.randn(2, 48))
     images, labels = 0.4 + 0.2 * torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 0, 1, 0])
@@ -59,8 +59,8 @@ def test_the_worst_case_of_a_linear_classifier_is_reached():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
-def test_an_attacked_image_is_in_the_ball_and_in_the_box_exactly(shape):
-    """Also where pixels are black or white, the radius is tiny, and whatever the step was."""
+def test_attacked_images_never_leave_the_ball_or_the_box(shape):
+    """This must hold for black and white pixels, tiny radii, and steps of any length."""
     torch.manual_seed(1)
     images = torch.rand(200, *shape).mul(1.4).sub(0.2).clamp(0, 1)
     radius = 10 ** torch.empty(200).uniform_(-9, 1.5)
@@ -79,7 +79,7 @@ def test_an_attacked_image_is_in_the_ball_and_in_the_box_exactly(shape):
 
 
 def test_pgd_stays_inside_the_box_against_a_black_and_white_image():
-    """Half of the weights push out of the box: the other half of the pixels take the whole radius."""
+    """Half of the pixels cannot move further out of the box, so the other half uses the whole radius."""
     direction = torch.full((16,), 0.25)
     images = torch.cat([torch.zeros(8), torch.ones(8)]).view(1, 1, 4, 4)
     attacked = pgd(half_space(direction), images, torch.tensor([0]), torch.tensor([0.5]), steps=50)
@@ -87,15 +87,15 @@ def test_pgd_stays_inside_the_box_against_a_black_and_white_image():
     torch.testing.assert_close(attacked.flatten()[:8], torch.full((8,), 0.5 / math.sqrt(8)), atol=1e-3, rtol=0)
 
 
-def test_a_gradient_may_vanish_or_be_tiny():
+def test_pgd_with_a_zero_or_tiny_gradient():
     images, labels, radius = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1]), torch.full((2,), 0.1)
     assert torch.equal(pgd(half_space(torch.zeros(4)), images, labels, radius), images)
     faint = pgd(half_space(torch.full((4,), 1e-30)), images, labels, radius)  # its square is 0 in float32
     torch.testing.assert_close(distances(faint, images), radius.double(), atol=1e-5, rtol=0)
 
 
-def test_a_smoothed_half_space_falls_just_above_its_radius_and_not_below():
-    """Smoothed, a half-space is itself: its radius is the distance to the plane. PREDICT errs with chance 1e-6."""
+def test_a_smoothed_half_space_changes_class_only_beyond_its_radius():
+    """Smoothing does not change a half-space, so its radius is the distance to the plane. PREDICT errs with 1e-6."""
     torch.manual_seed(2)
     direction = nn.functional.normalize(torch.randn(16), dim=0)
     smoothed = SmoothedClassifier(half_space(direction), 0.25, 2, num_noise=8)
@@ -105,17 +105,17 @@ def test_a_smoothed_half_space_falls_just_above_its_radius_and_not_below():
     assert smoothed.predict(attacked, n=50_000, alpha=1e-6) == [1, 1, 0, 0]
 
 
-def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
-    """Four images of label 1 and what is answered to them within each radius; None: must not be asked."""
+def test_the_worst_prediction_counts_and_misclassified_images_are_not_attacked_again():
+    """Four images of label 1 with their predictions within each radius. None: there must be no prediction."""
     answers = {7: [1, 1, 1], 8: [1, ABSTAIN, 1], 9: [ABSTAIN, 0, None], 10: [2, None, None]}
     asked, radii = dict.fromkeys(answers, 0), [0.0, 0.1, 0.2]
 
     def predict(images: torch.Tensor, indices: list[int]) -> list[int]:
         assert len(images) == len(indices) <= SETTINGS.batch_size
-        found = [answers[index][asked[index]] for index in indices]
+        predictions = [answers[index][asked[index]] for index in indices]
         for index in indices:
             asked[index] += 1
-        return found
+        return predictions
 
     target = smoothed_target(SmoothedClassifier(half_space(torch.ones(4)), 0.5, 2), n=1, alpha=0.5)._replace(
         predict=predict
@@ -134,8 +134,8 @@ def test_the_worst_answer_counts_and_lost_images_are_not_attacked_again():
     assert progress.done == 12
 
 
-def test_the_base_classifier_is_attacked_without_noise_of_its_own_changing():
-    """A stochastic one keeps its draws, so that the attack climbs one function, and reaches its worst case."""
+def test_a_stochastic_base_classifier_is_attacked_with_fixed_draws():
+    """With fixed draws the attack maximizes one function, and reaches its worst case."""
 
     class Shifted(BaseClassifier):
         num_classes, stochastic = 2, True
@@ -157,14 +157,14 @@ def test_the_base_classifier_is_attacked_without_noise_of_its_own_changing():
     assert unsmoothed_target(half_space(torch.ones(4))).predict(torch.ones(1, 1, 2, 2), [0]) == [1]
 
 
-def test_a_part_of_the_images_is_spread_over_all():
+def test_a_subset_of_images_is_evenly_spaced():
     assert evenly_spaced(5, None).tolist() == evenly_spaced(5, 9).tolist() == [0, 1, 2, 3, 4]
     assert evenly_spaced(101, 5).tolist() == [0, 25, 50, 75, 100]
     assert evenly_spaced(7, 1).tolist() == [0]
 
 
-def test_a_network_without_any_defence_is_broken(tiny_shards):
-    """Trained on clean digits: a step of the report's radii that changes few of rRCM's answers changes most of its."""
+def test_an_undefended_network_is_broken(tiny_shards):
+    """A network that is trained on clean digits loses most of its accuracy within the radii of the report."""
     torch.manual_seed(0)
     (images, labels), (others, truth) = (
         (pixels.float() / 255, classes)
@@ -188,7 +188,7 @@ def test_a_network_without_any_defence_is_broken(tiny_shards):
 
 @pytest.fixture
 def attackable(trained, tmp_path):
-    """The trained project, to write in, with an attack of seconds."""
+    """A copy of the trained project with an attack that takes seconds."""
     settings = ["sigmas=[0.5]", "attack.methods=[rrcm]", "attack.steps=5", "attack.num_noise=4", "attack.n=200"]
     compose(tmp_path / "params.yaml", *settings, "report.radii=[0.5,1.0,2.0]")
     (tmp_path / "data").symlink_to(trained / "data")
@@ -197,29 +197,29 @@ def attackable(trained, tmp_path):
     return tmp_path
 
 
-def test_the_stage_breaks_the_network_and_no_certificate(attackable):
+def test_the_attack_stage_breaks_the_base_classifier_but_no_certificate(attackable):
     answer = stage(attackable, "attack", "rrcm")
     assert answer.returncode == 0, answer.stderr
     summary = json.loads((attackable / "attack/rrcm/summary.json").read_text())
-    found = summary["sigma_0.5"]
+    curves = summary["sigma_0.5"]
     table = pd.read_csv(attackable / "attack/rrcm/sigma_0.5.tsv", sep="\t")
     certificates = read_certificates(attackable / "certificates/rrcm/sigma_0.5.tsv")
     assert table["idx"].equals(certificates["idx"])
     claims = certificates["radius"] > 0
-    assert summary["certificates"] == found["certificates"] == claims.sum() == table["attacked"].count() >= 5
+    assert summary["certificates"] == curves["certificates"] == claims.sum() == table["attacked"].count() >= 5
     assert summary["broken"] == table["broken"].sum() == 0
     assert table.loc[claims, "attacked"].isin([ABSTAIN]).sum() == summary["abstained"]
     assert "0 of" in answer.stderr and "warning" not in answer.stderr
 
     radii, label = [0.0, 0.5, 1.0, 2.0], table["label"]
     assert summary["radii"] == radii
-    assert found["certified_accuracy"] == certified_accuracy(certificates, radii).tolist()
-    assert found["accuracy"] == [(table[f"r={r}"] == label).mean() for r in radii]
-    assert found["not_wrong"] == [table[f"r={r}"].where(lambda x: x != ABSTAIN, label).eq(label).mean() for r in radii]
-    assert all(c <= e for c, e in zip(found["certified_accuracy"], found["not_wrong"], strict=True))
+    assert curves["certified_accuracy"] == certified_accuracy(certificates, radii).tolist()
+    assert curves["accuracy"] == [(table[f"r={r}"] == label).mean() for r in radii]
+    assert curves["not_wrong"] == [table[f"r={r}"].where(lambda x: x != ABSTAIN, label).eq(label).mean() for r in radii]
+    assert all(c <= e for c, e in zip(curves["certified_accuracy"], curves["not_wrong"], strict=True))
     for name in ("accuracy", "not_wrong", "unsmoothed_accuracy"):
-        assert found[name] == sorted(found[name], reverse=True), name
-    clean, *_, attacked = found["unsmoothed_accuracy"]
+        assert curves[name] == sorted(curves[name], reverse=True), name
+    clean, *_, attacked = curves["unsmoothed_accuracy"]
     assert attacked < clean / 4
     written = files_of(attackable / "attack/rrcm")
     assert set(written) == {"attack.png", "attack.svg", "sigma_0.5.tsv", "summary.json"}
@@ -227,8 +227,8 @@ def test_the_stage_breaks_the_network_and_no_certificate(attackable):
     assert files_of(attackable / "attack/rrcm") == written
 
 
-def test_a_false_certificate_is_found_and_said(attackable):
-    """Radii that no classifier has are claimed: most fall, in the table, the summary and on stderr."""
+def test_false_certificates_are_found_and_reported(attackable):
+    """Most of the radii are too large. The table, the summary and stderr must show that they are broken."""
     path = attackable / "certificates/rrcm/sigma_0.5.tsv"
     certificates = read_certificates(path)
     claimed = certificates["predict"] != ABSTAIN
@@ -255,6 +255,6 @@ def test_certificates_that_are_missing_or_of_other_images_are_refused(attackable
 
 
 @pytest.mark.parametrize("methods", ["[consistency]", "[rrcm,rrcm]"])
-def test_only_methods_that_are_there_are_attacked(tmp_path, methods):
+def test_only_methods_of_the_run_are_attacked(tmp_path, methods):
     with pytest.raises(RRCMError, match=r"attack\.methods .* must be among methods \['rrcm', 'gaussian_matched'\]"):
         load_config(compose(tmp_path / "params.yaml", f"attack.methods={methods}"))

@@ -1,4 +1,4 @@
-"""Latency: passes against counted calls, time against a clock that the network turns, and all methods in turn."""
+"""Latency: passes are compared with counted calls, and times with a clock that the network advances."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class CountingDenoiser(Denoiser):
 
 
 class CountingClassifier(BaseClassifier):
-    """Random linear logits. It turns the clock, if it has one, by `cost` seconds a row and `overhead` a batch."""
+    """Random linear logits. Each batch advances the clock by `cost` seconds per row plus `overhead` seconds."""
 
     num_classes, keeps_float32_input = K, True
 
@@ -59,11 +59,11 @@ def parts() -> tuple:
 
 
 def seen(smoothed: SmoothedClassifier) -> dict[str, int]:
-    """What the networks of each kind have counted themselves."""
-    return {kind: sum(each.seen for each in found) for kind, found in networks(smoothed.model).items()}
+    """The rows that the networks of each kind have counted themselves."""
+    return {kind: sum(each.seen for each in same) for kind, same in networks(smoothed.model).items()}
 
 
-TRAINED_CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per sample
+CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per sample
     "rrcm": (CountingClassifier, 0, 1),
     "dds": (lambda: DDS(*parts()), 1, 1),
     "densepure": (lambda: DensePure(*parts(), runs=3, steps=2), 3 * 2, 3),
@@ -73,21 +73,21 @@ TRAINED_CLASSIFIERS = {  # with the passes of a denoiser and of a classifier per
 }
 
 
-@pytest.mark.parametrize("name", TRAINED_CLASSIFIERS)
-def test_passes_are_those_of_the_formulas_and_of_the_networks_own_count(name):
-    build, denoiser, classifier = TRAINED_CLASSIFIERS[name]
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_passes_agree_with_the_formulas_and_with_counting_networks(name):
+    build, denoiser, classifier = CLASSIFIERS[name]
     smoothed = SmoothedClassifier(build(), SIGMA, K, batch_size=8)
     smoothed.count_votes(latency._requests(IMAGES, 8))  # checks the model with samples of its own
     before, expected = seen(smoothed), {"denoiser": denoiser, "classifier": classifier}
     assert count_passes(smoothed, IMAGES, 16) == expected
     assert {kind: (count - before[kind]) / 16 for kind, count in seen(smoothed).items()} == expected
-    found = [network for each in networks(smoothed.model).values() for network in each]
-    assert sum(map(parameter_count, found)) == parameter_count(smoothed.model)
+    every = [network for each in networks(smoothed.model).values() for network in each]
+    assert sum(map(parameter_count, every)) == parameter_count(smoothed.model)
 
 
 @pytest.mark.parametrize("n", [500, 2_500, 12_500])
-def test_certifying_takes_time_in_proportion_to_the_samples(monkeypatch, n):
-    """What one full batch takes, times n0 + n, is what the fixed procedure takes: it runs no further sample."""
+def test_time_to_certify_is_proportional_to_the_samples(monkeypatch, n):
+    """The fixed procedure takes n0 + n times the time of a sample in a full batch, since it draws no other samples."""
     clock = [0.0]
     monkeypatch.setattr(latency, "perf_counter", lambda: clock[0])
     model = CountingClassifier(clock=clock, cost=1e-4, overhead=2e-3)
@@ -115,7 +115,7 @@ def test_a_slow_start_does_not_decide_the_batch_size(monkeypatch):
 
 
 def test_the_fastest_batch_size_is_found(monkeypatch):
-    """One that suffers from large batches, and one that suffers from small ones."""
+    """One network is slow with large batches, and the other with small ones."""
     clock = [0.0]
     monkeypatch.setattr(latency, "perf_counter", lambda: clock[0])
 
@@ -152,7 +152,7 @@ def models(project) -> Path:
     return folder
 
 
-def test_methods_are_timed_in_turn(project, models, monkeypatch):
+def test_methods_are_timed_alternately(project, models, monkeypatch):
     order, real = [], latency.seconds_to_vote
 
     def logged(smoothed, images, samples):

@@ -68,7 +68,7 @@ def test_cosines_of_noisy_pixels_have_the_known_value():
     assert evaluate_pixels(Pixels(5.0))[2]["same_image_cosine"] == pytest.approx(loud["same_image_cosine"], abs=1e-5)
 
 
-def test_a_common_component_raises_all_cosines_but_the_centred_one():
+def test_a_common_component_raises_all_cosines_except_the_centred_one():
     """Adding a constant c raises the same-image cosine to (c^2 + 1/3) / d and the cross-image cosine to c^2 / d, where
     d = sqrt((c^2 + 1/3)(c^2 + 1/3 + t^2)). The centred cosine does not change."""
     for plain, shifted, t in zip(

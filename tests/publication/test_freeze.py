@@ -1,4 +1,4 @@
-"""`make publish`: what is frozen, what is refused, and that nothing published is overwritten unasked."""
+"""`make publish` freezes a finished run, refuses any other, and overwrites a published result only on request."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from rrcm.utils.files import read_json, write_json
 UNFINISHED = "stages:\n  late:\n    cmd: python stages/late.py\n    outs: [late.json]\n"
 
 
-def test_everything_of_a_run_is_frozen_with_its_hash(honest):
+def test_all_files_of_a_run_are_frozen_with_their_hashes(honest):
     result = Result(honest, "tiny", 0)
     record = result.read()
     assert record.files == hash_files(result.folder) and len(record.files) > 30
@@ -43,7 +43,7 @@ def test_everything_of_a_run_is_frozen_with_its_hash(honest):
     assert after.model_copy(update={"flips": None}) == before
 
 
-def test_the_provenance_is_that_of_the_stages(honest):
+def test_provenance_comes_from_the_stages(honest):
     record = Result(honest, "tiny", 0).read()
     assert record.is_clean and record.commits == ["1111111"] and record.models == ["rrcm"]
     assert set(record.stages) == {"pretrain", "finetune", "certify"}
@@ -54,14 +54,14 @@ def test_the_provenance_is_that_of_the_stages(honest):
     assert environment.model_dump(mode="json") == timing["environment"]
 
 
-def test_git_keeps_the_report_and_dvc_the_run(honest):
+def test_git_tracks_the_report_and_dvc_the_run(honest):
     tracked = run_in(honest, "git", "ls-files", "results").split()
     assert {"results/tiny/seed_0/result.json", "results/tiny/seed_0/run.dvc"} <= set(tracked)
     assert "results/tiny/seed_0/report/best_sigma.csv" in tracked and not [name for name in tracked if "/run/" in name]
     assert run_in(honest, "git", "status", "--porcelain") == ""
 
 
-def test_a_published_result_is_not_overwritten_unasked(repository):
+def test_a_published_result_is_overwritten_only_with_replace(repository):
     before = files_of(repository / "results")
     answer = stage(repository, "publish", "tiny")
     assert answer.returncode == 1 and answer.stderr == (
@@ -71,16 +71,16 @@ def test_a_published_result_is_not_overwritten_unasked(repository):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["Tiny"], "error: Tiny: must be letters a to z, digits and underscores; choose another NAME"),
         (["new", "--models", "dds"], "error: dds: is not in this run; the run has rrcm"),
         (["new", "--models", "rcm"], "error: rcm: no method; the run has rrcm"),
     ],
 )
-def test_wrong_names_are_said(repository, options, said):
+def test_wrong_names_are_refused(repository, options, message):
     answer = stage(repository, "publish", *options)
-    assert answer.returncode == 1 and answer.stderr.startswith(said)
+    assert answer.returncode == 1 and answer.stderr.startswith(message)
     assert not (repository / "results/new").exists()
 
 
@@ -93,7 +93,7 @@ def test_an_unfinished_run_is_refused(repository):
     assert not (repository / "results/new").exists()
 
 
-def test_code_that_is_in_no_commit_is_refused(repository):
+def test_uncommitted_code_is_refused(repository):
     (repository / "stages").mkdir()
     (repository / "stages/more.py").touch()
     with pytest.raises(RRCMError, match=r"stages/more\.py: not committed; commit, or publish with --dirty"):
@@ -108,7 +108,7 @@ def test_code_that_is_in_no_commit_is_refused(repository):
     assert not (repository / "results/new/seed_0").exists()
 
 
-def test_dirty_code_is_recorded_and_a_replaced_result_is_whole(repository, monkeypatch):
+def test_dirty_code_is_recorded_and_a_replaced_result_is_complete(repository, monkeypatch):
     monkeypatch.setattr(freeze, "add_flips", lambda *_: None)  # it takes long
     (repository / "stages").mkdir()
     (repository / "stages/more.py").touch()
@@ -119,7 +119,7 @@ def test_dirty_code_is_recorded_and_a_replaced_result_is_whole(repository, monke
 
 
 @pytest.mark.slow
-def test_the_command_publishes_and_brings_the_readme_up_to_date(repository):
+def test_the_command_publishes_and_updates_the_readme(repository):
     (repository / "README.md").write_text(f"{BEGIN}{END}\n")
     commit(repository)
     answer = stage(repository, "publish", "tiny", "--replace", "--models", "rrcm")
@@ -131,8 +131,8 @@ def test_the_command_publishes_and_brings_the_readme_up_to_date(repository):
     assert "note: README.md stays as it is until other of results/readme.csv are published" in answer.stderr
 
 
-def test_only_some_networks_are_included_with_all_their_parts(repository):
-    """A method that denoises, whose parts are the models of other folders."""
+def test_chosen_networks_are_included_with_all_their_parts(repository):
+    """The parts of a model are included too, even if they are in other folders."""
     config = load_config(repository / "params.yaml")
     weights = "models/rrcm/sigma_0.5/model.safetensors"
     assert weights in run_files(config, repository, ["rrcm"])
@@ -149,13 +149,13 @@ def test_only_some_networks_are_included_with_all_their_parts(repository):
         run_files(config, repository, ["rrcm"])
 
 
-def test_parts_from_elsewhere_have_no_folder():
+def test_external_parts_have_no_folder():
     config = {"parts": {"denoiser": {"path": "../../denoiser"}, "classifier": {"model": "resnet18"}}}
     assert list(freeze._part_paths(config)) == ["../../denoiser"]
     assert list(freeze._part_paths({"kind": "vit"})) == []
 
 
-def test_test_images_that_are_too_large_are_taken_from_the_working_copy(repository, monkeypatch, capsys):
+def test_large_test_images_come_from_the_working_copy(repository, monkeypatch, capsys):
     monkeypatch.setattr(freeze, "MAX_TEST_BYTES", 1000)
     config = load_config(repository / "params.yaml")
     files = run_files(config, repository, ["rrcm"])
@@ -174,7 +174,7 @@ def test_test_images_that_are_too_large_are_taken_from_the_working_copy(reposito
         pass
 
 
-def test_the_seed_of_the_run_is_its_folder(repository):
+def test_a_run_with_models_of_another_seed_is_refused(repository):
     change(repository, seed=7)
-    with pytest.raises(RRCMError, match=r"config.json: seed is not that of the settings"):
+    with pytest.raises(RRCMError, match=r"config.json: seed differs from the settings"):
         publish(repository, "tiny")  # the models are of seed 0

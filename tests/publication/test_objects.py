@@ -1,4 +1,4 @@
-"""The run of a published result, fetched from the objects that DVC keeps, or from a remote elsewhere."""
+"""The run of a published result is assembled from the objects that DVC keeps, or pulled from another remote."""
 
 import configparser
 import hashlib
@@ -17,7 +17,7 @@ from rrcm.utils.errors import RRCMError
 
 @pytest.fixture
 def fetched(repository) -> Result:
-    """A published result as in a fresh clone: its run is only among the objects in artifacts/."""
+    """A published result as in a fresh clone, where only the objects in artifacts/ have its run."""
     for name in (".dvc/cache", "results/tiny/seed_0/run"):
         shutil.rmtree(repository / name)
     return Result(repository, "tiny", 0)
@@ -32,7 +32,7 @@ def object_of(result: Result, name: str) -> Path:
     )
 
 
-def test_the_objects_have_the_run_as_it_was(honest, fetched):
+def test_a_run_assembled_from_objects_equals_the_original(honest, fetched):
     published = honest / "results/tiny/seed_0/run"
     before = files_of(fetched.root)
     with open_run(fetched) as run:
@@ -43,7 +43,7 @@ def test_the_objects_have_the_run_as_it_was(honest, fetched):
         assert {name.partition("/")[0] for name in files_of(run)} == {"certificates"}
 
 
-def test_a_run_that_lies_there_is_taken_as_it_is(honest):
+def test_an_existing_run_folder_is_used_in_place(honest):
     with open_run(Result(honest, "tiny", 0)) as run:
         assert run == honest / "results/tiny/seed_0/run"
 
@@ -56,7 +56,7 @@ def test_a_damaged_object_is_named(fetched):
     assert problem == f"{path}: is damaged: its content has another hash than its name; restore it with git"
 
 
-def test_a_list_that_leads_out_of_the_folder_is_refused(fetched, tmp_path):
+def test_a_listing_with_paths_outside_the_folder_is_refused(fetched, tmp_path):
     text = b'[{"md5": "0123456789abcdef0123456789abcdef", "relpath": "../../somewhere"}]'
     md5 = hashlib.md5(text).hexdigest()
     (fetched.root / "artifacts/files/md5" / md5[:2]).mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(fetched, tmp_path):
         assemble(fetched, tmp_path / "run")
 
 
-def test_a_remote_elsewhere_is_pulled_from(fetched, tmp_path):
+def test_a_run_is_pulled_from_another_remote(fetched, tmp_path):
     shutil.move(fetched.root / "artifacts", tmp_path / "elsewhere")
     with open_local_run(fetched) as run:
         assert run is None
@@ -83,7 +83,7 @@ def test_a_remote_elsewhere_is_pulled_from(fetched, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "outs: []\n", "outs:\n- md5: 12\n  path: run\n", "outs:\n- path: run\n", "{"])
-def test_a_run_dvc_that_names_no_run_is_said(fetched, text):
+def test_a_run_dvc_without_a_run_is_refused(fetched, text):
     (fetched.folder / "run.dvc").write_text(text)
     with pytest.raises(RRCMError, match=r"run\.dvc: cannot be read \(.*\); restore it with git"):
         tracked_md5(fetched)
@@ -92,7 +92,7 @@ def test_a_run_dvc_that_names_no_run_is_said(fetched, text):
         tracked_md5(fetched)
 
 
-def test_dvc_checks_what_it_pulls():
+def test_dvc_verifies_the_files_it_pulls():
     config = configparser.ConfigParser()
     config.read(REPOSITORY / ".dvc/config")
     assert config["'remote \"artifacts\"'"].getboolean("verify")

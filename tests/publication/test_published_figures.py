@@ -1,4 +1,4 @@
-"""The figures of a run beside the published ones of the same settings."""
+"""The figures of a run are compared with the published ones of the same settings."""
 
 import subprocess
 import sys
@@ -18,19 +18,19 @@ from rrcm.utils.errors import RRCMError
 NAME = "certificates/rrcm/sigma_0.5.tsv"
 
 
-def test_the_published_run_itself_is_equal(honest):
-    said = "Every certificate equals the one in results/tiny/seed_0, published with the same settings."
-    assert compare_with_published(honest) == said
+def test_the_published_run_equals_itself(honest):
+    message = "Every certificate equals the one in results/tiny/seed_0, published with the same settings."
+    assert compare_with_published(honest) == message
 
 
 @pytest.mark.parametrize("settings", [{"device": "cpu"}, {"report__radii": [0.0]}, {"data__workers": 3}])
-def test_settings_that_decide_no_certificate_may_differ(repository, settings):
+def test_settings_without_effect_on_certificates_may_differ(repository, settings):
     change(repository, **settings)
     assert compare_with_published(repository).startswith("Every certificate equals the one in results/tiny/seed_0")
 
 
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"certify__n": 2000}, {"finetune__epochs": 7}])
-def test_other_settings_are_compared_with_nothing(repository, settings):
+def test_runs_with_other_settings_are_not_compared(repository, settings):
     change(repository, **settings)
     assert compare_with_published(repository) is None
 
@@ -48,16 +48,16 @@ def test_differences_are_listed_with_their_intervals(repository):
     assert first.startswith("  rRCM, accuracy (%) at r = 0: 100.0, published ") and first.endswith(": significant")
 
 
-def test_the_intervals_share_their_level(repository):
-    """Each is the paired interval of metrics.py, wider for the number of figures."""
+def test_the_intervals_share_the_level_by_bonferroni(repository):
+    """Each interval is the paired interval of metrics.py, widened for the number of figures."""
     config = load_config(repository / "params.yaml")
     published = {("rrcm", 0.5): read_certificates(repository / NAME)}
     draw = np.random.default_rng(0).random(len(published["rrcm", 0.5])) < 0.5
     here = {key: frame.assign(radius=np.where(draw, 0.0, frame["radius"])) for key, frame in published.items()}
-    found, count = find_differences(config, here, published)
-    assert count == len(config.report.radii) + 1 and 0 < len(found) <= count
+    differences, count = find_differences(config, here, published)
+    assert count == len(config.report.radii) + 1 and 0 < len(differences) <= count
     frames = here["rrcm", 0.5], published["rrcm", 0.5]
-    for each in found:
+    for each in differences:
         radius = each.figure.rpartition(" r = ")[2]
         narrow = acr_difference(*frames) if "ACR" in each.figure else accuracy_difference(*frames, float(radius))
         scale = 1 if "ACR" in each.figure else 100

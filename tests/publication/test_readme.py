@@ -1,4 +1,4 @@
-"""The table of results in README.md: every cell is from a published result, and a changed one is named."""
+"""Every cell of the table of results in README.md comes from a published result, and a changed cell is named."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_rows_are_those_of_the_published_files(root):
+def test_rows_come_from_the_published_files(root):
     own, dds, quoted = result_rows(root)
     link = "[results/tiny](results/tiny/seed_0/report/report.md)"
     assert own == ["tiny", "62.5", "", "31.2", "", "", "", "", link, "run here"]  # means over seeds
@@ -56,7 +56,7 @@ def test_three_seeds_have_an_interval(root):
     assert result_rows(root)[0][1:4] == ["75.0 ± 62.1", "", "37.5 ± 31.1"]
 
 
-def test_every_digit_of_the_table_counts(root):
+def test_a_change_of_any_digit_in_the_table_is_found(root):
     text = (root / README).read_text()
     block = BLOCK.search(text)
     places = [block.start(1) + digit.start() for digit in re.finditer(r"\d", block[1])]
@@ -68,14 +68,14 @@ def test_every_digit_of_the_table_counts(root):
         assert problem.startswith("README.md, row ") and "column" in problem and str(digit) in problem
 
 
-def test_the_changed_cell_is_named(root):
+def test_a_changed_cell_is_named(root):
     path = root / README
     path.write_text(path.read_text().replace("62.5", "63.5"))
     assert check_readme(root) == ["README.md, row 'tiny', column 'r = 0': has '63.5', published is '62.5'"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda text: text.replace("| tiny | 62.5", "| 62.5"), "has 9 cells, must have 10"),
         (lambda text: re.sub(r"\| tiny .*\n", "", text), "has 2 rows, results/readme.csv has 3"),
@@ -83,14 +83,14 @@ def test_the_changed_cell_is_named(root):
         (lambda text: text + text, "must have one table of results between"),
     ],
 )
-def test_a_table_of_another_shape_is_said(root, change, said):
+def test_a_table_of_another_shape_is_refused(root, change, message):
     (root / README).write_text(change((root / README).read_text()))
     (problem,) = check_readme(root)
-    assert said in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ("tiny,other,rrcm,,\n", "results/other: no such result; published are tiny"),
         ("tiny,tiny,macer,,\n", "has no method macer"),
@@ -99,12 +99,12 @@ def test_a_table_of_another_shape_is_said(root, change, said):
         ("tiny,tiny\n", "line 2: must have the cells label, result, method, model, sigma"),
     ],
 )
-def test_a_row_that_nothing_published_has_is_refused(root, rows, said):
+def test_a_row_without_a_published_result_is_refused(root, rows, message):
     (root / "results/readme.csv").write_text(HEAD + rows)
-    with pytest.raises(RRCMError, match=re.escape(said)):
+    with pytest.raises(RRCMError, match=re.escape(message)):
         result_rows(root)
     (problem,) = check_readme(root)
-    assert said in problem
+    assert message in problem
 
 
 def test_results_that_are_not_published_yet_are_listed(root):
@@ -113,12 +113,12 @@ def test_results_that_are_not_published_yet_are_listed(root):
     assert missing_results(root) == ["tiny"]
 
 
-def test_every_number_of_a_result_lies_in_the_table():
-    """Figures of results in README.md stand where they are compared with the published ones, and nowhere else."""
+def test_numbers_of_results_are_only_in_the_table():
+    """README.md has no numbers of results outside the table, whose cells are checked."""
     text = (REPOSITORY / README).read_text()
     outside = BLOCK.sub("", text[text.index("## Results") : text.index("## Status")])
     assert not re.findall(r"\d+\.\d", outside.replace("make publish", "")) and "|" not in outside
 
 
-def test_the_table_of_this_repository():
+def test_the_table_of_this_repository_is_up_to_date():
     assert check_readme(REPOSITORY) == []

@@ -1,6 +1,6 @@
-"""`make verify`: an honest result is verified anywhere, and each forgery fails by name.
+"""`make verify` accepts an honest result on any machine, and names each forgery.
 
-The forgers here also make every hash fit again and commit, so that what they changed has to be found by itself.
+The forgers here also correct all hashes and commit, so the change itself has to be found.
 """
 
 import os
@@ -47,7 +47,7 @@ def problems_of(result: Result, rows: int | None = 3) -> list[str]:
 
 
 def rehash(result: Result) -> None:
-    """Make all hashes fit the files as they are, for git and for DVC, and commit."""
+    """Correct all hashes, for git and for DVC, and commit."""
     path = result.folder / CERTIFICATES
     record = read_record(path.with_suffix(".json"))
     files = {name: sha256_file(path.with_name(name)) for name in record.files}
@@ -77,7 +77,7 @@ def test_an_honest_result_is_verified_by_the_command(repository):
     assert (repository / "results/tiny/seed_0/run.dvc").read_bytes() == before
 
 
-def test_all_rows_leave_no_forged_one(result):
+def test_an_audit_of_all_rows_finds_any_forged_row(result):
     verdict = verify_result(result, None, seed=0)
     assert not verdict.problems and verdict.audited == verdict.rows == 36
     assert verdict.share == pytest.approx(1 / 36)
@@ -94,7 +94,7 @@ def test_a_read_only_archive_without_git_is_verified_from_the_objects(repository
 
 @pytest.mark.slow
 def test_an_honest_result_is_verified_on_another_type_of_machine(repository):
-    """A CPU with no more than AVX2, which has no bfloat16 either: its counts need not be equal."""
+    """On a CPU without AVX-512 and bfloat16, vote counts may differ by rounding."""
     command = [sys.executable, str(REPOSITORY / "stages/verify.py"), "--all", "--seed", "1"]
     answer = subprocess.run(command, cwd=repository, env=os.environ | AVX2, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -102,7 +102,7 @@ def test_an_honest_result_is_verified_on_another_type_of_machine(repository):
         assert re.search(r"36 voted again: \d+ of [\d,]+ votes differ, as rounding explains \(would", answer.stdout)
 
 
-def test_nothing_published_and_unknown_names_are_said(repository):
+def test_unknown_names_and_an_empty_repository_are_refused(repository):
     answer = stage(repository, "verify", "other")
     assert (answer.returncode, answer.stderr) == (1, "error: results/other: no such result; published are tiny\n")
     shutil.rmtree(repository / "results/tiny")
@@ -110,7 +110,7 @@ def test_nothing_published_and_unknown_names_are_said(repository):
     assert answer.returncode == 1 and answer.stderr.startswith("error: results/: nothing is published here")
 
 
-def test_the_exit_status_tells_a_forgery(repository):
+def test_the_exit_status_shows_a_forgery(repository):
     path = repository / "README.md"
     path.write_text(path.read_text().replace("| tiny, rRCM | ", "| tiny, rRCM | 1"))
     answer = stage(repository, "verify", "--rows", "1")
@@ -120,18 +120,18 @@ def test_the_exit_status_tells_a_forgery(repository):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("report/per_sigma.csv", "was changed"), ("run/models/rrcm/sigma_0.5/model.safetensors", "was changed")],
 )
-def test_a_changed_byte_of_any_file_is_named(result, name, said):
+def test_a_changed_byte_of_any_file_is_named(result, name, message):
     path = result.folder / name
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    assert any(line.startswith(f"results/tiny/seed_0/{name}: {said}") for line in problems_of(result))
+    assert any(line.startswith(f"results/tiny/seed_0/{name}: {message}") for line in problems_of(result))
 
 
-def test_missing_files_and_others_are_named(result):
+def test_missing_and_extra_files_are_named(result):
     (result.folder / "report/report.md").unlink()
     (result.folder / "run/models/rrcm/more").touch()
     problems = "\n".join(problems_of(result))
@@ -139,7 +139,7 @@ def test_missing_files_and_others_are_named(result):
     assert "results/tiny/seed_0/run/models/rrcm/more: is no file of the result; delete it" in problems
 
 
-def test_a_changed_cell_of_the_report_is_found_with_hashes_that_fit(result):
+def test_a_changed_cell_of_the_report_is_found_despite_matching_hashes(result):
     path = result.folder / "report/best_sigma.md"
     path.write_text(re.sub(r"\d\.\d", "9.9", path.read_text(), count=1))
     rehash(result)
@@ -148,7 +148,7 @@ def test_a_changed_cell_of_the_report_is_found_with_hashes_that_fit(result):
     ]
 
 
-def test_raised_radii_are_found_though_the_report_is_drawn_from_them(result):
+def test_raised_radii_are_found_despite_a_matching_report(result):
     def raised(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(radius=np.where(frame["radius"] > 0, (frame["radius"] + 0.05).round(2), 0.0))
 
@@ -163,7 +163,7 @@ def test_raised_radii_are_found_though_the_report_is_drawn_from_them(result):
 
 
 def test_votes_that_the_network_does_not_give_are_found(result):
-    """One image's votes are given to another of the same class: radii, report and hashes fit."""
+    """One image gets the votes of another image of its class, so radii, report and hashes match."""
     path = result.folder / CERTIFICATES
     table = pd.read_csv(samples_path(path), sep="\t", dtype=str, keep_default_na=False)
     frame = read_certificates(path)
@@ -180,7 +180,7 @@ def test_votes_that_the_network_does_not_give_are_found(result):
 
 @pytest.mark.parametrize("also_record", [False, True])
 def test_a_swapped_model_is_found(result, also_record):
-    """Another network in place of the one that voted, by a forger who makes its hashes fit."""
+    """The forger replaces the network that voted, and corrects its hashes."""
     path = result.folder / MODEL / "model.safetensors"
     save_tensors(path, {name: tensor.flip(0) if tensor.ndim else tensor for name, tensor in load_tensors(path).items()})
     change_model(result.folder / MODEL)
@@ -221,7 +221,7 @@ def test_a_dirty_tree_is_named(result):
     assert "(dirty)" in str(verdict) and str(verdict).startswith("NOT verified: results/tiny/seed_0: 1 problem, listed")
 
 
-def test_what_dirty_code_computed_is_not_verified(result):
+def test_a_result_of_dirty_code_is_not_verified(result):
     values = result.read().model_dump(mode="json")
     values["code"]["dirty"] = True
     write_json(result.folder / "result.json", values)
@@ -229,13 +229,13 @@ def test_what_dirty_code_computed_is_not_verified(result):
     assert problems_of(result) == ["results/tiny/seed_0: was computed or published with code that is in no commit"]
 
 
-def test_a_commit_that_computed_nothing_is_not_believed(result):
+def test_a_commit_that_no_stage_ran_from_is_found(result):
     values = result.read().model_dump(mode="json")
     values["stages"]["certify"]["environments"][0]["git"]["revision"] = "2" * 40
     write_json(result.folder / "result.json", values)
     commit(result.root)
-    said = "results/tiny/seed_0/result.json: stages.certify does not follow from run/timings; restore it with git"
-    assert problems_of(result) == [said]
+    message = "results/tiny/seed_0/result.json: stages.certify does not follow from run/timings; restore it with git"
+    assert problems_of(result) == [message]
 
 
 def test_a_result_without_networks_is_not_verified(result):
@@ -247,13 +247,13 @@ def test_a_result_without_networks_is_not_verified(result):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [({"format": "rrcm-result-2"}, "format"), ({"seed": 3}, "is of tiny, seed 3"), ({"models": 5}, "models")],
 )
-def test_a_record_that_cannot_be_is_said(result, values, said):
+def test_an_invalid_record_is_refused(result, values, message):
     write_json(result.folder / "result.json", result.read().model_dump(mode="json") | values)
     problem = problems_of(result)[-1]
-    assert said in problem and "restore it with git, or publish again" in problem and "\n" not in problem
+    assert message in problem and "restore it with git, or publish again" in problem and "\n" not in problem
 
 
 def test_swapped_test_images_are_found(tmp_path, tiny_shards, trained, monkeypatch):
@@ -263,10 +263,12 @@ def test_swapped_test_images_are_found(tmp_path, tiny_shards, trained, monkeypat
     monkeypatch.setitem(datasets.DATASETS, "digits", lambda data: honest)
     write_shards(config.data, config.seed, tmp_path / "shards")
     assert compare_images(tiny_shards, tiny_shards) == []
-    assert compare_images(tmp_path / "shards", tiny_shards) == ["data/shards: test image 0 is not that of digits"]
+    assert compare_images(tmp_path / "shards", tiny_shards) == [
+        "data/shards: test image 0 differs from the one in digits"
+    ]
 
 
-def test_every_byte_and_every_file_of_the_report_counts(tmp_path):
+def test_a_change_of_any_byte_or_file_of_the_report_is_found(tmp_path):
     for name in ("published", "drawn"):
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "sub/a.png").write_bytes(b"abc")

@@ -41,14 +41,14 @@ def make_config(external: list[dict] = EXTERNAL, **changes: object) -> Config:
 
 
 def denoising_config(methods: list[str] = DENOISING, **changes: object) -> Config:
-    """`densepure` certifies 40 images."""
+    """Settings with methods that denoise, of which `densepure` certifies only 40 images."""
     denoised = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["denoised"]
     denoised |= {"densepure": {"runs": 10, "steps": 2}, "max_images": {"densepure": 40}}
     return make_config([], methods=methods, denoised=denoised, **changes)
 
 
 def make_inputs(config: Config, root: Path) -> None:
-    """Write what the other stages would leave under root, with invented but realistic numbers."""
+    """Write the outputs of all other stages under root, with invented but realistic numbers."""
     rng = np.random.default_rng(0)
     write_shards(config.data, 0, root / "data/shards")
     labels = ShardedDataset(root / "data/shards", "test").labels
@@ -78,7 +78,7 @@ def make_inputs(config: Config, root: Path) -> None:
     for method in config.methods:
         own_idx = idx[evenly_spaced(len(idx), config.denoised.max_images.get(method))]
         for sigma in config.sigmas:
-            place, environment = f"{method}/{sigma_name(sigma)}", ENVIRONMENT | {"hardware": {"cpu": method[0]}}
+            name, environment = f"{method}/{sigma_name(sigma)}", ENVIRONMENT | {"hardware": {"cpu": method[0]}}
             z = rng.normal(1.3 - 0.9 * sigma + skill[method], 1.2, len(own_idx))
             label = labels[own_idx]
             predict = np.where(z > 0, label, (label + 3) % 10)
@@ -93,22 +93,22 @@ def make_inputs(config: Config, root: Path) -> None:
             gained = np.where(correct, grid[reached + 1], 0.0)  # the margin bound certifies a bit more
             frame = frame.assign(binary_samples=samples, binary_predict=predict, binary_radius=radius)
             frame = frame.assign(margin_predict=predict, margin_radius=gained, selection="", votes="")
-            write_certificates(root / f"certificates/{place}.tsv", frame)
-            write_samples(root / f"certificates/{place}.samples.tsv", frame)
-            make_model(config, root / f"models/{place}", method, sigma, skill[method])
+            write_certificates(root / f"certificates/{name}.tsv", frame)
+            write_samples(root / f"certificates/{name}.samples.tsv", frame)
+            make_model(config, root / f"models/{name}", method, sigma, skill[method])
             timing = {"seconds": 1.5, "environment": environment}
-            write_json(root / f"timings/finetune/{place}.json", timing)
+            write_json(root / f"timings/finetune/{name}.json", timing)
             timing |= {"samples": int(samples.sum())}
             timing |= {"seconds_by_image": {str(i): 1.5 / len(own_idx) for i in own_idx}}
-            write_json(root / f"timings/certify/{place}.json", timing)
+            write_json(root / f"timings/certify/{name}.json", timing)
     make_latency(config, root)
     if config.derived["denoiser"]:
         write_json(root / "timings/denoiser.json", {"seconds": 61.5, "environment": ENVIRONMENT})
         for part in ("gaussian/sigma_0.001", "gaussian/sigma_0.25"):
             write_json(root / f"timings/finetune/{part}.json", {"seconds": 1.5, "environment": ENVIRONMENT})
 
-    for place, other in enumerate(config.report.external_results):
-        rows = [f"{i}\t{i % 10}\t{i % 9}\t{0.01 * i}\t{int(i % 10 == i % 9)}\t0:00:17.5" for i in range(50 + place)]
+    for extra, other in enumerate(config.report.external_results):
+        rows = [f"{i}\t{i % 10}\t{i % 9}\t{0.01 * i}\t{int(i % 10 == i % 9)}\t0:00:17.5" for i in range(50 + extra)]
         (root / other.path).parent.mkdir(exist_ok=True)
         (root / other.path).write_text("\r\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows, ""]))
 
@@ -121,7 +121,7 @@ def make_report(config: Config, root: Path) -> tuple[Config, Path]:
 
 
 def make_model(config: Config, folder: Path, method: str, sigma: float, skill: float) -> None:
-    """config.json and history.csv of a model that gets better, or of one that is not trained."""
+    """Write config.json and history.csv of a model that improves, or of one that is not trained."""
     kind = METHODS[method]
     epochs = 0 if kind.objective is None else 68 if kind.matched else 20
     accuracy = (0.9 - 0.3 * sigma) * (1 - np.exp(-(1 + skill) * np.arange(1, epochs + 1) / 9))
@@ -143,16 +143,16 @@ def make_model(config: Config, folder: Path, method: str, sigma: float, skill: f
 
 
 def make_latency(config: Config, root: Path) -> None:
-    """Two microseconds a pass, and a machine that gets slower from round to round."""
+    """Write a record with two microseconds per pass, from a machine that slows down from round to round."""
     methods = {}
-    for place, method in enumerate(config.methods):
+    for i, method in enumerate(config.methods):
         denoiser, classifier = PASSES.get(method, (0, 1))
         methods[method] = {
             "parameters": {"denoiser": 308_000 * (denoiser > 0), "classifier": 208_000},
             "passes": {"denoiser": float(denoiser), "classifier": float(classifier)},
             "batch_size": 1024,
             "samples": 2048,
-            "seconds_per_sample": [2e-6 * (denoiser + classifier) * (1 + 0.04 * place) * k for k in (1, 1.1, 1.3)],
+            "seconds_per_sample": [2e-6 * (denoiser + classifier) * (1 + 0.04 * i) * k for k in (1, 1.1, 1.3)],
         }
     record = {"device": "cpu", "dtype": "fp32", "sigma": config.sigmas[0], "methods": methods}
     write_json(root / "timings/latency.json", record | {"environment": ENVIRONMENT})
@@ -164,6 +164,6 @@ def frame_of(*radii: float) -> pd.DataFrame:
 
 
 def render(config: Config, root: Path, inputs: Inputs, gallery_classes: list[str]) -> str:
-    """report.md without the figures that not every profile has."""
+    """The text of report.md, without the figures that not every profile has."""
     texts = {name: table.text for name, table in make_tables(config, inputs).items()}
     return page.render_report(config, root, inputs, texts, [], gallery_classes)

@@ -1,4 +1,4 @@
-"""Comparing certificate files: the numbers in the table, the figure, and the errors for bad input."""
+"""Comparing certificate files gives a table and a figure, and one line for bad input."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_table_picture_and_no_note(files: Path, capsys: pytest.CaptureFixture):
+def test_compare_prints_a_table_and_draws_a_figure(files: Path, capsys: pytest.CaptureFixture):
     compare(["ours=one.tsv", "Cohen et al. 2019=other.txt"], "0,0.25,0.5,0.75", Path("compare.png"))
     shown = capsys.readouterr()
     assert [" ".join(line.split()) for line in shown.out.splitlines() if "-" not in line] == [
@@ -43,8 +43,8 @@ def test_table_picture_and_no_note(files: Path, capsys: pytest.CaptureFixture):
         assert len(image.getcolors(2**24)) > 50
 
 
-def test_differences_to_a_reference_are_of_the_common_images(files: Path, capsys: pytest.CaptureFixture):
-    """Radii where correct: 0.5, 0, 0, 0.25 and, in the other file, 1, 0, 0; the fourth image is in one file alone."""
+def test_differences_to_a_reference_use_the_common_images(files: Path, capsys: pytest.CaptureFixture):
+    """Certified radii are 0.5, 0, 0, 0.25 in one file and 1, 0, 0 in the other, which lacks the fourth image."""
     Path("other.txt").write_text("\n".join(Path("other.txt").read_text().splitlines()[:4]))
     compare(["ours=one.tsv", "theirs=other.txt"], "0,0.75", Path("a.png"), reference="theirs")
     shown = capsys.readouterr()
@@ -56,16 +56,16 @@ def test_differences_to_a_reference_are_of_the_common_images(files: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [("him", "must be one of the names 'ours', 'far'"), ("far", "no image in common with 'ours'")],
 )
-def test_a_reference_that_cannot_be(files: Path, reference: str, said: str):
+def test_an_impossible_reference_is_refused(files: Path, reference: str, message: str):
     Path("far.tsv").write_text("\n".join([HEADER, "7\t1\t1\t0.1\t1\t0"]))
-    with pytest.raises(RRCMError, match=said):
+    with pytest.raises(RRCMError, match=message):
         compare(["ours=one.tsv", "far=far.tsv"], "0", Path("a.png"), reference)
 
 
-def test_svg_is_the_same_twice_and_names_are_taken_literally(files: Path):
+def test_svg_is_reproducible_and_names_are_literal(files: Path):
     odd = "_50 % $\\frac$=one.tsv"
     for name in ("a.svg", "b.svg"):
         compare([odd, "other=other.txt"], "0,1", Path(name))
@@ -113,7 +113,7 @@ def test_different_images_give_a_note(files: Path, capsys: pytest.CaptureFixture
         (["a=long.tsv"], "x': must be a whole number; correct it"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_the_picture(files: Path, capsys, arguments, message: str):
+def test_bad_input_gives_one_line_and_keeps_the_old_figure(files: Path, capsys, arguments, message: str):
     from rrcm.cli import app
 
     Path("compare.png").write_text("as it was")
@@ -131,7 +131,7 @@ def test_bad_input_ends_in_one_line_and_leaves_the_picture(files: Path, capsys, 
 HOSTILE = ["<b>|`$", "two\nlines", "\x1b[2J\x07", "\u202egnp", "日本 \U0001f600", "bad\udcff", "\x01", "n" * 300]
 
 
-def test_names_of_any_kind(files: Path, capsys: pytest.CaptureFixture):
+def test_compare_accepts_any_names(files: Path, capsys: pytest.CaptureFixture):
     compare([*(f"{name}=one.tsv" for name in HOSTILE)], "0,1", Path("compare.svg"))
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
@@ -143,7 +143,7 @@ def test_names_of_any_kind(files: Path, capsys: pytest.CaptureFixture):
     assert "(\\x1b 1, a 1; 0 in all of them)" in check_same_images(frames)
 
 
-def test_file_names_of_any_kind_end_in_one_line(files: Path, capsys: pytest.CaptureFixture):
+def test_errors_with_any_file_name_are_one_line(files: Path, capsys: pytest.CaptureFixture):
     from rrcm.cli import app
 
     with pytest.raises(SystemExit):
@@ -151,7 +151,7 @@ def test_file_names_of_any_kind_end_in_one_line(files: Path, capsys: pytest.Capt
     assert capsys.readouterr().err == "error: no\\n\\x1b[2J\\u202e.tsv: no such file\n"
 
 
-def test_a_terminal_without_the_letters(files: Path):
+def test_compare_in_a_terminal_without_unicode(files: Path):
     command = [sys.executable, "-m", "rrcm.cli", "compare", "σ=one.tsv", "--radii", "0"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -159,7 +159,7 @@ def test_a_terminal_without_the_letters(files: Path):
     assert r"\u03c3" in done.stdout
 
 
-def test_a_file_of_the_rrcm_authors(files: Path, capsys: pytest.CaptureFixture):
+def test_compare_reads_files_of_the_rrcm_authors(files: Path, capsys: pytest.CaptureFixture):
     Path("certify_result_0.5.txt").write_text("".join(f"{row.split(chr(9), 1)[1]}\n" for row in ROWS))
     compare(["ours=one.tsv", "theirs=certify_result_0.5.txt"], "0,0.5", Path("compare.png"))
     shown = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_a_file_of_the_rrcm_authors(files: Path, capsys: pytest.CaptureFixture):
     )
 
 
-def test_arguments():
+def test_parsing_of_files_and_radii():
     assert parse_files(["a b=x/y=z.tsv", "c=d"]) == {"a b": "x/y=z.tsv", "c": "d"}
     assert parse_radii("0, .25,1e0") == [0, 0.25, 1]
     for text in ("", "nan", "inf", "0,,1"):

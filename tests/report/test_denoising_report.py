@@ -52,9 +52,9 @@ def test_subsets_of_images_are_compared_on_common_images_and_noted(denoising_rep
     assert "**At equal fine-tuning budget** the highest" in text  # of rRCM and Gaussian
     for name in ("best_sigma", "per_sigma", "budgets", "differences"):
         lines = (report / f"{name}.md").read_text().splitlines()
-        place = [cell.strip() for cell in lines[0].split("|")].index("images")
-        found = {line.split("|")[1].strip(): line.split("|")[place].strip() for line in lines[2:]}
-        assert found.pop("DensePure") == "40" and set(found.values()) == {"120"}
+        column = [cell.strip() for cell in lines[0].split("|")].index("images")
+        images = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines[2:]}
+        assert images.pop("DensePure") == "40" and set(images.values()) == {"120"}
     ours, reference = (read_certificates(root / f"certificates/{m}/sigma_1.0.tsv") for m in ("densepure", "rrcm"))
     common = reference[reference["idx"].isin(ours["idx"])]
     assert len(common) == len(ours) == 40
@@ -74,7 +74,7 @@ def test_subsets_of_images_are_compared_on_common_images_and_noted(denoising_rep
 
 @pytest.mark.parametrize("method", ["densepure", "dds"])
 def test_certified_images_must_match_the_settings(denoising_report, tmp_path: Path, method: str):
-    """Forty others, or a subset that no setting declares, are refused, and so are other labels."""
+    """Forty other images, another number of images and other labels are refused."""
     config, root = denoising_report
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     path = copy / f"certificates/{method}/sigma_0.25.tsv"

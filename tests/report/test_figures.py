@@ -65,7 +65,7 @@ def test_legend_names_every_line_once_and_fits():
 
 
 def many_methods(draw: str):
-    """A figure of all methods by its name, with the number of panels per legend."""
+    """The figure with this name, for all methods, and its number of panels per legend."""
     runs = {(method, sigma): frame_of(0.2, 0.4) for method in METHODS for sigma in (0.25, 0.5, 1.0)}
     if draw == "certified_accuracy":
         return draw_certified_accuracy(runs, {("A group with a long name " * 5, 1.0): frame_of(0.1)}), 3
@@ -80,7 +80,7 @@ def many_methods(draw: str):
 
 @pytest.mark.parametrize("draw", ["certified_accuracy", "envelope", "training"])
 def test_many_methods_are_drawn_one_family_at_a_time(draw: str):
-    """Each method is in colour in one row, rRCM in all, the others are grey. No legend covers anything else."""
+    """Each method is in colour in one row, rRCM is in colour in all, and the others are grey. No legend overlaps."""
     figure, columns = many_methods(draw)
     figure.draw_without_rendering()
     legends = [

@@ -27,8 +27,8 @@ def test_latencies_are_medians_over_rounds_and_ratios_within_rounds(denoising_re
     assert each[["parameters", "denoiser_passes", "classifier_passes"]].tolist() == [516_000, 20, 10]
     for n in (10_000, 100_000):
         low, median, high = (n + 100) * 2e-6 * 30 * 1.16 * rounds
-        found = each[[f"seconds_n_{n}_low", f"seconds_n_{n}", f"seconds_n_{n}_high"]]
-        assert found.tolist() == pytest.approx([low, median, high])
+        seconds = each[[f"seconds_n_{n}_low", f"seconds_n_{n}", f"seconds_n_{n}_high"]]
+        assert seconds.tolist() == pytest.approx([low, median, high])
     assert each[["ratio_low", "ratio", "ratio_high"]].tolist() == pytest.approx([34.8] * 3)  # drift does not matter
     assert table["certified_seconds"].to_dict() == pytest.approx(
         {m: 1.5 / (40 if m == "densepure" else 120) for m in config.methods}

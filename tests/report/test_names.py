@@ -44,9 +44,9 @@ HOSTILE = [
 
 
 def with_classes(root: Path, classes: list[str]) -> Path:
-    """A copy of the inputs in root/../renamed whose manifest and models have other class names.
+    """A copy of the inputs in root/../renamed, with other class names in its manifest and models.
 
-    The last one has all further images of the manifest.
+    The last class has the images of all classes that are left over.
     """
     copy = root.parent / "renamed"
     shutil.copytree(root, copy, dirs_exist_ok=True)
@@ -153,7 +153,7 @@ def test_legend_fits_with_any_names(tmp_path: Path):
 
 @pytest.mark.filterwarnings("error")
 def test_missing_letters_come_from_other_installed_fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A letter that DejaVu Sans lacks is drawn in a font that has it; matplotlib brings one. Boxes are said."""
+    """A letter that DejaVu Sans lacks is drawn in another font, which comes with matplotlib. A note names boxes."""
     letter, nowhere = "\u1d15", "\u0378"  # of DejaVu Serif, and of no font: unassigned
     assert fonts.font_families(f"a{letter}") == ["DejaVu Sans", "DejaVu Serif"]
     assert fonts.truncate(f"a{letter}{nowhere}", 70, 8) == f"a{letter}□"

@@ -48,7 +48,7 @@ def test_headline_names_the_two_best_methods_and_their_difference(invented_repor
 
 
 def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: str) -> None:
-    """A row of a comparison has the best method, the second best and their difference."""
+    """Check that a row of a comparison has the best method, the second best and their difference."""
     second, best = sorted(values, key=values.get)
     assert row[0] == name
     if values[best] > values[second]:
@@ -57,7 +57,7 @@ def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: 
 
 
 def test_margin_table_shows_the_gain_over_the_binary_bound(invented_report, tmp_path: Path):
-    """The fixture's margin radii are one step larger. Where the margin bound is asked for, the page leads as before."""
+    """The margin radii of the fixture are one step larger. The main table stays the same with the margin bound."""
     config, root = invented_report
     text = (root / "reports/digits/report.md").read_text()
     assert text.index("r = 0 |") < text.index("**Margin bound.**") < text.index("**At equal fine-tuning budget**")
@@ -82,7 +82,7 @@ def test_margin_table_shows_the_gain_over_the_binary_bound(invented_report, tmp_
 
 
 def test_equal_total_compute_follows_from_the_passes_spent(invented_report):
-    """An encoder whose pre-training was cheaper does not stand beside rRCM at equal total compute."""
+    """A method with half the compute of rRCM is not in the comparison at equal total compute."""
     config, root = invented_report
     inputs = read_inputs(config, root)
     passes = inputs.budgets["total_passes"].where(

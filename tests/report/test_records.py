@@ -1,4 +1,4 @@
-"""Every file that the report is made from is checked against what it can be."""
+"""Every input of the report is checked, and impossible contents are refused."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
 
 
 def set_key(path: str, value: object) -> Callable[[str], str]:
-    """A change of a JSON text: the value under a dotted path."""
+    """A function that sets the value under a dotted path in a JSON text."""
 
     def change(text: str) -> str:
         content = json.loads(text)
@@ -70,9 +70,9 @@ DAMAGED = {  # file, change of its text, what is said
     "half a revision": (FINETUNE, set_key("environment.git.revision", "0" * 39), "environment.git.revision: String"),
     "a version of letters": (FINETUNE, set_key("environment.software.python", "x.12"), "software.python: String"),
     "another key of a machine": (FINETUNE, put('"cpu"', '"gpu"'), "environment.hardware.cpu: Field required"),
-    "another method": (MODEL, set_key("method", "dds"), "method is not that of the settings and shards"),
-    "another seed": (MODEL, set_key("seed", 3), "seed is not that of the settings"),
-    "other classes": (MODEL, set_key("class_names", ["cat"]), "class_names is not that of"),
+    "another method": (MODEL, set_key("method", "dds"), "method differs from the settings and shards"),
+    "another seed": (MODEL, set_key("seed", 3), "seed differs from the settings"),
+    "other classes": (MODEL, set_key("class_names", ["cat"]), "class_names differs from"),
     "another share": (MODEL.replace("0.25", "1.0"), set_key("compute.pretrain_share", 5.0), "is another than"),
     "infinite compute": (
         MODEL,
@@ -129,9 +129,9 @@ DAMAGED = {  # file, change of its text, what is said
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_what_cannot_be_is_refused_with_the_file_and_the_stage(sources, tmp_path: Path, case: str):
+def test_impossible_contents_are_refused_with_the_file_and_the_stage(sources, tmp_path: Path, case: str):
     config, root = sources
-    file, change, said = DAMAGED[case]
+    file, change, expected = DAMAGED[case]
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     before = (copy / file).read_text()
     (copy / file).write_text(change(before))
@@ -139,16 +139,16 @@ def test_what_cannot_be_is_refused_with_the_file_and_the_stage(sources, tmp_path
     with pytest.raises(RRCMError) as caught:
         read_inputs(config, copy)
     message = str(caught.value)
-    assert said in message and "again" in message and "\n" not in message
+    assert expected in message and "again" in message and "\n" not in message
     assert str(copy / file) in message or "samples.tsv" in message or "history.csv" in message
 
 
-def test_todays_provenance_is_a_record():
+def test_the_provenance_of_this_machine_is_a_valid_record():
     Environment.model_validate(describe_environment("cpu"))
 
 
-def test_numbers_read_back_as_written(tmp_path: Path):
-    """Line ends of Windows are no damage. Whole numbers stay whole, and an accuracy may be missing."""
+def test_numbers_are_read_as_they_were_written(tmp_path: Path):
+    """Windows line ends are accepted. Whole numbers stay integers, and an accuracy may be missing."""
     (tmp_path / "history.csv").write_bytes(b"epoch,loss,val_accuracy\r\n1,1e-05,\r\n2,-0.25,0.5\r\n")
     frame = read_numbers(tmp_path / "history.csv", ["epoch"], "again")
     assert frame["epoch"].tolist() == [1, 2] and frame["epoch"].dtype == "int64"
@@ -160,7 +160,7 @@ def test_shares_of_images():
     assert not any(is_share(correct / 143 + 1e-13, 143) for correct in range(143))
 
 
-def test_a_training_may_end_within_an_epoch_and_be_evaluated_seldom():
+def test_histories_may_end_within_an_epoch_and_lack_evaluations():
     history = pd.DataFrame({"epoch": [1, 2, 2.5], "val_accuracy": [None, 0.75, 0.5]})
     model = {"training": {"epochs": 2.5}, "selected": {"epoch": 2, "val_accuracy": 0.75}}
     assert check_finetuning(history, model, 4, one_model=True) is None

@@ -127,7 +127,7 @@ def test_external_results_change_only_their_own_rows_and_curves(invented_report,
 
 
 def config_error(*external: dict) -> str:
-    """The error, in one line, for these external results."""
+    """The error message for these external results."""
     with pytest.raises(RRCMError) as error:
         make_config(list(external))
     assert "\n" not in str(error.value)

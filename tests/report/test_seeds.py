@@ -1,4 +1,4 @@
-"""Reports of several seeds in one table, and what cannot be compared."""
+"""Reports of several seeds are summarized in one table, and reports that cannot be compared are refused."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ ACCURACY = {"rrcm": [0.9, 0.8, 0.88], "gaussian": [0.6, 0.55, 0.65]}  # by seed
 
 
 def write_report(folder: Path, seed: int, **changes: list) -> Path:
-    """A report's differences.csv with certified accuracy at r = 0.5 and half of it as ACR at sigma 1."""
+    """Write differences.csv of a report. The ACR at sigma 1 is half of the certified accuracy at r = 0.5."""
     rows = []
     for method, values in ACCURACY.items():
         for measure, at, scale in (("certified_accuracy", 0.5, 1.0), ("acr", 1.0, 0.5)):
@@ -44,7 +44,7 @@ def test_means_over_seeds_and_the_interval_of_their_differences(reports: list[Pa
     assert tuple(differences.loc[0, ["difference", "low", "high"]]) == pytest.approx(expected)
 
 
-def test_the_tables_as_the_command_prints_them(reports: list[Path], tmp_path: Path):
+def test_the_command_prints_the_tables(reports: list[Path], tmp_path: Path):
     answer = stage(tmp_path, "seeds", *map(str, reports))
     assert (answer.returncode, answer.stdout) == (0, f"{seeds_text(reports)}\n")
     assert "with the best σ and ACR, mean over seeds 0, 1, 2." in answer.stdout
@@ -55,7 +55,7 @@ def test_the_tables_as_the_command_prints_them(reports: list[Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda folder: [folder / "seed_0"], "at least two seeds"),
         (lambda folder: [folder / "seed_0", folder / "none"], "none/differences.csv: no such file"),
@@ -64,13 +64,13 @@ def test_the_tables_as_the_command_prints_them(reports: list[Path], tmp_path: Pa
         (lambda folder: [folder / "seed_0", write_report(folder / "empty", 1).with_name("old")], "no such file"),
     ],
 )
-def test_reports_that_cannot_be_compared(reports: list[Path], tmp_path: Path, change, said: str):
-    with pytest.raises(RRCMError, match=said) as caught:
+def test_reports_that_cannot_be_compared_are_refused(reports: list[Path], tmp_path: Path, change, message: str):
+    with pytest.raises(RRCMError, match=message) as caught:
         seeds_text(change(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_a_table_without_a_column_is_said(reports: list[Path]):
+def test_a_table_without_a_column_is_refused(reports: list[Path]):
     path = reports[1] / "differences.csv"
     path.write_text(path.read_text().replace("seed,", "sed,"))
     with pytest.raises(RRCMError, match="has no seed; run `dvc repro plot` again"):
@@ -78,7 +78,7 @@ def test_a_table_without_a_column_is_said(reports: list[Path]):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("0.9", "9.9", "a value that is no share"),
         ("0.9", "0,9", "text where numbers must be"),
@@ -95,19 +95,19 @@ def test_a_table_without_a_column_is_said(reports: list[Path]):
         ),
     ],
 )
-def test_numbers_that_cannot_be_are_said(reports: list[Path], old: str, new: str, said: str):
+def test_impossible_numbers_are_refused(reports: list[Path], old: str, new: str, message: str):
     path = reports[0] / "differences.csv"
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    if said:
-        with pytest.raises(RRCMError, match=said):
+    if message:
+        with pytest.raises(RRCMError, match=message):
             seeds_text(reports)
     else:
         seeds_text(reports)  # the reference has no difference, so its interval means nothing
 
 
-def test_a_published_result_stands_for_the_reports_of_all_its_seeds(tmp_path: Path):
+def test_a_published_result_means_the_reports_of_all_its_seeds(tmp_path: Path):
     for seed in range(3):
         (tmp_path / f"published/seed_{seed}").mkdir(parents=True)
         write_report(tmp_path / f"published/seed_{seed}/report", seed)

@@ -45,7 +45,7 @@ def test_published_rows_are_complete():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("0.25:61.2 0.5:42.2", "0.25:61.2 0.5z42.2", "row 2: certified_accuracy"),
         ("0.25:61.2 0.5:42.2", "0.25:61.2 0.5:72.2", "row 2: certified_accuracy"),
@@ -57,10 +57,10 @@ def test_published_rows_are_complete():
         ("dataset,", "data,", "must have the columns dataset, method"),
     ],
 )
-def test_published_rows_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str):
+def test_published_rows_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str):
     text = (Path(tables.__file__).parent / "published.csv").read_text()
     assert old in text
     (tmp_path / "published.csv").write_text(text.replace(old, new, 1))
     monkeypatch.setattr(tables, "files", lambda package: tmp_path)
-    with pytest.raises(RRCMError, match=re.escape(said)):
+    with pytest.raises(RRCMError, match=re.escape(message)):
         tables.read_published()
