@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from tabulate import tabulate
 
 from rrcm.certification.external import read_external_certificates
 from rrcm.evaluation.metrics import accuracy_difference, acr_difference, summary
 from rrcm.report.accuracy_figures import draw_comparison
 from rrcm.report.figures import FORMATS, save
 from rrcm.report.fonts import note_on_letters
-from rrcm.report.tables import interval_text
+from rrcm.report.tables import aligned_text, interval_text
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output
 
@@ -97,8 +96,7 @@ def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], rad
 
 def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str:
     headers = [corner, "images", *(f"r = {radius:g}" for radius in dict.fromkeys(radii)), "ACR"]
-    align = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    return aligned_text(pd.DataFrame(rows, columns=headers), "simple")
 
 
 def check_same_images(certificates: Mapping[str, pd.DataFrame]) -> str | None:

@@ -315,12 +315,12 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 def markdown_text(frame: pd.DataFrame) -> str:
     """`frame` as a Markdown table. Characters with a meaning in Markdown are escaped."""
-    return _tabulate(frame.rename(columns=escape_markdown).map(escape_markdown), "github") + "\n"
+    return aligned_text(frame.rename(columns=escape_markdown).map(escape_markdown), "github") + "\n"
 
 
 def latex_text(frame: pd.DataFrame) -> str:
     """`frame` as a LaTeX table for booktabs. Special characters are escaped."""
-    return _tabulate(frame.map(lambda cell: printable(str(cell))), "latex_booktabs").replace("σ", r"$\sigma$") + "\n"
+    return aligned_text(frame.map(lambda cell: printable(str(cell))), "latex_booktabs").replace("σ", r"$\sigma$") + "\n"
 
 
 def escape_markdown(value: object) -> str:
@@ -328,7 +328,8 @@ def escape_markdown(value: object) -> str:
     return printable(" ".join(str(value).split())).translate(MARKDOWN_ESCAPES)
 
 
-def _tabulate(frame: pd.DataFrame, style: str) -> str:
+def aligned_text(frame: pd.DataFrame, style: str) -> str:
+    """`frame` in a table format of tabulate, with the first column to the left and the others to the right."""
     names, align = list(frame.columns), ["left"] + ["right"] * (len(frame.columns) - 1)
     rows = frame.astype(str).values.tolist()
     return tabulate(rows, names, tablefmt=style, colalign=align, disable_numparse=True)
