@@ -2,7 +2,8 @@
 
 results/readme.csv lists its rows. A row with a `result` shows a method of the published result with this name, as the
 mean over the seeds with half the width of the t interval over them. Its `label` may contain {ratio} (the latency
-relative to rRCM), {images} and {seeds}. A row without a `result` quotes the row of rrcm/report/published.csv with the same `method`, `model` and `sigma`.
+relative to rRCM), {images} and {seeds}. A row without a `result` quotes the row of rrcm/report/published.csv with the
+same `method`, `model` and `sigma`.
 """
 
 import csv
