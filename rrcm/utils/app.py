@@ -21,9 +21,9 @@ gc.disable()
 
 
 def name_user() -> None:
-    """Set LOGNAME and HOME for a user without an entry, as in a container: other libraries fail without them.
+    """Set LOGNAME and HOME for a user without a passwd entry, as in many containers. Other libraries fail without them.
 
-    As in Docker the home is then /. A variable that is empty counts as absent.
+    The home becomes /, as in Docker. An empty variable counts as absent.
     """
     defaults = {"HOME": "/", "LOGNAME": str(os.getuid())}
     missing = {name: value for name, value in defaults.items() if not os.environ.get(name)}
@@ -47,19 +47,19 @@ from rrcm.utils.errors import Interrupted, RRCMError, printable  # noqa: E402
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 TERMINATED = 143  # exit status after SIGTERM
-REFUSED = dict.fromkeys(  # errors of the system, and what to do
+REFUSED = dict.fromkeys(  # system errors that the user can fix, and the advice that is printed
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT), "check permissions and disk"
 ) | dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "give another path")
 
 
 def other_checkout(folders: Iterable[Path]) -> Path | None:
-    """The first of `folders` that holds this package, if that is another copy of it than the imported one."""
-    found = next((folder for folder in folders if (folder / "rrcm/utils/app.py").is_file()), None)
-    return None if found is None or found.samefile(Path(__file__).parents[2]) else found
+    """The first of `folders` that contains this package, or None if that is the imported copy or there is none."""
+    checkout = next((folder for folder in folders if (folder / "rrcm/utils/app.py").is_file()), None)
+    return None if checkout is None or checkout.samefile(Path(__file__).parents[2]) else checkout
 
 
 def refuse_other_checkout(script: str) -> None:
-    """End the process in one line if `script` lies in a folder of another checkout than the imported package."""
+    """Exit with a one-line error if `script` belongs to another checkout than the imported package."""
     if folder := other_checkout([Path(script).resolve().parent.parent]):
         sys.exit(
             f"error: {printable(script)}: rrcm was imported from {printable(Path(__file__).parents[2])}; "
@@ -68,7 +68,7 @@ def refuse_other_checkout(script: str) -> None:
 
 
 if script := getattr(sys.modules["__main__"], "__file__", None):
-    refuse_other_checkout(script)  # for commands that do not import stages/environment.py, as benchmarks
+    refuse_other_checkout(script)  # for commands that do not import stages/environment.py, such as benchmarks
 
 
 def make_app() -> typer.Typer:
@@ -79,15 +79,15 @@ def make_app() -> typer.Typer:
 def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap `command` so that it exits without a traceback.
 
-    An `RRCMError` is printed in one line on stderr, exit status 1. So is a file that the system does not let us read or
-    write. Ctrl-C gives status 130, `Interrupted` 143.
+    An `RRCMError` is printed on stderr in one line, and the exit status is 1. The same happens when the system refuses
+    to read or write a file. The exit status is 130 after Ctrl-C and 143 after `Interrupted`.
     """
 
     @functools.wraps(command)
     def guard(*args: object, **options: object) -> None:
         try:
             command(*args, **options)
-            sys.stdout.flush()  # here a full disk can still be reported
+            sys.stdout.flush()  # a full disk can still be reported here
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             raise typer.Exit(TERMINATED) from None
@@ -100,7 +100,7 @@ def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
             line = f"{error.filename or 'standard output'}: {error.strerror}; {REFUSED[error.errno]}"
             print(f"error: {printable(RRCMError(line))}", file=sys.stderr)
             if error.filename is None:
-                sys.stdout = open_nothing("w")  # else it is flushed again at exit, with a traceback
+                sys.stdout = open_nothing("w")  # otherwise Python flushes it again at exit, with a traceback
             raise typer.Exit(1) from None
         except KeyboardInterrupt as interruption:
             print(f"interrupted{interruption}", file=sys.stderr)
@@ -110,7 +110,7 @@ def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def resume_gc() -> None:
-    """Switch garbage collection on. Call it after all imports; what they made is never scanned again."""
+    """Switch garbage collection on. Call it after all imports: objects that they created are never scanned again."""
     gc.freeze()
     gc.enable()
 
@@ -119,10 +119,10 @@ def run_app(app: typer.Typer) -> None:
     """Run the application with this process's arguments, and exit."""
     keep_freed_memory()
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by `>&-`; the next file that is opened would get its number
+        if getattr(sys, name) is None:  # closed by `>&-`: the next file to be opened would get its descriptor
             setattr(sys, name, open_nothing(mode))
-    warnings.filterwarnings("ignore", module="PIL")  # of large pictures and odd metadata, which are read all the same
-    sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr; else some names end in a traceback
+    warnings.filterwarnings("ignore", module="PIL")  # about large pictures and odd metadata
+    sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr; some file names cannot be printed otherwise
     try:
         app()
     finally:
@@ -130,7 +130,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def open_nothing(mode: str) -> TextIO:
-    """A stream in place of one that cannot be used: empty, or swallowing what is written."""
+    """A stream to replace one that cannot be used: it is empty, and discards what is written to it."""
     return Path(os.devnull).open(mode, encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
-"""What code does, apart from how it is written: fingerprints of modules and of all that they import.
+"""Fingerprints of code: of modules and everything that they import. They change when the code computes something else.
 
 A fingerprint is a hash of a module's syntax tree. Comments, docstrings, annotations, formatting and the order of
-imports do not change it. Neither do the texts of an `RRCMError`, nor the entries of a `Registry`, which are watched by
-whoever names one. The same source has the same fingerprint under every version of Python.
+imports do not change it. Neither do the messages of an `RRCMError`, nor the entries of a `Registry`: a run includes the
+modules of the entries that it uses. The same source has the same fingerprint under every version of Python.
 """
 
 import ast
@@ -16,25 +16,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 STDLIB = sysconfig.get_path("stdlib")
-DIGITS = 16  # of a fingerprint, hexadecimal
-UNWATCHED = {"ctx", "type_comment", "type_params", "kind"}  # fields of syntax trees that say nothing about what runs
-SILENT = {"RRCMError", "Registry"}  # calls whose arguments decide no result
+DIGITS = 16  # hexadecimal digits of a fingerprint
+IGNORED_FIELDS = {"ctx", "type_comment", "type_params", "kind"}  # of syntax trees: they do not affect what runs
+IGNORED_CALLS = {"RRCMError", "Registry"}  # their arguments do not affect results
 
 
 class Module(NamedTuple):
-    """What a module does, and what it needs."""
+    """The fingerprint of a module, and what it imports."""
 
     fingerprint: str
-    imports: tuple[str, ...]  # names of modules, and of what is imported from them
+    imports: tuple[str, ...]  # names of modules, and of the objects that are imported from them
 
 
 def fingerprints(*modules: str, without: Iterable[str] = ()) -> dict[str, str]:
-    """The fingerprint of each source file of `modules` and of all that they import, directly or not, by module.
+    """The fingerprints of `modules` and of all modules that they import, directly or indirectly, by module name.
 
-    That is all of rrcm, and other modules that are loaded and not installed in the environment: the user's own code.
-    Modules among `without`, as "rrcm.utils.files", and what only they import are left out.
+    Imports count if they are part of rrcm, or if they are loaded and not installed in the environment: the user's own
+    code. The modules in `without`, such as "rrcm.utils.files", and modules that only they import are left out.
     """
-    found: dict[str, str] = {}
+    by_module: dict[str, str] = {}
     waiting, seen = list(modules), set(without)
     while waiting:
         name = waiting.pop()
@@ -43,14 +43,14 @@ def fingerprints(*modules: str, without: Iterable[str] = ()) -> dict[str, str]:
         if path is None or (_is_installed(name, path) and name not in modules):
             continue
         module = read_module(name, path)
-        found[name] = module.fingerprint
+        by_module[name] = module.fingerprint
         if not _is_installed(name, path):
             waiting += module.imports
-    return dict(sorted(found.items()))
+    return dict(sorted(by_module.items()))
 
 
 def read_module(name: str, path: Path) -> Module:
-    """The module `name` in the file `path`."""
+    """Read the module `name` from the file `path`."""
     status = path.stat()
     return _read_module(name, path, status.st_mtime_ns, status.st_size)
 
@@ -65,7 +65,7 @@ def _read_module(name: str, path: Path, *_: int) -> Module:
 
 
 def fingerprint_of(tree: ast.AST) -> str:
-    """The hash of a syntax tree, whatever Python has parsed it."""
+    """The hash of a syntax tree. It does not depend on the version of Python that parsed it."""
     return hashlib.sha256(_canonical(tree).encode()).hexdigest()[:DIGITS]
 
 
@@ -76,7 +76,7 @@ def _canonical(node: object) -> str:
         fields = [
             f"{name}={_canonical(value)}"
             for name, value in ast.iter_fields(node)
-            if name not in UNWATCHED and value is not None and value != []  # what later versions added is empty
+            if name not in IGNORED_FIELDS and value is not None and value != []  # fields of later versions are empty
         ]
         return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
@@ -85,9 +85,9 @@ def _canonical(node: object) -> str:
 
 
 def essence(tree: ast.Module, is_package: bool = False) -> ast.Module:
-    """A module's syntax tree without what does not change what it does.
+    """A module's syntax tree without the parts that have no effect at run time.
 
-    Imports that only annotations need are left out too. A package may import names for others, so its are kept.
+    Imports that only annotations need are left out too, except in a package, which may import names for other modules.
     """
     tree = _Essence().visit(tree)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -96,10 +96,10 @@ def essence(tree: ast.Module, is_package: bool = False) -> ast.Module:
 
 
 class _Essence(ast.NodeTransformer):
-    """Removes docstrings, annotations and the arguments of what is SILENT."""
+    """Removes docstrings, annotations and the arguments of IGNORED_CALLS."""
 
     def __init__(self) -> None:
-        self.in_class = False  # there a declaration makes a field
+        self.in_class = False  # in the body of a class, an annotation declares a field
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         outside, self.in_class = self.in_class, True
@@ -136,14 +136,14 @@ class _Essence(ast.NodeTransformer):
         return _with_bodies(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        if isinstance(node.func, ast.Name) and node.func.id in SILENT:
+        if isinstance(node.func, ast.Name) and node.func.id in IGNORED_CALLS:
             return ast.Call(node.func, [], [])
         return self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         self.generic_visit(node)
         parts: list[ast.expr] = []
-        for part in node.values:  # versions of Python split the text between two values differently
+        for part in node.values:  # each version of Python splits the text between values differently
             if isinstance(part, ast.Constant) and parts and isinstance(parts[-1], ast.Constant):
                 parts[-1] = ast.Constant(parts[-1].value + part.value)
             elif not (isinstance(part, ast.Constant) and part.value == ""):
@@ -156,14 +156,14 @@ class _Essence(ast.NodeTransformer):
 
 
 def _with_bodies(node: ast.AST) -> ast.AST:
-    """The node, with a `pass` where nothing is left of a body."""
+    """The node, with a `pass` in a body that has become empty."""
     if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
         node.body = [ast.Pass()]
     return node
 
 
 class _Imports(ast.NodeTransformer):
-    """Sorts neighbouring imports, one name each, and drops names that are not among `used`; None keeps all."""
+    """Splits neighbouring imports into one name each and sorts them. Drops names not in `used`, unless it is None."""
 
     def __init__(self, used: set[str] | None):
         self.used = used
@@ -198,7 +198,7 @@ def _level(statement: ast.stmt) -> dict[str, int]:
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """The names of modules that a tree imports anywhere, and of what it imports from them."""
+    """The names of all modules that a tree imports, and of the objects that it imports from them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -209,7 +209,7 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def _source_file(module: str) -> Path | None:
-    """The file of a module or package of rrcm, or of one that is loaded; None if there is none of that name."""
+    """The source file of a module or package that belongs to rrcm or is loaded; None if there is no such module."""
     top, *below = module.split(".")
     if top == "rrcm":
         path = Path(__file__).parents[1].joinpath(*below)
@@ -219,7 +219,7 @@ def _source_file(module: str) -> Path | None:
 
 
 def _is_installed(module: str, path: Path) -> bool:
-    """Whether a module belongs to the environment, as all of Python and of its packages do. rrcm may be one of them."""
+    """Whether a module belongs to the environment: to Python or to an installed package other than rrcm."""
     if module.split(".")[0] == "rrcm":
         return False
     return (

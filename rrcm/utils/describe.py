@@ -1,9 +1,9 @@
-"""What decides how an object behaves, as JSON: its class, its code, all that it holds, and the values of its tensors.
+"""Describe everything that decides how an object behaves, as JSON: its class, its code, its attributes and its tensors.
 
-Runs of networks are told apart by this. Nothing is listed that belongs to it: an attribute that nobody thought of is
-described like any other, and what cannot be described is refused. Descriptions are the same in processes that were
-started alike: they hold no addresses, no order of sets and no number of a device. What a program has changed in the
-modules of torch or in a module's global variables while it ran is not seen.
+A run that was stopped is resumed only if the descriptions of its networks are the same. No list says which attributes
+count: all of them are described, and an object that cannot be described is refused. Descriptions are the same in
+processes that were started in the same way, because they contain no addresses, no order of sets and no device numbers.
+They do not see what a program changes at run time in torch's modules or in the global variables of a module.
 """
 
 import copyreg
@@ -25,32 +25,32 @@ from rrcm.utils.errors import RRCMError, one_line
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.layout, torch.memory_format)
 CONTAINERS = (list, tuple, dict, OrderedDict, set, frozenset)
-BY_VERSION = {"torch", "builtins", *sys.stdlib_module_names}  # the top of modules whose version stands for their code
+BY_VERSION = {"torch", "builtins", *sys.stdlib_module_names}  # packages whose version stands for their code
 
 
 class Description:
-    """Describes objects, one after another. `modules` are the names of the modules that their code comes from."""
+    """Describes objects one after another. `modules` collects the names of the modules that define their code."""
 
     def __init__(self) -> None:
         self.modules: set[str] = set()
-        self._seen: dict[int, tuple[int, object]] = {}  # by id: a number, and the object, which keeps the id its own
-        self._path: list[str] = []  # the attributes on the way, for the message
+        self._seen: dict[int, tuple[int, object]] = {}  # by id: a number, and the object, so that its id is not reused
+        self._path: list[str] = []  # the attributes that lead to the current value, for the error message
 
     def of(self, value: object) -> list:
-        """The description of a value, JSON-able. Raises `RRCMError` for a value that hides what it is."""
+        """The JSON-able description of a value. Raises `RRCMError` for a value that cannot be described."""
         kind = type(value)
         if kind in PLAIN:
             return [kind.__name__, repr(value)]
-        if kind not in (tuple, frozenset, CodeType):  # equal ones of these may or may not be one object
+        if kind not in (tuple, frozenset, CodeType):  # Python may or may not share equal objects of these types
             if id(value) in self._seen:
                 return ["seen", self._seen[id(value)][0]]
             self._seen[id(value)] = len(self._seen), value
-        if isinstance(value, CONTAINERS) and kind not in CONTAINERS:  # a subclass may hold more
+        if isinstance(value, CONTAINERS) and kind not in CONTAINERS:  # a subclass may have further attributes
             return self._reduced(value)
         return self._described(value)
 
     def _reduced(self, value: object) -> list:
-        """What `copy` and `pickle` would make a copy from."""
+        """Describe the parts from which `copy` and `pickle` would rebuild the value."""
         reduce = copyreg.dispatch_table.get(type(value))
         try:
             parts = reduce(value) if reduce else value.__reduce_ex__(4)
@@ -73,7 +73,7 @@ class Description:
 
     @_described.register
     def _set(self, values: set | frozenset) -> list:
-        in_order = sorted(values, key=lambda value: str(Description().of(value)))  # before any gets a number
+        in_order = sorted(values, key=lambda value: str(Description().of(value)))  # before they get numbers
         return [type(values).__name__, *(self.of(value) for value in in_order)]
 
     @_described.register
@@ -100,13 +100,13 @@ class Description:
     def _program(self, program: torch.jit.ScriptModule | torch.jit.ScriptFunction) -> list:
         saved = io.BytesIO()
         torch.jit.save(program, saved)
-        with zipfile.ZipFile(saved) as parts:  # one of them is a random number, others are for messages
+        with zipfile.ZipFile(saved) as parts:  # one is a random number, and others serve messages only
             names = [name for name in parts.namelist() if not name.endswith(("serialization_id", ".debug_pkl"))]
             return ["program", *([name, _code_of_program(parts.read(name))] for name in names)]
 
     @_described.register
     def _network(self, network: nn.Module) -> list:
-        return [self.of(type(network)), self._mapping(vars(network))]  # its __getstate__ may leave something out
+        return [self.of(type(network)), self._mapping(vars(network))]  # not __getstate__, which may leave something out
 
     @_described.register
     def _class(self, cls: type) -> list:
@@ -146,14 +146,14 @@ class Description:
 
 
 def _code_of_program(content: bytes) -> str:
-    """A hash of a part of a program. Where its code lists the constants of a class, their order is that of a set."""
+    """A hash of one part of a program. The order in which its code lists the constants of a class is random."""
     groups = groupby(content.split(b"\n"), key=lambda line: b": Final[" in line)
     lines = [line for constants, group in groups for line in (sorted(group) if constants else group)]
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
 def _code_and_data(key: str, member: object) -> Iterator[object]:
-    """What a class defines under a name: the functions of a method or a property, or a value."""
+    """What a class defines as `key`: the functions of a method or property, or a value."""
     if isinstance(member, FunctionType):
         yield member
     elif isinstance(member, staticmethod | classmethod):
@@ -167,7 +167,7 @@ def _code_and_data(key: str, member: object) -> Iterator[object]:
 
 
 def _content(cell: object) -> Iterator[object]:
-    """The value of a variable of an outer function, if it has one yet."""
+    """The value of a variable in a closure, if it has been assigned."""
     try:
         yield cell.cell_contents
     except ValueError:

@@ -1,7 +1,7 @@
 """Processes and devices: start-up, collectives, shared work, BatchNorm over the global batch, precision.
 
-With one process every collective is the identity. So the same code runs on one process and on many, on CPUs (gloo) and
-on GPUs (nccl).
+With one process every collective is the identity. The same code therefore runs in one process and in many, on CPUs
+(gloo) and on GPUs (nccl).
 """
 
 import itertools
@@ -20,12 +20,12 @@ from torch import nn
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.provenance import available_cores
 
-_connections = itertools.count()  # the same in every process
+_connections = itertools.count()  # every process connects equally often, so all count the same
 
 
 @dataclass(frozen=True)
 class DistEnv:
-    """Rank of this process, number of processes, the device it computes on, and the store that all processes share."""
+    """The rank of this process, the number of processes, the device it uses, and the store that all processes share."""
 
     rank: int
     world_size: int
@@ -40,7 +40,7 @@ class DistEnv:
 def pick_device(name: str) -> torch.device:
     """The device of this process: `cpu`, `cuda:N`, `cuda` (the GPU of the local rank) or `auto`.
 
-    `auto` is `cuda` if the machine has a GPU, else `cpu`. Raises `RRCMError` for a GPU that does not exist.
+    `auto` is `cuda` if the machine has a GPU, otherwise `cpu`. Raises `RRCMError` for a GPU that does not exist.
     """
     gpus = torch.cuda.device_count()
     local_gpu = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
@@ -56,10 +56,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """Compute with so many CPU threads per process; None: torch's default, as many as there are cores.
+    """Set the number of CPU threads of this process. None keeps torch's default, one thread per core.
 
-    A container's quota of CPU time, which torch does not see, counts as its number of cores. The number of threads
-    decides how sums are split, and with it their rounding.
+    torch does not see a container's quota of CPU time, so here the quota limits the number of cores. The number of
+    threads decides how sums are split, and therefore how they are rounded.
     """
     if threads is None and not os.environ.get("OMP_NUM_THREADS") and available_cores() < torch.get_num_threads():
         threads = available_cores()
@@ -68,7 +68,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def process_count() -> int:
-    """Number of processes that torchrun started, WORLD_SIZE; 1 without it. Raises `RRCMError` if it is no number."""
+    """The number of processes that torchrun started (WORLD_SIZE), or 1 without torchrun.
+
+    Raises `RRCMError` if WORLD_SIZE is not a positive number.
+    """
     text = os.environ.get("WORLD_SIZE") or "1"
     if not (text.isdecimal() and int(text)):
         raise RRCMError(f"WORLD_SIZE is {text!r}, but must be a number of processes; start them with torchrun")
@@ -76,7 +79,7 @@ def process_count() -> int:
 
 
 def connect(device: str) -> DistEnv:
-    """Find the processes that torchrun started, on one node or several. They share a store, but no collectives yet."""
+    """Connect to the processes that torchrun started, on one node or several. They share a store, but no group yet."""
     chosen, count = pick_device(device), process_count()
     if count == 1:
         return DistEnv(0, 1, chosen)
@@ -90,9 +93,9 @@ def connect(device: str) -> DistEnv:
 
 @cache
 def _rendezvous(*environment: str | None) -> tuple[dist.Store, int]:
-    """The store of the processes that `environment` describes, and the rank of this one.
+    """The store of the processes that `environment` describes, and the rank of this process.
 
-    One store serves all connections of a process. A second one on the same port might still meet the first one.
+    One store serves all connections of a process, because a second one on the same port might still reach the first.
     """
     store, rank, _ = next(dist.rendezvous("env://"))
     return store, rank
@@ -100,7 +103,7 @@ def _rendezvous(*environment: str | None) -> tuple[dist.Store, int]:
 
 @contextmanager
 def explain_lost_processes() -> Iterator[None]:
-    """Turn what torch says when another process has died into one line. That process has said why it died."""
+    """Turn torch's errors about a lost process into one line. The lost process itself has printed why it ended."""
     try:
         yield
     except RuntimeError as error:
@@ -111,7 +114,7 @@ def explain_lost_processes() -> Iterator[None]:
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn a lack of memory into one line that ends with `advice`: what to set."""
+    """Turn an out-of-memory error into one line that ends with `advice`, which says what to set."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -124,7 +127,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 @contextmanager
 def init_distributed(device: str) -> Iterator[DistEnv]:
-    """Join torchrun's process group, described by its environment variables; without torchrun run alone."""
+    """Join the process group that torchrun's environment variables describe. Without torchrun, run alone."""
     with explain_lost_processes():
         env = connect(device)
         if env.device.type == "cuda":
@@ -144,10 +147,10 @@ def init_distributed(device: str) -> Iterator[DistEnv]:
 
 
 class WorkQueue:
-    """Numbered pieces of work that the processes of a run share. Each takes the next one when it has finished one.
+    """Numbered pieces of work that the processes of a run share. A process that has finished one takes the next.
 
-    No process waits for another for a limited time only: if one dies, torchrun ends the others. `name` is unique in a
-    run. Methods may be called by several threads.
+    Waits have no timeout: if a process dies, torchrun ends the others. `name` is unique within a run. Several threads
+    may call the methods.
     """
 
     def __init__(self, env: DistEnv, name: str) -> None:
@@ -155,37 +158,37 @@ class WorkQueue:
         self._store = dist.PrefixStore(f"queue {name}", env.store)
 
     def next_index(self) -> int:
-        """The number of the next piece. Each number goes to one process."""
+        """The number of the next piece. No two processes get the same number."""
         return self._store.add("taken", 1) - 1
 
     def report_done(self, count: int = 0) -> int:
-        """Report `count` finished pieces of this process; returns the number of all processes together."""
+        """Report that this process has finished `count` more pieces. Returns the total over all processes."""
         return self._store.add("finished", count)
 
     def report_problem(self, index: int, text: str) -> None:
-        """Tell all processes what is wrong with a piece. To be called before the piece is reported as done."""
+        """Tell all processes what is wrong with a piece. Call it before reporting the piece as done."""
         self._store.set(f"problem {self._store.add('problems', 1)}", json.dumps([index, text]))
 
     def problems(self) -> list[str]:
-        """All texts that were reported, in the order of the pieces."""
+        """All reported problems, in the order of the pieces."""
         count = self._store.add("problems", 0)
         return [text for _, text in sorted(json.loads(self._store.get(f"problem {i + 1}")) for i in range(count))]
 
     def start(self) -> None:
-        """Called by the first process to let the others begin, and by the others to wait for it."""
+        """The first process lets the others begin; each of the others waits for it."""
         if self.rank == 0:
             self._store.set("started", "")
         for _ in _poll(lambda: self._store.check(["started"])):
             pass
 
     def wait_for(self, total: int) -> Iterator[None]:
-        """Yield now and then until all processes together have finished `total` pieces."""
+        """Yield repeatedly until all processes together have finished `total` pieces."""
         return _poll(lambda: self.report_done() >= total)
 
     def close(self) -> Iterator[None]:
-        """Report that this process needs the queue no longer. The first one waits for the others, and yields meanwhile.
+        """Report that this process no longer needs the queue. The first process yields until all others have done so.
 
-        It may keep the store, so it must not end before them.
+        The first process may host the store, so it must not end before the others.
         """
         self._store.set(f"ended {self.rank}", "")
         if self.rank == 0:
@@ -193,7 +196,7 @@ class WorkQueue:
 
 
 def _poll(condition: Callable[[], bool]) -> Iterator[None]:
-    """Yield until the condition holds: often at first, later once a second."""
+    """Yield until the condition holds, at first every few milliseconds and later once a second."""
     pause = 0.002
     while not condition():
         yield
@@ -202,7 +205,7 @@ def _poll(condition: Callable[[], bool]) -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Number of processes in the group; 1 without one."""
+    """The number of processes in the group, or 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -280,7 +283,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`SyncBatchNorm1d` for (B, C, H, W). One process uses torch's kernels."""
+    """`SyncBatchNorm1d` for images (B, C, H, W). A single process uses torch's own kernels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world_size() == 1:
@@ -290,9 +293,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def sync_batch_norm(network: nn.Module) -> nn.Module:
-    """`network` with every BatchNorm of images over the global batch. Weights and their names stay.
+    """Replace each `BatchNorm2d` of `network` by one over the global batch. Weights keep their values and names.
 
-    Raises `RRCMError` in a training by several processes if the network has a BatchNorm of another kind.
+    Raises `RRCMError` if several processes train and the network has another kind of BatchNorm.
     """
     for module in network.modules():
         for name, child in module.named_children():
@@ -306,7 +309,7 @@ def sync_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def native_precision(device: torch.device) -> str:
-    """The fast precision of a device: bf16 where it has instructions for it; else fp16 on a GPU, fp32 on a CPU.
+    """The fastest precision of a device: bf16 if it has instructions for it, otherwise fp16 on a GPU and fp32 on a CPU.
 
     Without such instructions a CPU computes in bfloat16 many times more slowly than in float32.
     """

@@ -3,17 +3,16 @@
 import re
 import textwrap
 
-# what moves the cursor, breaks a line or turns the order of the text around it; and bytes of names that are not UTF-8
+# Characters that move the cursor, break a line or reverse the direction of text, and bytes of names that are not UTF-8
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-
-LONGEST, END = 1000, 300  # characters of a message, and of them at its end, which says what to do
+LONGEST, END = 1000, 300  # characters of a message, and how many of them are kept at its end, which says what to do
 
 
 class RRCMError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what to do. Commands print no traceback.
 
-    A long message, which quotes a long input, is cut in its middle.
+    A message that quotes a long input is shortened in the middle.
     """
 
     def __init__(self, message: str):
@@ -33,5 +32,5 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: object) -> str:
-    """A text or path in one line that cannot disturb a terminal or a page: control characters become escapes."""
+    """A text or path in one line. Control characters are escaped, so that it cannot disturb a terminal or a page."""
     return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), str(text))

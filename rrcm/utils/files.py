@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, file locks, JSON, hashes, and paths in DVC's experiments.
 
-Not every place behaves like a local disk. Network file systems may lack locks, folders of a container's image cannot be
-renamed, and nothing can be renamed over a mount point. What differs is handled here.
+Not every file system behaves like a local disk. Network file systems may lack locks, folders from a container's image
+cannot be renamed, and nothing can be renamed over a mount point. This module handles these differences.
 """
 
 import codecs
@@ -29,21 +29,21 @@ from rrcm.utils.errors import RRCMError, one_line
 
 LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-# Errors of a rename: a folder of a lower layer of overlayfs, another file system, a mount point, or not supported.
+# Why a rename fails: a folder from a lower layer of overlayfs, another file system, a mount point, or no support.
 NO_RENAME = {errno.EXDEV, errno.EBUSY, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 MAX_JSON_BYTES = 64 * 2**20
 HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space")
 HINTS |= dict.fromkeys((errno.EACCES, errno.EPERM), "get permission to write there")
 HINTS |= {errno.EROFS: "mount it writable", errno.EMFILE: "raise the limit of open files (ulimit -n)"}
 UNCHANGED = "nothing was overwritten"
-ABANDONED = 24 * 3600  # seconds after which another machine's scratch file is taken for that of a killed process
+ABANDONED = 24 * 3600  # seconds after which another machine's scratch file counts as left by a killed process
 
 
 @contextmanager
 def writing(path: Path | str, addition: str = "") -> Iterator[None]:
     """Turn an OSError of the body into an `RRCMError`: one line that names `path`, the reason and what to do.
 
-    `addition` ends the line.
+    `addition` is appended to the line.
     """
     try:
         yield
@@ -60,8 +60,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`; on success flush it to disk and rename it over `path`.
 
     A symbolic link is replaced, not followed: it may lead into DVC's cache. Several processes may write `path` at once:
-    each has a temporary file of its own, and the last one wins. On any error that file is removed and `path` is
-    unchanged. A failed write (disk full, file too large, no permission) raises `RRCMError` naming `path`.
+    each has a temporary file of its own, and the last one wins. On any error the temporary file is removed and `path`
+    stays unchanged. A failed write (disk full, file too large, no permission) raises an `RRCMError` that names `path`.
     """
     path = Path(path)
     with writing(path, UNCHANGED), _scratch_file(path) as scratch:
@@ -71,10 +71,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write the files of one run, so that those of two runs never lie side by side.
+    """Write all files of one run, so that files of two runs never lie side by side.
 
-    All are complete on the disk before the first changes. Then those of an earlier run are deleted but for the first,
-    and the new ones are renamed into place. Raises `RRCMError` as `atomic_path` does.
+    Every new file is complete on disk before the first old one changes. Then all old files except the first are
+    deleted, and the new files are renamed into place. Raises `RRCMError` as `atomic_path` does.
     """
     with claimed(*contents, wait=True), ExitStack() as stack:
         scratches = {}
@@ -85,7 +85,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
                 _flush_file(scratches[path])
         _, *others = scratches
         for path in others:
-            with suppress(OSError):  # as a mount point, whose content is replaced below
+            with suppress(OSError):  # a mount point cannot be deleted; its content is replaced below
                 path.unlink(missing_ok=True)
         for path, scratch in scratches.items():
             with writing(path, f"not all of {', '.join(map(str, scratches))} are of this run; run it again"):
@@ -94,7 +94,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def _scratch_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` for a file that no other process has, and which is deleted at the end if it is there."""
+    """Yield a unique name beside `path` for a temporary file. The file is deleted at the end if it still exists."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise RRCMError(f"{path}: is a device or a pipe; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +110,14 @@ def _scratch_file(path: Path) -> Iterator[Path]:
 def _delete_abandoned(path: Path) -> None:
     """Delete the scratch files of processes that were killed while they wrote `path`.
 
-    Those of another machine are deleted when they have not grown for a day.
+    Scratch files of another machine are deleted when they have not grown for a day.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})-[0-9a-f]{{8}}-(.*)\.tmp")
     with suppress(OSError):
-        for file, found in [(file, name.fullmatch(file.name)) for file in path.parent.iterdir()]:
-            if found and (
+        for file, match in [(file, name.fullmatch(file.name)) for file in path.parent.iterdir()]:
+            if match and (
                 time.time() - file.stat().st_mtime > ABANDONED
-                or (found[2] == os.uname().nodename and not _is_running(int(found[1])))
+                or (match[2] == os.uname().nodename and not _is_running(int(match[1])))
             ):
                 file.unlink()
 
@@ -126,12 +126,12 @@ def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return error.errno != errno.ESRCH  # it may be another user's
+        return error.errno != errno.ESRCH  # the process may belong to another user
     return True
 
 
 def check_output(path: Path | str) -> None:
-    """Raises `RRCMError` for a path where no file can be written: call it before hours of computing."""
+    """Raise `RRCMError` if no file can be written at `path`. Call it before a long computation."""
     path = Path(path)
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if (path.exists() and not path.is_file()) or not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -139,7 +139,7 @@ def check_output(path: Path | str) -> None:
 
 
 def _put_file(scratch: Path, path: Path) -> None:
-    """Rename `scratch` to `path`. Where that is impossible (a file mounted into a container) rewrite its content."""
+    """Rename `scratch` to `path`. If that is impossible (a file mounted into a container), overwrite its content."""
     try:
         scratch.replace(path)
     except OSError as error:
@@ -162,8 +162,8 @@ def _put_file(scratch: Path, path: Path) -> None:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Like `atomic_path` for a folder: yield an empty one beside `path`, then swap it into place.
 
-    A symbolic link to a folder is followed. If a process is killed in the swap, or the swap fails, the new folder stays
-    complete under its temporary name, and the next call puts it into place before anything else.
+    A symbolic link to a folder is followed. If the process is killed during the swap, or the swap fails, the new folder
+    stays complete under its temporary name, and the next call first puts it into place.
     """
     path = Path(path)
     if path.is_symlink():
@@ -188,9 +188,9 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
 
 def _swap(path: Path, scratch: Path, ready: Path) -> None:
-    """If the file `ready` exists, `scratch` is a complete folder: put it in the place of `path`.
+    """Move `scratch` to `path` if the file `ready` exists, which says that the folder `scratch` is complete.
 
-    It can be killed anywhere and called again. Until the new folder is in place, `scratch` is complete.
+    The process may be killed at any point and call this again. `scratch` stays complete until it has been moved.
     """
     aside = path.with_name(f".{path.name}.old.tmp")
     if scratch.exists() and ready.exists():
@@ -215,7 +215,7 @@ def _swap(path: Path, scratch: Path, ready: Path) -> None:
 
 
 def _clear(path: Path, aside: Path) -> None:
-    """Rename the old folder to `aside`, or delete it where folders cannot be renamed. A mount point stays, empty."""
+    """Rename the old folder to `aside`, or delete it if folders cannot be renamed. A mount point is only emptied."""
     try:
         path.replace(aside)
     except FileNotFoundError:
@@ -237,11 +237,11 @@ def _delete(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # rmtree names the last part of a path only
+        raise OSError(error.errno, error.strerror, str(path)) from error  # rmtree names only the last part of a path
 
 
 def _flush_tree(folder: Path) -> None:
-    """Flush a folder and all below to the disk."""
+    """Flush a folder and everything below it to disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             _flush_file(Path(root) / name)
@@ -249,7 +249,7 @@ def _flush_tree(folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the file system can."""
+    """Flush the names in a folder to disk, if the file system supports it."""
     with suppress(OSError):
         _flush_file(folder)
 
@@ -264,42 +264,42 @@ def _flush_file(path: Path) -> None:
 
 @contextmanager
 def claimed(*paths: Path, wait: bool = False) -> Iterator[None]:
-    """Let no other process write `paths` meanwhile that claims them too. What this process has claimed stays so.
+    """Claim `paths`: until the end, no other process that claims one of them can proceed. This process may claim again.
 
-    A lock file lies beside each path until the end. Raises `RRCMError` if another process has claimed one; with `wait`,
-    waits for it instead. The order of locks is that of their names, so two processes never wait for each other.
+    A lock file lies beside each claimed path. Raises `RRCMError` if another process has claimed one; with `wait`, waits
+    for it instead. Locks are taken in the order of their names, so two processes never wait for each other.
     """
     with ExitStack() as stack:
-        for place, path in sorted((Path(os.path.realpath(path.parent)) / path.name, path) for path in paths):
-            if place not in _claims:
-                stack.enter_context(_claim(place, path, wait))
+        for resolved, path in sorted((Path(os.path.realpath(path.parent)) / path.name, path) for path in paths):
+            if resolved not in _claims:
+                stack.enter_context(_claim(resolved, path, wait))
         yield
 
 
-_claims: set[Path] = set()  # of this process
+_claims: set[Path] = set()  # the paths that this process has claimed
 
 
 @contextmanager
-def _claim(place: Path, path: Path, wait: bool) -> Iterator[None]:
+def _claim(resolved: Path, path: Path, wait: bool) -> Iterator[None]:
     with writing(path, UNCHANGED):
-        name = place.with_name(f".{place.name}.lock.tmp")
+        name = resolved.with_name(f".{resolved.name}.lock.tmp")
         if (lock := open_locked(name)) is None and wait:
             print(f"note: waits until another process has written {path}", file=sys.stderr)
             lock = open_locked(name, wait=True)
     if lock is None:
         raise RRCMError(f"{path}: another process is writing it; wait for that, stop it, or choose another path")
-    _claims.add(place)
+    _claims.add(resolved)
     try:
         yield
     finally:
-        _claims.remove(place)
+        _claims.remove(resolved)
         with suppress(OSError):
-            Path(lock.name).unlink(missing_ok=True)  # while it is locked
+            Path(lock.name).unlink(missing_ok=True)  # before the lock is released
         lock.close()
 
 
 def open_locked(path: Path, *, wait: bool = False) -> IO | None:
-    """Make the file `path` and lock it for this process until it is closed; None if another has. Raises OSError."""
+    """Create the file `path` and lock it until it is closed; None if another process holds the lock. Raises OSError."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
@@ -310,25 +310,25 @@ def open_locked(path: Path, *, wait: bool = False) -> IO | None:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 _close_in_children(file)  # loader workers may live longer than this process
                 return file
-        file.close()  # the process that had it before has deleted it
+        file.close()  # the previous owner of the lock has deleted the file
 
 
 def _close_in_children(file: IO) -> None:
-    """Close an open file in each process that is forked from now on, as long as this one has it open."""
+    """Close `file` in every process that is forked while it is open here."""
     reference = weakref.ref(file)
 
     def close() -> None:
-        if (found := reference()) is not None:
-            found.close()
+        if (inherited := reference()) is not None:
+            inherited.close()
 
     os.register_at_fork(after_in_child=close)
 
 
 def lock_file(file: IO, *, wait: bool = False, unprotected: str = "") -> bool:
-    """Lock an open file, for this process and its children, until all have closed it.
+    """Lock an open file for this process and its children, until all of them have closed it.
 
-    False if another process holds the lock; with `wait`, wait for it instead. On a file system without locks this
-    returns True and prints a note, once, that ends with `unprotected`: what the user has to watch.
+    Returns False if another process holds the lock; with `wait`, waits for it instead. On a file system without locks
+    it returns True and prints a note once. The note ends with `unprotected`: what the user has to take care of.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -358,11 +358,11 @@ def _note_once(text: str) -> None:
 
 
 def in_repository(path: Path | str) -> Path:
-    """A relative path as it was meant where an experiment was started.
+    """Resolve a relative path against the repository in which an experiment was started.
 
-    Experiments with `--temp` or `--queue` work in a throw-away copy of the repository below .dvc/tmp/exps, without the
-    files that git ignores. A relative path that is not in the copy is one in the repository itself. Any other path is
-    returned as it is, but for a leading ~.
+    Experiments with `--temp` or `--queue` run in a temporary copy of the repository below .dvc/tmp/exps, which lacks
+    the files that git ignores. A relative path that the copy lacks is taken from the repository itself. Any other path
+    is returned unchanged, except that a leading ~ is expanded.
     """
     path = expand_user(path)
     if not path.is_absolute() and not path.exists():
@@ -381,9 +381,9 @@ def expand_user(path: Path | str) -> Path:
 
 
 def read_text(path: Path | str) -> str:
-    """The text of a file that a person may have saved on any system, with line ends \\n.
+    """Read a text file that may have been saved on any system. Its line ends become \\n.
 
-    It is UTF-8, or UTF-16 with a byte order mark as Windows writes it. Raises OSError, and ValueError for other bytes.
+    It is UTF-8, or UTF-16 with a byte order mark, as Windows writes it. Raises OSError, and ValueError for other bytes.
     """
     return _decode(Path(path).read_bytes())
 
@@ -400,7 +400,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write `value` atomically as `json_bytes` has it."""
+    """Write `value` atomically, in the format of `json_bytes`."""
     with atomic_path(path) as scratch:
         scratch.write_bytes(json_bytes(value))
 
@@ -420,7 +420,7 @@ def write_csv(path: Path | str, rows: list[dict]) -> None:
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open a regular file to read its bytes. Raises OSError for any other: a pipe or a device may never end."""
+    """Open a regular file to read its bytes. Raises OSError for a pipe or a device, which may never end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -429,7 +429,7 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def read_json(path: Path | str) -> dict:
-    """Read a JSON file. Raises `RRCMError` if it is missing, not JSON, or larger than any that is written here."""
+    """Read a JSON file. Raises `RRCMError` if it is missing, not JSON, or larger than MAX_JSON_BYTES."""
     try:
         with open_regular(path) as file:
             content = file.read(MAX_JSON_BYTES + 1)

@@ -4,8 +4,8 @@ Philox turns a counter and a key into random words; Box and Muller's method turn
 are the same on all devices. The normals can differ in the last bit, because devices round the logarithm and the sine
 differently.
 
-On a GPU, eager Philox is about 120 kernels that each read and write the whole batch. torch.compile makes one kernel of
-it. Only integers and correctly rounded products are compiled, so the bits stay those of the eager path.
+On a GPU, eager Philox runs about 120 kernels that each read and write the whole batch. torch.compile fuses them into
+one. Only integer operations and correctly rounded products are compiled, so the bits are the same as without compiling.
 """
 
 import math
@@ -17,17 +17,17 @@ import torch
 
 from rrcm.utils.errors import one_line
 
-CHUNK = 1 << 16  # counters per call on a CPU: the ten Philox rounds then stay in its cache
-FUSE_FROM = 1 << 20  # numbers per call on a GPU from which the compiled kernel pays; compiling takes seconds
+CHUNK = 1 << 16  # counters per call on a CPU, so that the ten Philox rounds stay in its cache
+FUSE_FROM = 1 << 20  # numbers per call from which a GPU uses the compiled kernel; compiling takes seconds
 UINT32 = 0xFFFFFFFF
 
-Word = int | torch.Tensor  # of the key; a compiled kernel takes tensors, or it would be compiled anew for each key
+Word = int | torch.Tensor  # of the key; the compiled kernel takes tensors, since each int would be compiled anew
 
 
 def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[Word, Word]) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10 (Salmon et al. 2011): four counter words and two key words give four random words.
 
-    The counter words are int64 tensors that broadcast, with values in [0, 2^32). So are the results.
+    The counter words are int64 tensors that broadcast, with values in [0, 2^32). The results are int64 in this range.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
@@ -41,9 +41,9 @@ def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[Word, Word]) -> tup
 
 
 def uniforms(counter: tuple[torch.Tensor, ...], key: tuple[Word, Word]) -> tuple[torch.Tensor, ...]:
-    """What `box_muller` takes, twice: a uniform number in (0, 1] and a uniform angle in [0, 2 pi], float32.
+    """Two pairs of arguments for `box_muller`: a uniform number in (0, 1] and a uniform angle in [0, 2 pi], float32.
 
-    Each is computed by correctly rounded operations, so every compiler and device gives the same bits.
+    They are computed by correctly rounded operations, so every compiler and device gives the same bits.
     """
     w0, w1, w2, w3 = philox4x32(counter, key)
     return _unit(w0), _angle(w1), _unit(w2), _angle(w3)
@@ -60,7 +60,7 @@ def _angle(word: torch.Tensor) -> torch.Tensor:
 def box_muller(uniform: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two independent standard normals from a uniform number and a uniform angle, which it overwrites.
 
-    float32, at most 6.8 in absolute value.
+    The normals are float32 and at most 6.8 in absolute value.
     """
     radius = uniform.log_().mul_(-2).sqrt_()
     return radius * angle.cos(), angle.sin_().mul_(radius)
@@ -68,7 +68,7 @@ def box_muller(uniform: torch.Tensor, angle: torch.Tensor) -> tuple[torch.Tensor
 
 @cache
 def fused_uniforms(device: torch.device) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """`uniforms` as one kernel for any number of samples and pixels. Where it cannot be compiled, `uniforms` itself."""
+    """`uniforms` as one kernel for any number of samples and pixels, or `uniforms` itself if it cannot be compiled."""
     compiled = torch.compile(uniforms, dynamic=True)
 
     def fused(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -77,14 +77,14 @@ def fused_uniforms(device: torch.device) -> Callable[..., tuple[torch.Tensor, ..
     position, row = torch.arange(8, device=device), torch.arange(2, device=device)[:, None]
     try:
         fused((position, row, row, row), (0, 0))
-    except (RuntimeError, OSError, ImportError) as error:  # there is no C compiler, say
+    except (RuntimeError, OSError, ImportError) as error:  # for example without a C compiler
         warnings.warn(f"noise takes longer: its kernel cannot be compiled ({one_line(error)})", stacklevel=2)
         return uniforms
     return fused
 
 
 def philox_normal(shape: tuple[int, ...], key: int, words: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Standard normal numbers, (B, *shape) float32. Row i is a function of `key` and the three words of row i alone.
+    """Standard normal numbers, (B, *shape) float32. Row i depends only on `key` and the three words of row i.
 
     `key` is in [0, 2^64). The words are (B,) int64 in [0, 2^32), on the device to compute on.
     """

@@ -9,16 +9,16 @@ from tqdm import tqdm
 
 
 def can_redraw() -> bool:
-    """Whether stderr is a terminal on which lines can be drawn again in place. That of an editor may not be."""
+    """Whether stderr is a terminal that can redraw lines in place. The terminal of an editor may be unable to."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Progress:
     """Count `total` units of work. Use it as a context manager and call `update`.
 
-    On a terminal it shows a tqdm bar and the metrics on a line below. Elsewhere (log file, CI) it prints a line with
-    rate and time left every `interval` seconds. Resumed work starts at `done`; the rate counts this process's work
-    only. `quiet` prints nothing; `only_if_long` prints nothing about work that takes less than `interval` seconds.
+    On a terminal it shows a tqdm bar, with the metrics on the line below. Elsewhere (log file, CI) it prints a line
+    with the rate and the time left every `interval` seconds. Resumed work starts at `done`, which does not count for
+    the rate. With `quiet` nothing is printed, and with `only_if_long` nothing about work shorter than `interval`.
     """
 
     def __init__(

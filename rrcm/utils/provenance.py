@@ -1,4 +1,4 @@
-"""What an output was computed with: code revision, hardware, versions. No names of hosts or people, no paths."""
+"""The environment that computed an output: code revision, hardware and versions, but no host names, users or paths."""
 
 import math
 import os
@@ -41,7 +41,7 @@ class Hardware(_Record):
 
 
 class Software(_Record):
-    """The versions of all that may change a result."""
+    """The versions of all software that may change a result."""
 
     os: str | None = None
     python: Annotated[str, Field(pattern=VERSION)]
@@ -50,7 +50,7 @@ class Software(_Record):
 
 
 class Environment(_Record):
-    """What `describe_environment` returns, as it is read back."""
+    """The record of `describe_environment`, as it is validated when it is read back."""
 
     git: Git | None
     hardware: Hardware
@@ -58,11 +58,10 @@ class Environment(_Record):
 
 
 def describe_environment(device: object) -> dict:
-    """A JSON-able record of this process.
+    """A JSON-able record of the environment of this process.
 
-    `device` is the torch device computed on, or its name; for CUDA the record lists the GPUs.
-    `git` is None if this package is not in a git checkout. `dirty` is true if its code, or the stages beside it,
-    differ from the revision.
+    `device` is the torch device that is used, or its name; for CUDA the record lists the GPUs. `git` is None if this
+    package is not in a git checkout. `dirty` is true if the package or the stages beside it differ from the revision.
     """
     import torch
 
@@ -87,10 +86,10 @@ def describe_environment(device: object) -> dict:
 
 
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use: those it is bound to, and no more than its container's quota, rounded up."""
+    """The number of cores that this process may use: its CPU affinity, limited by the container's quota, rounded up."""
     cores = len(os.sched_getaffinity(0))
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of version 2 and 1
-        with suppress(OSError, ValueError):  # another version, or `max`: no quota
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup versions 2 and 1
+        with suppress(OSError, ValueError):  # the files of the other version, or `max`, which means no quota
             quota, period = map(int, " ".join((cgroup / name).read_text() for name in files).split())
             if quota > 0 and period > 0:
                 cores = min(cores, math.ceil(quota / period))
@@ -98,9 +97,9 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def uncommitted(root: Path, *paths: str) -> list[str] | None:
-    """The files at or below `paths` of a checkout that differ from its commit or are new; None without git."""
-    found = _git(root, "status", "--porcelain", "--no-renames", "--untracked-files=all", "-z", "--", *paths)
-    return None if found is None else [line[3:] for line in found.split("\0") if line]
+    """The files at or below `paths` that are new or differ from the commit of the checkout; None without git."""
+    status = _git(root, "status", "--porcelain", "--no-renames", "--untracked-files=all", "-z", "--", *paths)
+    return None if status is None else [line[3:] for line in status.split("\0") if line]
 
 
 def head(root: Path) -> str | None:
@@ -109,16 +108,16 @@ def head(root: Path) -> str | None:
 
 
 def _revision(folder: Path) -> dict | None:
-    if not _git(folder, "ls-files", "--error-unmatch", "__init__.py"):  # some other checkout around site-packages
+    if not _git(folder, "ls-files", "--error-unmatch", "__init__.py"):  # an unrelated checkout around site-packages
         return None
     return {"revision": head(folder), "dirty": bool(uncommitted(folder, ".", "../stages"))}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints about a checkout, or None if it fails or there is no git."""
+    """The output of a git command in a checkout, or None if it fails or git is missing."""
     try:
-        # A kill must leave no index.lock. The checkout may be another user's, as one mounted into a container: its code
-        # runs here anyway.
+        # A killed git must not leave an index.lock. The checkout may belong to another user, for example when it is
+        # mounted into a container. Trusting it adds no risk, because its code runs here anyway.
         command = ["git", "--no-optional-locks", "-c", "safe.directory=*", "-C", folder, *arguments]
         answer = subprocess.run(command, capture_output=True, text=True)
     except OSError:
@@ -136,7 +135,7 @@ def _cpu_model() -> str:
 
 
 def _instructions(capability: str) -> str:
-    """What PyTorch's kernels use of the CPU, with the limits that the environment sets for oneDNN and MKL."""
+    """The CPU instructions that PyTorch's kernels use, and the limits that the environment sets for oneDNN and MKL."""
     limits = [f"{name}={value}" for name in LIMITS if (value := os.environ.get(name))]
     return ", ".join([capability, *limits])
 

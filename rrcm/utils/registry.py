@@ -1,4 +1,4 @@
-"""Registries name modules, so that importing one entry imports none of the others."""
+"""Registries of objects by name. Looking up one entry imports its module and none of the others."""
 
 from collections import UserDict
 from functools import partial
@@ -6,10 +6,10 @@ from pkgutil import resolve_name
 
 
 class Registry(UserDict):
-    """Objects by name. An entry is the object, or text that says where it is: "package.module:object".
+    """A dictionary of objects. An entry is an object, or text that says where to import it: "package.module:object".
 
-    Such an object is imported when it is asked for. An entry may also be a pair of that text and the keyword arguments
-    that the object is always called with. An entry that is added later may be any object, as in other dictionaries.
+    The object is imported when the entry is looked up. An entry may also be a pair of such a text and keyword
+    arguments, which are then passed in every call.
     """
 
     def __getitem__(self, name: str) -> object:
@@ -17,8 +17,8 @@ class Registry(UserDict):
         where, options = entry if isinstance(entry, tuple) else (entry, {})
         if not isinstance(where, str):
             return entry
-        found = resolve_name(where)
-        return partial(found, **options) if options else found
+        imported = resolve_name(where)
+        return partial(imported, **options) if options else imported
 
     def module(self, name: str) -> str:
         """The name of the module that an entry comes from."""

@@ -1,7 +1,7 @@
-"""Resume state of unfinished runs. Kept outside DVC, which deletes a stage's outputs before it runs the stage.
+"""Checkpoints from which unfinished runs resume. DVC does not track them: it deletes a stage's outputs before a run.
 
-A run's folder is named by a hash of its settings, its input data and its code, so state is never resumed under changed
-ones. It is deleted when the outputs are in place.
+The folder of a run is named by a hash of its settings, its input data and its code, so a run is never resumed after
+one of these has changed. The folder is deleted when the outputs are in place.
 """
 
 import errno
@@ -28,16 +28,17 @@ from rrcm.utils.tensors import write_tensors
 
 
 def runs_directory() -> Path:
-    """The folder of unfinished runs: $RRCM_RUNS, else `runs/` of this repository, also for DVC's experiments."""
+    """The folder of unfinished runs: $RRCM_RUNS, or `runs/` of this repository, also for DVC's experiments."""
     return Path(os.environ.get("RRCM_RUNS") or in_repository("runs").absolute())
 
 
 def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objects: object) -> str:
-    """16 hex digits that name a run: a hash of all that decides its result.
+    """16 hexadecimal digits that identify a run: a hash of everything that decides its result.
 
-    That is JSON-able settings, named hashes of the inputs, what `module` and all that it imports of rrcm do (code.py),
-    and the `objects` that compute the result, such as networks: all that they hold, and the code of all classes and
-    functions among it, wherever they come from (describe.py). Raises `RRCMError` for objects that cannot be described.
+    The hash covers the JSON-able `settings`, the named hashes of the `inputs`, the code of `module` and of everything
+    that it imports from rrcm (code.py), and the `objects` that compute the result, such as networks: their content, and
+    the code of their classes and functions, wherever that comes from (describe.py). Raises `RRCMError` for objects that
+    cannot be described.
     """
     description = Description()
     try:
@@ -51,13 +52,13 @@ def fingerprint(settings: object, inputs: Mapping[str, str], module: str, *objec
 
 
 def _version(package: str) -> str | None:
-    """The version of an installed package; None of rrcm, whose code says more, and of what is not installed."""
+    """The version of an installed package. None for rrcm, whose code is hashed, and for modules of no package."""
     with suppress(PackageNotFoundError):
         return None if package == "rrcm" else version(package)
     return None
 
 
-DAMAGED = {errno.ENOENT, errno.EIO}  # what reading a damaged checkpoint may say; anything else is no damage
+DAMAGED = {errno.ENOENT, errno.EIO}  # errors from reading a damaged checkpoint; others have another cause
 
 
 class RunState:
@@ -82,16 +83,16 @@ class RunState:
         path = self.folder / f"{step:09d}.safetensors"
         with atomic_path(path) as scratch:
             write_tensors(scratch, tensors, {"metadata": json.dumps(metadata)})
-            write_text(path.with_suffix(".sha256"), sha256_file(scratch))  # first: no checkpoint is ever without
+            write_text(path.with_suffix(".sha256"), sha256_file(scratch))  # first, so no checkpoint ever lacks it
         with writing(self.folder):
             for old in self._checkpoints()[self.keep :]:
                 old.with_suffix(".sha256").unlink(missing_ok=True)
                 old.unlink()
 
     def load(self) -> tuple[int, dict[str, torch.Tensor], dict] | None:
-        """The newest sound state as (step, tensors, metadata), or None. Prints a line if it skips a damaged one.
+        """The newest intact checkpoint as (step, tensors, metadata), or None. Prints a line for a damaged one.
 
-        Raises `RRCMError` for one that may be sound but cannot be read, as another user's.
+        Raises `RRCMError` for a checkpoint that may be intact but cannot be read, for example without permission.
         """
         for path in self._checkpoints():
             try:
@@ -117,11 +118,11 @@ class RunState:
         return f"The last good state, after step {int(newest.stem)}, is {newest}"
 
     def finish(self) -> None:
-        """Delete the state. To be called when the outputs are in place."""
+        """Delete the checkpoints. Call it when the outputs are in place."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
-            with suppress(OSError):  # NFS keeps a deleted file, under another name, while it is open
+            with suppress(OSError):  # NFS keeps a deleted file under another name while it is open
                 self.folder.rmdir()
 
     def _checkpoints(self) -> list[Path]:
@@ -148,7 +149,7 @@ def unpack_state(
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    # Files keep no memory layout, and fused optimizers walk a weight and its moments in memory order
+    # Files do not keep the memory layout, and fused optimizers traverse a weight and its moments in memory order.
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
             if value.shape == parameter.shape:

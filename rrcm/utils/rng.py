@@ -1,7 +1,7 @@
 """Random streams named by a key, for data and training.
 
-Each stream is a pure function of (seed, purpose, position) and uses no global state. So results do not depend on batch
-size, process count or where a run was resumed. Certification draws its noise from a counter instead
+Each stream is a pure function of (seed, purpose, position) and uses no global state. Results therefore do not depend on
+the batch size, the number of processes or where a run was resumed. Certification draws its noise from a counter instead
 (certification/noise.py).
 """
 
@@ -30,9 +30,9 @@ def normal_per_sample(
 ) -> torch.Tensor:
     """Standard normal noise, float32, shape (len(positions), *shape).
 
-    Row i depends only on seed, key and positions[i]: any split of a batch over processes draws the same noise. CPU and
-    CUDA draw different noise. A CPU draws row by row from torch's generator. On a GPU that would be one small kernel
-    per row, which takes longer than a small network, so Philox draws all rows at once.
+    Row i depends only on seed, key and positions[i], so any split of a batch over processes draws the same noise. CPU
+    and CUDA draw different noise. A CPU draws row by row from torch's generator. On a GPU this would take one small
+    kernel per row, and longer than a small network, so Philox draws all rows at once.
     """
     if torch.device(device).type == "cuda":
         return philox_per_sample(shape, seed, *key, positions=positions, device=device)

@@ -36,7 +36,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(None, str(error)) from error
     with suppress(OSError):  # not every file system has modes
-        path.chmod(mode)  # it was written for this user's eyes only
+        path.chmod(mode)  # save_file makes the file readable by this user alone
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -46,13 +46,13 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read the weights in a file: safetensors, or a checkpoint of torch, told apart by their first bytes.
+    """Read the weights in a safetensors file or a checkpoint of torch; the first bytes tell which of the two it is.
 
-    A checkpoint is read with `weights_only=True`, which runs no code that is hidden in it. Its weights may lie under
-    one of the keys NESTED. What torch.compile, DataParallel and their kind prepend to names is removed.
+    A checkpoint is read with `weights_only=True`, which runs no code from the file. Its weights may be nested under one
+    of the keys in NESTED. Prefixes that torch.compile, DataParallel and similar wrappers add to names are removed.
 
-    Raises `RRCMError` if the file is missing, truncated, in another format, or holds more than tensors, and for numbers
-    that are not finite.
+    Raises `RRCMError` if the file is missing, truncated or in another format, if it contains more than tensors, or if
+    some numbers are not finite.
     """
     try:
         with open_regular(path) as file:
@@ -74,18 +74,18 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], source: Path | str) -> None:
-    """Raises `RRCMError`, which calls the tensors `source`, for NaN or infinite numbers."""
+    """Raise `RRCMError` for NaN or infinite numbers. The message calls the tensors `source`."""
     for name, tensor in tensors.items():
-        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():  # not defined for 8 bits
+        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():  # undefined for 8 bits
             raise RRCMError(f"{source}: {name} has numbers that are NaN or infinite: damaged, or of a failed training")
 
 
 def _load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         with (
-            path.open("rb") as file,  # given the path, newer versions of torch go by its suffix
-            warnings.catch_warnings(action="ignore"),  # of unusual pickle protocols
-            torch.serialization.safe_globals([argparse.Namespace]),  # as timm: settings beside the weights
+            path.open("rb") as file,  # given a path, newer versions of torch decide by its suffix
+            warnings.catch_warnings(action="ignore"),  # about unusual pickle protocols
+            torch.serialization.safe_globals([argparse.Namespace]),  # settings beside the weights, as timm allows
         ):
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -121,11 +121,11 @@ def _foreign_names(path: Path) -> str:
 
 
 def plain_names(tensors: Mapping[str, torch.Tensor], source: Path | str) -> dict[str, torch.Tensor]:
-    """The weights under the names that they have in the network itself.
+    """Give weights the names that they have in the network itself.
 
     torch.compile adds `_orig_mod.` anywhere in a name. DataParallel, DistributedDataParallel and averages of weights
-    add `module.` in front, and an average counts its terms in `n_averaged`. Raises `RRCMError`, which calls the weights
-    `source`, when two weights get the same name.
+    add `module.` in front, and an average counts its terms in `n_averaged`. Raises `RRCMError` if two weights get the
+    same name. The message calls the weights `source`.
     """
     plain = {}
     for name, tensor in tensors.items():
@@ -154,7 +154,7 @@ def load_weights(model: Network, tensors: Mapping[str, torch.Tensor], source: Pa
 def check_weights(
     expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path | str
 ) -> None:
-    """Raises `RRCMError` if names, shapes or kinds of numbers are not as expected; it calls the weights `source`."""
+    """Raise `RRCMError` unless names, shapes and kinds of numbers are as expected; it calls the weights `source`."""
     for name in expected.keys() | tensors.keys():
         if name not in expected or name not in tensors:
             problem = "missing" if name in expected else "unknown"
