@@ -39,7 +39,7 @@ from rrcm.objectives.base import StepRandomness
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import finetune
 from rrcm.training.optim import build_optimizer
-from rrcm.training.pretrain import build_student_and_teacher, pretrain
+from rrcm.training.pretrain import pretrain, start_networks
 from rrcm.utils import philox
 from rrcm.utils.distributed import (
     all_gather_cat,
@@ -210,7 +210,7 @@ class RandomnessOnCPU(StepRandomness):
 def pretraining_gradient(bench: Bench, device: torch.device, precision: str) -> torch.Tensor:
     """The gradient of rRCM's loss in one fixed step, flat, float64 on the CPU."""
     objective = build_pretraining_objective(bench.config, "rrcm")
-    networks = build_student_and_teacher(bench.config, objective, device)
+    networks = start_networks(bench.config, objective, device)
     generator = torch.Generator().manual_seed(0)
     size, channels = bench.config.data.image_size, bench.config.data.channels
     views = ("image", "view1", "view2")

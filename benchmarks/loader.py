@@ -97,9 +97,7 @@ def loading_rate(images: ShardedDataset, transform: object, batch_size: int, wor
 
 def read(images: ShardedDataset, transform: object, batch_size: int, workers: int) -> Iterator[Batch]:
     """Batches without end."""
-    return batch_loader(
-        images, transform, batch_size=batch_size, seed=0, first_step=0, last_step=10**9, workers=workers
-    )
+    return batch_loader(images, transform, batch_size=batch_size, seed=0, steps=range(10**9), workers=workers)
 
 
 def color_blur_rate(batch: Batch, device: torch.device) -> float:

@@ -47,7 +47,7 @@ from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.models.noise_levels import karras_levels
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, time_embedding
 from rrcm.objectives.contrastive import info_nce
-from rrcm.objectives.rrcm import rrcm_loss
+from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels, rrcm_loss
 from rrcm.utils.distributed import autocast
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
@@ -92,15 +92,6 @@ class Setting:
     reference: str | None = None  # checkout of the authors' code
 
 
-class Inputs(NamedTuple):
-    """(B, C, H, W) float32 each, model space."""
-
-    image: torch.Tensor
-    view1: torch.Tensor
-    view2: torch.Tensor
-    noise: torch.Tensor
-
-
 def build(setting: Setting, variant: str) -> Step:
     """A fresh network and a step that trains it. Weights and inputs are the same for every variant."""
     torch.manual_seed(0)
@@ -109,7 +100,7 @@ def build(setting: Setting, variant: str) -> Step:
     )
     student = EncoderWithProjector(encoder, setting.hidden, setting.projection).to(setting.device).train()
     shape = (setting.batch, setting.channels, setting.image_size, setting.image_size)
-    inputs = Inputs(*(torch.randn(shape).to(setting.device) for _ in Inputs._fields))
+    inputs = RRCMInputs(*(torch.randn(shape).to(setting.device) for _ in range(4)))
     if variant != "authors_fp32":
         _, precision, *how = variant.split("_")
         encoder.grad_checkpointing = "blocks" in how
@@ -121,7 +112,9 @@ def build(setting: Setting, variant: str) -> Step:
     return authors_step(student, teacher, lambda: formulation(student, teacher, inputs))
 
 
-def rrcm_step(student: EncoderWithProjector, inputs: Inputs, precision: str, compiled: bool, num_chunks: int) -> Step:
+def rrcm_step(
+    student: EncoderWithProjector, inputs: RRCMInputs, precision: str, compiled: bool, num_chunks: int
+) -> Step:
     """The step of rrcm.training.pretrain."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     average = copy.deepcopy(student.encoder).requires_grad_(False)
@@ -136,10 +129,8 @@ def rrcm_step(student: EncoderWithProjector, inputs: Inputs, precision: str, com
             terms = rrcm_loss(
                 student,
                 teacher,
-                *inputs,
-                t=LEVELS[N],
-                t_next=LEVELS[N + 1],
-                t_min=LEVELS[-1],
+                inputs,
+                RRCMLevels(LEVELS[N], LEVELS[N + 1], t_min=LEVELS[-1]),
                 temperature=TEMPERATURE,
                 num_chunks=num_chunks,
             )
@@ -175,9 +166,9 @@ def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], to
     return step
 
 
-def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, inputs: Inputs) -> torch.Tensor:
+def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, inputs: RRCMInputs) -> torch.Tensor:
     """The authors' loss, one pass after the other, (B,)."""
-    image, view1, view2, noise = inputs
+    image, view1, view2, noise, _ = inputs
     quiet1, quiet2 = view1 + LEVELS[-1] * noise, view2 + LEVELS[-1] * noise
 
     def nce(anchors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -221,7 +212,7 @@ def plain_attention(attention: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def reference(
-    setting: Setting, student: EncoderWithProjector, inputs: Inputs
+    setting: Setting, student: EncoderWithProjector, inputs: RRCMInputs
 ) -> tuple[nn.Module, nn.Module, Callable[[], torch.Tensor]]:
     """The authors' student, teacher and loss, with the weights of `student`."""
     folder = Path(setting.reference) / "rrcm"

@@ -10,6 +10,8 @@ _HOMES = {
     "BaseClassifier": "rrcm.models.base_classifiers",
     "Certificate": "rrcm.certification.states",
     "NoiseConditionedViT": "rrcm.models.vit",
+    "RRCMInputs": "rrcm.objectives.rrcm",
+    "RRCMLevels": "rrcm.objectives.rrcm",
     "SmoothedClassifier": "rrcm.certification.smoothing",
     "consistency_regularizer": "rrcm.objectives.consistency",
     "info_nce": "rrcm.objectives.contrastive",

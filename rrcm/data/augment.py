@@ -1,7 +1,7 @@
 """Augmentation of training images.
 
-Crops, flips and RandAugment work per image with PIL, in the loader. Colour and blur work on batches, on the device. All
-random numbers are drawn per image, so results do not depend on batching, workers or processes.
+The loader crops, flips and applies RandAugment to single images with PIL. Colour and blur are applied to batches on the
+device. All random numbers are drawn per image, so results do not depend on batching, workers or processes.
 """
 
 import itertools
@@ -21,14 +21,14 @@ from rrcm.utils.pixels import to_unit_range
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SOLARIZE = range(8)  # columns of `sample_color_blur`
 JITTER = (0.4, 0.4, 0.2, 0.1)  # MoCo-v3's strengths of the first four columns
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
-LONGEST = 32  # longer side by shorter side from which on an image is cut before it is resized
+LONGEST = 32  # ratio of the longer to the shorter side above which an image is cut before it is resized
 LUMA = (0.2989, 0.587, 0.114)  # weights of red, green, blue in a grey value (ITU-R BT.601)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` (antialiased bicubic) and cut the central square.
 
-    An image that is size x size already is returned as it is. Of a very long one only the middle is resized.
+    An image of this size is returned unchanged. Only the middle of a very long image is resized.
     """
     if image.size == (size, size):
         return image
@@ -50,8 +50,8 @@ def random_resized_crop(
 ) -> Image.Image:
     """Cut a random rectangle and resize it to size x size, like torchvision's RandomResizedCrop.
 
-    Its share of the area is uniform in [min_area, 1], its log aspect ratio uniform in [log 3/4, log 4/3]. If ten
-    rectangles in a row do not fit, the largest central one within the aspect ratios is taken.
+    Its share of the area is uniform in [min_area, 1], and its log aspect ratio in [log 3/4, log 4/3]. If ten rectangles
+    in a row do not fit, the largest central one within these aspect ratios is used.
     """
     width, height = image.size
     for _ in range(10):
@@ -84,7 +84,8 @@ class PretrainTransform:
     """Make a pre-training sample of an image: the image and two views.
 
     Returns `image`, `view1`, `view2`: uint8 (C, size, size), and `color_blur1`, `color_blur2`: float32 (8,). `image` is
-    the centre crop, flipped at random. The views are cropped and flipped here; `color_blur` does the rest in batches.
+    the centre crop, flipped at random. The views are only cropped and flipped here; `color_blur` completes them in
+    batches.
     """
 
     views: Views
@@ -103,9 +104,9 @@ class PretrainTransform:
 def sample_color_blur(views: Views, view: int, rng: np.random.Generator) -> np.ndarray:
     """Draw the parameters of `color_blur` for view 0 or 1 of an image: float32 (8,).
 
-    Columns: factors of brightness, contrast and saturation, hue shift, number of the order, grey, blur sigma, solarize.
-    Neutral values (1, 1, 1, 0, any, 0, 0, 0) switch an operation off. Probabilities and strengths are MoCo-v3's
-    (Chen et al. 2021) with the settings `views`.
+    Columns: factors of brightness, contrast and saturation, hue shift, index of the order, grey, blur sigma, solarize.
+    The neutral values (1, 1, 1, 0, any, 0, 0, 0) switch an operation off. The strengths are MoCo-v3's (Chen et al.
+    2021); the probabilities come from the settings `views`.
     """
     u = rng.random(12).tolist()
     jittered = u[0] < views.color_jitter_prob
@@ -129,9 +130,9 @@ def sample_color_blur(views: Views, view: int, rng: np.random.Generator) -> np.n
 def color_blur(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """Colour jitter in each image's own order, then greyscale, blur and solarization.
 
-    images (B, C, H, W): uint8, or float32 in [0, 1]. parameters (B, 8) of `sample_color_blur`: keep them on the CPU,
-    so that selecting rows does not wait for the GPU. Returns float32 in [0, 1], on the device of `images`. With one
-    channel, saturation, hue and greyscale do nothing.
+    images (B, C, H, W): uint8, or float32 in [0, 1]. parameters (B, 8) come from `sample_color_blur`. Keep them on the
+    CPU, so that selecting rows does not wait for the GPU. Returns float32 in [0, 1], on the device of `images`. With
+    one channel, saturation, hue and greyscale do nothing.
     """
     images = to_unit_range(images) if images.dtype == torch.uint8 else images.clone()
     color = images.shape[1] == 3
@@ -156,7 +157,7 @@ def color_blur(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
 
 
 def to_gray(images: torch.Tensor) -> torch.Tensor:
-    """Luma of (B, 3, H, W) as (B, 1, H, W); one channel is returned as it is."""
+    """The luma of (B, 3, H, W) as (B, 1, H, W). A single channel is returned unchanged."""
     if images.shape[1] == 1:
         return images
     return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
@@ -191,7 +192,7 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     red, green, blue = images.unbind(1)
     low, value = images.aminmax(dim=1)
     chroma = value - low
-    divisor = chroma.clamp_min(1e-12)  # grey pixels: the differences below are 0
+    divisor = chroma.clamp_min(1e-12)  # of grey pixels, for which the differences below are 0
     sector = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -219,7 +220,7 @@ def gaussian_blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def pad_and_crop(image: Image.Image, border: int, rng: np.random.Generator) -> Image.Image:
-    """A random crop of the image with a black border of `border` pixels, as large as the image was."""
+    """Add a black border of `border` pixels, then cut a random crop of the original size."""
     left, top = rng.integers(2 * border + 1, size=2).tolist()
     return ImageOps.expand(image, border).crop((left, top, left + image.width, top + image.height))
 
@@ -231,9 +232,9 @@ class FinetuneTransform:
     `augmentation` is one of
     none: centre crop;
     flip: centre crop, flipped at random;
-    pad_crop_flip: random crop after a black border of an eighth of the side, flipped at random (He et al. 2016);
+    pad_crop_flip: a black border of an eighth of the side, then a random crop, flipped at random (He et al. 2016);
     crop_flip: random resized crop of at least 40 % of the area, flipped at random;
-    randaugment: random resized crop of at least 8 %, flipped at random, then timm's rand-m9-mstd0.5-inc1.
+    randaugment: random resized crop of at least 8 % of the area, flipped at random, then timm's rand-m9-mstd0.5-inc1.
     """
 
     augmentation: str
@@ -258,12 +259,12 @@ class FinetuneTransform:
         from timm.data.auto_augment import rand_augment_transform  # slow to import
 
         # The settings of timm's create_transform; the fill is ImageNet's mean colour. Only the bound of the magnitude
-        # differs: at timm's 10, posterize keeps 0 bits, which Pillow rejects.
+        # differs, because at timm's 10 posterize keeps 0 bits, which Pillow rejects.
         settings = {"translate_const": int(self.size * 0.45), "img_mean": (124, 116, 104), "magnitude_max": 9.999}
         return rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
 
     def _randaugment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Apply timm's policy. It draws from the global generators: seed them from `rng`, then restore their states."""
+        """Apply timm's policy, which draws from the global generators: they are seeded from `rng`, then restored."""
         states = random.getstate(), np.random.get_state()
         seeds = rng.integers(2**32, size=2).tolist()
         random.seed(seeds[0])
@@ -283,9 +284,9 @@ def mixup_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix neighbouring images of a batch: 0 with 1, 2 with 3, and so on.
 
-    So every even part of a global batch is mixed the same way, and the number of processes does not matter. `mixup_fn`
-    is a `timm.data.Mixup` with mixup, cutmix or both; it is seeded with `seed`. images (B, C, H, W) uint8, labels (B,)
-    -> float images in [0, 255] and soft targets (B, K).
+    Every part of a global batch with an even number of images is therefore mixed in the same way, and the number of
+    processes does not matter. `mixup_fn` is a `timm.data.Mixup` with mixup, cutmix or both; it is seeded with `seed`.
+    images (B, C, H, W) uint8, labels (B,) -> float images in [0, 255] and soft targets (B, K).
     """
     even = torch.arange(0, len(images), 2, device=images.device)
     order = torch.cat([even, even.flip(0) + 1])  # timm mixes image i with image B - 1 - i

@@ -1,8 +1,8 @@
 """Read raw data sets: class names, and training and test images with labels, in a fixed order.
 
 `DATASETS` maps the values of the setting `data.source` to readers, each in a module of its own in rrcm/sources/.
-Validation images, and test images where there are no official ones, are split off the training images later, when the
-shards are written (sharding.py).
+Validation images are split off the training images later, when the shards are written (sharding.py). If a data set has
+no official test images, these are split off there too.
 """
 
 import difflib
@@ -31,18 +31,18 @@ class RawSplit(NamedTuple):
 class RawDataset(NamedTuple):
     """A whole data set before it is written as shards."""
 
-    classes: list[str]  # class names
+    classes: list[str]  # names
     train: RawSplit
     test: RawSplit | None  # None: there are no official test images
     class_order: str | None = None  # how class folders were ordered
-    left_out: Mapping[str, int] = {}  # files in its folder that are no images of it: number by reason
-    published: bool = False  # others have used these test images, so none is left out, even if it is in train too
+    left_out: Mapping[str, int] = {}  # number of files in its folder that are not used, by reason
+    published: bool = False  # publications use these test images, so all are kept, even those that are in train too
 
 
 def read_dataset(data: Data) -> RawDataset:
     """Read the data set `data.source`. If it is public and not on this machine, download it first.
 
-    Raises `RRCMError` for an unknown name, a missing folder or file, a folder without images, a damaged file, and fewer
+    Raises `RRCMError` for an unknown name, a missing folder or file, a folder without images, a damaged file, or fewer
     than two classes.
     """
     if data.source not in DATASETS:
@@ -58,12 +58,14 @@ def read_dataset(data: Data) -> RawDataset:
         )
     for split in (dataset.train, dataset.test):
         if split is not None:
-            checked(split, len(dataset.classes), f"data.source {data.source}")  # its reader may be another package's
+            checked(
+                split, len(dataset.classes), f"data.source {data.source}"
+            )  # the reader may come from another package
     return dataset
 
 
 def download_folder(data: Data) -> Path:
-    """Folder of a data set that can be downloaded: data.root, which must exist, or RAW/<source>."""
+    """The folder of a downloadable data set: data.root, which must exist, or RAW/<source>."""
     folder = in_repository(data.root or RAW / data.source)
     if data.root and not folder.is_dir():
         raise RRCMError(f"data.root {data.root}: no such dataset folder; create it to download there, or set null")
@@ -71,7 +73,7 @@ def download_folder(data: Data) -> Path:
 
 
 def first_with(folders: Iterable[Path], name: str) -> Path | None:
-    """The first of the folders that has a file of this name."""
+    """The first folder that contains a file of this name, or None."""
     return next((folder for folder in folders if (folder / name).exists()), None)
 
 
@@ -85,7 +87,7 @@ def download(name: str, address: str, action: Callable[[], object]) -> None:
 
 
 def checked(split: RawSplit, num_classes: int, source: Path | str) -> RawSplit:
-    """The split with int64 labels. Raises `RRCMError` unless each image has one label in 0..num_classes-1."""
+    """The split with its labels as int64. Raises `RRCMError` unless each image has one label in 0..num_classes-1."""
     images, labels = split.images, split.labels.astype(np.int64)
     if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise RRCMError(
@@ -98,7 +100,8 @@ def checked(split: RawSplit, num_classes: int, source: Path | str) -> RawSplit:
 def check_content(path: Path, name: str, content: bytes, expected: str) -> None:
     """Raise `RRCMError` unless the content of the published file `name` has the `expected` hash.
 
-    The hash is that of `git hash-object FILE`, of the unpacked file: archives differ, as Debian compresses its own.
+    The hash is the output of `git hash-object` for the unpacked file. Archives are not compared, since Debian, for
+    example, compresses its own.
     """
     digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
     digest.update(content)
@@ -109,8 +112,8 @@ def check_content(path: Path, name: str, content: bytes, expected: str) -> None:
         )
 
 
-# To add a data set, write a reader and enter it here; from another package: DATASETS["mine"] = read_mine.
-DATASETS = Registry(  # of functions that map the settings `Data` to a RawDataset
+# Readers by data.source: functions from the settings `Data` to a `RawDataset`. README.md says how to add one.
+DATASETS = Registry(
     {
         "digits": "rrcm.sources.digits:read_digits",
         "fashion_mnist": "rrcm.sources.fashion_mnist:read_fashion_mnist",

@@ -1,7 +1,7 @@
 """The training loader.
 
 The images of global batch k and their augmentation are a pure function of the data, the seed and k. They do not depend
-on the number of processes or workers, or on where a run was resumed.
+on the number of processes or workers or on where a run was resumed.
 """
 
 import errno
@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from rrcm.data.shards import ShardedDataset
+from rrcm.utils.distributed import DistEnv
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import HINTS
 from rrcm.utils.rng import numpy_rng
@@ -27,7 +28,7 @@ from rrcm.utils.rng import numpy_rng
 Transform = Callable[[Image.Image, np.random.Generator], dict[str, np.ndarray]]
 Batch = dict[str, torch.Tensor]
 
-SHUFFLE_SHARDS = 16  # samples are shuffled within this many shards; a split of at most as many is shuffled fully
+SHUFFLE_SHARDS = 16  # samples are shuffled within groups of this many shards; a split with no more is shuffled fully
 MAX_STREAMS = 64
 
 
@@ -46,18 +47,18 @@ def epoch_order(shard_sizes: list[int], seed: int, epoch: int, window: int) -> n
 
 
 def stream_count(shards: int, batch_size: int) -> int:
-    """Number of streams that a batch is assembled from: a power of two that divides it, or 1 for few shards."""
+    """The number of streams from which a batch is assembled: a power of two that divides it, or 1 for few shards."""
     if shards <= SHUFFLE_SHARDS:
         return 1
     return max(2**k for k in range(MAX_STREAMS.bit_length()) if 2**k <= shards and batch_size % 2**k == 0)
 
 
 def epoch_batches(shard_sizes: list[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The global batches of an epoch, int64 (steps, batch_size). The last samples, too few for a batch, are left out.
+    """The global batches of an epoch, int64 (steps, batch_size). Samples left over at the end are dropped.
 
     The epoch's order is cut into streams of equal length, and each batch takes the next samples of every stream. A
-    rank's slice of a batch always comes from the same streams. Each rank thus reads its own shards, plus those at the
-    stream boundaries that it shares with its neighbours, and only a few at a time.
+    rank's slice of a batch always comes from the same streams. Each rank thus reads its own shards and the shards at
+    the stream boundaries, which it shares with its neighbours, and it reads only a few at a time.
     """
     streams = stream_count(len(shard_sizes), batch_size)
     order = epoch_order(shard_sizes, seed, epoch, window=max(1, SHUFFLE_SHARDS // streams))
@@ -66,7 +67,7 @@ def epoch_batches(shard_sizes: list[int], batch_size: int, seed: int, epoch: int
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Number of global batches per epoch. Raises `RRCMError` if there is not even one."""
+    """The number of global batches per epoch. Raises `RRCMError` if the split is smaller than one batch."""
     if samples < batch_size:
         raise RRCMError(
             f"batch_size {batch_size} is larger than the split, which has {samples} images; choose a smaller one"
@@ -80,26 +81,26 @@ def batch_loader(
     *,
     batch_size: int,
     seed: int,
-    first_step: int,
-    last_step: int,
-    rank: int = 0,
-    world_size: int = 1,
+    steps: range,
+    env: DistEnv | None = None,
     workers: int = 0,
 ) -> Generator[Batch]:
-    """Yield this rank's part of the global batches first_step..last_step-1.
+    """Yield this process's part of the global batches of `steps`.
 
-    Step k belongs to epoch k // steps_per_epoch. `batch_size` counts images over all ranks, and each rank takes a
-    contiguous slice of every batch. A batch holds the stacked results of `transform`, and int64 `label`, `index` (in
-    the split) and `position` (in the global batch). `transform` gets its own generator for each (seed, epoch, image).
+    Step k belongs to epoch k // steps_per_epoch. `batch_size` counts images over all processes of the run `env`, and
+    each process takes a contiguous slice of every batch; without `env` there is one process. A batch has the stacked
+    results of `transform`, and int64 `label`, `index` (in the split) and `position` (in the global batch). `transform`
+    gets its own generator for each (seed, epoch, image).
 
-    Raises `RRCMError` if the ranks cannot share the batch equally, the split is smaller than a batch, a shard is
+    Raises `RRCMError` if the processes cannot share a batch equally, the split is smaller than a batch, a shard is
     damaged, or a worker dies.
     """
+    rank, world_size = (env.rank, env.world_size) if env else (0, 1)
     if batch_size % world_size:
         raise RRCMError(f"batch_size {batch_size} is not a multiple of the {world_size} processes; choose a multiple")
     loader = DataLoader(
         GlobalBatches(images, transform, batch_size, seed, rank, world_size),
-        sampler=range(first_step, last_step),
+        sampler=steps,
         batch_size=None,  # each item is a whole batch
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -110,10 +111,10 @@ def batch_loader(
 
 
 def _unwrap(loader: DataLoader) -> Generator[Batch]:
-    """Yield the batches; raise an error that a worker returned."""
+    """Yield the batches, and raise the first error that a worker returned."""
     with explain_lost_workers(receiving=loader.num_workers > 0):
         if loader.num_workers:
-            multiprocessing.Lock()  # it cannot be had without /dev/shm, of which the loader would complain at length
+            multiprocessing.Lock()  # fails early without /dev/shm, with a short message
         batches = iter(loader)
     try:
         while True:
@@ -126,15 +127,15 @@ def _unwrap(loader: DataLoader) -> Generator[Batch]:
             yield batch
     finally:
         if loader.num_workers:
-            batches._shutdown_workers()  # torch waits until nobody refers to them, and a traceback may do so to the end
+            batches._shutdown_workers()  # torch waits for the last reference, which a traceback may hold
 
 
 @contextmanager
 def explain_lost_workers(receiving: bool = False) -> Iterator[None]:
-    """Turn what torch raises when a loader worker has died into one line that says what to set.
+    """Turn torch's error about a dead loader worker into one line that says what to set.
 
-    torch raises it wherever the main thread is at that moment. While it is `receiving` a batch, there are other errors
-    too: a batch comes through shared memory and open files.
+    torch raises this error wherever the main thread is at that moment. While the main thread is `receiving` a batch,
+    other errors are possible too, because batches travel through shared memory and open files.
     """
     try:
         yield
@@ -146,7 +147,7 @@ def explain_lost_workers(receiving: bool = False) -> Iterator[None]:
 
 
 def _advice(error: Exception) -> str:
-    """Why a loader worker died, and what to do about it. A signal or an exit status may be in the error's cause."""
+    """Why a loader worker died, and what to do about it. The error's cause may contain a signal or an exit status."""
     text = f"{type(error).__name__} {error} {error.__cause__}"
     code = re.search(r"exit code (\d+)", text)
     number = int(code[1]) if code else getattr(error, "errno", None)
@@ -172,17 +173,17 @@ def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int)
 
 
 def _start_worker(worker: int) -> None:
-    """Clusters send SIGTERM to all processes. The training process decides when to stop; workers wait for it.
+    """Prepare a worker: ignore SIGTERM, and end if a batch cannot be sent.
 
-    A worker that cannot send its batch ends. Otherwise the batch would be dropped, and the training would wait for it
-    for ever.
+    Clusters send SIGTERM to all processes, but only the training process decides when to stop. If a worker dropped a
+    batch that it cannot send, the training would wait for this batch for ever.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Queue._on_queue_feeder_error = staticmethod(_end_worker)
 
 
 def _end_worker(error: Exception, batch: object) -> None:
-    """End this worker; its exit status is the number of the error, which torch may give in the text only."""
+    """End this worker with the number of the error as its exit status. torch may give it only in the message."""
     number = getattr(error, "errno", None) or int(next(iter(re.findall(r"\((\d+)\)", str(error))[-1:]), 1))
     os._exit(number)
 
@@ -190,7 +191,7 @@ def _end_worker(error: Exception, batch: object) -> None:
 class GlobalBatches(Dataset):
     """Item k is this rank's part of global batch k, or an `RRCMError`.
 
-    Errors are returned, since torch would wrap an exception raised in a worker in a long traceback.
+    Errors are returned rather than raised, since torch wraps exceptions from workers in long tracebacks.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Write a data set as shards: WebDataset tar files with an index and a manifest. shards.py describes and reads them.
 
-The bytes depend on the raw data set, the settings and the seed only.
+The bytes depend only on the raw data set, the settings and the seed.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ KEPT = {b"\xff\xd8": "jpg", b"\x89PNG": "png"}  # by content: ImageNet has a PNG
 def write_shards(data: Data, seed: int, output: Path) -> None:
     """Read the raw data set and write its shards to the folder `output`.
 
-    The folder is swapped in when it is complete. Train and val are shuffled by the seed; test keeps its order, so
-    "every k-th test image" is well defined. Every image file is decoded once before anything is written, which tells
-    whether it can be read and which images are the same. `data.workers` threads do the work, since reading, decoding
-    and compressing release Python's lock; their number does not change the bytes.
+    The folder is swapped in when it is complete. Train and val are shuffled by the seed. Test keeps its order, so that
+    "every k-th test image" is well defined. Every image file is decoded once before anything is written; this shows
+    which files cannot be read and which images are duplicates. `data.workers` threads do the work, since reading,
+    decoding and compressing release Python's lock. Their number does not change the bytes.
 
-    Prints what was left out, and which images are there more than once. Raises `RRCMError` after naming all unreadable
-    images, if no class has two training images, or if every test image is a training image too.
+    Prints what was left out and how many images occur more than once. Raises `RRCMError` after naming all unreadable
+    images, if no class has two training images, or if every test image is also a training image.
     """
     dataset = read_dataset(data)
     with ThreadPoolExecutor(max(1, data.workers)) as pool:
@@ -59,7 +59,7 @@ def write_shards(data: Data, seed: int, output: Path) -> None:
                     repeated=_sorted_counts(repeated),
                     splits=written,
                 )
-            except ValidationError as error:  # the reader may be from another package
+            except ValidationError as error:  # the reader may come from another package
                 raise RRCMError(f"data.source {data.source}: {first_complaint(error)}; correct its reader") from None
             write_text(folder / "manifest.json", manifest.model_dump_json(indent=1, exclude_none=True) + "\n")
     for note in manifest.notes:
@@ -71,8 +71,8 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split rows 0..N-1 into two ascending arrays (kept, split_off) by the labels (N,).
 
-    From each class `fraction` of the images is split off: at least one, but never the last one. Rows with the same
-    number in `images` (N,) are one image: they stay together, and the label of the first counts.
+    From each class, `fraction` of the images is split off: at least one, but never all. Rows with the same number in
+    `images` (N,) are copies of one image. They stay together, and the label of the first one counts.
     """
     first = np.sort(np.unique(images, return_index=True)[1])
     split_off = []
@@ -85,7 +85,7 @@ def stratified_split(
 
 
 def identify_images(dataset: RawDataset, data: Data, pool: ThreadPoolExecutor) -> np.ndarray:
-    """For each image of train and then of test, the position of the first one with the same pixels: int64 (N,).
+    """For each image of train, then of test, the position of the first image with the same pixels: int64 (N,).
 
     Raises `RRCMError` after naming all unreadable images.
     """
@@ -98,9 +98,9 @@ def identify_images(dataset: RawDataset, data: Data, pool: ThreadPoolExecutor) -
     digests, unreadable = [], []
     total = sum(len(rows) for _, rows in parts)
     with Progress(total, "compare images", "images") as progress:
-        for found, failures in pool.map(_hash_pixels, *zip(*parts, strict=True), repeat(data.channels)):
-            progress.update(len(found) + len(failures))
-            digests += found
+        for hashes, failures in pool.map(_hash_pixels, *zip(*parts, strict=True), repeat(data.channels)):
+            progress.update(len(hashes) + len(failures))
+            digests += hashes
             unreadable += failures
     if unreadable:
         refuse_unreadable(sorted(unreadable), total, "replace or remove them")
@@ -109,7 +109,7 @@ def identify_images(dataset: RawDataset, data: Data, pool: ThreadPoolExecutor) -
 
 
 def _hash_pixels(split: RawSplit, rows: np.ndarray, channels: int) -> tuple[list[bytes], list[str]]:
-    """A hash of the pixels of each readable image in `rows`, as a network sees them, and a message for each other."""
+    """Hashes of the pixels, as a network sees them, for the readable images of `rows`; messages for the others."""
     digests, failures = [], []
     for row in rows.tolist():
         image = split.images[row]
@@ -124,9 +124,9 @@ def _hash_pixels(split: RawSplit, rows: np.ndarray, channels: int) -> tuple[list
 
 
 def split_off_test(dataset: RawDataset, images: np.ndarray) -> tuple[RawDataset, np.ndarray]:
-    """The data set with test images, split off the training images if it has none, and `images` in its order.
+    """Split test images off the training images if the data set has none. Returns it, and `images` in its new order.
 
-    `images` is from `identify_images`. The test images are the same for every seed, so seeds can be compared.
+    `images` comes from `identify_images`. The test images are the same for every seed, so that seeds can be compared.
     """
     train = dataset.train
     if dataset.test is not None:
@@ -139,7 +139,7 @@ def split_off_test(dataset: RawDataset, images: np.ndarray) -> tuple[RawDataset,
 def _split(
     dataset: RawDataset, images: np.ndarray, data: Data, seed: int
 ) -> tuple[dict[str, tuple[RawSplit, np.ndarray]], dict[str, int], dict[str, int]]:
-    """Raw images and rows of train, val and test, the number of images left out, and of those there more than once."""
+    """The raw images and rows of train, val and test, and the numbers of images left out and of duplicates."""
     train, test = dataset.train, dataset.test
     in_train, in_test = np.split(images, [len(train.labels)])
     kept, val = stratified_split(train.labels, in_train, data.val_fraction, numpy_rng(seed, "validation split"))
@@ -165,7 +165,7 @@ def _split(
 
 
 def _count_several_classes(images: np.ndarray, labels: np.ndarray) -> int:
-    """Number of images, by `identify_images`, that have several labels."""
+    """The number of different images (by `identify_images`) that have several labels."""
     _, first, number = np.unique(images, return_index=True, return_inverse=True)
     return len(np.unique(number[labels != labels[first][number]]))
 
@@ -226,7 +226,7 @@ def _write_shard(path: Path, split: RawSplit, rows: np.ndarray) -> tuple[Shard, 
 
 
 def _encode(image: np.ndarray | Path) -> tuple[str, bytes]:
-    """Extension and bytes of an image. JPEG and PNG files are kept as they are, others become PNG without loss."""
+    """Extension and bytes of an image. JPEG and PNG files are copied; all others are converted to PNG without loss."""
     if isinstance(image, np.ndarray):
         return "png", _png(Image.fromarray(image))
     try:

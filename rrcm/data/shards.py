@@ -1,9 +1,9 @@
 """Read the shards of a data set by random access, from a folder or a URL. sharding.py writes them.
 
-A shard folder holds WebDataset tar files `<split>-00000.tar ...`, `<split>.index.npy` and `manifest.json`. A sample is
-`<key>.jpg` or `<key>.png` and `<key>.cls` (ASCII label). The key is the sample's position in the raw data set; train
-and val share the positions of the raw training images. The index is int64 (N, 4), one row per sample: byte offset of
-the image's tar header in its shard, size of the image in bytes, label, key.
+A shard folder contains WebDataset tar files `<split>-00000.tar ...`, `<split>.index.npy` and `manifest.json`. A sample
+consists of `<key>.jpg` or `<key>.png`, and `<key>.cls` (ASCII label). The key is the position of the sample in the raw
+data set; train and val share the positions of the raw training images. The index is int64 (N, 4), with one row per
+sample: byte offset of the image's tar header in its shard, size of the image in bytes, label, key.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from rrcm.utils.registry import Registry
 OFFSET, SIZE, LABEL, KEY = range(4)  # columns of the index
 BLOCK = 512  # size of a tar block in bytes
 OPEN_SHARDS = 128  # file handles kept open; twice as many as training reads from at a time
-DECODED_BYTES = 256 * 2**20  # a split that fits into this is kept decoded, in each process
+DECODED_BYTES = 256 * 2**20  # each process keeps a split that fits into this decoded in memory
 DOWNLOAD_PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
 RERUN_HINT = "run shard-data again (dvc repro shard-data)"
 # Class names of published data sets; labels are indices into them.
@@ -68,9 +68,9 @@ class Split(_Strict):
 
 
 class Manifest(_Strict):
-    """manifest.json: the files with their hashes, the class names, and the settings the shards were written with.
+    """manifest.json: the files with their hashes, the class names, and the settings that the shards were written with.
 
-    A manifest that cannot be one of these shards is refused.
+    An inconsistent manifest is refused.
     """
 
     format: Literal["rrcm-shards-1"]
@@ -80,8 +80,8 @@ class Manifest(_Strict):
     image_size: PositiveInt
     classes: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
     class_order: Literal["natural"] | None = None  # of class folders: 2 before 10; None: the data set has its own order
-    left_out: dict[str, PositiveInt] | None = None  # files and images of the data set that are in no split, by reason
-    repeated: dict[str, PositiveInt] | None = None  # images in the splits that are there more than once, by kind
+    left_out: dict[str, PositiveInt] | None = None  # number of files and images that are in no split, by reason
+    repeated: dict[str, PositiveInt] | None = None  # number of images that occur more than once, by kind
     splits: dict[Literal["train", "val", "test"], Split]
 
     @model_validator(mode="after")
@@ -105,7 +105,7 @@ class Manifest(_Strict):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of results has to know about the data: one line each."""
+        """What readers of results should know about the data, one line each."""
         said = {"train": "training", "val": "validation", "test": "test"}
         missing = {
             said[name]: [printable(self.classes[k]) for k, count in enumerate(split.counts) if not count]
@@ -126,10 +126,10 @@ class Manifest(_Strict):
 class ShardedDataset:
     """One split of a shard folder, with random access.
 
-    root: a folder, or a URL that fsspec can read (http, https, s3, ...). Remote files are downloaded whole and once,
-    checked against the manifest, and kept in `cache` (default ~/.cache/rrcm) under their hash, so a stale file is never
-    used. HTTP goes through the proxy that http_proxy, https_proxy and no_proxy say. Objects can be pickled and forked
-    into loader workers, but not shared by threads. Every `RRCMError` names the file.
+    root: a folder, or a URL that fsspec can read (http, https, s3, ...). Each remote file is downloaded once as a
+    whole, checked against the manifest, and cached by its hash in `cache` (default ~/.cache/rrcm), so a stale file is
+    never used. HTTP uses the proxy in http_proxy, https_proxy and no_proxy. Objects can be pickled and forked into
+    loader workers, but threads cannot share them. Every `RRCMError` names the file.
     """
 
     def __init__(self, root: str | Path, split: str, cache: Path | None = None):
@@ -155,7 +155,7 @@ class ShardedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest. It holds the hash of every shard, so this identifies the exact data."""
+        """SHA-256 of the manifest. The manifest contains the hash of every shard, so this identifies the exact data."""
         return hashlib.sha256(self.manifest.model_dump_json(exclude_none=True).encode()).hexdigest()
 
     @property
@@ -167,7 +167,7 @@ class ShardedDataset:
         return self.__dict__ | {"_files": {}, "_decoded": {}, "_decoded_bytes": 0}
 
     def read(self, i: int) -> tuple[Image.Image, int, str]:
-        """Image i, its label and its key. The image has mode L or RGB and is shared: do not change it in place."""
+        """Image i, its label and its key. The image has mode L or RGB. It is shared, so do not change it in place."""
         _, _, label, key = self.index[i].tolist()
         image = self._decoded.get(i)
         if image is None:
@@ -178,7 +178,7 @@ class ShardedDataset:
         return image, label, f"{key:08d}"
 
     def complaint(self, shard: Shard) -> str | None:
-        """What is wrong with the size or hash of a local shard of the split: one line, or None.
+        """One line on what is wrong with the size or hash of a local shard, or None.
 
         Remote shards are checked when they are downloaded.
         """
@@ -200,7 +200,7 @@ class ShardedDataset:
         return index
 
     def _is_possible(self, index: np.ndarray) -> bool:
-        """Whether an index fits the manifest: images inside their shards, counts per class, and keys that differ."""
+        """Whether an index fits the manifest: images lie inside their shards, counts per class agree, keys differ."""
         ends = np.repeat([shard.bytes - BLOCK for shard in self.split.shards], self.shard_sizes)
         sizes, labels = index[:, SIZE], index[:, LABEL]
         if index.min() < 0 or (sizes > ends).any() or (index[:, OFFSET] > ends - sizes).any():
@@ -209,7 +209,7 @@ class ShardedDataset:
         return list(counts) == self.split.counts and len(np.unique(index[:, KEY])) == len(index)
 
     def _local(self, entry: FileEntry) -> Path:
-        """Path of the file on this machine; a remote file is downloaded first if it is not in the cache."""
+        """The path of a file on this machine. A remote file that is not cached is downloaded first."""
         if not self.remote:
             return Path(self.root) / entry.name
         path = self.cache / f"{entry.sha256}{Path(entry.name).suffix}"
@@ -258,7 +258,7 @@ class ShardedDataset:
 def read_split(
     images: ShardedDataset, size: int, every: int = 1, limit: int | None = None, part: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Read the images of a split that `choose_rows` chooses.
+    """Read those images of a split that `choose_rows` selects.
 
     Returns pixels uint8 (N, C, size, size), labels int64 (N,) and the indices of the images in the split.
     """
@@ -267,7 +267,7 @@ def read_split(
 
 
 def choose_rows(count: int, every: int = 1, limit: int | None = None, part: int | None = None) -> list[int]:
-    """Every `every`-th of `count` rows; of these at most `limit`, evenly spaced; of these in turn at most `part`."""
+    """Every `every`-th of `count` rows, thinned out evenly to at most `limit`, and then to at most `part` of them."""
     rows = np.arange(0, count, every)
     for most in (limit, part):
         rows = rows[evenly_spaced(len(rows), most)]
@@ -275,12 +275,12 @@ def choose_rows(count: int, every: int = 1, limit: int | None = None, part: int 
 
 
 def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
-    """At most `limit` of the positions 0..count - 1, evenly spaced, since images may be sorted by class: int64."""
+    """At most `limit` of 0..count - 1, as int64. They are evenly spaced, because images may be sorted by class."""
     return np.linspace(0, count - 1, min(count, limit or count)).astype(np.int64)
 
 
 def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch.Tensor:
-    """Centre crops of the images with these indices: uint8 (len(rows), C, size, size)."""
+    """The centre crops of the images `rows`: uint8 (len(rows), C, size, size)."""
     pixels = torch.empty((len(rows), images.channels, size, size), dtype=torch.uint8)
     for target, row in zip(pixels, rows, strict=True):
         target.copy_(torch.from_numpy(to_array(centre_crop(images.read(row)[0], size)).copy()))
@@ -290,7 +290,7 @@ def read_pixels(images: ShardedDataset, size: int, rows: Sequence[int]) -> torch
 def _cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rrcm"
-    except RuntimeError:  # neither HOME nor an entry of the user
+    except RuntimeError:  # neither HOME nor a passwd entry
         raise RRCMError(
             "remote shards need a folder for their cache, but HOME is not set; set XDG_CACHE_HOME"
         ) from None
@@ -306,7 +306,7 @@ def _read_manifest(location: str, remote: bool) -> Manifest:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "manifest.json" if remote else Path(location)
-            if remote:  # never cached: it says which cached files are valid
+            if remote:  # never cached, because it decides which cached files are valid
                 _fetch(location, path)
             content = path.read_bytes()
     except OSError as error:
@@ -318,7 +318,7 @@ def _read_manifest(location: str, remote: bool) -> Manifest:
 
 
 def first_complaint(error: ValidationError) -> str:
-    """The first thing that is wrong with a manifest, and where."""
+    """The first error in a manifest, and where it is."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
@@ -344,7 +344,7 @@ def _check(path: Path, entry: FileEntry) -> None:
 def _download(url: str, path: Path, entry: FileEntry) -> None:
     """Download a file of the manifest to `path`, atomically, and check its size and hash.
 
-    Where locks do not reach, as between machines, several processes may do so at once.
+    Several processes may do so at once where locks do not work, for example on different machines.
     """
     with atomic_path(path) as scratch:
         try:
@@ -365,19 +365,19 @@ def _fetch(url: str, path: Path) -> None:
     """Copy a remote file to `path`, in up to three attempts. Raises OSError if all fail."""
     import fsspec
 
-    through_proxy = {"client_kwargs": {"trust_env": True}}  # of http_proxy and the like; other protocols see to it
+    through_proxy = {"client_kwargs": {"trust_env": True}}  # respects http_proxy etc.; other protocols do so themselves
     options = through_proxy if url.partition("://")[0] in ("http", "https") else {}
     for pause in (*DOWNLOAD_PAUSES, None):
         try:
             system, remote_path = fsspec.url_to_fs(url, **options)
             system.get_file(remote_path, str(path))
             return
-        except (ImportError, ValueError) as error:  # unknown protocol, or its package is not installed
+        except (ImportError, ValueError) as error:  # an unknown protocol, or its package is not installed
             raise RRCMError(
                 f"{url}: cannot be opened ({one_line(error)}); correct the address, any proxy, or install the package"
             ) from None
         except Exception as error:  # each protocol raises its own exceptions
-            if isinstance(error, OSError) and error.errno in HINTS:  # of this machine, as a full disk
+            if isinstance(error, OSError) and error.errno in HINTS:  # a problem of this machine, such as a full disk
                 raise
             if pause is None or isinstance(error, FileNotFoundError):
                 raise OSError(one_line(error)) from error

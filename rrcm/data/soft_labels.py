@@ -1,4 +1,4 @@
-"""The file of soft labels: the votes of a smoothed classifier for each training image."""
+"""The file of soft labels, which stores the votes of a smoothed classifier for each training image."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ HINT = "run `dvc repro` again"
 
 
 def write_votes(path: Path, votes: torch.Tensor, images: ShardedDataset) -> None:
-    """Write the votes, (N, K) int64, image by image in the order of the split."""
+    """Write the votes, (N, K) int64, with one row per image in the order of the split."""
     identity = torch.frombuffer(bytearray.fromhex(images.fingerprint), dtype=torch.uint8)
     save_tensors(path, {"votes": votes, "shards": identity})
 
@@ -20,7 +20,7 @@ def write_votes(path: Path, votes: torch.Tensor, images: ShardedDataset) -> None
 def read_soft_labels(path: Path, images: ShardedDataset) -> torch.Tensor:
     """The share of each class in the votes: (N, K) float32, in the order of the split.
 
-    Raises `RRCMError` if the file is missing or damaged, or if its images are not these.
+    Raises `RRCMError` if the file is missing or damaged, or belongs to other images.
     """
     tensors = load_tensors(path)
     if tensors.keys() != {"votes", "shards"}:

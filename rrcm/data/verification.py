@@ -1,4 +1,4 @@
-"""Check the shards of a data set against its manifest; all processes of a run share the work."""
+"""Check the shards of a data set against its manifest. All processes of a run share the work."""
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,10 +15,10 @@ THREADS = 8  # per process
 
 
 def verify_shards(splits: Sequence[ShardedDataset], env: DistEnv | None = None) -> None:
-    """Check size and hash of every local shard of these splits.
+    """Check the size and hash of every local shard of these splits.
 
-    To be called once in each process of the run `env`; without `env` this process works alone. Each shard is checked
-    by one of them. Raises `RRCMError` in every process if one is missing or damaged; it names the first and counts the
+    Call this once in each process of the run `env`; without `env` this process works alone. One process checks each
+    shard. If shards are missing or damaged, every process raises an `RRCMError` that names the first one and counts the
     others.
     """
     shards = [(images, shard) for images in splits if not images.remote for shard in images.split.shards]
@@ -42,7 +42,7 @@ def verify_shards(splits: Sequence[ShardedDataset], env: DistEnv | None = None) 
             while running:
                 ended, running = wait(running, timeout=1, return_when=FIRST_EXCEPTION)
                 for thread in ended:
-                    thread.result()  # raises what it raised
+                    thread.result()  # raises the exception of the thread
                 progress.update(queue.report_done() - progress.done)
             for _ in queue.wait_for(len(shards)):
                 progress.update(queue.report_done() - progress.done)
@@ -50,7 +50,7 @@ def verify_shards(splits: Sequence[ShardedDataset], env: DistEnv | None = None) 
         finally:
             stopped.set()
     if problems := queue.problems():
-        for _ in queue.close():  # the others have to read them, too
+        for _ in queue.close():  # the other processes have to read them too
             pass
         others = f" (and {len(problems) - 1} other shards)" if len(problems) > 1 else ""
         raise RRCMError(problems[0] + others)

@@ -1,4 +1,4 @@
-"""models: networks, and the classifiers of noisy images that are made of them. README.md says how to add one."""
+"""models: networks, and classifiers of noisy images that use them. README.md says how to add a classifier."""
 
 from rrcm.utils.registry import Registry
 

@@ -1,4 +1,4 @@
-"""The trunks that are not ours: networks of images without a noise level, by name."""
+"""Networks other than our ViT, by name. They take images and no noise level."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from rrcm.utils.errors import RRCMError, one_line
 
 
 class NetworkSizes(Entries):
-    """The arguments of `build_network`, and the normalization of pixels in [0, 1], per channel; null: none."""
+    """The arguments of `build_network`, and how pixels in [0, 1] are normalised per channel (null: not at all)."""
 
     name: str
     image_size: ImageSize
@@ -34,10 +34,10 @@ class NetworkSizes(Entries):
 
 
 def build_network(name: str, image_size: int, channels: int, num_classes: int) -> nn.Module:
-    """`lenet`, `resnet110`, or the model of timm with this name, with random weights from torch's global generator.
+    """`lenet`, `resnet110`, or the timm model of this name, with random weights from torch's global generator.
 
     It maps (B, channels, image_size, image_size) to logits (B, num_classes). Raises `RRCMError` for an unknown name and
-    for sizes that the network cannot have.
+    for sizes that the network does not support.
     """
     network = name if name in NETWORKS else "timm"
     named = {"name": name} if network == "timm" else {}
@@ -45,12 +45,12 @@ def build_network(name: str, image_size: int, channels: int, num_classes: int) -
         return NETWORKS[network](image_size=image_size, channels=channels, num_classes=num_classes, **named)
     except RRCMError:
         raise
-    except Exception as error:  # each of timm's models raises its own
+    except Exception as error:  # timm's models raise all kinds of exceptions
         raise RRCMError(f"model.architecture = {name!r}: cannot be built ({one_line(error)})") from None
 
 
 class NetworkEntries(Entries):
-    """Of the config.json of a classifier on another trunk, what builds it."""
+    """The entries of config.json that describe a classifier with one of these networks."""
 
     model_config = ConfigDict(extra="ignore")
 

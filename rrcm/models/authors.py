@@ -24,12 +24,12 @@ def load_authors_checkpoint(
 ) -> EncoderWithProjector | NoiseConditionedClassifier:
     """Load a checkpoint of the authors, in any format that `load_tensors` reads.
 
-    A pretrained checkpoint gives an `EncoderWithProjector`. A fine-tuned one (names `base_model.` and `linear_head.`)
-    gives a `NoiseConditionedClassifier` and needs the pixel `sigma` it was tuned for. As in their code, its noise level
-    is then the nearest of the `levels` Karras levels to 2 * sigma.
+    A pre-trained checkpoint gives an `EncoderWithProjector`. A fine-tuned one (names `base_model.` and `linear_head.`)
+    gives a `NoiseConditionedClassifier` and needs the pixel `sigma` that it was fine-tuned for. As in the authors'
+    code, the classifier's noise level is the one among `levels` Karras levels that is nearest to 2 * sigma.
 
-    `num_heads` cannot be read off the weights; the default is one head per 64 dimensions, as in all their models.
-    `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
+    The weights do not determine `num_heads`. The default is one head per 64 dimensions, as in all models of the
+    authors. `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
 
     Raises `RRCMError` for any other file.
     """
@@ -76,9 +76,9 @@ def load_authors_checkpoint(
 
 
 def load_authors_encoder(path: Path, expected: Mapping[str, int] | None) -> NoiseConditionedViT:
-    """The encoder alone. `expected` has `num_heads`, or is None. Raises `RRCMError` as `load_authors_checkpoint`."""
+    """The encoder alone. `expected` has `num_heads`, or is None. Raises the errors of `load_authors_checkpoint`."""
     num_heads = None if expected is None else expected["num_heads"]
-    return load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # sigma matters to heads only
+    return load_authors_checkpoint(path, num_heads=num_heads, sigma=1.0).encoder  # sigma affects only the head
 
 
 def _rows(weights: dict[str, torch.Tensor], name: str, path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Base classifiers: what randomized smoothing smooths. The contract, and the classifiers we train."""
+"""Base classifiers, which randomized smoothing smooths: their contract, and the classifiers that we train."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,36 +12,36 @@ from rrcm.utils.pixels import to_model_space
 
 
 class Draw(Protocol):
-    """Random numbers for one batch. Row i depends only on the seed, the name, and the image and sample of row i."""
+    """The random numbers of a batch. Row i depends only on the seed, the name, and the image and sample in row i."""
 
     def normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Standard normal numbers, (B, *shape) float32. The same name gives the same numbers again."""
+        """Standard normal numbers, (B, *shape) float32. The same name always gives the same numbers."""
         ...
 
 
 class BaseClassifier(nn.Module):
     """A classifier of noisy images that can be smoothed.
 
-    Certification reads the four attributes below. It accepts a module without them too, and then assumes the defaults.
+    Certification reads the four attributes below. For a module without them it assumes the defaults.
     """
 
     num_classes: int
-    sigma: float | None = None  # pixel noise it was trained for; None: any
+    sigma: float | None = None  # the pixel noise that it was trained for; None: any
     keeps_float32_input: bool = False  # under bfloat16 it takes float32 pixels and rounds them itself
-    stochastic: bool = False  # its forward draws random numbers, from `draw` alone
+    stochastic: bool = False  # its forward draws random numbers, always from `draw`
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """noisy (B, C, H, W) float: images in [0, 1] plus Gaussian noise -> logits (B, num_classes).
 
-        `draw` is given only to a stochastic classifier.
+        Only a stochastic classifier gets `draw`.
         """
         raise NotImplementedError
 
 
 def part_logits(part: BaseClassifier, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
-    """The answer in float32 of a classifier that is part of another.
+    """The float32 logits of a classifier that is part of another one.
 
-    Like `SmoothedClassifier`, it rounds the input of those that want it rounded.
+    As in `SmoothedClassifier`, the input is rounded to the dtype of the weights unless `keeps_float32_input` is set.
     """
     if not part.keeps_float32_input:
         noisy = noisy.to(next((p.dtype for p in part.parameters()), noisy.dtype))
@@ -64,13 +64,13 @@ class NoiseConditionedClassifier(BaseClassifier):
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None, *, num_chunks: int = 1) -> torch.Tensor:
         """noisy (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K).
 
-        With `num_chunks` above 1 the encoder sees the batch in chunks, which saves memory in training.
+        With `num_chunks` above 1 the encoder processes the batch in chunks, which saves memory in training.
         """
         return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, to_model_space(noisy)))
 
 
 class Normalized(BaseClassifier):
-    """A network that expects normalized images, as a classifier of pixels in [0, 1]."""
+    """Turns a network that expects normalised images into a classifier of pixels in [0, 1]."""
 
     def __init__(self, network: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -84,9 +84,9 @@ class Normalized(BaseClassifier):
 
 
 class NetworkClassifier(Normalized):
-    """A network without a noise level, trained from scratch on images with noise of one pixel sigma.
+    """A network that takes no noise level, trained from scratch for one pixel sigma.
 
-    `architecture` says how to build it again (`rrcm.models.architectures.network_classifier`).
+    `architecture` is what `rrcm.models.architectures.network_classifier` needs to build it again.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, architecture: Mapping, sigma: float):

@@ -1,7 +1,7 @@
 """Model folders of encoders and classifiers.
 
 Their `kind` in config.json is "encoder" (pre-trained), "classifier" (fine-tuned), or "network" (a classifier on another
-trunk). Other kinds are loaded by kinds.py alone.
+trunk). kinds.py loads all other kinds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from rrcm.models.folders import (
     write_model_folder,
 )
 from rrcm.models.kinds import LoadedClassifier
-from rrcm.models.vit import NoiseConditionedViT
+from rrcm.models.vit import BlockOptions, NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
 
@@ -33,7 +33,7 @@ ARCHITECTURE = ("image_size", "channels", "patch_size", "embed_dim", "depth", "n
 
 
 class ViTSizes(Entries):
-    """The keyword arguments of `NoiseConditionedViT` that build the same network again: ARCHITECTURE and details."""
+    """The sizes of a `NoiseConditionedViT` (ARCHITECTURE) and its `BlockOptions`, from which `build` makes it again."""
 
     image_size: ImageSize
     channels: Literal[1, 3]
@@ -53,9 +53,14 @@ class ViTSizes(Entries):
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
         return self
 
+    def build(self) -> NoiseConditionedViT:
+        """The network of these sizes, with random weights."""
+        sizes = (getattr(self, name) for name in ARCHITECTURE)
+        return NoiseConditionedViT(*sizes, BlockOptions(self.mlp_dim, self.qkv_bias, self.norm_eps))
+
 
 class EncoderEntries(Entries):
-    """Of an encoder's config.json, what builds it."""
+    """The entries of an encoder's config.json that describe the network."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -63,7 +68,7 @@ class EncoderEntries(Entries):
 
 
 class ClassifierEntries(EncoderEntries):
-    """Of a classifier's config.json, what builds it."""
+    """The entries of a classifier's config.json that describe the network."""
 
     class_names: ClassNames
     sigma: Positive  # pixel units
@@ -90,15 +95,15 @@ def save_model(
     folder: Path | str,
     model: NoiseConditionedViT | NoiseConditionedClassifier | NetworkClassifier,
     *,
-    class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: its numbers
-    sigma: float | None = None,  # of a classifier, pixel units; None: its own
-    kind: str = "classifier",  # of a classifier with our encoder, a key of `rrcm.models.FOLDER_LOADERS`
-    dtype: str = "fp32",  # bf16 rounds the weights in the file, which halves it; they are loaded as float32
+    class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: 0, 1, ...
+    sigma: float | None = None,  # of a classifier, pixel units; None: `model.sigma`
+    kind: str = "classifier",  # of a classifier with our encoder: a key of `rrcm.models.FOLDER_LOADERS`
+    dtype: str = "fp32",  # bf16 rounds the stored weights, which halves the file; they are loaded as float32
     **metadata: object,
 ) -> None:
-    """Write the model folder of an encoder or a classifier; `metadata` (JSON-able) goes into config.json too.
+    """Write the model folder of an encoder or a classifier. `metadata` (JSON-able) is added to config.json.
 
-    Raises `RRCMError` when there is not one class name per class.
+    Raises `RRCMError` unless there is one class name per class.
     """
     folder = Path(folder)
     if isinstance(model, NoiseConditionedViT):
@@ -122,8 +127,8 @@ def save_model(
 def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) -> NoiseConditionedViT:
     """Load the encoder of a model folder or of an authors' checkpoint file, without its head or projector.
 
-    `expected` has the sizes of ARCHITECTURE; the number of heads of an authors' file is taken from it. Raises
-    `RRCMError` for other sizes, and for a file or folder that cannot be read.
+    `expected` has the sizes of ARCHITECTURE, including the number of heads, which an authors' file does not record.
+    Raises `RRCMError` for other sizes, and for a file or folder that cannot be read.
     """
     path = expand_user(path)
     encoder = ENCODERS["file" if path.is_file() else "folder"](path, expected)
@@ -135,11 +140,11 @@ def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> Noise
     """The encoder of a model folder. Raises `RRCMError` as `load_encoder` does."""
     config = read_model_config(path)
     check_kind(path, config, ("encoder", "classifier"))
-    sizes = parse_entries(path, config, EncoderEntries).architecture.model_dump()
-    _check_sizes(sizes, expected, path)  # before the weights are read
+    sizes = parse_entries(path, config, EncoderEntries).architecture
+    _check_sizes(sizes.model_dump(), expected, path)  # before the weights are read
     if config["kind"] == "classifier":
         return build_from_folder(path, config).train().encoder
-    return load_network(path, lambda: NoiseConditionedViT(**sizes)).train()
+    return load_network(path, sizes.build).train()
 
 
 def load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
@@ -150,7 +155,7 @@ def load_classifier_folder(folder: Path, config: dict) -> LoadedClassifier:
 def describe_classifier(
     classifier: NoiseConditionedClassifier, class_names: list[str] | None = None
 ) -> LoadedClassifier:
-    """A classifier with our encoder, and what is needed to certify with it. Without names, classes have numbers."""
+    """Describe a classifier with our encoder, for certification. Without names, the classes are called 0, 1, ..."""
     encoder = classifier.encoder
     numbers = [str(number) for number in range(classifier.num_classes)]
     return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
@@ -159,17 +164,16 @@ def describe_classifier(
 def build_from_folder(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
     """The classifier in a model folder of kind "classifier" whose config.json is `config`, in eval mode."""
     entries = parse_entries(folder, config, ClassifierEntries)
-    sizes, num_classes = entries.architecture.model_dump(), len(entries.class_names)
-    build = lambda: NoiseConditionedClassifier(NoiseConditionedViT(**sizes), num_classes, entries.t)  # noqa: E731
-    classifier = load_network(folder, build)
+    sizes, num_classes = entries.architecture, len(entries.class_names)
+    classifier = load_network(folder, lambda: NoiseConditionedClassifier(sizes.build(), num_classes, entries.t))
     classifier.sigma = entries.sigma
     return classifier
 
 
-def _check_sizes(found: Mapping, expected: Mapping | None, source: Path) -> None:
+def _check_sizes(sizes: Mapping, expected: Mapping | None, source: Path) -> None:
     for name in ARCHITECTURE if expected is not None else ():
-        if found[name] != expected[name]:
+        if sizes[name] != expected[name]:
             raise RRCMError(
-                f"{source}: checkpoint of another architecture: {name} is {found[name]}, the settings want "
+                f"{source}: checkpoint of another architecture: {name} is {sizes[name]}, the settings want "
                 f"{expected[name]}; pre-train again or change the settings"
             )

@@ -1,4 +1,4 @@
-"""The networks of the papers on small images: LeNet and ResNet-110. Both take pixels, not noise levels."""
+"""The networks that papers use for small images: LeNet and ResNet-110. They take pixels and no noise level."""
 
 import math
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 class LeNet(nn.Module):
-    """conv 20 5x5, pool, conv 50 5x5, pool, fc 500, ReLU, fc: of the papers on MNIST (Zhai et al. 2020).
+    """conv 20 5x5, pool, conv 50 5x5, pool, fc 500, ReLU, fc: the network that papers use for MNIST (Zhai et al. 2020).
 
-    Parameters are named as in PyTorch's MNIST example, from which the papers have it.
+    Its parameters have the names of PyTorch's MNIST example, from which the papers took it.
     """
 
     def __init__(self, image_size: int, channels: int, num_classes: int):
@@ -33,7 +33,7 @@ class LeNet(nn.Module):
 
 
 def max_pool(x: torch.Tensor) -> torch.Tensor:
-    """`F.max_pool2d(x, 2)`. Without gradients, in certification, the maximum of slices is four times as fast."""
+    """`F.max_pool2d(x, 2)`. Without gradients, as in certification, the maximum of slices is four times as fast."""
     if x.requires_grad:
         return F.max_pool2d(x, 2)
     x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
@@ -42,7 +42,7 @@ def max_pool(x: torch.Tensor) -> torch.Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, and a shortcut: 1x1 where the size changes."""
+    """Two 3x3 convolutions with BatchNorm, and a shortcut, which is a 1x1 convolution where the size changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """The residual network for CIFAR (He et al. 2016, section 4.2): three stages of 16, 32 and 64 channels.
 
-    Depth 110 is that of the papers on randomized smoothing. As there, convolutions start from He's normal distribution.
+    Papers on randomized smoothing use depth 110. As there, convolutions start from He's normal initialisation.
     """
 
     def __init__(self, depth: int, channels: int, num_classes: int):
@@ -95,5 +95,5 @@ class ResNet(nn.Module):
 
 
 def resnet110(image_size: int, channels: int, num_classes: int) -> ResNet:
-    """The network of depth 110. It takes images of any size."""
+    """The residual network of depth 110. It takes images of any size."""
     return ResNet(110, channels, num_classes)

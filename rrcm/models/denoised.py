@@ -1,7 +1,7 @@
 """Base classifiers that denoise first and then classify: DDS, DensePure, DiffSmooth.
 
-Their model folder has `kind` "denoised". Its config.json names the folders of a denoiser and of a classifier, relative
-to it, with their hashes. It holds no weights but those that were trained for it.
+Their model folder has `kind` "denoised". Its config.json names the folders of a denoiser and a classifier by relative
+path and hash. The folder contains only weights that were trained for it.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from rrcm.utils.tensors import sha256_tensors
 
 
 def clipped(denoiser: Denoiser, x: torch.Tensor, t: float) -> torch.Tensor:
-    """D(x; t) within the range of images: (B, C, H, W) float32 in [-1, 1]."""
+    """D(x; t), clipped to the range of images: (B, C, H, W) float32 in [-1, 1]."""
     return denoiser(x, t).clamp(-1, 1)
 
 
@@ -38,7 +38,7 @@ def denoise_pixels(denoiser: Denoiser, noisy: torch.Tensor, *, sigma: float) -> 
 
 
 class DenoisedClassifier(BaseClassifier):
-    """A denoiser and a classifier of clean images, for noise of one pixel sigma, which the denoiser is told."""
+    """A denoiser followed by a classifier of clean images. The denoiser is conditioned on one pixel sigma."""
 
     keeps_float32_input = True
 
@@ -49,7 +49,7 @@ class DenoisedClassifier(BaseClassifier):
 
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
         """Denoised images, (B, C, H, W) float32 -> logits (B, K) float32."""
-        if pixels.shape[-1] != self.classifier_size:  # a classifier from elsewhere may want another size
+        if pixels.shape[-1] != self.classifier_size:  # an external classifier may expect another size
             size = (self.classifier_size, self.classifier_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         return part_logits(self.classifier, pixels)
@@ -73,7 +73,7 @@ class DensePure(DenoisedClassifier):
         self.runs, self.steps = runs, steps  # K and b
 
     def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
-        """As `DDS.forward`. The logits are those of `majority_vote`."""
+        """As `DDS.forward`. The logits come from `majority_vote`."""
         levels = reverse_levels(2 * self.sigma, self.steps)
         choices = []
         for run in range(self.runs):
@@ -89,11 +89,11 @@ class DensePure(DenoisedClassifier):
 def majority_vote(choices: torch.Tensor, num_classes: int) -> torch.Tensor:
     """The votes for each class, (B, runs) int64 -> (B, num_classes) float32.
 
-    Half a vote or less goes to each class that was chosen, more the earlier. So of classes with equally many votes the
-    one that was chosen first has the most.
+    To break ties, each chosen class gets an extra fraction of at most half a vote. The fraction is larger the earlier
+    the class was chosen, so among classes with equally many votes the one that was chosen first wins.
     """
     chosen = F.one_hot(choices, num_classes)
-    wait = chosen.argmax(1) / choices.shape[1]  # runs before the first that chose a class, as a share in [0, 1)
+    wait = chosen.argmax(1) / choices.shape[1]  # share of the runs before the first one that chose a class, in [0, 1)
     return chosen.sum(1) + (1 - wait) / 2 * chosen.amax(1)
 
 
@@ -134,21 +134,21 @@ SETTINGS = {"dds": Entries, "densepure": Runs, "diffsmooth": LocalNoise}  # as D
 
 
 class PartElsewhere(Entries):
-    """A classifier that is no model folder, by its name, and the hash of its weights."""
+    """A classifier without a model folder: its name and the hash of its weights."""
 
     model: Place
     sha256: Sha256
 
 
 class NamedParts(Entries):
-    """What a classifier that denoises first is put together from."""
+    """The parts of a classifier that denoises first."""
 
     denoiser: Part
     classifier: dict[str, str]  # a Part or a PartElsewhere
 
 
 class DenoisedEntries(Entries):
-    """Of the config.json of a classifier that denoises first, what builds it."""
+    """The entries of config.json that describe a classifier that denoises first."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -171,9 +171,9 @@ def write_denoised(
 ) -> None:
     """Write config.json in `folder` for a classifier of `kind` (in DENOISING_CLASSIFIERS) and pixel noise `sigma`.
 
-    `parts` are the `denoiser` and the `classifier`, each as `part_of` names it. A classifier from elsewhere has its
-    name as `model` instead of a path, and the hash of its weights. `settings` are the further arguments of the class.
-    `metadata` (JSON-able) goes into config.json too.
+    `parts` are the `denoiser` and the `classifier`, each in the form that `part_of` returns. For a classifier without a
+    model folder, `model` gives its name in place of the path, and the hash covers its weights. `settings` are the other
+    arguments of the class. `metadata` (JSON-able) is added to config.json.
     """
     config = {"kind": "denoised", "denoised": kind, "parts": dict(parts), "sigma": sigma}
     write_model_folder(folder, config | {"settings": settings, "class_names": class_names} | metadata)
@@ -195,7 +195,7 @@ def load_denoised(folder: Path, config: dict) -> LoadedClassifier:
     refuse_within(folder, loaded.classifier, DenoisedClassifier)
     denoiser = load_denoiser(folder / named.denoiser.path, named.denoiser.sha256)
     fits = loaded.channels == denoiser.channels and loaded.num_classes == len(entries.class_names)
-    if not fits or loaded.classifier.stochastic:  # nobody hands it random numbers
+    if not fits or loaded.classifier.stochastic:  # it would get no random numbers
         raise RRCMError(f"{folder}/config.json: its denoiser and its classifier do not fit; train it again")
     build = DENOISING_CLASSIFIERS[entries.denoised]
     classifier = build(denoiser, loaded.classifier, sigma=entries.sigma, classifier_size=loaded.image_size, **settings)

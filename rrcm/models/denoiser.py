@@ -228,7 +228,7 @@ class NetworkKind(NamedTuple):
 
 # By the `network` of the architecture in config.json.
 NETWORKS = {
-    "vit": NetworkKind(PixelViTSizes, lambda **sizes: PixelViT(NoiseConditionedViT(**sizes))),
+    "vit": NetworkKind(PixelViTSizes, lambda **sizes: PixelViT(ViTSizes(**sizes).build())),
     "unet": NetworkKind(UNetSizes, UNet),
     "diffusers": NetworkKind(DiffusersConfig, DiffusersUNet),
 }

@@ -1,8 +1,8 @@
-"""Model folders: config.json says what a model is, beside its weights and the tables of its training.
+"""Model folders: config.json describes a model. Beside it lie the weights and the tables of the training.
 
-config.json has in `files` the SHA-256 of each of these files, and in `sha256` that of its own other entries. A model
-that is part of another is named there by its path and its `sha256`. So this hash covers everything that a model
-consists of, damage anywhere is noticed on loading, and no model can be part of itself.
+The entry `files` of config.json has the SHA-256 of each of these files, and `sha256` is the hash of all other entries.
+A model refers to its parts by their paths and their `sha256`. The hash therefore covers everything that a model
+consists of: loading notices damage anywhere, and no model can be part of itself.
 """
 
 import functools
@@ -22,9 +22,9 @@ from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import read_json, sha256_file, write_json
 from rrcm.utils.tensors import check_weights, load_tensors, load_weights, save_tensors
 
-FORMAT = 3  # of config.json
-OLD_FORMAT = 2  # without hashes
-WITH_PARTS = ("ensemble", "denoised")  # kinds whose parts had hashes of another sort in OLD_FORMAT
+FORMAT = 3  # version of config.json
+OLD_FORMAT = 2  # the version without hashes
+WITH_PARTS = ("ensemble", "denoised")  # kinds whose parts had another kind of hash in OLD_FORMAT
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -32,18 +32,18 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,1000}$")]  # a path or a name, in one line
 ClassNames = Annotated[list[str], Field(min_length=1)]
 ImageSize = Annotated[int, Field(ge=1, le=4096)]  # side in pixels
-MAX_LEVELS = 12  # of a UNet: each has half the size of the one before
-Depth = Annotated[int, Field(ge=1, le=1000)]  # more would take for ever to build, even before sizes are compared
+MAX_LEVELS = 12  # of a UNet, each half the size of the level before
+Depth = Annotated[int, Field(ge=1, le=1000)]  # a deeper network would take very long to build, even without memory
 
 
 class Entries(Section):
-    """Entries of a config.json, typed as params.yaml is. No text and no truth value stands for a number."""
+    """Entries of a config.json, typed like params.yaml. Strings and booleans are not converted to numbers."""
 
     model_config = ConfigDict(strict=True)
 
 
 class Header(Entries):
-    """The entries of every config.json. It has others too, those of its kind and those for the report."""
+    """The entries that every config.json has, besides the entries of its kind and those for the report."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -54,7 +54,7 @@ class Header(Entries):
 
 
 class Part(Entries):
-    """A model that is part of another: its folder, relative to that of the other, and the `sha256` of its config."""
+    """A part of a model: its folder, relative to the folder of the model, and the `sha256` of its config.json."""
 
     path: Place
     sha256: Sha256
@@ -68,7 +68,7 @@ def write_model_folder(
 ) -> None:
     """Write config.json, and the weights if there are any. `config` (JSON-able) has at least the `kind`.
 
-    Tables (.csv) that belong to the model are in the folder already: what is there now is what is hashed.
+    Write the tables (.csv) of the model before, since config.json lists the hashes of those that are in the folder.
     """
     if tensors is not None:
         save_tensors(folder / WEIGHTS, dict(tensors))
@@ -78,10 +78,10 @@ def write_model_folder(
 
 
 def read_model_config(folder: Path | str, sha256: str | None = None) -> dict:
-    """config.json of a model folder of any kind, if it and the files beside it match their hashes.
+    """Read config.json of a model folder of any kind, and compare it and the files beside it with their hashes.
 
-    `sha256` is what the model must have that the folder is part of. A folder without hashes, of an older version, is
-    read too, and a note says so. Raises `RRCMError` when the folder is missing, damaged, outdated or another one.
+    `sha256` is the hash that a larger model names, if this is a part of it. A folder of the previous version, which has
+    no hashes, is read with a note. Raises `RRCMError` if the folder is missing, damaged, outdated or has another hash.
     """
     path = Path(folder) / CONFIG
     config = read_json(path)
@@ -111,19 +111,19 @@ def read_model_config(folder: Path | str, sha256: str | None = None) -> dict:
 
 
 def _check_file(path: Path, sha256: str) -> None:
-    """Raises `RRCMError` if a file has another hash. It may be missing: what loading needs says so itself."""
+    """Raise `RRCMError` if a file has another hash. It may be missing: loading reports the files that it needs."""
     try:
         if not path.exists() or sha256_file(path) == sha256:
             return
     except OSError as error:
         raise RRCMError(f"{path}: cannot be read ({error.strerror})") from None
     if path.name == WEIGHTS:
-        load_tensors(path)  # says more of a file that is cut short, or of another format
+        load_tensors(path)  # gives a better message for a truncated file or another format
     raise RRCMError(f"{path}: is damaged: it does not match its hash in {CONFIG}; dvc pull or train it again")
 
 
 def sha256_config(config: Mapping[str, object]) -> str:
-    """SHA-256 of all entries but `sha256` itself; spaces and the order of the keys do not matter."""
+    """SHA-256 of all entries except `sha256` itself. Spaces and the order of the keys do not matter."""
     entries = json.loads(json.dumps({key: value for key, value in config.items() if key != "sha256"}))
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
@@ -134,7 +134,7 @@ def _note_old(folder: Path) -> None:
 
 
 def parse_entries(folder: Path | str, config: object, entries: type[TypedEntries]) -> TypedEntries:
-    """`config`, or what is in one of its entries, typed. Raises `RRCMError` that names the key and what is allowed."""
+    """Validate `config` or one of its entries. Raises `RRCMError` that names the key and the values allowed."""
     try:
         return entries.model_validate(config)
     except ValidationError as error:
@@ -142,7 +142,7 @@ def parse_entries(folder: Path | str, config: object, entries: type[TypedEntries
 
 
 def check_kind(folder: Path | str, config: Mapping, known: Iterable[str]) -> None:
-    """Raises `RRCMError` unless the `kind` in the config of a model folder is among `known` kinds."""
+    """Raise `RRCMError` unless the `kind` in the config of a model folder is one of the `known` kinds."""
     if config["kind"] in known:
         return
     if config["kind"] == "encoder":
@@ -154,10 +154,10 @@ def check_kind(folder: Path | str, config: Mapping, known: Iterable[str]) -> Non
 def load_network(
     folder: Path, build: Callable[[], Network], tensors: Mapping[str, torch.Tensor] | None = None
 ) -> Network:
-    """What `build` returns, with the weights of a model folder or the given ones, in eval mode.
+    """The network that `build` returns, with the given weights or those of a model folder, in eval mode.
 
-    It is first built without memory, so sizes that are not those of the weights are refused before any is taken. Raises
-    `RRCMError` if the network cannot be built or has other weights.
+    The network is first built without memory, so that sizes that differ from the weights are refused before memory is
+    allocated. Raises `RRCMError` if the network cannot be built or has other weights.
     """
     tensors = load_tensors(folder / WEIGHTS) if tensors is None else tensors
     try:
@@ -166,14 +166,17 @@ def load_network(
         return load_weights(build(), tensors, folder).eval()
     except (RRCMError, RecursionError):
         raise
-    except Exception as error:  # torch, timm and diffusers each raise their own
+    except Exception as error:  # torch, timm and diffusers raise all kinds of exceptions
         raise RRCMError(
             f"{folder}/{CONFIG}: describes no network ({one_line(error)}); train it again or dvc pull"
         ) from None
 
 
 def part_of(folder: Path, path: str) -> dict[str, str]:
-    """The model in `folder` / `path` as the entry of a model in `folder`: see `Part`. Raises `RRCMError` as above."""
+    """The `Part` by which a model in `folder` refers to the model in `folder` / `path`.
+
+    Raises `RRCMError` as `read_model_config` does, and for a part without hashes.
+    """
     sha256 = read_model_config(folder / path).get("sha256")
     if sha256 is None:
         raise RRCMError(f"{folder / path}: is of an older version, without hashes; train it again or dvc pull")

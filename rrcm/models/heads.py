@@ -1,4 +1,4 @@
-"""What pre-training puts on the encoder besides the projector: a predictor, a decoder of masked patches."""
+"""Heads that pre-training puts on the encoder besides the projector: a predictor and a decoder of masked patches."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from rrcm.models.vit import Block, EncoderWithProjector, NoiseConditionedViT, fo
 
 
 class EncoderWithPredictor(EncoderWithProjector):
-    """The student of MoCo-v3 (Chen et al. 2021): what projects also predicts the teacher's projection."""
+    """The student of MoCo-v3 (Chen et al. 2021), which predicts the teacher's projection from its own."""
 
     def __init__(self, network: EncoderWithProjector, hidden: int, out: int):
         nn.Module.__init__(self)
@@ -23,8 +23,8 @@ class EncoderWithPredictor(EncoderWithProjector):
 class Decoder(nn.Module):
     """Reconstructs all patches from the tokens of the visible ones (He et al. 2022): a light ViT.
 
-    It sees the encoder's class and time tokens too, and a learned mask token in place of each hidden patch. So the
-    class token, which fine-tuning reads, learns what is in the image.
+    It also sees the encoder's class and time tokens, and a learned mask token in place of each hidden patch. The class
+    token, which fine-tuning reads, therefore learns about the image.
     """
 
     def __init__(self, encoder: NoiseConditionedViT, embed_dim: int, depth: int, num_heads: int):
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, 2 + V, D) of the patches `visible` (B, V) int64 -> all patches (B, P, patch_dim)."""
+        """Tokens (B, 2 + V, D) and the patches `visible` (B, V) int64 that they belong to -> (B, P, patch_dim)."""
         tokens = self.embed(tokens)
         batch, _, embed_dim = tokens.shape
         hidden = self.mask_token.to(tokens.dtype).expand(batch, self.num_patches, -1)
@@ -62,7 +62,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self, noisy: torch.Tensor, t: torch.Tensor, *, visible: torch.Tensor, num_chunks: int = 1
     ) -> torch.Tensor:
-        """All patches (B, P, patch_dim) from the patches `visible` (B, V) of noisy images (B, C, H, W), t (B,)."""
+        """Noisy images (B, C, H, W), t (B,) and patches `visible` (B, V) -> all patches (B, P, patch_dim)."""
         return forward_in_chunks(self._reconstruct, num_chunks, noisy, t, visible)
 
     def _reconstruct(self, noisy: torch.Tensor, t: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 class ProjectedAutoencoder(EncoderWithProjector, MaskedAutoencoder):
-    """Projector and decoder on one encoder. Called with `visible` it reconstructs, else it projects."""
+    """Projector and decoder on one encoder. It reconstructs when called with `visible`, and projects otherwise."""
 
     def __init__(self, network: EncoderWithProjector, decoder: Decoder):
         nn.Module.__init__(self)

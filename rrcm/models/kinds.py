@@ -20,7 +20,7 @@ class LoadedClassifier(NamedTuple):
     image_size: int  # side of its square input, pixels
     channels: int  # 1 or 3
     class_names: list[str]
-    synsets: list[str] = []  # noqa: RUF012 (never changed); short unique names: of ImageNet classes, its folders
+    synsets: list[str] = []  # noqa: RUF012 (never changed); short unique names, as of ImageNet's folders
 
     @property
     def num_classes(self) -> int:
@@ -29,15 +29,15 @@ class LoadedClassifier(NamedTuple):
 
     @property
     def sigma(self) -> float | None:
-        """The pixel noise that the classifier was trained for, if known."""
+        """The pixel noise that the classifier was trained for, or None if unknown."""
         return getattr(self.classifier, "sigma", None)
 
 
 def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedClassifier:
     """Load the classifier in a model folder of any kind in FOLDER_LOADERS.
 
-    `sha256` is what the model must have that it is part of. Raises `RRCMError` for a missing or damaged folder, one of
-    another hash, and one of an unknown kind.
+    `sha256` is the hash that a larger model names, if this is a part of it. Raises `RRCMError` for a folder that is
+    missing or damaged, has another hash, or is of an unknown kind.
     """
     folder = Path(folder)
     config = read_model_config(folder, sha256)
@@ -49,6 +49,6 @@ def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedCl
 
 
 def refuse_within(folder: Path, part: BaseClassifier, kind: type[BaseClassifier]) -> None:
-    """Raises `RRCMError` if a part of the model in `folder` is or contains a classifier of the same kind."""
+    """Raise `RRCMError` if `part`, of the model in `folder`, is or contains a classifier of the same `kind`."""
     if any(isinstance(module, kind) for module in part.modules()):
         raise RRCMError(f"{folder}: a part of it is itself a {kind.__name__}; name the parts of that one, or another")

@@ -16,14 +16,17 @@ from rrcm.utils.files import expand_user, read_text
 def load_base_classifier(
     model: Path | str,
     *,
-    sigma: float | None = None,  # pixel noise; the authors' files do not record it
-    weights: Path | None = None,  # file with a timm model's weights, instead of a download
+    sigma: float | None = None,  # pixel noise, which the authors' files do not record
+    weights: Path | None = None,  # file with the weights of a timm model, in place of a download
     final_norm: bool = True,  # False: the authors' CIFAR-10 models, which skip the last LayerNorm
     classes: Path | None = None,  # text file with one class name per line
 ) -> LoadedClassifier:
-    """Load a model folder or a timm snapshot folder, a file as an authors' checkpoint, or else a timm model by name.
+    """Load a model folder, a timm snapshot folder, a checkpoint file of the authors, or a timm model by its name.
 
-    Raises `RRCMError` when `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
+    Raises `RRCMError` if `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
+
+        >>> loaded = load_base_classifier("models/rrcm/sigma_0.5")
+        >>> loaded.classifier, loaded.class_names
     """
     path = expand_user(str(model).removeprefix(FOLDER))
     if weights is not None and path.exists():
@@ -42,10 +45,10 @@ def load_base_classifier(
 
 
 def class_folders(loaded: LoadedClassifier, *, numbers: bool = True) -> dict[str, int]:
-    """Folder names that identify a class: its name where no other class has the same, its synset, or its number.
+    """Folder names that identify a class: its name if that is unique, its synset, or its number.
 
-    Numbers identify classes only if no class has a number as its name, since class 10 may be called 11, and not with
-    `numbers` False.
+    Numbers identify classes only if no class has a number as its name (class 10 might be called 11), and only if
+    `numbers` is true.
     """
     names, synsets = (
         [unicodedata.normalize("NFC", name) for name in each] for each in (loaded.class_names, loaded.synsets)
@@ -64,7 +67,7 @@ def _load_authors(path: Path, sigma: float | None, final_norm: bool) -> LoadedCl
     classifier = load_authors_checkpoint(path, sigma=sigma, final_norm=final_norm)
     if not isinstance(classifier, NoiseConditionedClassifier):
         raise RRCMError(f"{path}: a pre-trained network has no classes; use a fine-tuned one")
-    classifier.sigma = sigma  # its t is the nearest noise level of the authors' grid
+    classifier.sigma = sigma  # t is the nearest level of the authors' grid, so t / 2 may differ
     loaded = describe_classifier(classifier)
     return _with_imagenet_names(loaded, "imagenet-1k") if loaded.num_classes == 1000 else loaded
 
@@ -81,7 +84,7 @@ def _load_timm(name: str, weights: Path | None) -> LoadedClassifier:
     config = resolve_model_data_config(network)
     channels, height, width = config["input_size"]
     stem = getattr(network, "patch_embed", None)
-    if getattr(stem, "img_size", None):  # of its positions; its configuration may be of another size
+    if getattr(stem, "img_size", None):  # its position embedding; its configuration may give another size
         height, width = stem.img_size
     if channels not in (1, 3) or height != width:
         raise RRCMError(f"{name}: takes images of {channels} x {height} x {width}: must be square, of 1 or 3 channels")

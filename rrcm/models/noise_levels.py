@@ -1,4 +1,4 @@
-"""Noise levels t in model space, where pixels lie in [-1, 1]; the pixel noise is sigma = t / 2."""
+"""Noise levels t in model space, where pixels lie in [-1, 1]. The pixel noise is sigma = t / 2."""
 
 import torch
 
@@ -15,5 +15,5 @@ def karras_levels(
 
 
 def nearest_level(levels: torch.Tensor, t: float) -> float:
-    """The entry of `levels` (N,) nearest to t. The authors' fine-tuning uses it in place of t."""
+    """The entry of `levels` (N,) that is nearest to t. The authors' fine-tuning uses it in place of t."""
     return float(levels[(levels - t).abs().argmin()])

@@ -1,7 +1,7 @@
 """Samplers: from a noisy image back to a clean one, with a denoiser D(x; t) (Karras et al. 2022).
 
-Images (B, C, H, W) float32 are in model space. `levels` t_0 > t_1 > ... > t_b = 0 are noise levels there, and x has
-that of t_0.
+Images (B, C, H, W) float32 are in model space, and so are the noise levels `levels`: t_0 > t_1 > ... > t_b = 0. The
+noise of x has level t_0.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ def reverse_sde(
 ) -> torch.Tensor:
     """Ancestral sampling (Ho et al. 2020): each step draws from q(x_s | x_t, x_0 = D(x_t; t)), for s below t.
 
-    Its mean is D + (s/t)^2 (x - D), its variance s^2 (1 - (s/t)^2). `noise(i)` is the standard normal noise of step i,
-    (B, C, H, W). A step to 0 draws nothing: it is the denoiser's estimate.
+    The mean is D + (s/t)^2 (x - D), the variance s^2 (1 - (s/t)^2). `noise(i)` is the standard normal noise of step i,
+    (B, C, H, W). A step to 0 draws nothing and returns the denoiser's estimate.
     """
     for step, (t, s) in enumerate(pairwise(levels)):
         clean = denoise(x, t)

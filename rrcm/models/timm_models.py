@@ -1,9 +1,9 @@
 """Load timm models: by timm's name, from a snapshot folder, or from a snapshot on the Hugging Face hub.
 
-A snapshot is what timm's `save_for_hf` and `push_to_hf_hub` write: config.json with the `architecture`, and weights.
-All weights but those of timm's own names are read by `load_tensors`, which runs no code in them, and passed to timm.
+timm's `save_for_hf` and `push_to_hf_hub` write snapshots: config.json with the `architecture`, and weights. timm itself
+downloads the weights of its own models. All other weights are read by `load_tensors`, which runs no code from a file.
 
-timm is imported inside the functions: it takes more than a second, and most runs do not need it.
+timm is imported inside the functions, because importing it takes more than a second and most runs do not need it.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ def _is_timm_config(config: object) -> bool:
 def load_timm(name: str, weights: Path | str | None = None) -> nn.Module:
     """A pretrained timm model, in train mode.
 
-    `name` is timm's name of a model, `hf-hub:owner/name` or `hf-hub:owner/name@revision`, or a snapshot folder. The
-    weights of a timm name are downloaded, or come from the file `weights`; the model then has as many classes as these.
+    `name` is a timm name, `hf-hub:owner/name` or `hf-hub:owner/name@revision`, or a snapshot folder. The weights of a
+    timm name are downloaded, or read from the file `weights`, which then decides the number of classes.
 
     Raises `RRCMError` for an unknown name, for weights that cannot be downloaded, and for weights of another model.
     """
@@ -60,19 +60,19 @@ def load_timm(name: str, weights: Path | str | None = None) -> nn.Module:
 
 
 def build_timm(name: str, image_size: int, channels: int, num_classes: int) -> nn.Module:
-    """The model of timm with this name, with random weights. Raises `RRCMError` for an unknown name."""
+    """The timm model of this name, with random weights. Raises `RRCMError` for an unknown name."""
     import timm
 
     if complaint := suggest_timm_name(name):
         raise RRCMError(f"model.architecture = {name!r}: must be vit, lenet, resnet110 or a timm name; {complaint}")
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=channels, img_size=image_size)
-    except TypeError:  # convolutional networks take any size and no such argument
+    except TypeError:  # convolutional networks take any size and lack this argument
         return timm.create_model(name, num_classes=num_classes, in_chans=channels)
 
 
 def suggest_timm_name(name: str) -> str | None:
-    """None if timm has a model of this name; else a message with similar names."""
+    """None if timm has a model of this name, otherwise a message with similar names."""
     import timm
 
     if timm.is_model(name):
@@ -90,9 +90,9 @@ def suggest_timm_name(name: str) -> str | None:
 
 
 def class_names(network: nn.Module, source: str) -> tuple[list[str], list[str]] | None:
-    """Names of the classes of a snapshot and, if these are descriptions, its short label names; None if it has none.
+    """The class names of a snapshot and, if these are descriptions, its short label names; None if it has neither.
 
-    Raises `RRCMError`, which calls the snapshot `source`, when there is not one name per class.
+    Raises `RRCMError` unless there is one name per class. The message calls the snapshot `source`.
     """
     labels = network.pretrained_cfg.get("label_names")
     descriptions = network.pretrained_cfg.get("label_descriptions")
@@ -124,7 +124,7 @@ def _download_timm(name: str) -> nn.Module:
         return network
     except RRCMError:
         raise
-    except Exception as error:  # the hub, the protocols and timm each raise their own
+    except Exception as error:  # the hub, the protocols and timm raise all kinds of exceptions
         raise RRCMError(
             f"{name}: cannot download pretrained weights ({one_line(error)}); pass a local file of them"
         ) from None
@@ -162,29 +162,29 @@ def _create(name: str, complaint: str, tensors: dict[str, torch.Tensor], overlay
         network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **classes)
         network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
         expected = network.pretrained_cfg["num_classes"]
-        if network.num_classes != expected:  # then timm leaves the head at random
+        if network.num_classes != expected:  # timm would leave the head random
             raise ValueError(f"its config.json has both {expected} and {network.num_classes} classes")
         for key, value in network.state_dict().items():
             if key in tensors and tensors[key].is_floating_point() != value.is_floating_point():
                 raise ValueError(f"{key} has numbers of type {tensors[key].dtype}")
         if resized := _resized(network, tensors):
             raise ValueError(resized)
-    except Exception as error:  # each of timm's loaders raises its own
+    except Exception as error:  # timm's loaders raise all kinds of exceptions
         raise RRCMError(f"{complaint} ({one_line(error)})") from None
     return network
 
 
 def _resized(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """A weight that timm has resampled to the sizes of `network`, and what to do; None if there is none.
+    """A message about a weight that timm has resampled to the sizes of `network`, or None if there is none.
 
-    A head may lose the rows that the model's `label_offset` says.
+    A head may lose as many rows as the model's `label_offset`.
     """
     heads = network.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     for key, value in network.state_dict().items():
         if key in tensors and tensors[key].numel() != value.numel() and key.rpartition(".")[0] not in heads:
-            found, wanted = tuple(tensors[key].shape), tuple(value.shape)
-            return f"{key} has shape {found}, the model {wanted}; give a snapshot folder with the sizes in model_args"
+            given, wanted = tuple(tensors[key].shape), tuple(value.shape)
+            return f"{key} has shape {given}, the model {wanted}; give a snapshot folder with the sizes in model_args"
     return None
 
 
@@ -192,15 +192,15 @@ def _weights_file(folder: Path) -> Path:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}"))
-    if len(found) != 1:
-        has = f"several ({', '.join(path.name for path in found[:5])})" if found else "none"
+    files = sorted(path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}"))
+    if len(files) != 1:
+        has = f"several ({', '.join(path.name for path in files[:5])})" if files else "none"
         raise RRCMError(f"{folder}: needs one file of weights, best {WEIGHTS[0]}; it has {has}")
-    return found[0]
+    return files[0]
 
 
 def _download_snapshot(name: str) -> tuple[Path, Path]:
-    """The folder with config.json and the file of weights, both in the cache of the hub."""
+    """Download a snapshot. Returns the folder of config.json and the file of weights, both in the hub's cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -219,14 +219,14 @@ def _download_snapshot(name: str) -> tuple[Path, Path]:
         ) from None
     except RevisionNotFoundError:
         raise RRCMError(f"{name}: the model has no revision {revision!r} on the hub") from None
-    except Exception as error:  # the hub and the protocols each raise their own
+    except Exception as error:  # the hub and the protocols raise all kinds of exceptions
         raise RRCMError(f"{name}: cannot be downloaded ({one_line(error)}); pass a local snapshot folder") from None
     raise RRCMError(f"{name}: has neither {' nor '.join(WEIGHTS[:2])} on the hub, so timm cannot load it")
 
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """No `torch.load` runs code of a checkpoint, whatever the version of timm asks for."""
+    """Keep `torch.load` from running code in a checkpoint, whatever this version of timm requests."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[0]] = "1"

@@ -1,6 +1,6 @@
 """Convert a pretrained timm ViT into our noise-conditioned ViT.
 
-timm is imported inside the functions: it takes more than a second, and most runs do not need it.
+timm is imported inside the functions, because importing it takes more than a second and most runs do not need it.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from rrcm.models.timm_models import load_timm
-from rrcm.models.vit import SIGMA_DATA, NoiseConditionedViT, time_embedding
+from rrcm.models.vit import SIGMA_DATA, BlockOptions, NoiseConditionedViT, time_embedding
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.tensors import load_weights
 
 
 def load_timm_encoder(name: str, weights: str | None, **sizes: float) -> NoiseConditionedViT:
-    """Our network with the weights of the timm model `name`, as `load_timm` and `convert_timm_vit` say."""
+    """Our network with the weights of the timm model `name`: `load_timm`, then `convert_timm_vit`."""
     return convert_timm_vit(load_timm(name, weights), name, **sizes)
 
 
@@ -23,15 +23,15 @@ def load_timm_encoder(name: str, weights: str | None, **sizes: float) -> NoiseCo
 def convert_timm_vit(
     network: nn.Module, name: str, *, image_size: int, channels: int, patch_size: int, t: float
 ) -> NoiseConditionedViT:
-    """Our network with the weights of timm's `network`, which is left unchanged; its head is dropped.
+    """Our network with the weights of timm's `network`, without its head. `network` itself is not changed.
 
-    The result takes images in model space at noise level t. On a clean image the patch tokens equal those of timm's
-    stem, which sees the image normalised by its own mean and deviation. Class token, blocks and last norm are copied. A
-    grey image (channels 1) counts as a colour image with three equal channels. If image_size or patch_size differ from
-    timm's, position and patch embedding are resampled with timm's functions. The time token starts as one more patch,
-    of the mean colour at the mean position.
+    The result takes images in model space at noise level t. On a clean image its patch tokens equal the patch tokens of
+    timm's stem, which normalises the image by its own mean and deviation. Class token, blocks and last norm are copied.
+    A grey image (channels 1) counts as a colour image with three equal channels. If image_size or patch_size differ
+    from timm's, position and patch embedding are resampled with timm's functions. The time token starts as one more
+    patch, of the mean colour at the mean position.
 
-    Raises `RRCMError`, which calls the network `name`, for a feature that our network lacks.
+    Raises `RRCMError` for a feature that our network lacks. The message calls the network `name`.
     """
     from timm.data import resolve_model_data_config
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
@@ -39,16 +39,15 @@ def convert_timm_vit(
     if feature := unsupported_feature(network, channels):
         raise RRCMError(f"{name}: has {feature}, which our network does not support; choose a plain ViT")
     embed_dim, grid, stem = network.embed_dim, image_size // patch_size, network.patch_embed.proj
+    first = network.blocks[0]
     encoder = NoiseConditionedViT(
         image_size,
         channels,
         patch_size,
         embed_dim,
         depth=len(network.blocks),
-        num_heads=network.blocks[0].attn.num_heads,
-        mlp_dim=network.blocks[0].mlp.fc1.out_features,
-        qkv_bias=network.blocks[0].attn.qkv.bias is not None,
-        norm_eps=network.norm.eps,
+        num_heads=first.attn.num_heads,
+        block=BlockOptions(first.mlp.fc1.out_features, first.attn.qkv.bias is not None, network.norm.eps),
     )
     data = resolve_model_data_config(network)
     kernel = resample_patch_embed(stem.weight.float(), [patch_size, patch_size])
@@ -74,8 +73,8 @@ def fold_normalization(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold the input normalisation of a stem into its weights.
 
-    The given stem takes (pixels - mean) / deviation. The returned one takes c_in(t) * (2 * pixels - 1) and computes the
-    same function of the pixels.
+    The given stem takes (pixels - mean) / deviation. The returned stem takes c_in(t) * (2 * pixels - 1) and computes
+    the same function of the pixels.
 
     weight (D, C, P, P), bias (D,); mean, deviation: one per channel, pixels in [0, 1]; t in model space.
 
@@ -88,7 +87,7 @@ def fold_normalization(
 
 
 def unsupported_feature(network: nn.Module, channels: int) -> str | None:
-    """Name a feature of timm's `network` that our network lacks for images with `channels` channels; None if none."""
+    """A feature of timm's `network` that our network lacks for images of `channels` channels, or None."""
     from timm.layers import GELU, Attention, LayerNorm, Mlp, PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
 

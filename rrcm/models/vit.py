@@ -1,12 +1,13 @@
 """The networks: a ViT conditioned on the noise level, and the projector of pre-training.
 
-The trunk is written in plain torch. Layers and parameter names are those of timm's VisionTransformer, so weights move
-between the two without renaming; a test compares both bit by bit. The noise level enters as one more token.
+The trunk is written in plain torch. It has the layers and parameter names of timm's VisionTransformer, so weights move
+between the two without renaming, and a test compares both bit by bit. The noise level enters as one more token.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,15 @@ SIGMA_DATA = 0.5  # standard deviation of the data in model space (Karras et al.
 
 
 def time_embedding(t: torch.Tensor, embed_dim: int) -> torch.Tensor:
-    """Sinusoidal embedding of 250 ln(t): first cosines, then sines, maximum period 10000.
+    """Sinusoidal embedding of 250 ln(t): first cosines, then sines, with a maximum period of 10000.
 
-    t (B,) > 0 in model space -> (B, embed_dim) float32; embed_dim is even.
+    t (B,) > 0 in model space -> (B, embed_dim) float32. embed_dim must be even.
     """
     return sinusoidal_embedding(250 * t.float().log(), embed_dim)
 
 
 def sinusoidal_embedding(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Cosines, then sines, of numbers x (B,) times frequencies from 1 to 1/10000 -> (B, dim) float32; dim is even."""
+    """Cosines, then sines, of x (B,) times frequencies from 1 to 1/10000 -> (B, dim) float32. dim must be even."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
     angles = x[:, None] * frequencies
@@ -40,8 +41,8 @@ def sinusoidal_embedding(x: torch.Tensor, dim: int) -> torch.Tensor:
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v, each (B, heads, L, d) -> (B, heads, L, d).
 
-    Uses torch's fused kernel, except in half precision on a CPU. There plain products take half the time in the forward
-    pass and a fraction of it in the backward pass (benchmarks/README.md, "Attention").
+    This uses torch's fused kernel, except in half precision on a CPU, where plain products take half the time in the
+    forward pass and a fraction of it in the backward pass (benchmarks/README.md, "Attention").
     """
     if q.device.type == "cpu" and q.dtype != torch.float32:
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
@@ -98,7 +99,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear. `Block` calls the layers one by one."""
+    """Linear, GELU, linear. `Block` calls the layers individually."""
 
     def __init__(self, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -108,7 +109,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; on request it computes the class token only."""
+    """Pre-norm transformer block. `forward_cls` computes only the class token."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, qkv_bias: bool, norm_eps: float):
         super().__init__()
@@ -128,8 +129,8 @@ class Block(nn.Module):
     def _add_mlp(self, tokens: torch.Tensor) -> torch.Tensor:
         """Residual branch of the MLP: (..., D) -> (..., D).
 
-        GELU's output is as large as any tensor of the network. Where it is large it is recomputed in the backward pass,
-        which saves a fifth of a step's memory for a few percent of its time.
+        No tensor of the network is larger than GELU's output. If it is large, the backward pass recomputes it, which
+        saves a fifth of a step's memory and costs a few percent of its time.
         """
         hidden = self.mlp.fc1(self.norm2(tokens))
         num_bytes = hidden.numel() * hidden.element_size()  # torch.compile does not know `hidden.nbytes`
@@ -141,12 +142,23 @@ class Block(nn.Module):
         return self.mlp.fc2(self.mlp.act(hidden))
 
 
+class BlockOptions(NamedTuple):
+    """Details of the transformer blocks. The defaults are the paper's."""
+
+    mlp_dim: int | None = None  # None: 4 * embed_dim
+    qkv_bias: bool = False
+    norm_eps: float = 1e-5  # of all LayerNorms
+
+
 class NoiseConditionedViT(nn.Module):
     """A pre-norm ViT with a time token between the class token and the patches.
 
-    One learned position embedding covers all tokens. The defaults are the paper's: LayerNorm eps 1e-5, no qkv bias, MLP
-    of 4 * embed_dim. Weights keep torch's initialisation (`init="torch"`) or take MoCo-v3's (`init="moco_v3"`,
-    Chen et al. 2021).
+    One learned position embedding covers all tokens. Weights start from torch's initialisation. With
+    `grad_checkpointing` set, the backward pass recomputes each block.
+
+        >>> encoder = NoiseConditionedViT(image_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
+        >>> encoder(torch.randn(8, 3, 32, 32), t=0.5).shape
+        torch.Size([8, 192])
     """
 
     def __init__(
@@ -157,30 +169,23 @@ class NoiseConditionedViT(nn.Module):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        init: str = "torch",
-        freeze_patch_embed: bool = False,
-        grad_checkpointing: bool = False,
-        mlp_dim: int | None = None,  # None: 4 * embed_dim
-        qkv_bias: bool = False,
-        norm_eps: float = 1e-5,
+        block: BlockOptions = BlockOptions(),  # noqa: B008 (immutable)
     ):
         super().__init__()
-        self.embed_dim, self.in_chans, self.grad_checkpointing = embed_dim, channels, grad_checkpointing
+        self.embed_dim, self.in_chans, self.grad_checkpointing = embed_dim, channels, False
         self.patch_embed = PatchEmbed(image_size, patch_size, channels, embed_dim)
         num_tokens = 2 + (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
-        sizes = embed_dim, num_heads, mlp_dim or 4 * embed_dim
-        self.blocks = nn.Sequential(*(Block(*sizes, qkv_bias, norm_eps) for _ in range(depth)))
-        self.norm = nn.LayerNorm(embed_dim, norm_eps)
+        mlp_dim = block.mlp_dim or 4 * embed_dim
+        blocks = (Block(embed_dim, num_heads, mlp_dim, block.qkv_bias, block.norm_eps) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(embed_dim, block.norm_eps)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if init == "moco_v3":
-            self.init_moco_v3()
-        self.patch_embed.requires_grad_(not freeze_patch_embed)
 
     def init_moco_v3(self) -> None:
-        """MoCo-v3's initialisation: Xavier-uniform linear layers with zero biases, uniform patch embedding.
+        """Initialise as MoCo-v3 (Chen et al. 2021): Xavier-uniform linear layers, zero biases, uniform patch embedding.
 
         Query, key and value count as three matrices.
         """
@@ -202,7 +207,7 @@ class NoiseConditionedViT(nn.Module):
 
         images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
         t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
-        visible: (B, V) int64, the patches of each image that the network sees. Then the result is all its tokens
+        visible: (B, V) int64, the patches of each image that the network sees. The result is then all tokens,
         (B, 2 + V, embed_dim): class, time, and these patches in their order.
         """
         tokens = self._embed(images, t)
@@ -211,7 +216,7 @@ class NoiseConditionedViT(nn.Module):
             tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, self.embed_dim))
             return self.norm(self._through(self.blocks, tokens))
         *blocks, last = self.blocks
-        return self.norm(last.forward_cls(self._through(blocks, tokens)))  # nothing reads the other tokens
+        return self.norm(last.forward_cls(self._through(blocks, tokens)))  # the other tokens are not needed
 
     def patch_tokens(self, images: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
         """The tokens of all patches: (B, C, H, W) -> (B, patches, embed_dim). images and t as in `forward`."""
@@ -233,17 +238,17 @@ class NoiseConditionedViT(nn.Module):
 
 
 def checkpointed(module: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """module(*inputs) with activation checkpointing: the backward pass recomputes what is inside."""
+    """module(*inputs) with activation checkpointing: the backward pass recomputes the activations."""
     if not torch.is_grad_enabled():
         return module(*inputs)
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def forward_in_chunks(module: Callable[..., torch.Tensor], num_chunks: int, *inputs: torch.Tensor) -> torch.Tensor:
-    """module(*inputs), computed for `num_chunks` slices of the inputs (B, ...) in turn -> (B, ...).
+    """module(*inputs), computed for `num_chunks` slices of the inputs (B, ...) one after another -> (B, ...).
 
-    The gradient is that of the whole batch. The backward pass recomputes each slice (GradCache, Gao et al. 2021), so
-    only one slice's activations are in memory at a time.
+    The gradient is the same as for the whole batch. The backward pass recomputes each slice (GradCache, Gao et al.
+    2021), so only one slice's activations are in memory at a time.
     """
     if num_chunks == 1:
         return module(*inputs)
@@ -252,7 +257,7 @@ def forward_in_chunks(module: Callable[..., torch.Tensor], num_chunks: int, *inp
 
 
 def mlp_head(*sizes: int, last_norm: bool = False) -> nn.Sequential:
-    """Linear-BN-ReLU for each size but the last, then Linear, without biases: (B, sizes[0]) -> (B, sizes[-1]).
+    """Linear-BN-ReLU for every size except the last, then Linear, without biases: (B, sizes[0]) -> (B, sizes[-1]).
 
     With `last_norm` a BatchNorm without weight and bias follows, as in MoCo-v3 (Chen et al. 2021).
     """
@@ -281,8 +286,8 @@ class EncoderWithProjector(nn.Module):
         """Encode several batches in one pass (or in `num_chunks`) and project the first `num_projected` of them.
 
         batches: each (B, C, H, W), model space. levels: for each batch one noise level, or one per image (B,).
-        Returns one tensor per batch: projections (B, out) of the first `num_projected`, representations (B, embed_dim)
-        of the rest. BatchNorm sees each projected batch on its own.
+        Returns one tensor per batch: projections (B, out) of the first `num_projected` batches, and representations
+        (B, embed_dim) of the others. BatchNorm normalises each projected batch separately.
         """
         size, device = len(batches[0]), batches[0].device
         t = [torch.as_tensor(level, dtype=torch.float32, device=device).expand(size) for level in levels]
@@ -301,8 +306,8 @@ def encoder_multiply_adds(
 ) -> int:
     """Multiply-adds of one image in a `NoiseConditionedViT` whose patches have `patch_dim` numbers.
 
-    For the representation, the last block computes only the class token. With `num_visible` patches all blocks compute
-    all tokens that are left.
+    The last block computes only the class token, which is the representation. With `num_visible` patches, every block
+    computes all remaining tokens.
     """
     patches = num_patches * patch_dim * embed_dim
     if num_visible is not None:
@@ -312,20 +317,17 @@ def encoder_multiply_adds(
 
 
 def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:
-    """The encoder described by the settings, with random weights from torch's global generator."""
-    return NoiseConditionedViT(
-        image_size=data.image_size,
-        channels=data.channels,
-        patch_size=model.patch_size,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        init=model.init,
-        freeze_patch_embed=model.freeze_patch_embed,
-        grad_checkpointing=model.grad_checkpointing,
+    """The encoder that the settings describe, with random weights from torch's global generator."""
+    encoder = NoiseConditionedViT(
+        data.image_size, data.channels, model.patch_size, model.embed_dim, model.depth, model.num_heads
     )
+    if model.init == "moco_v3":
+        encoder.init_moco_v3()
+    encoder.patch_embed.requires_grad_(not model.freeze_patch_embed)
+    encoder.grad_checkpointing = model.grad_checkpointing
+    return encoder
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters, frozen ones included."""
+    """The number of parameters, including frozen ones."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -16,16 +16,16 @@ def ascend(
 ) -> torch.Tensor:
     """Take `steps` steps of L2 `length` up the gradient of `loss`, each followed by `project`: (B, ...) like `start`.
 
-    `loss` maps (B, ...) to a scalar, the sum of one loss per row. `length` is a number, or (B,) for one per row. A row
-    whose gradient is 0 stays where it is. No gradient flows back through the result.
+    `loss` maps (B, ...) to a scalar, the sum of one loss per row. `length` is one number, or (B,) with one per row. A
+    row whose gradient is 0 does not move. No gradient flows back through the result.
     """
-    found = start.detach()
+    x = start.detach()
     for _ in range(steps):
-        found = found.requires_grad_()
+        x = x.requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss(found), found)
-        found = project(found.detach() + length_of_rows(length, start) * direction(gradient))
-    return found.detach()
+            (gradient,) = torch.autograd.grad(loss(x), x)
+        x = project(x.detach() + length_of_rows(length, start) * direction(gradient))
+    return x.detach()
 
 
 def direction(gradient: torch.Tensor) -> torch.Tensor:
@@ -35,12 +35,12 @@ def direction(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def length_of_rows(length: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-    """A length per row, (B,), in a shape that multiplies rows of `like`; a number stays as it is."""
+    """Reshape lengths (B,) so that they multiply the rows of `like`. A number is returned unchanged."""
     return length.view(-1, *[1] * (like.ndim - 1)) if isinstance(length, torch.Tensor) else length
 
 
 def project_to_ball(moved: torch.Tensor, centre: torch.Tensor, radius: float) -> torch.Tensor:
-    """Rows of `moved` at most `radius` (L2) away from `centre`: farther ones are moved back onto the ball."""
+    """Project each row of `moved` onto the L2 ball of `radius` around the same row of `centre`."""
     offset = moved - centre
     norm = offset.flatten(1).norm(dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
     return centre + offset * length_of_rows((radius / norm).clamp_max(1), offset)

@@ -19,29 +19,29 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class Classifier(Protocol):
-    """The network in training, as a fine-tuning objective sees it."""
+    """The classifier in training, as a fine-tuning objective calls it."""
 
     def __call__(self, noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
         """noisy (B, C, H, W): images in [0, 1] plus noise -> logits (B, K) float32.
 
-        `frozen` is for attacks: the network is in eval mode, and gradients reach the pixels alone.
+        `frozen` is for attacks: the network is in eval mode, and only the pixels get gradients.
         """
         ...
 
 
 @dataclass(frozen=True)
 class StepRandomness:
-    """The randomness of one step: a pure function of (seed, step, name, position in the global batch).
+    """The random numbers of one step: a pure function of (seed, step, name, position in the global batch).
 
-    So it does not depend on the number of processes, on chunks, or on where a run was resumed.
+    They therefore do not depend on the number of processes, on chunks, or on where a run was resumed.
     """
 
     seed: int
     step: int
-    positions: Sequence[int]  # of this process's images in the global batch
-    batch_size: int  # images of the global batch
+    positions: Sequence[int]  # positions of this process's images in the global batch
+    batch_size: int  # number of images in the global batch
     device: torch.device
-    epoch: float = 0.0  # of fine-tuning: where its schedules are before this step
+    epoch: float = 0.0  # epochs of fine-tuning before this step; schedules depend on it
 
     def normal(self, name: str, shape: tuple[int, ...], copies: int | None = None) -> torch.Tensor:
         """Standard normal float32 noise, (B, *shape). With `copies`: (copies * B, *shape), copy by copy."""
@@ -63,15 +63,16 @@ class StepRandomness:
 
 
 class Objective(Protocol):
-    """A loss with the randomness of its steps, its logged terms and its cost.
+    """A loss, with the random numbers that it draws, the terms that it logs and its cost.
 
     In pre-training, `model` has the networks `student` and `teacher` of `build_student_and_teacher`. The batch has
     `image`, `view1` and `view2`, (B, C, H, W) float32 in model space. In fine-tuning, `model` is a `Classifier`, and
     the batch has `image`, (B, C, H, W) float32 in [0, 1], and `target`, (B, K) float32 class probabilities. With
-    `needs_soft_labels` it also has `soft_label`, (B, K) float32: the votes of another smoothed classifier, as shares.
+    `needs_soft_labels` it also has `soft_label`, (B, K) float32: each class's share in the votes of another smoothed
+    classifier.
     """
 
-    terms: tuple[str, ...]  # logged beside "loss"
+    terms: tuple[str, ...]  # names of the scalars that are logged beside "loss"
     forwards_per_image: float  # encoder passes per image and step; a backward pass counts as two
 
     def __call__(self, model: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
@@ -98,9 +99,9 @@ ObjectiveType = TypeVar("ObjectiveType", bound=Objective)
 
 
 def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str, settings: Mapping) -> ObjectiveType:
-    """The objective `name` of `kinds`. Its constructor takes what it names from `settings`, else its own defaults.
+    """The objective `name` of `kinds`. Each argument of its constructor comes from `settings`, or keeps its default.
 
-    Raises `RRCMError` for an unknown name and for a setting that is needed and missing.
+    Raises `RRCMError` for an unknown name and for a missing setting that has no default.
     """
     if name not in kinds:
         raise RRCMError(f"{name}: no such objective; rrcm/objectives/__init__.py has {', '.join(kinds)}")
@@ -112,18 +113,18 @@ def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str
 
 
 def draw_noise(images: torch.Tensor, random: StepRandomness, sigma: float, num_noise: int) -> torch.Tensor:
-    """Gaussian noise of pixel `sigma` for `num_noise` copies of each image: (B, C, H, W) -> (m, B, C, H, W)."""
+    """Gaussian noise of pixel `sigma` for m = `num_noise` copies of each image: (B, C, H, W) -> (m, B, C, H, W)."""
     noise = random.normal("finetune noise", images.shape[1:], copies=num_noise)
     return sigma * noise.unflatten(0, (num_noise, -1))
 
 
 def noisy_logits(classifier: Callable, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Logits of the images (B, C, H, W) with each noise of (m, B, C, H, W): (m, B, K)."""
+    """Logits of the images (B, C, H, W) under m noises (m, B, C, H, W) each: (m, B, K)."""
     return classifier((images + noise).flatten(0, 1)).unflatten(0, noise.shape[:2])
 
 
 def linear_warmup(epoch: float, warmup_epochs: float) -> float:
-    """The share of a setting that grows from epoch to epoch and is 1 in the last epoch of its warm-up."""
+    """The factor of a setting that grows linearly from epoch to epoch and reaches 1 in the last warm-up epoch."""
     return min(1.0, (math.floor(epoch) + 1) / warmup_epochs) if warmup_epochs else 1.0
 
 

@@ -1,4 +1,4 @@
-"""CAT-RS (Jeong et al. 2023): confidence-aware training, with the noise that each image can bear."""
+"""CAT-RS (Jeong et al. 2023): confidence-aware training, which adapts the noise to each image."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,11 @@ def worst_case_noise(
     radius: float,
     steps: int,
 ) -> torch.Tensor:
-    """Noise within L2 `radius` of the given noise that takes predictions away from `soft_label` (section 3.2).
+    """Noise within L2 `radius` of the given noise that moves predictions away from `soft_label` (section 3.2).
 
     images (B, C, H, W) in [0, 1], soft_label (B, K), noise (m, B, C, H, W) in pixel units -> (m, B, C, H, W). Each step
-    has length 2 radius / steps and is projected into the ball. Then each noise is moved and scaled, with the mean and
-    the root mean square it had at first, as in the authors' code. `classifier` is frozen.
+    has length 2 radius / steps and is projected into the ball. Then each noise is shifted and scaled to the mean and
+    root mean square that it had at first, as in the authors' code. `classifier` is frozen.
     """
     given = noise.flatten(0, 1)
     mean, rms = _mean(given), _mean(given.square()).sqrt()
@@ -51,7 +51,7 @@ def _mean(rows: torch.Tensor) -> torch.Tensor:
 
 
 def share_right(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The share of the m noisy copies that are classified as `target` says: (m, B, K), (B, K) -> (B,)."""
+    """The share of the m noisy copies that are classified correctly: logits (m, B, K), target (B, K) -> (B,)."""
     return (logits.argmax(-1) == target.argmax(-1)).float().mean(0)
 
 
@@ -62,11 +62,11 @@ def cat_rs_loss(
     soft_label: torch.Tensor,
     count: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two halves of the loss, before lambda (Jeong et al. 2023, section 3): scalars.
+    """The bottom-K and the worst-case loss, before lambda (Jeong et al. 2023, section 3): two scalars.
 
     Bottom-K: 1/m times the sum of the K smallest of the m cross-entropies. Worst case: max_i KL(soft_label || f(x +
-    e*_i)) where K = m, else 0. logits and worst_logits (m, B, K classes), target and soft_label (B, K classes),
-    `count` (B,) is K of each image, 1 to m.
+    e*_i)) if K = m, otherwise 0. logits and worst_logits (m, B, classes), target and soft_label (B, classes). `count`
+    (B,) is the K of each image, from 1 to m.
     """
     cross_entropy = -(target * F.log_softmax(logits, dim=-1)).sum(-1)
     rank = torch.arange(len(logits), device=logits.device)[:, None]
@@ -79,11 +79,10 @@ def cat_rs_loss(
 class CATRS:
     """Bottom-K + lambda times the worst case, with K ~ Bin(m, confidence), at least 1.
 
-    The soft label of an image comes from the votes of a Gaussian-trained smoothed classifier. It is that of the whole
-    image, also where augmentation has cropped or flipped it. The confidence is the share of the m predictions that are
-    right, or the soft label of the right class. With the first, a classifier that still knows nothing learns from one
-    copy in m, which takes long; the authors use the second on ImageNet for this reason. With m = 1 the one copy always
-    counts.
+    The soft label of an image comes from the votes of a Gaussian-trained smoothed classifier. A cropped or flipped
+    image keeps the soft label of the whole image. The confidence is either the share of the m predictions that are
+    correct, or the soft label of the correct class. With the former, an untrained classifier learns from one copy in m,
+    which is slow; for this reason the authors use the latter on ImageNet. If m = 1, the only copy always counts.
     """
 
     sigma: float  # pixel units
@@ -91,13 +90,13 @@ class CATRS:
     worst_case_weight: float  # lambda
     attack_radius: float  # epsilon, L2 distance of noises, pixel units
     attack_steps: int  # T
-    confidence: Literal["predictions", "soft_label"] | None = None  # None where m = 1
+    confidence: Literal["predictions", "soft_label"] | None = None  # None if m = 1
     terms: ClassVar[tuple[str, ...]] = ("bottom", "worst_case")
     needs_soft_labels: ClassVar[bool] = True
 
     @property
     def forwards_per_image(self) -> float:
-        attack = 2 * self.attack_steps if self.attack_radius else 0  # gradients of pixels alone cost one pass
+        attack = 2 * self.attack_steps if self.attack_radius else 0  # a backward pass to the pixels alone counts as one
         return (3 + 3 + attack) * self.num_noise
 
     def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """InfoNCE over the global batch, and contrastive pre-training with noisy views."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,9 +18,9 @@ Network = Callable[..., list[torch.Tensor]]  # an `EncoderWithProjector`, or a w
 def info_nce(
     anchors: torch.Tensor, targets: torch.Tensor, temperature: float = 0.2, first_positive: int = 0
 ) -> torch.Tensor:
-    """InfoNCE of each anchor against all targets, cosine similarities: -log softmax(a . T / tau)[positive].
+    """InfoNCE of each anchor against all targets, by cosine similarity: -log softmax(a . T / tau)[positive].
 
-    anchors (B, D), targets (M, D) with M >= B; anchor i's positive is target first_positive + i -> (B,) float32.
+    anchors (B, D), targets (M, D) with M >= B -> (B,) float32. The positive of anchor i is target first_positive + i.
     """
     similarity = F.normalize(anchors.float(), dim=1) @ F.normalize(targets.float(), dim=1).T
     positives = torch.arange(len(anchors), device=anchors.device) + first_positive
@@ -33,35 +33,36 @@ def global_info_nce(anchors: torch.Tensor, targets: torch.Tensor, temperature: f
     return info_nce(anchors, targets, temperature, first_positive)
 
 
+def add_noise(images: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """images + t * noise: (B, C, H, W) each, with a level t (B,) per image, in model space."""
+    return images + t.view(-1, 1, 1, 1) * noise
+
+
 def contrastive_loss(
     student: Network,
     teacher: Network,
-    view1: torch.Tensor,
-    view2: torch.Tensor,
-    noise1: torch.Tensor,
-    noise2: torch.Tensor,
+    views: Sequence[torch.Tensor],
+    levels: Sequence[torch.Tensor],
     *,
-    t1: torch.Tensor,
-    t2: torch.Tensor,
     temperature: float = 0.2,
     num_chunks: int = 1,
 ) -> torch.Tensor:
-    """InfoNCE of noisy views, student against teacher, both directions summed: (B,) float32.
+    """InfoNCE of two noisy views, student against teacher, summed over both directions: (B,) float32.
 
-    Views and noises are (B, C, H, W) float32 in model space. Each view has noise levels of its own, t1 and t2 (B,).
+    The two `views` are (B, C, H, W) float32 in model space, with their noise. `levels` are their noise levels, (B,)
+    each.
     """
-    views = [view1 + t1.view(-1, 1, 1, 1) * noise1, view2 + t2.view(-1, 1, 1, 1) * noise2]
     with torch.no_grad():
-        y1, y2 = teacher(views, [t1, t2], num_projected=2, num_chunks=num_chunks)
-    z1, z2 = student(views, [t1, t2], num_projected=2, num_chunks=num_chunks)
+        y1, y2 = teacher(views, levels, num_projected=2, num_chunks=num_chunks)
+    z1, z2 = student(views, levels, num_projected=2, num_chunks=num_chunks)
     return global_info_nce(z1, y2, temperature) + global_info_nce(z2, y1, temperature)
 
 
 @dataclass(frozen=True)
 class Contrastive:
-    """rRCM without its consistency term: noise is only one more augmentation of the views.
+    """rRCM without its consistency term. Noise is then just another augmentation of the views.
 
-    Each view gets its own noise, with pixel sigma uniform from 0 to the loudest of `evaluate_sigmas`.
+    Each view gets its own noise. Its pixel sigma is uniform between 0 and the largest of `evaluate_sigmas`.
     """
 
     projector_hidden_dim: int
@@ -78,20 +79,16 @@ class Contrastive:
         return student, copy.deepcopy(student)
 
     def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
-        view1, view2 = batch["view1"], batch["view2"]
-        noise1, noise2 = (random.normal(f"noise {i}", view1.shape[1:]) for i in (1, 2))
+        clean = batch["view1"], batch["view2"]
+        noises = [random.normal(f"noise {i}", clean[0].shape[1:]) for i in (1, 2)]
         loudest = 2 * max(self.evaluate_sigmas)
-        levels = random.generator("view levels").uniform(self.t_min, loudest, (2, random.batch_size))
-        t1, t2 = torch.from_numpy(levels[:, list(random.positions)]).to(random.device, torch.float32)
+        global_levels = random.generator("view levels").uniform(self.t_min, loudest, (2, random.batch_size))
+        levels = torch.from_numpy(global_levels[:, list(random.positions)]).to(random.device, torch.float32).unbind()
         loss = contrastive_loss(
             networks.student,
             networks.teacher,
-            view1,
-            view2,
-            noise1,
-            noise2,
-            t1=t1,
-            t2=t2,
+            [add_noise(*view) for view in zip(clean, levels, noises, strict=True)],
+            levels,
             temperature=self.temperature,
             num_chunks=self.num_chunks,
         ).mean()

@@ -11,7 +11,7 @@ from rrcm.objectives.base import Batch, StepRandomness
 
 
 def denoising_loss(estimate: torch.Tensor, image: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """lambda(t) (D(x; t) - image)^2, the mean over pixels: (B, C, H, W) twice and t (B,) -> (B,) float32."""
+    """lambda(t) (D(x; t) - image)^2, averaged over pixels. estimate and image (B, C, H, W), t (B,) -> (B,) float32."""
     return loss_weight(t) * (estimate - image).square().mean((1, 2, 3))
 
 

@@ -19,12 +19,12 @@ def normalized_patches(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def visible_patches(scores: torch.Tensor, num_visible: int) -> torch.Tensor:
-    """The `num_visible` patches with the smallest scores (B, P), in their order: (B, num_visible) int64."""
+    """The indices of the `num_visible` patches with the smallest scores (B, P), ascending: (B, num_visible) int64."""
     return scores.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, image: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Mean squared error over all patches, visible or not, of the clean image: (B,) float32.
+    """Mean squared error over all patches of the clean image, visible or not: (B,) float32.
 
     reconstruction (B, P, C * patch_size^2), image (B, C, H, W) without noise.
     """
@@ -35,7 +35,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, image: torch.Tensor, patch
 class DMAE:
     """The encoder sees some patches of a noisy image, and a light decoder reconstructs all patches without noise.
 
-    As published but for two things: the encoder keeps its class and time tokens, and the decoder sees them.
+    Two things differ from the published method: the encoder keeps its class and time tokens, and the decoder sees them.
     """
 
     image_size: int
@@ -44,9 +44,9 @@ class DMAE:
     embed_dim: int
     depth: int
     num_heads: int
-    t_min: float  # noise level that an image without noise is given, model space
+    t_min: float  # noise level with which an image without noise is encoded, model space
     mask_ratio: float  # share of the patches that the encoder does not see
-    sigma: float  # of the noise, pixel units
+    sigma: float  # pixel noise
     decoder_embed_dim: int
     decoder_depth: int
     decoder_num_heads: int
@@ -64,7 +64,7 @@ class DMAE:
 
     @property
     def forwards_per_image(self) -> float:
-        """By multiply-adds, since a pass with few patches is shorter and the decoder is another network."""
+        """Counted in multiply-adds, since a pass with few patches is cheaper and the decoder is another network."""
         patch_dim = self.channels * self.patch_size**2
         sizes = self.num_patches, patch_dim, self.embed_dim, self.depth, self.num_heads
         tokens = 2 + self.num_patches

@@ -12,18 +12,18 @@ from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, 
 def macer_loss(
     logits: torch.Tensor, target: torch.Tensor, *, sigma: float, radius_weight: float, beta: float, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The classification loss and the radius loss of MACER (Zhai et al. 2020), two scalars.
+    """The classification loss and the radius loss of MACER (Zhai et al. 2020): two scalars.
 
-    logits (k, B, K) of k noisy copies, target (B, K) class probabilities, whose largest is the label.
-    xi = Phi^-1(phat_1) - Phi^-1(phat_2), with phat the mean of softmax(beta logits); sigma xi / 2 is the soft radius. A
-    hinge at gamma pushes it up for images that phat classifies correctly, as far as their xi is finite.
+    logits (k, B, K) of k noisy copies, target (B, K) class probabilities, the largest of which is the label. With phat
+    the mean of softmax(beta logits) and xi = Phi^-1(phat_1) - Phi^-1(phat_2), the soft radius is sigma xi / 2. A hinge
+    at gamma increases it for each image that phat classifies correctly, unless its xi is infinite.
     """
     classification = smoothed_cross_entropy(logits, target).mean()
     phat = (beta * logits).softmax(-1).mean(0)
     top, classes = phat.topk(2)
     correct = classes[:, 0] == target.argmax(-1)
     finite = (top > 0).all(-1) & (top < 1).all(-1)
-    top = torch.where(finite[:, None], top, 0.5)  # first: the gradient of an infinite Phi^-1 would be NaN
+    top = torch.where(finite[:, None], top, 0.5)  # before ndtri, because the gradient of an infinite Phi^-1 is NaN
     margin = ndtri(top[:, 0]) - ndtri(top[:, 1])
     counted = correct & finite & margin.isfinite() & (margin.abs() <= gamma)
     hinge = torch.where(counted, gamma - margin, 0.0).sum() / len(margin)
@@ -32,14 +32,14 @@ def macer_loss(
 
 @dataclass(frozen=True)
 class MACER:
-    """`macer_loss` over k noisy copies. The radius loss may be deferred by some epochs, against divergence."""
+    """`macer_loss` over k noisy copies. To avoid divergence, the radius loss may begin some epochs later."""
 
     sigma: float  # pixel units
     num_noise: int  # k
     radius_weight: float  # lambda
     beta: float
     gamma: float
-    deferred_epochs: float  # without radius loss
+    deferred_epochs: float  # epochs before the radius loss begins
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "radius_loss")
 
     @property

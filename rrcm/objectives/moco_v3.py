@@ -13,9 +13,9 @@ from rrcm.objectives.contrastive import Contrastive
 
 @dataclass(frozen=True)
 class MoCoV3(Contrastive):
-    """The contrastive loss times 2 tau, with a predictor on the student and a last BatchNorm in both heads.
+    """The contrastive loss times 2 tau, with a predictor on the student and a final BatchNorm in both heads.
 
-    The views have the noise of `Contrastive`. The teacher is the average of encoder and projector, without predictor.
+    The views are as noisy as in `Contrastive`. The teacher averages the encoder and the projector, not the predictor.
     """
 
     def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:

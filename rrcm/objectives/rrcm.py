@@ -24,39 +24,55 @@ class RRCMLoss(NamedTuple):
         return self.contrastive + self.consistency
 
 
+class RRCMInputs(NamedTuple):
+    """Images and noise of one step: (B, C, H, W) float32 in model space, where pixels lie in [-1, 1]."""
+
+    image: torch.Tensor
+    view1: torch.Tensor
+    view2: torch.Tensor
+    noise: torch.Tensor  # standard normal
+    quieter_noise: torch.Tensor | None = None  # noise of the image at t_next, in an ablation; None: `noise`
+
+
+class RRCMLevels(NamedTuple):
+    """Noise levels of one step in model space: t > t_next are neighbours in Karras's grid, t_min is the quietest."""
+
+    t: float
+    t_next: float
+    t_min: float = 0.002
+
+
 def rrcm_loss(
     student: Network,
     teacher: Network | None,
-    image: torch.Tensor,
-    view1: torch.Tensor,
-    view2: torch.Tensor,
-    noise: torch.Tensor,
+    inputs: RRCMInputs,
+    levels: RRCMLevels,
     *,
-    t: float,
-    t_next: float,
-    t_min: float = 0.002,
     temperature: float = 0.2,
     num_chunks: int = 1,
-    quieter_noise: torch.Tensor | None = None,
 ) -> RRCMLoss:
     """Contrastive loss at the quietest level plus consistency along the noise trajectory (section 3.2).
 
-    `student` and `teacher` are `EncoderWithProjector`s (or wrap one). The images and the noise are (B, C, H, W) float32
-    in model space, pixels scaled to [-1, 1]. t > t_next are neighbouring Karras levels, t_min the quietest. Negatives
-    are all other targets of the global batch. One noise tensor serves all levels: going from t to t_next along it is a
-    step of the probability-flow ODE. With `num_chunks` the networks see the batch in chunks, for the same gradient.
+    `student` and `teacher` are `EncoderWithProjector`s (or wrap one). The negatives are all other targets of the global
+    batch. One noise tensor serves all levels: going from t to t_next along it is a step of the probability-flow ODE.
+    With `num_chunks` above 1 the networks process the batch in chunks, which gives the same gradient.
 
-    Ablations: without a teacher the contrastive term is 0, and with `quieter_noise` the image at t_next has that noise.
+    Ablations: without a teacher the contrastive term is 0; `quieter_noise` makes the two noises independent.
+
+        >>> terms = rrcm_loss(student, teacher, RRCMInputs(image, view1, view2, noise), RRCMLevels(t=1.7, t_next=1.1))
+        >>> terms.total.mean().backward()
     """
+    image, view1, view2, noise, quieter_noise = inputs
+    t, t_next, t_min = levels
     views = [] if teacher is None else [view1 + t_min * noise, view2 + t_min * noise]
-    levels = [t_min] * len(views)
+    view_levels = [t_min] * len(views)
     with torch.no_grad():  # compute targets first: their temporary memory is freed before the student's graph is built
-        y = teacher(views, levels, num_projected=2, num_chunks=num_chunks) if views else []
-        encode = getattr(student, "module", student)  # no gradient, so past DDP's hooks
+        y = teacher(views, view_levels, num_projected=2, num_chunks=num_chunks) if views else []
+        encode = getattr(student, "module", student)  # without gradients DDP's hooks are not needed
         quieter_image = image + t_next * (noise if quieter_noise is None else quieter_noise)
         (quieter,) = encode([quieter_image], [t_next], num_projected=0, num_chunks=num_chunks)
     *z, representation = student(
-        [*views, image + t * noise], [*levels, t], num_projected=len(views), num_chunks=num_chunks
+        [*views, image + t * noise], [*view_levels, t], num_projected=len(views), num_chunks=num_chunks
     )
     crossed = [global_info_nce(anchor, target, temperature) for anchor, target in zip(z, reversed(y), strict=True)]
     consistency = global_info_nce(representation, quieter, temperature)
@@ -71,14 +87,14 @@ def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -
 
 @dataclass(frozen=True, kw_only=True)
 class RRCM:
-    """`rrcm_loss` with the curriculum of noise levels: one noise per image, one pair of levels per step.
+    """`rrcm_loss` with its curriculum of noise levels. Each image gets one noise, and each step one pair of levels.
 
     Each flag is an ablation.
     """
 
     projector_hidden_dim: int
     projection_dim: int
-    steps: int  # of the whole pre-training
+    steps: int  # number of steps of the whole pre-training
     min_levels: int
     max_levels: int
     t_min: float  # model space
@@ -86,9 +102,9 @@ class RRCM:
     rho: float
     temperature: float
     num_chunks: int = 1
-    contrastive: bool = True  # False: the consistency term alone
+    contrastive: bool = True  # False: only the consistency term
     same_noise: bool = True  # False: independent noise on the two sides of the consistency term
-    constant_levels: bool = False  # True: the largest number of levels from the first step on
+    constant_levels: bool = False  # True: `max_levels` from the first step on
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -103,7 +119,7 @@ class RRCM:
         student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
         if self.contrastive:
             return student, copy.deepcopy(student)
-        student.projector = torch.nn.Identity()  # nothing is projected
+        student.projector = torch.nn.Identity()  # this term projects nothing
         return student, None
 
     def num_levels(self, step: int) -> int:
@@ -111,29 +127,30 @@ class RRCM:
         return num_levels(step, self.steps, start=start, end=self.max_levels)
 
     def levels(self, step: int) -> list[float]:
-        """The Karras grid at a step, from loud to quiet, model space."""
+        """Karras's grid at a step, from loud to quiet, in model space."""
         return karras_levels(self.num_levels(step), t_min=self.t_min, t_max=self.t_max, rho=self.rho).tolist()
 
     def schedule(self, step: int) -> dict[str, float]:
         return {"levels": self.num_levels(step)}
 
     def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
-        levels = self.levels(random.step)
-        n = int(random.generator("level").integers(len(levels) - 1))  # one for the whole global batch
+        grid = self.levels(random.step)
+        n = int(random.generator("level").integers(len(grid) - 1))  # the same for the whole global batch
         shape = batch["image"].shape[1:]
-        terms = rrcm_loss(
-            networks.student,
-            networks.teacher,
+        inputs = RRCMInputs(
             batch["image"],
             batch["view1"],
             batch["view2"],
-            random.normal("noise", shape),
-            t=levels[n],
-            t_next=levels[n + 1],
-            t_min=levels[-1],
+            noise=random.normal("noise", shape),
+            quieter_noise=None if self.same_noise else random.normal("quieter noise", shape),
+        )
+        terms = rrcm_loss(
+            networks.student,
+            networks.teacher,
+            inputs,
+            RRCMLevels(grid[n], grid[n + 1], t_min=grid[-1]),
             temperature=self.temperature,
             num_chunks=self.num_chunks,
-            quieter_noise=None if self.same_noise else random.normal("quieter noise", shape),
         )
         losses = {"loss": terms.total.mean(), "consistency": terms.consistency.mean()}
         return losses | ({"contrastive": terms.contrastive.mean()} if self.contrastive else {})

@@ -13,7 +13,7 @@ from rrcm.objectives.rrcm import RRCM
 
 @dataclass(frozen=True, kw_only=True)
 class RRCMDMAE(RRCM, DMAE):
-    """The sum of both losses. Each has its own noise."""
+    """The rRCM loss plus `dmae_weight` times the DMAE loss. Each draws its own noise."""
 
     dmae_weight: float
 

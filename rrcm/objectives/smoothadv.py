@@ -28,7 +28,7 @@ def smoothadv_attack(
     radius: float,
     steps: int,
 ) -> torch.Tensor:
-    """SmoothAdv_PGD (Salman et al. 2019, section 3): images within L2 `radius` that the smoothed classifier gets wrong.
+    """SmoothAdv_PGD (Salman et al. 2019, section 3): adversaries of the smoothed classifier within L2 `radius`.
 
     images (B, C, H, W) in [0, 1], target (B, K), noise (m, B, C, H, W) in pixel units, the same in every step. Each
     step has length 2 radius / steps and is projected into the ball and into [0, 1]. `classifier` is frozen.
@@ -38,25 +38,25 @@ def smoothadv_attack(
         return smoothed_cross_entropy(noisy_logits(classifier, attacked, noise), target).sum()
 
     def project(moved: torch.Tensor) -> torch.Tensor:
-        return project_to_ball(moved.clamp(0, 1), images, radius)  # stays in [0, 1], where `images` are
+        return project_to_ball(moved.clamp(0, 1), images, radius)  # `images` lie in [0, 1], so this stays in [0, 1]
 
     return ascend(loss, images, steps=steps, length=2 * radius / steps, project=project) if radius else images
 
 
 @dataclass(frozen=True)
 class SmoothAdv:
-    """mean_i CE(f(x' + e_i), y) at the adversary x' of the smoothed classifier, with the noise of the attack."""
+    """mean_i CE(f(x' + e_i), y) at the adversary x' of the smoothed classifier. Attack and loss share the noise."""
 
     sigma: float  # pixel units
     num_noise: int  # m
     attack_radius: float  # epsilon, L2, pixel units
     attack_steps: int  # T
-    attack_warmup_epochs: float  # over which epsilon grows linearly from 0
+    attack_warmup_epochs: float  # epsilon grows linearly over these epochs
     terms: ClassVar[tuple[str, ...]] = ()
 
     @property
     def forwards_per_image(self) -> float:
-        attack = 2 * self.attack_steps if self.attack_radius else 0  # gradients of pixels alone cost one pass
+        attack = 2 * self.attack_steps if self.attack_radius else 0  # a backward pass to the pixels alone counts as one
         return (attack + 3) * self.num_noise
 
     def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ def smoothmix_attack(
     length: float,
     steps: int,
 ) -> torch.Tensor:
-    """`steps` steps of `length` up the loss of the smoothed classifier, without a ball, clipped to [0, 1].
+    """Take `steps` steps of `length` up the loss of the smoothed classifier, clipped to [0, 1] but not to a ball.
 
     images (B, C, H, W) in [0, 1], target (B, K), noise (m, B, C, H, W) in pixel units. `classifier` is frozen.
     """
@@ -48,7 +48,7 @@ def mixed_target(mean: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 def smoothmix_loss(
     logits: torch.Tensor, mixed_logits: torch.Tensor, target: torch.Tensor, share: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean_i CE(z_i, y), and mean_i KL(`mixed_target` || softmax z'_i) where the mean prediction is right: scalars.
+    """mean_i CE(z_i, y), and mean_i KL(`mixed_target` || softmax z'_i) where the mean prediction is correct: scalars.
 
     logits and mixed_logits (m, B, K), target (B, K) class probabilities, share (B,). The mean prediction is not
     detached (Jeong et al. 2021).
@@ -65,9 +65,9 @@ def smoothmix_loss(
 class SmoothMix:
     """Cross-entropy of noisy copies + eta times the mixing loss of `smoothmix_loss`.
 
-    With `one_step_clean_end` the adversary after one step takes the place of the clean image, at most `attack_step`
-    away. This bound and eta grow linearly over the warm-up. With a single step that adversary is the other end, so the
-    clean image stays, as in the authors' code.
+    With `one_step_clean_end` the adversary after one step, at most `attack_step` away, replaces the clean image. This
+    bound and eta grow linearly over the warm-up. If `attack_steps` is 1, that adversary is already the other end of the
+    mix, so the clean image stays, as in the authors' code.
     """
 
     sigma: float  # pixel units
@@ -81,7 +81,7 @@ class SmoothMix:
 
     @property
     def forwards_per_image(self) -> float:
-        return (3 + 3 + 2 * self.attack_steps) * self.num_noise  # gradients of pixels alone cost one pass
+        return (3 + 3 + 2 * self.attack_steps) * self.num_noise  # a backward pass to the pixels alone counts as one
 
     def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         images, target = batch["image"], batch["target"]

@@ -1,4 +1,4 @@
-"""Stability training (Li et al. 2019): a noisy copy is to be classified as its clean image."""
+"""Stability training (Li et al. 2019): a noisy copy should be classified like its clean image."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, 
 
 
 def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
-    """H(softmax f(x), softmax f(x + e)), averaged over noisy copies (Li et al. 2019).
+    """Cross-entropy H(softmax f(x), softmax f(x + e)), averaged over noisy copies (Li et al. 2019).
 
     clean_logits (B, K), noisy_logits (m, B, K) -> (B,). Neither side is detached.
     """

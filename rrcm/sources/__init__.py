@@ -1,1 +1,1 @@
-"""sources: the data sets by the setting `data.source`, one module each. ../data/README.md says how to add one."""
+"""sources: readers of raw data sets, one module per value of `data.source`. ../data/README.md says how to add one."""

@@ -13,7 +13,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # the Python version is a pickle
 FILES = ["batches.meta.txt", *(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CONTENTS = {  # as `git hash-object` prints it
+CONTENTS = {  # output of `git hash-object`
     "data_batch_1.bin": "da09f891072747be90e69e4f00ba7cba870dc87e",
     "data_batch_2.bin": "7e958840b7a55df3353574298ebc9ca0e4bba48e",
     "data_batch_3.bin": "5259a3e9674ffdf2d5c33a1067f7192ff06c9e2f",
@@ -37,7 +37,7 @@ def read_cifar10(data: Data) -> RawDataset:
             (scratch / extracted.name).mkdir()
             try:
                 with tarfile.open(scratch / name) as archive:
-                    for file in FILES:  # by name, so that nothing else of the archive is written anywhere
+                    for file in FILES:  # by name, so that nothing else in the archive is written
                         content = archive.extractfile(f"{extracted.name}/{file}")
                         (scratch / extracted.name / file).write_bytes(content.read())
             except (OSError, EOFError, AttributeError, KeyError, tarfile.TarError) as error:
@@ -58,7 +58,9 @@ def read_cifar10(data: Data) -> RawDataset:
     if classes != CLASSES:
         raise RRCMError(f"{folder / 'batches.meta.txt'}: has other class names than CIFAR-10; download it again")
     train, test = (
-        RawSplit(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])  # stored as planes R, G, B
+        RawSplit(
+            records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
+        )  # stored as R, G and B planes
         for records in (np.frombuffer(c, np.uint8).reshape(-1, 3073) for c in (b"".join(batches), test))
     )
     return RawDataset(

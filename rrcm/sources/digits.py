@@ -9,7 +9,7 @@ CLASSES = list("0123456789")
 
 
 def read_digits(data: Data) -> RawDataset:
-    """The 1,797 handwritten digits of scikit-learn, 8 x 8 grey pixels. They have no official test set."""
+    """The 1,797 handwritten digits of scikit-learn, with 8 x 8 grey pixels. There is no official test set."""
     from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()

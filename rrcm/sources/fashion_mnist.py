@@ -15,7 +15,7 @@ CLASSES = [
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 ]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-CONTENTS = {  # as `git hash-object` prints it; MNIST's files have the same names
+CONTENTS = {  # output of `git hash-object`; MNIST's files have the same names
     "train-images-idx3-ubyte": "ff2f5a96367a3c1656f09c93649f07143ff8b11e",
     "train-labels-idx1-ubyte": "30424ca2ea876655f5bba14f9f07132769687975",
     "t10k-images-idx3-ubyte": "37bac79bc6f002d965f363e0b20514904504a4d9",
@@ -43,7 +43,7 @@ def read_fashion_mnist(data: Data) -> RawDataset:
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read a gzipped idx file: magic 00 00 08 <dimensions>, big-endian int32 sizes, then unsigned bytes."""
+    """Read a gzipped idx file: magic number 00 00 08 <dimensions>, big-endian int32 sizes, then unsigned bytes."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, gzip.zlib.error) as error:

@@ -1,4 +1,4 @@
-"""Data sets that are folders of images: ImageNet, and your own."""
+"""Data sets stored as folders of images: ImageNet, and your own."""
 
 import os
 from collections import Counter
@@ -46,9 +46,9 @@ def _read_train_and_test(root: Path, test: str) -> RawDataset:
     names = _folders(root)
     for name, content in (("train", "training"), (test, "test")):
         if name not in names:
-            found = ", ".join(f"{printable(other)}/" for other in names[:5]) or "no folders"
+            held = ", ".join(f"{printable(other)}/" for other in names[:5]) or "no folders"
             raise RRCMError(
-                f"{root}: holds {found} but no {name}/; rename the folder of the {content} images to {name}/ "
+                f"{root}: holds {held} but no {name}/; rename the folder of the {content} images to {name}/ "
                 "(validation images are split off train/)"
             )
     classes, train, left_out = _read_class_folders(root / "train")
@@ -60,9 +60,9 @@ def _read_train_and_test(root: Path, test: str) -> RawDataset:
 
 
 def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list[str], RawSplit, Counter[str]]:
-    """Class names in natural order (or the given `classes`), image files with labels, and what was left out.
+    """Class names in natural order (or the given `classes`), image files with labels, and counts of files left out.
 
-    Raises `RRCMError` for folders that cannot be classes, are not among the given ones, or hold no images.
+    Raises `RRCMError` for folders that cannot be classes, are not among the given classes, or contain no images.
     """
     by_class: dict[str, Path] = {}
     for name in _folders(folder):
@@ -77,10 +77,10 @@ def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list
     if unknown := [name for name in by_class if classes and name not in classes]:
         raise RRCMError(f"{folder}: class folder {unknown[0]} is not among the training images; remove or rename it")
     labels = {name: label for label, name in enumerate(classes or sorted(by_class, key=natural_order))}
-    found = list_images(folder)
-    labelled = [(file, label) for file in found.files if (label := label_of(file, labels)) is not None]
-    found.left_out["images outside class folders"] += len(found.files) - len(labelled)
-    elsewhere = {link.parts[0]: listed for link, listed in found.links}
+    listing = list_images(folder)
+    labelled = [(file, label) for file in listing.files if (label := label_of(file, labels)) is not None]
+    listing.left_out["images outside class folders"] += len(listing.files) - len(labelled)
+    elsewhere = {link.parts[0]: listed for link, listed in listing.links}
     with_images = {label for _, label in labelled}
     for name, path in by_class.items():
         if labels[name] not in with_images:
@@ -88,17 +88,17 @@ def _read_class_folders(folder: Path, classes: Sequence[str] = ()) -> tuple[list
             if path.name in elsewhere:
                 raise RRCMError(f"{path}: leads only to what is in {elsewhere[path.name]}; remove one of the classes")
             raise RRCMError(f"{path}: class folder without images ({kinds}); add some or remove it")
-    linked = [[label_of(path / "_", labels) for path in paths] for paths in found.links]
+    linked = [[label_of(path / "_", labels) for path in paths] for paths in listing.links]
     between = sum(None not in pair and pair[0] != pair[1] for pair in linked)
-    found.left_out[LISTED] -= between
-    found.left_out["links from one class to images of another"] += between
+    listing.left_out[LISTED] -= between
+    listing.left_out["links from one class to images of another"] += between
     files = np.empty(len(labelled), object)
     files[:] = [folder / file for file, _ in labelled]
-    return list(labels), RawSplit(files, np.array([label for _, label in labelled], np.int64)), found.left_out
+    return list(labels), RawSplit(files, np.array([label for _, label in labelled], np.int64)), listing.left_out
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in `folder` that are read, in natural order. Raises `RRCMError` if there is none such."""
+    """The names of the folders in `folder` that are read, in natural order. Raises `RRCMError` for a missing folder."""
     try:
         return sorted(
             (e.name for e in os.scandir(folder) if is_folder(e) and not is_left_out(e.name)), key=natural_order
@@ -108,7 +108,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _root(data: Data) -> Path:
-    """data.root, for data sets that cannot be downloaded."""
+    """data.root, which must be set for data sets that cannot be downloaded."""
     if data.root is None:
         raise RRCMError(f"data.root: {data.source} has no default folder; set it to the folder of your images")
     return in_repository(data.root)

@@ -10,9 +10,9 @@ from rrcm.utils.errors import RRCMError
 
 
 def read_pathmnist(data: Data) -> RawDataset:
-    """PathMNIST (NCT-CRC histology, Kather et al. 2019), RGB, with MedMNIST's own training and test images.
+    """PathMNIST (NCT-CRC histology, Kather et al. 2019), RGB, with MedMNIST's training and test images.
 
-    At 224 pixels the training images take 14 GB of memory.
+    The training images take 14 GB of memory at 224 pixels.
     """
     from medmnist import INFO
     from torchvision.datasets.utils import check_md5, download_url

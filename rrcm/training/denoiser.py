@@ -133,10 +133,8 @@ def _train(
         FinetuneTransform(settings.augmentation, config.data.image_size),
         batch_size=settings.batch_size,
         seed=derive_seed(config.seed, "denoiser batches"),
-        first_step=training.step,
-        last_step=settings.steps,
-        rank=env.rank,
-        world_size=env.world_size,
+        steps=range(training.step, settings.steps),
+        env=env,
         workers=config.data.workers,
     )
     for step, batch in training.steps(batches):

@@ -432,10 +432,8 @@ def train_batches(
         FinetuneTransform(augmentation, config.data.image_size),
         batch_size=budget.step_images,
         seed=derive_seed(config.seed, "finetune batches"),
-        first_step=first_step,
-        last_step=budget.total_steps,
-        rank=env.rank,
-        world_size=env.world_size,
+        steps=range(first_step, budget.total_steps),
+        env=env,
         workers=config.data.workers,
     )
 
@@ -460,10 +458,8 @@ def linear_probe(
         FinetuneTransform("none", config.data.image_size),
         batch_size=settings.batch_size,
         seed=derive_seed(config.seed, "probe batches"),
-        first_step=0,
-        last_step=settings.linear_probe_epochs * steps_per_epoch(len(images), settings.batch_size),
-        rank=env.rank,
-        world_size=env.world_size,
+        steps=range(settings.linear_probe_epochs * steps_per_epoch(len(images), settings.batch_size)),
+        env=env,
         workers=config.data.workers,
     )
     for batch in batches:

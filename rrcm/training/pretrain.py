@@ -156,10 +156,8 @@ def _train(
         PretrainTransform(settings.views, config.data.image_size),
         batch_size=settings.batch_size,
         seed=seed,
-        first_step=training.step,
-        last_step=settings.steps,
-        rank=env.rank,
-        world_size=env.world_size,
+        steps=range(training.step, settings.steps),
+        env=env,
         workers=config.data.workers,
     )
     last_log_time = time.monotonic()

@@ -41,7 +41,7 @@ class Trainer:
 
         trainer = Trainer(run_state, env, ...)
         trainer.resume()
-        for step, batch in trainer.steps(batch_loader(..., first_step=trainer.step)):
+        for step, batch in trainer.steps(batch_loader(..., steps=range(trainer.step, total))):
             with trainer.autocast():
                 loss = ...
             trainer.optimizer_step(loss, lr)

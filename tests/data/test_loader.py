@@ -31,6 +31,7 @@ from rrcm.data.loader import (
 )
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
+from rrcm.utils.distributed import DistEnv
 from rrcm.utils.errors import RRCMError
 
 VIEWS = Views(
@@ -64,10 +65,9 @@ def name_pixels(image, rng) -> dict[str, np.ndarray]:
 
 def collect(images: ShardedDataset, transform, world_size: int = 1, **settings) -> list[dict[str, torch.Tensor]]:
     """Global batches, assembled from the parts of all ranks."""
-    settings = {"seed": 0, "first_step": 0} | settings
-    ranks = [
-        list(batch_loader(images, transform, rank=r, world_size=world_size, **settings)) for r in range(world_size)
-    ]
+    settings = {"seed": 0} | settings
+    processes = [DistEnv(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    ranks = [list(batch_loader(images, transform, env=env, **settings)) for env in processes]
     return [
         {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*ranks, strict=True)
     ]
@@ -91,7 +91,7 @@ def test_order_is_a_permutation_that_changes_with_seed_and_epoch(sizes: list[int
 
 def test_order_reads_few_shards_at_a_time():
     shard = epoch_order([50] * 40, 0, 0, window=4) // 50
-    for start in range(0, 2000, 200):
+    for start in range(2000, 200):
         assert len(set(shard[start : start + 200])) == 4  # all 200 samples of the four
     assert len(set(shard[:50])) == 4  # mixed
     whole = epoch_order([50] * 4, 0, 0, window=4)
@@ -130,7 +130,7 @@ def test_each_sample_comes_once_per_epoch_in_the_same_batches(
     images = ShardedDataset(folder if shard_size == 100 else write(tmp_path / "shards", shard_size), "train")
     for batch_size in (30, 96, 600):
         steps = steps_per_epoch(len(images), batch_size)
-        shared = {"batch_size": batch_size, "last_step": 2 * steps}
+        shared = {"batch_size": batch_size, "steps": range(2 * steps)}
         alone = collect(images, name_pixels, **shared)
         together = collect(images, name_pixels, world_size, workers=workers, **shared)
         assert same(alone, together)
@@ -148,7 +148,7 @@ def test_each_sample_comes_once_per_epoch_in_the_same_batches(
 def test_labels_go_with_their_images(folder: Path):
     images = ShardedDataset(folder, "train")
     label = {np.asarray(image).tobytes(): number for image, number, _ in map(images.read, range(len(images)))}
-    (batch,) = collect(images, name_pixels, batch_size=1200, last_step=1)
+    (batch,) = collect(images, name_pixels, batch_size=1200, steps=range(1))
     assert batch["label"].tolist() == [label[bytes(pixels)] for pixels in batch["image"].flatten(1).numpy()]
 
 
@@ -163,9 +163,8 @@ def test_error_messages_name_the_shards_of_a_step(folder: Path):
 def test_ranks_take_equal_contiguous_parts(folder: Path):
     images = ShardedDataset(folder, "train")
     for rank in range(3):
-        for batch in batch_loader(
-            images, name_pixels, batch_size=96, seed=0, first_step=0, last_step=20, rank=rank, world_size=3
-        ):
+        env = DistEnv(rank, 3, torch.device("cpu"))
+        for batch in batch_loader(images, name_pixels, batch_size=96, seed=0, steps=range(20), env=env):
             assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
 
 
@@ -174,19 +173,17 @@ def test_ranks_take_equal_contiguous_parts(folder: Path):
 )
 def test_augmentation_bits_do_not_depend_on_the_split(folder: Path, transform):
     images = ShardedDataset(folder, "train")
-    alone = collect(images, transform, batch_size=60, last_step=30)
-    assert same(alone, collect(images, transform, 3, workers=2, batch_size=60, last_step=30))
-    assert not same(alone, collect(images, transform, batch_size=60, last_step=30, seed=1))
+    alone = collect(images, transform, batch_size=60, steps=range(30))
+    assert same(alone, collect(images, transform, 3, workers=2, batch_size=60, steps=range(30)))
+    assert not same(alone, collect(images, transform, batch_size=60, steps=range(30), seed=1))
 
 
 def test_resume_gives_the_same_batches(folder: Path):
     images, transform = ShardedDataset(folder, "train"), PretrainTransform(VIEWS, 8)
-    whole = collect(images, transform, batch_size=100, last_step=40)  # 14 steps per epoch
+    whole = collect(images, transform, batch_size=100, steps=range(40))  # 14 steps per epoch
     for first in (1, 13, 14, 30):
-        assert same(
-            whole[first:], collect(images, transform, batch_size=100, first_step=first, last_step=40, workers=2)
-        )
-    assert collect(images, transform, batch_size=100, first_step=40, last_step=40) == []
+        assert same(whole[first:], collect(images, transform, batch_size=100, steps=range(first, 40), workers=2))
+    assert collect(images, transform, batch_size=100, steps=range(40, 40)) == []
 
 
 def test_the_global_generators_are_left_alone(folder: Path):
@@ -196,15 +193,15 @@ def test_the_global_generators_are_left_alone(folder: Path):
     expected = torch.rand(1), np.random.rand()
     torch.manual_seed(0)
     np.random.seed(0)
-    collect(images, FinetuneTransform("randaugment", 8), batch_size=60, last_step=2)
+    collect(images, FinetuneTransform("randaugment", 8), batch_size=60, steps=range(2))
     assert (torch.rand(1), np.random.rand()) == expected
 
 
 def test_batches_that_cannot_be_split_raise_an_error(folder: Path):
     images = ShardedDataset(folder, "val")
-    settings = {"seed": 0, "first_step": 0, "last_step": 1}
+    settings = {"seed": 0, "steps": range(1)}
     with pytest.raises(RRCMError, match="batch_size 64 is not a multiple of the 3 processes"):
-        batch_loader(images, name_pixels, batch_size=64, world_size=3, **settings)
+        batch_loader(images, name_pixels, batch_size=64, env=DistEnv(0, 3, torch.device("cpu")), **settings)
     with pytest.raises(RRCMError, match=f"batch_size 512 is larger than the split, which has {len(images)} images"):
         batch_loader(images, name_pixels, batch_size=512, **settings)
     assert steps_per_epoch(100, 30) == steps_per_epoch(90, 30) == 3
@@ -218,7 +215,7 @@ def test_an_error_in_a_worker_is_one_line(folder: Path, tmp_path: Path, workers:
     damaged = tmp_path / "train-00003.tar"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(RRCMError) as error:
-        collect(ShardedDataset(tmp_path, "train"), name_pixels, batch_size=len(images), last_step=1, workers=workers)
+        collect(ShardedDataset(tmp_path, "train"), name_pixels, batch_size=len(images), steps=range(1), workers=workers)
     assert str(error.value).startswith(f"{damaged}: has ") and "\n" not in str(error.value)
 
 
@@ -247,7 +244,7 @@ def cannot_read(image, rng) -> dict[str, np.ndarray]:
 )
 def test_the_death_of_a_worker_is_one_line(folder: Path, transform, line: str):
     with pytest.raises(RRCMError) as error:
-        collect(ShardedDataset(folder, "train"), transform, batch_size=1, last_step=5, workers=1)
+        collect(ShardedDataset(folder, "train"), transform, batch_size=1, steps=range(5), workers=1)
     expected = f"a loader worker failed: {line}; data.workers=0 does without workers"
     assert re.fullmatch(expected, str(error.value)), error.value
     assert not multiprocessing.active_children()
@@ -256,13 +253,13 @@ def test_the_death_of_a_worker_is_one_line(folder: Path, transform, line: str):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_cannot_be_read_is_one_line(folder: Path, workers: int):
     with pytest.raises(RRCMError, match=r"cannot be read \(Stale file handle: /shards/train-00000.tar\); correct"):
-        collect(ShardedDataset(folder, "train"), cannot_read, batch_size=100, last_step=1, workers=workers)
+        collect(ShardedDataset(folder, "train"), cannot_read, batch_size=100, steps=range(1), workers=workers)
 
 
 def test_a_bug_in_a_worker_stays_an_error_and_leaves_no_worker(folder: Path):
     """Workers ignore SIGTERM: one that is left would keep this process from ending."""
     with pytest.raises(ZeroDivisionError, match="Caught ZeroDivisionError in DataLoader worker"):
-        collect(ShardedDataset(folder, "train"), lambda image, rng: 1 / 0, batch_size=100, last_step=5, workers=1)
+        collect(ShardedDataset(folder, "train"), lambda image, rng: 1 / 0, batch_size=100, steps=range(5), workers=1)
     assert not multiprocessing.active_children()
 
 
@@ -287,7 +284,7 @@ from rrcm.utils.errors import RRCMError
 transform = lambda image, rng: {"image": np.zeros(20_000, np.uint8)}
 try:
     images = ShardedDataset(sys.argv[1], "train")
-    list(batch_loader(images, transform, batch_size=100, seed=0, first_step=0, last_step=5, workers=2))
+    list(batch_loader(images, transform, batch_size=100, seed=0, steps=range(5), workers=2))
 except RRCMError as error:
     print(error)
 ' "$3"
@@ -319,7 +316,7 @@ def test_workers_read_a_url(folder: Path, tmp_path: Path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         images = ShardedDataset(f"http://127.0.0.1:{server.server_port}", "train", tmp_path / "cache")
-        got = collect(images, name_pixels, batch_size=100, last_step=14, workers=2)
+        got = collect(images, name_pixels, batch_size=100, steps=range(14), workers=2)
         server.shutdown()
-    assert same(got, collect(ShardedDataset(folder, "train"), name_pixels, batch_size=100, last_step=14))
+    assert same(got, collect(ShardedDataset(folder, "train"), name_pixels, batch_size=100, steps=range(14)))
     assert len(asked) == len(set(asked)) == 2 + len(images.shard_sizes)  # each file once, though both workers need it

@@ -3,6 +3,7 @@
 import math
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rrcm.models import vit
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import architecture, load_encoder, save_model
 from rrcm.models.kinds import load_model_folder
-from rrcm.models.vit import Block, NoiseConditionedViT, attention, time_embedding
+from rrcm.models.vit import Block, BlockOptions, NoiseConditionedViT, attention, build_encoder, time_embedding
 from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
 
@@ -54,7 +55,7 @@ def distinct(network: NoiseConditionedViT) -> NoiseConditionedViT:
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
 def test_parameters_are_named_and_shaped_as_timms(qkv_bias):
-    network = small(qkv_bias=qkv_bias)
+    network = small(block=BlockOptions(qkv_bias=qkv_bias))
     shapes = {name: p.shape for name, p in timm_vit(network, 1.0).named_parameters() if name != "reg_token"}
     assert {name: p.shape for name, p in network.named_parameters()} == shapes
     assert list(dict(network.named_parameters())) == list(shapes)
@@ -64,7 +65,7 @@ def test_parameters_are_named_and_shaped_as_timms(qkv_bias):
 @torch.no_grad()
 def test_the_network_answers_as_timms_to_the_bit(monkeypatch, qkv_bias):
     """With all tokens of the last block. Computing its class token alone reorders sums: there only rounding differs."""
-    network, images, t = distinct(small(qkv_bias=qkv_bias)), torch.randn(5, 1, 8, 8), 0.7
+    network, images, t = distinct(small(block=BlockOptions(qkv_bias=qkv_bias))), torch.randn(5, 1, 8, 8), 0.7
     twin = timm_vit(network, t)
     assert twin.blocks[0].attn.fused_attn
     scale = (torch.tensor(t).square() + 0.25).rsqrt()
@@ -78,7 +79,7 @@ def test_the_network_answers_as_timms_to_the_bit(monkeypatch, qkv_bias):
 @pytest.mark.parametrize("tokens_read", [6, 1])
 def test_gradients_of_a_block_are_timms(tokens_read, qkv_bias):
     """For all tokens and for the class token alone."""
-    network = distinct(small(qkv_bias=qkv_bias))
+    network = distinct(small(block=BlockOptions(qkv_bias=qkv_bias)))
     block, twin = network.blocks[-1], timm_vit(network, 1.0).blocks[-1]
     tokens = torch.randn(5, 6, 32)
     one, two = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
@@ -153,7 +154,9 @@ def test_images_are_scaled_by_c_in_and_may_differ_in_t():
 
 def test_moco_initialisation_has_its_bounds():
     """Uniform weights: the largest of many is within 1 % of the bound and never above it; biases are zero."""
-    network = small(embed_dim=96, num_heads=3, init="moco_v3", freeze_patch_embed=True)
+    model = {"patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 3, "grad_checkpointing": False}
+    model |= {"init": "moco_v3", "freeze_patch_embed": True}
+    network = build_encoder(SimpleNamespace(**model), SimpleNamespace(image_size=8, channels=1))
     qkv = network.blocks[0].attn.qkv.weight
     for weight, bound in (
         (qkv, math.sqrt(6 / (96 + 96))),

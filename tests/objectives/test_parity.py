@@ -9,6 +9,8 @@ from conftest import assert_close
 from safetensors.torch import load_file, save_file
 
 from rrcm import (
+    RRCMInputs,
+    RRCMLevels,
     consistency_regularizer,
     info_nce,
     karras_levels,
@@ -55,10 +57,8 @@ def test_loss_terms_and_gradients(reference, load):
     loss = rrcm_loss(
         student,
         teacher,
-        *(reference[name] for name in ("x", "x_aug1", "x_aug2", "noise")),
-        t=levels[n],
-        t_next=levels[n + 1],
-        t_min=levels[-1],
+        RRCMInputs(*(reference[name] for name in ("x", "x_aug1", "x_aug2", "noise"))),
+        RRCMLevels(levels[n], levels[n + 1], t_min=levels[-1]),
         temperature=float(reference["tau"]),
     )
     for term in ("contrastive", "consistency"):

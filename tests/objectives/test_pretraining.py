@@ -8,12 +8,12 @@ from conftest import assert_close
 from torch import nn
 
 from rrcm.models.heads import Decoder, EncoderWithPredictor, MaskedAutoencoder
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, mlp_head
+from rrcm.models.vit import BlockOptions, EncoderWithProjector, NoiseConditionedViT, mlp_head
 from rrcm.objectives import PRETRAINING
 from rrcm.objectives.base import StepRandomness
 from rrcm.objectives.contrastive import Contrastive, info_nce
 from rrcm.objectives.dmae import DMAE, normalized_patches, visible_patches
-from rrcm.objectives.rrcm import rrcm_loss
+from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels, rrcm_loss
 
 B = 6
 DRAW = StepRandomness(0, 3, range(B), B, torch.device("cpu"))
@@ -35,7 +35,7 @@ def identity_autoencoder() -> MaskedAutoencoder:
 
     So it returns the normalized pixels of visible patches, and 0 in place of the others.
     """
-    encoder = NoiseConditionedViT(8, 1, 4, embed_dim=16, depth=1, num_heads=2, norm_eps=1e-12)
+    encoder = NoiseConditionedViT(8, 1, 4, embed_dim=16, depth=1, num_heads=2, block=BlockOptions(norm_eps=1e-12))
     network = MaskedAutoencoder(encoder, Decoder(encoder, 16, 1, 2))
     network.decoder.norm.eps = 1e-12
     with torch.no_grad():
@@ -145,15 +145,15 @@ def test_a_batch_norm_without_weights_is_torchs():
 
 def test_the_ablations_are_the_terms_of_rrcm():
     networks, (image, view1, view2, noise, other) = contrastive_networks(False), images(5, B, 1, 8, 8)
-    levels = {"t": 1.7, "t_next": 1.1, "temperature": 0.3}
+    inputs, levels = RRCMInputs(image, view1, view2, noise), RRCMLevels(1.7, 1.1)
 
-    def loss(teacher, **options):
-        return rrcm_loss(networks.student, teacher, image, view1, view2, noise, **levels, **options)
+    def loss(teacher, inputs):
+        return rrcm_loss(networks.student, teacher, inputs, levels, temperature=0.3)
 
-    both, alone = loss(networks.teacher), loss(None)
+    both, alone = loss(networks.teacher, inputs), loss(None, inputs)
     assert torch.equal(both.total, both.contrastive + both.consistency) and not alone.contrastive.any()
     torch.testing.assert_close(alone.total, both.consistency)
-    independent, encoder = loss(networks.teacher, quieter_noise=other), networks.student.encoder
+    independent, encoder = loss(networks.teacher, inputs._replace(quieter_noise=other)), networks.student.encoder
     torch.testing.assert_close(independent.contrastive, both.contrastive)
     expected = info_nce(encoder(image + 1.7 * noise, 1.7), encoder(image + 1.1 * other, 1.1), 0.3)
     torch.testing.assert_close(independent.consistency, expected)

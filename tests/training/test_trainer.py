@@ -25,7 +25,7 @@ from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives import PRETRAINING
 from rrcm.objectives.contrastive import contrastive_loss, info_nce
-from rrcm.objectives.rrcm import rrcm_loss
+from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels, rrcm_loss
 from rrcm.training import pretrain as pretraining
 from rrcm.training.budget import build_pretraining_objective
 from rrcm.utils.distributed import autocast
@@ -36,10 +36,12 @@ from rrcm.utils.files import read_json
 
 def networks(grad_checkpointing: bool = False) -> tuple[EncoderWithProjector, EncoderWithProjector]:
     torch.manual_seed(0)
-    options = {"embed_dim": 48, "depth": 3, "num_heads": 3, "grad_checkpointing": grad_checkpointing}
     student, teacher = (
-        EncoderWithProjector(NoiseConditionedViT(16, 3, 4, **options), 64, 16).train() for _ in range(2)
+        EncoderWithProjector(NoiseConditionedViT(16, 3, 4, embed_dim=48, depth=3, num_heads=3), 64, 16).train()
+        for _ in range(2)
     )
+    for network in (student, teacher):
+        network.encoder.grad_checkpointing = grad_checkpointing
     return student, teacher.requires_grad_(False)
 
 
@@ -49,7 +51,7 @@ def loss_and_gradients(
     student, teacher = networks(grad_checkpointing)
     batch = torch.randn(4, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with autocast(torch.device("cpu"), precision):
-        terms = rrcm_loss(student, teacher, *batch, t=1.7, t_next=1.1, num_chunks=num_chunks)
+        terms = rrcm_loss(student, teacher, RRCMInputs(*batch), RRCMLevels(1.7, 1.1), num_chunks=num_chunks)
     terms.total.mean().backward()
     found = {name: p.grad for name, p in student.named_parameters()} | dict(student.named_buffers())
     return found | {"loss": terms.total.detach()}
@@ -94,7 +96,8 @@ def bytes_kept(num_chunks: int, grad_checkpointing: bool) -> int:
             return answer
 
         block.forward = measured
-    rrcm_loss(student, teacher, *batch, t=1.7, t_next=1.1, num_chunks=num_chunks).total.mean().backward()
+    terms = rrcm_loss(student, teacher, RRCMInputs(*batch), RRCMLevels(1.7, 1.1), num_chunks=num_chunks)
+    terms.total.mean().backward()
     return peak[0]
 
 
@@ -300,8 +303,8 @@ def test_the_contrastive_loss_is_info_nce_in_both_directions():
     student, teacher = networks()
     view1, view2, noise1, noise2 = torch.randn(4, 8, 3, 16, 16)
     t1, t2 = torch.linspace(0.1, 2, 8), torch.linspace(1, 0.2, 8)
-    loss = contrastive_loss(student, teacher, view1, view2, noise1, noise2, t1=t1, t2=t2, temperature=0.3)
     x1, x2 = view1 + t1[:, None, None, None] * noise1, view2 + t2[:, None, None, None] * noise2
+    loss = contrastive_loss(student, teacher, [x1, x2], [t1, t2], temperature=0.3)
     z1, z2 = (student.projector(student.encoder(x, t)) for x, t in ((x1, t1), (x2, t2)))
     y1, y2 = (teacher.projector(teacher.encoder(x, t)) for x, t in ((x1, t1), (x2, t2)))
     torch.testing.assert_close(loss, info_nce(z1, y2, 0.3) + info_nce(z2, y1, 0.3))

@@ -26,7 +26,7 @@ from rrcm.models.base_classifiers import NoiseConditionedClassifier, Normalized
 from rrcm.models.denoised import DDS, DensePure, DiffSmooth
 from rrcm.models.denoiser import DiffusersUNet, DiscreteDenoiser, EDMDenoiser, PixelViT
 from rrcm.models.ensembles import Ensemble
-from rrcm.models.vit import NoiseConditionedViT
+from rrcm.models.vit import BlockOptions, NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.describe import Description
 from rrcm.utils.errors import RRCMError

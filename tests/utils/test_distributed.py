@@ -27,7 +27,7 @@ from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import StepRandomness, build_objective
-from rrcm.objectives.rrcm import rrcm_loss
+from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels, rrcm_loss
 from rrcm.training.budget import build_pretraining_objective
 from rrcm.training.finetune import WrappedClassifier, finetune
 from rrcm.training.pretrain import pretrain
@@ -63,7 +63,7 @@ def one_step(folder: Path, num_chunks: int = 1) -> None:
         size = 12 // env.world_size
         part = batch[:, env.rank * size : (env.rank + 1) * size]
         forward = DistributedDataParallel(student, broadcast_buffers=False) if env.world_size > 1 else student
-        terms = rrcm_loss(forward, teacher, *part, t=1.7, t_next=1.1, num_chunks=num_chunks)
+        terms = rrcm_loss(forward, teacher, RRCMInputs(*part), RRCMLevels(1.7, 1.1), num_chunks=num_chunks)
         terms.total.mean().backward()
         found = {f"grad.{name}": p.grad for name, p in student.named_parameters()}
         found |= {f"student.{name}": b.float() for name, b in student.named_buffers()}
