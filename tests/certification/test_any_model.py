@@ -7,39 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import SHAPE, ConvNet, conv_net, noise_conditioned
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
-from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 
-SHAPE = (3, 8, 8)
 
-
-class Net(nn.Module):
-    """A network with the layers that have a training mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.drop, self.head = (
-            nn.Conv2d(3, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.Dropout(0.5),
-            nn.Linear(144, 5),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.drop(F.relu(self.norm(self.conv(x)))).flatten(1))
-
-
-def net(train: bool = False) -> Net:
-    torch.manual_seed(0)
-    network = Net()
-    nn.init.uniform_(network.norm.running_mean, -0.5, 0.5)
-    nn.init.uniform_(network.norm.running_var, 0.5, 2)
-    return network.train(train)
+def net(train: bool = False) -> ConvNet:
+    return conv_net().train(train)
 
 
 def export(network: nn.Module, batch: int = 4, **dim: int) -> nn.Module:
@@ -53,13 +31,10 @@ def trace(network: nn.Module) -> nn.Module:
 
 
 def ours() -> NoiseConditionedClassifier:
-    torch.manual_seed(1)
-    classifier = NoiseConditionedClassifier(NoiseConditionedViT(8, 3, 4, embed_dim=32, depth=2, num_heads=2), 5, 1.0)
-    nn.init.normal_(classifier.head.weight)
-    return classifier.eval()
+    return noise_conditioned().eval()
 
 
-FOLDER_LOADERS = {
+WRAPPED = {
     "script": torch.jit.script,
     "trace": trace,
     "freeze": lambda network: torch.jit.freeze(torch.jit.script(network)),
@@ -87,9 +62,9 @@ def votes(model: nn.Module, **settings: object) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", FOLDER_LOADERS)
+@pytest.mark.parametrize("kind", WRAPPED)
 def test_the_votes_are_those_of_the_plain_network(kind, precision):
-    model, settings = FOLDER_LOADERS[kind](net()), {"precision": precision}
+    model, settings = WRAPPED[kind](net()), {"precision": precision}
     if kind == "freeze" and precision == "bf16":
         with pytest.raises(RRCMError, match=r"^precision = bf16: the model has weights as constants .*use fp32$"):
             SmoothedClassifier(model, 0.5, 5, precision=precision)
@@ -110,14 +85,14 @@ def test_the_votes_are_those_of_the_plain_network(kind, precision):
 
 @pytest.mark.parametrize(("kind", "size"), [("export of one batch size", 4), ("export of few batch sizes", 50)])
 def test_an_exported_program_gets_its_batch_size(kind, size):
-    smoothed = SmoothedClassifier(FOLDER_LOADERS[kind](net()), 0.5, 5)
+    smoothed = SmoothedClassifier(WRAPPED[kind](net()), 0.5, 5)
     assert smoothed.find_batch_size(images()[0]) == size
     assert smoothed(images(0)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("kind", ["trace", "export", "export of one batch size", "compile"])
 def test_a_classifier_of_ours_in_other_forms(kind):
-    assert votes(FOLDER_LOADERS[kind](ours()), batch_size=64) == votes(ours(), batch_size=64)
+    assert votes(WRAPPED[kind](ours()), batch_size=64) == votes(ours(), batch_size=64)
 
 
 def test_an_exported_classifier_inside_one_of_ours():
@@ -136,12 +111,12 @@ def test_a_program_that_was_saved_and_loaded(tmp_path):
     assert [votes(each, batch_size=64) for each in loaded] == [votes(net(), batch_size=64)] * 2
 
 
-class DropAlways(Net):
+class DropAlways(ConvNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(F.dropout(x))
 
 
-class KeepsTraining(Net):
+class KeepsTraining(ConvNet):
     def train(self, mode: bool = True):
         return super().train(True)
 
@@ -186,7 +161,7 @@ def test_models_that_stay_in_training_mode_are_refused(make, said, batch_size):
 
 @pytest.mark.parametrize("kind", ["script", "compile", "DataParallel"])
 def test_a_training_mode_that_can_be_left_is_left(kind):
-    assert votes(FOLDER_LOADERS[kind](net(train=True)), batch_size=64) == votes(net(), batch_size=64)
+    assert votes(WRAPPED[kind](net(train=True)), batch_size=64) == votes(net(), batch_size=64)
 
 
 class StandardisedWeights(nn.Module):
@@ -253,7 +228,7 @@ def test_a_model_of_buffers_or_nothing_has_a_device():
     assert len(smoothed.certify(images(), n=100)) == 3
 
 
-class Locked(Net):
+class Locked(ConvNet):
     def __deepcopy__(self, memo: dict) -> object:
         raise TypeError("cannot pickle '_thread.lock' object")
 
@@ -295,7 +270,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(make, settings, said):
 
 
 def test_what_the_model_raises_is_the_cause():
-    class Raises(Net):
+    class Raises(ConvNet):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise KeyError("of the user")
 
@@ -305,7 +280,7 @@ def test_what_the_model_raises_is_the_cause():
 
 
 def test_a_full_memory_is_told_in_one_line():
-    class Full(Net):
+    class Full(ConvNet):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -337,6 +312,6 @@ def test_distributed_data_parallel_does_not_wait_for_others(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         smoothed = SmoothedClassifier(nn.parallel.DistributedDataParallel(net()), 0.5, 5)
-        assert isinstance(smoothed.model, Net)
+        assert isinstance(smoothed.model, ConvNet)
     finally:
         torch.distributed.destroy_process_group()

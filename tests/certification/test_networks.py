@@ -10,31 +10,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import CLASSES, SHAPE, ConvNet, conv_net, noise_conditioned
 from torch import nn
 
 from rrcm.certification.networks import usual_state
 from rrcm.certification.noise import ESTIMATE, counter_normal
 from rrcm.certification.smoothing import ImageState, SampleRequest, SmoothedClassifier
 from rrcm.certification.stopping import group_sequential
-from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.vit import NoiseConditionedViT
 from rrcm.utils.errors import RRCMError
 
-SHAPE, CLASSES = (3, 8, 8), 5
 IMAGES = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-class Net(nn.Module):
-    """A network with batch norm, dropout, and numbers that it makes while it runs."""
+class Net(ConvNet):
+    """Also has dropout that is no layer, and a number that it makes while it runs."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.drop, self.head = (
-            nn.Conv2d(3, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.Dropout(0.5),
-            nn.Linear(144, CLASSES),
-        )
         self.slope, self.sample, self.seen = 1.0, False, []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,18 +37,7 @@ class Net(nn.Module):
 
 
 def net(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    network = Net()
-    nn.init.uniform_(network.norm.running_mean, -0.5, 0.5)
-    return network
-
-
-def ours() -> NoiseConditionedClassifier:
-    torch.manual_seed(1)
-    encoder = NoiseConditionedViT(8, 3, 4, embed_dim=32, depth=2, num_heads=2)
-    classifier = NoiseConditionedClassifier(encoder, CLASSES, 1.0)
-    nn.init.normal_(classifier.head.weight)
-    return classifier
+    return conv_net(Net, seed)
 
 
 def smooth(model: nn.Module, **settings: object) -> SmoothedClassifier:
@@ -96,7 +77,7 @@ STATES = {
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("make", [net, ours])
+@pytest.mark.parametrize("make", [net, noise_conditioned])
 @pytest.mark.parametrize("state", STATES)
 def test_the_state_of_the_program_does_not_matter(state, make, precision):
     smoothed, model = smooth(make(), precision=precision), make()
@@ -322,7 +303,10 @@ class Lazy(nn.Module):
         (lambda: smooth(net().to("meta"), precision="bf16"), "^the model has weights without values"),
         (lambda: smooth(Lazy()), "^the model has weights without values"),
         (lambda: changed(net(), nn.Module.half), r"^precision = fp32: the model has weights of torch.float16; convert"),
-        (lambda: changed(ours(), nn.Module.bfloat16), r"^precision = fp32: the model has weights of torch.bfloat16"),
+        (
+            lambda: changed(noise_conditioned(), nn.Module.bfloat16),
+            r"^precision = fp32: the model has weights of torch.bfloat16",
+        ),
         (
             lambda: changed(net(), nn.Module.double),
             r"^the model fails on 8 images .*convert the model with .float\(\)$",

@@ -60,7 +60,7 @@ def folder_of(kind: str, root: Path) -> Path:
 
 
 LOADERS = {"encoder": load_encoder, "denoiser": load_denoiser}
-FOLDER_LOADERS = ["classifier", "encoder", "network", "denoiser", "ensemble", "dds"]
+FOLDER_KINDS = ["classifier", "encoder", "network", "denoiser", "ensemble", "dds"]
 
 
 def load(folder: Path) -> nn.Module:
@@ -73,7 +73,7 @@ def refused(folder: Path, said: str = ".") -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-@pytest.mark.parametrize("kind", FOLDER_LOADERS)
+@pytest.mark.parametrize("kind", FOLDER_KINDS)
 def test_every_flipped_bit_is_noticed(tmp_path, kind):
     folder, choice = folder_of(kind, tmp_path), random.Random(22)
     load(folder)
