@@ -19,6 +19,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.methods import METHODS, Method
 from rrcm.models import FOLDER_LOADERS, TRAINED_CLASSIFIERS
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
+from rrcm.models.checkpoints import build_from_folder, describe_classifier
 from rrcm.models.load import load_base_classifier
 from rrcm.objectives import FINETUNING
 from rrcm.objectives.base import draw_noise, noisy_logits, soft_cross_entropy
@@ -96,11 +97,7 @@ def settings(project: Path) -> Config:
 
 def load_jittered(folder: Path, config: dict):
     """A kind of model folder that only this file knows."""
-    loaded = FOLDER_LOADERS["classifier"](folder, config)
-    inner = loaded.classifier
-    outer = Jittered(inner.encoder, inner.num_classes, inner.t)
-    outer.load_state_dict(inner.state_dict())
-    return loaded._replace(classifier=outer.eval())
+    return describe_classifier(build_from_folder(folder, config, Jittered), config["class_names"])
 
 
 def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_path, monkeypatch):

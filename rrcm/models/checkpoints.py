@@ -161,11 +161,13 @@ def describe_classifier(
     return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
 
 
-def build_from_folder(folder: Path, config: Mapping) -> NoiseConditionedClassifier:
-    """The classifier in a model folder of kind "classifier" whose config.json is `config`, in eval mode."""
+def build_from_folder(
+    folder: Path, config: Mapping, kind: type[NoiseConditionedClassifier] = NoiseConditionedClassifier
+) -> NoiseConditionedClassifier:
+    """The classifier of class `kind` in a model folder whose config.json is `config`, in eval mode."""
     entries = parse_entries(folder, config, ClassifierEntries)
     sizes, num_classes = entries.architecture, len(entries.class_names)
-    classifier = load_network(folder, lambda: NoiseConditionedClassifier(sizes.build(), num_classes, entries.t))
+    classifier = load_network(folder, lambda: kind(sizes.build(), num_classes, entries.t))
     classifier.sigma = entries.sigma
     return classifier
 

@@ -1,45 +1,21 @@
 """The README's example of a new data set, taken step by step in a copy of the repository."""
 
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import REPOSITORY
+from recipe import copy_code, follow, run
 
 from rrcm.data.shards import read_manifest
-
-README = (REPOSITORY / "rrcm/data/README.md").read_text(encoding="utf-8")
-STEPS = README.partition("## Add a data set\n")[2].partition("\n## ")[0]
-
-
-def example(language: str) -> str:
-    """The only block of code in this language."""
-    (block,) = re.findall(rf"^ *```{language}\n(.*?)^ *```$", STEPS, flags=re.MULTILINE | re.DOTALL)
-    return re.sub("^ {3}", "", block, flags=re.MULTILINE)
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A copy of the code with the reader of the example, its entry and its profile."""
-    for name in ("rrcm", "stages", "conf"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (entry,) = re.findall(r"add `(.*?)`", STEPS)
-    registry = tmp_path / "rrcm/data/datasets.py"
-    text, count = re.subn('(?="digits": )', f"{entry}, ", registry.read_text(encoding="utf-8"))
-    assert count == 1
-    registry.write_text(text, encoding="utf-8")
-    (tmp_path / "rrcm/sources/mine.py").write_text(example("python"), encoding="utf-8")
-    (tmp_path / "conf/profile/mine.yaml").write_text(example("yaml"), encoding="utf-8")
+    """A copy of the code with the data set of the example."""
+    files = follow("rrcm/data/README.md", "Add a data set", copy_code(tmp_path))
+    assert files == ["rrcm/sources/mine.py", "rrcm/data/datasets.py", "conf/profile/mine.yaml"]
     return tmp_path
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
 
 
 def test_a_data_set_is_added_as_the_readme_says(copy):
