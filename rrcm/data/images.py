@@ -1,6 +1,6 @@
-"""Image files as people have them: which files of a folder are read, in which order, with which labels and pixels.
+"""Read folders of image files: which files are read, in which order, and their labels and pixels.
 
-Training (sharding.py, shards.py) and `rrcm certify` both use these functions, so they see the same pictures with the
+Training (sharding.py, shards.py) and `rrcm certify` both use these functions, so they get the same images with the
 same labels. README.md lists the supported formats.
 """
 
@@ -21,31 +21,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rrcm.utils.errors import RRCMError, one_line, printable
 
-# Only these decoders of Pillow are used, whatever a file is called: some others start programs (EPS) or are untested.
+# Only these decoders of Pillow are used, whatever a file is called. Others start programs (EPS) or are untested.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo"}
 SUFFIXES |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 # Folders that operating systems and network drives fill with thumbnails and copies.
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
-SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval"}  # never classes alone
+SPLIT_NAMES = {
+    "train",
+    "training",
+    "test",
+    "testing",
+    "val",
+    "valid",
+    "validation",
+    "eval",
+}  # names of splits, and of classes only among others
 LISTED = "links to what is listed already"
-DARKEST = 4096  # a 16-bit image below this in all pixels is taken for one of fewer bits in the wrong scale
+DARKEST = 4096  # a 16-bit image without values of at least this probably has fewer bits, and the wrong scale
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """The picture in an image file's bytes, in mode L or RGB, as a viewer on a white page shows it.
+    """Decode an image file's bytes to mode L or RGB, as a viewer with a white background would show it.
 
-    The orientation in its EXIF data is applied, transparent pixels are put on white, 16 bits per channel become 8, and
-    of several frames the first is taken. Colour profiles are ignored. A decoded L or RGB image, saved without loss and
-    decoded again, is unchanged.
+    The orientation in the EXIF data is applied, transparent pixels are laid on white, 16 bits per channel become 8, and
+    only the first of several frames is read. Colour profiles are ignored. An L or RGB image that is saved without loss
+    and decoded again is unchanged.
 
-    Raises ValueError that says why the file cannot be decoded, or has no known white.
+    Raises ValueError, which says why the file cannot be decoded or why its white level is unknown.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            image.load()  # all of it: a truncated file opens without an error
+            image.load()  # completely, because a truncated file opens without an error
             deep = _bits_per_channel(image, content) > 8
-            with contextlib.suppress(Exception):  # EXIF data that cannot be read has no orientation
+            with contextlib.suppress(Exception):  # unreadable EXIF data counts as no orientation
                 ImageOps.exif_transpose(image, in_place=True)
             picture = _flattened(image)
     except Image.DecompressionBombError:
@@ -74,16 +83,16 @@ def to_channels(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def _bits_per_channel(image: Image.Image, content: bytes) -> int:
-    """Bits that the file stores per channel; 8 where Pillow has scaled them already."""
+    """The bits per channel in the file, or 8 where Pillow has scaled them already."""
     if image.format == "PNG":
-        return content[24]  # of the IHDR chunk, which is always the first
+        return content[24]  # in the IHDR chunk, which always comes first
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (8,)))  # BitsPerSample
     return 8
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    """The image in mode L or RGB: 8 bits per channel, transparency on white."""
+    """The image in mode L or RGB, with 8 bits per channel and transparent pixels laid on white."""
     if image.mode.startswith("I"):
         return _eight_bits(image)
     if image.mode == "F":
@@ -96,7 +105,7 @@ def _flattened(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 9 to 16 bits in 8 bits. Its white is the largest value that its file can store or names."""
+    """Scale a grey image of 9 to 16 bits to 8 bits. White is the maximum that the file states, or can store."""
     tags, values = getattr(image, "tag_v2", {}), np.asarray(image)
     white = 2 ** min(tags.get(258, (16,))[0], 16) - 1  # BitsPerSample
     if values.min() < 0 or values.max() > white:
@@ -125,20 +134,20 @@ class Listing:
     folder: Path
     files: list[Path] = field(default_factory=list)  # relative to `folder`, in natural order
     left_out: Counter[str] = field(default_factory=Counter)  # number of files by reason
-    links: list[tuple[Path, Path]] = field(default_factory=list)  # those left out as LISTED, with what they lead to
+    links: list[tuple[Path, Path]] = field(default_factory=list)  # links that are left out as LISTED, and their targets
 
 
 def list_images(folder: Path) -> Listing:
     """The image files in `folder` and below, in natural order: img2 before img10.
 
-    An image file has a suffix of SUFFIXES, in any case. Links are followed, but each file and each folder is read once,
-    however many ways lead to it: by its own path, if that is below `folder`, else by the first link. Only a file of
-    `folder` itself counts after links to it, since their folders may tell its class. Hidden files and SYSTEM_FOLDERS
-    are left out. Raises `RRCMError` if there is no such folder.
+    Image files have one of SUFFIXES, in upper or lower case. Links are followed, but each file and folder is read only
+    once: under its own path if that is below `folder`, otherwise under the first link. Links to a file that lies
+    directly in `folder` take precedence over the file, because their folders may name its class. Hidden files and
+    SYSTEM_FOLDERS are left out. Raises `RRCMError` if the folder does not exist.
     """
     if not folder.is_dir():
         raise RRCMError(f"{printable(folder)}: no such folder; give one with images")
-    found = Listing(folder)
+    listing = Listing(folder)
     read: dict[str, Path] = {}  # folders by their real paths
     images: list[tuple[bool, Path, object]] = []  # whether it is a link, its path, its identity
     waiting, links = [Path()], []
@@ -146,18 +155,18 @@ def list_images(folder: Path) -> Listing:
         relative = waiting.pop()
         real = os.path.realpath(folder / relative)
         if real in read:
-            found.links.append((relative, read[real]))
+            listing.links.append((relative, read[real]))
         else:
             read[real] = relative
-            for entry in _open_folder(found, relative):
+            for entry in _open_folder(listing, relative):
                 path = relative / entry.name
                 if reason := _reason_to_leave_out(entry):
-                    found.left_out[reason] += _count_files(entry)
+                    listing.left_out[reason] += _count_files(entry)
                 elif is_folder(entry):
                     (links if entry.is_symlink() else waiting).append(path)
                 else:
                     images.append((entry.is_symlink(), path, _identity(entry, real)))
-        if not waiting:  # all folders are read that need no further link
+        if not waiting:  # every folder that is reachable without a further link has been read
             waiting, links = sorted(links, key=natural_order, reverse=True), []
     images.sort(key=lambda image: natural_order(image[1]))
     first: dict[object, Path] = {}
@@ -165,27 +174,27 @@ def list_images(folder: Path) -> Listing:
         first.setdefault(identity, path)
     for _, path, identity in images:
         if first[identity] == path:
-            found.files.append(path)
+            listing.files.append(path)
         else:
-            found.links.append((path, first[identity]))
-    if found.links:
-        found.left_out[LISTED] = len(found.links)
-    return found
+            listing.links.append((path, first[identity]))
+    if listing.links:
+        listing.left_out[LISTED] = len(listing.links)
+    return listing
 
 
-def _open_folder(found: Listing, relative: Path) -> list[os.DirEntry]:
-    """The entries of a folder below that of the listing; none, and counted there, if it cannot be opened."""
+def _open_folder(listing: Listing, relative: Path) -> list[os.DirEntry]:
+    """The entries of a folder. If it cannot be opened, the listing counts it as left out."""
     try:
-        return list(os.scandir(found.folder / relative))
+        return list(os.scandir(listing.folder / relative))
     except OSError as error:
-        found.left_out[f"folders that cannot be opened ({error.strerror})"] += 1
+        listing.left_out[f"folders that cannot be opened ({error.strerror})"] += 1
         return []
 
 
 def _identity(entry: os.DirEntry, real_folder: str) -> object:
-    """What all ways to a file share: the file's number if it has hard links, else its real path.
+    """The identity of a file, whatever path leads to it: its inode if it has hard links, otherwise its real path.
 
-    Some file systems have no numbers, so those of files without hard links do not count.
+    Some file systems have no inodes, so those of files without hard links are not used.
     """
     status = entry.stat()
     if status.st_nlink > 1:
@@ -194,7 +203,7 @@ def _identity(entry: os.DirEntry, real_folder: str) -> object:
 
 
 def _reason_to_leave_out(entry: os.DirEntry) -> str | None:
-    """None for an image file and for a folder that is read."""
+    """Why an entry is left out; None for an image file and for a folder that is read."""
     suffix = Path(entry.name).suffix.lower()
     if is_left_out(entry.name):
         return f"files in {entry.name}" if entry.name in SYSTEM_FOLDERS else "hidden files"
@@ -212,7 +221,7 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def _answer(question: Callable[[], bool]) -> bool:
-    """The answer about an entry; False about a link in a circle, or into a folder that is closed to us."""
+    """The answer to a question about an entry; False for circular links and for folders that we may not open."""
     try:
         return question()
     except OSError:
@@ -220,31 +229,31 @@ def _answer(question: Callable[[], bool]) -> bool:
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a file or folder of this name is never read: hidden ones and SYSTEM_FOLDERS."""
+    """Whether files and folders of this name are never read: hidden ones and SYSTEM_FOLDERS."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _count_files(entry: os.DirEntry) -> int:
-    """Number of files in a folder and below, links not followed; 1 for a file."""
+    """The number of files in a folder and below, without following links; 1 for a file."""
     if not entry.is_dir(follow_symlinks=False):
         return 1
     return sum(len(files) for _, _, files in os.walk(entry.path))
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """One line that says what was left out, most files first: `hidden files (12), .txt files (3)`."""
+    """One line that says what was left out, sorted by count: `hidden files (12), .txt files (3)`."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{reason} ({count:,})" for reason, count in ordered if count)
 
 
 def natural_order(path: Path | str) -> tuple:
-    """Sort key: numbers inside names by value, else as text without case. The path itself decides between 1 and 01."""
+    """Sort key that compares numbers by value and text regardless of case. The path itself decides between 1 and 01."""
     parts = [re.split(r"(\d+)", part.casefold()) for part in Path(path).parts]
     return [[int(s) if i % 2 else s for i, s in enumerate(part)] for part in parts], str(path)
 
 
 def class_name(folder_name: str) -> str:
-    """The class that a folder is named after: its name, with composed characters (Unicode NFC; macOS decomposes them).
+    """The class that a folder is named after: its name in Unicode NFC, since macOS decomposes characters.
 
     Raises ValueError for a name that is not printable text.
     """
@@ -255,32 +264,32 @@ def class_name(folder_name: str) -> str:
 
 
 def class_level(files: Iterable[Path], names: Iterable[str]) -> int | None:
-    """The level of folders at which the classes lie: 0 in cat/1.jpg, 1 in train/cat/1.jpg. None if no class is found.
+    """The level of folders that are named after classes: 0 in cat/1.jpg, 1 in train/cat/1.jpg. None without classes.
 
-    It is the level at which most of the `files` (relative paths) lie in folders named after a class. Of equal ones the
-    first counts that is no level of SPLIT_NAMES, or else the last: test/train/1.jpg shows a train.
+    This is the level at which most of the `files` (relative paths) lie in folders named after a class. If several are
+    equal, it is the first one that has other names than SPLIT_NAMES, or else the last: test/train/1.jpg shows a train.
     """
     names = {unicodedata.normalize("NFC", name) for name in names}
-    counts, found = Counter(), defaultdict(set)
+    counts, named = Counter(), defaultdict(set)
     for file in files:
         for level, folder in enumerate(file.parts[:-1]):
             if unicodedata.normalize("NFC", folder) in names:
                 counts[level] += 1
-                found[level].add(folder.casefold())
+                named[level].add(folder.casefold())
     levels = [level for level in sorted(counts) if counts[level] == max(counts.values())]
-    return next((level for level in levels if not found[level] <= SPLIT_NAMES), levels[-1] if levels else None)
+    return next((level for level in levels if not named[level] <= SPLIT_NAMES), levels[-1] if levels else None)
 
 
 def label_of(file: Path, classes: Mapping[str, int], level: int = 0) -> int | None:
-    """The label of an image file by the folder at one level of its path below the data set's folder.
+    """The label of an image file, from the folder at this level of its path below the data set's folder.
 
-    None if there is no such folder, or it is not named after a class. `classes` maps class names to labels.
+    None if there is no such folder, or if it is not named after a class. `classes` maps class names to labels.
     """
     folders = file.parts[:-1]
     return classes.get(unicodedata.normalize("NFC", folders[level])) if level < len(folders) else None
 
 
 def refuse_unreadable(problems: Sequence[str], total: int, advice: str) -> NoReturn:
-    """Print one line per file that cannot be read. Raises `RRCMError` that counts them and says what to do."""
+    """Print one line per unreadable file. Raises an `RRCMError` that counts them and says what to do."""
     print(*problems, sep="\n", file=sys.stderr)
     raise RRCMError(f"{len(problems):,} of {total:,} images cannot be read, named above; {advice}")

@@ -1,6 +1,6 @@
-"""Denoisers D(x; t): the clean image that a noisy one most likely comes from (Karras et al. 2022).
+"""Denoisers D(x; t), which estimate the mean of the clean image given a noisy one (Karras et al. 2022).
 
-The model folder has `kind` "denoiser". Images are in model space, pixels scaled to [-1, 1], and t is the standard
+The model folder has `kind` "denoiser". Images are in model space, with pixels in [-1, 1], and t is the standard
 deviation of their noise there.
 """
 
@@ -50,12 +50,12 @@ def preconditioning(t: torch.Tensor) -> Preconditioning:
 
 
 def loss_weight(t: torch.Tensor) -> torch.Tensor:
-    """lambda(t) = (t^2 + sd^2) / (t sd)^2: then F's squared error counts alike at all levels (table 1)."""
+    """lambda(t) = (t^2 + sd^2) / (t sd)^2, which gives F's squared error the same weight at all levels (table 1)."""
     return (t.square() + SIGMA_DATA**2) / (t * SIGMA_DATA).square()
 
 
 class Denoiser(nn.Module):
-    """Estimates clean images from noisy ones, all at once."""
+    """Estimates clean images from noisy ones in a single step."""
 
     image_size: int
     channels: int
@@ -69,9 +69,9 @@ class Denoiser(nn.Module):
 
 
 class PixelViT(nn.Module):
-    """F: the noise-conditioned trunk with a linear head that turns each patch token into pixels.
+    """F: the noise-conditioned ViT with a linear head that turns each patch token into pixels.
 
-    The trunk scales its input with c_in and has its noise level as a token.
+    The ViT itself scales its input by c_in and has a token for the noise level.
     """
 
     def __init__(self, encoder: NoiseConditionedViT):
@@ -80,7 +80,7 @@ class PixelViT(nn.Module):
         self.image_size, self.channels = encoder.patch_embed.img_size[0], encoder.in_chans
         self.architecture = {"network": "vit", **architecture(encoder)}
         self.head = nn.Linear(encoder.embed_dim, encoder.in_chans * encoder.patch_embed.patch_size[0] ** 2)
-        nn.init.zeros_(self.head.weight)  # as in EDM: D is c_skip x at first
+        nn.init.zeros_(self.head.weight)  # as in EDM, so that D starts as c_skip x
         nn.init.zeros_(self.head.bias)
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -93,9 +93,9 @@ class PixelViT(nn.Module):
 class UNet(nn.Module):
     """F: the UNet of Ho et al. (2020) in the package `diffusers`.
 
-    Level i works at image_size / 2^i pixels with base_channels * channel_mults[i] channels. Its residual blocks are
-    followed by self-attention if it is in `attention_levels`. Between the way down and the way up there is attention
-    unless no level has any.
+    Level i works at image_size / 2^i pixels with base_channels * channel_mults[i] channels. Self-attention follows its
+    residual blocks if it is in `attention_levels`. There is also attention between the way down and the way up, unless
+    no level has any.
 
     Raises `RRCMError` for sizes that do not fit together, and without `diffusers`.
     """
@@ -144,7 +144,7 @@ class UNet(nn.Module):
             attention_head_dim=math.gcd(64, base_channels),
             norm_num_groups=math.gcd(32, base_channels // 4),
         )
-        nn.init.zeros_(self.unet.conv_out.weight)  # as in EDM: D is c_skip x at first
+        nn.init.zeros_(self.unet.conv_out.weight)  # as in EDM, so that D starts as c_skip x
         nn.init.zeros_(self.unet.conv_out.bias)
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -154,16 +154,16 @@ class UNet(nn.Module):
 
 
 def import_diffusers() -> ModuleType:
-    """The package `diffusers`, an optional one. Raises `RRCMError` without it."""
+    """Import the optional package `diffusers`. Raises `RRCMError` if it is not installed."""
     try:
-        import diffusers  # seconds of import
+        import diffusers  # takes seconds
     except ImportError:
         raise RRCMError("this denoiser needs the package diffusers; run `pip install 'rrcm[diffusers]'`") from None
     return diffusers
 
 
 class DiffusersLayers(Entries):
-    """The entries of a UNet2DModel's config that say how many layers it has."""
+    """The entries of a UNet2DModel's config that decide how many layers it has."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -175,7 +175,7 @@ class DiffusersLayers(Entries):
 class DiffusersUNet(nn.Module):
     """A `diffusers.UNet2DModel` with its own `config`, trained on the steps of a discrete diffusion.
 
-    Raises `ValueError` unless it takes square images of 1 or 3 channels and nothing else.
+    Raises `ValueError` for conditional models and for images that are not square.
     """
 
     def __init__(self, config: Mapping):
@@ -220,13 +220,13 @@ class DiffusersConfig(Entries):
 
 
 class NetworkKind(NamedTuple):
-    """A kind of network: the entries of its architecture, and what builds it from their values."""
+    """A kind of network: the entries of its architecture, and the function that builds it from their values."""
 
     entries: type[Entries]
     build: Callable[..., nn.Module]
 
 
-# By the `network` of the architecture in config.json.
+# Kinds of networks, by the entry `network` of the architecture in config.json.
 NETWORKS = {
     "vit": NetworkKind(PixelViTSizes, lambda **sizes: PixelViT(ViTSizes(**sizes).build())),
     "unet": NetworkKind(UNetSizes, UNet),
@@ -256,14 +256,14 @@ class EDMDenoiser(Denoiser):
 def discrete_levels(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """The noise level t_k of each step k of a discrete diffusion, in model space: (K,) -> (K,).
 
-    The diffusion scales images: x_k = abar_k^(1/2) clean + (1 - abar_k)^(1/2) noise. So x_k / abar_k^(1/2) is the clean
-    image with noise of standard deviation t_k = ((1 - abar_k) / abar_k)^(1/2).
+    The diffusion scales images: x_k = abar_k^(1/2) clean + (1 - abar_k)^(1/2) noise. Hence x_k / abar_k^(1/2) is the
+    clean image plus noise of standard deviation t_k = ((1 - abar_k) / abar_k)^(1/2).
     """
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
 def nearest_step(levels: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The step whose level, of `levels` (K,), is nearest to t in the logarithm: t of any shape -> its shape, int64."""
+    """The step whose log level, among `levels` (K,), is nearest to ln t: t of any shape -> int64 of the same shape."""
     return (levels.log() - t.to(levels.dtype).log()[..., None]).abs().argmin(-1)
 
 
@@ -273,21 +273,21 @@ def diffusion_input(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def clean_from_epsilon(x: torch.Tensor, epsilon: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The clean image, from x and its noise of variance 1 (Ho et al. 2020)."""
+    """The clean image, given x and its noise of variance 1 (Ho et al. 2020)."""
     return x - t * epsilon
 
 
 def clean_from_v(x: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The clean image, from x and v = abar^(1/2) noise - (1 - abar)^(1/2) clean (Salimans and Ho 2022)."""
+    """The clean image, given x and v = abar^(1/2) noise - (1 - abar)^(1/2) clean (Salimans and Ho 2022)."""
     return x / (1 + t.square()) - v * t / (1 + t.square()).sqrt()
 
 
 def clean_from_sample(x: torch.Tensor, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The clean image, which is what the network predicts."""
+    """The clean image, which the network predicts itself."""
     return sample
 
 
-# The clean image from x (B, C, H, W), the network's answer to `diffusion_input`, and t. By diffusers' prediction_type.
+# Functions by diffusers' prediction_type: x (B, C, H, W), the network's output for `diffusion_input`, t -> clean image.
 PREDICTIONS = {"epsilon": clean_from_epsilon, "v_prediction": clean_from_v, "sample": clean_from_sample}
 
 
@@ -295,11 +295,11 @@ class DiscreteDenoiser(Denoiser):
     """D(x; t) with a network that was trained on the steps of a discrete diffusion (Ho et al. 2020).
 
     `network(x, step)` maps (B, C, H, W) and (B,) int64 to (B, C, H, W), or to (B, 2C, H, W) with a variance, which is
-    ignored. What it predicts is called `prediction_type`, a key of PREDICTIONS, and `alphas_cumprod` (K,) is abar_k.
+    ignored. `prediction_type`, a key of PREDICTIONS, says what it predicts. `alphas_cumprod` (K,) is abar_k.
 
-    The network is told the step k nearest to t. All else uses t itself, so the input has the variance that the
-    diffusion would give it. Using the step's level t_k instead would give D(x; t_k). That is further from D(x; t) at
-    pixel sigmas up to .75, for the best network and data of standard deviation SIGMA_DATA (a test checks it).
+    The network is conditioned on the step k nearest to t. Everything else uses t itself, so the input has the variance
+    that the diffusion would give it. Using the step's level t_k instead would give D(x; t_k). For the best network and
+    data of standard deviation SIGMA_DATA, this is further from D(x; t) at pixel sigmas up to .75 (a test checks it).
 
     Raises `ValueError` for arguments that do not fit together.
     """
@@ -312,7 +312,7 @@ class DiscreteDenoiser(Denoiser):
         self.image_size, self.channels = network.image_size, network.channels
         if self.channels not in (1, 3) or network.out_channels not in (self.channels, 2 * self.channels):
             raise ValueError(f"it maps {self.channels} channels to {network.out_channels}, so it is not for images")
-        self.alphas_cumprod = alphas_cumprod.double().cpu()  # no buffer, since `bfloat16()` would round it
+        self.alphas_cumprod = alphas_cumprod.double().cpu()  # not a buffer, which `bfloat16()` would round
         between = torch.cat([torch.ones(1), self.alphas_cumprod, torch.zeros(1)]).diff()
         if not ((between <= 0).all() and (between[1:-1] < 0).all()):
             raise ValueError("alphas_cumprod must fall, from 1 at most to 0 at least")
@@ -331,9 +331,9 @@ class DiscreteDenoiser(Denoiser):
 def save_denoiser(
     folder: Path, denoiser: EDMDenoiser | DiscreteDenoiser, *, sigmas: Sequence[float] = (), **metadata: object
 ) -> None:
-    """Write the model folder of a denoiser; `metadata` (JSON-able) goes into config.json too.
+    """Write the model folder of a denoiser. `metadata` (JSON-able) is added to config.json.
 
-    For a `DiscreteDenoiser`, config.json also says which of its steps stands for each of the pixel `sigmas`.
+    For a `DiscreteDenoiser`, config.json also lists the step that is used for each of the pixel `sigmas`.
     """
     config = {"kind": "denoiser", "architecture": denoiser.network.architecture}
     tensors = denoiser.state_dict()
@@ -351,7 +351,7 @@ def _step_of(levels: torch.Tensor, sigma: float) -> dict[str, float]:
 
 
 class NetworkName(Entries):
-    """The name of a network; the entries beside it are those of its kind."""
+    """The name of a network. The entries beside it belong to its kind."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -359,7 +359,7 @@ class NetworkName(Entries):
 
 
 class DenoiserEntries(Entries):
-    """Of a denoiser's config.json, what builds it."""
+    """The entries of config.json that describe a denoiser."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -368,10 +368,10 @@ class DenoiserEntries(Entries):
 
 
 def load_denoiser(folder: Path | str, sha256: str | None = None) -> EDMDenoiser | DiscreteDenoiser:
-    """The denoiser in a model folder, in eval mode.
+    """Load the denoiser in a model folder, in eval mode.
 
-    `sha256` is what the model must have that it is part of. Raises `RRCMError` for a damaged folder, one of another
-    hash, and one of another kind.
+    `sha256` is the hash that a larger model names, if this is a part of it. Raises `RRCMError` for a folder that is
+    damaged, has another hash, or is of another kind.
     """
     folder = Path(folder)
     config = read_model_config(folder, sha256)

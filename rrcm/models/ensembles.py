@@ -1,6 +1,6 @@
 """Ensembles: the mean of several classifiers' logits (Horváth et al. 2022).
 
-The model folder has `kind` "ensemble" and in `members` the folders of the members, relative to it, with their hashes.
+The model folder has `kind` "ensemble". Its `members` are the folders of the members, by relative path and hash.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Ensemble(BaseClassifier):
 
 
 class EnsembleEntries(Entries):
-    """Of the config.json of an ensemble, what builds it."""
+    """The entries of config.json that describe an ensemble."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -43,9 +43,9 @@ class EnsembleEntries(Entries):
 
 
 def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[str], **metadata: object) -> None:
-    """Write the config.json of an ensemble in `folder` of the model folders `members`, given relative to it.
+    """Write the config.json of an ensemble in `folder`. `members` are model folders, relative to it.
 
-    `metadata` (JSON-able) goes into config.json too.
+    `metadata` (JSON-able) is added to config.json.
     """
     parts = [part_of(folder, path) for path in members]
     write_model_folder(folder, {"kind": "ensemble", "members": parts, "class_names": list(class_names)} | metadata)
@@ -59,7 +59,7 @@ def load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
         members.append(load_model_folder(path, part.sha256))
         refuse_within(folder, members[-1].classifier, Ensemble)
         for name in ("class_names", "image_size", "channels"):
-            found, first = getattr(members[-1], name), getattr(members[0], name)
-            if found != first:
-                raise RRCMError(f"{path}: has {name} {found}, the first member {first}; members must be alike")
+            value, first = getattr(members[-1], name), getattr(members[0], name)
+            if value != first:
+                raise RRCMError(f"{path}: has {name} {value}, the first member {first}; members must be alike")
     return members[0]._replace(classifier=Ensemble([member.classifier for member in members]).eval())

@@ -1,6 +1,6 @@
 """Public diffusion models of the package diffusers as denoisers.
 
-Nothing in their files is run: weights are safetensors, or checkpoints of torch that hold tensors only.
+No code from their files is executed: weights are safetensors, or torch checkpoints that contain only tensors.
 """
 
 import logging
@@ -16,23 +16,23 @@ from rrcm.utils.files import expand_user, read_json
 from rrcm.utils.tensors import load_tensors, load_weights
 
 HUB = "hf-hub:"
-MIN_IMAGES = 8  # to try a denoiser on
+MIN_IMAGES = 8  # images that a denoiser is tried on
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-LATENT = ("vae", "vqvae")  # parts of a pipeline whose UNet does not see images
-# Names of the layers of attention before version 0.12 of diffusers.
+LATENT = ("vae", "vqvae")  # parts of a pipeline whose UNet works on latent images
+# Names of attention layers before version 0.12 of diffusers.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_public_denoiser(source: Path | str, images: torch.Tensor, sigmas: Sequence[float]) -> DiscreteDenoiser:
     """Load a public diffusion model as `read_public_denoiser` does, and make sure that it denoises.
 
-    `images` (N, C, H, W) float in [0, 1] are a few clean ones, at least MIN_IMAGES, of the kind and the size that the
-    denoiser is for. With noise of each of the pixel `sigmas` its mean squared error on them must be below that of the
-    best linear denoiser of each pixel, and another prediction type must not make it smaller. It computes on the device
-    of the images.
+    `images` (N, C, H, W) float in [0, 1] are at least MIN_IMAGES clean images of the denoiser's domain and size. For
+    each of the pixel `sigmas`, its mean squared error on them must be smaller than the error of the best linear
+    denoiser of each pixel, and no other prediction type may give a smaller error. The device of the images computes.
 
-    Raises `RRCMError` as that does, and for a model that does not denoise or is for images of other sizes.
+    Raises `RRCMError` as `read_public_denoiser` does, and if the model does not denoise or needs images of another
+    size.
     """
     if images.ndim != 4 or len(images) < MIN_IMAGES:
         raise RRCMError(f"{source}: needs {MIN_IMAGES} images (N, C, H, W) to be tried on, got {tuple(images.shape)}")
@@ -62,31 +62,32 @@ def load_public_denoiser(source: Path | str, images: torch.Tensor, sigmas: Seque
 
 @torch.no_grad()
 def denoising_errors(denoiser: Denoiser, images: torch.Tensor, sigmas: Sequence[float]) -> list[tuple[float, float]]:
-    """For each pixel sigma, the mean squared errors per number of the denoiser and of the best linear one.
+    """For each pixel sigma, the mean squared errors of the denoiser and of the best linear denoiser.
 
-    `images` (N, C, H, W) are in [0, 1], the errors in model space. The linear one knows mean m and variance v of each
-    number, and answers m + v / (v + t^2) (x - m), of which the error is v t^2 / (v + t^2).
+    `images` (N, C, H, W) are in [0, 1]. The errors are averages over all numbers, in model space. The linear denoiser
+    knows the mean m and variance v of each number. Its estimate m + v / (v + t^2) (x - m) has the error
+    v t^2 / (v + t^2).
     """
     clean, errors = 2 * images.float() - 1, []
     variance = clean.var(dim=0)
     for sigma in sigmas:
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean.device)
         noisy, t = clean + 2 * sigma * noise, 2 * sigma
-        estimate = torch.cat([denoiser(row, t).clamp(-1, 1) for row in noisy.split(1)])  # one image is large enough
+        estimate = torch.cat([denoiser(row, t).clamp(-1, 1) for row in noisy.split(1)])  # one image at a time
         linear = variance * t**2 / (variance + t**2)
         errors.append((float((estimate - clean).square().mean()), float(linear.mean())))
     return errors
 
 
 def read_public_denoiser(source: Path | str, *, image_size: int | None = None) -> DiscreteDenoiser:
-    """Read a public diffusion model without conditions as a denoiser, in eval mode, without trying it.
+    """Read a public unconditional diffusion model as a denoiser, in eval mode, without trying it.
 
     `source` is one of these:
     - a folder that diffusers has saved: a pipeline, or a UNet2DModel with a scheduler_config.json beside it
     - `hf-hub:owner/name` or `hf-hub:owner/name@revision`: such a folder on the Hugging Face hub
 
-    `image_size` is the side in pixels, for a model whose config does not state it. Raises `RRCMError` for anything
-    else, for models with conditions or of latent images, and for damaged files.
+    `image_size` is the side in pixels, for a model whose config does not give it. Raises `RRCMError` for any other
+    source, for conditional models, for models of latent images, and for damaged files.
     """
     source = str(source)
     path = expand_user(source)
@@ -124,7 +125,7 @@ def _load_diffusers(folder: Path, source: str, image_size: int | None) -> Discre
 
 
 def _read_schedule(source: str, path: Path) -> tuple[torch.Tensor, str]:
-    """The alphas_cumprod (K,) and the prediction type of a scheduler's config."""
+    """The alphas_cumprod (K,) and the prediction type in a scheduler's config."""
     config = read_json(path)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in SCHEDULERS:
@@ -138,13 +139,13 @@ def _read_schedule(source: str, path: Path) -> tuple[torch.Tensor, str]:
 
 
 def new_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a UNet2DModel under today's names."""
+    """Rename the weights of an old UNet2DModel to the current names."""
     old = re.compile(rf"(?<=\.attentions\.)(\d+)\.({'|'.join(OLD_NAMES)})(?=\.)")
     return {old.sub(lambda m: f"{m[1]}.{OLD_NAMES[m[2]]}", name): tensor for name, tensor in tensors.items()}
 
 
 def _download(name: str) -> Path:
-    """The folder of the model in the cache of the hub."""
+    """Download a model. Returns its folder in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
@@ -157,6 +158,6 @@ def _download(name: str) -> Path:
             folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
             if any((folder / place / weights).is_file() for place in ("", "unet")):
                 break
-    except Exception as error:  # the hub and the protocols each raise their own
+    except Exception as error:  # the hub and the protocols raise all kinds of exceptions
         raise RRCMError(f"{name}: cannot be downloaded ({one_line(error)}); pass a local folder of it") from None
     return folder

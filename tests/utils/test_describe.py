@@ -80,7 +80,7 @@ def parts() -> tuple[nn.Module, nn.Module]:
 
 RUNS = {"runs": 3, "steps": 2, "sigma": 0.25, "classifier_size": 8}
 NOISES = {"num_noise": 2, "local_sigma": 0.1, "sigma": 0.25, "classifier_size": 8}
-FOLDER_LOADERS: dict[str, Callable[[], nn.Module]] = {
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "classifier": classifier,
     "lenet": lambda: network("lenet"),
     "timm_vit": lambda: timm_model("test_vit"),
@@ -124,12 +124,12 @@ def places(model: nn.Module) -> list[tuple[object, str]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if "_" in k else k for k in FOLDER_LOADERS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if "_" in k else k for k in BUILDERS])
 def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
     """What nothing reads counts too: who could tell?"""
-    model = FOLDER_LOADERS[kind]().eval()
+    model = BUILDERS[kind]().eval()
     before, attributes = described(model), places(model)
-    assert before == described(FOLDER_LOADERS[kind]().eval()) and len(attributes) > 10
+    assert before == described(BUILDERS[kind]().eval()) and len(attributes) > 10
     seen = {before}
     for place, name in attributes:
         value, place[name] = place[name], varied(place[name])
@@ -141,17 +141,17 @@ def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
 MODELS = {
     "t": lambda: classifier(2.0),
     "num_heads": lambda: classifier(num_heads=4),
-    "norm_eps": lambda: classifier(norm_eps=1e-3),
-    "members": FOLDER_LOADERS["ensemble"],
-    "dds": FOLDER_LOADERS["dds"],
+    "norm_eps": lambda: classifier(block=BlockOptions(norm_eps=1e-3)),
+    "members": BUILDERS["ensemble"],
+    "dds": BUILDERS["dds"],
     "dds of another sigma": lambda: DDS(*parts(), sigma=1.0, classifier_size=8),
-    "densepure": FOLDER_LOADERS["densepure"],
+    "densepure": BUILDERS["densepure"],
     "runs": lambda: DensePure(*parts(), **RUNS | {"runs": 4}),
     "steps": lambda: DensePure(*parts(), **RUNS | {"steps": 3}),
-    "diffsmooth": FOLDER_LOADERS["diffsmooth"],
+    "diffsmooth": BUILDERS["diffsmooth"],
     "num_noise": lambda: DiffSmooth(*parts(), **NOISES | {"num_noise": 3}),
     "local_sigma": lambda: DiffSmooth(*parts(), **NOISES | {"local_sigma": 0.2}),
-    "public denoiser": FOLDER_LOADERS["public_dds"],
+    "public denoiser": BUILDERS["public_dds"],
     "timm": lambda: timm_model("vit_tiny_patch16_224", depth=1),
     "timm of another name": lambda: timm_model("deit_tiny_patch16_224", depth=1),
     "activation": lambda: timm_model("vit_tiny_patch16_224", depth=1, act_layer=nn.ReLU),
@@ -350,15 +350,15 @@ def test_what_cannot_be_described_is_refused_in_one_line(hidden):
 SCRIPT = """
 import sys, json
 sys.path.insert(0, "tests/utils")
-from test_describe import ALIKE, FOLDER_LOADERS, MODELS, described
+from test_describe import ALIKE, BUILDERS, MODELS, described
 from rrcm.utils.resume import fingerprint
 import torch
-texts = {name: described(build()) for name, build in (FOLDER_LOADERS | MODELS).items()}
+texts = {name: described(build()) for name, build in (BUILDERS | MODELS).items()}
 for name, builds in ALIKE.items():
     torch.manual_seed(0)
     texts[name] = [described(build()) for build in builds]
 texts["set"] = described({"a", "b", "c", torch.float32, torch.nn.ReLU, torch.nn.GELU, torch.relu, ("d", "e")})
-print(json.dumps([texts, fingerprint({}, {}, "rrcm.certification.certify", FOLDER_LOADERS["dds"]())]))
+print(json.dumps([texts, fingerprint({}, {}, "rrcm.certification.certify", BUILDERS["dds"]())]))
 """
 
 
