@@ -1,4 +1,4 @@
-"""Augmentation: each operation against torchvision, and frequencies of random choices against the settings.
+"""Augmentation: operations agree with torchvision, and the frequencies of random choices with the settings.
 
 Frequencies are tested at 5 standard errors: correct code fails one such check in about 2 million.
 """
@@ -62,7 +62,7 @@ def test_operations_equal_torchvision(channels: int, column: int, values: tuple[
     images = colours()[:, :channels]
     for value in values:
         parameters = NEUTRAL.repeat(len(images), 1)
-        parameters[1:, column] = value  # the first image is unchanged
+        parameters[1:, column] = value  # the first image does not change
         result = color_blur(images, parameters)
         assert torch.equal(result[0], images[0])
         assert_close(result[1:], reference(images[1:], value))
@@ -92,7 +92,7 @@ def test_blur_equals_torchvision(sigma: float):
 
 
 def test_each_image_has_its_own_sigma_order_and_batch():
-    """Each image gives the same result alone and in a batch; jitter runs in the drawn order."""
+    """Each image gives the same result alone and in a batch, and jitter runs in the drawn order."""
     generator, images = np.random.default_rng(0), (colours(64) * 255).byte()
     parameters = torch.from_numpy(np.stack([sample_color_blur(MOCO, 1, generator) for _ in range(64)]))
     together = color_blur(images, parameters)

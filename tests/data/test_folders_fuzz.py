@@ -1,4 +1,4 @@
-"""Any folder of images: training and certification see the same pictures with the same labels, or say one line.
+"""Training and certification read the same images and labels from any folder, or print one line.
 
 `pytest tests/data/test_folders_fuzz.py --hypothesis-profile=thorough` tries 1,000 folders.
 """
@@ -83,7 +83,7 @@ def pictures(draw: st.DrawFn, modes: list[str], first: int) -> bytes:
 
 @st.composite
 def class_folder(draw: st.DrawFn, first: int) -> dict[str, object]:
-    """Paths below a class folder: bytes of a file, or a tuple (link, where it leads)."""
+    """Paths below a class folder, with the bytes of a file or a tuple (link, its target)."""
     good = draw(st.sampled_from([2, 2, 2, 2, 2, 2, 2, 3, 4, 0]))
     found: dict[str, object] = {f"{i}.png": draw(pictures(MODES, first)) for i in range(good)}
     for _ in range(draw(st.integers(0, 3))):
@@ -101,7 +101,7 @@ TREES, TEST_TREES = (st.dictionaries(CLASSES, class_folder(first), min_size=1, m
 
 
 def build(root: Path, tree: dict[str, dict[str, object]]) -> None:
-    """Write a tree; what does not fit beside what is there already is left out."""
+    """Write a tree. Entries that conflict with existing ones are left out."""
     for folder, entries in tree.items():
         with contextlib.suppress(OSError):
             (root / folder).mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def test_twelve_bits_are_not_black():
 
 
 def test_a_scan_of_a_magnetic_resonance_tomograph():
-    """The one real image of 16 bits that our dependencies bring: matplotlib's sample of a head, 256 x 256 pixels."""
+    """The only real 16-bit image among our dependencies: matplotlib's sample of a head, 256 x 256 pixels."""
     with get_sample_data("s1045.ima.gz") as file:
         scan = np.frombuffer(file.read(), "<u2").reshape(256, 256)
     expected = np.round(scan / 65535 * 255)
@@ -144,7 +144,7 @@ def test_twelve_bits_of_colour_are_not_black():
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "MPO"])
 def test_pictures_stand_upright(orientation: int, kind: str):
-    """EXIF orientations 1 to 8, and 0 and 9, which mean nothing."""
+    """EXIF orientations 1 to 8, and 0 and 9, which are not defined."""
     image = Image.fromarray(np.kron(COLOURS[:, :4], np.ones((8, 8, 1), np.uint8)))
     exif = Image.Exif()
     exif[0x112] = orientation

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def name_pixels(image, rng) -> dict[str, np.ndarray]:
-    """Enough to tell samples and their random streams apart."""
+    """Identify a sample and its random stream."""
     return {"image": np.asarray(image), "draw": rng.random(2, np.float32)}
 
 
@@ -224,7 +224,7 @@ def end_with(signo: int, image, rng) -> dict[str, np.ndarray]:
 
 
 def open_no_more_files(image, rng) -> dict[str, np.ndarray]:
-    """The batch is made, but its tensors, which come as open files, cannot be sent."""
+    """The batch is complete, but its tensors cannot be sent, because they travel as open files."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     return {"image": np.zeros(1)}
 
@@ -257,14 +257,14 @@ def test_a_shard_that_cannot_be_read_is_one_line(folder: Path, workers: int):
 
 
 def test_a_bug_in_a_worker_stays_an_error_and_leaves_no_worker(folder: Path):
-    """Workers ignore SIGTERM: one that is left would keep this process from ending."""
+    """Workers ignore SIGTERM, so a worker that is left would keep this process from ending."""
     with pytest.raises(ZeroDivisionError, match="Caught ZeroDivisionError in DataLoader worker"):
         collect(ShardedDataset(folder, "train"), lambda image, rng: 1 / 0, batch_size=100, steps=range(5), workers=1)
     assert not multiprocessing.active_children()
 
 
 def test_torch_tells_of_a_dead_worker_anywhere():
-    """In the middle of a training step, that is, where it may have raised something else."""
+    """It may do so in the middle of a training step, where other errors are possible too."""
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
     with pytest.raises(RRCMError, match="/dev/shm is full"), explain_lost_workers():
         raise killed
@@ -297,7 +297,7 @@ except RRCMError as error:
     [("1m", "/dev/shm is full (1 MiB); make it larger"), ("1m,ro", "[Errno 30] Read-only file system")],
 )
 def test_a_small_dev_shm_is_one_line(folder: Path, size: str, line: str):
-    """A real one. torch alone drops the batch and waits for it for ever."""
+    """A real small /dev/shm. torch itself would drop the batch and wait for it for ever."""
     answer = in_own_mounts(SMALL, size, sys.executable, folder)
     assert answer.stdout.startswith(f"a loader worker failed: {line}") and answer.stdout.count("\n") == 1
     assert answer.stderr == ""

@@ -223,7 +223,7 @@ def test_left_out_files_and_the_order_of_classes_are_in_the_manifest(photos: Pat
 
 
 def write_photos(root: Path, *names: str) -> None:
-    """Photos of noise, no two alike."""
+    """Photos of noise, all different."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         seed = np.frombuffer(str(name).encode(), np.uint8)
@@ -236,7 +236,7 @@ def pixels_of(folder: Path, split: str) -> set[bytes]:
 
 
 def repeat_photos(root: Path, how: str, classes: str, source: str, target: str) -> None:
-    """Lead to the photos in `source` by a second way, in `target`."""
+    """Give the photos in `source` a second path, in `target`."""
     for name in classes:
         (root / target.format(name)).parent.mkdir(parents=True, exist_ok=True)
         if how == "linked folder":
@@ -265,7 +265,7 @@ REPEATED = ["copy", "link", "hard link", "linked folder", "encoding", "turned"]
 
 @pytest.mark.parametrize("how", REPEATED)
 def test_no_test_image_was_trained_on_whatever_way_leads_to_it(tmp_path: Path, how: str, capsys: pytest.CaptureFixture):
-    """Of a folder without test images, every image is in one split only, and each split has its share."""
+    """In a folder without test images, every image gets into exactly one split, and each split has its share."""
     write_photos(tmp_path / "photos", *(f"{name}/a/{i}.png" for name in "xy" for i in range(20)))
     repeat_photos(tmp_path / "photos", how, "xy", "{}/a", "{}/b")
     write_shards(settings(source="imagefolder", root=str(tmp_path / "photos"), channels=3), 0, tmp_path / "shards")
@@ -286,7 +286,7 @@ def test_no_test_image_was_trained_on_whatever_way_leads_to_it(tmp_path: Path, h
 def test_images_of_both_train_and_test_are_left_out_of_test(
     tmp_path: Path, how: str, source: str, capsys: pytest.CaptureFixture
 ):
-    """But not of ImageNet, whose test images others have used. All are said."""
+    """ImageNet's test images stay, because publications use them. All are reported."""
     photos, test = tmp_path / "photos", "val" if source == "imagenet" else "test"
     write_photos(photos, *(f"train/{name}/{i}.png" for name in "xy" for i in range(10)))
     write_photos(photos, *(f"train/{name}/few/{i}.png" for name in "xy" for i in range(7)))
@@ -304,7 +304,7 @@ def test_images_of_both_train_and_test_are_left_out_of_test(
     assert f"note: {note} test images that are training images too (14)\n" in capsys.readouterr().err
 
 
-def test_one_image_in_two_classes_is_said_and_stays_in_one_split(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_one_image_in_two_classes_is_reported_and_stays_in_one_split(tmp_path: Path, capsys: pytest.CaptureFixture):
     write_photos(tmp_path / "photos", *(f"{name}/{i}.png" for name in "xy" for i in range(20)))
     for i in range(10):
         shutil.copy(tmp_path / f"photos/x/{i}.png", tmp_path / f"photos/y/again{i}.png")
@@ -337,7 +337,7 @@ def test_colours_of_the_same_brightness_are_one_image_in_grey(tmp_path: Path, ch
     assert len(ShardedDataset(tmp_path / "shards", "test")) == count
 
 
-def test_classes_that_a_split_lacks_are_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_classes_that_a_split_lacks_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture):
     write_photos(tmp_path / "photos", *(f"{name}/{i}.png" for name in "xy" for i in range(10)))
     write_photos(tmp_path / "photos", "single/1.png", "two/1.png", "two/2.png")
     write_shards(settings(source="imagefolder", root=str(tmp_path / "photos"), channels=3), 0, tmp_path / "shards")
@@ -493,7 +493,7 @@ def test_a_test_split_that_is_the_training_split_is_refused(digits: Path, tmp_pa
 def test_an_index_that_does_not_fit_is_refused_before_an_image_is_read(
     digits: Path, tmp_path: Path, column: int, value: int
 ):
-    """Whoever wrote it has put its right hash into the manifest."""
+    """Its hash in the manifest is correct."""
     folder = copy(digits, tmp_path)
     path = folder / "test.index.npy"
     index = np.load(path)
@@ -579,7 +579,7 @@ def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkey
 @pytest.mark.parametrize("form", ["http://{}", "http://user:secret@{}"])
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
 def test_url_behind_a_proxy(web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str):
-    """No such host exists; the proxy is asked for the whole address. `no_proxy` names hosts that are near."""
+    """No such host exists, so the proxy must get the whole address. `no_proxy` names hosts that need no proxy."""
     folder, address, asked = web
     monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
     monkeypatch.setenv(name, form.format(address.removeprefix("http://")))
@@ -640,7 +640,7 @@ def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, m
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_downloads_at_once_do_not_mix(web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool):
-    """Locks may be missing, or hold on one machine only. Each download has a file of its own."""
+    """Locks may be missing or work on one machine only, so each download has a file of its own."""
     folder, address, _ = web
     cache, fetch = tmp_path / "cache", shards._fetch
     if not locks:
@@ -695,7 +695,7 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_failed_download(
 
 @pytest.mark.parametrize(("column", "value"), [(0, -512), (0, 10**9), (1, -1), (2, -1), (3, -1)])
 def test_an_index_that_points_outside_its_shard(digits: Path, tmp_path: Path, column: int, value: int):
-    """As of an index and a manifest that were made by hand: the hashes fit."""
+    """The index and the manifest are made by hand, and the hashes fit."""
     folder = Path(shutil.copytree(digits, tmp_path / "shards"))
     manifest, path = json.loads((folder / "manifest.json").read_text()), folder / "test.index.npy"
     index = np.load(path)

@@ -1,4 +1,4 @@
-"""The trunks that are not ours: their layers, their training from scratch, and their model folders."""
+"""Networks other than our ViT: their layers, their training from scratch, and their model folders."""
 
 import pandas as pd
 import pytest
@@ -40,7 +40,7 @@ def test_lenet_is_the_published_network():
     assert_same_gradients(*gradients)
 
 
-@pytest.mark.parametrize("size", [28, 30])  # 30: 26 and 9 pixels before the poolings, so that a row is left out
+@pytest.mark.parametrize("size", [28, 30])  # from 30 pixels: 26 and 9 before the poolings, so a row is left out
 def test_lenet_without_gradients_is_the_same_network(size):
     lenet, noisy = build_network("lenet", size, 1, 10), images(6, 1, size, size)
     trained = lenet(noisy)
@@ -85,7 +85,7 @@ def test_a_network_that_cannot_be_is_refused_in_one_line(name, size, said):
 
 @pytest.mark.parametrize(("name", "size"), [("lenet", 28), ("resnet110", 32), ("test_resnet", 16)])
 def test_a_model_folder_gives_back_the_same_logits(tmp_path, name, size):
-    """Pixels are normalized inside, so the noise is added before."""
+    """The classifier normalises pixels itself, after the noise has been added."""
     torch.manual_seed(0)
     normalization = {"pixel_mean": [0.3], "pixel_std": [0.5]}
     architecture = {"name": name, "image_size": size, "channels": 1, **normalization}
@@ -158,7 +158,7 @@ def test_the_stages_train_and_certify_another_trunk(project):
         answer = stage(project, *command)
         assert answer.returncode == 0, answer.stderr
     config = read_json(project / "models/gaussian/sigma_0.5/config.json")
-    assert config["training"]["num_noise"] == 2  # the common one, as the block of `gaussian` has none
+    assert config["training"]["num_noise"] == 2  # the common value, as the block of `gaussian` has none
     assert config["kind"] == "network" and config["architecture"]["name"] == "test_resnet"
     history = pd.read_csv(project / "models/gaussian/sigma_0.5/history.csv")
     assert history["lr"].tolist() == pytest.approx([5e-3 / 2, 5e-4 / 2], rel=0.2)  # of the last steps, and warming up

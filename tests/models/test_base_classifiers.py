@@ -97,7 +97,7 @@ def test_classes_without_names_are_numbered(tmp_path):
 
 
 def test_weights_can_be_published_in_bfloat16(tmp_path):
-    """Half the size; loaded they are the rounded weights in float32."""
+    """The file has half the size, and gives the rounded weights in float32."""
     for dtype in ("fp32", "bf16"):
         save_model(tmp_path / dtype, small(), dtype=dtype)
     sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("fp32", "bf16")]

@@ -54,7 +54,7 @@ def vit(**sizes: int) -> NoiseConditionedViT:
 
 
 def trained_denoiser(seed: int = 0) -> EDMDenoiser:
-    """One whose head is not zero."""
+    """A denoiser whose head is not zero."""
     torch.manual_seed(seed)
     denoiser = EDMDenoiser(PixelViT(vit()))
     nn.init.normal_(denoiser.network.head.weight, std=0.1)
@@ -77,7 +77,7 @@ def rows(count: int = 32) -> tuple[torch.Tensor, CounterDraw]:
 
 
 @torch.no_grad()
-def test_the_denoiser_is_that_of_edm():
+def test_the_denoiser_follows_edm():
     """Each factor against the formulas of the paper's table 1, written out once more."""
     denoiser, (noisy, _) = trained_denoiser(), rows(4)
     t = torch.tensor([0.01, 0.5, 1.0, 40.0])
@@ -120,7 +120,7 @@ def test_levels_of_the_reverse_process():
 def test_ancestral_steps_have_the_moments_of_the_posterior():
     """From data to noise and one step back: variances and covariances must be those at the lower level.
 
-    With the best denoiser of Gaussian data, D is not x_0, so the variance is that of D plus what the step adds.
+    The best denoiser of Gaussian data does not return x_0, so the variance is the variance of D plus that of the step.
     """
     generator = torch.Generator().manual_seed(1)
     count, t, s = 200_000, 1.0, 0.4
@@ -199,7 +199,7 @@ def test_of_equally_many_votes_those_of_the_earliest_run_win():
 
 @pytest.mark.parametrize("kind", ["densepure", "diffsmooth"])
 def test_votes_do_not_depend_on_packing_or_order(kind):
-    """Two images together, in the other order, in pieces, and in batches of the same shape with other rows beside."""
+    """Two images together, in reverse order, in pieces, and in batches of the same shape with other rows."""
     build = {
         "densepure": (DensePure, {"runs": 2, "steps": 2}),
         "diffsmooth": (DiffSmooth, {"num_noise": 2, "local_sigma": 0.25}),
@@ -244,7 +244,7 @@ def test_a_model_folder_gives_the_same_answers(tmp_path, kind, settings):
 
 @torch.no_grad()
 def test_bfloat16_rounds_networks_and_no_pixels(tmp_path):
-    """The noise and the skip connection stay in float32, so the estimate differs by little even at loud noise."""
+    """The noise and the skip connection stay in float32, so the estimate changes little even at loud noise."""
     loaded, (noisy, _) = load_model_folder(saved(tmp_path)), rows()
     smoothed = SmoothedClassifier(loaded.classifier, SIGMA, K, precision="bf16")
     half = smoothed.network.denoiser

@@ -1,4 +1,4 @@
-"""Model folders: their hashes notice any damage, and what their config.json says is typed and bounded."""
+"""Model folders: hashes reveal any damage, and the entries of config.json have types and bounds."""
 
 import os
 import random
@@ -97,8 +97,8 @@ def test_the_line_names_the_damaged_file(tmp_path):
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace('"a"', '"b"', 1))
     refused(folder, r"^.*/config.json: is damaged or was edited")
-    (folder / "config.json").write_text(text.replace("\n", "\r\n"))  # through Windows: nothing else has changed
-    (folder / "history.csv").unlink()  # a copy may leave out what loading does not need
+    (folder / "config.json").write_text(text.replace("\n", "\r\n"))  # as saved on Windows, otherwise unchanged
+    (folder / "history.csv").unlink()  # a copy may lack files that loading does not need
     load(folder)
 
 
@@ -148,7 +148,7 @@ def nested(folder: Path) -> None:
 
 
 def nested_less(folder: Path) -> None:
-    """As deep as the parser of JSON allows."""
+    """As deep as the JSON parser allows."""
     lists: list = []
     for _ in range(900):
         lists = [lists]
@@ -238,7 +238,7 @@ def test_a_denoiser_of_an_earlier_version_is_read(tmp_path):
 
 @pytest.mark.parametrize("entry", ["layers_per_block", "channel_mults"])
 def test_sizes_of_other_denoisers_are_bounded(tmp_path, entry):
-    """Before any network is built."""
+    """They are refused before any network is built."""
     save_denoiser(tmp_path / "denoiser", EDMDenoiser(UNet(8, 1, 8, (1, 2), 1, ())))
     load(tmp_path / "denoiser")
     in_architecture(**{entry: [1] * 10**5 if "channel" in entry else 10**7})(tmp_path / "denoiser")
@@ -259,7 +259,7 @@ def test_a_member_that_is_no_model_is_refused(tmp_path, path):
 
 @pytest.mark.parametrize("outer", ["ensemble", "dds"])
 def test_a_model_is_no_part_of_its_own_kind(tmp_path, outer):
-    """Nor of itself: no hash can be in what it is the hash of."""
+    """Nor can it be a part of itself, since no content can include its own hash."""
     inner = folder_of(outer, tmp_path)
     folder = tmp_path / "outer"
     folder.mkdir()

@@ -170,7 +170,7 @@ def test_sizes_of_a_unet_that_do_not_fit_are_refused(changes, message):
 
 
 class BestNetwork(nn.Module):
-    """What the best network predicts for images of independent pixels from N(0, SIGMA_DATA^2)."""
+    """The best network's prediction for images of independent pixels from N(0, SIGMA_DATA^2)."""
 
     image_size, channels, out_channels = 8, 1, 2
 
@@ -188,7 +188,7 @@ class BestNetwork(nn.Module):
 
 
 def closed_form(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The mean of the clean images that x can come from."""
+    """The mean of the clean image given x."""
     return x * SIGMA_DATA**2 / (SIGMA_DATA**2 + by_image(t) ** 2)
 
 
@@ -215,19 +215,19 @@ def test_the_best_network_gives_the_closed_form_between_steps(schedule, num_step
 
 def test_the_nearest_step_is_nearest_in_the_logarithm_and_the_ends_serve_what_is_beyond():
     abar = torch.tensor([0.9, 0.5, 0.2])  # levels 1/3, 1 and 2
-    told = []
+    steps = []
 
-    class Told(BestNetwork):
+    class Recording(BestNetwork):
         def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-            told.extend(step.tolist())
+            steps.extend(step.tolist())
             return x
 
-    denoiser = DiscreteDenoiser(Told(abar, "epsilon"), abar, "epsilon")
+    denoiser = DiscreteDenoiser(Recording(abar, "epsilon"), abar, "epsilon")
     torch.testing.assert_close(denoiser.levels, torch.tensor([1 / 3, 1, 2]).double(), rtol=1e-6, atol=0)
     t = torch.tensor([0.01, 0.57, 0.58, 1.41, 1.42, 99.0])  # between 1/3 and 1: 0.577; between 1 and 2: 1.414
     x = randn(6, 1, 8, 8)
     clean = denoiser(x, t)
-    assert told == [0, 0, 1, 1, 2, 2]
+    assert steps == [0, 0, 1, 1, 2, 2]
     torch.testing.assert_close(clean, x - by_image(t / (1 + t**2).sqrt()) * x)  # it is given x / (1 + t^2)^(1/2)
     for row, level in enumerate(t.tolist()):
         assert torch.equal(denoiser(x[[row]], level), clean[[row]])
@@ -439,17 +439,17 @@ def test_other_sources_are_refused():
     )
 
 
-# What the files do not tell: it is found out on a few images
+# What the files do not say: a trial on a few images
 
 
 def flat_images(count: int, seed: int = 5) -> torch.Tensor:
-    """Images (count, 1, 8, 8) in [0, 1], each of one grey with a slight slope."""
+    """Images (count, 1, 8, 8) in [0, 1], each of one grey with a slight gradient."""
     grey, slope = torch.rand(2, count, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
     return (grey + (slope - 0.5) * torch.linspace(-0.5, 0.5, 8)).clamp(0, 1).expand(-1, -1, 8, -1)
 
 
 class MeanNetwork(BestNetwork):
-    """What the best network predicts for images of one grey, if nothing is known of that."""
+    """The best network's prediction for images of one unknown grey."""
 
     def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         abar = by_image(self.abar[step])
@@ -461,19 +461,21 @@ class MeanNetwork(BestNetwork):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("told", ["epsilon", "v_prediction", "sample"])
-def test_a_denoiser_of_another_prediction_is_refused(monkeypatch, prediction_type, told):
+@pytest.mark.parametrize("stated", ["epsilon", "v_prediction", "sample"])
+def test_a_denoiser_of_another_prediction_is_refused(monkeypatch, prediction_type, stated):
     abar = alphas_cumprod().float()
-    denoiser = DiscreteDenoiser(MeanNetwork(abar, prediction_type), abar, told)
+    denoiser = DiscreteDenoiser(MeanNetwork(abar, prediction_type), abar, stated)
     monkeypatch.setattr("rrcm.models.public_denoisers.read_public_denoiser", lambda *_, **__: denoiser)
-    if told == prediction_type:
-        assert load_public_denoiser("it", flat_images(8), [0.25, 0.5]).prediction_type == told
-    else:  # at little noise the two may be alike, and both below the linear denoiser
-        refused(f"^it: predicts {prediction_type}, not {told}", load_public_denoiser, "it", flat_images(8), [0.25, 0.5])
+    if stated == prediction_type:
+        assert load_public_denoiser("it", flat_images(8), [0.25, 0.5]).prediction_type == stated
+    else:  # at low noise the two may be close, and both better than the linear denoiser
+        refused(
+            f"^it: predicts {prediction_type}, not {stated}", load_public_denoiser, "it", flat_images(8), [0.25, 0.5]
+        )
 
 
 def test_the_best_linear_denoiser_has_the_error_that_is_compared_with():
-    """Of images of independent pixels, and so no other is better."""
+    """It is the error for images of independent pixels, for which no denoiser is better."""
     images = 0.5 + 0.25 * randn(400, 1, 8, 8, seed=3)
     abar = alphas_cumprod()
     denoiser = DiscreteDenoiser(BestNetwork(abar, "sample"), abar, "sample")
@@ -489,7 +491,7 @@ def test_what_does_not_denoise_is_refused():
     refused(r"^public: needs 8 images \(N, C, H, W\) to be tried on", load, "public", flat_images(7))
     refused(r"is for images of 1 x 8 pixels, not of 3 x 8", load, "public", flat_images(8).expand(-1, 3, -1, -1))
     refused(r"is for images of 1 x 8 pixels, not of 1 x 16", load, "public", torch.rand(8, 1, 16, 16))
-    grey = torch.full((8, 1, 8, 8), 0.5)  # all alike, so nothing is better than their mean
+    grey = torch.full((8, 1, 8, 8), 0.5)  # all the same, so nothing is better than their mean
     refused(r"^public: does not denoise", load, "public", grey)
 
 

@@ -1,4 +1,4 @@
-"""The network against timm's, its parts against closed forms, model folders, schedules."""
+"""The network agrees with timm's, its parts with closed forms; model folders and schedules."""
 
 import math
 import weakref
@@ -64,7 +64,7 @@ def test_parameters_are_named_and_shaped_as_timms(qkv_bias):
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @torch.no_grad()
 def test_the_network_answers_as_timms_to_the_bit(monkeypatch, qkv_bias):
-    """With all tokens of the last block. Computing its class token alone reorders sums: there only rounding differs."""
+    """This compares all tokens of the last block. Computing only its class token reorders sums, so rounding differs."""
     network, images, t = distinct(small(block=BlockOptions(qkv_bias=qkv_bias))), torch.randn(5, 1, 8, 8), 0.7
     twin = timm_vit(network, t)
     assert twin.blocks[0].attn.fused_attn
@@ -78,7 +78,7 @@ def test_the_network_answers_as_timms_to_the_bit(monkeypatch, qkv_bias):
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("tokens_read", [6, 1])
 def test_gradients_of_a_block_are_timms(tokens_read, qkv_bias):
-    """For all tokens and for the class token alone."""
+    """For all tokens, and for the class token alone."""
     network = distinct(small(block=BlockOptions(qkv_bias=qkv_bias)))
     block, twin = network.blocks[-1], timm_vit(network, 1.0).blocks[-1]
     tokens = torch.randn(5, 6, 32)
@@ -101,7 +101,7 @@ def test_images_of_another_size_are_refused():
 
 @pytest.mark.parametrize("large", [1, 5 * 6 * 4 * 32 * 4 + 1])
 def test_a_large_gelu_output_is_recomputed_in_the_backward_pass(monkeypatch, large):
-    """GELU's input is kept, its output only where it is small."""
+    """GELU's input is kept, and its output only if it is small."""
     monkeypatch.setattr(vit, "RECOMPUTE_MIN_BYTES", large)
     block, alive = small().blocks[0], {}
 
@@ -117,8 +117,8 @@ def test_a_large_gelu_output_is_recomputed_in_the_backward_pass(monkeypatch, lar
     answer.sum().backward()
 
 
-def test_attention_in_half_precision_is_that_of_float32_up_to_rounding():
-    """Values and gradients of plain products against torch's fused kernel."""
+def test_attention_in_half_precision_agrees_with_float32_up_to_rounding():
+    """Values and gradients of plain products agree with torch's fused kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(4, 2, 6, 8).bfloat16() for _ in range(3))
     exact = [x.float().requires_grad_() for x in (q, k, v)]

@@ -1,4 +1,4 @@
-"""What every objective must do, whatever its formula: run over both tables."""
+"""Requirements for all objectives, whatever their formulas. Every entry of both tables is tested."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def images(*shape: int) -> torch.Tensor:
 
 
 def labelled() -> dict[str, torch.Tensor]:
-    """A batch for fine-tuning, with soft labels that are none for one class."""
+    """A batch for fine-tuning, with soft labels that are 0 for one class."""
     soft_label = images(B, K)
     soft_label[:, -1] = 0
     target = torch.eye(K)[torch.arange(B) % K]
@@ -108,12 +108,12 @@ def test_pretraining_in_chunks_is_the_whole(config, name):
 def test_pretraining_in_bfloat16_gives_every_parameter_its_gradient(config, name):
     exact, mixed = pretraining_gradients(config, name), pretraining_gradients(config, name, precision="bf16")
     for key, value in exact.items():
-        assert (mixed[key] - value).norm() <= 0.3 * value.norm() + 1e-2, key  # some are 0 but for rounding
+        assert (mixed[key] - value).norm() <= 0.3 * value.norm() + 1e-2, key  # some are 0 except for rounding
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_a_teacher_is_a_copy_of_a_part_of_the_student(config, name):
-    """So its average knows whose parameters it follows, and all objectives start from the same encoder."""
+    """The average therefore knows whose parameters it follows, and all objectives start from the same encoder."""
     student, teacher = build_pretraining_objective(config, name).build_student_and_teacher(encoder())
     parameters = dict(student.named_parameters())
     assert all(torch.equal(p, parameters[f"encoder.{key}"]) for key, p in encoder().named_parameters())
@@ -128,10 +128,10 @@ def test_finetuning_reaches_every_parameter_and_draws_by_seed_and_step(config, m
 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_cost_of_pretraining_counts_multiply_adds_in_passes_through_the_encoder(config, name, monkeypatch):
-    """Of the encoders and the decoder, counted by torch. The way back counts twice."""
+    """torch counts those of the encoders and the decoder. A backward pass counts twice."""
     monkeypatch.setattr(
         vit, "attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v
-    )  # torch cannot count the fused one
+    )  # torch cannot count the fused kernel
     objective = build_pretraining_objective(config, name)
     student, teacher = objective.build_student_and_teacher(encoder())
     spent = 0.0
@@ -159,7 +159,7 @@ def test_cost_of_pretraining_counts_multiply_adds_in_passes_through_the_encoder(
 
 @pytest.mark.parametrize("name", FINETUNING)
 def test_cost_counts_the_passes_through_the_encoder(config, name):
-    """An image that goes through the encoder counts once, and the way back counts twice, or once for pixels alone."""
+    """A forward pass of an image counts once, and a backward pass twice, or once if only pixels get gradients."""
     passes, for_pixels_alone, module = 0.0, False, encoder()
 
     def count(_, inputs, output):
@@ -197,9 +197,9 @@ def test_cost_counts_the_passes_through_the_encoder(config, name):
     ],
 )
 def test_without_its_own_part_an_objective_is_gaussian(name, settings):
-    """lambda = eta = 0, epsilon = 0: the cross-entropy of the m copies is left, with the same noise.
+    """With lambda = eta = epsilon = 0, the cross-entropy of the m copies with the same noise remains.
 
-    CAT-RS keeps all m of an image only if all are classified rightly.
+    CAT-RS keeps all m copies of an image only if all are classified correctly.
     """
     classifier = always_right if name == "cat_rs" else linear_classifier
     settings |= {"sigma": 0.5, "num_noise": 4}
@@ -224,7 +224,7 @@ def linear_classifier(noisy: torch.Tensor, *, frozen: bool = False) -> torch.Ten
 
 @pytest.mark.parametrize(("steps", "same"), [(1, True), (2, False)])
 def test_smoothmix_with_one_step_mixes_from_the_clean_image(steps, same):
-    """The adversary after one step is then the other end. The authors' code keeps the image as the clean end."""
+    """The adversary after one step is then the other end, and the authors' code keeps the image as the clean end."""
     settings = {"sigma": 0.5, "num_noise": 2, "mix_weight": 1.0, "attack_step": 0.5, "attack_steps": steps}
     batch, losses = labelled(), []
     for one_step in (False, True):
@@ -275,7 +275,7 @@ def test_cat_rs_keeps_the_smallest_losses_and_the_worst_divergence():
 
 @pytest.mark.parametrize(("confidence", "p"), [("predictions", 0.5), ("soft_label", 0.6)])
 def test_cat_rs_draws_the_count_from_the_binomial_distribution_of_the_confidence(monkeypatch, confidence, p):
-    """A network that is right about two copies of four, and soft labels of 0.6: 0 is counted as 1."""
+    """A network that classifies two of four copies correctly, with soft labels of 0.6. A count of 0 becomes 1."""
     counts = []
     monkeypatch.setattr(cat_rs, "cat_rs_loss", lambda *args: (counts.append(args[-1]), 2 * [torch.zeros(())])[1])
     size = 4000
@@ -322,7 +322,7 @@ def test_attacks_stay_in_range_and_raise_the_loss():
     assert ((attacked - image).flatten(1).norm(dim=1) <= 0.5 + 1e-6).all()
     flat = torch.full((1, 1, 8, 8), 0.5)
     still = ascend(lambda x: 0 * x.sum(), flat, steps=2, length=1.0, project=lambda x: x)
-    assert torch.equal(still, flat)  # a gradient of 0 leads nowhere
+    assert torch.equal(still, flat)  # a gradient of 0 has no direction
 
 
 def test_soft_cross_entropy_is_torchs():

@@ -1,4 +1,4 @@
-"""The numbers that the authors' own code gave (tests/data), measured on the CPU in float32."""
+"""Agreement with numbers from the authors' own code (tests/fixtures), computed on the CPU in float32."""
 
 import csv
 from pathlib import Path

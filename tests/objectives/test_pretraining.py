@@ -59,8 +59,8 @@ def test_without_mask_and_noise_the_identity_reconstructs_everything():
 
 
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.75])
-def test_visible_and_masked_patches_count_alike(mask_ratio):
-    """The visible ones are right, and each masked one is wrong by its own variance, 15 / 16."""
+def test_visible_and_masked_patches_have_the_same_weight(mask_ratio):
+    """Visible patches have no error, and the error of a masked patch is its own variance, 15 / 16."""
     assert reconstruction(mask_ratio, 0.0) == pytest.approx(mask_ratio * 15 / 16, rel=1e-4)
 
 

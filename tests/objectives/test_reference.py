@@ -1,4 +1,4 @@
-"""The numbers that the methods' public code gave on a tiny network (tests/fixtures), in float32 on a CPU."""
+"""Agreement with numbers from the methods' public code on a tiny network (tests/fixtures), in float32 on a CPU."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A second opinion on one batch: adversarial-robustness-toolbox's MACER and SmoothMix have our gradients.
+"""A second implementation: MACER and SmoothMix of adversarial-robustness-toolbox have our gradients on a batch.
 
 Its SmoothAdv is another algorithm, so it is not compared: it sets the order of the norm to epsilon, keeps only the last
 step of its attack, and attacks one noisy copy at a time.
@@ -20,7 +20,7 @@ TARGET = torch.eye(K)[LABELS]
 
 
 def network() -> nn.Module:
-    """A network that is right about some of the images."""
+    """A network that classifies some of the images correctly."""
     torch.manual_seed(1)
     layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, K))
     optimizer = torch.optim.Adam(layers.parameters(), 0.05)

@@ -105,7 +105,7 @@ def test_a_package_may_import_for_others():
 
 
 def test_what_only_annotations_need_is_not_followed():
-    """An objective is told the network in its signature, and does not depend on it."""
+    """An objective names the network in its signature only, so it does not depend on it."""
     found = fingerprints("rrcm.objectives.gaussian")
     assert "rrcm.objectives.base" in found and "rrcm.models.vit" not in found
     assert "rrcm.models.vit" in fingerprints("rrcm.objectives.contrastive")
@@ -127,7 +127,7 @@ OTHERS |= {str(path) for path in Path.home().glob(".pyenv/versions/3.1[1-9]*/bin
 @pytest.mark.skipif(not OTHERS, reason="there is one Python here")
 @pytest.mark.parametrize("python", sorted(OTHERS))
 def test_every_version_of_python_gives_the_same_fingerprints(python):
-    """So a clone with another version has nothing to run again. The parts of f-strings are split differently."""
+    """A clone with another version must not run anything again. Versions split the parts of f-strings differently."""
     code = "import json, sys; from rrcm.utils.code import *; print(json.dumps([fingerprints('rrcm.training.finetune'), "
     code += "fingerprint_of(essence(ast.parse(sys.argv[1])))]))"
     source = SOURCE + "F = f'{1}' 'a' f'' f'b{2!r:>{3}}' + f'{{}}' + 'x' 'y'\n"

@@ -1,4 +1,4 @@
-"""What tells two runs of networks apart: every attribute, every line of code, every number of every kind of model."""
+"""Descriptions cover every attribute, every line of code and every number of every kind of model."""
 
 import enum
 import json
@@ -95,7 +95,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def varied(value: object) -> object:
-    """Something else, of the same type where that is possible."""
+    """Another value, of the same type if possible."""
     match value:
         case bool():
             return not value
@@ -113,7 +113,7 @@ def varied(value: object) -> object:
 
 
 def places(model: nn.Module) -> list[tuple[object, str]]:
-    """Each attribute of each type of module in `model`, once, and all weights and buffers."""
+    """One instance of each attribute of each type of module in `model`, and all weights and buffers."""
     found = {}
     for module in model.modules():
         own = vars(module)
@@ -126,7 +126,7 @@ def places(model: nn.Module) -> list[tuple[object, str]]:
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if "_" in k else k for k in BUILDERS])
 def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
-    """What nothing reads counts too: who could tell?"""
+    """Attributes that nothing reads count too, since nobody can know that."""
     model = BUILDERS[kind]().eval()
     before, attributes = described(model), places(model)
     assert before == described(BUILDERS[kind]().eval()) and len(attributes) > 10
@@ -165,7 +165,7 @@ MODELS = {
 
 
 def test_models_that_differ_in_no_weight_differ():
-    """Of the same seed: many have equal state dicts."""
+    """They have the same seed, and many have equal state dicts."""
     found = [described(build()) for build in (classifier, *MODELS.values())]
     assert len(set(found)) == len(found) and found == [described(build()) for build in (classifier, *MODELS.values())]
 
@@ -184,10 +184,10 @@ def test_every_attribute_of_every_objective_counts():
     assert len(found) == 4 * len(kinds) > 40
 
 
-@pytest.mark.parametrize("alike", [fixed_sample, group_sequential])
-def test_stopping_rules_are_told_apart_by_their_boundaries(alike):
-    assert described(alike(0.5, n=1000)) == described(alike(0.5, n=1000))
-    assert len({described(alike(0.5, n=n, alpha=alpha)) for n in (1000, 1001) for alpha in (0.001, 0.01)}) == 4
+@pytest.mark.parametrize("rule", [fixed_sample, group_sequential])
+def test_stopping_rules_with_other_boundaries_have_other_descriptions(rule):
+    assert described(rule(0.5, n=1000)) == described(rule(0.5, n=1000))
+    assert len({described(rule(0.5, n=n, alpha=alpha)) for n in (1000, 1001) for alpha in (0.001, 0.01)}) == 4
 
 
 # --- any object -------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Hiding(nn.Module):
 
 
 def made(factor: int) -> nn.Module:
-    """Of a class of one name and one source, with another variable of the function around it."""
+    """An object whose class always has the same name and source, but closes over another variable."""
 
     class Made(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -275,7 +275,7 @@ def exported(bias: float) -> nn.Module:
     return torch.fx.symbolic_trace(layer)
 
 
-ALIKE: dict[str, list[Callable[[], object]]] = {  # each case: things that are alike and are not the same
+ALIKE: dict[str, list[Callable[[], object]]] = {  # each case: objects that look alike and differ
     "class": [Net, Net2, lambda: nn.Identity(), lambda: made(1), lambda: made(2)],
     "method": [Net, lambda: patched("forward", lambda self, x: x), lambda: patched("forward", lambda self, x: x + 1)],
     "class attribute": [lambda: patched("scale", 2.0), lambda: patched("scale", 3.0)],
@@ -315,9 +315,9 @@ ALIKE: dict[str, list[Callable[[], object]]] = {  # each case: things that are a
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # of what torch will not have any more
+@pytest.mark.filterwarnings("ignore")  # about features that torch will remove
 @pytest.mark.parametrize("case", ALIKE)
-def test_what_is_alike_is_told_apart_and_what_is_the_same_is_not(case):
+def test_objects_that_look_alike_and_differ_have_different_descriptions(case):
     def describe_all() -> list[str]:
         torch.manual_seed(0)
         return [described(build()) for build in ALIKE[case]]

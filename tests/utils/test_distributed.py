@@ -84,7 +84,7 @@ def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
 
 
 def one_step_each(folder: Path) -> None:
-    """A step of every pre-training objective on this process's part of a batch of 12; rank 0 writes what it gives."""
+    """A step of every pre-training objective on this process's part of a batch of 12; rank 0 writes the results."""
     config = load_config(folder / "params.yaml")
     torch.manual_seed(1)
     with init_distributed("cpu") as env:
@@ -205,7 +205,7 @@ def test_batch_norm_of_one_process_is_torchs():
 
 
 def verify_twice(folder: Path, shards: Path) -> None:
-    """Check the shards, also as damaged in `folder`; this process writes which it checked and what it was told."""
+    """Check the shards, then the damaged copy in `folder`; write which ones this process checked, and its error."""
     checked, check = [], shards_module._check
     shards_module._check = lambda path, entry: [checked.append(path.name), check(path, entry)]
     for _ in range(2):  # a second connection of the same processes does not see the first one's queue
@@ -217,7 +217,7 @@ def verify_twice(folder: Path, shards: Path) -> None:
         with init_distributed("cpu") as env:
             verify_shards([ShardedDataset(folder / "damaged", "train")], env)
     except RRCMError as error:
-        (folder / f"told-{env.rank}").write_text(str(error))
+        (folder / f"error-{env.rank}").write_text(str(error))
 
 
 def test_processes_share_the_hashing_and_all_learn_of_damage(tmp_path, tiny_shards):
@@ -229,16 +229,15 @@ def test_processes_share_the_hashing_and_all_learn_of_damage(tmp_path, tiny_shar
     checked = [name for rank in range(2) for name in (tmp_path / f"checked-{rank}").read_text().splitlines()]
     tars = [path.name for split in ("train", "val") for path in tiny_shards.glob(f"{split}-*.tar")]
     assert sorted(checked) == sorted(tars)
-    told = {(tmp_path / f"told-{rank}").read_text() for rank in range(2)}
-    assert len(told) == 1 and next(iter(told)).startswith(f"{damaged[0]}: has 0 bytes, ")
-    assert next(iter(told)).endswith("(and 1 other shards)")
+    (error,) = {(tmp_path / f"error-{rank}").read_text() for rank in range(2)}
+    assert error.startswith(f"{damaged[0]}: has 0 bytes, ") and error.endswith("(and 1 other shards)")
 
 
 def lose_the_other(folder: Path, rank_that_ends: int) -> None:
     try:
         with init_distributed("cpu") as env:
             if env.rank == rank_that_ends:
-                os._exit(0)  # it has said why, perhaps while the other one is still joining
+                os._exit(0)  # it has printed why, perhaps while the other one is still joining
             with explain_lost_processes():
                 all_reduce_sum(torch.ones(2))
     except RRCMError as error:
@@ -384,7 +383,12 @@ def test_an_empty_number_of_processes_counts_as_none(monkeypatch):
 
 @pytest.mark.parametrize(
     ("threads", "environment", "wanted"),
-    [(None, "", 1), (None, None, 1), (None, "3", 3), (2, None, 2)],  # OMP_NUM_THREADS is heard, as is the setting
+    [
+        (None, "", 1),
+        (None, None, 1),
+        (None, "3", 3),
+        (2, None, 2),
+    ],  # both OMP_NUM_THREADS and the setting are respected
 )
 def test_a_quota_bounds_the_threads_that_nobody_named(monkeypatch, threads, environment, wanted):
     before = torch.get_num_threads()
@@ -402,7 +406,7 @@ def test_a_quota_bounds_the_threads_that_nobody_named(monkeypatch, threads, envi
 
 @pytest.mark.slow
 def test_damage_is_said_without_a_traceback_under_torchrun(project, tiny_shards):
-    """Of a process that torchrun has stopped meanwhile there may be no word."""
+    """A process that torchrun has stopped in the meantime may print nothing."""
     shards = Path(shutil.copytree(tiny_shards, project / "damaged"))
     (shards / "train-00001.tar").write_bytes(b"")
     torchrun = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""Writing where a place is not like a local disk: no locks, no renames, kills at any step, errors in one line."""
+"""Writing on file systems unlike a local disk: no locks, no renames, kills at any step, errors in one line."""
 
 import errno
 import fcntl
@@ -47,7 +47,7 @@ def replace_folder(path: Path) -> None:
 
 
 def cannot_rename(monkeypatch: pytest.MonkeyPatch, place: str, path: Path) -> None:
-    """Let renames of folders fail as they do in `place`."""
+    """Let renames of folders fail as they do on `place`."""
     replace, remove, inode = os.replace, os.rmdir, path.stat().st_ino
     refused = {
         "local disk": lambda source, target: 0,
@@ -84,7 +84,7 @@ def test_a_folder_is_replaced_wherever_it_is(tmp_path, monkeypatch, place):
 
 
 def killed_at(step: int, write: Callable[[], None]) -> bool:
-    """Write in a child that ends at once before its `step`-th change of the disk; False: it has fewer."""
+    """Write in a child that is killed before its `step`-th change of the disk. False if it makes fewer changes."""
     pid = os.fork()
     if pid == 0:
         changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -111,7 +111,7 @@ def killed_at(step: int, write: Callable[[], None]) -> bool:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_at_any_step_loses_neither_folder(tmp_path, monkeypatch, place):
-    """The next run stops early, so that nothing it makes can stand in for what was lost."""
+    """The next run stops early, so that its output cannot replace what was lost."""
     path, kept, step = tmp_path / "out", set(), 0
     while True:
         fill(path, OLD)
@@ -136,7 +136,7 @@ def test_an_error_in_the_swap_keeps_the_new_folder_for_the_next_run(tmp_path, mo
     monkeypatch.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(full))
     with pytest.raises(RRCMError, match=r"No space left.*free some space; .*\.out\.tmp is complete, the next run will"):
         replace_folder(path)
-    with pytest.raises(RRCMError, match=r"\.out\.tmp is complete"):  # still full: said before any work
+    with pytest.raises(RRCMError, match=r"\.out\.tmp is complete"):  # still full: reported before any work
         replace_folder(path)
     monkeypatch.undo()
     with pytest.raises(RuntimeError), atomic_directory(path):
@@ -205,7 +205,7 @@ def test_a_linked_folder_stays_a_link_and_a_linked_file_is_not_written_through(t
 
 
 def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
-    """As by `--output /dev/null` of the administrator."""
+    """For example by the administrator's `--output /dev/null`."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RRCMError, match="pipe: is a device or a pipe; give the path of a file"):
         write_text(tmp_path / "pipe", "text")
@@ -237,7 +237,7 @@ def test_what_a_killed_run_left_is_deleted_and_what_another_is_writing_is_not(tm
 
 
 def fail(number: int, name: str | None = None):
-    """A function that raises what the system does; `name`: the file that it complains of, default its argument."""
+    """A function that raises an error of the system about the file `name`, by default its argument."""
 
     def fails(path: object = None, *_: object, **__: object) -> None:
         culprit = [] if number == errno.ENOSPC else [name or str(path)]
@@ -256,7 +256,7 @@ def fail(number: int, name: str | None = None):
     ],
 )
 def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, write, module, step, number, line):
-    """A full disk shows when data are flushed."""
+    """A full disk is noticed when data are flushed."""
     path = tmp_path / "out"
     fill(path, OLD) if write is replace_folder else path.write_bytes(b"old")
     before = files_of(tmp_path)
@@ -270,14 +270,14 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, write, module
 def test_leftovers_of_another_user_are_named(tmp_path, monkeypatch):
     path, left = tmp_path / "out", tmp_path / ".out.tmp"
     fill(left, OLD)
-    monkeypatch.setattr(shutil, "rmtree", fail(errno.EACCES, "a"))  # it names the last part of a path only
+    monkeypatch.setattr(shutil, "rmtree", fail(errno.EACCES, "a"))  # it names only the last part of a path
     with pytest.raises(RRCMError, match=rf"^{path}: cannot write it \(Permission denied: {left}\); get permission"):
         replace_folder(path)
     assert left.exists() and not path.exists()
 
 
 def test_a_kill_at_any_step_leaves_no_files_of_two_runs_side_by_side(tmp_path):
-    """And nothing else, once another run has written."""
+    """Nor does it leave anything else once another run has written."""
     paths, seen, step = [tmp_path / name for name in ("a.tsv", "a.files.tsv", "b.png")], set(), 0
     while True:
         for path in paths:
@@ -295,7 +295,7 @@ def test_a_kill_at_any_step_leaves_no_files_of_two_runs_side_by_side(tmp_path):
 
 
 def test_an_error_before_the_first_file_changes_leaves_all(tmp_path):
-    """An error later does not say that nothing was overwritten."""
+    """The message of a later error does not say that nothing was overwritten."""
     contents = {tmp_path / name: b"new" for name in ("a", "b", "folder")}
     for path in contents:
         path.mkdir() if path.name == "folder" else path.write_bytes(b"old")
@@ -310,7 +310,7 @@ def test_an_error_before_the_first_file_changes_leaves_all(tmp_path):
 
 
 class Child:
-    """A forked process that says when it has come to a point, and waits there until it is let go."""
+    """A forked process that reports when it has reached a point, and waits there until it is released."""
 
     def __init__(self, work: Callable[[Callable[[], None]], None]):
         (here, says), (waits, self.go) = os.pipe(), os.pipe()
@@ -332,7 +332,7 @@ class Child:
 
 
 def test_what_another_process_has_claimed_is_refused_until_it_ends(tmp_path):
-    """Under any name of its folder. Other paths are free."""
+    """This holds for every name of its folder. Other paths are not affected."""
     (tmp_path / "link").symlink_to(".")
 
     def hold(pause: Callable[[], None]) -> None:
@@ -346,7 +346,7 @@ def test_what_another_process_has_claimed_is_refused_until_it_ends(tmp_path):
         )
         with complaint, claimed(tmp_path / "c", path):
             pass
-    with claimed(tmp_path / "c"), claimed(tmp_path / "c"):  # what this process has it may claim again
+    with claimed(tmp_path / "c"), claimed(tmp_path / "c"):  # a process may claim its own paths again
         pass
     assert child.end() == 0
     with claimed(tmp_path / "a", tmp_path / "b"):
@@ -364,14 +364,14 @@ def test_files_of_one_process_wait_for_those_of_another(tmp_path, capsys):
             paths[1].write_bytes(b"theirs")
 
     child = Child(write_slowly)
-    with claimed(tmp_path / "c"):  # both go on at once
+    with claimed(tmp_path / "c"):  # both continue at the same time
         os.write(child.go, b"1")
         write_together(dict.fromkeys(paths, b"ours"))
     assert child.end() == 0 and {path.read_bytes() for path in paths} == {b"ours"}
 
 
 def test_two_processes_have_scratch_files_of_their_own(tmp_path):
-    """The one that ends last wins, whole."""
+    """The one that ends last wins, with a complete file."""
     path = tmp_path / "file"
 
     def write(pause: Callable[[], None]) -> None:
@@ -389,7 +389,7 @@ def test_two_processes_have_scratch_files_of_their_own(tmp_path):
 
 
 def test_a_lock_that_was_deleted_meanwhile_is_not_held(tmp_path, monkeypatch):
-    """Its last holder deletes it between the opening and the locking of the next one."""
+    """Its last holder deletes it after the next one has opened it and before it locks it."""
     path, locked, deleted = tmp_path / "lock", files.lock_file, []
 
     def lock_late(file, **options) -> bool:
@@ -448,12 +448,12 @@ def test_a_relative_path_is_found_from_a_copy_that_dvc_makes(tmp_path, monkeypat
     ]:
         monkeypatch.chdir(here)
         assert in_repository("pictures") == found
-        assert in_repository("both") == Path("both")  # what is in git or DVC: of the experiment's own revision
+        assert in_repository("both") == Path("both")  # files in git or DVC come from the experiment's own revision
         assert in_repository("/anywhere") == Path("/anywhere")
     assert in_repository("new") == tmp_path / "new"
 
 
-WINDOWS = ["utf-8", "utf-8-sig", "utf-16"]  # how its programs save text
+WINDOWS = ["utf-8", "utf-8-sig", "utf-16"]  # as its programs save text
 
 
 @pytest.mark.parametrize("encoding", [*WINDOWS, "utf-16-be"])

@@ -1,4 +1,4 @@
-"""Philox: its published answers, the same bits when it is compiled, and a row's numbers by its position alone."""
+"""Philox: published test vectors, the same bits when compiled, and rows that depend only on their position."""
 
 import math
 import shutil
@@ -54,7 +54,7 @@ def test_the_fused_kernel_gives_the_same_bits():
 
 
 def test_noise_does_not_need_a_compiler(monkeypatch):
-    def fails(*_):  # at its first call, not when it is made
+    def fails(*_):  # at its first call, not when it is created
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(philox.torch, "compile", lambda *_, **__: fails)
@@ -65,7 +65,7 @@ def test_noise_does_not_need_a_compiler(monkeypatch):
 
 
 def test_rows_of_training_noise_depend_on_their_position_alone():
-    """The noise of training on a GPU, drawn here on the CPU: in any split, and for no two steps the same."""
+    """The noise of training on a GPU, drawn here on the CPU. It is the same in any split, and differs between steps."""
     names = [f"{copy} {position}" for copy in range(2) for position in range(8)]
 
     def rows(positions: list, step: int = 3) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The record of what an output was computed with."""
+"""The record of the environment in which an output was computed."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from rrcm.utils import provenance
 
 
 def test_the_revision_is_read_without_a_lock_that_a_kill_would_leave(tmp_path):
-    """`git status` renews an index whose times are old, under a lock."""
+    """`git status` takes a lock to renew an index with old times."""
 
     def git(*words: str) -> None:
         options = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
@@ -31,7 +31,7 @@ def test_the_revision_is_read_without_a_lock_that_a_kill_would_leave(tmp_path):
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="a downloaded archive")
 def test_the_revision_of_another_users_checkout_is_read(monkeypatch):
-    """As of one that is mounted into a container. Git can be told to take this user for another one."""
+    """For example if it is mounted into a container. Git can be made to treat this user as another one."""
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     revision = provenance._revision(Path(provenance.__file__).parents[1])
     refused = subprocess.run(["git", "status"], cwd=REPOSITORY, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def test_the_revision_of_another_users_checkout_is_read(monkeypatch):
         ({}, 8),
         ({"cpu.max": "max 100000\n"}, 8),
         ({"cpu.max": "200000 100000\n"}, 2),
-        ({"cpu.max": "150000 100000\n"}, 2),  # one and a half
+        ({"cpu.max": "150000 100000\n"}, 2),  # one and a half cores
         ({"cpu.max": "10000 100000\n"}, 1),
         ({"cpu.max": "1600000 100000\n"}, 8),
         ({"cpu.max": "unreadable"}, 8),
@@ -62,7 +62,7 @@ def test_the_quota_of_a_container_bounds_the_cores(tmp_path, monkeypatch, files,
 
 
 def test_limits_on_the_instructions_are_recorded(monkeypatch):
-    """With them a CPU rounds as another one does, so an audit must not expect equal counts."""
+    """They make a CPU round like another one, so an audit must not expect equal counts."""
     plain = provenance.describe_environment("cpu")["hardware"]["instructions"]
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     limited = provenance.describe_environment("cpu")

@@ -38,7 +38,7 @@ def kill_when(folder: Path, name: str, arguments: list[str], pattern: str, count
 
 
 def messages(answer: Answer) -> str:
-    """What a successful stage printed to stderr."""
+    """The stderr of a successful stage."""
     assert answer.returncode == 0, answer.stderr
     return answer.stderr
 
@@ -114,12 +114,12 @@ def test_a_run_is_locked_while_it_is_running(project):
     assert second.returncode == 1 and "another process" in second.stderr
 
 
-HELPER = "rrcm.utils.errors"  # of few lines, and it imports nothing
+HELPER = "rrcm.utils.errors"  # a short module that imports nothing
 
 
 @pytest.fixture
 def own_code(monkeypatch, tmp_path) -> Path:
-    """A package of the user's: `net` has the network and imports `maths`, which imports `values`."""
+    """A package of the user: `net` has the network and imports `maths`, which imports `values`."""
     package = tmp_path / "users_package"
     package.mkdir()
     files = {
@@ -140,7 +140,7 @@ def own_code(monkeypatch, tmp_path) -> Path:
 
 @pytest.mark.parametrize(("file", "counts"), [("net", True), ("maths", True), ("values", True), ("unused", False)])
 def test_the_code_that_a_model_runs_belongs_to_the_mark(own_code, file, counts):
-    """Whosever it is, and however it is imported."""
+    """This holds for any author and any way of importing it."""
     network = importlib.import_module("users_package.net").Net()
     before = fingerprint({}, {}, HELPER, network)
     source = own_code / f"{file}.py"
@@ -167,7 +167,7 @@ def test_settings_inputs_module_and_objects_belong_to_the_mark():
 
 @pytest.mark.parametrize("name", ["models.vit", "models.convnets", "models.ensembles", "utils.philox"])
 def test_every_module_that_certification_runs_belongs_to_the_mark(monkeypatch, name):
-    """That of the network too, which certification does not import by name."""
+    """This includes the network's module, which certification does not import by name."""
     network = LeNet(16, 1, 2)
     before = fingerprint({}, {}, "rrcm.certification.certify", network)
     read = code.read_module
@@ -195,7 +195,7 @@ def state(monkeypatch, tmp_path) -> RunState:
 
 
 def fail(number: int):
-    """A function that raises what the system does."""
+    """A function that raises an error of the system."""
 
     def fails(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -230,7 +230,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(monkeypatch, state, capsys):
 
 
 def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
-    """A group shares models and runs. safetensors alone writes for the owner's eyes only."""
+    """A group may share models and runs, but safetensors writes files that only the owner can read."""
     (tmp_path / "other").touch()
     write_tensors(tmp_path / "weights", {"a": torch.ones(2)})
     assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -253,7 +253,7 @@ except RRCMError as error:
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_full_is_one_line(tmp_path):
-    """safetensors has an error of its own for it."""
+    """safetensors raises an error of its own."""
     answer = in_own_mounts(SMALL, tmp_path, sys.executable)
     assert answer.stdout == (
         f"{tmp_path}/weights: cannot write it (No space left on device); free some space; nothing was overwritten\n"
@@ -261,7 +261,7 @@ def test_a_disk_that_is_really_full_is_one_line(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(monkeypatch, state):
-    """As another user's. Skipped in silence it would be trained again, and deleted."""
+    """It may belong to another user. If it were skipped silently, the run would start again and delete it."""
     state.save(1, {"a": torch.ones(2)}, {})
     monkeypatch.setattr(resume, "sha256_file", fail(errno.EACCES))
     with pytest.raises(RRCMError, match=r"1.safetensors: cannot be read \(Permission denied\)"):
@@ -283,7 +283,7 @@ def test_runs_of_dvc_experiments_are_kept_in_the_repository(monkeypatch, tmp_pat
 
 
 def test_a_process_that_outlives_the_run_does_not_hold_its_lock(state):
-    """As loader workers do for some seconds when the main process is killed."""
+    """Loader workers outlive a killed main process by some seconds."""
     state.lock()
     (ready, says_ready), (end, says_end) = os.pipe(), os.pipe()
     child = os.fork()
@@ -294,7 +294,7 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_lock(state):
         os._exit(0)
     try:
         os.read(ready, 1)
-        state._lock.close()  # what the kernel does for a killed process
+        state._lock.close()  # as the kernel does for a killed process
         state.lock()
     finally:
         os.close(says_end)
@@ -303,7 +303,7 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_lock(state):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_moments_keep_the_memory_layout_of_their_weights(tmp_path, optimizer):
-    """A file keeps no layout. Fused optimizers walk weights and moments in memory order, or refuse them on a GPU."""
+    """Files do not keep it. Fused optimizers traverse weights and moments in memory order, or refuse them on a GPU."""
     (network, _), (resumed, moments_of) = resume_lenet(torch.device("cpu"), optimizer, tmp_path)
     for weight, moments in moments_of.state.items():
         assert all(m.stride() == weight.stride() for m in moments.values() if m.shape == weight.shape)
