@@ -32,6 +32,8 @@ def load_authors_checkpoint(
     authors. `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
 
     Raises `RRCMError` for any other file.
+
+    >>> classifier = load_authors_checkpoint("rrcm_b_sigma_0.5.pth", sigma=0.5)
     """
     path = Path(path)
     weights = load_tensors(path)

@@ -23,6 +23,14 @@ class BaseClassifier(nn.Module):
     """A classifier of noisy images that can be smoothed.
 
     Certification reads the four attributes below. For a module without them it assumes the defaults.
+
+    >>> class Averaged(BaseClassifier):
+    ...     def __init__(self, parts):
+    ...         super().__init__()
+    ...         self.parts, self.num_classes = nn.ModuleList(parts), parts[0].num_classes
+    ...
+    ...     def forward(self, noisy, draw=None):
+    ...         return torch.stack([part(noisy) for part in self.parts]).mean(0)
     """
 
     num_classes: int

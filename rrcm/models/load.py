@@ -25,8 +25,8 @@ def load_base_classifier(
 
     Raises `RRCMError` if `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
 
-        >>> loaded = load_base_classifier("models/rrcm/sigma_0.5")
-        >>> loaded.classifier, loaded.class_names
+    >>> loaded = load_base_classifier("models/rrcm/sigma_0.5")
+    >>> loaded.classifier, loaded.class_names
     """
     path = expand_user(str(model).removeprefix(FOLDER))
     if weights is not None and path.exists():

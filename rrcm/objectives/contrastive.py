@@ -21,6 +21,9 @@ def info_nce(
     """InfoNCE of each anchor against all targets, by cosine similarity: -log softmax(a . T / tau)[positive].
 
     anchors (B, D), targets (M, D) with M >= B -> (B,) float32. The positive of anchor i is target first_positive + i.
+
+    >>> info_nce(torch.eye(2), torch.eye(2))
+    tensor([0.0067, 0.0067])
     """
     similarity = F.normalize(anchors.float(), dim=1) @ F.normalize(targets.float(), dim=1).T
     positives = torch.arange(len(anchors), device=anchors.device) + first_positive

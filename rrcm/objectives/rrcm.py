@@ -59,8 +59,8 @@ def rrcm_loss(
 
     Ablations: without a teacher the contrastive term is 0; `quieter_noise` makes the two noises independent.
 
-        >>> terms = rrcm_loss(student, teacher, RRCMInputs(image, view1, view2, noise), RRCMLevels(t=1.7, t_next=1.1))
-        >>> terms.total.mean().backward()
+    >>> terms = rrcm_loss(student, teacher, RRCMInputs(image, view1, view2, noise), RRCMLevels(t=1.7, t_next=1.1))
+    >>> terms.total.mean().backward()
     """
     image, view1, view2, noise, quieter_noise = inputs
     t, t_next, t_min = levels
@@ -80,7 +80,11 @@ def rrcm_loss(
 
 
 def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -> int:
-    """Grid size N(k) = min(s0 * 2^ceil(k / K'), s1) + 1 with K' = ceil(K / log2(ceil(s1 / s0) + 1))."""
+    """Grid size N(k) = min(s0 * 2^ceil(k / K'), s1) + 1 with K' = ceil(K / log2(ceil(s1 / s0) + 1)).
+
+    >>> num_levels(0, 1000), num_levels(999, 1000)
+    (21, 81)
+    """
     doubling_steps = math.ceil(total_steps / math.log2(math.ceil(end / start) + 1))
     return min(start * 2 ** math.ceil(step / doubling_steps), end) + 1
 

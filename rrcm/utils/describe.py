@@ -57,7 +57,7 @@ class Description:
         except Exception as error:  # each type raises its own
             raise RRCMError(
                 f"{'.'.join(self._path)}: a {type(value).__qualname__}, which cannot be described ({one_line(error)}), "
-                "so a stopped run could not be told from another one; keep it out of the model's attributes"
+                "so a stopped run could not be distinguished from another one; keep it out of the model's attributes"
             ) from None
         if isinstance(parts, str):  # the name of a global
             return [str(getattr(value, "__module__", None)), parts]
