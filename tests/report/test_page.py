@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_certificates
 from invented_run import EXTERNAL, frame_of, make_config, make_inputs, render
 
-from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates
+from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
 from rrcm.report import page
@@ -115,7 +115,7 @@ def test_report_lists_its_figures_and_hashes_its_inputs(invented_report):
 def test_external_pretraining_is_named_and_not_counted(tmp_path: Path):
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     finetune, pretrain = values["finetune"], values["pretrain"] | {"objectives": []}
-    finetune |= {"initial_checkpoint": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
+    finetune |= {"initial_weights": "nnet_ema.pth", "timm": {"model": "vit_tiny_patch16_224", "weights": None}}
     config = make_config(methods=["rrcm", "timm", "consistency"], pretrain=pretrain, finetune=finetune, sigmas=[0.25])
     make_inputs(config, tmp_path)
     shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_certificates, write_samples
 from invented_run import EXTERNAL, make_config, make_inputs
 from PIL import Image
 
-from rrcm.certification.results import read_certificates, read_samples, sigma_name, write_certificates, write_samples
+from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.report.build import write_report
 from rrcm.utils.errors import RRCMError
