@@ -155,7 +155,7 @@ def best_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.D
 
 
 def differences_table(certificates: Certificates, reference: str, radii: Sequence[float]) -> pd.DataFrame:
-    """Each method less `reference`: in certified accuracy at each radius, and in ACR at each sigma.
+    """Each method minus `reference`: in certified accuracy at each radius, and in ACR at each sigma.
 
     Certified accuracies are for the best sigma of each method. Both measures are on the images that the method and the
     reference have in common. One row per method and measure: `method`, `measure` ("certified_accuracy" or "acr"), `at`

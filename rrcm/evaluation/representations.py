@@ -54,7 +54,7 @@ def same_and_cross_cosine(noisy: torch.Tensor, clean: torch.Tensor) -> tuple[flo
 
 
 def centred(representations: torch.Tensor) -> torch.Tensor:
-    """`representations` (N, D) less their mean over the images, as float64. This removes what all images share."""
+    """`representations` (N, D) minus their mean over the images, as float64. This removes what all images share."""
     return representations.double() - representations.double().mean(0)
 
 

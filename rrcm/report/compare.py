@@ -91,7 +91,7 @@ def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], rad
         texts = [interval_text(share, "+.1f") for share in shares]
         acr = interval_text(acr_difference(both, other), "+.3f")
         rows.append([printable(name), f"{len(both):,}", *texts, acr])
-    return _tabulate(rows, f"less {printable(reference)}", radii)
+    return _tabulate(rows, f"minus {printable(reference)}", radii)
 
 
 def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str:

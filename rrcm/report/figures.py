@@ -1,7 +1,7 @@
 """The style that all figures share, and writing them as PNG and SVG files that are byte-identical when drawn again.
 
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart. A method has the same colour in every
-figure, and its family has the same marker. Methods at equal total compute are dashed and have hollow markers.
+The colours are the palette of Okabe and Ito, which colour-blind readers can tell apart. A method has the same colour in
+every figure, and its family has the same marker. Methods at equal total compute are dashed and have hollow markers.
 """
 
 import io

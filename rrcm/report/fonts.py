@@ -1,6 +1,6 @@
 """Text in figures: the font of each letter, and labels that fit.
 
-Letters that DejaVu Sans lacks, such as those of Chinese names, are drawn in a font of the machine.
+Letters that DejaVu Sans lacks, such as Chinese characters, are drawn in a font of the machine.
 """
 
 import functools

@@ -31,7 +31,8 @@ def seeds_text(folders: Sequence[Path]) -> str:
             markdown_text(differences_text(values, "value")),
             f"Difference to {reference}, mean over seeds {seeds}.\n",
             markdown_text(differences_text(differences, "difference")),
-            "In parentheses: the 95 % t interval over seeds, for the variation between training runs on these images.",
+            "In parentheses: the 95 % t interval over seeds.",
+            "It covers the variation between training runs on these images.",
         ]
     )
 

@@ -112,7 +112,7 @@ def per_sigma(certificates: Certificates, external: Certificates, radii: Sequenc
 
 
 def differences(certificates: Certificates, radii: Sequence[float], seed: int) -> Table:
-    """Each method less the reference on the same images: the numbers of `differences_table` with the training seed.
+    """Each method minus the reference on the same images: the numbers of `differences_table` with the training seed.
 
     The text has a row for each method except the reference, with the differences of accuracy in percentage points and
     of ACR. If the methods have different numbers of images in common with the reference, a last column has these

@@ -27,9 +27,9 @@ def test_denoising_methods_are_explained_and_their_costs_counted(denoising_repor
     assert "\n\n\n" not in text
     for sentence in (
         "denoises in one step, and classifies the result once (classifier trained at σ = 0.001).",
-        "K = 10 random reverse processes of b = 2 steps run from each noisy sample",
-        "over m = 5 further noises of σ' = 0.25 (classifier trained at σ = 0.25).",
-        "DDS, fine-tuned does as DDS",
+        "runs K = 10 random reverse processes of b = 2 steps from each noisy sample",
+        "over m = 5 additional noise samples with σ' = 0.25 (classifier trained at σ = 0.25).",
+        "DDS, fine-tuned is DDS with a classifier that was fine-tuned on denoised images",
     ):
         assert sentence in text
     assert "pre-trained elsewhere" not in text
@@ -47,9 +47,9 @@ def test_subsets_of_images_are_compared_on_common_images_and_noted(denoising_rep
     config, root = denoising_report
     report = root / "reports/digits"
     text = (report / "report.md").read_text()
-    assert "120 test images of digits" in text and "DensePure certifies 40 of them, evenly spaced." in text
-    assert "**At any cost**, on the 40 images that all certify, the highest" in text
-    assert "**At equal fine-tuning budget** the highest" in text  # of rRCM and Gaussian
+    assert "120 test images of digits" in text and "DensePure certifies 40 of the test images, evenly spaced." in text
+    assert "**At any cost**, on the 40 images that all methods certify, *" in text
+    assert "**At equal fine-tuning budget**, *" in text  # of rRCM and Gaussian
     for name in ("best_sigma", "per_sigma", "budgets", "differences"):
         lines = (report / f"{name}.md").read_text().splitlines()
         column = [cell.strip() for cell in lines[0].split("|")].index("images")

@@ -61,7 +61,7 @@ def test_margin_table_shows_the_gain_over_the_binary_bound(invented_report, tmp_
     config, root = invented_report
     text = (root / "reports/digits/report.md").read_text()
     assert text.index("r = 0 |") < text.index("**Margin bound.**") < text.index("**At equal fine-tuning budget**")
-    assert "Sampling stopped as the binary bound wants it" in text
+    assert "Sampling followed the stopping rule of the binary bound" in text
     gained = pd.read_csv(root / "reports/digits/margin.csv")
     for row in gained.itertuples():
         frame = read_certificates(root / f"certificates/{row.method}/{sigma_name(row.sigma)}.tsv")
@@ -76,7 +76,8 @@ def test_margin_table_shows_the_gain_over_the_binary_bound(invented_report, tmp_
         frame, samples = read_certificates(path), read_samples(path.with_suffix(".samples.tsv"))
         write_certificates(path, frame.assign(radius=samples["margin_radius"], predict=samples["margin_predict"]))
     write_report(asked, copy, tmp_path / "out")
-    assert "those after which the binary bound alone would have stopped" in (tmp_path / "out/report.md").read_text()
+    text = (tmp_path / "out/report.md").read_text()
+    assert "the number of samples after which the binary bound alone would have stopped" in text
     same = ("best_sigma.csv", "margin.csv", "certified_accuracy.svg")
     assert all((tmp_path / "out" / name).read_bytes() == (root / "reports/digits" / name).read_bytes() for name in same)
 
@@ -134,7 +135,7 @@ def test_report_names_the_stopping_rule(invented_report, tmp_path: Path):
     config, root = invented_report
     text = (root / "reports/digits/report.md").read_text()
     assert "`certify.stopping: sequential`" in text
-    assert "100 samples choose" in text and "at most 1,000 more" in text
+    assert "100 samples select" in text and "at most 1,000 more" in text
     assert "multiples of 0.01 (`certify.radius_step`)" in text and "ACR is therefore a lower bound" in text
     fixed = config.certify.model_copy(update={"stopping": "fixed"})
     text = render(config.model_copy(update={"certify": fixed}), root, read_inputs(config, root), ["0"])
