@@ -86,7 +86,7 @@ def certify(  # long because each option has its own lines
 
     A run that is stopped continues when the same command is given again.
     """
-    from rrcm.certification.certify_images import certify_folder, find_images, folder_files, output_paths
+    from rrcm.certification.certify_images import certify_folder, find_images, folder_files, output_paths, smooth
     from rrcm.certification.rules import make_stopping_rule
     from rrcm.data.images import describe_left_out
     from rrcm.models.load import load_base_classifier
@@ -112,18 +112,8 @@ def certify(  # long because each option has its own lines
         note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
         print(f"{note}, but may be smaller and fewer", file=sys.stderr)
     context.with_resource(claimed(*written))  # until the command ends
-    found = certify_folder(
-        images,
-        loaded,
-        rule,
-        output,
-        limit=limit,
-        skip_unreadable=skip_unreadable,
-        seed=seed,
-        precision=precision,
-        batch_size=batch_size,
-        device=device,
-    )
+    smoothed = smooth(loaded, noise, device, seed=seed, precision=precision, batch_size=batch_size)
+    found = certify_folder(images, loaded, smoothed, rule, output, limit=limit, skip_unreadable=skip_unreadable)
     picture = encode(draw_gallery(found, loaded, rule), gallery.suffix)
     write_together(folder_files(output, found, loaded, model, settings) | {gallery: picture})
     print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")

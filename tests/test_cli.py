@@ -397,7 +397,7 @@ def test_an_interrupted_run_continues(saved, images, monkeypatch):
         Path(name).unlink()
     run, drawn = SmoothedClassifier.certify_stream, []
 
-    def interrupted(self, states, rule):
+    def interrupted(self, states, rule, **_):
         for changed in run(self, states, rule, at_once=1):
             drawn.append(sum(state.samples for state in changed))
             yield changed

@@ -261,18 +261,29 @@ class SmoothedClassifier(nn.Module):
         """
         n, alpha = check_prediction(n, alpha)
         states, predictions = self._image_states(images, None, indices), []
-        room = BATCHES_PER_SYNC * self.find_batch_size(images[0]) if states else 1
-        group_size = max(1, room // n)
-        for first in range(0, len(states), group_size):
-            group = states[first : first + group_size]
-            counts = sum(
-                self.count_votes([SampleRequest(s.image, s.index, PREDICT, start, min(n, start + room)) for s in group])
-                for start in range(0, n, room)
-            )
+        together = self.images_per_round(images[0], n) if states else 1
+        for first in range(0, len(states), together):
+            group = states[first : first + together]
+            counts = self.count_samples([state.image for state in group], [state.index for state in group], PREDICT, n)
             runner_up, top = np.sort(counts, axis=1)[:, -2:].T.tolist()
             for votes, a, b in zip(counts, top, runner_up, strict=True):
                 predictions.append(int(votes.argmax()) if binomial_test(a, a + b) <= alpha else ABSTAIN)
         return predictions
+
+    def images_per_round(self, image: torch.Tensor, n: int) -> int:
+        """How many images like this one fill BATCHES_PER_SYNC batches with n samples each, at least one."""
+        return max(1, BATCHES_PER_SYNC * self.find_batch_size(image) // n)
+
+    def count_samples(
+        self, images: Sequence[torch.Tensor] | torch.Tensor, indices: Sequence[int], purpose: int, n: int
+    ) -> np.ndarray:
+        """`count_votes` for the first n samples of each image for one purpose: (len(images), K) int64."""
+        room = BATCHES_PER_SYNC * self.find_batch_size(images[0])
+        pairs = list(zip(images, indices, strict=True))
+        return sum(
+            self.count_votes([SampleRequest(*pair, purpose, start, min(n, start + room)) for pair in pairs])
+            for start in range(0, n, room)
+        )
 
     def certify_stream(
         self, states: Iterable[ImageState], rule: StoppingRule, *, at_once: int | None = None
