@@ -95,7 +95,7 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
         return False
     if saved["samples"] != rule.n0 + drawn or saved["binary_samples"] > saved["samples"]:
         return False
-    if max(saved["num_certified"], saved["margin_certified"]) > len(getattr(rule, "radii", ())):
+    if max(saved["num_certified"], saved["margin_certified"]) > len(rule.radii):
         return False
     if reason == WRONG_CLASS:
         return drawn == 0 and saved["label"] not in (None, saved["top_class"])

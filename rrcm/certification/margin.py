@@ -20,11 +20,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from rrcm.certification.stopping import (
-    ALL_SAMPLES,
-    FUTILE,
     FUTILITY_CONFIDENCE,
-    WHOLE_GRID,
-    FixedSample,
     StoppingRule,
     clopper_pearson_lower,
 )
@@ -97,50 +93,60 @@ class MarginRule:
 
     rule: StoppingRule
 
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Samples drawn at each look."""
+        return self.rule.looks
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Error probability spent at each look."""
+        return self.rule.alphas
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """The grid of radii; empty where a certificate may have any radius."""
+        return self.rule.radii
+
     def can_certify(self) -> bool:
         """Whether an image whose votes all agree gets a certificate."""
-        test, nothing = self.choose_test({0: self.rule.n0}, 0), np.array([0])
-        if isinstance(self.rule, FixedSample):
-            return self.radius(test, self.rule.n, nothing, 0) is not None
-        return any(self.certify(test, look, np.array(m), nothing, 0) for look, m in enumerate(self.rule.looks))
+        test, others = self.choose_test({0: self.rule.n0}, 0), np.array([0])
+        at_looks = [(m, int(self.certify(test, look, np.array(m), others, 0))) for look, m in enumerate(self.looks)]
+        return any(self.radius(test, m, others, num_certified) is not None for m, num_certified in at_looks)
 
     def choose_test(self, votes: Mapping[int, int], top_class: int) -> str:
         """`choose_test` for all samples and what the rule spends on the last look."""
-        return choose_test(votes, top_class, self.rule.looks[-1], self._alpha(-1))
+        return choose_test(votes, top_class, self.looks[-1], self.alphas[-1])
 
     def certify(
         self, test: str, look: int, top: np.ndarray, others: np.ndarray, num_certified: np.ndarray
     ) -> np.ndarray:
         """How many radii of the grid are certified after the look, of which `num_certified` were before: (B,).
 
-        `top` (B,) and `others` (B, C) are the votes for the chosen class and for the others, of one image without B.
-        `FixedSample` has no grid.
+        `top` (B,) and `others` (B, C) are the votes for the chosen class and for the other classes. A single image has
+        no dimension B.
         """
-        if test == BINARY or isinstance(self.rule, FixedSample):
+        if test == BINARY:
             return self.rule.decide(look, top, num_certified)[0]
-        radius = margin_radius(test, self.rule.sigma, top, others, self.rule.looks[look], self._alpha(look))
-        return np.maximum(num_certified, np.searchsorted(self.rule.radii, radius, side="right"))
+        radius = margin_radius(test, self.rule.sigma, top, others, self.looks[look], self.alphas[look])
+        return np.maximum(num_certified, np.searchsorted(self.radii, radius, side="right"))
 
     def reason_to_stop(
         self, test: str, look: int, top: np.ndarray, others: np.ndarray, num_certified: np.ndarray
     ) -> np.ndarray:
-        """Why to stop after the look, where so many radii are certified: (B,) of constants, "" to continue."""
-        if test == BINARY or isinstance(self.rule, FixedSample):
+        """Why to stop after the look, when `num_certified` radii are certified: (B,) of constants, "" to continue."""
+        if test == BINARY:
             return self.rule.decide(look, top, num_certified)[1]
-        radii, last = self.rule.radii, look == len(self.rule.looks) - 1
-        following = np.append(radii, -np.inf)[num_certified]  # the next radius of the grid
+        following = np.append(self.radii, -np.inf)[num_certified]  # the next radius of the grid
         futile = self._best_radius(test, look, top, others) < following
-        return np.select([num_certified == len(radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
+        return self.rule.reason_to_stop(look, num_certified, futile)
 
     def radius(self, test: str, top: int, others: np.ndarray, num_certified: int) -> float | None:
         """The certified radius, or None when nothing is certified."""
-        if test == BINARY or not isinstance(self.rule, FixedSample):
+        if test == BINARY or self.radii:
             return self.rule.radius(top, num_certified)
-        radius = float(margin_radius(test, self.rule.sigma, np.array(top), others, self.rule.n, self.rule.alpha))
+        radius = float(margin_radius(test, self.rule.sigma, np.array(top), others, self.looks[-1], self.alphas[-1]))
         return None if radius < 0 else radius
-
-    def _alpha(self, look: int) -> float:
-        return self.rule.alpha if isinstance(self.rule, FixedSample) else self.rule.alphas[look]
 
     def _best_radius(self, test: str, look: int, top: np.ndarray, others: np.ndarray) -> np.ndarray:
         """The radius at the last look, if the remaining votes fall as well as they can be expected to.
@@ -148,11 +154,11 @@ class MarginRule:
         p_A is at its upper confidence bound and p_c at its lower one (FUTILITY_CONFIDENCE), and both counts end
         FUTILITY_DEVIATIONS better than their means.
         """
-        m, n = self.rule.looks[look], self.rule.looks[-1]
+        m, n = self.looks[look], self.looks[-1]
         others, doubt, rest = np.asarray(others, float), 1 - FUTILITY_CONFIDENCE, n - m
         p_a = 1 - clopper_pearson_lower(m - top, m, doubt)
         p_c = np.minimum(clopper_pearson_lower(others, m, doubt), 1 - p_a[..., None])
         most = top + rest * p_a + FUTILITY_DEVIATIONS * np.sqrt(rest * p_a * (1 - p_a))
         least = others + rest * p_c - FUTILITY_DEVIATIONS * np.sqrt(rest * p_c * (1 - p_c))
         most = np.minimum(most, n - np.maximum(least, others).max(-1))
-        return margin_radius(test, self.rule.sigma, most, np.maximum(least, others), n, self._alpha(-1))
+        return margin_radius(test, self.rule.sigma, most, np.maximum(least, others), n, self.alphas[-1])

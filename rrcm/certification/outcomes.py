@@ -50,7 +50,7 @@ def _about_samples(frame: pd.DataFrame, rule: StoppingRule) -> Iterator[tuple[np
     if rule.bound == "binary":
         yield samples == frame["binary_samples"], "samples {samples} and binary_samples {binary_samples}: must be equal"
     fits = (reason == ALL_SAMPLES) == (samples == ends[-1])
-    if isinstance(rule, GroupSequential):
+    if rule.stops_early:
         fits |= wrong | (reason == WHOLE_GRID)
     yield fits, "stop_reason '{stop_reason}' does not fit samples {samples}"
 
@@ -61,7 +61,7 @@ def _about_classes(frame: pd.DataFrame, rule: StoppingRule, num_classes: int) ->
     both = "binary_predict {binary_predict}, margin_predict {margin_predict}"
     yield (binary < num_classes) & (margin < num_classes), f"{both}: there are {num_classes} classes"
     yield (binary == margin) | (binary == ABSTAIN) | (margin == ABSTAIN), f"{both}: must be one class, or -1"
-    if isinstance(rule, GroupSequential):
+    if rule.stops_early:
         wrong = frame["stop_reason"] == WRONG_CLASS
         for predict in (binary, margin):
             fits = np.where(wrong, (predict >= 0) & (predict != label), predict.isin([ABSTAIN]) | (predict == label))
@@ -73,7 +73,7 @@ def _about_radii(frame: pd.DataFrame, rule: StoppingRule) -> Iterator[tuple[np.n
     for bound, used in BOUND_COLUMNS:
         radius, predict = frame[f"{bound}_radius"], frame[f"{bound}_predict"]
         problem = f"{bound}_radius {{{bound}_radius}}"
-        if isinstance(rule, FixedSample):
+        if not rule.radii:
             fits = radius <= rule.sigma * ndtri(clopper_pearson_lower(rule.n, rule.n, rule.alpha)) * (1 + ROUNDING)
             yield fits, f"{problem}: is more than n = {rule.n} votes can certify"
             if bound == "binary":

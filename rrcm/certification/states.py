@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rrcm.certification.margin import BINARY, MarginRule
-from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, GroupSequential, StoppingRule
+from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 
 if TYPE_CHECKING:
     import torch  # slow to import; counts do without it
@@ -70,7 +70,7 @@ def choose_class(state: ImageState, rule: StoppingRule) -> None:
     state.top_class = min((-count, int(k)) for k, count in state.selection.items())[1]
     state.test = MarginRule(rule).choose_test({int(k): n for k, n in state.selection.items()}, state.top_class)
     state.num_drawn = 0
-    if isinstance(rule, GroupSequential) and state.label not in (None, state.top_class):
+    if rule.stops_early and state.label not in (None, state.top_class):
         state.stop_reason = WRONG_CLASS
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import bdtr, bdtrc, betaincinv, ndtr, ndtri  # importing scipy.stats takes a second
@@ -48,7 +49,10 @@ def binomial_test(successes: int, trials: int) -> float:
 
 @dataclass(frozen=True)
 class FixedSample:
-    """CERTIFY of Cohen et al. 2019: n0 samples choose the class, n fresh samples give the exact bound."""
+    """CERTIFY of Cohen et al. 2019: n0 samples choose the class, n fresh samples give the exact bound.
+
+    It has one look, at which all of alpha is spent. It has no grid: a certificate may have any radius.
+    """
 
     sigma: float
     n0: int
@@ -56,14 +60,26 @@ class FixedSample:
     alpha: float
     bound: str = "binary"  # of BOUNDS: which one the certificates have
 
+    stops_early: ClassVar[bool] = False
+    radii: ClassVar[tuple[float, ...]] = ()
+
     @property
     def looks(self) -> tuple[int, ...]:
-        """Sample sizes at which `decide` is called: n alone."""
+        """Samples drawn at each look."""
         return (self.n,)
 
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Error probability spent at each look."""
+        return (self.alpha,)
+
     def decide(self, look: int, count: int, num_certified: int) -> tuple[int, str]:
-        """Stop: there is only one look. The first result has a meaning for `GroupSequential` only."""
+        """How many radii of the grid are certified, which is none as there is no grid, and why to stop."""
         return num_certified, ALL_SAMPLES
+
+    def reason_to_stop(self, look: int, num_certified: np.ndarray, futile: np.ndarray) -> str:
+        """Why to stop after the look."""
+        return ALL_SAMPLES
 
     def radius(self, count: int, num_certified: int) -> float | None:
         """The certified radius for `count` votes of n, or None when nothing is certified."""
@@ -92,6 +108,8 @@ class GroupSequential:
     efficacy_counts: np.ndarray  # (J, G) int64, smallest count that certifies radius g at look j; look + 1 if none does
     bound: str = "binary"  # of BOUNDS: which one the certificates have, and decides when to stop
 
+    stops_early: ClassVar[bool] = True  # also when the chosen class is not the label
+
     @property
     def alpha(self) -> float:
         """Error probability of all looks together."""
@@ -109,9 +127,16 @@ class GroupSequential:
         num_certified = np.logical_and.accumulate(certified, axis=-1).sum(-1)  # none before all smaller ones
         needed = np.append(self.efficacy_counts[-1], 0)[num_certified]  # for the next radius, at the last look
         futile = ~in_reach(np.asarray(count), self.looks[look], needed, self.looks[-1])
-        last = look == len(self.looks) - 1
-        reason = np.select([num_certified == len(self.radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
+        reason = self.reason_to_stop(look, num_certified, futile)
         return (num_certified, reason) if np.ndim(count) else (int(num_certified), str(reason))
+
+    def reason_to_stop(self, look: int, num_certified: np.ndarray, futile: np.ndarray) -> np.ndarray:
+        """Why to stop after the look: (B,) of constants, "" to continue.
+
+        `num_certified` (B,) radii are certified, and the next one is out of reach where `futile` (B,) is true.
+        """
+        last = look == len(self.looks) - 1
+        return np.select([num_certified == len(self.radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
 
     def radius(self, count: int, num_certified: int) -> float | None:
         """The largest certified radius of the grid, or None when nothing is certified."""
