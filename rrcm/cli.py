@@ -198,8 +198,7 @@ def audit(
         *find_inputs(file, model, images),
         rows=None if every_row else rows,
         seed=seed,
-        settings=Settings(precision, batch_size, threads),
-        device=device,
+        settings=Settings(precision, batch_size, threads, device),
     )
     for problem in found.problems:
         print(f"  {printable(problem)}", file=sys.stderr)
