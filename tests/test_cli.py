@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from rrcm import __version__
 from rrcm.certification.certify_images import find_images, find_labels, read_square
 from rrcm.certification.record import read_record
 from rrcm.certification.results import read_certificates
@@ -686,3 +688,32 @@ def test_standard_output_closed_or_full(streams, status, said):
     assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
     with Image.open("compare.png") as image:
         image.load()
+
+
+def completions(words: str) -> list[str]:
+    """What a shell offers in place of the last word."""
+    environment = {"_RRCM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    answer = CliRunner(env=environment).invoke(app, [], prog_name="rrcm")
+    assert not answer.stderr
+    return answer.stdout.split()
+
+
+def test_a_shell_completes_paths_methods_and_choices():
+    Path("models/rrcm").mkdir(parents=True)
+    Path("models/rrcm/config.json").touch()
+    Path("models/.hidden").touch()
+    Path("photos").mkdir()
+    Path("a.tsv").touch()
+    assert completions("rrcm certify p") == ["photos/"]
+    assert completions("rrcm certify photos --model mo") == ["models/", "models/rrcm/", "models/rrcm/config.json"]
+    assert completions("rrcm certify photos --model none/") == []
+    assert completions("rrcm certify photos --bound m") == ["margin"]
+    assert completions("rrcm audit ") == ["a.tsv", "models/", "photos/"]
+    assert completions("rrcm compare rrcm_cat") == ["rrcm_cat_rs="]
+    assert completions("rrcm compare mine=a") == ["mine=a.tsv"] and completions("rrcm compare mine = a") == ["a.tsv"]
+    assert completions("rrcm compare --reference cat") == ["cat_rs", "cat_rs_matched"]
+
+
+def test_the_version_is_that_of_the_package():
+    answer = CliRunner().invoke(app, ["--version"])
+    assert answer.exit_code == 0 and answer.stdout == f"rrcm {__version__}\n" and re.match(r"\d+\.\d+", __version__)
