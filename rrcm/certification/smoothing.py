@@ -84,9 +84,12 @@ class SmoothedClassifier(nn.Module):
     module it maps images to the logarithm of the mean softmax over `num_noise` noisy copies of each, with the same
     noise at each call. This is differentiable, so other libraries can wrap and attack it (Salman et al. 2019).
 
-        smoothed = SmoothedClassifier(model, sigma=0.5, num_classes=10)
-        for certificate in smoothed.certify(images):
-            print(certificate.prediction, certificate.radius)
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> smoothed = rrcm.SmoothedClassifier(model, sigma=0.5, num_classes=10)
+    >>> images = torch.rand(2, 1, 8, 8)
+    >>> certificates = smoothed.certify(images, n=1000)
+    >>> all(certificate.radius >= 0 for certificate in certificates)
+    True
 
     `model` stays on its device. Each call puts it into eval mode, since batch statistics would make votes depend on
     other images, and takes it as it is then: it may be trained or moved between two calls. Another model or another

@@ -29,8 +29,13 @@ class Certificate:
     `stop_reason` is a constant of stopping.py. After "wrong class" nothing is certified: `prediction` is the chosen
     class and the radius is 0.
 
-    The same samples give a radius by each bound, None where it certifies nothing. `radius` is that of the bound that
-    was asked for. Each is wrong with probability at most alpha, not both together.
+    The same samples give a radius by each bound, None where the bound certifies nothing. `radius` is the one by the
+    bound that was asked for. Each radius is wrong with probability at most alpha; this does not hold for both together.
+
+    >>> brightest_pixel = rrcm.SmoothedClassifier(torch.nn.Flatten(), sigma=0.5, num_classes=4)
+    >>> [certificate] = brightest_pixel.certify(torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]]), n=1000)
+    >>> certificate.prediction, certificate.radius
+    (1, 0.25)
     """
 
     prediction: int

@@ -99,10 +99,11 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
 def recompute_radii(path: Path | str) -> pd.DataFrame:
     """The columns `idx`, `predict` and `radius` of a certificate file, recomputed from the votes beside it.
 
-        rrcm.recompute_radii("certificates/rrcm/sigma_0.5.tsv")
+    The record beside the file has the stopping rule. Only the labels are read from the file itself. Raises `RRCMError`
+    for files that are missing or damaged, and for votes that the stopping rule cannot lead to.
 
-    The stopping rule is that of the record beside the file. Of the file itself only the labels are read. Raises
-    `RRCMError` for files that are missing or damaged, and for votes that cannot be those of the rule.
+    >>> rrcm.recompute_radii("certificates.tsv").columns.tolist()
+    ['idx', 'predict', 'radius']
     """
     path = Path(path)
     record, samples = read_record(record_path(path)), read_samples(samples_path(path))

@@ -32,6 +32,10 @@ def load_authors_checkpoint(
     `final_norm=False` is for their fine-tuned CIFAR-10 models, which skip the last LayerNorm.
 
     Raises `RRCMError` for any other file.
+
+    >>> classifier = rrcm.load_authors_checkpoint("rrcm_finetuned.pth", sigma=0.5)
+    >>> classifier.num_classes
+    10
     """
     path = Path(path)
     weights = load_tensors(path)

@@ -23,6 +23,15 @@ class BaseClassifier(nn.Module):
     """A classifier of noisy images that can be smoothed.
 
     Certification reads the four attributes below. It accepts a module without them too, and then assumes the defaults.
+
+    >>> class Brightness(rrcm.BaseClassifier):
+    ...     num_classes = 2
+    ...
+    ...     def forward(self, noisy, draw=None):
+    ...         brightness = noisy.mean((1, 2, 3)) - 0.5
+    ...         return torch.stack([-brightness, brightness], 1)
+    >>> Brightness()(torch.ones(1, 3, 8, 8))
+    tensor([[-0.5000,  0.5000]])
     """
 
     num_classes: int

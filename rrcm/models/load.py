@@ -24,6 +24,10 @@ def load_base_classifier(
     """Load a model folder or a timm snapshot folder, a file as an authors' checkpoint, or else a timm model by name.
 
     Raises `RRCMError` when `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
+
+    >>> loaded = rrcm.load_base_classifier("models/rrcm/sigma_0.5")
+    >>> loaded.num_classes, loaded.image_size, loaded.sigma
+    (10, 8, 0.5)
     """
     path = expand_user(str(model).removeprefix(FOLDER))
     if weights is not None and path.exists():

@@ -9,6 +9,9 @@ def karras_levels(
     """Noise levels t_0 > ... > t_{count-1} in model space, float64, shape (count,) (Karras et al. 2022, eq. 5).
 
     t_i = (t_max^(1/rho) + i / (count - 1) * (t_min^(1/rho) - t_max^(1/rho)))^rho
+
+    >>> [round(t, 3) for t in rrcm.karras_levels(3).tolist()]
+    [80.0, 2.515, 0.002]
     """
     ramp = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
     return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho

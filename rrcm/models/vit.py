@@ -147,6 +147,10 @@ class NoiseConditionedViT(nn.Module):
     One learned position embedding covers all tokens. The defaults are the paper's: LayerNorm eps 1e-5, no qkv bias, MLP
     of 4 * embed_dim. Weights keep torch's initialisation (`init="torch"`) or take MoCo-v3's (`init="moco_v3"`,
     Chen et al. 2021).
+
+    >>> encoder = rrcm.NoiseConditionedViT(image_size=8, channels=1, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    >>> encoder(torch.randn(5, 1, 8, 8), t=1.0).shape
+    torch.Size([5, 32])
     """
 
     def __init__(

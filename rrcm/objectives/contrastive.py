@@ -21,6 +21,9 @@ def info_nce(
     """InfoNCE of each anchor against all targets, cosine similarities: -log softmax(a . T / tau)[positive].
 
     anchors (B, D), targets (M, D) with M >= B; anchor i's positive is target first_positive + i -> (B,) float32.
+
+    >>> rrcm.info_nce(torch.eye(2), torch.eye(2), temperature=1.0)  # -log(e / (e + 1))
+    tensor([0.3133, 0.3133])
     """
     similarity = F.normalize(anchors.float(), dim=1) @ F.normalize(targets.float(), dim=1).T
     positives = torch.arange(len(anchors), device=anchors.device) + first_positive

@@ -47,6 +47,16 @@ def rrcm_loss(
     step of the probability-flow ODE. With `num_chunks` the networks see the batch in chunks, for the same gradient.
 
     Ablations: without a teacher the contrastive term is 0, and with `quieter_noise` the image at t_next has that noise.
+
+    >>> from rrcm.models.vit import EncoderWithProjector
+    >>> encoder = rrcm.NoiseConditionedViT(image_size=8, channels=1, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    >>> student = EncoderWithProjector(encoder, hidden=16, out=8)
+    >>> teacher = EncoderWithProjector(encoder, hidden=16, out=8)
+    >>> image, view1, view2, noise = torch.randn(4, 6, 1, 8, 8)
+    >>> terms = rrcm.rrcm_loss(student, teacher, image, view1, view2, noise, t=1.2, t_next=1.0)
+    >>> terms.total.mean().backward()
+    >>> terms.total.shape
+    torch.Size([6])
     """
     views = [] if teacher is None else [view1 + t_min * noise, view2 + t_min * noise]
     levels = [t_min] * len(views)
@@ -64,7 +74,11 @@ def rrcm_loss(
 
 
 def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -> int:
-    """Grid size N(k) = min(s0 * 2^ceil(k / K'), s1) + 1 with K' = ceil(K / log2(ceil(s1 / s0) + 1))."""
+    """Grid size N(k) = min(s0 * 2^ceil(k / K'), s1) + 1 with K' = ceil(K / log2(ceil(s1 / s0) + 1)).
+
+    >>> [rrcm.num_levels(step, 1000) for step in (0, 400, 1000)]
+    [21, 41, 81]
+    """
     doubling_steps = math.ceil(total_steps / math.log2(math.ceil(end / start) + 1))
     return min(start * 2 ** math.ceil(step / doubling_steps), end) + 1
 
