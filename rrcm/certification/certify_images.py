@@ -47,25 +47,25 @@ FILES = ["idx", "file", "class", "samples", "stop_reason"]
 
 @dataclass
 class FileState(ImageState):
-    """The state of an image file. Its pixels may be others when a stopped run is continued."""
+    """The state of an image file. The file may have changed when a stopped run continues."""
 
-    content: str = ""  # a hash of them
+    content: str = ""  # hash of the pixels
 
 
 class FolderCertificates(NamedTuple):
     """The certificates of a folder's images."""
 
-    frame: pd.DataFrame  # one row per image: that of `certificate_frame`, with `file` and `class` (a name or "")
-    paths: list[Path]  # of the images, in the same order
-    sha256: str  # of their pixels (`sha256_images`)
+    frame: pd.DataFrame  # `certificate_frame` with `file` and `class` (a name, or ""), one row per image
+    paths: list[Path]  # of the images, in the order of the rows
+    sha256: str  # of the pixels of all images (`sha256_images`)
     smoothed: SmoothedClassifier
     batch_size: int
-    seconds: float  # of computing, over all starts
-    run: RunState  # to be finished when everything is written
+    seconds: float  # of computing, including interrupted runs
+    run: RunState  # call its `finish` when everything is written
 
 
 def find_images(folder: Path, exclude: Collection[Path] = ()) -> Listing:
-    """`list_images`, without the files `exclude`. Raises `RRCMError` if there is none."""
+    """`list_images` without the files in `exclude`. Raises `RRCMError` if no image is left."""
     listing = list_images(folder)
     excluded = {path.resolve() for path in exclude}
     listing.files = [file for file in listing.files if (folder / file).resolve() not in excluded]
@@ -79,7 +79,7 @@ def find_images(folder: Path, exclude: Collection[Path] = ()) -> Listing:
 
 
 def read_square(path: Path, loaded: LoadedClassifier) -> np.ndarray:
-    """The central square of an image file at the classifier's size, as in the pipeline: uint8 (C, H, W).
+    """The central square of an image file at the classifier's size, cut as in the pipeline: uint8 (C, H, W).
 
     Raises `RRCMError` for a file that cannot be decoded.
     """
@@ -138,10 +138,10 @@ def certify_folder(
 
 
 def find_labels(listing: Listing, loaded: LoadedClassifier) -> list[int | None]:
-    """The label of each listed image; None without one. Prints which folders they are from, unless that is plain.
+    """The label of each listed image, or None. Prints where the labels come from, unless this is obvious.
 
-    All labels are from one level of folders below that of the listing: where folders are named after classes, or else
-    have numbers of classes. If there is none such, the folder of the listing may itself be named after a class.
+    All labels come from one level of folders inside the listed folder, where the folders are named after classes or
+    have numbers of classes. If there is no such level, the listed folder itself may be named after a class.
     """
     named, classes = class_folders(loaded, numbers=False), class_folders(loaded)
     own, note = listing.folder.resolve(), None
@@ -164,9 +164,9 @@ def find_labels(listing: Listing, loaded: LoadedClassifier) -> list[int | None]:
 def folder_files(
     output: Path, certified: FolderCertificates, loaded: LoadedClassifier, model: str, settings: Mapping[str, object]
 ) -> dict[Path, bytes]:
-    """What is written for a folder, by path: `certificate_tables`, `files_path(output)` with the images, the record.
+    """The contents of all files for a folder, by path: `certificate_tables`, the list of images, and the record.
 
-    `model` and the `settings` of the stopping rule are those of the command.
+    `model` and the `settings` of the stopping rule are as the command has them.
     """
     names = certified.frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
     tables = certificate_tables(output, certified.frame) | {files_path(output): names.encode()}
@@ -191,7 +191,7 @@ def output_paths(output: Path) -> list[Path]:
 
 
 def identify_model(model: str, loaded: LoadedClassifier) -> dict[str, str]:
-    """The entry `model` of a record: what kind of thing `model` names, and a hash of it."""
+    """The entry `model` of a record: whether `model` names a model folder, a file or timm weights, and a hash of it."""
     path = Path(model)
     if (path / CONFIG).is_file():
         return {"kind": read_json(path / CONFIG).get("kind", "timm"), "sha256": sha256_folder(path)}
@@ -201,7 +201,7 @@ def identify_model(model: str, loaded: LoadedClassifier) -> dict[str, str]:
 
 
 def sha256_images(contents: Iterable[str]) -> str:
-    """Hexadecimal SHA-256 of the hashes of images' pixels, in order."""
+    """Hexadecimal SHA-256 of the hashes of the images' pixels, in order."""
     return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
@@ -211,14 +211,14 @@ def sha256_pixels(pixels: np.ndarray) -> str:
 
 
 def files_path(output: Path) -> Path:
-    """OUTPUT.files.tsv, beside OUTPUT.tsv."""
+    """The list of images OUTPUT.files.tsv beside a certificate file OUTPUT.tsv."""
     return output.with_name(f"{output.stem}.files.tsv")
 
 
 def _check_images(
     listing: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
 ) -> list[FileState]:
-    """Decode the images at `positions` of the list: a state of each that can be read, without its pixels."""
+    """Decode the images at `positions` of the list. Returns the states of those that can be read, without pixels."""
     states, problems, nothing = [], [], torch.empty(0)
     with Progress(len(positions), f"read {printable(listing.folder)}", "images", only_if_long=True) as progress:
         for position in positions:
@@ -268,7 +268,7 @@ def _frame(
     labels: Sequence[int | None],
     loaded: LoadedClassifier,
 ) -> pd.DataFrame:
-    """The frame of `FolderCertificates`, from files and labels by position."""
+    """The frame of `FolderCertificates`. `files` and `labels` are those of the whole listing."""
     labelled = [replace(state, label=labels[state.index]) for state in states]
     frame = certificate_frame(labelled, rule, loaded.num_classes)
     names = ["" if predict == ABSTAIN else loaded.class_names[predict] for predict in frame["predict"]]

@@ -1,4 +1,4 @@
-"""Let the published model vote again on the published images, with the noise of the published certificates."""
+"""Let the published model vote again on the published images with the noise of the published certificates."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class RowVotes(NamedTuple):
 
     idx: int
     selection: Votes
-    votes: dict[str, Votes]  # by numbers of samples
+    votes: dict[str, Votes]  # by the number of samples
 
 
 def load_inputs(
@@ -73,8 +73,8 @@ def load_inputs(
 ) -> tuple[Inputs, list[str]]:
     """The model and the images of the certificates in `path`, and the problems if they are not the certified ones.
 
-    `images` is a folder of shards if a split was certified, else the folder of pictures. Raises `RRCMError` for inputs
-    that are missing or damaged.
+    `images` is a folder of shards if a split was certified, else the folder of pictures. Raises `RRCMError` for missing
+    or damaged inputs.
     """
     loaded = load_base_classifier(model, sigma=record.sigma)
     problems = []
