@@ -71,8 +71,7 @@ Model = Annotated[
     ),
 ]
 Sigma = Annotated[
-    float | None,
-    typer.Option(help="Noise in pixel units (pixels in [0, 1]). Default: what the model was trained for."),
+    float | None, typer.Option(help="Noise in pixel units (pixels in [0, 1]). Default: what the model was trained for.")
 ]
 Stopping = Annotated[
     str,
@@ -98,15 +97,12 @@ RadiusStep = Annotated[float, typer.Option(help="Sequential only: radii are mult
 Precision = Annotated[
     str,
     typer.Option(
-        metavar="auto|fp32|bf16",
-        help="Precision of the network.",
-        autocompletion=_choices("auto", "fp32", "bf16"),
+        metavar="auto|fp32|bf16", help="Precision of the network.", autocompletion=_choices("auto", "fp32", "bf16")
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Noisy samples per forward pass. Default: chosen automatically.")]
 Device = Annotated[
-    str,
-    typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda")),
+    str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda"))
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Limit = Annotated[int | None, typer.Option(help="Certify only N images, evenly spaced over the folder.")]
@@ -125,13 +121,11 @@ FinalNorm = Annotated[
 Output = Annotated[
     Path,
     typer.Option(
-        help="Certificates (TSV): idx, label, predict, radius, correct, time (always 0).",
-        autocompletion=complete_path,
+        help="Certificates (TSV): idx, label, predict, radius, correct, time (always 0).", autocompletion=complete_path
     ),
 ]
 Gallery = Annotated[
-    Path,
-    typer.Option(help="Figure of the images with classes and radii, .png or .svg.", autocompletion=complete_path),
+    Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.", autocompletion=complete_path)
 ]
 
 

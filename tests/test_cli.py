@@ -87,7 +87,7 @@ def refused(answer: Result, *said: str) -> None:
 
 
 @pytest.mark.parametrize("stopping", ["fixed", "sequential"])
-def test_it_writes_and_prints_what_the_engine_certifies(saved, images, stopping):
+def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, images, stopping):
     answer = rrcm("images", "--model", "model", "--stopping", stopping, *SMALL)
     assert answer.exit_code == 0, answer.output
     smoothed = SmoothedClassifier(saved, 0.25, 3, batch_size=64)
@@ -117,7 +117,7 @@ def test_it_writes_and_prints_what_the_engine_certifies(saved, images, stopping)
     assert "4/4 images" in answer.stderr
 
 
-def test_what_it_writes_can_be_audited(saved, images):
+def test_the_files_of_a_folder_can_be_audited(saved, images):
     """The radii follow from the votes, and the model votes the same on the same pictures, but not on others."""
     Path("images/other/a.png").rename("images/other/an odd_name é.png")
     frame = certified("images", "--model", "model", "--bound", "margin")
@@ -474,7 +474,7 @@ def check_that_it_is_as_afresh(*arguments: str) -> None:
     ("change", "same", "of"),
     [("pixels", 3, 4), ("more images", 4, 5), ("other places", 2, 5), ("fewer images", 3, 3), ("--limit=2", 2, 2)],
 )
-def test_an_image_that_is_the_same_is_not_certified_again(saved, images, monkeypatch, change, same, of):
+def test_an_unchanged_image_is_not_certified_again(saved, images, monkeypatch, change, same, of):
     """That is one with the same pixels and the same place in the list, which chooses its noise."""
     arguments = "images", "--model", "model", *SMALL
     stopped_before_writing(monkeypatch, *arguments)
@@ -547,7 +547,7 @@ def test_an_error_in_the_last_file_leaves_the_others(saved, images, monkeypatch)
     assert [Path(name).read_bytes() for name in outputs] == before
 
 
-def test_unreadable_images_are_all_named_and_skipped_if_wanted(saved, images):
+def test_unreadable_images_are_all_named_and_skipped_on_request(saved, images):
     whole = certified("images", "--model", "model")
     Path("certificates.tsv").unlink()
     Path("images/0/a.png").write_bytes(Path("images/0/a.png").read_bytes()[:40])
@@ -568,7 +568,7 @@ def test_unreadable_images_are_all_named_and_skipped_if_wanted(saved, images):
     assert answer.exit_code == 1 and answer.stderr.splitlines()[-1].endswith("named above; replace or remove them")
 
 
-def test_it_says_what_is_left_out_and_which_folders_are_no_class(saved, images):
+def test_notes_name_files_left_out_and_folders_without_class(saved, images):
     Path("images/0/notes.txt").touch()
     Path("images/@eaDir/0").mkdir(parents=True)
     Path("images/@eaDir/0/a.png").touch()
@@ -589,7 +589,7 @@ def test_it_says_what_is_left_out_and_which_folders_are_no_class(saved, images):
         ("cat dog images", "cat y z", [0, -1, -1, -1], "3 of 4 images have no label"),
     ],
 )
-def test_labels_are_of_the_level_where_the_classes_lie(saved, images, names, moved, labels, said):
+def test_labels_come_from_the_level_of_the_class_folders(saved, images, names, moved, labels, said):
     save_model("model", saved, class_names=names.split())
     Path("images").rename("old")
     for old, new in zip(["0", "1", "other"], moved.split(), strict=True):

@@ -130,27 +130,22 @@ def _seconds(text: str) -> float:
 
 def write_certificates(path: Path | str, frame: pd.DataFrame) -> None:
     """Write a certificate frame in Cohen et al.'s format, atomically. Numbers read back bit for bit."""
-    write_text(path, certificates_text(frame))
-
-
-def certificates_text(frame: pd.DataFrame) -> str:
-    """The content of the file that `write_certificates` writes."""
-    return frame[COLUMNS].to_csv(sep="\t", index=False, lineterminator="\n")
+    write_text(path, _tsv(frame[COLUMNS]))
 
 
 def write_samples(path: Path | str, frame: pd.DataFrame) -> None:
     """Write the columns that Cohen et al.'s format lacks, SAMPLES and VOTES, atomically."""
-    write_text(path, samples_text(frame))
-
-
-def samples_text(frame: pd.DataFrame) -> str:
-    """The content of the file that `write_samples` writes. Numbers read back bit for bit."""
-    return frame[SAMPLES + VOTES].to_csv(sep="\t", index=False, lineterminator="\n")
+    write_text(path, _tsv(frame[SAMPLES + VOTES]))
 
 
 def certificate_tables(output: Path, frame: pd.DataFrame) -> dict[Path, bytes]:
     """The contents of a certificate file and of its samples file, by path."""
-    return {output: certificates_text(frame).encode(), samples_path(output): samples_text(frame).encode()}
+    samples = _tsv(frame[SAMPLES + VOTES])
+    return {output: _tsv(frame[COLUMNS]).encode(), samples_path(output): samples.encode()}
+
+
+def _tsv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(sep="\t", index=False, lineterminator="\n")
 
 
 def samples_path(path: Path) -> Path:

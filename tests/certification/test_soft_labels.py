@@ -40,7 +40,7 @@ def votes(ready):
     return ready / FILE
 
 
-def test_they_are_the_votes_of_the_smoothed_classifier(ready, votes):
+def test_soft_labels_are_the_votes_of_the_smoothed_classifier(ready, votes):
     """Counted again by brute force, with the same noise, for a few images."""
     split = ShardedDataset(ready / "data/shards", "train")
     pixels, _, _ = read_split(split, 8)
@@ -100,7 +100,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, tiny_shards):
         read_soft_labels(tmp_path / "none.safetensors", train)
 
 
-def test_a_journal_is_believed_what_can_be_and_nothing_else(tmp_path):
+def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     """Of three images with two classes and five votes each. Another run may have had more images."""
     possible = {"index": 1, "votes": [2, 3], "samples": 5, "stop_reason": ALL_SAMPLES}
     impossible = [("index", 3), ("index", -1), ("index", 1.0), ("index", None), ("samples", 4), ("samples", 5.0)]

@@ -97,7 +97,7 @@ def test_looks_of_a_hundred_thousand():
 
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.5), (99, 0.001), (126, 0.05), (1000, 0.001), (100_000, 0.001)])
-def test_needed_is_the_binomial_quantile(sigma: float, n: int, alpha: float):
+def test_the_efficacy_boundary_is_a_binomial_quantile(sigma: float, n: int, alpha: float):
     """P(count >= needed) <= alphas[j] and what was left under p_A = Phi(r / sigma); one vote less would not do."""
     rule = group_sequential(sigma, n=n, alpha=alpha)
     threshold = ndtr(np.array(rule.radii) / sigma)
@@ -123,7 +123,7 @@ def test_radii_are_decimal_numbers():
 
 
 @pytest.mark.parametrize(("sigma", "n"), [(0.5, 101), (0.25, 337), (1.0, 500)])
-def test_hope_by_brute_force(sigma: float, n: int):
+def test_conditional_power_by_brute_force(sigma: float, n: int):
     """Conditional power of every count, with scipy's distributions."""
     rule = group_sequential(sigma, n=n, alpha=0.01)
     for j, m in enumerate(rule.looks):
