@@ -48,7 +48,7 @@ def complete_named_file(incomplete: str) -> list[str]:
     """NAME=FILE: methods as names, then paths. Bash asks for the part after the equals sign alone."""
     name, sign, path = incomplete.partition("=")
     if sign:
-        return [f"{name}={found}" if name else found for found in complete_path(path)]
+        return [f"{name}={each}" if name else each for each in complete_path(path)]
     return [f"{method}=" for method in complete_method(incomplete)] + complete_path(incomplete)
 
 

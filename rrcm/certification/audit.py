@@ -306,7 +306,7 @@ def _shortened(path: Path, lines: Sequence[str]) -> list[str]:
 
 
 def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str, Path]:
-    """The model and the images of a certificate file. None stands for the place where a result keeps them.
+    """The model and the images of a certificate file. None means the folder where a result keeps them.
 
     A result is a folder with certificates/METHOD/sigma_S.tsv, models/METHOD/sigma_S, and shards or data/shards. Raises
     `RRCMError` for a folder that is not there.

@@ -47,7 +47,7 @@ class SplitVoter:
         return RunState(name, fingerprint(description, self.inputs, module, self.smoothed.model, *objects))
 
     def describe_time(self, seconds: float, samples: int) -> dict[str, object]:
-        """What so many samples have cost, for a file of timings."""
+        """The entries of a file of timings: what the samples have cost, and where."""
         return {
             "seconds": seconds,
             "samples": samples,

@@ -44,9 +44,9 @@ def _about_samples(frame: pd.DataFrame, rule: StoppingRule) -> Iterator[tuple[np
     ends, reason, samples = rule.n0 + np.array(rule.looks), frame["stop_reason"], frame["samples"]
     wrong = reason == WRONG_CLASS
     for name in ("samples", "binary_samples"):
-        place = f"must be n0 = {rule.n0}" + (" and the samples of a look" if len(ends) > 1 else f" and {rule.looks[0]}")
+        must = f"must be n0 = {rule.n0}" + (" and the samples of a look" if len(ends) > 1 else f" and {rule.looks[0]}")
         yield (frame[name] == rule.n0) | ~wrong, f"{name} {{{name}}} after a wrong class: must be n0 = {rule.n0}"
-        yield frame[name].isin(ends) | wrong, f"{name} {{{name}}}: {place}"
+        yield frame[name].isin(ends) | wrong, f"{name} {{{name}}}: {must}"
     if rule.bound == "binary":
         yield samples == frame["binary_samples"], "samples {samples} and binary_samples {binary_samples}: must be equal"
     fits = (reason == ALL_SAMPLES) == (samples == ends[-1])

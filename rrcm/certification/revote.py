@@ -141,7 +141,7 @@ def published_votes(frame: pd.DataFrame) -> list[RowVotes]:
 
 
 def vote_again(smoothed: SmoothedClassifier, inputs: Inputs, rows: Sequence[RowVotes]) -> Iterator[list[RowVotes]]:
-    """Count the votes of the published `rows` again: those of the selection and those of each published look.
+    """Count the votes of the published `rows` again, for the selection and for each published look.
 
     Yields them in groups of rows that fill some batches. The votes do not depend on the grouping.
     """

@@ -190,7 +190,7 @@ class SmoothedClassifier(nn.Module):
     def _ready(self, device: torch.device) -> Iterator[Voter]:
         """The voter for the present state of the model, which is in eval mode. Inside, torch has its usual state.
 
-        `device` is that of the images.
+        `device` has the images.
         """
         check_weights(self.model, self.precision)
         with usual_state(self._device(device)):

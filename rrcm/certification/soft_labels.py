@@ -35,9 +35,9 @@ class SoftLabelState:
 def count_soft_labels(config: Config, shard_folder: Path | str, model_folder: Path, output: Path, timing: Path) -> None:
     """Let a smoothed classifier vote `soft_labels.n` times on each training image, and write the votes to `output`.
 
-    The images are those of the split, without augmentation. Precision and batch size are those of the settings
-    `certify`. Under torchrun all processes share the images. A killed run continues from the images it has counted.
-    Raises `RRCMError` for missing or damaged inputs.
+    The images of the split are not augmented. Precision and batch size follow the settings `certify`. Under torchrun
+    all processes share the images. A killed run continues from the images it has counted. Raises `RRCMError` for
+    missing or damaged inputs.
     """
     settings = config.soft_labels
     voter = open_split(config, settings.sigma, shard_folder, "train", model_folder)
