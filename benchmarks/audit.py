@@ -32,7 +32,6 @@ from rrcm.certification.revote import (
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import ImageState, certificate, choose_class, decide
 from rrcm.certification.stopping import StoppingRule
-from rrcm.utils.distributed import pick_device
 
 RAISE = 0.05  # pixel units
 
@@ -97,9 +96,9 @@ def measure(
     inputs, others = load_inputs(file, record, frame, model, images)
     assert not problems + others, problems + others
     rule, idx = record.rule(), frame["idx"].tolist()
-    certified = smooth_again(record, inputs, pick_device("auto"), Settings())
+    certified = smooth_again(record, inputs)
     original = count_all_looks(certified, inputs, rule, idx)
-    smoothed = smooth_again(record, inputs, pick_device("auto"), Settings(precision, batch_size, threads))
+    smoothed = smooth_again(record, inputs, Settings(precision, batch_size, threads))
     exact = same_computation(record, smoothed)
     again = count_all_looks(smoothed, inputs, rule, idx)
     honest = published_votes(frame)
@@ -140,7 +139,7 @@ def measure(
 
 def other_seed(record: CertificateRecord, inputs: Inputs) -> SmoothedClassifier:
     """The certified computation with other noise."""
-    return smooth_again(record.model_copy(update={"seed": record.seed + 1}), inputs, pick_device("auto"), Settings())
+    return smooth_again(record.model_copy(update={"seed": record.seed + 1}), inputs)
 
 
 if __name__ == "__main__":

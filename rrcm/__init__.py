@@ -1,10 +1,11 @@
 """rRCM: Robust Representation Consistency Model (Lei et al., ICLR 2025). Pre-training, fine-tuning, certification.
 
-The names below are the core for use without the pipeline. They are loaded on first use, because torch takes seconds to
-import, and stages that only read settings or draw figures do without it.
+The names below are the core for use without the pipeline. Each has an example in its docstring. They are loaded on
+first use, because torch takes seconds to import, and some stages only read settings or draw figures.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 
 _HOMES = {
     "BaseClassifier": "rrcm.models.base_classifiers",
@@ -27,6 +28,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("rrcm")
     if name not in _HOMES:
         raise AttributeError(f"module 'rrcm' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

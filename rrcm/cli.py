@@ -1,9 +1,11 @@
 """The console command `rrcm`. Modules that take long to import are imported when a command runs."""
 
+import os
 import sys
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,138 +13,234 @@ from rrcm.utils.app import exit_on_error, make_app, other_checkout, resume_gc, r
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output
 
-app = make_app()
+if TYPE_CHECKING:
+    from rrcm.certification.certify_images import FolderCertificates
+    from rrcm.certification.stopping import StoppingRule
+    from rrcm.data.images import Listing
+    from rrcm.models.load import LoadedClassifier
+
+app = make_app(completion=True)
+
+
+def complete_path(incomplete: str) -> list[str]:
+    """Paths that begin with `incomplete`, folders with a slash. A single folder is followed by its contents, so that
+    the shell adds no blank after it.
+    """
+    folder, slash, start = incomplete.rpartition("/")
+    try:
+        entries = sorted(Path(f"{folder}{slash}").expanduser().iterdir())
+    except OSError:
+        return []
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    hidden = start.startswith(".")
+    paths = [f"{folder}{slash}{name}" for name in names if name.startswith(start) and name.startswith(".") == hidden]
+    return paths + complete_path(paths[0]) if len(paths) == 1 and paths[0].endswith("/") else paths
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Methods of this package whose names begin with `incomplete`."""
+    from rrcm.methods import METHODS
+
+    return [name for name in METHODS if name.startswith(incomplete)]
+
+
+def complete_named_file(incomplete: str) -> list[str]:
+    """NAME=FILE: methods as names, then paths. Bash asks for the part after the equals sign alone."""
+    name, sign, path = incomplete.partition("=")
+    if sign:
+        return [f"{name}={each}" if name else each for each in complete_path(path)]
+    return [f"{method}=" for method in complete_method(incomplete)] + complete_path(incomplete)
+
+
+def _choices(*names: str):
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+# The options of the commands. Those without a default here have one in the command.
+Images = Annotated[
+    Path,
+    typer.Argument(help="Folder with images, subfolders included.", show_default=False, autocompletion=complete_path),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER|FILE|NAME",
+        help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model: its name, "
+        "hf-hub:owner/name, or a snapshot folder.",
+        autocompletion=complete_path,
+    ),
+]
+Sigma = Annotated[
+    float | None, typer.Option(help="Noise in pixel units (pixels in [0, 1]). Default: what the model was trained for.")
+]
+Stopping = Annotated[
+    str,
+    typer.Option(
+        metavar="sequential|fixed",
+        help="Stop as soon as the radius is decided, or always draw all samples.",
+        autocompletion=_choices("sequential", "fixed"),
+    ),
+]
+Bound = Annotated[
+    str,
+    typer.Option(
+        metavar="binary|margin",
+        help="How to bound the runner-up: by what the top class leaves, as in all papers, or by its own votes. "
+        "The second also certifies classes with less than half of the votes.",
+        autocompletion=_choices("binary", "margin"),
+    ),
+]
+MostSamples = Annotated[int, typer.Option(help="Maximum number of noisy samples per image.")]
+SelectionSamples = Annotated[int, typer.Option(help="Samples that choose the class.")]
+Alpha = Annotated[float, typer.Option(help="Maximum probability that a certificate is wrong.")]
+RadiusStep = Annotated[float, typer.Option(help="Sequential only: radii are multiples of this, in pixel units.")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|fp32|bf16", help="Precision of the network.", autocompletion=_choices("auto", "fp32", "bf16")
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Noisy samples per forward pass. Default: chosen automatically.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda"))
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Limit = Annotated[int | None, typer.Option(help="Certify only N images, evenly spaced over the folder.")]
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read.")]
+Classes = Annotated[
+    Path | None,
+    typer.Option(help="Text file with one class name per line, in the model's order.", autocompletion=complete_path),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="File with the weights of a timm name, instead of a download.", autocompletion=complete_path),
+]
+FinalNorm = Annotated[
+    bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Certificates (TSV): idx, label, predict, radius, correct, time (always 0).", autocompletion=complete_path
+    ),
+]
+Gallery = Annotated[
+    Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.", autocompletion=complete_path)
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rrcm {version('rrcm')}")
+        raise typer.Exit
 
 
 @app.callback()
-def rrcm() -> None:
+def rrcm(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Certified image classifiers by randomized smoothing."""
 
 
 @app.command()
 @exit_on_error
-def certify(  # long because each option has its own lines
+def certify(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="Folder with images, subfolders included.", show_default=False)],
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="FOLDER|FILE|NAME",
-            help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model: its name, "
-            "hf-hub:owner/name, or a snapshot folder.",
-        ),
-    ],
-    sigma: Annotated[
-        float | None,
-        typer.Option(help="Noise in pixel units (pixels in [0, 1]). Default: what the model was trained for."),
-    ] = None,
-    stopping: Annotated[
-        str,
-        typer.Option(
-            metavar="sequential|fixed", help="Stop as soon as the radius is decided, or always draw all samples."
-        ),
-    ] = "sequential",
-    bound: Annotated[
-        str,
-        typer.Option(
-            metavar="binary|margin",
-            help="How to bound the runner-up: by what the top class leaves, as in all papers, or by its own votes. "
-            "The second also certifies classes with less than half of the votes.",
-        ),
-    ] = "binary",
-    n: Annotated[int, typer.Option(help="Maximum number of noisy samples per image.")] = 100_000,
-    n0: Annotated[int, typer.Option(help="Samples that choose the class.")] = 100,
-    alpha: Annotated[float, typer.Option(help="Maximum probability that a certificate is wrong.")] = 0.001,
-    radius_step: Annotated[
-        float, typer.Option(help="Sequential only: radii are multiples of this, in pixel units.")
-    ] = 0.25,
-    precision: Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="Precision of the network.")] = "fp32",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Noisy samples per forward pass. Default: chosen automatically.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Certify only N images, evenly spaced over the folder.")] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read.")
-    ] = False,
-    classes: Annotated[
-        Path | None, typer.Option(help="Text file with one class name per line, in the model's order.")
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="File with the weights of a timm name, instead of a download.")
-    ] = None,
-    final_norm: Annotated[
-        bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")
-    ] = True,
-    output: Annotated[
-        Path, typer.Option(help="Certificates (TSV): idx, label, predict, radius, correct, time (always 0).")
-    ] = Path("certificates.tsv"),
-    gallery: Annotated[Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.")] = Path(
-        "gallery.png"
-    ),
+    folder: Images,
+    model: Model,
+    sigma: Sigma = None,
+    stopping: Stopping = "sequential",
+    bound: Bound = "binary",
+    n: MostSamples = 100_000,
+    n0: SelectionSamples = 100,
+    alpha: Alpha = 0.001,
+    radius_step: RadiusStep = 0.25,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    skip_unreadable: SkipUnreadable = False,
+    classes: Classes = None,
+    weights: Weights = None,
+    final_norm: FinalNorm = True,
+    output: Output = Path("certificates.tsv"),
+    gallery: Gallery = Path("gallery.png"),
 ) -> None:
     """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery.
 
     A run that is stopped continues when the same command is given again.
     """
-    from rrcm.certification.certify_images import certify_folder, find_images, folder_files, output_paths
-    from rrcm.certification.rules import make_stopping_rule
-    from rrcm.data.images import describe_left_out
+    from rrcm.certification.certify_images import certify_folder, folder_files, output_paths, smooth
     from rrcm.models.load import load_base_classifier
-    from rrcm.report.certified_images import certificate_summary, certificate_table, draw_gallery, note_on_labels
-    from rrcm.report.figures import FORMATS, encode
-    from rrcm.report.fonts import note_on_letters
+    from rrcm.report.certified_images import draw_gallery
+    from rrcm.report.figures import encode
     from rrcm.utils.files import claimed, write_together
 
-    resume_gc()  # this function is long only because of its options
+    resume_gc()
     written = [*output_paths(output), gallery]
-    _check_outputs(output_paths(output), gallery, FORMATS)
-    images = find_images(folder, [gallery])  # fails before a model is downloaded
-    if {(folder / file).resolve() for file in images.files} & {path.resolve() for path in written}:
-        raise RRCMError(f"{output}: is one of the images; choose another path")
-    if left_out := describe_left_out(images.left_out):
-        print(f"note: left out {left_out}", file=sys.stderr)
+    images = _find_images(folder, written)  # fails before a model is downloaded
     loaded = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
-    noise = loaded.sigma if sigma is None else sigma
-    if noise is None:
-        raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
     settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
-    rule = make_stopping_rule(sigma=noise, **settings)
-    if loaded.sigma not in (None, noise):
-        note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {noise:g} are valid"
-        print(f"{note}, but may be smaller and fewer", file=sys.stderr)
+    rule = _make_rule(model, loaded, sigma, settings)
     context.with_resource(claimed(*written))  # until the command ends
-    found = certify_folder(
-        images,
-        loaded,
-        rule,
-        output,
-        limit=limit,
-        skip_unreadable=skip_unreadable,
-        seed=seed,
-        precision=precision,
-        batch_size=batch_size,
-        device=device,
-    )
-    picture = encode(draw_gallery(found, loaded, rule), gallery.suffix)
-    write_together(folder_files(output, found, loaded, model, settings) | {gallery: picture})
-    print(f"{certificate_table(found.frame)}\n\n{certificate_summary(found, rule)}")
-    for note in (note_on_labels(found.frame), note_on_letters([*found.frame["file"], *found.frame["class"]])):
-        if note:
-            print(f"note: {note}", file=sys.stderr)
+    smoothed = smooth(loaded, rule.sigma, device, seed=seed, precision=precision, batch_size=batch_size)
+    certified = certify_folder(images, loaded, smoothed, rule, output, limit=limit, skip_unreadable=skip_unreadable)
+    picture = encode(draw_gallery(certified, loaded, rule), gallery.suffix)
+    write_together(folder_files(output, certified, loaded, model, settings) | {gallery: picture})
+    _print_certificates(certified, rule)
     print(f"written: {', '.join(map(str, written))}")
-    found.run.finish()
+    certified.run.finish()
 
 
-def _check_outputs(outputs: Collection[Path], gallery: Path, formats: Collection[str]) -> None:
-    """Raises `RRCMError` for output paths that cannot be written, before hours of computing."""
-    for path in (*outputs, gallery):
+def _find_images(folder: Path, written: Collection[Path]) -> "Listing":
+    """The images in a folder. Raises `RRCMError` if there are none, or if one of the paths cannot be `written`."""
+    from rrcm.certification.certify_images import find_images
+    from rrcm.data.images import describe_left_out
+    from rrcm.report.figures import FORMATS
+
+    *outputs, gallery = written
+    for path in written:
         check_output(path)
     if gallery in outputs:
         raise RRCMError(f"{gallery}: is the path of both the certificates and the gallery; give two paths")
-    if gallery.suffix not in formats:
-        raise RRCMError(f"{gallery}: the gallery must end in {' or '.join(formats)}")
+    if gallery.suffix not in FORMATS:
+        raise RRCMError(f"{gallery}: the gallery must end in {' or '.join(FORMATS)}")
+    images = find_images(folder, [gallery])
+    if {(folder / file).resolve() for file in images.files} & {path.resolve() for path in written}:
+        raise RRCMError(f"{outputs[0]}: is one of the images; choose another path")
+    if left_out := describe_left_out(images.left_out):
+        print(f"note: left out {left_out}", file=sys.stderr)
+    return images
+
+
+def _make_rule(model: str, loaded: "LoadedClassifier", sigma: float | None, settings: dict) -> "StoppingRule":
+    """The stopping rule at noise `sigma`, else at the noise that the model was trained for.
+
+    Raises `RRCMError` for impossible settings, and where neither noise is known.
+    """
+    from rrcm.certification.rules import make_stopping_rule
+
+    if sigma is None and loaded.sigma is None:
+        raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
+    rule = make_stopping_rule(sigma=loaded.sigma if sigma is None else sigma, **settings)
+    if loaded.sigma not in (None, rule.sigma):
+        note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {rule.sigma:g} are valid"
+        print(f"{note}, but may be smaller and fewer", file=sys.stderr)
+    return rule
+
+
+def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule") -> None:
+    from rrcm.report.certified_images import certificate_summary, certificate_table, note_on_labels
+    from rrcm.report.fonts import note_on_letters
+
+    frame = certified.frame
+    print(f"{certificate_table(frame)}\n\n{certificate_summary(certified, rule)}")
+    for note in (note_on_labels(frame), note_on_letters([*frame["file"], *frame["class"]])):
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
 
 @app.command()
@@ -150,14 +248,25 @@ def _check_outputs(outputs: Collection[Path], gallery: Path, formats: Collection
 def compare(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="NAME=FILE...", help="Name for the legend and certificate file.", show_default=False),
+        typer.Argument(
+            metavar="NAME=FILE...",
+            help="Name for the legend and certificate file.",
+            show_default=False,
+            autocompletion=complete_named_file,
+        ),
     ],
     radii: Annotated[
         str, typer.Option(help="Radii of the table, in pixel units.")
     ] = "0,0.25,0.5,0.75,1,1.25,1.5,1.75,2",
-    output: Annotated[Path, typer.Option(help="Figure of the exact curves, .png or .svg.")] = Path("compare.png"),
+    output: Annotated[
+        Path, typer.Option(help="Figure of the exact curves, .png or .svg.", autocompletion=complete_path)
+    ] = Path("compare.png"),
     reference: Annotated[
-        str | None, typer.Option(help="A name. Print the differences to it on common images, with 95 % intervals.")
+        str | None,
+        typer.Option(
+            help="A name. Print the differences to it on common images, with 95 % intervals.",
+            autocompletion=complete_method,
+        ),
     ] = None,
 ) -> None:
     """Compare ACR and certified accuracy of certificate files (idx, label, predict, radius, correct, time)."""
@@ -170,25 +279,41 @@ def compare(
 @app.command()
 @exit_on_error
 def audit(
-    file: Annotated[Path, typer.Argument(help="Certificates (TSV) with the votes and the record beside them.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Certificates (TSV) with the votes and the record beside them.", autocompletion=complete_path
+        ),
+    ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|FILE|NAME", help="The model. Default: ROOT/models/METHOD/sigma_S of a result."),
+        typer.Option(
+            metavar="FOLDER|FILE|NAME",
+            help="The model. Default: ROOT/models/METHOD/sigma_S of a result.",
+            autocompletion=complete_path,
+        ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of shards or pictures. Default: ROOT/shards or ROOT/data/shards of a result."),
+        typer.Option(
+            help="Folder of shards or pictures. Default: ROOT/shards or ROOT/data/shards of a result.",
+            autocompletion=complete_path,
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to vote again on, chosen at random.")] = 100,
     every_row: Annotated[bool, typer.Option("--all", help="Vote again on all rows.")] = False,
     seed: Annotated[int | None, typer.Option(help="Chooses the rows; default: random.")] = None,
     precision: Annotated[
         str | None,
-        typer.Option(metavar="fp32|bf16", help="Default: as published. fp32 is faster on old CPUs, and finds less."),
+        typer.Option(
+            metavar="fp32|bf16",
+            help="Default: as published. fp32 is faster on old CPUs, and finds less.",
+            autocompletion=_choices("fp32", "bf16"),
+        ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as published.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as published.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Audit a certificate file: recompute its radii from its votes, and let the model vote again.
 
@@ -204,24 +329,20 @@ def audit(
     start = time.monotonic()
     seed = secrets.randbelow(2**31) if seed is None else seed
     print(f"rows are chosen with --seed {seed}", file=sys.stderr)
-    found = audit_file(
-        file,
-        *find_inputs(file, model, images),
-        rows=None if every_row else rows,
-        seed=seed,
-        settings=Settings(precision, batch_size, threads),
-        device=device,
-    )
-    for problem in found.problems:
+    settings = Settings(precision, batch_size, threads, device)
+    inputs = find_inputs(file, model, images)
+    outcome = audit_file(file, *inputs, rows=None if every_row else rows, seed=seed, settings=settings)
+    for problem in outcome.problems:
         print(f"  {printable(problem)}", file=sys.stderr)
-    print(printable(verdict(file, found, time.monotonic() - start)))
-    if found.problems:
+    print(printable(verdict(file, outcome, time.monotonic() - start)))
+    if outcome.problems:
         raise typer.Exit(1)
 
 
 def main() -> None:
     """The console command. It runs the code that is installed, and says so in a checkout with other code."""
-    if folder := other_checkout([Path.cwd(), *Path.cwd().parents]):
+    completes = "_RRCM_COMPLETE" in os.environ  # a shell asks for completions, and shows nothing else
+    if not completes and (folder := other_checkout([Path.cwd(), *Path.cwd().parents])):
         code, folder = printable(Path(__file__).parents[1]), printable(folder)
         print(f"note: this is the rrcm of {code}; the code of {folder} does not run", file=sys.stderr)
     run_app(app)

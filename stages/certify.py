@@ -22,7 +22,7 @@ def main(
     certificates: Path = Path("certificates"),
     timings: Path = Path("timings/certify"),
 ) -> None:
-    """Certify METHOD at smoothing noise SIGMA (pixel units). Continues a killed run."""
+    """Certify METHOD at the smoothing noise SIGMA (pixel units). A killed run continues."""
     name = f"{method}/{sigma_name(sigma)}"
     config = load_config(params)
     files = models / name, certificates / f"{name}.tsv", timings / f"{name}.json"

@@ -21,7 +21,7 @@ def main(
     output: Path = Path(SOFT_LABELS),
     timing: Path = Path("timings/soft_labels.json"),
 ) -> None:
-    """Count the votes of the classifier that the setting `soft_labels` names. Continues a killed run."""
+    """Count the votes of the classifier that the setting `soft_labels` names. A killed run continues."""
     config = load_config(params)
     model = models / config.soft_labels.method / sigma_name(config.soft_labels.sigma)
     count_soft_labels(config, shards, model, output, timing)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
+from rrcm import __version__
 from rrcm.certification.certify_images import find_images, find_labels, read_square
 from rrcm.certification.record import read_record
 from rrcm.certification.results import read_certificates
@@ -85,7 +87,7 @@ def refused(answer: Result, *said: str) -> None:
 
 
 @pytest.mark.parametrize("stopping", ["fixed", "sequential"])
-def test_it_writes_and_prints_what_the_engine_certifies(saved, images, stopping):
+def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, images, stopping):
     answer = rrcm("images", "--model", "model", "--stopping", stopping, *SMALL)
     assert answer.exit_code == 0, answer.output
     smoothed = SmoothedClassifier(saved, 0.25, 3, batch_size=64)
@@ -115,7 +117,7 @@ def test_it_writes_and_prints_what_the_engine_certifies(saved, images, stopping)
     assert "4/4 images" in answer.stderr
 
 
-def test_what_it_writes_can_be_audited(saved, images):
+def test_the_files_of_a_folder_can_be_audited(saved, images):
     """The radii follow from the votes, and the model votes the same on the same pictures, but not on others."""
     Path("images/other/a.png").rename("images/other/an odd_name é.png")
     frame = certified("images", "--model", "model", "--bound", "margin")
@@ -397,7 +399,7 @@ def test_an_interrupted_run_continues(saved, images, monkeypatch):
         Path(name).unlink()
     run, drawn = SmoothedClassifier.certify_stream, []
 
-    def interrupted(self, states, rule):
+    def interrupted(self, states, rule, **_):
         for changed in run(self, states, rule, at_once=1):
             drawn.append(sum(state.samples for state in changed))
             yield changed
@@ -472,7 +474,7 @@ def check_that_it_is_as_afresh(*arguments: str) -> None:
     ("change", "same", "of"),
     [("pixels", 3, 4), ("more images", 4, 5), ("other places", 2, 5), ("fewer images", 3, 3), ("--limit=2", 2, 2)],
 )
-def test_an_image_that_is_the_same_is_not_certified_again(saved, images, monkeypatch, change, same, of):
+def test_an_unchanged_image_is_not_certified_again(saved, images, monkeypatch, change, same, of):
     """That is one with the same pixels and the same place in the list, which chooses its noise."""
     arguments = "images", "--model", "model", *SMALL
     stopped_before_writing(monkeypatch, *arguments)
@@ -545,7 +547,7 @@ def test_an_error_in_the_last_file_leaves_the_others(saved, images, monkeypatch)
     assert [Path(name).read_bytes() for name in outputs] == before
 
 
-def test_unreadable_images_are_all_named_and_skipped_if_wanted(saved, images):
+def test_unreadable_images_are_all_named_and_skipped_on_request(saved, images):
     whole = certified("images", "--model", "model")
     Path("certificates.tsv").unlink()
     Path("images/0/a.png").write_bytes(Path("images/0/a.png").read_bytes()[:40])
@@ -566,7 +568,7 @@ def test_unreadable_images_are_all_named_and_skipped_if_wanted(saved, images):
     assert answer.exit_code == 1 and answer.stderr.splitlines()[-1].endswith("named above; replace or remove them")
 
 
-def test_it_says_what_is_left_out_and_which_folders_are_no_class(saved, images):
+def test_notes_name_files_left_out_and_folders_without_class(saved, images):
     Path("images/0/notes.txt").touch()
     Path("images/@eaDir/0").mkdir(parents=True)
     Path("images/@eaDir/0/a.png").touch()
@@ -587,7 +589,7 @@ def test_it_says_what_is_left_out_and_which_folders_are_no_class(saved, images):
         ("cat dog images", "cat y z", [0, -1, -1, -1], "3 of 4 images have no label"),
     ],
 )
-def test_labels_are_of_the_level_where_the_classes_lie(saved, images, names, moved, labels, said):
+def test_labels_come_from_the_level_of_the_class_folders(saved, images, names, moved, labels, said):
     save_model("model", saved, class_names=names.split())
     Path("images").rename("old")
     for old, new in zip(["0", "1", "other"], moved.split(), strict=True):
@@ -686,3 +688,32 @@ def test_standard_output_closed_or_full(streams, status, said):
     assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
     with Image.open("compare.png") as image:
         image.load()
+
+
+def completions(words: str) -> list[str]:
+    """What a shell offers in place of the last word."""
+    environment = {"_RRCM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    answer = CliRunner(env=environment).invoke(app, [], prog_name="rrcm")
+    assert not answer.stderr
+    return answer.stdout.split()
+
+
+def test_a_shell_completes_paths_methods_and_choices():
+    Path("models/rrcm").mkdir(parents=True)
+    Path("models/rrcm/config.json").touch()
+    Path("models/.hidden").touch()
+    Path("photos").mkdir()
+    Path("a.tsv").touch()
+    assert completions("rrcm certify p") == ["photos/"]
+    assert completions("rrcm certify photos --model mo") == ["models/", "models/rrcm/", "models/rrcm/config.json"]
+    assert completions("rrcm certify photos --model none/") == []
+    assert completions("rrcm certify photos --bound m") == ["margin"]
+    assert completions("rrcm audit ") == ["a.tsv", "models/", "photos/"]
+    assert completions("rrcm compare rrcm_cat") == ["rrcm_cat_rs="]
+    assert completions("rrcm compare mine=a") == ["mine=a.tsv"] and completions("rrcm compare mine = a") == ["a.tsv"]
+    assert completions("rrcm compare --reference cat") == ["cat_rs", "cat_rs_matched"]
+
+
+def test_the_version_is_that_of_the_package():
+    answer = CliRunner().invoke(app, ["--version"])
+    assert answer.exit_code == 0 and answer.stdout == f"rrcm {__version__}\n" and re.match(r"\d+\.\d+", __version__)

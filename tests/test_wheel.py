@@ -79,6 +79,7 @@ def test_every_module_is_imported_from_the_wheel(installed):
 def test_every_other_file_of_the_package_is_in_the_wheel(installed):
     others = [name for name in package_files() if not name.endswith((".py", "README.md"))]
     missing = [name for name in others if not (installed / name).is_file()]
+    assert "rrcm/py.typed" in others  # type checkers then read the annotations
     assert not missing, f"add them to package-data under [tool.setuptools] in pyproject.toml: {missing}"
     for name in others:
         assert (installed / name).read_bytes() == (REPOSITORY / name).read_bytes()

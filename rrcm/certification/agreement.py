@@ -1,12 +1,13 @@
-"""Whether two counts of the same noisy samples agree, if the network only rounds differently. Pure functions.
+"""Whether two counts of the same noisy samples agree up to the rounding of the network. Pure functions.
 
-Votes flip near a tie of two classes. Let z be the gap between the two classes' logits under noise, in units of its
-standard deviation, and p the probability that it is above 0. A rounding error flips the votes with |z| below a small
-bound, whose probability is that bound times twice the density of z at 0. For a normal z this density is
-phi(Phi^-1(p)). So a model has one rate, at a tie, and an image with the vote share p has `rate` times `closeness(p)`.
-On the digits this explains how the flips differ between images (benchmarks/README.md, "Audits").
+Votes flip near a tie of two classes. Let z be the gap between the logits of the two classes under noise, in units of
+its standard deviation, and let p be the probability that z is above 0. A rounding error flips the votes with |z| below
+a small bound. The probability of such a z is twice the bound times the density of z at 0. For a normal z, this density
+is phi(Phi^-1(p)). So one number, the flip rate at a tie, describes a model. An image with the vote share p has this
+rate times `closeness(p)`. On the digits this explains how the flips differ between images (benchmarks/README.md,
+"Audits").
 
-Each flip moves one vote. So the votes that have moved between two counts are at most the flips, which are binomial.
+Each flip moves one vote. So at most as many votes have moved as have flipped, and the flips are binomial.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,21 +17,21 @@ from scipy.special import bdtrc, gammaln, ndtr, ndtri  # importing scipy.stats t
 
 from rrcm.certification.stopping import clopper_pearson_lower, smallest_count
 
-CONFIDENCE = 0.99  # with which an audit says that it would have found forged rows
+CONFIDENCE = 0.99  # of an audit's statement that it would have found forged rows
 
 
 def moved_votes(first: Mapping[str, int], second: Mapping[str, int]) -> int:
-    """How many of the votes by class have another class in the other count: half the sum of the differences.
+    """How many votes have moved to another class between two counts of equally many samples.
 
-    Both counts are of the same number of samples.
+    This is half of the sum of the differences.
     """
     return sum(abs(first.get(k, 0) - second.get(k, 0)) for k in first.keys() | second.keys()) // 2
 
 
 def closeness(top: int | np.ndarray, m: int | np.ndarray) -> float | np.ndarray:
-    """phi(Phi^-1(p)) / phi(0) for `top` votes of m: how close the image is to a tie, in (0, 1].
+    """phi(Phi^-1(p)) / phi(0) for `top` votes of m, in (0, 1]: how close the image is to a tie.
 
-    p = (top + 1) / (m + 2) is never 0 or 1. Below one half other classes may tie too, so there it is 1.
+    p = (top + 1) / (m + 2) is never 0 or 1. The closeness is 1 for p below one half, as several classes may tie there.
     """
     p = (np.asarray(top) + 1) / (np.asarray(m) + 2)
     return np.where(p > 0.5, np.exp(-(ndtri(p) ** 2) / 2), 1.0)[()]
@@ -49,7 +50,7 @@ def rate_bounds(flips: int, samples: int, close: float, alpha: float) -> tuple[f
 
 
 def tail(moved: int | np.ndarray, m: int | np.ndarray, rate: float | np.ndarray) -> float | np.ndarray:
-    """P(Bin(m, rate) >= moved), the p-value of so many moved votes if each of m samples flips at this rate."""
+    """P(Bin(m, rate) >= moved), the p-value of `moved` votes if each of m samples flips at this rate."""
     moved = np.asarray(moved)
     return np.where(moved > 0, bdtrc(np.maximum(moved - 1, 0), m, rate), 1.0)[()]
 
@@ -64,10 +65,10 @@ def least_improbable(m: np.ndarray, rate: np.ndarray, level: float) -> np.ndarra
 
 
 def pooled_tail(moved: Sequence[int], m: Sequence[int], rates: Sequence[float]) -> float:
-    """The p-value of the sum of the moved votes of images with own sample sizes and rates.
+    """The p-value of the sum of the moved votes of images, each with its own number of samples and rate.
 
-    At or above its mean a sum of independent flips has a thinner tail than a binomial of the mean rate (Hoeffding 1956,
-    theorem 4). Below that the answer is 1.
+    At or above its mean, a sum of independent flips has a thinner tail than a binomial variable with the mean rate
+    (Hoeffding 1956, theorem 4). Below the mean the answer is 1.
     """
     total, samples = sum(moved), sum(m)
     mean = float(np.dot(m, rates))
@@ -75,19 +76,19 @@ def pooled_tail(moved: Sequence[int], m: Sequence[int], rates: Sequence[float]) 
 
 
 def votes_to_raise(top: np.ndarray, m: np.ndarray, shift: float) -> np.ndarray:
-    """How many of m votes the top class must gain, beyond its `top` votes, to raise a radius by sigma * `shift`: (B,).
+    """How many votes of m the top class must gain beyond its `top` votes to raise a radius by sigma * `shift`: (B,).
 
-    The radius is sigma Phi^-1(p), but for its confidence bound.
+    The radius is taken as sigma Phi^-1(p), without its confidence bound.
     """
     p = (top + 1) / (m + 2)
     return np.ceil(m * (ndtr(ndtri(p) + shift) - p)).astype(np.int64)
 
 
 def found_share(rows: int, audited: int, power: float) -> float | None:
-    """The smallest share of forged rows that an audit finds with CONFIDENCE, of `rows` rows in all.
+    """The smallest share of forged rows among `rows` that an audit finds with CONFIDENCE.
 
-    It draws `audited` of them without replacement, and finds a forged one among these with probability `power`. None if
-    it does not even find it when all rows are forged.
+    The audit draws `audited` rows without replacement, and finds each forged row among them with probability `power`.
+    None if it would not even find that all rows are forged.
     """
     for forged in range(1, rows + 1):
         drawn = np.arange(max(0, audited - (rows - forged)), min(forged, audited) + 1)

@@ -1,9 +1,9 @@
-"""Audit a certificate file: do its radii follow from its votes, and does the published model vote like that?
+"""Audit a certificate file: do its radii follow from its votes, and does the published model give these votes?
 
-`check_file` does the first without the network. `audit_file` also lets the model vote again on rows chosen at random.
-On the machine type that published the file all counts must be equal. Elsewhere the network rounds differently, and a
-few votes flip. How many may have flipped follows from the flip rate that is published with the file. Each look of each
-row is tested by itself, and all rows together, by exact binomial tests that together raise a false alarm with
+`check_file` answers the first question without the network. `audit_file` also lets the model vote again on rows chosen
+at random. On the type of machine that published the file all counts must be equal. Elsewhere the network rounds
+differently, and a few votes flip. The flip rate published with the file says how many votes may have flipped. Exact
+binomial tests compare each look of each row by itself, and all rows together. Together they raise a false alarm with
 probability at most `false_alarm`.
 """
 
@@ -32,6 +32,7 @@ from rrcm.certification.flips import SAMPLES_PER_IMAGE, count_flips, spread_indi
 from rrcm.certification.record import CertificateRecord, Flips, read_record, record_path
 from rrcm.certification.results import COLUMNS, SAMPLES, read_certificates, read_samples, samples_path
 from rrcm.certification.revote import (
+    AS_PUBLISHED,
     Inputs,
     RowVotes,
     Settings,
@@ -45,47 +46,45 @@ from rrcm.certification.revote import (
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import recompute
-from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import sha256_file
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import Environment, describe_environment
 
-AS_PUBLISHED = Settings()
-SAMPLES_HERE = 10_000  # to measure the flip rate of this machine
-SPREAD = 2.0  # an image may flip this many times as often as the model's rate says; machines differ as much
-RAISE = 0.05  # pixel units; how much a radius is raised in the forgeries that an audit says it would find
-SHOWN = 3  # rows that are named of each kind of problem
+SAMPLES_HERE = 10_000  # votes that measure the flip rate of this machine
+SPREAD = 2.0  # an image may flip this many times as often as the model's rate says, and so may another machine
+RAISE = 0.05  # pixel units; an audit says which share of radii forged by this much it would find
+SHOWN = 3  # rows named for each kind of problem
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What the audit of a certificate file has found."""
+    """The outcome of an audit of a certificate file."""
 
-    problems: list[str]  # none: verified
+    problems: list[str]  # empty: verified
     rows: int  # in the file
-    audited: int = 0  # rows voted again
+    audited: int = 0  # rows whose votes were counted again
     exact: bool = False  # whether all counts had to be equal
     computation: str = ""  # how the votes were counted again
-    moved: int = 0  # votes at the last looks of these rows that have another class now
-    samples: int = 0  # votes there in all
-    power: float = 0.0  # with which a forged row is found that is voted on again
+    moved: int = 0  # votes that now have another class, at the last looks of these rows
+    samples: int = 0  # all votes at these looks
+    power: float = 0.0  # probability that a forged row is found when its votes are counted again
     found: float | None = None  # the smallest share of forged rows that would have been found with 99 %
-    false_alarm: float = 0.0  # the probability that an honest file has problems
-    code: str = ""  # that certified
+    false_alarm: float = 0.0  # probability that an honest file has problems
+    code: str = ""  # the code that certified
     notes: tuple[str, ...] = ()
 
 
 class Counts(NamedTuple):
-    """Published votes and those counted again, of B looks or selections."""
+    """A comparison of published votes with votes counted again, at B looks or selections."""
 
-    moved: np.ndarray  # (B,) int64, votes with another class
-    m: np.ndarray  # (B,) int64, of so many
-    top: np.ndarray  # (B,) int64, votes for the class that has most, as counted again
+    moved: np.ndarray  # (B,) int64, votes that have another class now
+    m: np.ndarray  # (B,) int64, all votes
+    top: np.ndarray  # (B,) int64, votes for the class with most votes, as counted again
 
 
 def count_moves(pairs: Iterable[tuple[Votes, Votes]]) -> Counts:
-    """The `Counts` of votes as published and as counted again."""
+    """Compare pairs of votes, as published and as counted again."""
     rows = [(moved_votes(votes, now), sum(now.values()), max(now.values())) for votes, now in pairs]
     return Counts(*np.array(rows, np.int64).reshape(-1, 3).T)
 
@@ -94,35 +93,35 @@ def count_moves(pairs: Iterable[tuple[Votes, Votes]]) -> Counts:
 class Tolerance:
     """How many votes may have moved."""
 
-    rate: float  # of flips at a tie
-    row_level: float  # of each test of a row
-    pooled_level: float  # of the test of all rows together
+    rate: float  # flip rate at a tie
+    row_level: float  # significance level of each test of a row
+    pooled_level: float  # significance level of the test of all rows together
 
     def rates(self, counts: Counts, spread: float = 1.0) -> np.ndarray:
-        """The flip rate at each of the counts, `spread` times that of the model: (B,)."""
+        """The flip rate at each of the counts, `spread` times the rate of the model: (B,)."""
         return np.minimum(1.0, spread * self.rate * closeness(counts.top, counts.m))
 
     def refuses(self, counts: Counts) -> np.ndarray:
-        """Whether more votes have moved than an image can explain, at each of the counts: (B,) bool."""
+        """Whether more votes have moved than rounding can explain, at each of the counts: (B,) bool."""
         return tail(counts.moved, counts.m, self.rates(counts, SPREAD)) <= self.row_level
 
     def power(self, counts: Counts, shift: float) -> float:
         """The probability to find a row that was changed to raise its radius by sigma * `shift`.
 
-        It is the mean over the rows in which so many votes can be changed, of the test at their last look, of which
-        `counts` are. The votes of a row are taken to flip in one direction, which hides changes as often as it adds to
-        them.
+        `counts` are those at the last look of each row. The answer is the mean power of the tests there, over the rows
+        that have enough votes to change. All flips of a row are assumed to have one direction, which hides a change as
+        often as it adds to it.
         """
         added = votes_to_raise(counts.top, counts.m, shift)
         needed = least_improbable(counts.m, self.rates(counts, SPREAD), self.row_level)
         rates = self.rates(counts)
-        found = (tail(needed - added, counts.m, rates) + 1 - tail(added - needed + 1, counts.m, rates)) / 2
+        power = (tail(needed - added, counts.m, rates) + 1 - tail(added - needed + 1, counts.m, rates)) / 2
         possible = added <= counts.m - counts.top
-        return float(found[possible].mean()) if possible.any() else 1.0
+        return float(power[possible].mean()) if possible.any() else 1.0
 
 
 def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
-    """The record beside a certificate file, its rows with their votes, and what is wrong with them.
+    """The record beside a certificate file, the rows of the file with their votes, and the problems of both.
 
     The tables must have the hashes in the record, and all columns must follow from the votes. Raises `RRCMError` for
     files that are missing or cannot be read.
@@ -136,13 +135,13 @@ def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
         return record, frame, [*problems, f"{path}: has other images than {samples_path(path).name}"]
     frame = frame.join(samples.drop(columns="idx"))
     try:
-        found = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
+        recomputed = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
     except RRCMError as error:
         return record, frame, [*problems, f"{path}: {error}"]
     lines = []
     for name in (*COLUMNS[2:5], *SAMPLES[1:]):
-        for row in np.flatnonzero(frame[name].to_numpy() != found[name].to_numpy()):
-            claim, follows = frame[name].iloc[row], found[name].iloc[row]
+        for row in np.flatnonzero(frame[name].to_numpy() != recomputed[name].to_numpy()):
+            claim, follows = frame[name].iloc[row], recomputed[name].iloc[row]
             lines.append(f"image {frame['idx'].iloc[row]}: {name} is {claim}, but its votes give {follows}")
     return record, frame, problems + _shortened(path, lines)
 
@@ -156,13 +155,13 @@ def audit_file(
     seed: int = 0,
     false_alarm: float = 1e-3,
     settings: Settings = AS_PUBLISHED,
-    device: str = "auto",
 ) -> Audit:
-    """Check a certificate file, and vote again on `rows` of its rows (None: all), which `seed` chooses.
+    """Check a certificate file, and count the votes of `rows` of its rows again (None: of all). `seed` chooses them.
 
-    `images` is the folder of shards, or that of pictures if such were certified. An honest file has no problems, but
-    with probability `false_alarm` where the counts need not be equal. Nothing is voted again if the tables, the model
-    or the images are not those of the record. Raises `RRCMError` for missing or damaged files and inputs.
+    `images` is the folder of shards, or the folder of pictures if pictures were certified. An honest file has no
+    problems, except with probability `false_alarm` where the counts need not be equal. No votes are counted again if
+    the tables, the model or the images are not the recorded ones. Raises `RRCMError` for missing or damaged files and
+    inputs.
     """
     record, frame, problems = check_file(path)
     if problems:
@@ -170,7 +169,7 @@ def audit_file(
     inputs, problems = load_inputs(path, record, frame, model, images)
     if problems:
         return Audit(problems, len(frame))
-    smoothed = smooth_again(record, inputs, pick_device(device), settings)
+    smoothed = smooth_again(record, inputs, settings)
     chosen = sorted(random.Random(seed).sample(range(len(frame)), min(rows or len(frame), len(frame))))
     published = published_votes(frame.iloc[chosen])
     again = _count_again(path, smoothed, inputs, published)
@@ -178,10 +177,10 @@ def audit_file(
     if same_computation(record, smoothed):
         return replace(compare_equal(path, len(frame), published, again), code=code)
     tolerance, problems, notes = allow(path, record, inputs, smoothed, published, false_alarm)
-    found = compare_close(path, record, len(frame), tolerance, published, again)
+    audit = compare_close(path, record, len(frame), tolerance, published, again)
     return replace(
-        found,
-        problems=problems + found.problems,
+        audit,
+        problems=problems + audit.problems,
         computation=f"in {smoothed.precision}, batch {smoothed.batch_size}",
         false_alarm=false_alarm,
         code=code,
@@ -231,9 +230,10 @@ def allow(
     published: Sequence[RowVotes],
     false_alarm: float,
 ) -> tuple[Tolerance, list[str], tuple[str, ...]]:
-    """What may have moved, by the published flip rate or else by the one of this machine; problems; notes.
+    """How many votes may have moved, with the published flip rate or else with the rate of this machine; problems;
+    notes.
 
-    Half of `false_alarm` is for the rows, a quarter for all together, and a quarter for the bounds on the rates.
+    Half of `false_alarm` goes to the rows, a quarter to all rows together, and a quarter to the bounds on the rates.
     """
     tests, alpha = sum(1 + len(row.votes) for row in published), false_alarm / 4
     here = _measure_here(record, inputs, smoothed, [row.idx for row in published])
@@ -252,27 +252,25 @@ def allow(
 
 
 def flip_rate(flips: Flips, alpha: float) -> float:
-    """An upper confidence bound on the flip rate at a tie, raised by what the images differ beyond chance."""
+    """An upper confidence bound on the flip rate at a tie, raised if the rates of the images differ beyond chance."""
     return max(1.0, flips.dispersion) * rate_bounds(flips.flips, flips.samples, flips.closeness, alpha)[1]
 
 
 def _measure_here(
     record: CertificateRecord, inputs: Inputs, smoothed: SmoothedClassifier, indices: Sequence[int]
 ) -> Flips:
-    """The flips on this machine between the precisions, or if these are the same between two ways to compute."""
+    """The flips on this machine between two precisions, or between two batch sizes if the precision is the same."""
     chosen, first = spread_indices(indices, SAMPLES_HERE), smoothed
-    other = Settings(record.precision, smoothed.batch_size)
-    if record.precision == smoothed.precision:
-        other = Settings(record.precision, max(1, smoothed.batch_size // 2))
+    size = smoothed.batch_size if record.precision != smoothed.precision else max(1, smoothed.batch_size // 2)
     classes = vote_singly(first, inputs, chosen, SAMPLES_PER_IMAGE)
-    second = smooth_again(record, inputs, smoothed.device, other)
+    second = smooth_again(record, inputs, Settings(record.precision, size, device=str(smoothed.device)))
     return count_flips(classes, vote_singly(second, inputs, chosen, SAMPLES_PER_IMAGE), "here")
 
 
 def _count_again(
     path: Path, smoothed: SmoothedClassifier, inputs: Inputs, published: Sequence[RowVotes]
 ) -> list[RowVotes]:
-    """`vote_again`, with an estimate of the time and with progress on stderr."""
+    """`vote_again`, with an estimate of the time and progress on stderr."""
     samples = sum(sum(row.selection.values()) + max(map(int, row.votes), default=0) for row in published)
     probe = [RowVotes(published[0].idx, {"0": smoothed.batch_size}, {})]
     next(vote_again(smoothed, inputs, probe))  # the first batch takes longer
@@ -290,28 +288,28 @@ def _count_again(
 
 
 def _difference(published: RowVotes, again: RowVotes) -> str:
-    """Where the votes for an image differ most."""
+    """A line with the count of an image that differs most."""
     name, votes, now = max(_counts(published, again), key=lambda each: moved_votes(*each[1:]))
     return f"image {published.idx}: {moved_votes(votes, now)} of {sum(votes.values())} {name} differ when counted again"
 
 
 def _counts(published: RowVotes, again: RowVotes) -> list[tuple[str, Votes, Votes]]:
-    """Each count of an image with its name, as published and as counted again."""
+    """All counts of an image: name, votes as published, votes as counted again."""
     looks = [("votes", votes, again.votes[drawn]) for drawn, votes in published.votes.items()]
     return [("selection votes", published.selection, again.selection), *looks]
 
 
 def _shortened(path: Path, lines: Sequence[str]) -> list[str]:
-    """The lines, each with the path, of which the last counts those that are left out."""
+    """The first lines, each with the path, and a last one that says how many more there are."""
     more = [f"{len(lines) - SHOWN:,} more lines like that"] if len(lines) > SHOWN else []
     return [f"{path}: {line}" for line in [*lines[:SHOWN], *more]]
 
 
 def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str, Path]:
-    """The model and the images of a certificate file, those that are None from where a result has them.
+    """The model and the images of a certificate file. None means the folder where a result keeps them.
 
     A result is a folder with certificates/METHOD/sigma_S.tsv, models/METHOD/sigma_S, and shards or data/shards. Raises
-    `RRCMError` for those that are not there.
+    `RRCMError` for a folder that is not there.
     """
     root, name = path.absolute().parent.parent.parent, Path(path.absolute().parent.name, path.stem)
     if model is None:
@@ -327,7 +325,7 @@ def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str
 
 
 def verdict(path: Path, audit: Audit, seconds: float) -> str:
-    """One line that says what was verified, how, and what it would have found."""
+    """One line that says what was verified, how, and which forgeries this would have found."""
     if audit.problems:
         return f"NOT verified: {path}: {len(audit.problems)} problem{'s' * (len(audit.problems) > 1)}, listed above"
     how = "equal" if audit.exact else f"{audit.moved:,} of {audit.samples:,} votes differ, as rounding explains"
@@ -342,6 +340,6 @@ def verdict(path: Path, audit: Audit, seconds: float) -> str:
 
 
 def code_of(environment: Environment) -> str:
-    """The revision of the code that ran, and whether it was changed."""
+    """The revision of the code that ran, and whether the code had uncommitted changes."""
     git = environment.git
     return "code without git" if git is None else f"code {git.revision[:7]} ({'changed' if git.dirty else 'clean'})"

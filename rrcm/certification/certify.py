@@ -1,22 +1,20 @@
-"""Certify a classifier on the test split, on one process or on many that share the images through torchrun's store.
+"""Certify a classifier on the test split, on one process or on many that share the images through torchrun's store."""
 
-Each image is certified independently of the others (smoothing.py). Any number of processes, in any order, killed and
-restarted, therefore writes the same bytes. Each process appends the counts of its images to a journal.
-"""
-
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
+from rrcm.certification.driver import finish_states
+from rrcm.certification.journal import is_possible_state
 from rrcm.certification.record import make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import ImageState
-from rrcm.certification.stopping import StoppingRule
 from rrcm.certification.votes import certificate_frame
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
@@ -26,11 +24,59 @@ from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import json_bytes, sha256_folder, write_together
 from rrcm.utils.pixels import to_unit_range
-from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, fingerprint
 
-# With this file, the code that decides the result.
+
+@dataclass(frozen=True)
+class SplitVoter:
+    """A smoothed classifier, the split whose images it votes on, and the processes that share the images."""
+
+    config: Config
+    images: ShardedDataset
+    smoothed: SmoothedClassifier
+    batch_size: int  # noisy samples per forward pass
+    queue: WorkQueue
+    inputs: dict[str, str]  # SHA-256 of `shards` and `model`
+
+    def run_state(self, name: str, settings: object, module: str, *objects: object) -> RunState:
+        """The journals of the work `name`, which depends on the `settings` and `objects` and on what `module` does."""
+        description = [settings, self.config.seed, self.config.data.image_size, self.config.threads]
+        description += [self.smoothed.device.type, self.batch_size, self.smoothed.precision]
+        return RunState(name, fingerprint(description, self.inputs, module, self.smoothed.model, *objects))
+
+    def describe_time(self, seconds: float, samples: int) -> dict[str, object]:
+        """The entries of a file of timings: what the samples have cost, and where."""
+        return {
+            "seconds": seconds,
+            "samples": samples,
+            "samples_per_second": samples / seconds,
+            "batch_size": self.batch_size,
+            "dtype": self.smoothed.precision,
+            "processes": self.queue.world_size,
+            "environment": describe_environment(self.smoothed.device),
+        }
+
+
+def open_split(config: Config, sigma: float, shard_folder: Path | str, split: str, model_folder: Path) -> SplitVoter:
+    """Load the classifier in `model_folder` to vote on a split of `shard_folder`, with the settings of `certify`.
+
+    Finds the processes that torchrun started. Raises `RRCMError` for missing or damaged inputs.
+    """
+    set_threads(config.threads)
+    env, images = connect(config.device), ShardedDataset(shard_folder, split)
+    verify_shards([images], env)
+    classifier = load_model_folder(model_folder).classifier
+    smoothed = make_smoothed_classifier(classifier.to(env.device), sigma, config)
+    batch_size = smoothed.find_batch_size(torch.zeros(images.channels, config.data.image_size, config.data.image_size))
+    inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}
+    return SplitVoter(config, images, smoothed, batch_size, WorkQueue(env, "images"), inputs)
+
+
+def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
+    """`classifier` smoothed with the settings of `certify`, and with further `options` of `SmoothedClassifier`."""
+    settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
+    return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
 
 
 @explain_lost_processes()
@@ -43,119 +89,61 @@ def certify_split(
     timing: Path,
     max_images: int | None = None,
 ) -> None:
-    """Certify every k-th test image and write `output` (TSV, Cohen et al.'s format).
+    """Certify every k-th test image and write `output` (TSV in the format of Cohen et al.), OUTPUT.samples.tsv with
+    the votes, and OUTPUT.json with everything that decided them.
 
-    Beside it are OUTPUT.samples.tsv with the votes, and OUTPUT.json with all that decided them. With `max_images` at
-    most so many of the images are certified.
-    The column `time` is 0 because the true seconds differ from run to run; `timing` (JSON) has them. Under torchrun all
-    processes share the images. A killed run continues from the last samples it counted, on any number of processes.
-    Raises `RRCMError` for missing or damaged inputs.
+    `max_images` limits the number of images further. The column `time` is 0, because the true seconds differ from run
+    to run; they are in `timing` (JSON). Under torchrun all processes share the images. A killed run continues from the
+    last samples it counted, on any number of processes. Raises `RRCMError` for missing or damaged inputs.
     """
-    set_threads(config.threads)
-    settings, env = config.certify, connect(config.device)
-    device, queue = env.device, WorkQueue(env, "images")
-    images = ShardedDataset(shard_folder, "test")
-    verify_shards([images], env)
-    classifier = load_model_folder(model_folder).classifier
-    smoothed = make_smoothed_classifier(classifier.to(device), sigma, config)
-    rule = make_stopping_rule(sigma=sigma, **settings.rule)
-    limits = settings.max_images, max_images
-    pixels, labels, indices = read_split(images, config.data.image_size, settings.every, *limits)
-    pixels = to_unit_range(pixels.to(device))
-    states = [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
+    voter, settings = open_split(config, sigma, shard_folder, "test", model_folder), config.certify
+    rule, smoothed = make_stopping_rule(sigma=sigma, **settings.rule), voter.smoothed
+    states = _read_states(voter, [settings.max_images, max_images])
+    decides = settings.model_dump(mode="json", exclude={"every", "max_images"})  # these only choose the images
+    run = voter.run_state(f"certify-{sigma}", decides, __name__, rule)
+    finish_states(
+        states,
+        partial(smoothed.certify_stream, rule=rule),
+        run,
+        partial(is_possible_state, rule=rule, num_classes=smoothed.num_classes),
+        voter.queue,
+        f"certify {model_folder}",
+    )
+    if voter.queue.rank == 0:
+        tables = certificate_tables(output, certificate_frame(states, rule, smoothed.num_classes))
+        record = _describe_certificates(voter, tables, read_model_config(model_folder)["kind"], max_images)
+        written = {record_path(output): record, timing: _describe_time(voter, states)}
+        write_together(tables | written)
+        run.finish()
 
-    inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}
-    batch_size = smoothed.find_batch_size(pixels[0])
-    description = [
-        settings.model_dump(mode="json", exclude={"every", "max_images"}),  # the images; each is its own work
-        config.seed,
-        config.data.image_size,
-        config.threads,
-        sigma,
-        device.type,
-    ]
-    description += [batch_size, smoothed.precision]
-    run_state = RunState(f"certify-{sigma}", fingerprint(description, inputs, __name__, smoothed.model, rule))
-    if queue.rank == 0:
-        run_state.lock()
-    queue.start()
-    _certify_share(smoothed, states, rule, queue, run_state.folder, f"certify {model_folder}")
-    if queue.rank > 0:
-        return
 
-    _restore(states, run_state.folder, rule, smoothed)  # the other processes' journals
-    tables = certificate_tables(output, certificate_frame(states, rule, smoothed.num_classes))
+def _read_states(voter: SplitVoter, limits: Sequence[int | None]) -> list[ImageState]:
+    """The images to certify, on the device of the classifier, without any votes."""
+    config = voter.config
+    pixels, labels, indices = read_split(voter.images, config.data.image_size, config.certify.every, *limits)
+    pixels = to_unit_range(pixels.to(voter.smoothed.device))
+    return [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
+
+
+def _describe_certificates(voter: SplitVoter, tables: dict[Path, bytes], kind: str, max_images: int | None) -> bytes:
+    """The record of the certificate tables, for a model folder of this kind."""
+    settings, limits = voter.config.certify, [voter.config.certify.max_images, max_images]
     record = make_record(
-        smoothed,
-        batch_size,
+        voter.smoothed,
+        voter.batch_size,
         tables,
-        model={"kind": read_model_config(model_folder)["kind"], "sha256": inputs["model"]},
-        data={"sha256": inputs["shards"], "split": "test", "every": settings.every, "max_images": list(limits)},
-        image_size=config.data.image_size,
+        model={"kind": kind, "sha256": voter.inputs["model"]},
+        data={"sha256": voter.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits},
+        image_size=voter.config.data.image_size,
         labelled=True,
         compile=settings.compile,
         **settings.rule,
     )
-    timed = json_bytes(_describe_time(states, batch_size, smoothed, queue.world_size))
-    write_together(tables | {record_path(output): record_bytes(record), timing: timed})
-    run_state.finish()
+    return record_bytes(record)
 
 
-def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
-    """`classifier` smoothed as the `certify` settings say, with further `options` of `SmoothedClassifier`."""
-    settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
-    return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
-
-
-def _certify_share(
-    smoothed: SmoothedClassifier,
-    states: list[ImageState],
-    rule: StoppingRule,
-    queue: WorkQueue,
-    folder: Path,
-    label: str,
-) -> None:
-    """Certify this process's share of the images, starting from the journals in `folder`."""
-    _restore(states, folder, rule, smoothed)
-    done = sum(state.stop_reason != "" for state in states)
-    samples_before, start = sum(state.samples for state in states), time.monotonic()
-
-    def share() -> Iterator[ImageState]:
-        while (position := queue.next_index()) < len(states):
-            yield states[position]
-
-    at_once = None if queue.world_size == 1 else max(8, len(states) // (4 * queue.world_size))
-    with (
-        Progress(len(states), label, "images", done=done, quiet=queue.rank > 0) as progress,
-        open_journal(folder, queue.rank) as journal,
-    ):
-        for changed in smoothed.certify_stream(share(), rule, at_once=at_once):
-            append_states(journal, changed)
-            finished = done + queue.report_done(sum(state.stop_reason != "" for state in changed))
-            rate = (sum(state.samples for state in states) - samples_before) / (time.monotonic() - start)
-            progress.update(finished - progress.done, samples=f"{rate:,.0f}/s")
-        journal.close()  # before reporting: on a network file system the others see a file's content when it is closed
-        for _ in queue.close():
-            progress.update(done + queue.report_done() - progress.done)
-        progress.update(done + queue.report_done() - progress.done)
-
-
-def _restore(states: list[ImageState], folder: Path, rule: StoppingRule, smoothed: SmoothedClassifier) -> None:
-    restore_states(states, folder, lambda saved: is_possible_state(saved, rule, smoothed.num_classes))
-
-
-def _describe_time(
-    states: Sequence[ImageState], batch_size: int, smoothed: SmoothedClassifier, processes: int
-) -> dict[str, object]:
-    """What the images have cost."""
+def _describe_time(voter: SplitVoter, states: Sequence[ImageState]) -> bytes:
+    """What the images have cost, each and all together."""
     seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
-    return {
-        "seconds": seconds,
-        "samples": samples,
-        "samples_per_second": samples / seconds,
-        "batch_size": batch_size,
-        "dtype": smoothed.precision,
-        "processes": processes,
-        "seconds_by_image": {str(state.index): state.seconds for state in states},
-        "environment": describe_environment(smoothed.device),
-    }
+    by_image = {str(state.index): state.seconds for state in states}
+    return json_bytes(voter.describe_time(seconds, samples) | {"seconds_by_image": by_image})

@@ -3,9 +3,9 @@
 import hashlib
 import re
 import sys
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rrcm.certification.journal import append_states, is_possible_state, open_journal, restore_states
+from rrcm.certification.driver import finish_states
+from rrcm.certification.journal import is_possible_state
 from rrcm.certification.record import make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables, samples_path
 from rrcm.certification.smoothing import SmoothedClassifier
@@ -33,7 +34,7 @@ from rrcm.data.images import (
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.folders import CONFIG
 from rrcm.models.load import LoadedClassifier, class_folders
-from rrcm.utils.distributed import pick_device
+from rrcm.utils.distributed import DistEnv, WorkQueue, pick_device
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import read_json, sha256_file, sha256_folder
 from rrcm.utils.pixels import to_unit_range
@@ -46,59 +47,68 @@ FILES = ["idx", "file", "class", "samples", "stop_reason"]
 
 @dataclass
 class FileState(ImageState):
-    """The state of an image file. Its pixels may be others when a stopped run is continued."""
+    """The state of an image file. The file may have changed when a stopped run continues."""
 
-    content: str = ""  # a hash of them
+    content: str = ""  # hash of the pixels
 
 
 class FolderCertificates(NamedTuple):
     """The certificates of a folder's images."""
 
-    frame: pd.DataFrame  # one row per image: that of `certificate_frame`, with `file` and `class` (a name or "")
-    paths: list[Path]  # of the images, in the same order
-    sha256: str  # of their pixels (`sha256_images`)
+    frame: pd.DataFrame  # `certificate_frame` with `file` and `class` (a name, or ""), one row per image
+    paths: list[Path]  # of the images, in the order of the rows
+    sha256: str  # of the pixels of all images (`sha256_images`)
     smoothed: SmoothedClassifier
     batch_size: int
-    seconds: float  # of computing, over all starts
-    run: RunState  # to be finished when everything is written
+    seconds: float  # of computing, including interrupted runs
+    run: RunState  # call its `finish` when everything is written
 
 
 def find_images(folder: Path, exclude: Collection[Path] = ()) -> Listing:
-    """`list_images`, without the files `exclude`. Raises `RRCMError` if there is none."""
-    found = list_images(folder)
+    """`list_images` without the files in `exclude`. Raises `RRCMError` if no image is left."""
+    listing = list_images(folder)
     excluded = {path.resolve() for path in exclude}
-    found.files = [file for file in found.files if (folder / file).resolve() not in excluded]
-    if not found.files:
-        left_out = describe_left_out(found.left_out)
+    listing.files = [file for file in listing.files if (folder / file).resolve() not in excluded]
+    if not listing.files:
+        left_out = describe_left_out(listing.left_out)
         raise RRCMError(
             f"{printable(folder)}: no images in it or below{f', only {left_out}' if left_out else ''}; "
             "give a folder with png, jpg or similar files"
         )
-    return found
+    return listing
 
 
 def read_square(path: Path, loaded: LoadedClassifier) -> np.ndarray:
-    """The central square of an image file at the classifier's size, as in the pipeline: uint8 (C, H, W).
+    """The central square of an image file at the classifier's size, cut as in the pipeline: uint8 (C, H, W).
 
     Raises `RRCMError` for a file that cannot be decoded.
     """
     return to_array(centre_crop(read_image(path, loaded.channels), loaded.image_size))
 
 
+def smooth(loaded: LoadedClassifier, sigma: float, device: str, **options: object) -> SmoothedClassifier:
+    """`loaded` smoothed on the device that the user names, with further `options` of `SmoothedClassifier`."""
+    return SmoothedClassifier(loaded.classifier.to(device_named(device)), sigma, loaded.num_classes, **options)
+
+
+def device_named(name: str) -> torch.device:
+    """The device auto, cpu, cuda or cuda:N. Raises `RRCMError` for other names, and for a GPU that does not exist."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise RRCMError(f"device = {name!r}: must be auto, cpu, cuda or a GPU such as cuda:0")
+    return pick_device(name)
+
+
 def certify_folder(
-    found: Listing,
+    listing: Listing,
     loaded: LoadedClassifier,
+    smoothed: SmoothedClassifier,
     rule: StoppingRule,
     output: Path,
     *,
     limit: int | None = None,
     skip_unreadable: bool = False,
-    seed: int = 0,
-    precision: str = "fp32",
-    batch_size: int | None = None,
-    device: str = "auto",
 ) -> FolderCertificates:
-    """Certify the images that `find_images` found, or `limit` of them, evenly spaced.
+    """Certify the images that `find_images` found, or `limit` of them, evenly spaced, with `loaded` as `smoothed`.
 
     Image i of the sorted list has the noise of index i under the seed. `find_labels` says which images have a known
     label. Any other image has the label UNKNOWN and is never counted as correct. Certificates do not depend on labels.
@@ -110,69 +120,62 @@ def certify_folder(
     """
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
-    smoothed = SmoothedClassifier(
-        loaded.classifier.to(_pick_device(device)),
-        rule.sigma,
-        loaded.num_classes,
-        seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-    )
-    positions = evenly_spaced(len(found.files), limit).tolist()
-    states = _check_images(found, positions, loaded, skip_unreadable)
-    example = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
-    size = smoothed.find_batch_size(example)
-    description = [seed, size, smoothed.precision, smoothed.device.type]
+    positions = evenly_spaced(len(listing.files), limit).tolist()
+    states = _check_images(listing, positions, loaded, skip_unreadable)
+    batch_size = smoothed.find_batch_size(torch.zeros(loaded.channels, loaded.image_size, loaded.image_size))
+    description = [smoothed.seed, batch_size, smoothed.precision, smoothed.device.type]
     description += [torch.get_num_threads(), loaded.image_size]
     mark = fingerprint(description, {}, __name__, smoothed.model, rule)
     run = RunState(f".{output.name}", mark, output.absolute().parent)
-    run.lock()
-    _certify_files(smoothed, found, states, loaded, rule, run)
-    frame = _frame(states, rule, found.files, find_labels(found, loaded), loaded)
-    paths = [found.folder / found.files[state.index] for state in states]
+    is_possible = partial(is_possible_state, rule=rule, num_classes=loaded.num_classes)
+    queue = WorkQueue(DistEnv(0, 1, smoothed.device), "images")
+    stream = partial(_certify_stream, listing, loaded, smoothed, rule)
+    finish_states(states, stream, run, is_possible, queue, f"certify {printable(listing.folder)}")
+    frame = _frame(states, rule, listing.files, find_labels(listing, loaded), loaded)
+    paths = [listing.folder / listing.files[state.index] for state in states]
     seconds, content = sum(state.seconds for state in states), sha256_images(state.content for state in states)
-    return FolderCertificates(frame, paths, content, smoothed, size, seconds, run)
+    return FolderCertificates(frame, paths, content, smoothed, batch_size, seconds, run)
 
 
-def find_labels(found: Listing, loaded: LoadedClassifier) -> list[int | None]:
-    """The label of each listed image; None without one. Prints which folders they are from, unless that is plain.
+def find_labels(listing: Listing, loaded: LoadedClassifier) -> list[int | None]:
+    """The label of each listed image, or None. Prints where the labels come from, unless this is obvious.
 
-    All labels are from one level of folders below that of the listing: where folders are named after classes, or else
-    have numbers of classes. If there is none such, the folder of the listing may itself be named after a class.
+    All labels come from one level of folders inside the listed folder, where the folders are named after classes or
+    have numbers of classes. If there is no such level, the listed folder itself may be named after a class.
     """
     named, classes = class_folders(loaded, numbers=False), class_folders(loaded)
-    own, note = found.folder.resolve(), None
-    level = class_level(found.files, named)
+    own, note = listing.folder.resolve(), None
+    level = class_level(listing.files, named)
     if level is None:
-        level, note = class_level(found.files, classes), "the folders are taken for numbers of classes"
+        level, note = class_level(listing.files, classes), "the folders are taken for numbers of classes"
     if level is not None:
         if level or note:
             where = f"labels are from the folders {printable(own)}{'/*' * (level + 1)}"
             print(f"note: {where}{f'; {note}' if note else ''}", file=sys.stderr)
-        return [label_of(file, classes, level) for file in found.files]
+        return [label_of(file, classes, level) for file in listing.files]
     label = label_of(Path(own.name, "image"), named)
     note = "the images have no labels: no folder is named after a class of the model"
     if label is not None:
         note = f"all images have the label {printable(loaded.class_names[label])}, as their folder is called {own.name}"
     print(f"note: {note}", file=sys.stderr)
-    return [label] * len(found.files)
+    return [label] * len(listing.files)
 
 
 def folder_files(
-    output: Path, found: FolderCertificates, loaded: LoadedClassifier, model: str, settings: Mapping[str, object]
+    output: Path, certified: FolderCertificates, loaded: LoadedClassifier, model: str, settings: Mapping[str, object]
 ) -> dict[Path, bytes]:
-    """What is written for a folder, by path: `certificate_tables`, `files_path(output)` with the images, the record.
+    """The contents of all files for a folder, by path: `certificate_tables`, the list of images, and the record.
 
-    `model` and the `settings` of the stopping rule are those of the command.
+    `model` and the `settings` of the stopping rule are as the command has them.
     """
-    names = found.frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
-    tables = certificate_tables(output, found.frame) | {files_path(output): names.encode()}
+    names = certified.frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
+    tables = certificate_tables(output, certified.frame) | {files_path(output): names.encode()}
     record = make_record(
-        found.smoothed,
-        found.batch_size,
+        certified.smoothed,
+        certified.batch_size,
         tables,
         model=identify_model(model, loaded),
-        data={"sha256": found.sha256, "split": None},
+        data={"sha256": certified.sha256, "split": None},
         image_size=loaded.image_size,
         labelled=False,
         compile=False,
@@ -187,7 +190,7 @@ def output_paths(output: Path) -> list[Path]:
 
 
 def identify_model(model: str, loaded: LoadedClassifier) -> dict[str, str]:
-    """The entry `model` of a record: what kind of thing `model` names, and a hash of it."""
+    """The entry `model` of a record: whether `model` names a model folder, a file or timm weights, and a hash of it."""
     path = Path(model)
     if (path / CONFIG).is_file():
         return {"kind": read_json(path / CONFIG).get("kind", "timm"), "sha256": sha256_folder(path)}
@@ -197,7 +200,7 @@ def identify_model(model: str, loaded: LoadedClassifier) -> dict[str, str]:
 
 
 def sha256_images(contents: Iterable[str]) -> str:
-    """Hexadecimal SHA-256 of the hashes of images' pixels, in order."""
+    """Hexadecimal SHA-256 of the hashes of the images' pixels, in order."""
     return hashlib.sha256("".join(contents).encode()).hexdigest()
 
 
@@ -207,25 +210,19 @@ def sha256_pixels(pixels: np.ndarray) -> str:
 
 
 def files_path(output: Path) -> Path:
-    """OUTPUT.files.tsv, beside OUTPUT.tsv."""
+    """The list of images OUTPUT.files.tsv beside a certificate file OUTPUT.tsv."""
     return output.with_name(f"{output.stem}.files.tsv")
 
 
-def _pick_device(name: str) -> torch.device:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise RRCMError(f"device = {name!r}: must be auto, cpu, cuda or a GPU such as cuda:0")
-    return pick_device(name)
-
-
 def _check_images(
-    found: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
+    listing: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
 ) -> list[FileState]:
-    """Decode the images at `positions` of the list: a state of each that can be read, without its pixels."""
+    """Decode the images at `positions` of the list. Returns the states of those that can be read, without pixels."""
     states, problems, nothing = [], [], torch.empty(0)
-    with Progress(len(positions), f"read {printable(found.folder)}", "images", only_if_long=True) as progress:
+    with Progress(len(positions), f"read {printable(listing.folder)}", "images", only_if_long=True) as progress:
         for position in positions:
             try:
-                pixels = read_square(found.folder / found.files[position], loaded)
+                pixels = read_square(listing.folder / listing.files[position], loaded)
                 states.append(FileState(position, nothing, content=sha256_pixels(pixels)))
             except RRCMError as error:
                 problems.append(str(error))
@@ -239,42 +236,28 @@ def _check_images(
     return states
 
 
-def _certify_files(
-    smoothed: SmoothedClassifier,
-    found: Listing,
-    states: Sequence[FileState],
+def _certify_stream(
+    listing: Listing,
     loaded: LoadedClassifier,
+    smoothed: SmoothedClassifier,
     rule: StoppingRule,
-    run: RunState,
-) -> None:
-    """Finish the states. Pixels are read when they are needed, and dropped as soon as an image is finished."""
-    nothing = torch.empty(0)
-    restore_states(states, run.folder, lambda saved: is_possible_state(saved, rule, loaded.num_classes))
-    done, samples_before = sum(state.stop_reason != "" for state in states), sum(state.samples for state in states)
-    if samples_before:
-        print(f"resuming: {done:,} of {len(states):,} images are finished", file=sys.stderr)
+    states: Iterator[FileState],
+    *,
+    at_once: int | None,
+) -> Iterator[list[FileState]]:
+    """`SmoothedClassifier.certify_stream`. Pixels are read when they are needed, and dropped after the last vote."""
 
-    def decoded() -> Iterator[ImageState]:
+    def with_pixels() -> Iterator[FileState]:
         for state in states:
-            if not state.stop_reason:
-                pixels = read_square(found.folder / found.files[state.index], loaded)
-                state.image = to_unit_range(torch.from_numpy(pixels.copy()))
-                yield state
+            pixels = read_square(listing.folder / listing.files[state.index], loaded)
+            state.image = to_unit_range(torch.from_numpy(pixels.copy()))
+            yield state
 
-    label = f"certify {printable(found.folder)}"
-    with Progress(len(states), label, "images", done=done) as progress, open_journal(run.folder) as journal:
-        try:
-            for changed in smoothed.certify_stream(decoded(), rule):
-                append_states(journal, changed)
-                finished = [state for state in changed if state.stop_reason]
-                for state in finished:
-                    state.image = nothing
-                samples = sum(state.samples for state in states) - samples_before
-                rate = samples / (time.monotonic() - progress.start)
-                progress.update(len(finished), samples=f"{rate:,.0f}/s")
-        except KeyboardInterrupt:
-            text = f": {progress.done} of {len(states)} images are finished; the same command continues from there"
-            raise KeyboardInterrupt(text) from None
+    for changed in smoothed.certify_stream(with_pixels(), rule, at_once=at_once):
+        yield changed
+        for state in changed:
+            if state.stop_reason:
+                state.image = torch.empty(0)
 
 
 def _frame(
@@ -284,7 +267,7 @@ def _frame(
     labels: Sequence[int | None],
     loaded: LoadedClassifier,
 ) -> pd.DataFrame:
-    """The frame of `FolderCertificates`, from files and labels by position."""
+    """The frame of `FolderCertificates`. `files` and `labels` are those of the whole listing."""
     labelled = [replace(state, label=labels[state.index]) for state in states]
     frame = certificate_frame(labelled, rule, loaded.num_classes)
     names = ["" if predict == ABSTAIN else loaded.class_names[predict] for predict in frame["predict"]]

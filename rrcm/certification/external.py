@@ -1,7 +1,7 @@
-"""Certificate files of other groups, which certify.py prints in as many ways as it has been copied.
+"""Read certificate files of other groups, whose copies of certify.py print them in many formats.
 
-A habit is read where its meaning is clear. What had to be assumed is said in one note on stderr, and what is unclear is
-refused. The table in external/README.md lists the habits.
+A format is read if its meaning is clear. A note on stderr lists the assumptions, and an unclear file is refused. The
+table in external/README.md lists the supported formats.
 """
 
 import codecs
@@ -21,14 +21,14 @@ from rrcm.utils.errors import RRCMError, one_line, printable
 
 REQUIRED = ["label", "predict", "radius"]
 LAYOUTS = {6: COLUMNS, 5: COLUMNS[1:]}  # columns without a header: Cohen et al.'s, and those of the rRCM authors
-SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", None: "blanks"}  # in rows with ; a , is a decimal one
+SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", None: "blanks"}  # with semicolons, commas are decimal
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan", re.ASCII | re.IGNORECASE)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null"}  # what libraries write for no number
 ABOUT_COLUMNS = "the first line must name the columns: label, predict, radius and, where there are, idx, correct, time"
 
 
 class _Table(NamedTuple):
-    """The rows of a file as text, with what was assumed to find them."""
+    """The rows of a file as text, with the assumptions made to find them."""
 
     columns: list[str]
     rows: list[tuple[int, list[str]]]  # line number, one cell per column
@@ -36,10 +36,10 @@ class _Table(NamedTuple):
 
 
 def read_external_certificates(path: Path | str) -> pd.DataFrame:
-    """Read another group's certificates as a frame like that of `read_certificates`; prints a note of what was assumed.
+    """Read another group's certificates as a frame like that of `read_certificates`. Prints a note of its assumptions.
 
-    Without a column `idx` the rows are numbered in the order of the file. Without a column `time` it is NaN. Raises
-    `RRCMError` with the file, the line, the problem and what to do.
+    Without a column `idx`, the rows are numbered in the order of the file. Without a column `time`, times are NaN.
+    Raises `RRCMError` with the file, the line, the problem and what to do.
     """
     table = _find_rows(path, _read_lines(path))
     rows, assumed = _interpret(path, table)
@@ -49,7 +49,7 @@ def read_external_certificates(path: Path | str) -> pd.DataFrame:
 
 
 def _read_lines(path: Path | str) -> list[str]:
-    """The lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it. Bytes of other encodings are escaped."""
+    """The lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it. Other bytes are escaped."""
     try:
         # /dev/zero never ends; a pipe does, as in rrcm compare A=<(unzip -p ...)
         if Path(path).is_char_device() or Path(path).is_block_device():
@@ -63,14 +63,14 @@ def _read_lines(path: Path | str) -> list[str]:
     if b"\0" in data and not wide:
         raise RRCMError(f"{path}: is not a text file; export it as text, where {ABOUT_COLUMNS}")
     text = data.decode("utf-16" if wide else "utf-8-sig", errors="backslashreplace")
-    return text.replace("\ufeff", "").splitlines()  # joined files have a mark at the start of each
+    return text.replace("\ufeff", "").splitlines()  # each part of a joined file begins with a byte order mark
 
 
 def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
     """Find the header and the rows of a file.
 
-    A header may come again, where files of one run were joined. Lines of text may stand before a header and at the end,
-    but not between rows: there they could hide a row.
+    The header may be repeated, as in files that were joined. Lines of text may precede a header or end the file, but
+    they may not stand between rows, where they could hide a row.
     """
     separator = _separator(lines)
     columns: list[str] = []
@@ -106,7 +106,7 @@ def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:
 def _assumed(
     columns: Sequence[str], separator: str | None, headers: Sequence[int], texts: Sequence[tuple[int, str]]
 ) -> Iterator[str]:
-    """What was assumed about the form of a file."""
+    """The assumptions about the format of a file."""
     if separator != "\t":
         yield f"columns are separated by {SEPARATORS[separator]}"
     if not headers:
@@ -123,7 +123,7 @@ def _assumed(
 
 
 def _separator(lines: Sequence[str]) -> str | None:
-    """The sign between the columns, as in the first row. None stands for blanks."""
+    """The separator of the columns in the first row. None stands for blanks."""
     after_header = next((number for number, line in enumerate(lines, start=1) if _is_header(line)), 0)
     for line in lines[after_header:]:
         if line.strip() and (after_header or _is_number(re.split(r"[\t,;\s]", line.strip())[0])):
@@ -139,26 +139,26 @@ def _split(line: str, separator: str | None) -> list[str]:
 
 
 def _drop_empty(cells: list[str], width: int) -> list[str]:
-    """`cells` without empty ones beyond `width` > 0, which spreadsheets add at the end of a row."""
+    """`cells` without the empty ones beyond `width` > 0 that spreadsheets add at the end of a row."""
     return cells[:width] if width and not any(cells[width:]) else cells
 
 
 def _with_decimal_points(
     path: Path | str, columns: Sequence[str], rows: list[tuple[int, list[str]]]
 ) -> tuple[list[tuple[int, list[str]]], bool]:
-    """The rows with a point for each decimal comma, and whether there are any: a radius tells.
+    """The rows with decimal points in place of decimal commas, and whether there were any in the radii.
 
-    Raises `RRCMError` for a point among them, which may stand for thousands.
+    Raises `RRCMError` if there is a point as well, because it may separate thousands.
     """
-    place = columns.index("radius")
-    if not any(re.fullmatch(r"-?\d+,\d+", "".join(cells[place : place + 1])) for _, cells in rows):
+    column = columns.index("radius")
+    if not any(re.fullmatch(r"-?\d+,\d+", "".join(cells[column : column + 1])) for _, cells in rows):
         return rows, False
     for number, cells in rows:
         for name, cell in zip(columns, cells, strict=False):
             if name in COLUMNS and _is_number(cell) and "." in cell:
                 problem = f"{name} {cell!r}: has a point, while radii of the file have decimal commas"
                 raise RRCMError(f"{path}, line {number}: {problem}; write all numbers in one way")
-    decimals = {columns.index(name) for name in ("radius", "time") if name in columns}  # a count with a comma is none
+    decimals = {columns.index(name) for name in ("radius", "time") if name in columns}  # whole numbers have no commas
     pointed = [
         [re.sub(r"(?<=\d),(?=\d)", ".", c) if i in decimals else c for i, c in enumerate(cells)] for _, cells in rows
     ]
@@ -171,7 +171,10 @@ def _is_header(line: str) -> bool:
 
 
 def _check_header(path: Path | str, number: int, line: str, separator: str | None) -> list[str]:
-    """The names in a header, which may be separated by blanks where the rows are not. Raises `RRCMError`."""
+    """The column names in a header, which blanks may separate even if other signs separate the rows.
+
+    Raises `RRCMError` for a missing or repeated name.
+    """
     names = [name.lower() for name in _split(line, separator if separator and separator in line else None)]
     for name in COLUMNS:
         if names.count(name) > 1:
@@ -183,7 +186,7 @@ def _check_header(path: Path | str, number: int, line: str, separator: str | Non
 
 
 def _layout(path: Path | str, number: int, cells: Sequence[str]) -> list[str]:
-    """The columns of a file without a header. Raises `RRCMError` where they could be others."""
+    """The columns of a file without a header. Raises `RRCMError` if they are not certain."""
     if len(cells) not in LAYOUTS or (len(cells) == 5 and ":" not in cells[-1]):
         known = "6, or 5 of which the last is a time such as 0:00:17.5"
         raise RRCMError(f"{path}, line {number}: no header and {len(cells)} columns, not {known}; {ABOUT_COLUMNS}")
@@ -191,9 +194,9 @@ def _layout(path: Path | str, number: int, cells: Sequence[str]) -> list[str]:
 
 
 def _is_row(line: str, separator: str | None, columns: Sequence[str], after_text: bool) -> bool:
-    """Whether a line is a row, perhaps a broken one. In doubt it is, because a row must not be taken for text."""
+    """Whether a line is a row, possibly a broken one. In doubt it is, because a row must not be taken for text."""
     cells = _drop_empty(_split(line, separator), len(columns))
-    others = re.split(r'[;,\s"]+', line.strip(' "'))  # its signs may not be those of the other rows
+    others = re.split(r'[;,\s"]+', line.strip(' "'))  # its separators may differ from those of the other rows
     numbers = sum(map(_is_number, others))
     if len(cells) != len(columns):
         broken = _is_number(cells[0]) or (_is_number(others[0]) and numbers >= len(REQUIRED))
@@ -202,7 +205,7 @@ def _is_row(line: str, separator: str | None, columns: Sequence[str], after_text
 
 
 def _is_number(text: str) -> bool:
-    """Python's `float` also reads 1_000 and digits of other scripts."""
+    """Whether a text is a plain number. Python's `float` also reads 1_000 and digits of other scripts."""
     return NUMBER.fullmatch(_plain(text)) is not None
 
 
@@ -212,7 +215,7 @@ def _plain(text: str) -> str:
 
 
 def _interpret(path: Path | str, table: _Table) -> tuple[list[tuple], list[str]]:
-    """The rows as values in the order of COLUMNS, and what was assumed about their meaning."""
+    """The rows as values in the order of COLUMNS, and the assumptions about their meaning."""
     rows: dict[int, tuple] = {}
     marks, uncertified = [], 0
     for number, cells in table.rows:
@@ -246,7 +249,7 @@ def _interpret(path: Path | str, table: _Table) -> tuple[list[tuple], list[str]]
 
 
 def _check_correct(path: Path | str, table: _Table, rows: Sequence[tuple], marks: Sequence[int]) -> list[str]:
-    """What was assumed about the column `correct`. Raises `RRCMError` where it does not fit label and predict."""
+    """The assumptions about the column `correct`. Raises `RRCMError` if it does not fit label and predict."""
     right = [correct for *_, correct, _ in rows]
     if "correct" not in table.columns:
         return ["no column correct, so an image is correct where predict is its label"]

@@ -1,8 +1,8 @@
 """How often a vote flips when the network rounds differently, measured with the same noise (agreement.py).
 
-It is measured where certificates are published, against what other machines may do: another precision, batch size or
-number of threads, and the instructions of older CPUs. An audit measures it again, so that nobody can publish a rate
-that hides forged votes.
+The rate is measured where certificates are published, against the computations of other machines: another precision,
+batch size or number of threads, and the instructions of older CPUs. An audit measures it again, so that nobody can
+publish a rate that hides forged votes.
 """
 
 import json
@@ -19,20 +19,19 @@ import numpy as np
 from rrcm.certification.agreement import closeness
 from rrcm.certification.record import Flips, read_record, record_path
 from rrcm.certification.results import read_certificates
-from rrcm.certification.revote import Inputs, Settings, load_inputs, smooth_again, vote_singly
+from rrcm.certification.revote import AS_PUBLISHED, Inputs, Settings, load_inputs, smooth_again, vote_singly
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.data.shards import evenly_spaced
-from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError
 
-SAMPLES_PER_IMAGE = 200  # to measure flips; more images tell more than more samples of one
-MOST_SAMPLES, LEAST_SAMPLES = 20_000, 1_000  # of a model, by how long they take
-SECONDS = 2.0  # of the certified computation; bfloat16 with AVX2 takes ten times as long
+SAMPLES_PER_IMAGE = 200  # to measure flips; more images say more than more samples of one image
+MOST_SAMPLES, LEAST_SAMPLES = 20_000, 1_000  # votes of one measurement, depending on how long they take
+SECONDS = 2.0  # duration of the certified computation; bfloat16 with AVX2 takes ten times as long
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # compute as a CPU without AVX-512
 
 
 def count_flips(first: np.ndarray, second: np.ndarray, against: str) -> Flips:
-    """The flips between the classes of the same samples, both (images, samples) int64."""
+    """The flips between two computations of the classes of the same samples, both (images, samples) int64."""
     images, samples = first.shape
     tops = np.array([np.bincount(row).max() for row in first])
     close, flips = closeness(tops, samples), (first != second).sum(1)
@@ -53,37 +52,37 @@ def measure_flips(
 ) -> dict[str, list[Flips]]:
     """The entry `flips` of the record beside the certificate file `path`: by the precision of who votes again.
 
-    The certified computation runs here. Call this on the machine type that certified. `model` and `images` are as for
-    `load_inputs`. Each list has one measurement for each way to compute otherwise, of about `samples` votes; None: as
-    many as take SECONDS, between the least and the most.
+    Call this on the type of machine that certified, because the certified computation runs here. `model` and `images`
+    are as for `load_inputs`. Each list has one measurement for each other way to compute. A measurement has about
+    `samples` votes; None: as many as take SECONDS, between LEAST_SAMPLES and MOST_SAMPLES.
     """
     record, frame = read_record(record_path(path)), read_certificates(path, unlabelled=True)
     inputs, problems = load_inputs(path, record, frame, model, images)
     if problems:
         raise RRCMError(problems[0])
-    place = pick_device(device)
-    smoothed, indices = smooth_again(record, inputs, place, Settings(record.precision)), frame["idx"].tolist()
+    smoothed, indices = smooth_again(record, inputs, Settings(device=device)), frame["idx"].tolist()
     indices = spread_indices(indices, samples or affordable_samples(smoothed, inputs, indices[0]))
     threads, size = record.environment.hardware.threads or 1, record.batch_size
 
     def classes(settings: Settings) -> np.ndarray:
-        return vote_singly(smooth_again(record, inputs, place, settings), inputs, indices, SAMPLES_PER_IMAGE)
+        again = smooth_again(record, inputs, settings._replace(device=device))
+        return vote_singly(again, inputs, indices, SAMPLES_PER_IMAGE)
 
-    certified, found = classes(Settings(record.precision)), {}
+    certified, flips = classes(AS_PUBLISHED), {}
     for precision in ("fp32", "bf16"):
         other = Settings(precision, max(1, size // 2), 2 if threads == 1 else threads // 2)
         measured = {f"batch {other.batch_size}, {other.threads} threads": classes(other)}
         if precision != record.precision:
             measured = {precision: classes(Settings(precision))} | measured
-        if place.type == "cpu":
+        if smoothed.device.type == "cpu":
             measured["AVX2"] = _classes_with_avx2(path, model, images, indices, precision)
-        found[precision] = [count_flips(certified, each, against) for against, each in measured.items()]
-    smooth_again(record, inputs, place, Settings())  # the number of threads as before
-    return found
+        flips[precision] = [count_flips(certified, each, against) for against, each in measured.items()]
+    smooth_again(record, inputs, Settings(device=device))  # sets the number of threads as before
+    return flips
 
 
 def affordable_samples(smoothed: SmoothedClassifier, inputs: Inputs, index: int) -> int:
-    """How many votes take about SECONDS, within the bounds."""
+    """How many votes take about SECONDS, between LEAST_SAMPLES and MOST_SAMPLES."""
     size = smoothed.batch_size
     vote_singly(smoothed, inputs, [index], size)  # the first batch takes longer
     start = time.monotonic()
@@ -92,14 +91,14 @@ def affordable_samples(smoothed: SmoothedClassifier, inputs: Inputs, index: int)
 
 
 def spread_indices(indices: Sequence[int], samples: int) -> list[int]:
-    """Some of the images, evenly spaced, so that SAMPLES_PER_IMAGE of each are about `samples`."""
-    return [indices[place] for place in evenly_spaced(len(indices), max(1, samples // SAMPLES_PER_IMAGE))]
+    """Evenly spaced images, as many as give about `samples` votes with SAMPLES_PER_IMAGE each."""
+    return [indices[position] for position in evenly_spaced(len(indices), max(1, samples // SAMPLES_PER_IMAGE))]
 
 
 def _classes_with_avx2(
     path: Path, model: Path | str, images: Path, indices: Sequence[int], precision: str
 ) -> np.ndarray:
-    """What `vote_singly` returns in a process that uses no instructions beyond AVX2."""
+    """The result of `vote_singly` in a process that uses no instructions beyond AVX2."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "classes.npy"
         arguments = json.dumps([str(path), str(model), str(images), list(indices), precision, str(output)])
@@ -113,7 +112,7 @@ def _classes_with_avx2(
 def _write_classes(path: str, model: str, images: str, indices: list[int], precision: str, output: str) -> None:
     record, frame = read_record(record_path(Path(path))), read_certificates(path, unlabelled=True)
     inputs: Inputs = load_inputs(Path(path), record, frame, model, Path(images))[0]
-    smoothed = smooth_again(record, inputs, pick_device("cpu"), Settings(precision))
+    smoothed = smooth_again(record, inputs, Settings(precision, device="cpu"))
     np.save(output, vote_singly(smoothed, inputs, indices, SAMPLES_PER_IMAGE))
 
 

@@ -1,7 +1,7 @@
-"""The journal of a certification: each image's counts after each round, so that a killed run continues from there.
+"""Journals of the counts of each image after each round, from which a killed run continues.
 
-Each state that a run has of an image is a dataclass, which begins with what tells the image from others (IDENTITY). The
-journal may come from a run that had more images, or others: only states of the same images are taken from it.
+The state of an image is a dataclass. The fields of IDENTITY tell its image from others. A journal may come from a run
+with more images or other images; only states of the same images are taken from it.
 """
 
 import json
@@ -17,20 +17,20 @@ from typing import TextIO
 from rrcm.certification.stopping import ABSTAIN, ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS, StoppingRule
 from rrcm.utils.files import writing
 
-IDENTITY = ("index", "label", "content")  # of an image, where a state has them
+IDENTITY = ("index", "label", "content")  # a state need not have all of these fields
 
 
 @contextmanager
 def open_journal(folder: Path, rank: int = 0) -> Iterator[TextIO]:
-    """Open the journal of one process in `folder`, to append to it."""
+    """Open the journal of the process `rank` in `folder` for appending."""
     path = folder / f"journal-{rank}.txt"
     with writing(path, "run it again to continue"), path.open("a", encoding="utf-8") as journal:
-        journal.write("\n")  # ends the half line that a killed process may have left
+        journal.write("\n")  # a killed process may have left half a line
         yield journal
 
 
 def append_states(journal: TextIO, states: Iterable[object]) -> None:
-    """Write one line per image: checksum and state. It is on the disk when this returns."""
+    """Write one line per image with a checksum and its state. The lines are on the disk when this returns."""
     for state in states:
         text = json.dumps({name: value for name, value in vars(state).items() if name != "image"})
         journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
@@ -39,10 +39,10 @@ def append_states(journal: TextIO, states: Iterable[object]) -> None:
 
 
 def restore_states(states: Iterable[object], folder: Path, is_possible: Callable[[dict], bool]) -> None:
-    """Put each image into the most advanced state that the journals in `folder` have of it.
+    """Replace each state by the most advanced state of the same image in the journals in `folder`.
 
-    Incomplete, damaged and impossible lines are ignored; their samples are drawn again. So are those of images that are
-    not among `states`. `is_possible` says whether a run can have come to these values of a state.
+    Incomplete, damaged and impossible lines are ignored, and so are lines about other images. The samples of a damaged
+    line are drawn again. `is_possible` says whether a run can lead to these values of a state.
     """
     by_identity = {_identity(vars(state)): state for state in states}
     for path in sorted(folder.glob("journal-*.txt")):
@@ -71,7 +71,7 @@ def _identity(values: dict) -> str:
 
 
 def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool:
-    """Whether sampling by `rule` can lead to these values of an `ImageState`: each has its type, and counts add up."""
+    """Whether sampling by `rule` can lead to these values of an `ImageState`: types are right, and counts add up."""
     counts, selection, votes = saved["counts"], saved["selection"], saved["votes"]
     if not (_are_counts(counts, num_classes) and _are_counts(selection, num_classes)):
         return False
@@ -85,7 +85,7 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
     ):
         return False
     drawn, look, reason = saved["num_drawn"], saved["look"], saved["stop_reason"]
-    if saved["top_class"] == ABSTAIN:  # the class is still to be chosen
+    if saved["top_class"] == ABSTAIN:  # no class is chosen yet
         return (
             not (counts or look or reason or votes) and sum(selection.values()) == drawn == saved["samples"] < rule.n0
         )
@@ -95,7 +95,7 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
         return False
     if saved["samples"] != rule.n0 + drawn or saved["binary_samples"] > saved["samples"]:
         return False
-    if max(saved["num_certified"], saved["margin_certified"]) > len(getattr(rule, "radii", ())):
+    if max(saved["num_certified"], saved["margin_certified"]) > len(rule.radii):
         return False
     if reason == WRONG_CLASS:
         return drawn == 0 and saved["label"] not in (None, saved["top_class"])
@@ -107,7 +107,7 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
 
 
 def _are_kept_votes(votes: object, counts: dict[str, int], looks: Sequence[int], num_classes: int) -> bool:
-    """Whether these are votes at some of the `looks` in order, none of which has more than `counts` of any class."""
+    """Whether these are votes at some of the `looks`, in order, and no class has more votes there than in `counts`."""
     if not isinstance(votes, dict) or list(votes) != [str(drawn) for drawn in looks if str(drawn) in votes]:
         return False
     return all(
@@ -119,7 +119,7 @@ def _are_kept_votes(votes: object, counts: dict[str, int], looks: Sequence[int],
 
 
 def _are_counts(votes: object, num_classes: int) -> bool:
-    """Whether these are votes by class, as an `ImageState` has them: {"3": 5}."""
+    """Whether these are votes by class in the form of an `ImageState`, such as {"3": 5}."""
     classes = {str(k) for k in range(num_classes)}
     return isinstance(votes, dict) and votes.keys() <= classes and all(type(n) is int and n > 0 for n in votes.values())
 

@@ -1,5 +1,5 @@
-"""What torch modules of any kind need before they can be smoothed: eval mode, a copy in bfloat16, batches of a size,
-and a torch whose settings are the usual ones.
+"""Prepare torch modules of any kind for smoothing: eval mode, a copy in bfloat16, batch sizes, and the usual settings
+of torch.
 
 A module may be plain, scripted, traced, exported, compiled, or wrapped for several devices.
 """
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rrcm.utils.errors import RRCMError, one_line
 
-Graphs = GraphModule | torch.jit.ScriptModule  # their layers are operations of a graph, which take no hooks
+Graphs = GraphModule | torch.jit.ScriptModule  # their layers are operations of a graph, which cannot have hooks
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """`model` without a wrapper that cannot vote: the first waits for the others, the second hands out no draws."""
+    """`model` without a wrapper that cannot vote: DDP waits for other processes, DataParallel passes no `draw`."""
     if isinstance(model, nn.parallel.DistributedDataParallel) or (
         isinstance(model, nn.DataParallel) and attribute(model, "stochastic")
     ):
@@ -32,7 +32,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_weights(model: nn.Module, precision: str) -> None:
-    """Raises `RRCMError` for weights without values, and for those that are less precise than `precision`."""
+    """Raises `RRCMError` for weights without values, and for weights that are less precise than `precision`."""
     for weight in chain(model.parameters(), model.buffers()):
         if is_lazy(weight) or weight.is_meta:
             raise RRCMError("the model has weights without values, as on the device meta; load or initialize them")
@@ -42,43 +42,43 @@ def check_weights(model: nn.Module, precision: str) -> None:
 
 
 def copy_in_bfloat16(model: nn.Module) -> nn.Module:
-    """A copy of `model` in bfloat16, whose weights take no gradients. Raises `RRCMError` if there is none."""
+    """A copy of `model` in bfloat16 without gradients for its weights. Raises `RRCMError` if it cannot be copied."""
     if any(isinstance(module, torch.jit.ScriptModule) and _has_constants(module) for module in model.modules()):
         raise RRCMError(
             "precision = bf16: the model has weights as constants in its graph, which cannot be converted; use fp32"
         )
     try:
-        with torch.inference_mode(False), torch.no_grad():  # a copy of a scripted module remembers where it comes from
+        with torch.inference_mode(False), torch.no_grad():  # a copy of a scripted module would keep its gradient graph
             twin = copy.deepcopy(model)
             twin = twin.to(torch.bfloat16) if isinstance(twin, torch.jit.ScriptModule) else twin.bfloat16()
             for weight in twin.parameters():
                 weight.requires_grad_(False)
             return twin
-    except Exception as error:  # each kind of module raises its own
+    except Exception as error:  # each kind of module raises errors of its own
         raise RRCMError(
             f"precision = bf16: the model cannot be copied in bfloat16 ({one_line(error)}); use fp32"
         ) from error
 
 
 def switches(model: nn.Module) -> list[object]:
-    """All modules of `model`, each with its attributes that are true or false."""
+    """All modules of `model`, each followed by its attributes that are True or False."""
     return [
         each for module in model.modules() for each in (module, *(v for v in vars(module).values() if type(v) is bool))
     ]
 
 
 def parts(model: nn.Module) -> list[object]:
-    """All modules of `model` with all their attributes and what these contain, such as hooks.
+    """All modules of `model`, their attributes, and the contents of these, such as hooks.
 
-    A copy has to be made anew when one of them is another object, but not when a weight is changed in place.
+    A copy of the model becomes invalid when one of them is another object, but not when a weight changes in place.
     """
-    found = []
+    objects = []
     for module in model.modules():
         for value in (module, *vars(module).values()):
-            found.append(value)
+            objects.append(value)
             if isinstance(value, dict | list | tuple):
-                found += value.values() if isinstance(value, dict) else value
-    return found
+                objects += value.values() if isinstance(value, dict) else value
+    return objects
 
 
 def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
@@ -87,7 +87,7 @@ def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
 
 
 def update_copy(twin: nn.Module, model: nn.Module) -> bool:
-    """Give a copy the weights that `model` has now. False if they do not fit: then it takes another copy."""
+    """Give a copy the present weights of `model`. Returns False if they do not fit, so that a new copy is needed."""
     weights, copies = _tensors(model), _tensors(twin)
     for name, weight in weights.items():
         if name not in copies or copies[name].shape != weight.shape or copies[name].device != weight.device:
@@ -99,7 +99,7 @@ def update_copy(twin: nn.Module, model: nn.Module) -> bool:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, buffers, and attributes that are tensors."""
+    """The parameters, the buffers, and the attributes that are tensors."""
     plain = {
         f"{prefix}.{name}": value
         for prefix, module in model.named_modules()
@@ -111,9 +111,10 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def usual_state(device: torch.device) -> Iterator[None]:
-    """Compute on `device` as in a new process, whatever the program has set: float32 is the default and is exact.
+    """Compute on `device` as in a new process, whatever the program has set.
 
-    Inside there is no autocast, and no product of float32 numbers is rounded to TF32 or bfloat16.
+    The default dtype is float32, there is no autocast, and no product of float32 numbers is rounded to TF32 or
+    bfloat16.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -135,7 +136,7 @@ def _exact_products() -> Iterator[None]:
     before = [getattr(where, name) for where, name, _ in settings]
     try:
         products = torch.get_float32_matmul_precision()
-    except RuntimeError:  # there is none, as the kinds of operations differ
+    except RuntimeError:  # there is no common value, since the kinds of operations differ
         products = None
     try:
         torch.set_float32_matmul_precision("highest")
@@ -147,14 +148,14 @@ def _exact_products() -> Iterator[None]:
             torch.set_float32_matmul_precision(products)
         for (where, name, exact), value in zip(settings, before, strict=True):
             if exact == "ieee":
-                setattr(where, name, "none")  # it may follow a more general setting
+                setattr(where, name, "none")  # follow a more general setting, if there is one
             if getattr(where, name) != value:
                 setattr(where, name, value)
 
 
 @contextlib.contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what a model changes in its buffers, as its batch norms do if it stays in training mode."""
+    """Restore the buffers of a model afterwards. Batch norms in training mode change them."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
@@ -166,12 +167,12 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def attribute(model: nn.Module, name: str) -> bool:
-    """A flag of `BaseClassifier`, also of a model inside `DataParallel`. False if the model has none."""
+    """A flag of a `BaseClassifier`, also inside `DataParallel`. False if the model does not have it."""
     return getattr(model.module if isinstance(model, nn.DataParallel) else model, name, False)
 
 
 def set_eval(model: nn.Module) -> None:
-    """`model.eval()`, also where a part of the model is an exported program, which has no modes and says so."""
+    """`model.eval()`, also if a part of the model is an exported program, which has no modes and raises an error."""
     try:
         model.eval()
     except NotImplementedError:
@@ -181,8 +182,8 @@ def set_eval(model: nn.Module) -> None:
 
 
 def _has_constants(model: torch.jit.ScriptModule) -> bool:
-    """Whether float tensors are part of the program, as after `torch.jit.freeze`. A network of two types may crash."""
-    graph = getattr(model, "inlined_graph", None)  # its nodes live as long as this reference; a part may have none
+    """Whether the program contains float tensors, as after `torch.jit.freeze`. Mixing two dtypes may crash it."""
+    graph = getattr(model, "inlined_graph", None)  # nodes live as long as this reference; a part may have no graph
     blocks = [graph] if graph else []
     while blocks:
         for node in blocks.pop().nodes():
@@ -194,7 +195,7 @@ def _has_constants(model: torch.jit.ScriptModule) -> bool:
 
 
 def batch_limits(model: nn.Module) -> tuple[int, int]:
-    """The smallest and the largest batch that an exported program in `model` takes; the same for a fixed batch."""
+    """The smallest and the largest batch that an exported program in `model` accepts."""
     for module in model.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             value = node.meta.get("val") if node.op == "placeholder" else None
@@ -208,7 +209,7 @@ def batch_limits(model: nn.Module) -> tuple[int, int]:
 
 
 def in_batches(network: Callable, noisy: torch.Tensor, limits: tuple[int, int]) -> object:
-    """`network(noisy)` in batches within `limits`. The last one is padded; in one batch the answer may be anything."""
+    """`network(noisy)` in batches within `limits`, the last one padded. The answer to a single batch is not checked."""
     smallest, largest = limits
     if smallest <= max(1, len(noisy)) <= largest:
         return network(noisy)
@@ -223,7 +224,7 @@ def in_batches(network: Callable, noisy: torch.Tensor, limits: tuple[int, int]) 
 
 
 def logits_of(answer: object) -> object:
-    """The `logits` of an answer that has them under this name, as those of transformers; else the answer itself."""
+    """The attribute or item `logits` of an answer, which models of transformers have; else the answer itself."""
     if isinstance(answer, Mapping):
         return answer.get("logits", answer)
     return getattr(answer, "logits", answer)
@@ -231,8 +232,8 @@ def logits_of(answer: object) -> object:
 
 @contextlib.contextmanager
 def without_compilation() -> Iterator[None]:
-    """Run models that torch.compile has compiled as they were before."""
-    if "torch._dynamo" not in sys.modules:  # then none is compiled; its import takes seconds
+    """Run compiled models as they were before torch.compile."""
+    if "torch._dynamo" not in sys.modules:  # no model is compiled then, and the import takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -240,9 +241,9 @@ def without_compilation() -> Iterator[None]:
 
 
 def check_independence(run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, tolerance: float) -> None:
-    """Raises `RRCMError` if `run`, which maps a batch to logits, depends on chance or on the rest of the batch.
+    """Raises `RRCMError` if `run`, which maps a batch to logits, is random or depends on the rest of the batch.
 
-    Modules in eval mode still do if they were exported or traced in training mode, or call dropout in a wrong way.
+    Modules in eval mode still are if they were exported or traced in training mode, or call dropout in a wrong way.
     """
     company = batch.clone()
     generator = torch.Generator().manual_seed(0)
@@ -254,7 +255,7 @@ def check_independence(run: Callable[[torch.Tensor], torch.Tensor], batch: torch
             "the model draws random numbers in eval mode, as dropout in training mode does; call eval() before you "
             "export or trace it, or subclass BaseClassifier with stochastic = True"
         )
-    if (answers[0] - answers[1]).abs().max() > tolerance * answers[0].abs().max():  # not so if there are NaN
+    if (answers[0] - answers[1]).abs().max() > tolerance * answers[0].abs().max():  # False for NaN
         raise RRCMError(
             "the model's answer to an image depends on the other images of the batch, as with batch norms in training "
             "mode or dynamic quantization; call eval() before you export or trace it, and let it keep its statistics"
@@ -266,7 +267,7 @@ def _random_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def largest_output(model: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes of the largest tensor that a layer of `model` returns, or an operation of its graph, during `run()`."""
+    """Bytes of the largest tensor that a layer or a graph operation of `model` returns during `run()`."""
     sizes = [0]
 
     def add(output: object) -> None:
@@ -280,7 +281,7 @@ def largest_output(model: nn.Module, run: Callable[[], object]) -> int:
             return output
 
     if any(isinstance(module, Graphs) for module in model.modules()):
-        for _ in range(2):  # TorchScript optimises its graph in the first runs, and fails to do so in this mode
+        for _ in range(2):  # TorchScript optimises its graph in the first runs, which fails in this mode
             run()
         with AddOutputs():
             run()

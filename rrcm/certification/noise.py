@@ -29,10 +29,10 @@ def counter_normal(
 
 
 class CounterDraw:
-    """The random draws of a stochastic classifier for one batch of noisy samples.
+    """The random numbers of a stochastic classifier for one batch of noisy samples.
 
-    Row i of each draw is a function of (seed, name, purpose[i], image[i], sample[i]) alone. The streams differ from the
-    smoothing noise and from each other by name, and the same name gives the same numbers again.
+    Row i is a function of (seed, name, purpose[i], image[i], sample[i]) alone. Each name is a stream of its own,
+    independent of the smoothing noise, and the same name gives the same numbers again.
     """
 
     def __init__(self, seed: int, purpose: torch.Tensor, image: torch.Tensor, sample: torch.Tensor):

@@ -1,7 +1,7 @@
-"""Whether a stopping rule can have ended with the certificates and sample counts in a file.
+"""Whether a stopping rule can lead to the certificates and sample counts in a file.
 
-A file that was damaged, edited or made with other settings often still has a possible class and radius in each row, but
-not together with the other columns and the rule.
+In a file that was damaged, edited or made with other settings, the class and the radius of a row are often possible by
+themselves, but not together with the other columns and the rule.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from rrcm.certification.stopping import (
     smallest_count,
 )
 
-BOUND_COLUMNS = [("binary", "binary_samples"), ("margin", "samples")]  # a bound, and how many samples it has used
+BOUND_COLUMNS = [("binary", "binary_samples"), ("margin", "samples")]  # a bound, and the column with its samples
 ROUNDING = 1e-7  # relative; radii of neighbouring counts differ by more
 
 
 def find_impossible(frame: pd.DataFrame, rule: StoppingRule, num_classes: int) -> str | None:
-    """What is wrong with the first image that `rule` cannot have ended so, such as "image 3: samples 7, ...", or None.
+    """The problem of the first image that `rule` cannot lead to, such as "image 3: samples 7, ...", or None.
 
     `frame` has the columns of a certificate frame and of its samples file. All images are labelled.
     """
@@ -40,28 +40,28 @@ def find_impossible(frame: pd.DataFrame, rule: StoppingRule, num_classes: int) -
 
 
 def _about_samples(frame: pd.DataFrame, rule: StoppingRule) -> Iterator[tuple[np.ndarray, str]]:
-    """Sampling ends at a look, or with the selection if this has chosen a wrong class."""
+    """Sampling ends at a look, or with the selection samples if they have chosen a wrong class."""
     ends, reason, samples = rule.n0 + np.array(rule.looks), frame["stop_reason"], frame["samples"]
     wrong = reason == WRONG_CLASS
     for name in ("samples", "binary_samples"):
-        place = f"must be n0 = {rule.n0}" + (" and the samples of a look" if len(ends) > 1 else f" and {rule.looks[0]}")
+        must = f"must be n0 = {rule.n0}" + (" and the samples of a look" if len(ends) > 1 else f" and {rule.looks[0]}")
         yield (frame[name] == rule.n0) | ~wrong, f"{name} {{{name}}} after a wrong class: must be n0 = {rule.n0}"
-        yield frame[name].isin(ends) | wrong, f"{name} {{{name}}}: {place}"
+        yield frame[name].isin(ends) | wrong, f"{name} {{{name}}}: {must}"
     if rule.bound == "binary":
         yield samples == frame["binary_samples"], "samples {samples} and binary_samples {binary_samples}: must be equal"
     fits = (reason == ALL_SAMPLES) == (samples == ends[-1])
-    if isinstance(rule, GroupSequential):
+    if rule.stops_early:
         fits |= wrong | (reason == WHOLE_GRID)
     yield fits, "stop_reason '{stop_reason}' does not fit samples {samples}"
 
 
 def _about_classes(frame: pd.DataFrame, rule: StoppingRule, num_classes: int) -> Iterator[tuple[np.ndarray, str]]:
-    """Both bounds are about the same class; `GroupSequential` stops before it certifies one that is not the label."""
+    """Both bounds have the same class. A rule that stops early certifies no class other than the label."""
     binary, margin, label = frame["binary_predict"], frame["margin_predict"], frame["label"]
     both = "binary_predict {binary_predict}, margin_predict {margin_predict}"
     yield (binary < num_classes) & (margin < num_classes), f"{both}: there are {num_classes} classes"
     yield (binary == margin) | (binary == ABSTAIN) | (margin == ABSTAIN), f"{both}: must be one class, or -1"
-    if isinstance(rule, GroupSequential):
+    if rule.stops_early:
         wrong = frame["stop_reason"] == WRONG_CLASS
         for predict in (binary, margin):
             fits = np.where(wrong, (predict >= 0) & (predict != label), predict.isin([ABSTAIN]) | (predict == label))
@@ -69,11 +69,11 @@ def _about_classes(frame: pd.DataFrame, rule: StoppingRule, num_classes: int) ->
 
 
 def _about_radii(frame: pd.DataFrame, rule: StoppingRule) -> Iterator[tuple[np.ndarray, str]]:
-    """Radii are those that so many samples can certify: of the grid, or of a count of votes."""
+    """The samples can certify the radius, which is on the grid or follows from a count of votes."""
     for bound, used in BOUND_COLUMNS:
         radius, predict = frame[f"{bound}_radius"], frame[f"{bound}_predict"]
         problem = f"{bound}_radius {{{bound}_radius}}"
-        if isinstance(rule, FixedSample):
+        if not rule.radii:
             fits = radius <= rule.sigma * ndtri(clopper_pearson_lower(rule.n, rule.n, rule.alpha)) * (1 + ROUNDING)
             yield fits, f"{problem}: is more than n = {rule.n} votes can certify"
             if bound == "binary":
@@ -93,7 +93,7 @@ def _about_radii(frame: pd.DataFrame, rule: StoppingRule) -> Iterator[tuple[np.n
 def _certifiable(rule: GroupSequential) -> np.ndarray:
     """The largest radius that is certified at each look if all votes agree: (J,), 0 where there is none.
 
-    The margin bound has no more: without votes for others its tests spend a part of alpha on what is certain.
+    The margin bound certifies no more. If no other class has a vote, its tests waste a part of alpha.
     """
     reached = (rule.efficacy_counts <= np.array(rule.looks)[:, None]).sum(1)
     return np.array(rule.radii)[np.maximum.accumulate(reached).clip(min=1) - 1]

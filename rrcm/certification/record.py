@@ -1,4 +1,4 @@
-"""The record beside a certificate file: all that decided it, so that a file that is passed on explains itself."""
+"""The record beside a certificate file: everything that decided the certificates, so that the file explains itself."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ class Entries(BaseModel):
 class ModelRecord(Entries):
     """Which model voted."""
 
-    kind: str  # of a model folder; else "file" or "weights"
+    kind: str  # of a model folder, else "file" or "weights"
     sha256: Sha256  # of the folder (`sha256_folder`), of the file, or of the weights (`sha256_tensors`)
 
 
 class DataRecord(Entries):
     """Which images were certified."""
 
-    sha256: Sha256  # `ShardedDataset.fingerprint`, or of the pixels of a folder's images (`sha256_pixels`)
-    split: str | None  # None: a folder of images, in the order of their paths
-    every: Count = 1  # then `choose_rows` says which images of the split
+    sha256: Sha256  # `ShardedDataset.fingerprint`, or `sha256_images` of a folder
+    split: str | None  # None: a folder of images in the order of their paths
+    every: Count = 1  # with `max_images` it chooses the images of the split (`choose_rows`)
     max_images: Annotated[list[Count | None], Field(min_length=2, max_length=2)] = [None, None]
 
 
 class Flips(Entries):
-    """How often a vote flips between the certified computation and another one, measured with the same noise.
+    """How often a vote flips between the certified computation and another one with the same noise.
 
-    Votes flip near a tie of two classes. So the rate is one at a tie: an image whose top class has the share p of the
-    votes has `rate` phi(Phi^-1(p)) / phi(0) as its rate. `closeness` is the mean of the second factor.
+    Votes flip near a tie of two classes. An image whose top class has the share p of the votes therefore has the flip
+    rate at a tie times its closeness, phi(Phi^-1(p)) / phi(0).
     """
 
-    against: str  # what differs, as "fp32" or "batch 512"
+    against: str  # what differs in the other computation, such as "fp32" or "batch 512"
     images: Count
     samples: Count  # of all images
     flips: Annotated[int, Field(ge=0)]
-    closeness: Annotated[float, Field(gt=0, le=1)]
-    dispersion: NonNegative  # mean over the images of (flips - expected)^2 / expected; about 1 if the rate fits all
+    closeness: Annotated[float, Field(gt=0, le=1)]  # mean over the images
+    dispersion: NonNegative  # mean of (flips - expected)^2 / expected; about 1 if one rate fits all images
 
 
 class CertificateRecord(Entries):
@@ -83,7 +83,7 @@ class CertificateRecord(Entries):
     device: str
     environment: Environment
     files: dict[str, Sha256]  # the tables beside it, by name
-    flips: dict[Dtype, list[Flips]] | None = None  # by the precision of who votes again; added at publication
+    flips: dict[Dtype, list[Flips]] | None = None  # by the precision of the other computation; added at publication
 
     def rule(self) -> StoppingRule:
         """The stopping rule. Raises `RRCMError` for impossible settings."""
@@ -94,7 +94,7 @@ class CertificateRecord(Entries):
 def make_record(
     smoothed: SmoothedClassifier, batch_size: int, tables: Mapping[Path, bytes], **entries: object
 ) -> CertificateRecord:
-    """The record of the certificate `tables` of `smoothed`, certified by this process. `entries` are all others."""
+    """The record of the certificate `tables` of `smoothed`, certified on this machine. `entries` are the other ones."""
     return CertificateRecord(
         format=FORMAT,
         num_classes=smoothed.num_classes,

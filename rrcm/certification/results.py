@@ -1,10 +1,10 @@
 """Certificate files in the format of Cohen et al. 2019, and beside them our files of sample counts.
 
 A certificate frame has one row per image: `idx` (position in the test split), `label`, `predict` (-1: abstained),
-`radius` (L2, pixel units), `correct` (0 or 1) and `time` (seconds). Our own frames also have `samples` (noisy samples
-drawn), `stop_reason` (a constant of stopping.py), and what the same samples certify by the binary bound and by the
-margin bound. `predict` and `radius` are those of the bound that was asked for. `binary_samples` is the number after
-which the binary bound alone would have stopped.
+`radius` (L2, pixel units), `correct` (0 or 1) and `time` (seconds). Our own frames also have `samples` (the number of
+noisy samples), `stop_reason` (a constant of stopping.py), and the certificates that the same samples give by the binary
+bound and by the margin bound. `predict` and `radius` are by the bound that was asked for. `binary_samples` is the
+number of samples after which the binary bound alone would have stopped.
 """
 
 import math
@@ -19,20 +19,20 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
 
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
-SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # then what each bound certifies
+SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # and the certificates of both bounds
 SAMPLES += ["binary_predict", "binary_radius", "margin_predict", "margin_radius"]
-VOTES = ["selection", "votes"]  # from which all of this follows (votes.py)
+VOTES = ["selection", "votes"]  # all other columns follow from these (votes.py)
 STOP_REASONS = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
 UNKNOWN = -1  # label of an image of unknown class
 
 
 def sigma_name(sigma: float) -> str:
-    """The name of a noise level in paths, such as sigma_0.25 or sigma_1.0; DVC's matrix writes it so."""
+    """The name of a noise level in paths, such as sigma_0.25 or sigma_1.0, which is how DVC's matrix writes numbers."""
     return f"sigma_{float(sigma)}"
 
 
 def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataFrame:
-    """Read a file in the format of Cohen et al. 2019, as we write it; external.py reads other groups' files.
+    """Read a file that we wrote in the format of Cohen et al. 2019. external.py reads the files of other groups.
 
     `time` may be in seconds or h:mm:ss.ffffff and is converted to seconds. Columns are found by name and other columns
     are ignored. Blank lines may follow the last row. Duplicate rows are rejected, and so are unlabelled images, unless
@@ -43,7 +43,7 @@ def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataF
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """Read a samples file, the columns SAMPLES and VOTES; the latter are text, which `recompute` parses.
+    """Read a samples file with the columns SAMPLES and VOTES. VOTES are text, which `recompute` parses.
 
     Raises `RRCMError` as `read_certificates` does.
     """
@@ -64,17 +64,15 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
     header = lines[0].split("\t") if lines else []
     if any(header.count(name) != 1 for name in columns):
         raise RRCMError(f"{path}, line 1: must be a tab-separated header with each of {' '.join(columns)} once")
-    places, rows = [header.index(name) for name in columns], {}
+    positions, rows = [header.index(name) for name in columns], {}
     for number, line in enumerate(lines[1:], start=2):
         fields = line.split("\t")
         try:
             if len(fields) != len(header):
                 raise ValueError(f"has {len(fields)} tab-separated fields, must have {len(header)}")
-            cells = [fields[place] for place in places]
+            cells = [fields[position] for position in positions]
             if odd := [cell for cell in cells if cell != cell.strip() or "_" in cell or not cell.isascii()]:
-                raise ValueError(
-                    f"{odd[0]!r} is not as it was written"
-                )  # Python reads 1_0, and digits of other scripts
+                raise ValueError(f"{odd[0]!r} is not as it was written")  # Python would read 1_0, and other digits
             row = parse(*cells)
             if row[0] in rows:
                 raise ValueError(f"idx {row[0]} occurs twice")
@@ -87,7 +85,7 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
 
 
 def parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
-    """The values of a row from its fields, both in the order of COLUMNS. Raises ValueError for impossible ones."""
+    """The values of a row from its fields in the order of COLUMNS. Raises ValueError for impossible values."""
     row = _parse_any(*fields)
     if row[1] == UNKNOWN:
         raise ValueError("label -1: the true class is unknown, so accuracy is undefined")
@@ -132,17 +130,21 @@ def _seconds(text: str) -> float:
 
 def certificates_text(frame: pd.DataFrame) -> str:
     """A certificate frame in Cohen et al.'s format. Numbers read back bit for bit."""
-    return frame[COLUMNS].to_csv(sep="\t", index=False, lineterminator="\n")
+    return _tsv(frame[COLUMNS])
 
 
 def samples_text(frame: pd.DataFrame) -> str:
     """The columns that Cohen et al.'s format lacks, SAMPLES and VOTES. Numbers read back bit for bit."""
-    return frame[SAMPLES + VOTES].to_csv(sep="\t", index=False, lineterminator="\n")
+    return _tsv(frame[SAMPLES + VOTES])
 
 
 def certificate_tables(output: Path, frame: pd.DataFrame) -> dict[Path, bytes]:
-    """The content of a certificate file and of its samples file, by path."""
+    """The contents of a certificate file and of its samples file, by path."""
     return {output: certificates_text(frame).encode(), samples_path(output): samples_text(frame).encode()}
+
+
+def _tsv(frame: pd.DataFrame) -> str:
+    return frame.to_csv(sep="\t", index=False, lineterminator="\n")
 
 
 def samples_path(path: Path) -> Path:

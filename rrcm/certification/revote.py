@@ -1,4 +1,4 @@
-"""Let the published model vote again on the published images, with the noise of the published certificates."""
+"""Let the published model vote again on the published images with the noise of the published certificates."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rrcm.certification.certify_images import files_path, identify_model, read_square, sha256_images, sha256_pixels
+from rrcm.certification.certify_images import (
+    device_named,
+    files_path,
+    identify_model,
+    read_square,
+    sha256_images,
+    sha256_pixels,
+)
 from rrcm.certification.noise import ESTIMATE, SELECT
 from rrcm.certification.record import CertificateRecord
 from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
@@ -41,11 +48,15 @@ class Inputs:
 
 
 class Settings(NamedTuple):
-    """How to vote again; None: as it was published."""
+    """How to vote again. None means as published."""
 
     precision: str | None = None  # fp32 or bf16
     batch_size: int | None = None
     threads: int | None = None
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+
+AS_PUBLISHED = Settings()
 
 
 class RowVotes(NamedTuple):
@@ -53,16 +64,16 @@ class RowVotes(NamedTuple):
 
     idx: int
     selection: Votes
-    votes: dict[str, Votes]  # by numbers of samples
+    votes: dict[str, Votes]  # by the number of samples
 
 
 def load_inputs(
     path: Path, record: CertificateRecord, frame: pd.DataFrame, model: Path | str, images: Path
 ) -> tuple[Inputs, list[str]]:
-    """The model and the images of the certificates in `path`, and what shows that they are others.
+    """The model and the images of the certificates in `path`, and the problems if they are not the certified ones.
 
-    `images` is a folder of shards if a split was certified, else the folder of pictures. Raises `RRCMError` for inputs
-    that are missing or damaged.
+    `images` is a folder of shards if a split was certified, else the folder of pictures. Raises `RRCMError` for missing
+    or damaged inputs.
     """
     loaded = load_base_classifier(model, sigma=record.sigma)
     problems = []
@@ -94,16 +105,14 @@ def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dic
     return files, sha256_images(sha256_pixels(read_square(file, loaded)) for file in files.values())
 
 
-def smooth_again(
-    record: CertificateRecord, inputs: Inputs, device: torch.device, settings: Settings
-) -> SmoothedClassifier:
-    """The smoothed classifier of a record, on this machine. It sets the number of threads of this process too.
+def smooth_again(record: CertificateRecord, inputs: Inputs, settings: Settings = AS_PUBLISHED) -> SmoothedClassifier:
+    """The smoothed classifier of a record, on this machine. This also sets the number of threads of this process.
 
-    A CPU without instructions for bfloat16 computes the same in it, but about ten times more slowly.
+    A CPU without instructions for bfloat16 gives the same results in bfloat16, but about ten times more slowly.
     """
     set_threads(settings.threads or record.environment.hardware.threads)
     return SmoothedClassifier(
-        inputs.loaded.classifier.to(device),
+        inputs.loaded.classifier.to(device_named(settings.device)),
         record.sigma,
         record.num_classes,
         seed=record.seed,
@@ -114,7 +123,7 @@ def smooth_again(
 
 
 def same_computation(record: CertificateRecord, smoothed: SmoothedClassifier) -> bool:
-    """Whether `smoothed` computes here as the certified one did where it was published: then every vote is the same."""
+    """Whether `smoothed` computes on this machine exactly as the certified one did, so that every vote is the same."""
     there, here = record.environment, Environment.model_validate(describe_environment(smoothed.device))
     names = ("cpu", "instructions", "gpus", "threads")
     return (
@@ -131,9 +140,9 @@ def published_votes(frame: pd.DataFrame) -> list[RowVotes]:
 
 
 def vote_again(smoothed: SmoothedClassifier, inputs: Inputs, rows: Sequence[RowVotes]) -> Iterator[list[RowVotes]]:
-    """The votes of the selection, and of the looks that each of the published `rows` has, counted again.
+    """Count the votes of the published `rows` again, for the selection and for each published look.
 
-    Yields them in groups of rows that fill some batches. Votes do not depend on the groups.
+    Yields them in groups of rows that fill some batches. The votes do not depend on the grouping.
     """
     room, group, waiting = BATCHES_PER_SYNC * smoothed.batch_size, [], 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""The stopping rule that the settings name, with the bound that they name."""
+"""Make the stopping rule from its settings."""
 
 from dataclasses import replace
 
@@ -18,9 +18,9 @@ from rrcm.utils.errors import RRCMError
 def make_stopping_rule(
     stopping: str, sigma: float, *, n0: int, n: int, alpha: float, radius_step: float, bound: str = "binary"
 ) -> StoppingRule:
-    """The rule named "fixed" or "sequential" with a bound of BOUNDS; "fixed" ignores `radius_step`.
+    """The rule named "fixed" or "sequential", with a bound of BOUNDS. "fixed" ignores `radius_step`.
 
-    Raises `RRCMError` for bad settings, and where n votes of n certify nothing.
+    Raises `RRCMError` for bad settings, and if n votes of n certify nothing.
     """
     for name, value, allowed in (("bound", bound, BOUNDS), ("stopping", stopping, STOPPING)):
         if not isinstance(value, str) or value not in allowed:

@@ -1,9 +1,9 @@
 """Randomized smoothing of any torch classifier: noisy samples of many images in full batches, votes, certificates.
 
-The noise of a sample depends on (seed, image index, sample) alone (noise.py). The network always sees batches of one
-shape; the last one is padded. Votes for an image therefore do not depend on the other images in the batch, their order,
-the process count or restarts. A different batch size, thread count, precision or device rounds differently and can
-still flip votes that are nearly tied.
+The noise of a sample depends on (seed, image index, sample) alone (noise.py), and the network always sees batches of
+the same shape, of which the last one is padded. The votes for an image therefore do not depend on the other images in
+the batch, their order, the number of processes, or restarts. Another batch size, number of threads, precision or device
+rounds differently, which can flip votes that are nearly tied.
 """
 
 import math
@@ -49,9 +49,10 @@ from rrcm.utils.errors import RRCMError, one_line
 
 BATCHES_PER_SYNC = 16  # batches between two reads of the counts; each read waits for the device
 LARGEST_BATCH = 1024
-FIXED = ("model", "sigma", "num_classes", "seed", "num_noise", "memory_gib", "precision")  # of a SmoothedClassifier
+# Attributes of a SmoothedClassifier that cannot be changed.
+FIXED = ("model", "sigma", "num_classes", "seed", "num_noise", "memory_gib", "precision")
 BLACK = 1.01 / 255  # pixels up to the first grey level above black
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}  # of logits whose rounding may depend on the batch, relative to the largest
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}  # how far the rest of the batch may move logits, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -67,40 +68,43 @@ class SampleRequest:
 
 @dataclass
 class Voter:
-    """The network that votes for a model, and what is known of it, as long as the model has the same parts."""
+    """The network that votes for a model, and what is known about it; valid while the model has the same parts."""
 
     switches: list[object]
-    parts: list[object]  # empty without a copy
+    parts: list[object]  # of the model; empty if the model itself votes
     network: nn.Module  # the model itself, or its copy in bfloat16
-    compiled: nn.Module  # the same network, compiled if that was asked for
+    compiled: nn.Module  # the same network, compiled if `compile` is True
     batch_limits: tuple[int, int]
-    checked: set[tuple[int, ...]]  # image shapes
+    checked: set[tuple[int, ...]]  # image shapes for which `check_independence` has passed
 
 
 class SmoothedClassifier(nn.Module):
     """The smoothed classifier g of any `model` that maps (B, C, H, W) float images in [0, 1] to (B, K) logits.
 
     `certify` and `predict` are CERTIFY and PREDICT of Cohen et al. 2019. By default `certify` is group-sequential. As a
-    module it maps images to the logarithm of the mean softmax over `num_noise` noisy copies of each, with the same
-    noise at each call. This is differentiable, so other libraries can wrap and attack it (Salman et al. 2019).
+    module, g maps each image to the logarithm of the mean softmax over `num_noise` noisy copies, with the same noise at
+    each call. This is differentiable, so other libraries can wrap and attack it (Salman et al. 2019).
 
-        smoothed = SmoothedClassifier(model, sigma=0.5, num_classes=10)
-        for certificate in smoothed.certify(images):
-            print(certificate.prediction, certificate.radius)
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> smoothed = rrcm.SmoothedClassifier(model, sigma=0.5, num_classes=10)
+    >>> images = torch.rand(2, 1, 8, 8)
+    >>> certificates = smoothed.certify(images, n=1000)
+    >>> all(certificate.radius >= 0 for certificate in certificates)
+    True
 
     `model` stays on its device. Each call puts it into eval mode, since batch statistics would make votes depend on
-    other images, and takes it as it is then: it may be trained or moved between two calls. Another model or another
-    sigma takes another `SmoothedClassifier`.
+    other images. Each call uses the weights that the model has at that time, so it may be trained or moved between two
+    calls. For another model or another sigma, make another `SmoothedClassifier`.
 
     The model may be any module, also one that was scripted, traced, compiled or exported. It returns the logits, or an
-    object with `logits`. A program exported for certain batches gets such batches. Two attributes of `BaseClassifier`
-    are read if present: `keeps_float32_input` and `stochastic`.
+    object with an attribute `logits`. A program that was exported for certain batch sizes gets batches of these sizes.
+    Two attributes of `BaseClassifier` are read if present: `keeps_float32_input` and `stochastic`.
 
-    `precision` alone says in what the network computes: inside, autocast and TF32 are off, and the default dtype is
-    float32. With "bf16" a copy of the model computes in bfloat16, and the certificate applies to that bfloat16 network.
+    `precision` alone decides how the network computes: autocast and TF32 are switched off, and the default dtype is
+    float32. With "bf16", a copy of the model computes in bfloat16, and the certificate applies to that network.
     Gradients then reach the images but not the weights. Noise is always drawn and added in float32.
 
-    What the model raises is raised as an `RRCMError` of one line, with the original as its cause.
+    An exception of the model is raised again as an `RRCMError` of one line, with the original as its cause.
     """
 
     def __init__(
@@ -112,8 +116,8 @@ class SmoothedClassifier(nn.Module):
         seed: int = 0,
         num_noise: int = 16,  # noisy copies per image in `forward`
         batch_size: int | None = None,  # noisy samples per forward pass when voting; None: `find_batch_size`
-        memory_gib: float | None = None,  # its bound; None: 1/16 on a CPU (cache size), half the free memory of a GPU
-        precision: str = "fp32",  # bf16, or auto: bf16 where the model's device has instructions for it
+        memory_gib: float | None = None,  # limit; None: 1/16 on a CPU (the cache), half of the free memory on a GPU
+        precision: str = "fp32",  # or bf16, or auto: bf16 where the model's device has instructions for it
         compile: bool = False,  # torch.compile; with CUDA graphs on a GPU
     ):
         super().__init__()
@@ -145,10 +149,10 @@ class SmoothedClassifier(nn.Module):
         self._batch_sizes: dict[tuple[object, ...], int] = {}  # by image shape and device
         set_eval(self.model)
         self._voter: Voter | None = None
-        self._find_voter()  # raises now what it would raise later
+        self._find_voter()  # raises the errors of later calls now
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Raises `RRCMError` for another value of what is FIXED, and for an impossible batch size."""
+        """Raises `RRCMError` for a change of a FIXED attribute, and for an impossible batch size."""
         if name in FIXED and getattr(self, name, value) is not value:
             raise RRCMError(f"{name}: cannot be changed once a model is smoothed; make another SmoothedClassifier")
         if name == "batch_size" and value is not None:
@@ -157,19 +161,19 @@ class SmoothedClassifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The model's device, where everything is computed. A model without any tensor goes where the images are."""
+        """The model's device, where everything is computed. A model without tensors computes on the images' device."""
         return self._device(torch.device("cpu"))
 
     @property
     def network(self) -> nn.Module:
-        """What votes: the model itself, or its copy in bfloat16 with the weights that the model has now."""
+        """The network that votes: the model itself, or a copy in bfloat16 of the weights that the model has now."""
         return self._find_voter().network
 
     def _device(self, default: torch.device) -> torch.device:
         return next((t.device for t in chain(self.model.parameters(), self.model.buffers())), default)
 
     def _find_voter(self) -> Voter:
-        """The voter as it was if it still holds, else another. A model with the same switches is not checked again."""
+        """The last voter if it is still valid, else a new one. A model with the same switches is not checked again."""
         copied, now, before = self.precision == "bf16", switches(self.model), self._voter
         all_parts = parts(self.model) if copied else []
         unchanged = before is not None and same_objects(before.switches, now)
@@ -184,7 +188,10 @@ class SmoothedClassifier(nn.Module):
 
     @contextmanager
     def _ready(self, device: torch.device) -> Iterator[Voter]:
-        """The voter of the model as it is now, in eval mode, in the usual state of torch. `device` is the images'."""
+        """The voter for the present state of the model, which is in eval mode. Inside, torch has its usual state.
+
+        `device` has the images.
+        """
         check_weights(self.model, self.precision)
         with usual_state(self._device(device)):
             set_eval(self.model)
@@ -234,11 +241,11 @@ class SmoothedClassifier(nn.Module):
         """One certificate per image, each wrong with probability at most alpha.
 
         images (B, C, H, W) float in [0, 1]. `bound` is "binary", as in the tables of all papers, or "margin", which
-        also certifies classes with less than half of the votes (margin.py). `stopping` is "fixed", CERTIFY with its
-        exact bound, or "sequential", which draws only as many of the n samples as it takes to decide which multiples of
-        `radius_step` (pixel units) are certified. Labels are for evaluations: "sequential" then stops when the chosen
-        class is wrong. `indices` select the images' noise under the seed (default 0, 1, ...). Raises `RRCMError` for
-        impossible settings and images.
+        also certifies classes with less than half of the votes (margin.py). `stopping` is "fixed" for CERTIFY with its
+        exact bound, or "sequential". The latter draws only as many of the n samples as are needed to decide which
+        multiples of `radius_step` (pixel units) are certified. Labels are for evaluations: with them, "sequential"
+        stops as soon as the chosen class is wrong. `indices` select the images' noise under the seed (default: 0, 1,
+        ...). Raises `RRCMError` for impossible settings and images.
         """
         rule = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step, bound=bound)
         states = self._image_states(images, labels, indices)
@@ -261,23 +268,34 @@ class SmoothedClassifier(nn.Module):
         """
         n, alpha = check_prediction(n, alpha)
         states, predictions = self._image_states(images, None, indices), []
-        room = BATCHES_PER_SYNC * self.find_batch_size(images[0]) if states else 1
-        group_size = max(1, room // n)
-        for first in range(0, len(states), group_size):
-            group = states[first : first + group_size]
-            counts = sum(
-                self.count_votes([SampleRequest(s.image, s.index, PREDICT, start, min(n, start + room)) for s in group])
-                for start in range(0, n, room)
-            )
+        together = self.images_per_round(images[0], n) if states else 1
+        for first in range(0, len(states), together):
+            group = states[first : first + together]
+            counts = self.count_samples([state.image for state in group], [state.index for state in group], PREDICT, n)
             runner_up, top = np.sort(counts, axis=1)[:, -2:].T.tolist()
             for votes, a, b in zip(counts, top, runner_up, strict=True):
                 predictions.append(int(votes.argmax()) if binomial_test(a, a + b) <= alpha else ABSTAIN)
         return predictions
 
+    def images_per_round(self, image: torch.Tensor, n: int) -> int:
+        """How many images like this one fill BATCHES_PER_SYNC batches with n samples each, at least one."""
+        return max(1, BATCHES_PER_SYNC * self.find_batch_size(image) // n)
+
+    def count_samples(
+        self, images: Sequence[torch.Tensor] | torch.Tensor, indices: Sequence[int], purpose: int, n: int
+    ) -> np.ndarray:
+        """`count_votes` for the first n samples of each image for one purpose: (len(images), K) int64."""
+        room = BATCHES_PER_SYNC * self.find_batch_size(images[0])
+        pairs = list(zip(images, indices, strict=True))
+        return sum(
+            self.count_votes([SampleRequest(*pair, purpose, start, min(n, start + room)) for pair in pairs])
+            for start in range(0, n, room)
+        )
+
     def certify_stream(
         self, states: Iterable[ImageState], rule: StoppingRule, *, at_once: int | None = None
     ) -> Iterator[list[ImageState]]:
-        """Certify images, in whatever state they are, and yield after each round the states that changed.
+        """Certify images from any state on, and yield after each round the states that changed.
 
         A state is taken from the iterable when the next batches have room for its samples. At most `at_once` images are
         in progress. The samples of several images are packed to fill the batches. Raises `RRCMError` for a rule with
@@ -317,9 +335,9 @@ class SmoothedClassifier(nn.Module):
     def count_votes(self, requests: Sequence[SampleRequest]) -> np.ndarray:
         """SAMPLEUNDERNOISE (Cohen et al. 2019) for many images: votes per class, (len(requests), K) int64.
 
-        Samples are packed into batches of one shape. The device is waited for once, at the end. Raises `RRCMError` when
-        the model does not return (B, K) logits or returns NaN or infinity, and when its answer to an image depends on
-        the others.
+        Samples are packed into batches of one shape. This waits for the device only once, at the end. Raises
+        `RRCMError` if the model does not return (B, K) logits, if it returns NaN or infinity, and if its answer to an
+        image depends on the other images.
         """
         with self._ready(requests[0].image.device) as voter:
             self._check_independence(voter, requests[0].image)
@@ -349,7 +367,7 @@ class SmoothedClassifier(nn.Module):
             noisy = images[request].add_(noise, alpha=self.sigma)
             logits = self._logits(voter.compiled, voter.batch_limits, noisy, (purpose, index, sample))
             counts.index_add_(0, request * self.num_classes + logits.argmax(1), real[first : first + size])
-            meaningless |= ~logits.amax(1).isfinite().all()  # of NaN it is NaN; a class may be excluded by -inf
+            meaningless |= ~logits.amax(1).isfinite().all()  # NaN if a logit is NaN; -inf may exclude a class
         if meaningless:
             raise RRCMError(
                 "the model returns NaN or infinite logits for noisy images, so its votes are meaningless; check its "
@@ -360,13 +378,13 @@ class SmoothedClassifier(nn.Module):
     def find_batch_size(self, image: torch.Tensor) -> int:
         """`batch_size`, or if that is None the largest power of two up to 1024 whose forward pass fits `memory_gib`.
 
-        On a GPU the memory of a small batch and its noise is measured. On a CPU it is estimated from the largest output
-        of a layer. The answer is the same on the same device, unless others use its memory and the batch is below 1024.
-        A program that was exported for certain batches decides first.
+        On a GPU, the memory of a small batch and its noise is measured. On a CPU, it is estimated from the largest
+        output of a layer. The answer is the same on the same device, unless other programs use its memory and the batch
+        is below 1024. The batch sizes that an exported program accepts come first.
         """
         if self.batch_size is not None:
             needed, memory = self.batch_size * 8 * image.numel(), sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
-            if needed > memory:  # of the images and their noise alone; Linux would kill the process
+            if needed > memory:  # for the images and their noise alone; Linux would kill the process
                 has = f"needs more than {needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
                 raise RRCMError(f"batch_size = {self.batch_size}: {has}; set it lower, or to None")
             return self.batch_size
@@ -378,14 +396,14 @@ class SmoothedClassifier(nn.Module):
             return self.batch_size
         key = tuple(image.shape), self._device(image.device)
         if key not in self._batch_sizes:
-            self._check_independence(voter, image)  # a model that must not run is run no more than this
+            self._check_independence(voter, image)  # before any other run of the model
             self._batch_sizes[key] = self._largest_batch(voter, image)
         return self._batch_sizes[key]
 
     @torch.no_grad()
     @explain_out_of_memory("not even eight noisy images fit: free some memory, or use another GPU")
     def _check_independence(self, voter: Voter, image: torch.Tensor) -> None:
-        """`check_independence` of the model, once per shape of images."""
+        """Run `check_independence` for the model, once for each shape of images."""
         if tuple(image.shape) not in voter.checked:
             probe = image.to(self._device(image.device), torch.float32).repeat(min(8, self.batch_size or 8), 1, 1, 1)
             rows = torch.zeros(3, len(probe), dtype=torch.int64, device=probe.device)
@@ -421,7 +439,10 @@ class SmoothedClassifier(nn.Module):
     def _logits(
         self, network: nn.Module, limits: tuple[int, int], noisy: torch.Tensor, rows: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """(B, K) of noisy (B, C, H, W). Row i is of (purpose, image index, sample), which `rows` has as (B,) int64."""
+        """The logits (B, K) of noisy images (B, C, H, W).
+
+        `rows` has the purpose, the image index and the sample of each row, (B,) int64 each.
+        """
         if self.precision == "bf16" and not attribute(self.model, "keeps_float32_input"):
             noisy = noisy.bfloat16()
         try:
@@ -431,7 +452,7 @@ class SmoothedClassifier(nn.Module):
                 logits = logits_of(in_batches(network, noisy, limits))
         except (RRCMError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # it is the model's own
+        except Exception as error:  # raised by the model itself
             where = f"{len(noisy)} images of {' x '.join(map(str, noisy.shape[1:]))} in {self.precision}"
             hint = "; use precision fp32" if self.precision == "bf16" else ""
             if not hint and any(p.is_floating_point() and p.dtype != torch.float32 for p in self.model.parameters()):
@@ -465,21 +486,21 @@ def is_stochastic(model: nn.Module) -> bool:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """A number of things as an int. Raises `RRCMError` for anything but a whole number from 1 on."""
+    """`value` as an int. Raises `RRCMError` for anything but a whole number of at least 1."""
     if (value := whole_number(name, value)) < 1:
         raise RRCMError(f"{name} = {value}: must be at least 1")
     return value
 
 
 def _next_samples(state: ImageState, rule: StoppingRule, room: int) -> SampleRequest:
-    """The samples up to the next look, at most `room` of them."""
+    """The samples of an image up to its next look, at most `room` of them."""
     purpose, stop = (SELECT, rule.n0) if state.top_class < 0 else (ESTIMATE, rule.looks[state.look])
     start = state.num_drawn
     return SampleRequest(state.image, state.index, purpose, start, min(stop, start + room))
 
 
 def _update(state: ImageState, request: SampleRequest, votes: np.ndarray, rule: StoppingRule) -> None:
-    """Add the votes. After the selection choose the class; at a look decide whether to stop."""
+    """Add the votes. Choose the class after the selection, and decide at each look whether to stop."""
     state.num_drawn = request.stop
     state.samples += request.stop - request.start
     counts = state.selection if request.purpose == SELECT else state.counts
@@ -500,19 +521,19 @@ def whole_numbers(name: str, numbers: Iterable[int] | torch.Tensor) -> list[int]
 
 
 def _check_logits(logits: object, expected: tuple[int, int]) -> None:
-    """Raises `RRCMError` unless the model's answer is a dense tensor (B, K) of numbers that can be compared."""
+    """Raises `RRCMError` unless the model's answer is a dense tensor (B, K) of real numbers."""
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         hint = "wrap the model so that it returns its logits alone"
-        if found in ((expected[0], 1), expected[:1]):
+        if shape in ((expected[0], 1), expected[:1]):
             hint = "turn a single logit s into two, torch.stack([-s, s], -1), with num_classes = 2"
-        elif isinstance(found, tuple) and len(found) == 2 and found[0] == expected[0] and found[1] > 1:
-            hint = f"set num_classes = {found[1]}"
-        raise RRCMError(f"the model returns {found} for a batch of {expected[0]}: must be a tensor {expected}; {hint}")
+        elif isinstance(shape, tuple) and len(shape) == 2 and shape[0] == expected[0] and shape[1] > 1:
+            hint = f"set num_classes = {shape[1]}"
+        raise RRCMError(f"the model returns {shape} for a batch of {expected[0]}: must be a tensor {expected}; {hint}")
     dense = logits.layout == torch.strided and not logits.is_meta
     if not dense or logits.is_quantized or logits.is_complex() or logits.dtype == torch.bool:
-        found = logits.dtype if dense else logits.device if logits.is_meta else logits.layout
-        raise RRCMError(f"the model returns logits of kind {found}: must be a dense tensor of real numbers; convert it")
+        kind = logits.dtype if dense else logits.device if logits.is_meta else logits.layout
+        raise RRCMError(f"the model returns logits of kind {kind}: must be a dense tensor of real numbers; convert it")
 
 
 def check_layout(images: torch.Tensor) -> None:
@@ -533,7 +554,7 @@ def check_layout(images: torch.Tensor) -> None:
 def check_images(images: torch.Tensor) -> None:
     """Raises `RRCMError` unless `images` is a (B, C, H, W) float tensor of finite values in [0, 1].
 
-    Warns where all images are next to black, as after a second division by 255. They may be meant to be so dark.
+    Warns if all images are almost black, as after a second division by 255. This is no error, because it may be meant.
     """
     check_layout(images)
     if len(images):
@@ -547,7 +568,7 @@ def check_images(images: torch.Tensor) -> None:
 
 
 def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `run()` needs at most at once. The first call is not measured: libraries keep what it allocates."""
+    """The most bytes that `run()` allocates at a time. A first call is not measured, because libraries keep memory."""
     run()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -556,17 +577,17 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on the GPU: free ones, and those that torch holds unused."""
+    """Bytes that this process can still allocate on the GPU: those that are free, and those that torch keeps unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _compile(model: nn.Module, device: torch.device) -> nn.Module:
-    """The compiled model. Its weights are not frozen: they may change."""
+    """The compiled model. Its weights are not frozen, so they may change."""
     return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
 
 
 def _reason(error: Exception) -> str:
-    """What a model raised, in one line; TorchScript says it last."""
+    """The exception of a model in one line. The last line of TorchScript's exceptions says what is wrong."""
     lines = str(error).strip().splitlines()
     return one_line(RuntimeError(lines[-1])) if "TorchScript" in str(error) else one_line(error)

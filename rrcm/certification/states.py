@@ -1,7 +1,7 @@
-"""An image on its way from votes to a certificate: what is counted, when it is decided, and what is certified.
+"""An image on its way from votes to a certificate: the counts, the decisions at each look, and the certificate.
 
-Everything here follows from counts of votes. `recompute` therefore gives the certificates of a file again without the
-network, from the votes that the file keeps.
+Everything here follows from counts of votes. So `recompute` (votes.py) derives the certificates of a file again from
+the votes in the file, without the network.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rrcm.certification.margin import BINARY, MarginRule
-from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, GroupSequential, StoppingRule
+from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 
 if TYPE_CHECKING:
     import torch  # slow to import; counts do without it
 
-Votes = dict[str, int]  # how many samples chose a class, for each class that any sample chose; JSON keys are text
+Votes = dict[str, int]  # samples by the class that they chose; keys of JSON are text
 
 
 @dataclass(frozen=True)
 class Certificate:
     """The smoothed classifier predicts `prediction` everywhere within the L2 `radius` (pixel units) of the image.
 
-    `prediction` is a class or ABSTAIN. `samples` counts all noisy samples, those that chose the class included.
+    `prediction` is a class or ABSTAIN. `samples` is the number of noisy samples, including those that chose the class.
     `stop_reason` is a constant of stopping.py. After "wrong class" nothing is certified: `prediction` is the chosen
     class and the radius is 0.
 
-    The same samples give a radius by each bound, None where it certifies nothing. `radius` is that of the bound that
-    was asked for. Each is wrong with probability at most alpha, not both together.
+    The same samples give a radius by each bound, None where the bound certifies nothing. `radius` is the one by the
+    bound that was asked for. Each radius is wrong with probability at most alpha; this does not hold for both together.
+
+    >>> brightest_pixel = rrcm.SmoothedClassifier(torch.nn.Flatten(), sigma=0.5, num_classes=4)
+    >>> [certificate] = brightest_pixel.certify(torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]]), n=1000)
+    >>> certificate.prediction, certificate.radius
+    (1, 0.25)
     """
 
     prediction: int
@@ -38,50 +43,50 @@ class Certificate:
     samples: int
     stop_reason: str
     binary_radius: float | None = None
-    binary_samples: int = 0  # after which the binary bound alone would have stopped
+    binary_samples: int = 0  # samples after which the binary bound alone would have stopped
     margin_radius: float | None = None
 
 
 @dataclass
 class ImageState:
-    """An image on its way to a certificate. All but `image` is JSON-able, so a journal of it is a checkpoint."""
+    """An image on its way to a certificate. All fields except `image` are JSON-able, so a journal is a checkpoint."""
 
     index: int  # selects the noise
     image: torch.Tensor = field(repr=False)  # (C, H, W) float32 in [0, 1]
-    label: int | None = None  # if known, `GroupSequential` stops as soon as another class is chosen
-    selection: Votes = field(default_factory=dict)  # of the n0 selection samples
+    label: int | None = None  # if known, a rule that stops early stops when another class is chosen
+    selection: Votes = field(default_factory=dict)  # the n0 selection samples by class
     top_class: int = -1  # the chosen class
-    test: str = ""  # of the margin bound, as the selection samples have chosen it
+    test: str = ""  # of the margin bound, chosen by the selection samples
     num_drawn: int = 0  # samples of the current purpose: selection, then estimation
-    counts: Votes = field(default_factory=dict)  # of the estimation samples
+    counts: Votes = field(default_factory=dict)  # the estimation samples by class
     look: int = 0  # the next look
     num_certified: int = 0  # radii of the grid, by the binary bound until it stops
     binary_reason: str = ""  # why the binary bound stops
-    binary_samples: int = 0  # after which it did
+    binary_samples: int = 0  # samples after which it stopped
     margin_certified: int = 0  # radii of the grid, by the margin bound
-    votes: dict[str, Votes] = field(default_factory=dict)  # by estimation samples, at each look that decided something
+    votes: dict[str, Votes] = field(default_factory=dict)  # the counts at each look that decided something, by samples
     samples: int = 0  # of both purposes
     stop_reason: str = ""
     seconds: float = 0.0  # share of the computing time; not part of the result
 
 
 def choose_class(state: ImageState, rule: StoppingRule) -> None:
-    """What the selection samples decide: the class, the test of the margin bound, and whether the class is wrong."""
+    """Choose the class and the test of the margin bound from the selection samples. Stop if the class is wrong."""
     state.top_class = min((-count, int(k)) for k, count in state.selection.items())[1]
     state.test = MarginRule(rule).choose_test({int(k): n for k, n in state.selection.items()}, state.top_class)
     state.num_drawn = 0
-    if isinstance(rule, GroupSequential) and state.label not in (None, state.top_class):
+    if rule.stops_early and state.label not in (None, state.top_class):
         state.stop_reason = WRONG_CLASS
 
 
 def decide(state: ImageState, rule: StoppingRule, num_classes: int) -> None:
-    """What both bounds certify after a look, and whether to stop.
+    """Decide after a look what both bounds certify, and whether to stop.
 
     The binary bound stops by its own rule, so its certificates do not depend on the bound that is asked for. The margin
-    bound uses all samples there are. Asked for, it goes on until both have come to an end.
+    bound uses all samples. If it is the one asked for, sampling continues until both bounds have stopped.
 
-    The votes of a look are kept if it has decided anything: if either bound has certified more, or has stopped. The
-    other looks change nothing, so the kept ones lead to the same certificate.
+    The votes of a look are kept if it decides anything, that is, if one of the bounds certifies more or stops. The
+    other looks change nothing, so the kept votes lead to the same certificate.
     """
     before = state.num_certified, state.margin_certified, state.binary_reason, state.stop_reason
     margin, (top, others) = MarginRule(rule), _top_and_others(state, num_classes)
@@ -105,9 +110,9 @@ def decide(state: ImageState, rule: StoppingRule, num_classes: int) -> None:
 def replay(
     selection: Votes, votes: Mapping[str, Votes], label: int | None, rule: StoppingRule, num_classes: int
 ) -> ImageState:
-    """The state to which the votes of the selection and of the kept looks lead. Raises ValueError for impossible ones.
+    """The state that follows from the votes of the selection and of the kept looks.
 
-    The image, its index and the seconds are unknown.
+    The image, its index and the seconds remain unknown. Raises ValueError for votes that no sampling leads to.
     """
     _check_votes("the selection", selection, rule.n0, num_classes)
     state = ImageState(-1, None, label, dict(selection), samples=rule.n0)
@@ -154,14 +159,14 @@ def certificate(state: ImageState, rule: StoppingRule, num_classes: int) -> Cert
 
 
 def _top_and_others(state: ImageState, num_classes: int) -> tuple[int, np.ndarray]:
-    """The votes for the chosen class, and each number of votes that another class has: (C,) int64."""
+    """The votes for the chosen class, and the different numbers of votes of the other classes: (C,) int64."""
     others = {count for k, count in state.counts.items() if int(k) != state.top_class}
     unseen = num_classes - len(state.counts.keys() | {str(state.top_class)})
     return state.counts.get(str(state.top_class), 0), np.array(sorted(others | ({0} if unseen else set())))
 
 
 def _check_votes(name: str, votes: Votes, total: int, num_classes: int) -> None:
-    """Raises ValueError unless the votes are for classes there are, and as many as there were samples."""
+    """Raises ValueError unless the votes are for existing classes and add up to the number of samples."""
     if votes and max(map(int, votes)) >= num_classes:
         raise ValueError(f"votes of {name} are for class {max(map(int, votes))}: there are {num_classes} classes")
     if sum(votes.values()) != total:

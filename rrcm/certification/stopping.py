@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import bdtr, bdtrc, betaincinv, ndtr, ndtri  # importing scipy.stats takes a second
@@ -22,12 +23,12 @@ FUTILE = "futile"  # the next radius of the grid is out of reach
 WRONG_CLASS = "wrong class"  # in an evaluation with labels: the chosen class is not the label
 
 STOPPING = ("fixed", "sequential")
-BOUNDS = ("binary", "margin")  # p_B = 1 - p_A, or from the votes of every class (margin.py)
+BOUNDS = ("binary", "margin")  # p_B = 1 - p_A, or p_B from the votes of every class (margin.py)
 ABSTAIN = -1  # the predicted class when nothing is certified
-FUTILITY_CONFIDENCE = 0.9  # confidence of the upper bound on p_A under which conditional power is computed
-MIN_CONDITIONAL_POWER = 0.001  # a radius with less conditional power is given up
+FUTILITY_CONFIDENCE = 0.9  # confidence of the upper bound on p_A for which conditional power is computed
+MIN_CONDITIONAL_POWER = 0.001  # sampling gives up on a radius with less conditional power
 LOOK_GROWTH = 1.2  # factor between the sample sizes of consecutive looks
-MOST_RADII, MOST_BOUNDS = 10_000, 400_000  # of the grid, and of all its looks; the latter take up to ten seconds
+MOST_RADII, MOST_BOUNDS = 10_000, 400_000  # radii of the grid, times looks; the latter take up to ten seconds
 
 
 def clopper_pearson_lower(
@@ -48,22 +49,37 @@ def binomial_test(successes: int, trials: int) -> float:
 
 @dataclass(frozen=True)
 class FixedSample:
-    """CERTIFY of Cohen et al. 2019: n0 samples choose the class, n fresh samples give the exact bound."""
+    """CERTIFY of Cohen et al. 2019: n0 samples choose the class, n fresh samples give the exact bound.
+
+    It has one look, at which all of alpha is spent. It has no grid: a certificate may have any radius.
+    """
 
     sigma: float
     n0: int
     n: int
     alpha: float
-    bound: str = "binary"  # of BOUNDS: which one the certificates have
+    bound: str = "binary"  # one of BOUNDS, by which the certificates are
+
+    stops_early: ClassVar[bool] = False
+    radii: ClassVar[tuple[float, ...]] = ()
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Sample sizes at which `decide` is called: n alone."""
+        """Samples drawn at each look."""
         return (self.n,)
 
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Error probability spent at each look."""
+        return (self.alpha,)
+
     def decide(self, look: int, count: int, num_certified: int) -> tuple[int, str]:
-        """Stop: there is only one look. The first result has a meaning for `GroupSequential` only."""
+        """How many radii of the grid are certified, which is none as there is no grid, and why to stop."""
         return num_certified, ALL_SAMPLES
+
+    def reason_to_stop(self, look: int, num_certified: np.ndarray, futile: np.ndarray) -> str:
+        """Why to stop after the look."""
+        return ALL_SAMPLES
 
     def radius(self, count: int, num_certified: int) -> float | None:
         """The certified radius for `count` votes of n, or None when nothing is certified."""
@@ -75,12 +91,13 @@ class FixedSample:
 class GroupSequential:
     """Group-sequential CERTIFY: looks at growing sample sizes, alpha spending, radii of a grid in order.
 
-    Each radius r of the grid has its own budget. Look j adds alphas[j] to it. The look certifies r if a count this high
-    has a probability within the budget under p_A = Phi(r / sigma). The alpha that a look cannot spend is carried
-    forward. Small samples cannot certify large radii: there even 100 votes of 100 can have a probability of 98 %.
+    Each radius r of the grid has its own error budget, to which look j adds alphas[j]. The look certifies r if a count
+    this high has a probability within the budget under p_A = Phi(r / sigma). The alpha that a look cannot spend is
+    carried forward. Small samples cannot certify large radii: under a large p_A even 100 votes of 100 can have a
+    probability of 98 %.
 
     A radius is certified only after all smaller ones. A false certificate therefore includes the smallest radius of the
-    grid above the true one. Over all looks that radius is certified with probability at most the sum of the alphas. So
+    grid above the true one. The probability that any look certifies that radius is at most the sum of the alphas. So
     each certificate is false with probability at most alpha, whatever rule stops the sampling.
     """
 
@@ -90,7 +107,9 @@ class GroupSequential:
     alphas: tuple[float, ...]  # error probability added to each radius's budget at each look
     radii: tuple[float, ...]  # the grid, G radii from 0 on
     efficacy_counts: np.ndarray  # (J, G) int64, smallest count that certifies radius g at look j; look + 1 if none does
-    bound: str = "binary"  # of BOUNDS: which one the certificates have, and decides when to stop
+    bound: str = "binary"  # one of BOUNDS, by which the certificates are, and which decides when to stop
+
+    stops_early: ClassVar[bool] = True  # also when the chosen class is not the label
 
     @property
     def alpha(self) -> float:
@@ -109,9 +128,16 @@ class GroupSequential:
         num_certified = np.logical_and.accumulate(certified, axis=-1).sum(-1)  # none before all smaller ones
         needed = np.append(self.efficacy_counts[-1], 0)[num_certified]  # for the next radius, at the last look
         futile = ~in_reach(np.asarray(count), self.looks[look], needed, self.looks[-1])
-        last = look == len(self.looks) - 1
-        reason = np.select([num_certified == len(self.radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
+        reason = self.reason_to_stop(look, num_certified, futile)
         return (num_certified, reason) if np.ndim(count) else (int(num_certified), str(reason))
+
+    def reason_to_stop(self, look: int, num_certified: np.ndarray, futile: np.ndarray) -> np.ndarray:
+        """Why to stop after the look: (B,) of constants, "" to continue.
+
+        `num_certified` (B,) radii are certified, and the next one is out of reach where `futile` (B,) is true.
+        """
+        last = look == len(self.looks) - 1
+        return np.select([num_certified == len(self.radii), last, futile], [WHOLE_GRID, ALL_SAMPLES, FUTILE], "")
 
     def radius(self, count: int, num_certified: int) -> float | None:
         """The largest certified radius of the grid, or None when nothing is certified."""
@@ -149,7 +175,7 @@ def group_sequential(
     efficacy_counts = efficacy_boundary(looks, alphas, ndtr(radii / sigma))
     if (efficacy_counts[:, 0] > looks).all():  # the sum of the shares is rounded
         raise certifies_nothing(n, alpha, "set n higher")
-    kept = max(1, int((efficacy_counts[-1] <= n).sum()))  # drop a radius that only rounding puts within reach
+    kept = max(1, int((efficacy_counts[-1] <= n).sum()))  # without a radius that only rounding puts within reach
     return GroupSequential(sigma, n0, looks, alphas, tuple(radii[:kept].tolist()), efficacy_counts[:, :kept])
 
 
@@ -185,9 +211,9 @@ def efficacy_boundary(looks: tuple[int, ...], alphas: tuple[float, ...], thresho
 
 
 def in_reach(count: np.ndarray, m: int, needed: np.ndarray, n: int) -> np.ndarray:
-    """Whether `count` votes of m leave in reach a radius that takes `needed` votes of n: (B,) bool.
+    """Whether a radius that needs `needed` votes of n is still in reach after `count` votes of m: (B,) bool.
 
-    A radius is in reach while its conditional power is at least MIN_CONDITIONAL_POWER. This is the probability to get
+    It is while its conditional power is at least MIN_CONDITIONAL_POWER. The conditional power is the probability to get
     `needed` (B,) votes, with p_A at an upper confidence bound (FUTILITY_CONFIDENCE).
     """
     optimistic = betaincinv(count + 1, np.maximum(m - count, 1e-9), FUTILITY_CONFIDENCE)
@@ -207,7 +233,7 @@ def smallest_count(holds: Callable[[np.ndarray], np.ndarray], m: np.ndarray, col
     high = np.broadcast_to(m + 1, low.shape).copy()
     while (low < high).any():
         middle = (low + high) // 2
-        true = holds(np.minimum(middle, m))  # middle is m + 1 only where the search has ended there
+        true = holds(np.minimum(middle, m))  # middle is m + 1 only where the search has ended
         high = np.where(true, middle, high)
         low = np.where(true, low, np.minimum(middle + 1, high))
     return high
@@ -228,7 +254,7 @@ def check_prediction(n: int, alpha: float) -> tuple[int, float]:
 
 
 def check_settings(sigma: float, n0: int, n: int, alpha: float) -> tuple[float, int, int, float]:
-    """sigma, n0, n and alpha as Python numbers. Raises `RRCMError` for those with which nothing can be certified."""
+    """sigma, n0, n and alpha as Python numbers. Raises `RRCMError` if nothing can be certified with them."""
     sigma, n0, n, alpha = _numbers(sigma, n0, n, alpha)
     if n < (least := _fewest_votes(alpha)):
         raise certifies_nothing(n, alpha, f"set n to {least}")
@@ -240,7 +266,7 @@ def certifies_nothing(n: int, alpha: float, advice: str) -> RRCMError:
 
 
 def _numbers(sigma: float, n0: int, n: int, alpha: float) -> tuple[float, int, int, float]:
-    """The settings as Python numbers, each in its range. Raises `RRCMError` for others."""
+    """The settings as Python numbers. Raises `RRCMError` for a number out of its range."""
     sigma, alpha = real_number("sigma", sigma), real_number("alpha", alpha)
     n0, n = whole_number("n0", n0), whole_number("n", n)
     if not 0 < sigma < np.inf:
@@ -255,4 +281,4 @@ def _numbers(sigma: float, n0: int, n: int, alpha: float) -> tuple[float, int, i
 
 def _fewest_votes(alpha: float) -> int:
     """The smallest n for which n equal tosses of a fair coin have a probability of at most alpha."""
-    return math.ceil(-math.log2(alpha) - 1e-9)  # less what the logarithm may be rounded up by
+    return math.ceil(-math.log2(alpha) - 1e-9)  # the logarithm may be rounded up

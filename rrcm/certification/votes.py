@@ -1,9 +1,9 @@
 """The votes in a samples file, and the certificates that follow from them. Pure functions, without the network.
 
-A cell of the column `selection` has the votes of the selection samples by class: `3:97 8:3`. A cell of `votes` has
-those of the estimation samples at each look that decided something, after the number of samples:
-`100=3:98,8:2 120=3:117,8:3`. It is empty where the selection has chosen a wrong class. A radius that an early look has
-certified stays certified, so the votes at the last look alone do not give it.
+A cell of the column `selection` has the votes of the selection samples by class: `3:97 8:3`. A cell of `votes` has the
+votes of the estimation samples at each look that decided something, after the number of samples:
+`100=3:98,8:2 120=3:117,8:3`. It is empty if the selection chose a wrong class. A radius stays certified after an early
+look has certified it, so the votes at the last look alone do not determine the radius.
 """
 
 import re
@@ -34,7 +34,7 @@ def votes_text(votes: dict[str, Votes]) -> str:
 
 
 def parse_selection(text: str) -> Votes:
-    """The votes in a cell of `selection`. Raises ValueError unless it is as `selection_text` writes it."""
+    """The votes in a cell of `selection`. Raises ValueError unless `selection_text` writes it so."""
     selection = _parse_counts(text, " ")
     if not selection or selection_text(selection) != text:
         raise ValueError(f"selection {shown(text)}: must be votes by class, each class once, as 3:97 8:3")
@@ -42,7 +42,7 @@ def parse_selection(text: str) -> Votes:
 
 
 def parse_votes(text: str) -> dict[str, Votes]:
-    """The votes in a cell of `votes`, by numbers of samples. Raises ValueError unless it is as `votes_text` writes."""
+    """The votes in a cell of `votes`, by the number of samples. Raises ValueError unless `votes_text` writes it so."""
     looks = [LOOK.fullmatch(look) for look in text.split(" ")] if text else []
     votes = {look[1]: _parse_counts(look[2], ",") for look in looks if look}
     if votes_text(votes) != text:
@@ -55,7 +55,7 @@ def _counts(votes: Votes) -> list[str]:
 
 
 def _parse_counts(text: str, separator: str) -> Votes:
-    """Votes by class, those that can be read; the caller compares the text that they have."""
+    """The votes by class that can be read. The caller checks that they have the same text again."""
     pairs = [COUNT.fullmatch(each) for each in text.split(separator)]
     return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
@@ -64,25 +64,25 @@ def certificate_frame(states: Iterable[ImageState], rule: StoppingRule, num_clas
     """The certificates of images whose sampling has stopped: COLUMNS, SAMPLES and VOTES. `time` is 0."""
     rows = []
     for state in states:
-        found = certificate(state, rule, num_classes)
+        result = certificate(state, rule, num_classes)
         label = UNKNOWN if state.label is None else state.label
-        field = (state.index, label, found.prediction, found.radius, int(found.prediction == label != UNKNOWN), 0)
-        wrong = found.prediction if found.stop_reason == WRONG_CLASS else ABSTAIN  # predicted without a radius
+        field = (state.index, label, result.prediction, result.radius, int(result.prediction == label != UNKNOWN), 0)
+        wrong = result.prediction if result.stop_reason == WRONG_CLASS else ABSTAIN  # predicted without a radius
         both = [
             value
-            for radius in (found.binary_radius, found.margin_radius)
+            for radius in (result.binary_radius, result.margin_radius)
             for value in ((wrong, 0.0) if radius is None else (state.top_class, radius))
         ]
         votes = selection_text(state.selection), votes_text(state.votes)
-        rows.append((*field, found.samples, found.stop_reason, found.binary_samples, *both, *votes))
+        rows.append((*field, result.samples, result.stop_reason, result.binary_samples, *both, *votes))
     return pd.DataFrame(rows, columns=[*COLUMNS, *SAMPLES[1:], *VOTES])
 
 
 def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labelled: bool) -> pd.DataFrame:
     """`certificate_frame` of the votes in a frame with `idx`, `label`, `selection` and `votes`.
 
-    `labelled` says whether the sampling stopped as soon as the chosen class was not the label. Raises `RRCMError` for
-    the first image whose votes cannot be those of `rule`.
+    `labelled` says whether sampling stopped as soon as the chosen class was not the label. Raises `RRCMError` for the
+    first image with votes that `rule` cannot lead to.
     """
     states = []
     for row in frame.itertuples():
@@ -99,10 +99,11 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
 def recompute_radii(path: Path | str) -> pd.DataFrame:
     """The columns `idx`, `predict` and `radius` of a certificate file, recomputed from the votes beside it.
 
-        rrcm.recompute_radii("certificates/rrcm/sigma_0.5.tsv")
+    The record beside the file has the stopping rule. Only the labels are read from the file itself. Raises `RRCMError`
+    for files that are missing or damaged, and for votes that the stopping rule cannot lead to.
 
-    The stopping rule is that of the record beside the file. Of the file itself only the labels are read. Raises
-    `RRCMError` for files that are missing or damaged, and for votes that cannot be those of the rule.
+    >>> rrcm.recompute_radii("certificates.tsv").columns.tolist()
+    ['idx', 'predict', 'radius']
     """
     path = Path(path)
     record, samples = read_record(record_path(path)), read_samples(samples_path(path))
@@ -110,5 +111,5 @@ def recompute_radii(path: Path | str) -> pd.DataFrame:
     if not table["idx"].equals(samples["idx"]):
         raise RRCMError(f"{path}: has other images than {samples_path(path)}; certify again")
     frame = samples.assign(label=table["label"])
-    found = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
-    return found[["idx", "predict", "radius"]]
+    recomputed = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
+    return recomputed[["idx", "predict", "radius"]]

@@ -33,7 +33,9 @@ def load_authors_checkpoint(
 
     Raises `RRCMError` for any other file.
 
-    >>> classifier = load_authors_checkpoint("rrcm_b_sigma_0.5.pth", sigma=0.5)
+    >>> classifier = rrcm.load_authors_checkpoint("rrcm_finetuned.pth", sigma=0.5)
+    >>> classifier.num_classes
+    10
     """
     path = Path(path)
     weights = load_tensors(path)

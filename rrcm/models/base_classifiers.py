@@ -24,13 +24,14 @@ class BaseClassifier(nn.Module):
 
     Certification reads the four attributes below. For a module without them it assumes the defaults.
 
-    >>> class Averaged(BaseClassifier):
-    ...     def __init__(self, parts):
-    ...         super().__init__()
-    ...         self.parts, self.num_classes = nn.ModuleList(parts), parts[0].num_classes
+    >>> class Brightness(rrcm.BaseClassifier):
+    ...     num_classes = 2
     ...
     ...     def forward(self, noisy, draw=None):
-    ...         return torch.stack([part(noisy) for part in self.parts]).mean(0)
+    ...         brightness = noisy.mean((1, 2, 3)) - 0.5
+    ...         return torch.stack([-brightness, brightness], 1)
+    >>> Brightness()(torch.ones(1, 3, 8, 8))
+    tensor([[-0.5000,  0.5000]])
     """
 
     num_classes: int

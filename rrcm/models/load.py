@@ -25,8 +25,9 @@ def load_base_classifier(
 
     Raises `RRCMError` if `model` is none of these, cannot be read or downloaded, or conflicts with another argument.
 
-    >>> loaded = load_base_classifier("models/rrcm/sigma_0.5")
-    >>> loaded.classifier, loaded.class_names
+    >>> loaded = rrcm.load_base_classifier("models/rrcm/sigma_0.5")
+    >>> loaded.num_classes, loaded.image_size, loaded.sigma
+    (10, 8, 0.5)
     """
     path = expand_user(str(model).removeprefix(FOLDER))
     if weights is not None and path.exists():

@@ -10,8 +10,8 @@ def karras_levels(
 
     t_i = (t_max^(1/rho) + i / (count - 1) * (t_min^(1/rho) - t_max^(1/rho)))^rho
 
-    >>> [round(t, 3) for t in karras_levels(4).tolist()]
-    [80.0, 9.723, 0.47, 0.002]
+    >>> [round(t, 3) for t in rrcm.karras_levels(3).tolist()]
+    [80.0, 2.515, 0.002]
     """
     ramp = torch.linspace(0, 1, count, dtype=torch.float64, device=device)
     return (t_max ** (1 / rho) + ramp * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho

@@ -156,9 +156,9 @@ class NoiseConditionedViT(nn.Module):
     One learned position embedding covers all tokens. Weights start from torch's initialisation. With
     `grad_checkpointing` set, the backward pass recomputes each block.
 
-    >>> encoder = NoiseConditionedViT(image_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
-    >>> encoder(torch.randn(8, 3, 32, 32), t=0.5).shape
-    torch.Size([8, 192])
+    >>> encoder = rrcm.NoiseConditionedViT(image_size=8, channels=1, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    >>> encoder(torch.randn(5, 1, 8, 8), t=1.0).shape
+    torch.Size([5, 32])
     """
 
     def __init__(

@@ -22,8 +22,8 @@ def info_nce(
 
     anchors (B, D), targets (M, D) with M >= B -> (B,) float32. The positive of anchor i is target first_positive + i.
 
-    >>> info_nce(torch.eye(2), torch.eye(2))
-    tensor([0.0067, 0.0067])
+    >>> rrcm.info_nce(torch.eye(2), torch.eye(2), temperature=1.0)  # -log(e / (e + 1))
+    tensor([0.3133, 0.3133])
     """
     similarity = F.normalize(anchors.float(), dim=1) @ F.normalize(targets.float(), dim=1).T
     positives = torch.arange(len(anchors), device=anchors.device) + first_positive

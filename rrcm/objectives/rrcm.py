@@ -59,8 +59,16 @@ def rrcm_loss(
 
     Ablations: without a teacher the contrastive term is 0; `quieter_noise` makes the two noises independent.
 
-    >>> terms = rrcm_loss(student, teacher, RRCMInputs(image, view1, view2, noise), RRCMLevels(t=1.7, t_next=1.1))
+    >>> from rrcm.models.vit import EncoderWithProjector
+    >>> from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels
+    >>> encoder = rrcm.NoiseConditionedViT(image_size=8, channels=1, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    >>> student = EncoderWithProjector(encoder, hidden=16, out=8)
+    >>> teacher = EncoderWithProjector(encoder, hidden=16, out=8)
+    >>> image, view1, view2, noise = torch.randn(4, 6, 1, 8, 8)
+    >>> terms = rrcm.rrcm_loss(student, teacher, RRCMInputs(image, view1, view2, noise), RRCMLevels(t=1.2, t_next=1.0))
     >>> terms.total.mean().backward()
+    >>> terms.total.shape
+    torch.Size([6])
     """
     image, view1, view2, noise, quieter_noise = inputs
     t, t_next, t_min = levels
@@ -82,8 +90,8 @@ def rrcm_loss(
 def num_levels(step: int, total_steps: int, *, start: int = 20, end: int = 80) -> int:
     """Grid size N(k) = min(s0 * 2^ceil(k / K'), s1) + 1 with K' = ceil(K / log2(ceil(s1 / s0) + 1)).
 
-    >>> num_levels(0, 1000), num_levels(999, 1000)
-    (21, 81)
+    >>> [rrcm.num_levels(step, 1000) for step in (0, 400, 1000)]
+    [21, 41, 81]
     """
     doubling_steps = math.ceil(total_steps / math.log2(math.ceil(end / start) + 1))
     return min(start * 2 ** math.ceil(step / doubling_steps), end) + 1

@@ -246,7 +246,6 @@ def _expected_entries(config: Config, run: Path, sigma: float, max_images: int |
         "data.split": "test",
         "data.every": settings.every,
         "data.max_images": [settings.max_images, max_images],
-        "consensus": settings.consensus,
     } | settings.rule
 
 

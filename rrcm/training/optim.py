@@ -13,6 +13,9 @@ def teacher_decay(
     """Decay rate mu(k) of the teacher (Lei et al. 2025, section 3).
 
     e(k) = sqrt(k / K * (m1^2 - m0^2) + m0^2), c = 2 / (1 + exp(-A (e - m0) / (m1 - m0))) - 1, mu = c m1 + (1 - c) m0
+
+    >>> [round(rrcm.teacher_decay(step, 1000), 4) for step in (0, 100, 1000)]
+    [0.99, 0.9946, 0.9999]
     """
     reached = end if step >= total_steps else math.sqrt(step / total_steps * (end**2 - start**2) + start**2)
     share = 2 / (1 + math.exp(-steepness * (reached - start) / (end - start))) - 1

@@ -71,9 +71,9 @@ if script := getattr(sys.modules["__main__"], "__file__", None):
     refuse_other_checkout(script)  # for commands that do not import stages/environment.py, such as benchmarks
 
 
-def make_app() -> typer.Typer:
-    """A Typer application without shell completion and with plain tracebacks."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+def make_app(*, completion: bool = False) -> typer.Typer:
+    """A Typer application with plain tracebacks. With `completion`, a shell can be taught to complete its arguments."""
+    return typer.Typer(add_completion=completion, pretty_exceptions_enable=False)
 
 
 def exit_on_error(command: Callable[..., None]) -> Callable[..., None]:

@@ -45,7 +45,7 @@ def test_closeness_is_the_normal_density_at_the_tie():
 @pytest.mark.parametrize(
     ("rows", "audited", "power"), [(120, 100, 1.0), (120, 20, 0.7), (500, 100, 0.5), (40, 40, 1.0)]
 )
-def test_the_share_that_is_found_is_the_smallest(rows: int, audited: int, power: float):
+def test_the_found_share_is_the_smallest(rows: int, audited: int, power: float):
     def missed(forged: int) -> float:
         drawn = np.arange(audited + 1)
         return float((hypergeom.pmf(drawn, rows, forged, audited) * (1 - power) ** drawn).sum())
@@ -54,7 +54,7 @@ def test_the_share_that_is_found_is_the_smallest(rows: int, audited: int, power:
     assert missed(forged) <= 0.01 + 1e-12 < missed(forged - 1)
 
 
-def test_what_is_never_found_has_no_share():
+def test_forgeries_that_are_never_found_have_no_share():
     assert found_share(100, 50, 0.0) is None and found_share(100, 100, 1.0) == 0.01
 
 
@@ -70,7 +70,7 @@ def test_the_bounds_on_the_rate_cover():
 
 
 @pytest.mark.parametrize("top", [600, 900, 980])
-def test_so_many_votes_raise_a_radius(top: int):
+def test_the_votes_needed_to_raise_a_radius(top: int):
     (added,) = votes_to_raise(np.array([top]), np.array([1000]), 0.1)
     less, more = (norm.ppf((top + 1) / 1002 + k / 1000) - norm.ppf((top + 1) / 1002) for k in (added - 1, added))
     assert less < 0.1 <= more
@@ -174,7 +174,7 @@ def test_the_pooled_tail_bounds_the_truth():
     assert pooled_tail([0] * 50, m, rates) == 1.0
 
 
-def test_flips_are_counted_and_images_alike_have_no_dispersion():
+def test_flips_are_counted_and_equal_images_have_no_dispersion():
     generator = np.random.default_rng(6)
     first = (generator.random((200, 500)) < 0.3).astype(int)
     flipped = generator.random(first.shape) < 0.02

@@ -91,11 +91,11 @@ def test_an_exported_program_gets_its_batch_size(kind, size):
 
 
 @pytest.mark.parametrize("kind", ["trace", "export", "export of one batch size", "compile"])
-def test_a_classifier_of_ours_in_other_forms(kind):
+def test_our_classifier_scripted_exported_or_compiled(kind):
     assert votes(WRAPPED[kind](ours()), batch_size=64) == votes(ours(), batch_size=64)
 
 
-def test_an_exported_classifier_inside_one_of_ours():
+def test_an_exported_classifier_inside_our_classifier():
     mean, deviation = (0.5, 0.4, 0.3), (0.5, 0.5, 0.25)
     plain, exported = (Normalized(each, 5, mean, deviation) for each in (net(), export(net(), max=4096)))
     assert votes(exported, batch_size=64) == votes(plain, batch_size=64)
@@ -199,7 +199,7 @@ class Answers(nn.Module):
     [lambda logits: {"logits": logits, "loss": None}, lambda logits: types.SimpleNamespace(logits=logits)],
     ids=["dict", "object"],
 )
-def test_logits_may_have_their_name(change, limited):
+def test_logits_may_be_an_attribute_or_an_item(change, limited):
     """As the outputs of transformers, which are both."""
     smoothed, plain = (SmoothedClassifier(each, 0.5, 5, batch_size=64) for each in (Answers(change), Answers()))
     if limited:
@@ -219,7 +219,7 @@ def test_the_number_of_classes_is_corrected():
         smoothed.certify(images())
 
 
-def test_a_model_of_buffers_or_nothing_has_a_device():
+def test_a_model_without_parameters_has_a_device():
     assert SmoothedClassifier(Answers(), 0.5, 5).device == torch.device("cpu")
     meta = torch.device("meta")  # stands in for a GPU
     assert SmoothedClassifier(Answers().to(meta), 0.5, 5).device == meta
@@ -263,13 +263,13 @@ class Locked(ConvNet):
         (lambda: lambda x: x, {}, r"^model is a function: must be a torch.nn.Module$"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_one_line(make, settings, said):
+def test_models_that_cannot_run_are_refused_in_one_line(make, settings, said):
     with pytest.raises(RRCMError, match=said) as error:
         SmoothedClassifier(make(), 0.5, 5, **settings).certify(images(), n=100)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_what_the_model_raises_is_the_cause():
+def test_an_error_of_the_model_is_the_cause():
     class Raises(ConvNet):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise KeyError("of the user")
@@ -279,7 +279,7 @@ def test_what_the_model_raises_is_the_cause():
     assert isinstance(error.value.__cause__, KeyError)
 
 
-def test_a_full_memory_is_told_in_one_line():
+def test_a_full_memory_is_reported_in_one_line():
     class Full(ConvNet):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -67,7 +67,7 @@ def seal(result: Path, **entries: object) -> None:
     write_json(record_path(path), record | {"files": files} | entries)
 
 
-def test_an_honest_file_is_verified_to_the_last_vote(result: Path):
+def test_an_honest_file_is_verified_vote_by_vote(result: Path):
     before = files_of(result)
     found = audit(result, rows=20, seed=1)
     assert not found.problems and found.exact and (found.rows, found.audited, found.moved) == (36, 20, 0)
@@ -127,7 +127,7 @@ def test_radii_that_were_raised_are_named(result: Path):
     assert audit(result).problems == [other]
 
 
-def test_radii_that_were_all_raised_are_named(result: Path):
+def test_many_raised_radii_are_counted(result: Path):
     forge(result, raise_radii, follow=False)
     found = audit(result)
     assert (

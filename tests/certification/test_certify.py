@@ -191,7 +191,7 @@ def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_certificates_do_not_depend_on_company_or_order(digits, precision):
+def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     smoothed = SmoothedClassifier(digits[0], 0.5, 10, batch_size=256, precision=precision)
     expected = certificates(smoothed, digits, n=2000)
     assert {answer.stop_reason for answer in expected.values()} >= {ALL_SAMPLES, FUTILE, WRONG_CLASS}
@@ -235,7 +235,7 @@ def test_every_sample_is_drawn_once_and_padding_does_not_vote(batch_size):
     assert torch.equal(rows, images[image].add_(noise, alpha=0.5))
 
 
-def test_batch_size_by_itself(digits):
+def test_the_batch_size_is_chosen_automatically(digits):
     model, pixels, _, _ = digits
     assert SmoothedClassifier(model, 0.5, 10).find_batch_size(pixels[0]) == 1024
     small = SmoothedClassifier(model, 0.5, 10, memory_gib=2**-12)
@@ -318,7 +318,7 @@ class Broken(nn.Module):
         (lambda x: x.flatten()[:2], "must be"),
     ],
 )
-def test_models_that_do_not_answer(answer, complaint):
+def test_models_without_usable_logits_are_refused(answer, complaint):
     with pytest.raises(RRCMError, match=complaint):
         SmoothedClassifier(Broken(answer), 0.5, 2).certify(torch.rand(2, 1, 2, 2), n=200)
 
@@ -405,7 +405,7 @@ GREYS = torch.stack([torch.full((1, 2, 2), 0.3 + 0.05 * k) for k in range(10)])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stochastic_classifier_votes_the_same_in_any_company(precision):
+def test_a_stochastic_classifier_votes_the_same_beside_any_images(precision):
     requests = [SampleRequest(image, 7 * i, ESTIMATE, 5, 400 + 20 * i) for i, image in enumerate(GREYS)]
     expected = dithered(batch_size=64, precision=precision).count_votes(requests)
     assert (expected.min(1) > 20).all()  # no image is decided without chance
@@ -422,7 +422,7 @@ def test_a_stochastic_classifier_votes_the_same_in_any_company(precision):
     assert (np.array(halves).reshape(10, 2, 2).sum(1) == expected).all()
 
 
-def test_a_stochastic_classifier_is_certified_the_same_in_any_company_and_after_a_kill():
+def test_a_stochastic_classifier_is_certified_the_same_beside_any_images_and_after_a_kill():
     settings = {"n": 2000, "radius_step": 0.1}
     expected = dithered(batch_size=64).certify(GREYS, **settings)
     assert len({answer.radius for answer in expected}) > 2
@@ -495,7 +495,7 @@ def finished(answer: Answer) -> Answer:
     return answer
 
 
-def test_the_stage_writes_what_the_engine_answers(trained):
+def test_the_stage_writes_the_certificates_of_the_engine(trained):
     config = load_config(trained / "params.yaml")
     frame = read_certificates(trained / "certificates/rrcm/sigma_0.5.tsv")
     assert frame["idx"].tolist() == list(range(0, 360, 10)) and (frame["time"] == 0).all()
@@ -516,7 +516,7 @@ def test_the_stage_writes_what_the_engine_answers(trained):
             assert a.stop_reason == WRONG_CLASS or (int(predict) == ABSTAIN) == (radius is None)
 
 
-def test_the_stage_does_fixed_as_well(certified):
+def test_the_stage_certifies_with_a_fixed_sample_as_well(certified):
     change(certified, certify__stopping="fixed", certify__n=300)
     finished(stage(certified, "certify", "rrcm", "0.5"))
     frame = read_certificates(certified / "certificates/rrcm/sigma_0.5.tsv")
@@ -600,7 +600,7 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
 
 
 @pytest.mark.parametrize("setting", ["certify__max_images", "certify__every"])
-def test_a_journal_of_more_or_other_images_gives_those_that_are_the_same(certified, trained, setting):
+def test_a_journal_of_more_or_other_images_serves_the_common_ones(certified, trained, setting):
     """Fewer images, and some that the killed run did not have."""
     kill_at(certified, 60, [start(certified, "certify", "rrcm", "0.5")])
     (journal,) = certified.glob("runs/certify-*/journal-0.txt")
@@ -668,7 +668,7 @@ IMPOSSIBLE = {
 }
 
 
-def test_a_journal_is_believed_what_can_be_and_nothing_else(tmp_path):
+def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     """Each line has its checksum."""
     everything = reachable_states()
     assert {state["stop_reason"] for _, state in everything} >= {"", ALL_SAMPLES, FUTILE, WHOLE_GRID, WRONG_CLASS}
@@ -690,7 +690,7 @@ def test_a_journal_is_believed_what_can_be_and_nothing_else(tmp_path):
     assert vars(state) == last | {"image": nothing} and len(texts) > 75
 
 
-def test_what_the_journal_has_is_not_done_again(certified):
+def test_samples_in_the_journal_are_not_drawn_again(certified):
     """Samples that a killed run has counted are not drawn anew: a journal that says 999 of them cost a year is kept."""
     kill_at(certified, 40, [start(certified, "certify", "rrcm", "0.5")])
     (journal,) = certified.glob("runs/certify-*/journal-0.txt")

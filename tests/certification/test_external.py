@@ -141,7 +141,7 @@ def write(path: Path, lines: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("habit", HABITS)
-def test_a_habit_is_read_with_one_note(tmp_path: Path, capsys: pytest.CaptureFixture, habit: str):
+def test_a_supported_format_is_read_with_one_note(tmp_path: Path, capsys: pytest.CaptureFixture, habit: str):
     lines, note = HABITS[habit]
     path = write(tmp_path / "theirs", lines)
     frame = read_external_certificates(path)
@@ -225,7 +225,7 @@ UNCLEAR = {  # lines, what the error says
 
 
 @pytest.mark.parametrize("case", UNCLEAR)
-def test_what_is_unclear_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, case: str):
+def test_an_unclear_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, case: str):
     lines, message = UNCLEAR[case]
     path = write(tmp_path / "theirs", lines)
     with pytest.raises(RRCMError) as error:
@@ -235,7 +235,7 @@ def test_what_is_unclear_is_refused_in_one_line(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path):
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
     (tmp_path / "array.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00")
     places = (("array.npy", "is not a text file"), ("none", "no such file"), (".", "cannot be read"))
     for path, message in (*places, ("/dev/zero", "is a device; give a file"), ("/dev/null", "is a device")):

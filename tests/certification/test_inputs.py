@@ -55,21 +55,21 @@ def test_numbers_of_any_type_are_the_same(name, value, kind):
 
 @pytest.mark.parametrize("name", ["n", "n0", "seed", "num_classes", "batch_size", "num_noise"])
 @pytest.mark.parametrize("value", [50.0, "50", True, np.True_, 1j, [50], META, LONG])
-def test_other_things_are_no_whole_numbers(name, value):
+def test_other_types_are_no_whole_numbers(name, value):
     with pytest.raises(RRCMError, match=rf"^{name} = [^\n]{{1,60}}: must be a whole number$"):
         certificates(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["sigma", "alpha", "radius_step", "memory_gib"])
 @pytest.mark.parametrize("value", ["0.5", b"1", True, 0.5j, [0.5], np.array([0.5]), torch.tensor([0.5]), META, {}])
-def test_other_things_are_no_numbers(name, value):
+def test_other_types_are_no_numbers(name, value):
     with pytest.raises(RRCMError, match=rf"^{name} = [^\n]{{1,60}}: must be a number$"):
         certificates(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["bound", "stopping", "precision", "compile"])
 @pytest.mark.parametrize("value", ["no", None, 1, np.array(["fixed", "binary"]), torch.bfloat16])
-def test_other_things_are_no_choices(name, value):
+def test_other_types_are_no_choices(name, value):
     with pytest.raises(RRCMError, match=rf"^{name} = [^\n]{{1,60}}: must be [^\n]*$"):
         if name in ("precision", "compile"):
             smoothed(**{name: value})
@@ -102,7 +102,7 @@ def test_labels_and_indices_of_any_type_are_the_same(kind):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_other_things_are_no_labels_and_no_indices(name, value):
+def test_other_types_are_no_labels_and_no_indices(name, value):
     with pytest.raises(RRCMError, match=rf"^{name}[^\n]*: must be [^\n]*$"):
         certificates(**{name: value})
 

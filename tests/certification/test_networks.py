@@ -160,7 +160,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}], ids=str)
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_model_is_taken_as_it_is(name, settings):
+def test_each_call_uses_the_model_as_it_is_then(name, settings):
     changed = net()
     smoothed = smooth(changed, **settings)
     before = answers(smoothed)
@@ -189,7 +189,7 @@ class Scaled(nn.Module):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_model_is_taken_as_it_is(precision):
+def test_each_call_uses_a_compiled_model_as_it_is_then(precision):
     model, requests = Scaled(), [SampleRequest(IMAGES[0], 0, ESTIMATE, 0, 640)]
     compiled = smooth(model, precision=precision, compile=True)
     for change in (
@@ -212,7 +212,7 @@ def test_gradients_pass_through_a_copy_to_the_images_alone():
         smoothed(IMAGES).sum().backward()
 
 
-def test_chance_that_is_switched_on_later_is_found():
+def test_randomness_that_is_switched_on_later_is_found():
     """As dropout for an estimate of uncertainty is."""
     for settings in ({}, {"precision": "bf16"}):
         model = net()
@@ -244,7 +244,7 @@ def test_a_refused_model_keeps_its_statistics(method, batch_size):
     ("name", "value"),
     [("model", Net()), ("sigma", 0.25), ("num_classes", 3), ("seed", 1), ("num_noise", 2), ("precision", "bf16")],
 )
-def test_what_was_fixed_stays(name, value):
+def test_fixed_attributes_cannot_be_changed(name, value):
     smoothed = smooth(net())
     expected = answers(smoothed)
     with pytest.raises(RRCMError, match=rf"^{name}: cannot be changed once a model is smoothed; make another [^\n]*$"):

@@ -16,7 +16,7 @@ def draw(count: int = 200, shape: tuple = (1, 8, 8), seed: int = 0, purpose: int
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 5, 7), (1, 1, 1), (3, 96, 96)])
-def test_the_same_bits_in_any_company(shape):
+def test_the_same_bits_in_any_batch(shape):
     """In batches of any size, in another order, among samples of other images, on another number of threads."""
     count = 150
     together, sample = draw(count, shape), torch.arange(count)

@@ -64,7 +64,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("num_classes", [2, 10])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: "-".join(map(str, each.values())))
-def test_what_the_engine_ends_with_is_possible(settings: dict, num_classes: int):
+def test_every_outcome_of_the_engine_is_possible(settings: dict, num_classes: int):
     rule = make_stopping_rule(sigma=0.5, **settings)
     frame = outcomes(rule, num_classes)
     assert frame["stop_reason"].nunique() == (1 if settings["stopping"] == "fixed" else 4 if rule.n0 > 7 else 3)
@@ -105,7 +105,7 @@ SEQUENTIAL = {  # the stop reason of the image that is changed, its other values
 
 
 @pytest.mark.parametrize("change", SEQUENTIAL)
-def test_what_cannot_be_is_found_in_words(change: str):
+def test_an_impossible_outcome_is_described(change: str):
     reason, values, said = SEQUENTIAL[change]
     problem = find_impossible(row(outcomes_of("sequential"), reason, **values), rule_of("sequential"), 10)
     assert problem.startswith("image ") and said in problem and "\n" not in problem

@@ -64,7 +64,7 @@ def test_reads_the_published_format(tmp_path: Path):
     assert average_certified_radius(frame) == pytest.approx((0.536 + 0.25) / 4)
 
 
-def test_reads_what_other_groups_write(tmp_path: Path):
+def test_reads_the_files_of_other_groups(tmp_path: Path):
     """Windows line ends, a byte order mark, blank lines at the end, further columns in any place."""
     (tmp_path / "plain.tsv").write_text(COHEN)
     plain = read_certificates(tmp_path / "plain.tsv")

@@ -344,7 +344,7 @@ class Wrong(nn.Module):
     ],
     ids=["no classes", "too few classes", "too few images", "too many dimensions", "tuple", "dict", "None"],
 )
-def test_a_model_that_does_not_answer_a_logit_a_class_is_refused(change, batch_size, method):
+def test_a_model_without_one_logit_per_class_is_refused(change, batch_size, method):
     smoothed = SmoothedClassifier(Wrong(change), 0.5, 3, batch_size=batch_size)
     with pytest.raises(RRCMError, match=r"^the model returns .*$"):
         getattr(smoothed, method)(torch.zeros(2, 1, 2, 2))

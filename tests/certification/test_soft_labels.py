@@ -9,9 +9,10 @@ import torch
 from conftest import change, exit_codes, stage, start, start_all
 from safetensors.torch import load_file
 
-from rrcm.certification.journal import append_states, open_journal
+from rrcm.certification.journal import append_states, open_journal, restore_states
 from rrcm.certification.noise import SOFT_LABEL, counter_normal
-from rrcm.certification.soft_labels import Votes, _restore
+from rrcm.certification.soft_labels import SoftLabelState, is_possible_label
+from rrcm.certification.stopping import ALL_SAMPLES, FUTILE
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import read_soft_labels, write_votes
@@ -39,7 +40,7 @@ def votes(ready):
     return ready / FILE
 
 
-def test_they_are_the_votes_of_the_smoothed_classifier(ready, votes):
+def test_soft_labels_are_the_votes_of_the_smoothed_classifier(ready, votes):
     """Counted again by brute force, with the same noise, for a few images."""
     split = ShardedDataset(ready / "data/shards", "train")
     pixels, _, _ = read_split(split, 8)
@@ -99,18 +100,21 @@ def test_bad_files_are_refused_in_one_line(tmp_path, tiny_shards):
         read_soft_labels(tmp_path / "none.safetensors", train)
 
 
-def test_a_journal_is_believed_what_can_be_and_nothing_else(tmp_path):
+def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     """Of three images with two classes and five votes each. Another run may have had more images."""
-    possible = {"index": 1, "votes": [2, 3], "samples": 5}
+    possible = {"index": 1, "votes": [2, 3], "samples": 5, "stop_reason": ALL_SAMPLES}
     impossible = [("index", 3), ("index", -1), ("index", 1.0), ("index", None), ("samples", 4), ("samples", 5.0)]
+    impossible += [("stop_reason", ""), ("stop_reason", FUTILE), ("stop_reason", None)]
     wrong = ([5], [2, 3, 0], [2, 2], [-1, 6], [2.0, 3.0], [True, 4], None, {"0": 5}, "23")
     lines = [possible | {name: value} for name, value in impossible] + [possible | {"votes": votes} for votes in wrong]
-    states = [Votes(index) for index in range(3)]
-    with open_journal(tmp_path) as journal:
-        append_states(journal, [SimpleNamespace(**values) for values in lines])
-    _restore(states, tmp_path, n=5, num_classes=2)
-    assert states == [Votes(index) for index in range(3)]
-    with open_journal(tmp_path) as journal:
-        append_states(journal, [SimpleNamespace(**possible)])
-    _restore(states, tmp_path, n=5, num_classes=2)
-    assert states == [Votes(0), Votes(1, [2, 3], 5), Votes(2)]
+    states = [SoftLabelState(index) for index in range(3)]
+
+    def write_and_restore(lines: list[dict]) -> None:
+        with open_journal(tmp_path) as journal:
+            append_states(journal, [SimpleNamespace(**values) for values in lines])
+        restore_states(states, tmp_path, lambda saved: is_possible_label(saved, n=5, num_classes=2))
+
+    write_and_restore(lines)
+    assert states == [SoftLabelState(index) for index in range(3)]
+    write_and_restore([possible])
+    assert states == [SoftLabelState(0), SoftLabelState(1, [2, 3], 5, ALL_SAMPLES), SoftLabelState(2)]

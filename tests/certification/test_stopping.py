@@ -15,6 +15,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import beta, binom, binomtest
 
 from rrcm.certification import stopping
+from rrcm.certification.margin import MarginRule
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import (
     ALL_SAMPLES,
@@ -96,7 +97,7 @@ def test_looks_of_a_hundred_thousand():
 
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.5), (99, 0.001), (126, 0.05), (1000, 0.001), (100_000, 0.001)])
-def test_needed_is_the_binomial_quantile(sigma: float, n: int, alpha: float):
+def test_the_efficacy_boundary_is_a_binomial_quantile(sigma: float, n: int, alpha: float):
     """P(count >= needed) <= alphas[j] and what was left under p_A = Phi(r / sigma); one vote less would not do."""
     rule = group_sequential(sigma, n=n, alpha=alpha)
     threshold = ndtr(np.array(rule.radii) / sigma)
@@ -122,7 +123,7 @@ def test_radii_are_decimal_numbers():
 
 
 @pytest.mark.parametrize(("sigma", "n"), [(0.5, 101), (0.25, 337), (1.0, 500)])
-def test_hope_by_brute_force(sigma: float, n: int):
+def test_conditional_power_by_brute_force(sigma: float, n: int):
     """Conditional power of every count, with scipy's distributions."""
     rule = group_sequential(sigma, n=n, alpha=0.01)
     for j, m in enumerate(rule.looks):
@@ -456,3 +457,13 @@ def test_sequential_takes_a_fraction_of_the_samples_for_the_same_table(data: str
     assert len(savings) / sum(1 / saving for saving in savings.values()) >= sparing, savings
     for sigma, (_, difference) in results.items():
         assert np.abs(difference).max() <= 0.01, (sigma, difference)
+
+
+@pytest.mark.parametrize("rule", [fixed_sample(0.5, n=1000), group_sequential(0.5, n=1000)])
+def test_every_rule_says_when_it_looks_and_what_it_spends(rule):
+    """A fixed sample has one look and no grid; with the margin bound the rule is the same."""
+    looks, grid = (14, (0.0, 0.25)) if rule.stops_early else (1, ())
+    assert rule.looks[-1] == 1000 and len(rule.looks) == len(rule.alphas) == looks and rule.radii[:2] == grid
+    assert math.fsum(rule.alphas) == pytest.approx(0.001)
+    margin = MarginRule(rule)
+    assert (margin.looks, margin.alphas, margin.radii) == (rule.looks, rule.alphas, rule.radii)

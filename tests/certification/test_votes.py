@@ -99,7 +99,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("selection", IMPOSSIBLE)
-def test_votes_that_cannot_be_are_refused_in_words(selection: str):
+def test_impossible_votes_are_refused_in_words(selection: str):
     votes, message = IMPOSSIBLE[selection]
     assert_refused(selection, votes, message)
 
@@ -116,7 +116,7 @@ def test_votes_that_cannot_be_are_refused_in_words(selection: str):
         (f"100=3:1,8:99 {END}", "votes at 1000: sampling has stopped before (futile)"),
     ],
 )
-def test_looks_that_cannot_be_are_refused_in_words(votes: str, message: str):
+def test_impossible_looks_are_refused_in_words(votes: str, message: str):
     assert_refused(SELECTION, votes, message)
 
 
@@ -136,7 +136,7 @@ def test_one_line_of_python_gives_every_radius(trained: Path):
     subprocess.run([sys.executable, "-c", line], check=True, cwd=REPOSITORY, stdout=subprocess.PIPE)
 
 
-def test_a_line_without_this_package_gives_the_radii_of_a_fixed_number_of_samples():
+def test_one_line_without_this_package_gives_the_radii_of_a_fixed_sample():
     """As stages/README.md has it."""
     n, alpha, sigma = 1000, 0.001, 0.5
     frame = outcomes(make_stopping_rule("fixed", sigma, n0=100, n=n, alpha=alpha, radius_step=0.25), 10)

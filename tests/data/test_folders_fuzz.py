@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from rrcm.certification.certify_images import certify_folder, find_images, read_square
+from rrcm.certification.certify_images import certify_folder, find_images, read_square, smooth
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Data
 from rrcm.data import shards
@@ -151,7 +151,8 @@ def seen_in_certification(root: Path, loaded: LoadedClassifier, output: Path) ->
     """Label and pixels of each image file of a known class."""
     found = find_images(root)
     rule = make_stopping_rule("fixed", 0.5, n0=1, n=2, alpha=0.3, radius_step=0.25)
-    certified = certify_folder(found, loaded, rule, output, batch_size=16)
+    smoothed = smooth(loaded, rule.sigma, "auto", batch_size=16)
+    certified = certify_folder(found, loaded, smoothed, rule, output)
     certified.run.finish()
     pixels = [read_square(path, loaded).tobytes() for path in certified.paths]
     each = zip(certified.paths, certified.frame["label"], pixels, strict=True)
