@@ -17,8 +17,6 @@ from rrcm.methods import (
     REFERENCE,
     SOFT_LABELS,
     denoising_classifier,
-    finetuning_keys,
-    value_for_objective,
 )
 
 # The settings that others are derived from: the arguments of `derived_settings`.
@@ -65,7 +63,7 @@ def derived_settings(
                 "method": method,
                 "sigma": sigma,
                 "settings": f"{method}.{_place(sigma)}",
-                "initial_weights": initial_weights_path(method, finetune, denoised) or NOTHING,
+                "initial_weights": watched_weights(method, finetune, denoised) or NOTHING,
                 "other_input": _other_input(method) or NOTHING,
             }
             for method, sigma in runs
@@ -103,7 +101,7 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
     blocks = {name for name, value in pretrain.items() if isinstance(value, Mapping)} - {*PER_OBJECTIVE, "views"}
     needed = {objective} | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
     values = _without(pretrain, (blocks - needed) | {"objectives"} | NO_RESULT)
-    own = {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
+    own = choose_values({name: pretrain[name] for name in PER_OBJECTIVE}, (objective, "default"))
     return {"pretrain": values | own, "model": _without(model, TRUNK)}
 
 
@@ -124,7 +122,7 @@ def finetuning_settings(
         found["denoised"] = {name: denoised.get(name) for name in ("model", row.classifier)}
     if row.objective is None:
         return found | {"shared_by": finetune["pretrain_cost_shared_by"]}
-    found["finetune"] = chosen(finetune, method, sigma)
+    found["finetune"] = chosen_settings(method, sigma, finetune)
     if not row.denoises:
         is_vit = model["architecture"] == "vit"
         found["model"] = _without(model, TRUNK + PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
@@ -154,19 +152,34 @@ def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> 
     return {"certify": values, "max_images": (denoised.get("max_images") or {}).get(method)}
 
 
-def chosen(finetune: Mapping, method: str, sigma: float) -> dict:
-    """What one training is trained with: of each setting its value, and those of its objective's own block.
+def finetuning_keys(method: str, sigma: float) -> list[str]:
+    """The keys by which a setting may have a value for one fine-tuning, in order of precedence."""
+    row = METHODS[method]
+    keys = [row.objective] if row.objective is not None else []
+    keys += ["scratch"] if row.initial_weights is None else []
+    return [*keys, f"sigma_{float(sigma)}", "default"]
 
-    A setting without a value for this training is None here; config.py names it.
+
+def choose_values(settings: Mapping, keys: Sequence[str]) -> dict:
+    """The value that each setting has for one training.
+
+    If a setting is a mapping, its value is that of the first of `keys` that the mapping has. A mapping with none of
+    them stays as it is, and config.py refuses it.
     """
+
+    def choose(setting: object) -> object:
+        return (
+            next((setting[key] for key in keys if key in setting), setting) if isinstance(setting, Mapping) else setting
+        )
+
+    return {name: choose(setting) for name, setting in settings.items()}
+
+
+def chosen_settings(method: str, sigma: float, finetune: Mapping) -> dict:
+    """The settings of one fine-tuning: the common ones, overridden by those of its own objective."""
     keys = finetuning_keys(method, sigma)
-
-    def choose(value: object) -> object:
-        return next((value[key] for key in keys if key in value), None) if isinstance(value, Mapping) else value
-
-    common = {name: choose(value) for name, value in _without(finetune, STARTS | SHARES | NO_RESULT).items()}
-    own = finetune["objectives"].get(METHODS[method].objective) or {}
-    own = {name: choose(value) for name, value in own.items()}
+    common = choose_values(_without(finetune, STARTS | SHARES | NO_RESULT), keys)
+    own = choose_values(finetune["objectives"].get(METHODS[method].objective) or {}, keys)
     return common | {name: value for name, value in own.items() if value is not None}
 
 
@@ -174,7 +187,7 @@ def _cost(method: str, sigma: float, finetune: Mapping) -> dict:
     """What decides how many encoder passes a method's own epochs take."""
     objective = METHODS[method].objective
     own = finetune["objectives"].get(objective) or {}
-    values = chosen(finetune, method, sigma)
+    values = chosen_settings(method, sigma, finetune)
     return {"objective": objective} | {name: values.get(name) for name in (*COST, *own)}
 
 
@@ -182,23 +195,30 @@ def _without(settings: Mapping, names: Sequence[str] | set[str]) -> dict:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> str | None:
-    """The file or folder that decides a method's initial weights, for DVC to watch.
+def initial_weights(method: str, finetune: Mapping, denoised: Mapping) -> str:
+    """The initial weights of a method: `scratch`, a model folder, a file, or the name of a model at timm or on a hub.
 
-    None where there is none: random weights, or a name of timm or on a hub. `finetune` and `denoised` are the settings
-    of these names.
+    `finetune` and `denoised` are the sections of the settings with these names.
     """
     row = METHODS[method]
     if row.denoises:
-        if (part := denoising_classifier(method, denoised)) is not None:
-            return "models/{}/sigma_{}".format(*part)
-        return _source_path(denoised["model"])
+        part = denoising_classifier(method, denoised)
+        return denoised["model"] if part is None else "models/{}/sigma_{}".format(*part)
     if row.pretrained_here:
-        return _expand(finetune["initial_weights"] or f"models/pretrain/{row.initial_weights}")
-    if row.initial_weights == "timm":
-        weights = finetune["timm"]["weights"]
-        return _expand(weights) if weights else _source_path(finetune["timm"]["model"])
-    return None
+        return finetune["initial_weights"] or f"models/pretrain/{row.initial_weights}"
+    return finetune["timm"]["model"] if row.initial_weights == "timm" else "scratch"
+
+
+def watched_weights(method: str, finetune: Mapping, denoised: Mapping) -> str | None:
+    """The file or folder of the initial weights, which DVC watches. None for random weights and for names."""
+    row = METHODS[method]
+    if row.initial_weights is None:
+        return None
+    if row.initial_weights == "timm" and finetune["timm"]["weights"]:
+        return _expand(finetune["timm"]["weights"])
+    weights = initial_weights(method, finetune, denoised)
+    is_path = row.pretrained_here or denoising_classifier(method, denoised) is not None
+    return _expand(weights) if is_path else _source_path(weights)
 
 
 def _source_path(source: str | None) -> str | None:

@@ -212,16 +212,3 @@ def denoising_classifier(method: str, denoised: Mapping) -> tuple[str, float] | 
         return None
     own = denoised.get(kind.classifier) or {}
     return kind.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))
-
-
-def finetuning_keys(method: str, sigma: float) -> list[str]:
-    """The keys of a setting's values that apply to one training, the most special first."""
-    row = METHODS[method]
-    keys = [row.objective] if row.objective is not None else []
-    keys += ["scratch"] if row.initial_weights is None else []
-    return [*keys, f"sigma_{float(sigma)}", "default"]
-
-
-def value_for_objective(setting: object, objective: str) -> object:
-    """A setting of pre-training that is one value, or a mapping by objective with the key `default`."""
-    return setting.get(objective, setting.get("default")) if isinstance(setting, Mapping) else setting

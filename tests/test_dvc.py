@@ -298,15 +298,15 @@ def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_m
 
 
 def test_the_hash_of_a_training_covers_the_settings_it_is_trained_with(every_method):
-    """`config.py` and `derived.py` choose the same values."""
-    from rrcm.derived import chosen
+    """What is hashed is what `Finetune.settings` gives the training."""
+    from rrcm.derived import chosen_settings
 
     config = load_config_of(every_method)
     finetune = config.finetune.model_dump(mode="json")
     for method in TRAINED:
         for sigma in LEVELS:
             expected = config.finetune.settings(method, sigma).of_objective(METHODS[method].objective)
-            found = chosen(finetune, method, sigma)
+            found = chosen_settings(method, sigma, finetune)
             assert {name: found[name] for name in expected} == expected
 
 

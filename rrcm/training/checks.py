@@ -136,7 +136,7 @@ def _check_initial_weights(config: Config) -> None:
                 f"an absolute path, or `dvc exp run` the option --copy-paths {path}"
             )
     outside = {
-        config.finetune.origin_of_weights(method): method
+        config.initial_weights(method): method
         for method in config.methods
         if METHODS[method].initial_weights is not None
         and not config.finetune.uses_pretraining(method)

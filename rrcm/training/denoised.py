@@ -16,7 +16,7 @@ from rrcm.models.folders import part_of
 from rrcm.models.kinds import LoadedClassifier, load_model_folder
 from rrcm.models.load import load_base_classifier
 from rrcm.models.vit import parameter_count
-from rrcm.training.finetune import Denoising, finetune, initial_weights_of
+from rrcm.training.finetune import Denoising, finetune
 from rrcm.utils.distributed import DistEnv, init_distributed
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, claimed, read_json, sha256_folder, write_csv, write_json
@@ -114,7 +114,7 @@ def _publish(
         "method": method,
         "seed": config.seed,
         "parameters": parameter_count(denoiser) + parameter_count(loaded.classifier),
-        "initial_weights": initial_weights_of(config, method),
+        "initial_weights": config.initial_weights(method),
         "training": {"profile": config.profile, "epochs": 0},
         "selected": {"epoch": 0, "val_accuracy": None},
         "compute": {"finetune": 0.0, "pretrain_share": _shared_compute(config, parts), "soft_label_share": 0.0},

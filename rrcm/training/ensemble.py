@@ -9,7 +9,7 @@ import torch
 
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.derived import initial_weights_path
+from rrcm.derived import watched_weights
 from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.models.ensembles import write_ensemble
 from rrcm.models.kinds import load_model_folder
@@ -67,7 +67,7 @@ def _identity(
 ) -> str:
     """The hash that names the run: of the settings, the code, and the data and weights that the members start from."""
     inputs = {"shards": ShardedDataset(shard_folder, "train").fingerprint}
-    weights = initial_weights_path(method, config.finetune.model_dump(), config.denoised.model_dump())
+    weights = watched_weights(method, config.finetune.model_dump(), config.denoised.model_dump())
     if config.finetune.uses_pretraining(method):
         weights = pretrained / METHODS[method].initial_weights
     for path in (weights, soft_labels if METHODS[method].needs_soft_labels else None):
@@ -93,7 +93,7 @@ def _describe(
         "method": method,
         "seed": config.seed,
         "parameters": sum(each["parameters"] for each in configs),
-        "initial_weights": config.finetune.origin_of_weights(method),
+        "initial_weights": config.initial_weights(method),
         "training": configs[0]["training"],
         "compute": add_compute([each["compute"] for each in configs]),
     }

@@ -17,7 +17,7 @@ from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers, 
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.verification import verify_shards
-from rrcm.methods import METHODS, SOFT_LABELS, denoising_classifier
+from rrcm.methods import METHODS, SOFT_LABELS
 from rrcm.models import ENCODERS, TRAINED_CLASSIFIERS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
@@ -232,7 +232,7 @@ def _train(
             method=method,
             seed=config.seed,
             parameters=parameter_count(best.classifier),
-            initial_weights=initial_weights_of(config, method),
+            initial_weights=config.initial_weights(method),
             training={
                 "profile": config.profile,
                 **settings.of_objective(METHODS[method].objective),
@@ -247,15 +247,6 @@ def _train(
         )
 
     training.publish(output, timing, save, budget.total_steps * budget.step_images)
-
-
-def initial_weights_of(config: Config, method: str) -> str:
-    """Where a method's weights come from: `scratch`, a folder, a file, or the name of a timm model."""
-    if not METHODS[method].denoises:
-        return config.finetune.origin_of_weights(method)
-    return config.denoised.model or "models/{}/sigma_{}".format(
-        *denoising_classifier(method, config.denoised.model_dump())
-    )
 
 
 def lr_factor(settings: FinetuneSettings, passed: float, epochs: float) -> float:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
 from rrcm.config import load_config
-from rrcm.derived import initial_weights_path
+from rrcm.derived import watched_weights
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
@@ -607,10 +607,10 @@ def test_dvc_watches_the_snapshot(model, weights, path, tmp_path):
     Path("snapshot").mkdir()
     settings = {"timm": {"model": model, "weights": weights}, "initial_weights": "~/start"}
     path = path and path.format(home=tmp_path)
-    assert initial_weights_path("timm", settings, {}) == path
-    assert initial_weights_path("rrcm", settings, {}) == f"{tmp_path}/start"
+    assert watched_weights("timm", settings, {}) == path
+    assert watched_weights("rrcm", settings, {}) == f"{tmp_path}/start"
     denoised = {"model": model, "classifier_sigma": 0.001}
-    assert initial_weights_path("dds", settings, denoised) == (path if "snapshot" in model else None)
+    assert watched_weights("dds", settings, denoised) == (path if "snapshot" in model else None)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1000, 1000), (1001, 1000), (7, 7)])
