@@ -334,6 +334,7 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
     from rrcm.certification.certify import certify_split
     from rrcm.config import Section
     from rrcm.training.finetune import finetune
+    from rrcm.training.plan import Files, plan_training
     from rrcm.training.pretrain import pretrain
 
     monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "runs"))
@@ -341,9 +342,10 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
     config, shards, models = load_config(folder / "params.yaml"), folder / "data/shards", folder / "models"
     kind, name = item.split("/")
     pretrained = models / "pretrain"
+    files = Files(shards, pretrained, models / name, folder / "finetune.json")
     steps = {
         "pretrain": lambda: pretrain(config, "rrcm", shards, pretrained / "rrcm", folder / "pretrain.json"),
-        "finetune": lambda: finetune(config, name, 0.5, shards, pretrained, models / name, folder / "finetune.json"),
+        "finetune": lambda: finetune(plan_training(config, name, 0.5, files)),
         "certify": lambda: certify_split(config, 0.5, shards, models / name, folder / "a.tsv", folder / "certify.json"),
     }
     for step in steps if name == "rrcm" else ["finetune"]:

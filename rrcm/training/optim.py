@@ -65,6 +65,16 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
+def layerwise_groups(classifier: nn.Module, decay: float) -> list[tuple[float, list[nn.Parameter]]]:
+    """The trainable parameters with their learning-rate factors, grouped as `build_optimizer` takes them."""
+    scales = layerwise_lr_scales(classifier, decay)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in classifier.named_parameters():
+        if name in scales:
+            groups.setdefault(scales[name], []).append(parameter)
+    return [*groups.items()]
+
+
 def layerwise_lr_scales(classifier: nn.Module, decay: float) -> dict[str, float]:
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, pack_state, unpack_state
 
 
+@dataclass(eq=False)
 class Trainer:
     """Runs a training from its last checkpoint on.
 
@@ -49,34 +51,31 @@ class Trainer:
         trainer.publish(...)
     """
 
-    def __init__(
-        self,
-        run_state: RunState,
-        env: DistEnv,
-        *,
-        label: str,
-        total_steps: int,
-        modules: Mapping[str, nn.Module],  # saved in checkpoints
-        optimizer: torch.optim.Optimizer,  # each parameter group has an `lr_scale`
-        precision: str,
-        metrics: Sequence[str],  # names of the values given to `accumulate_metrics`
-        checkpoint_every: int,  # steps
-        describe_step: Callable[[int], str],  # names a step's images in the message about a non-finite loss
-    ):
-        self.run_state, self.env, self.label, self.total_steps = run_state, env, label, total_steps
-        self.modules, self.optimizer = modules, optimizer
-        self.precision = resolve_precision(env.device, precision)
-        self.metrics, self.checkpoint_every, self.describe_step = metrics, checkpoint_every, describe_step
-        self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.precision == "fp16")
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.sums = torch.zeros(len(metrics), dtype=torch.float64, device=env.device)  # of this process
-        self.first_nonfinite_step = torch.tensor(math.inf, device=env.device)
-        self.step = 0  # steps done
-        self.history: list[dict] = []
-        self.extra_state: dict = {}
+    run_state: RunState
+    env: DistEnv
+    _: KW_ONLY
+    label: str
+    total_steps: int
+    modules: Mapping[str, nn.Module]  # saved in checkpoints
+    optimizer: torch.optim.Optimizer  # each parameter group has an `lr_scale`
+    precision: str
+    metrics: Sequence[str]  # names of the values given to `accumulate_metrics`
+    checkpoint_every: int  # steps
+    describe_step: Callable[[int], str]  # names a step's images in the message about a non-finite loss
+    extra_state: dict = field(default_factory=dict)
+    step: int = field(default=0, init=False)  # steps done
+    history: list[dict] = field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        device = self.env.device
+        self.precision = resolve_precision(device, self.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=device)  # of this process
+        self.first_nonfinite_step = torch.tensor(math.inf, device=device)
         self.previous_seconds, self.start = 0.0, time.monotonic()
-        if env.is_main:
-            run_state.lock()
+        if self.env.is_main:
+            self.run_state.lock()
 
     def resume(self) -> bool:
         """Load the newest good checkpoint. False if there is none."""

@@ -30,7 +30,7 @@ from rrcm.models.checkpoints import load_classifier, load_encoder, save_model
 from rrcm.models.load import class_folders, load_base_classifier
 from rrcm.models.timm_models import _weights_only, load_timm
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.training.finetune import load_initial_encoder
+from rrcm.training.start import load_initial_encoder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.tensors import load_tensors, load_weights, plain_names
 
@@ -587,7 +587,7 @@ def test_fine_tuning_starts_from_a_snapshot(hub, where):
         hub("snapshot")
     overrides = ["data.image_size=16", "data.channels=3", "methods=[timm]", f"finetune.timm.model='{where}'"]
     config = load_config(compose(Path("params.yaml").absolute(), *overrides))
-    encoder = load_initial_encoder(config, "timm", 1.0, Path("nowhere"))
+    encoder = load_initial_encoder("timm", 1.0, Path("nowhere"), config.finetune, config.model, config.data)
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)
 
 

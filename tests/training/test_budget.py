@@ -7,7 +7,6 @@ from rrcm.config import load_config
 from rrcm.methods import METHODS
 from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import (
-    build_finetuning_objective,
     build_pretraining_objective,
     plan_budget,
     plan_pretraining,
@@ -34,8 +33,7 @@ def plan(tmp_path):
         spent = {"compute": {"pretrain": pretraining_compute(config, "rrcm")}}
         for name in {kind.initial_weights for kind in METHODS.values() if kind.pretrained_here}:
             write_json(tmp_path / name / "config.json", spent)
-        objective = build_finetuning_objective(config.finetune.settings(method, SIGMA), method, SIGMA)
-        return config, plan_budget(config, method, SIGMA, objective, images, tmp_path)
+        return config, plan_budget(config, method, SIGMA, images, tmp_path)
 
     return budget_of
 
