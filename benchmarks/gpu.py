@@ -40,7 +40,7 @@ from rrcm.training.budget import build_finetuning_objective, build_pretraining_o
 from rrcm.training.finetune import finetune
 from rrcm.training.optim import build_optimizer
 from rrcm.training.plan import Files, plan_training
-from rrcm.training.pretrain import build_student_and_teacher, pretrain
+from rrcm.training.pretrain import pretrain, start_networks
 from rrcm.utils import philox
 from rrcm.utils.distributed import (
     all_gather_cat,
@@ -211,7 +211,7 @@ class RandomnessOnCPU(StepRandomness):
 def pretraining_gradient(bench: Bench, device: torch.device, precision: str) -> torch.Tensor:
     """The gradient of rRCM's loss in one fixed step, flat, float64 on the CPU."""
     objective = build_pretraining_objective(bench.config, "rrcm")
-    networks = build_student_and_teacher(bench.config, objective, device)
+    networks = start_networks(objective, bench.config.model, bench.config.data, bench.config.seed, device)
     generator = torch.Generator().manual_seed(0)
     size, channels = bench.config.data.image_size, bench.config.data.channels
     views = ("image", "view1", "view2")
