@@ -793,7 +793,7 @@ class Config(Section):
     @model_validator(mode="after")
     def derived_fits(self) -> Self:
         values = self.model_dump(mode="json", include=set(SECTIONS))
-        if self.derived != derived_settings(**values):
+        if self.derived != derived_settings(values):
             raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
         return self
 
