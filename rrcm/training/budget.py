@@ -49,9 +49,15 @@ def scale_steps(settings: Pretrain, factor: float) -> Pretrain:
 
 
 def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: float) -> Objective:
-    """The objective of a fine-tuning, built from the common settings and the objective's own block."""
+    """The objective of a fine-tuning, built from the common settings and the objective's own block.
+
+    Raises `RRCMError` for a setting that is missing, and for an objective whose soft labels the method table omits.
+    """
     name = METHODS[method].objective
-    return build_objective(FINETUNING, name, settings.of_objective(name) | {"sigma": sigma})
+    objective = build_objective(FINETUNING, name, settings.of_objective(name) | {"sigma": sigma})
+    if getattr(objective, "needs_soft_labels", False) and not METHODS[method].needs_soft_labels:
+        raise RRCMError(f"rrcm/methods.py: objective {name} needs soft labels; add it to SOFT_LABEL_OBJECTIVES")
+    return objective
 
 
 def images_per_step(settings: FinetuneSettings, objective: str) -> int:
