@@ -1,4 +1,4 @@
-"""Train one classifier: models/METHOD/sigma_SIGMA. Run it as it is, or under torchrun for many processes."""
+"""Train one classifier: models/METHOD/sigma_SIGMA. Run it directly, or under torchrun with several processes."""
 
 import sys
 
@@ -29,7 +29,7 @@ def main(
     timings: Path = Path("timings/finetune"),
     soft_labels: Path = Path(SOFT_LABELS),
 ) -> None:
-    """Fine-tune METHOD for smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
+    """Fine-tune METHOD for smoothing noise SIGMA (pixel units). A run that was killed continues where it stopped."""
     config = load_config(params)
     if f"{method}-{sigma}" not in config.derived["finetune"]:
         raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")

@@ -1,4 +1,4 @@
-"""Pre-train the encoder: models/pretrain/OBJECTIVE. Run it as it is, or under torchrun for many processes."""
+"""Pre-train the encoder: models/pretrain/OBJECTIVE. Run it directly, or under torchrun with several processes."""
 
 import sys
 
@@ -23,7 +23,7 @@ def main(
     models: Path = Path("models/pretrain"),
     timings: Path = Path("timings/pretrain"),
 ) -> None:
-    """Pre-train on OBJECTIVE. Continues where a killed run stopped. SHARDS is a folder or a URL."""
+    """Pre-train on OBJECTIVE. A run that was killed continues where it stopped. SHARDS is a folder or a URL."""
     config = load_config(params)
     check_before_training(config, shards)
     pretrain(config, objective, shards, models / objective, timings / f"{objective}.json")
