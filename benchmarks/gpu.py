@@ -39,6 +39,7 @@ from rrcm.objectives.base import StepRandomness
 from rrcm.training.budget import build_finetuning_objective, build_pretraining_objective
 from rrcm.training.finetune import finetune
 from rrcm.training.optim import build_optimizer
+from rrcm.training.plan import Files, plan_training
 from rrcm.training.pretrain import pretrain, start_networks
 from rrcm.utils import philox
 from rrcm.utils.distributed import (
@@ -210,7 +211,7 @@ class RandomnessOnCPU(StepRandomness):
 def pretraining_gradient(bench: Bench, device: torch.device, precision: str) -> torch.Tensor:
     """The gradient of rRCM's loss in one fixed step, flat, float64 on the CPU."""
     objective = build_pretraining_objective(bench.config, "rrcm")
-    networks = start_networks(bench.config, objective, device)
+    networks = start_networks(objective, bench.config.model, bench.config.data, bench.config.seed, device)
     generator = torch.Generator().manual_seed(0)
     size, channels = bench.config.data.image_size, bench.config.data.channels
     views = ("image", "view1", "view2")
@@ -288,7 +289,8 @@ def check_trainings(bench: Bench) -> Iterator[Row]:
             update={"finetune": bench.config.finetune.model_copy(update={"precision": precision})}
         )
         output = bench.folder / f"finetune-{precision}" / "rrcm"
-        finetune(config, "rrcm", SIGMA, bench.shards, folder, output, output.with_suffix(".json"))
+        files = Files(bench.shards, folder, output, output.with_suffix(".json"))
+        finetune(plan_training(config, "rrcm", SIGMA, files))
         accuracy = pd.read_csv(output / "history.csv")["val_accuracy"].max()
         yield Row(
             f"fine-tuning, {precision}: validation accuracy", f"{100 * accuracy:.1f} %", "above 30 %", accuracy > 0.3

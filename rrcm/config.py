@@ -24,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from rrcm.derived import SECTIONS, derived_settings
-from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, check_methods, finetuning_keys, value_for_objective
+from rrcm.derived import SECTIONS, choose_values, derived_settings, finetuning_keys, initial_weights
+from rrcm.methods import METHODS, PER_OBJECTIVE, REFERENCE, check_methods
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
 
@@ -217,7 +217,7 @@ class Pretrain(Section):
 
     def settings(self, objective: str) -> Self:
         """These settings with the values of one objective."""
-        own = {name: value_for_objective(getattr(self, name), objective) for name in PER_OBJECTIVE}
+        own = choose_values({name: getattr(self, name) for name in PER_OBJECTIVE}, (objective, "default"))
         return self.model_copy(update=own)
 
 
@@ -378,22 +378,12 @@ def _varying(section: type[Section]) -> type[Section]:
     return create_model(section.__name__, __base__=Section, **fields)
 
 
-def _choose(settings: Section, section: type[Section], keys: Sequence[str], path: str) -> dict:
-    """The values of `section` in its varying `settings`: in a mapping, that of the first of `keys` that it has.
-
-    Raises ValueError if it has none of them.
-    """
-    chosen = {}
-    for name, field in section.model_fields.items():
-        value, place = getattr(settings, name), f"{path}.{name}"
-        if isinstance(value, Section):
-            value = _choose(value, field.annotation, keys, place)
-        elif isinstance(value, Mapping):
-            key = next((key for key in keys if key in value), None)
-            if key is None:
-                raise ValueError(f"{place}: has no value for {keys[-2]}; add {keys[-2]} or default")
-            value = value[key]
-        chosen[name] = value
+def _choose(settings: Mapping, keys: Sequence[str], path: str) -> dict:
+    """`choose_values` of the section at `path`. Raises ValueError for a setting that has no value for any of `keys`."""
+    chosen = choose_values(settings, keys)
+    for name, value in chosen.items():
+        if isinstance(value, Mapping):
+            raise ValueError(f"{path}.{name}: has no value for {keys[-2]}; add {keys[-2]} or default")
     return chosen
 
 
@@ -428,17 +418,15 @@ class Finetune(_varying(FinetuneSettings)):
     def settings(self, method: str, sigma: float) -> FinetuneSettings:
         """The settings of one training. Raises ValueError if one has no value for it, or if they do not fit."""
         keys, objective = finetuning_keys(method, sigma), METHODS[method].objective
-        settings = FinetuneSettings.model_validate(_choose(self, FinetuneSettings, keys, "finetune"))
+        common = {name: getattr(self, name) for name in FinetuneSettings.model_fields if name != "objectives"}
+        own = {
+            name: _choose(block, keys, f"finetune.objectives.{name}")
+            for name, block in self.objectives.model_dump().items()
+        }
+        settings = FinetuneSettings.model_validate(_choose(common, keys, "finetune") | {"objectives": own})
         if objective is not None:
             settings.check_objective(objective)
         return settings
-
-    def origin_of_weights(self, method: str) -> str:
-        """Where a method's weights come from: `scratch`, a folder, a file, or the name of a ViT in timm."""
-        kind = METHODS[method]
-        if kind.pretrained_here:
-            return self.initial_weights or f"models/pretrain/{kind.initial_weights}"
-        return self.timm.model if kind.initial_weights == "timm" else "scratch"
 
     def uses_pretraining(self, method: str) -> bool:
         """Whether a method starts from models/pretrain/, so that the compute of its pre-training counts."""
@@ -680,6 +668,10 @@ class Config(Section):
             raise ValueError(f"attack.methods {attacked} must be among methods {self.methods}, each at most once")
         return self
 
+    def initial_weights(self, method: str) -> str:
+        """The initial weights of a method, as `rrcm.derived.initial_weights` names them."""
+        return initial_weights(method, self.finetune.model_dump(), self.denoised.model_dump())
+
     @property
     def trains_denoiser(self) -> bool:
         """Whether a method needs a denoiser, and it is to be trained here."""
@@ -751,7 +743,7 @@ class Config(Section):
     @model_validator(mode="after")
     def derived_fits(self) -> Self:
         values = self.model_dump(mode="json", include=set(SECTIONS))
-        if self.derived != derived_settings(**values):
+        if self.derived != derived_settings(values):
             raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
         return self
 

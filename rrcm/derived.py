@@ -1,7 +1,7 @@
-"""The settings that follow from others and from the table of methods, for DVC, whose templates cannot look anything up.
+"""The settings that follow from other settings and from the method table, for DVC, whose templates cannot look them up.
 
 Each training and each certification depends on the settings that decide its result and on no others. DVC watches one
-hash of these. `dvc params diff` shows the settings themselves, which are in params.yaml as well.
+hash of these settings. `dvc params diff` shows the settings themselves, since they are in params.yaml as well.
 """
 
 import hashlib
@@ -17,71 +17,63 @@ from rrcm.methods import (
     REFERENCE,
     SOFT_LABELS,
     denoising_classifier,
-    finetuning_keys,
-    value_for_objective,
 )
 
-# The settings that others are derived from: the arguments of `derived_settings`.
+# The settings that others are derived from.
 SECTIONS = ["methods", "sigmas", "model", "pretrain", "finetune", "soft_labels", "denoiser", "denoised", "certify"]
-NOTHING = "data/shards"  # watched in the place of an input that a training does not have, as all watch it
-STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that single methods need
-SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition"}  # and those that are looked up
+NOTHING = "data/shards"  # stands for an input that a training does not have: all trainings watch it anyway
+STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that only some methods need
+SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition"}  # likewise
 NO_RESULT = {"checkpoint_every"}  # settings that decide no result
-TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network that is no ViT
+TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network other than our ViT
 PROJECTOR = ("projector_hidden_dim", "projection_dim")  # settings of `model` for pre-training alone
-COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that decide how many passes epochs take
+COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that decide the encoder passes of an epoch
 
 
-def derived_settings(
-    methods: Sequence[str],
-    sigmas: Sequence[float],
-    model: Mapping,
-    pretrain: Mapping,
-    finetune: Mapping,
-    soft_labels: Mapping,
-    denoiser: Mapping,
-    denoised: Mapping,
-    certify: Mapping,
-) -> dict:
-    """`finetune`, `denoiser` and `soft_labels`: the stages of these kinds, by name, with what each depends on.
+def derived_settings(settings: Mapping) -> dict:
+    """What follows from `settings`, a mapping with the keys SECTIONS.
 
+    `finetune`, `denoiser` and `soft_labels`: the stages of these names, with the inputs of each.
     `settings`: the hashes of the settings that decide each pre-training, each fine-tuning and each certification. The
-    classifiers of methods that denoise are among the fine-tunings.
+    fine-tunings include the classifiers that denoising methods consist of.
     """
-    parts = {denoising_classifier(method, denoised) for method in methods} - {None}
+    methods, sigmas, denoised = settings["methods"], settings["sigmas"], settings["denoised"]
+    finetune, pretrain, model = settings["finetune"], settings["pretrain"], settings["model"]
     runs = [(method, sigma) for method in methods for sigma in sigmas]
+    parts = {denoising_classifier(method, denoised) for method in methods} - {None}
     runs += sorted(parts - set(runs))
     denoise = any(METHODS[method].denoises for method in methods)
-    source = denoiser["public"]
-    voter = {name: soft_labels[name] for name in ("method", "sigma")}
-    needed = any(METHODS[method].needs_soft_labels for method in methods)
+    source = settings["denoiser"]["public"]
+    voter = {name: settings["soft_labels"][name] for name in ("method", "sigma")}
+    needs_voter = any(METHODS[method].needs_soft_labels for method in methods)
     by_method: dict[str, dict] = {}
     for method, sigma in runs:
-        decisive = finetuning_settings(method, sigma, model, pretrain, finetune, soft_labels, denoised)
-        by_method.setdefault(method, {})[_place(sigma)] = hash_of(decisive)
+        by_method.setdefault(method, {})[_sigma_key(sigma)] = hash_of(finetuning_settings(method, sigma, settings))
     return {
         "finetune": {
             f"{method}-{sigma}": {
                 "method": method,
                 "sigma": sigma,
-                "settings": f"{method}.{_place(sigma)}",
-                "initial_weights": initial_weights_path(method, finetune, denoised) or NOTHING,
+                "settings": f"{method}.{_sigma_key(sigma)}",
+                "initial_weights": watched_weights(method, finetune, denoised) or NOTHING,
                 "other_input": _other_input(method) or NOTHING,
             }
             for method, sigma in runs
         },
         "denoiser": {("trained" if source is None else "public"): _source_path(source) or NOTHING} if denoise else {},
-        "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needed else {},
+        "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needs_voter else {},
         "settings": {
             "pretrain": {name: hash_of(pretraining_settings(name, model, pretrain)) for name in pretrain["objectives"]},
             "finetune": by_method,
-            "certify": {method: hash_of(certification_settings(method, certify, denoised)) for method in methods},
+            "certify": {
+                method: hash_of(certification_settings(method, settings["certify"], denoised)) for method in methods
+            },
         },
     }
 
 
 def hash_of(settings: object) -> str:
-    """A hash of JSON-able settings, for which 1 and 1.0 are the same. Its prefix keeps YAML from reading a number."""
+    """A hash of JSON-able settings, in which 1 and 1.0 are the same. Its prefix keeps YAML from reading a number."""
     return "sha256:" + hashlib.sha256(json.dumps(_normalized(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -93,8 +85,8 @@ def _normalized(value: object) -> object:
     return float(value) if type(value) is int else value
 
 
-def _place(sigma: float) -> str:
-    """A noise level as a key that DVC can look up: a point would end it."""
+def _sigma_key(sigma: float) -> str:
+    """A noise level as a key that DVC can look up. It has no point, which would end the key."""
     return f"sigma_{float(sigma)}".replace(".", "_")
 
 
@@ -103,49 +95,41 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
     blocks = {name for name, value in pretrain.items() if isinstance(value, Mapping)} - {*PER_OBJECTIVE, "views"}
     needed = {objective} | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
     values = _without(pretrain, (blocks - needed) | {"objectives"} | NO_RESULT)
-    own = {name: value_for_objective(pretrain[name], objective) for name in PER_OBJECTIVE}
+    own = choose_values({name: pretrain[name] for name in PER_OBJECTIVE}, (objective, "default"))
     return {"pretrain": values | own, "model": _without(model, TRUNK)}
 
 
-def finetuning_settings(
-    method: str,
-    sigma: float,
-    model: Mapping,
-    pretrain: Mapping,
-    finetune: Mapping,
-    soft_labels: Mapping,
-    denoised: Mapping,
-) -> dict:
-    """The settings that decide one training, apart from seed, threads and data."""
-    row = METHODS[method]
-    matched = row.matched
-    found = {"method": row.identity}
+def finetuning_settings(method: str, sigma: float, settings: Mapping) -> dict:
+    """The settings that decide one fine-tuning, apart from seed, threads and data."""
+    row, model, pretrain, finetune = METHODS[method], settings["model"], settings["pretrain"], settings["finetune"]
+    decisive: dict[str, object] = {"method": row.identity}
     if row.denoises:
-        found["denoised"] = {name: denoised.get(name) for name in ("model", row.classifier)}
+        decisive["denoised"] = {name: settings["denoised"].get(name) for name in ("model", row.classifier)}
     if row.objective is None:
-        return found | {"shared_by": finetune["pretrain_cost_shared_by"]}
-    found["finetune"] = chosen(finetune, method, sigma)
+        return decisive | {"shared_by": finetune["pretrain_cost_shared_by"]}
+    decisive["finetune"] = chosen_settings(method, sigma, finetune)
     if not row.denoises:
         is_vit = model["architecture"] == "vit"
-        found["model"] = _without(model, TRUNK + PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
+        decisive["model"] = _without(model, TRUNK + PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
     if row.pretrained_here:
-        found["start"] = finetune["initial_weights"]
+        decisive["start"] = finetune["initial_weights"]
         grid = ("max_levels", "t_min", "t_max", "rho") if finetune["time_condition"] == "nearest_level" else ("t_min",)
-        found["levels"] = [finetune["time_condition"], {name: pretrain[name] for name in grid}]
+        decisive["levels"] = [finetune["time_condition"], {name: pretrain[name] for name in grid}]
     if row.initial_weights == "timm":
-        found["start"] = finetune["timm"]
+        decisive["start"] = finetune["timm"]
     if row.is_ensemble:
-        found["members"] = finetune["ensemble_members"]
-    if row.pretrained_here or row.denoises or row.needs_soft_labels or matched:
-        found["shared_by"] = finetune["pretrain_cost_shared_by"]
-    if matched or finetune["equal_passes"]:
-        found["reference"] = _cost(REFERENCE, sigma, finetune)
-    if matched:
-        settings = ("steps", "batch_size", MATCHED_PRETRAINING)
-        found["pretraining"] = {"objective": MATCHED_PRETRAINING, **{name: pretrain.get(name) for name in settings}}
+        decisive["members"] = finetune["ensemble_members"]
+    if row.pretrained_here or row.denoises or row.needs_soft_labels or row.matched:
+        decisive["shared_by"] = finetune["pretrain_cost_shared_by"]
+    if row.matched or finetune["equal_passes"]:
+        decisive["reference"] = _cost(REFERENCE, sigma, finetune)
+    if row.matched:
+        needed = {name: pretrain.get(name) for name in ("steps", "batch_size", MATCHED_PRETRAINING)}
+        decisive["pretraining"] = {"objective": MATCHED_PRETRAINING, **needed}
     if row.needs_soft_labels:
-        found["soft_labels"] = [soft_labels["n"], _cost(soft_labels["method"], soft_labels["sigma"], finetune)]
-    return found
+        voter = settings["soft_labels"]
+        decisive["soft_labels"] = [voter["n"], _cost(voter["method"], voter["sigma"], finetune)]
+    return decisive
 
 
 def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> dict:
@@ -153,27 +137,42 @@ def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> 
     return {"certify": dict(certify), "max_images": (denoised.get("max_images") or {}).get(method)}
 
 
-def chosen(finetune: Mapping, method: str, sigma: float) -> dict:
-    """What one training is trained with: of each setting its value, and those of its objective's own block.
+def finetuning_keys(method: str, sigma: float) -> list[str]:
+    """The keys by which a setting may have a value for one fine-tuning, in order of precedence."""
+    row = METHODS[method]
+    keys = [row.objective] if row.objective is not None else []
+    keys += ["scratch"] if row.initial_weights is None else []
+    return [*keys, f"sigma_{float(sigma)}", "default"]
 
-    A setting without a value for this training is None here; config.py names it.
+
+def choose_values(settings: Mapping, keys: Sequence[str]) -> dict:
+    """The value that each setting has for one training.
+
+    If a setting is a mapping, its value is that of the first of `keys` that the mapping has. A mapping with none of
+    them stays as it is, and config.py refuses it.
     """
+
+    def choose(setting: object) -> object:
+        if not isinstance(setting, Mapping):
+            return setting
+        return next((setting[key] for key in keys if key in setting), setting)
+
+    return {name: choose(setting) for name, setting in settings.items()}
+
+
+def chosen_settings(method: str, sigma: float, finetune: Mapping) -> dict:
+    """The settings of one fine-tuning: the common ones, overridden by those of its own objective."""
     keys = finetuning_keys(method, sigma)
-
-    def choose(value: object) -> object:
-        return next((value[key] for key in keys if key in value), None) if isinstance(value, Mapping) else value
-
-    common = {name: choose(value) for name, value in _without(finetune, STARTS | SHARES | NO_RESULT).items()}
-    own = finetune["objectives"].get(METHODS[method].objective) or {}
-    own = {name: choose(value) for name, value in own.items()}
+    common = choose_values(_without(finetune, STARTS | SHARES | NO_RESULT), keys)
+    own = choose_values(finetune["objectives"].get(METHODS[method].objective) or {}, keys)
     return common | {name: value for name, value in own.items() if value is not None}
 
 
 def _cost(method: str, sigma: float, finetune: Mapping) -> dict:
-    """What decides how many encoder passes a method's own epochs take."""
+    """The settings that decide how many encoder passes a method's own epochs take."""
     objective = METHODS[method].objective
     own = finetune["objectives"].get(objective) or {}
-    values = chosen(finetune, method, sigma)
+    values = chosen_settings(method, sigma, finetune)
     return {"objective": objective} | {name: values.get(name) for name in (*COST, *own)}
 
 
@@ -181,33 +180,40 @@ def _without(settings: Mapping, names: Sequence[str] | set[str]) -> dict:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-def initial_weights_path(method: str, finetune: Mapping, denoised: Mapping) -> str | None:
-    """The file or folder that decides a method's initial weights, for DVC to watch.
+def initial_weights(method: str, finetune: Mapping, denoised: Mapping) -> str:
+    """The initial weights of a method: `scratch`, a model folder, a file, or the name of a model at timm or on a hub.
 
-    None where there is none: random weights, or a name of timm or on a hub. `finetune` and `denoised` are the settings
-    of these names.
+    `finetune` and `denoised` are the sections of the settings with these names.
     """
     row = METHODS[method]
     if row.denoises:
-        if (part := denoising_classifier(method, denoised)) is not None:
-            return "models/{}/sigma_{}".format(*part)
-        return _source_path(denoised["model"])
+        part = denoising_classifier(method, denoised)
+        return denoised["model"] if part is None else "models/{}/sigma_{}".format(*part)
     if row.pretrained_here:
-        return _expand(finetune["initial_weights"] or f"models/pretrain/{row.initial_weights}")
-    if row.initial_weights == "timm":
-        weights = finetune["timm"]["weights"]
-        return _expand(weights) if weights else _source_path(finetune["timm"]["model"])
-    return None
+        return finetune["initial_weights"] or f"models/pretrain/{row.initial_weights}"
+    return finetune["timm"]["model"] if row.initial_weights == "timm" else "scratch"
+
+
+def watched_weights(method: str, finetune: Mapping, denoised: Mapping) -> str | None:
+    """The file or folder of the initial weights, for DVC to watch. None for random weights and for names."""
+    row = METHODS[method]
+    if row.initial_weights is None:
+        return None
+    if row.initial_weights == "timm" and finetune["timm"]["weights"]:
+        return _expand(finetune["timm"]["weights"])
+    weights = initial_weights(method, finetune, denoised)
+    is_path = row.pretrained_here or (row.denoises and denoised["model"] is None)
+    return _expand(weights) if is_path else _source_path(weights)
 
 
 def _source_path(source: str | None) -> str | None:
-    """The file or folder that `source` is; None for a name, which decides itself."""
+    """The file or folder that `source` names, or None if it is a name, which needs no watching."""
     path = _expand((source or "").removeprefix("local-dir:"))
     return path if path and Path(path).exists() else None
 
 
 def _other_input(method: str) -> str | None:
-    """What a method is made from besides images and initial weights."""
+    """The input of a method besides images and initial weights."""
     if METHODS[method].denoises:
         return DENOISER
     return SOFT_LABELS if METHODS[method].needs_soft_labels else None

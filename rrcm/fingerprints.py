@@ -1,7 +1,7 @@
-"""The code that each stage runs for each item, as files of fingerprints that DVC compares.
+"""Fingerprints of the code that each stage runs for each item, written to files that DVC compares.
 
-A stage depends on its own file, so that it runs again when its code does something else, and at no other time. What the
-settings and the method table say is watched by value (derived.py).
+A stage depends on its own file. So it runs again when the behaviour of its code changes, and at no other time. The
+settings and the method table are watched by value instead (derived.py).
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from rrcm.utils.registry import Registry
 
 STAGES = Path(__file__).parents[1] / "stages"
 TABLES = {"rrcm.config", "rrcm.derived", "rrcm.methods"}  # watched by value
-# Modules that can stop a stage but not change what it computes.
+# Modules that can stop a stage but cannot change its result.
 NO_RESULTS = {
     "rrcm.data.verification",
     "rrcm.utils.app",
@@ -34,19 +34,20 @@ NO_RESULTS = {
     "rrcm.utils.tensors",
 }
 
-Entry = tuple[Registry, str]  # what an item names, and in which registry
+Entry = tuple[Registry, str]  # a registry, and the name of one of its entries
 
 
 class Item(NamedTuple):
-    """What a stage runs for one of its items."""
+    """The code that a stage runs for one of its items."""
 
     script: str  # its command in stages/
     module: str
     entries: Sequence[Entry] = ()
+    also: Sequence[str] = ()  # further modules that the script calls
 
 
 def write_fingerprints(config: Config, output: Path) -> None:
-    """Write a file for each stage and each of its items, such as OUTPUT/finetune/rrcm.txt."""
+    """Write one file for each item of each stage, such as OUTPUT/finetune/rrcm.txt."""
     with atomic_directory(output) as folder:
         for name, item in find_items(config).items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -54,14 +55,14 @@ def write_fingerprints(config: Config, output: Path) -> None:
 
 
 def fingerprint_text(item: Item, watched_tables: bool = False) -> str:
-    """A line for the script, for each entry that the item names, and for each module that these and its module import.
+    """One line each for the script, for the item's entries, and for all modules that they and its module import.
 
-    With `watched_tables` also for the modules of settings and methods.
+    The modules of settings and methods are included only with `watched_tables`.
     """
     unwatched = NO_RESULTS if watched_tables else NO_RESULTS | TABLES
     lines = {f"stages/{item.script}.py": read_module(item.script, STAGES / f"{item.script}.py").fingerprint}
     lines |= {f"entry {name}": str(registry.data[name]) for registry, name in item.entries}
-    modules = [item.module, *(registry.module(name) for registry, name in item.entries)]
+    modules = [item.module, *item.also, *(registry.module(name) for registry, name in item.entries)]
     lines |= fingerprints(*modules, without=unwatched)
     return "".join(f"{key}  {value}\n" for key, value in lines.items())
 
@@ -81,7 +82,8 @@ def find_items(config: Config) -> dict[str, Item]:
     for method in dict.fromkeys(each["method"] for each in config.derived["finetune"].values()):
         row = METHODS[method]
         module = "ensemble" if row.is_ensemble else "denoised" if row.denoises else "finetune"
-        items[f"finetune/{method}"] = Item("finetune", f"rrcm.training.{module}", training_entries(config, method))
+        entries, plan = training_entries(config, method), ["rrcm.training.plan"]
+        items[f"finetune/{method}"] = Item("finetune", f"rrcm.training.{module}", entries, also=plan)
     for voter in config.derived["soft_labels"].values():
         entries = classifier_entries(config, voter["method"])
         items["soft-labels"] = Item("soft_labels", "rrcm.certification.soft_labels", entries)
@@ -93,14 +95,14 @@ def find_items(config: Config) -> dict[str, Item]:
 
 
 def classifier_entries(config: Config, method: str) -> list[Entry]:
-    """What loads the classifiers of a method."""
+    """The registry entries that load the classifiers of a method."""
     row = METHODS[method]
     whole = ["ensemble"] if row.is_ensemble else ["denoised"] if row.denoises else []
     return [(FOLDER_LOADERS, kind) for kind in whole] + trunk_entries(config, method)
 
 
 def trunk_entries(config: Config, method: str) -> list[Entry]:
-    """What loads one classifier that is trained for a method, and builds its network."""
+    """The registry entries that load a single classifier of a method and build its network."""
     name = config.model.architecture
     if name == "vit":
         return [(FOLDER_LOADERS, METHODS[method].trained)]
@@ -108,7 +110,7 @@ def trunk_entries(config: Config, method: str) -> list[Entry]:
 
 
 def training_entries(config: Config, method: str) -> list[Entry]:
-    """What a training of a method minimizes, what it starts from, and what says how long it is."""
+    """The registry entries behind a training: its objective, its initial weights, and whatever decides its length."""
     row, settings = METHODS[method], config.finetune
     objectives = [row.objective] if row.objective is not None else []
     entries = classifier_entries(config, method) if row.is_ensemble or row.denoises else trunk_entries(config, method)

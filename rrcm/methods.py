@@ -1,7 +1,7 @@
-"""The methods that are compared, one line each. Everything that tells one method from another stands here.
+"""The method table: one line for each method. It holds everything in which two methods differ.
 
-A training depends on the cells of its own row that decide its result, so changing a row retrains that method alone, and
-adding a row retrains nothing (derived.py).
+A training depends only on the cells of its own row that decide its result. So changing a row retrains only that method,
+and adding a row retrains nothing (derived.py).
 """
 
 import re
@@ -14,11 +14,11 @@ from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.errors import RRCMError
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
-REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
+REFERENCE = "rrcm"  # the method that defines equal encoder passes, and with which the report compares all others
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the matched methods get as well
-SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
-SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
-DENOISER = "models/denoiser"  # where the stage denoiser puts it
+SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # the objectives with `needs_soft_labels`; reading that would import torch
+SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
+DENOISER = "models/denoiser"  # output of the stage denoiser
 FAMILIES = (
     "rRCM",
     "other pre-training",
@@ -29,8 +29,9 @@ FAMILIES = (
     "denoise, then classify",
 )
 
-# The methods by family. Two spaces or more part the columns, which are fields of `Method`; - stands for None. The three
-# columns after the name decide the result. A method that starts from random weights also exists as NAME_matched.
+# The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
+# The three columns after the name decide the result, the others the appearance. A method that starts from random
+# weights also exists as NAME_matched.
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -72,23 +73,21 @@ denoise, then classify
   densepure                 gaussian                  -            densepure   #AA3377  DensePure
   diffsmooth                gaussian                  -            diffsmooth  #997700  DiffSmooth
 """
-COLUMNS = ("initial_weights", "objective", "classifier", "colour", "label")
+COLUMNS = TABLE.partition("\n")[0].split()[1:]
 APPEARANCE = {"colour", "label", "family"}  # fields of `Method` that decide no result
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a classifier is trained, and how it is drawn."""
+    """How the base classifier of a method is trained, and how the report draws it."""
 
-    initial_weights: str | None  # a pre-training objective, "timm", a method if it denoises, or None: random weights
-    objective: str | None  # of fine-tuning, a key of `rrcm.objectives.FINETUNING`; None: put together, not trained
-    classifier: (
-        str  # base classifier, a key of TRAINED_CLASSIFIERS or DENOISING_CLASSIFIERS (rrcm/models), or "ensemble"
-    )
+    initial_weights: str | None  # pre-training objective or "timm"; if it denoises, another method; None: random
+    objective: str | None  # fine-tuning objective, a key of FINETUNING; None: combined from its parts, not trained
+    classifier: str  # a key of TRAINED_CLASSIFIERS or DENOISING_CLASSIFIERS (rrcm/models), or "ensemble"
     colour: str  # such as #0072B2
     label: str
-    family: str  # of FAMILIES: what tells it from the others
-    matched: bool = False  # whether it is also trained for the passes of rRCM's pre-training: equal total compute
+    family: str  # one of FAMILIES
+    matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -102,27 +101,30 @@ class Method:
 
     @property
     def needs_soft_labels(self) -> bool:
-        """Whether the votes of another smoothed classifier for the training images belong to its training data."""
+        """Whether it trains on soft labels: another smoothed classifier's votes for the training images."""
         return self.objective in SOFT_LABEL_OBJECTIVES
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether it is several classifiers, each trained as the other columns say."""
+        """Whether it consists of several classifiers, each trained as the other columns say."""
         return self.classifier == "ensemble"
 
     @property
     def denoises(self) -> bool:
-        """Whether its base classifier is a denoiser and a classifier."""
+        """Whether its base classifier consists of a denoiser and a classifier."""
         return self.classifier in DENOISING_CLASSIFIERS
 
     @property
     def trained(self) -> str:
-        """Kind of the classifier that one training makes: a member of an ensemble, what sees denoised images."""
+        """The kind of classifier that a single training run produces.
+
+        For ensembles and denoising methods, it is the plain classifier inside.
+        """
         return "classifier" if self.is_ensemble or self.denoises else self.classifier
 
 
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
-    """The family and the cells of each row of a table that is written as TABLE."""
+    """The family and the cells of each row of a table in the format of TABLE."""
     family = ""
     for line in table.splitlines()[1:]:
         cells = re.split("  +", line.strip())
@@ -133,9 +135,9 @@ def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_methods(table: str) -> dict[str, Method]:
-    """The methods of a table by name, then those that follow from them.
+    """The methods of a table by name, followed by their matched variants.
 
-    A row with too few or too many cells is left out; `check_methods` names it.
+    Rows with too few or too many cells are left out; `check_methods` reports them.
     """
     written = {
         name: Method(*(None if cell == "-" else cell for cell in cells[:2]), *cells[2:], family=family)
@@ -150,7 +152,7 @@ def read_methods(table: str) -> dict[str, Method]:
 
 
 def matched(row: Method) -> Method:
-    """The same training with the compute of rRCM's pre-training added: both then have the same total compute."""
+    """The same method with the compute of rRCM's pre-training added, so that its total compute equals rRCM's."""
     return replace(row, matched=True, label=f"{row.label}, matched compute")
 
 
@@ -158,7 +160,7 @@ METHODS = read_methods(TABLE)
 
 
 def check_methods() -> None:
-    """Raises `RRCMError` for the first row with which a stage would fail, and says which cell and what it may be."""
+    """Raises `RRCMError` for the first row that would make a stage fail. It names the cell and the allowed values."""
     rows = [cells for _, cells in read_rows(TABLE)]
     for name, *cells in rows:
         if len(cells) != len(COLUMNS):
@@ -184,15 +186,12 @@ def check_methods() -> None:
 
 
 def _allowed_cells(row: Method) -> dict[str, Sequence[str | None]]:
-    """What cells of a row may be, by column. The classifier comes first, as others depend on it."""
-    first = [name for name, other in METHODS.items() if not other.denoises]  # classifies what another denoises
+    """The allowed cells of a row, by column. The classifier comes first because other columns depend on it."""
+    loadable = [kind for kind in TRAINED_CLASSIFIERS if kind in FOLDER_LOADERS]
+    plain = [name for name, other in METHODS.items() if not other.denoises]  # they can classify denoised images
     return {
-        "classifier": [
-            *(kind for kind in TRAINED_CLASSIFIERS if kind in FOLDER_LOADERS),
-            "ensemble",
-            *DENOISING_CLASSIFIERS,
-        ],  # what can be loaded
-        "initial_weights": first if row.denoises else [None, "timm", *PRETRAINING],
+        "classifier": [*loadable, "ensemble", *DENOISING_CLASSIFIERS],
+        "initial_weights": plain if row.denoises else [None, "timm", *PRETRAINING],
         "objective": [None, *FINETUNING] if row.denoises else [*FINETUNING],
         "family": FAMILIES,
     }
@@ -203,25 +202,13 @@ def _written(cell: str | None) -> str:
 
 
 def denoising_classifier(method: str, denoised: Mapping) -> tuple[str, float] | None:
-    """What classifies for a method that denoises: the method it is trained by, and the pixel noise it is trained with.
+    """The classifier inside a denoising method: the method and the pixel noise that it is trained with.
 
-    None if the method does not denoise, or if `denoised`, the settings of that name, have a model from elsewhere.
+    `denoised` is the section of the settings with this name. None if the method does not denoise, or if
+    `denoised.model` names a classifier from elsewhere.
     """
-    kind = METHODS[method]
-    if not kind.denoises or denoised["model"] is not None:
-        return None
-    own = denoised.get(kind.classifier) or {}
-    return kind.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))
-
-
-def finetuning_keys(method: str, sigma: float) -> list[str]:
-    """The keys of a setting's values that apply to one training, the most special first."""
     row = METHODS[method]
-    keys = [row.objective] if row.objective is not None else []
-    keys += ["scratch"] if row.initial_weights is None else []
-    return [*keys, f"sigma_{float(sigma)}", "default"]
-
-
-def value_for_objective(setting: object, objective: str) -> object:
-    """A setting of pre-training that is one value, or a mapping by objective with the key `default`."""
-    return setting.get(objective, setting.get("default")) if isinstance(setting, Mapping) else setting
+    if not row.denoises or denoised["model"] is not None:
+        return None
+    own = denoised.get(row.classifier) or {}
+    return row.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))

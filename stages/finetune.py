@@ -15,6 +15,7 @@ from rrcm.training.checks import check_before_training
 from rrcm.training.denoised import finetune_denoised
 from rrcm.training.ensemble import finetune_ensemble
 from rrcm.training.finetune import finetune
+from rrcm.training.plan import Files, plan_training
 from rrcm.utils.errors import RRCMError
 
 
@@ -28,15 +29,16 @@ def main(
     timings: Path = Path("timings/finetune"),
     soft_labels: Path = Path(SOFT_LABELS),
 ) -> None:
-    """Fine-tune METHOD for smoothing noise SIGMA (pixel units). Continues where a killed run stopped."""
+    """Fine-tune METHOD for smoothing noise SIGMA (pixel units). A run that was killed continues where it stopped."""
     config = load_config(params)
     if f"{method}-{sigma}" not in config.derived["finetune"]:
         raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
     check_before_training(config, shards)
     name = f"{method}/{sigma_name(sigma)}"
-    kind = METHODS[method]
-    train = finetune_ensemble if kind.is_ensemble else finetune_denoised if kind.denoises else finetune
-    train(config, method, sigma, shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
+    files = Files(shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
+    row = METHODS[method]
+    train = finetune_ensemble if row.is_ensemble else finetune_denoised if row.denoises else finetune
+    train(plan_training(config, method, sigma, files))
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def change_model(folder: Path, **values: object) -> None:
 def with_derived(values: dict) -> dict:
     """Settings with the derived ones brought up to date, where the others make sense."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        values["derived"] = derived_settings(**{name: values[name] for name in SECTIONS})
+        values["derived"] = derived_settings({name: values[name] for name in SECTIONS})
     return values
 
 

@@ -249,7 +249,7 @@ def every_method(tmp_path_factory) -> dict:
 def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, path):
     """Over all methods and all settings of the schema."""
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
-    before = derived_settings(**values)["settings"]
+    before = derived_settings(values)["settings"]
     *above, name = path.split(".")
     section = values
     for key in above:
@@ -257,7 +257,7 @@ def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(ever
     if path == "denoised.classifier_sigma" or path.endswith("smooth.classifier_sigma"):
         pytest.skip("names the classifier of nearly clean images, a training of its own")
     section[name] = changed_value(section[name])
-    after = derived_settings(**values)["settings"]
+    after = derived_settings(values)["settings"]
     again = {name for name, own in before["finetune"].items() if after["finetune"][name].items() - own.items()}
     assert again == methods_trained_again(path)
     certified = {method for method in METHODS if before["certify"][method] != after["certify"][method]}
@@ -268,7 +268,7 @@ def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(ever
 def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_method):
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
     values["pretrain"]["objectives"] = ["rrcm", "dmae", "rrcm_dmae"]
-    before = derived_settings(**values)["settings"]["pretrain"]
+    before = derived_settings(values)["settings"]["pretrain"]
     for path in (path for path in SCHEMA if path.startswith(("pretrain.", "model."))):
         section, name, *rest = path.split(".")
         changed = json.loads(json.dumps(values))
@@ -277,7 +277,7 @@ def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_m
         if path == "pretrain.objectives":
             continue
         place[key] = changed_value(place[key])
-        after = derived_settings(**changed)["settings"]["pretrain"]
+        after = derived_settings(changed)["settings"]["pretrain"]
         again = {objective for objective in before if before[objective] != after[objective]}
         expected = {name} & before.keys() if rest and name != "views" else set(before)
         if path in ("pretrain.checkpoint_every", "model.pixel_mean", "model.pixel_std", "model.architecture"):
@@ -286,15 +286,15 @@ def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_m
 
 
 def test_the_hash_of_a_training_covers_the_settings_it_is_trained_with(every_method):
-    """`config.py` and `derived.py` choose the same values."""
-    from rrcm.derived import chosen
+    """What is hashed is what `Finetune.settings` gives the training."""
+    from rrcm.derived import chosen_settings
 
     config = load_config_of(every_method)
     finetune = config.finetune.model_dump(mode="json")
     for method in TRAINED:
         for sigma in LEVELS:
             expected = config.finetune.settings(method, sigma).of_objective(METHODS[method].objective)
-            found = chosen(finetune, method, sigma)
+            found = chosen_settings(method, sigma, finetune)
             assert {name: found[name] for name in expected} == expected
 
 
@@ -305,7 +305,7 @@ def load_config_of(values: dict) -> Config:
         {row.initial_weights for row in METHODS.values() if row.pretrained_here and not row.denoises}
     )
     values["finetune"]["timm"]["model"] = "vit_tiny_patch16_224"
-    values["derived"] = derived_settings(**{name: values[name] for name in SECTIONS})
+    values["derived"] = derived_settings({name: values[name] for name in SECTIONS})
     return parse_config(values)
 
 
@@ -322,6 +322,7 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
     from rrcm.certification.certify import certify_split
     from rrcm.config import Section
     from rrcm.training.finetune import finetune
+    from rrcm.training.plan import Files, plan_training
     from rrcm.training.pretrain import pretrain
 
     monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "runs"))
@@ -329,9 +330,10 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
     config, shards, models = load_config(folder / "params.yaml"), folder / "data/shards", folder / "models"
     kind, name = item.split("/")
     pretrained = models / "pretrain"
+    outputs = Files(shards, pretrained, models / name, folder / "finetune.json")
     steps = {
         "pretrain": lambda: pretrain(config, "rrcm", shards, pretrained / "rrcm", folder / "pretrain.json"),
-        "finetune": lambda: finetune(config, name, 0.5, shards, pretrained, models / name, folder / "finetune.json"),
+        "finetune": lambda: finetune(plan_training(config, name, 0.5, outputs)),
         "certify": lambda: certify_split(config, 0.5, shards, models / name, folder / "a.tsv", folder / "certify.json"),
     }
     for step in steps if name == "rrcm" else ["finetune"]:
@@ -365,7 +367,7 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
     assert len(ran) > 5 and ran - {"rrcm"} <= {line.split()[0] for line in lines}
 
     values = {name: json.loads(config.model_dump_json())[name] for name in SECTIONS}
-    before = derived_settings(**values)["settings"][kind][name]
+    before = derived_settings(values)["settings"][kind][name]
     for owner, attribute in sorted(read):
         path = SECTION_OF.get(owner, f"{owner.lower()}.") + attribute
         free = FREE | (FREE_OF_MATCHED if name == "consistency_matched" else set())
@@ -374,4 +376,4 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
         changed = json.loads(json.dumps(values))
         section, key = path.split(".")
         changed[section][key] = changed_value(changed[section][key])
-        assert derived_settings(**changed)["settings"][kind][name] != before, path
+        assert derived_settings(changed)["settings"][kind][name] != before, path

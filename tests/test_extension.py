@@ -24,6 +24,7 @@ from rrcm.models.load import load_base_classifier
 from rrcm.objectives import FINETUNING
 from rrcm.objectives.base import draw_noise, noisy_logits, soft_cross_entropy
 from rrcm.training.finetune import finetune
+from rrcm.training.plan import Files, plan_training
 from rrcm.utils.files import read_json
 
 
@@ -105,9 +106,8 @@ def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_
     config = settings(project)
     write_shards(config.data, config.seed, tmp_path / "shards")
     model = tmp_path / "models/both_views/sigma_0.25"
-    finetune(
-        config, "both_views", 0.25, tmp_path / "shards", tmp_path / "models/pretrain", model, tmp_path / "time.json"
-    )
+    files = Files(tmp_path / "shards", tmp_path / "models/pretrain", model, tmp_path / "time.json")
+    finetune(plan_training(config, "both_views", 0.25, files))
 
     described = read_json(model / "config.json")
     assert (described["kind"], described["class_names"]) == ("jittered", ["horizontal", "vertical", "flat"])
@@ -140,7 +140,8 @@ def test_outside_objects_decide_the_identity_of_a_run(extended, project, tmp_pat
 
     def identity() -> str:
         with pytest.raises(Seen):
-            finetune(config, "both_views", 0.25, tmp_path / "shards", tmp_path, tmp_path / "out", tmp_path / "t.json")
+            files = Files(tmp_path / "shards", tmp_path, tmp_path / "out", tmp_path / "t.json")
+            finetune(plan_training(config, "both_views", 0.25, files))
         return names[-1]
 
     first = identity()

@@ -25,7 +25,12 @@ class RRCMLoss(NamedTuple):
 
 
 class RRCMInputs(NamedTuple):
-    """Images and noise of one step: (B, C, H, W) float32 in model space, where pixels lie in [-1, 1]."""
+    """Images and noise of one step: (B, C, H, W) float32 in model space, where pixels lie in [-1, 1].
+
+    >>> image, view1, view2, noise = torch.randn(4, 6, 1, 8, 8)
+    >>> rrcm.RRCMInputs(image, view1, view2, noise).noise.shape
+    torch.Size([6, 1, 8, 8])
+    """
 
     image: torch.Tensor
     view1: torch.Tensor
@@ -35,7 +40,11 @@ class RRCMInputs(NamedTuple):
 
 
 class RRCMLevels(NamedTuple):
-    """Noise levels of one step in model space: t > t_next are neighbours in Karras's grid, t_min is the quietest."""
+    """Noise levels of one step in model space: t > t_next are neighbours in Karras's grid, t_min is the quietest.
+
+    >>> rrcm.RRCMLevels(t=1.2, t_next=1.0).t_min
+    0.002
+    """
 
     t: float
     t_next: float
@@ -60,12 +69,13 @@ def rrcm_loss(
     Ablations: without a teacher the contrastive term is 0; `quieter_noise` makes the two noises independent.
 
     >>> from rrcm.models.vit import EncoderWithProjector
-    >>> from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels
     >>> encoder = rrcm.NoiseConditionedViT(image_size=8, channels=1, patch_size=4, embed_dim=32, depth=1, num_heads=2)
     >>> student = EncoderWithProjector(encoder, hidden=16, out=8)
     >>> teacher = EncoderWithProjector(encoder, hidden=16, out=8)
     >>> image, view1, view2, noise = torch.randn(4, 6, 1, 8, 8)
-    >>> terms = rrcm.rrcm_loss(student, teacher, RRCMInputs(image, view1, view2, noise), RRCMLevels(t=1.2, t_next=1.0))
+    >>> terms = rrcm.rrcm_loss(
+    ...     student, teacher, rrcm.RRCMInputs(image, view1, view2, noise), rrcm.RRCMLevels(t=1.2, t_next=1.0)
+    ... )
     >>> terms.total.mean().backward()
     >>> terms.total.shape
     torch.Size([6])

@@ -99,7 +99,7 @@ def render_report(
         data_notes=inputs.data_notes,
         comparisons=_headline(config, inputs),
         pretrained_elsewhere=[
-            (METHODS[name].label, config.finetune.origin_of_weights(name))
+            (METHODS[name].label, config.initial_weights(name))
             for name in config.methods
             if METHODS[name].initial_weights is not None
             and not config.finetune.uses_pretraining(name)

@@ -1,4 +1,4 @@
-"""What each training minimizes, how long, and what it costs: the accounts behind "equal compute"."""
+"""The objective, the length and the compute of each training. This is where "equal compute" is defined."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DECAY_RATES = ("teacher_decay_start", "teacher_decay_end", "ema_decay")
 
 
 def build_pretraining_objective(config: Config, name: str) -> PretrainingObjective:
-    """The objective with the common settings and those of its own block."""
+    """The objective of a pre-training, built from the common settings and the objective's own block."""
     return _build(config, name, plan_pretraining(config, name))
 
 
@@ -27,7 +27,7 @@ def _build(config: Config, name: str, settings: Pretrain) -> PretrainingObjectiv
 
 
 def plan_pretraining(config: Config, name: str) -> Pretrain:
-    """The settings of one pre-training. With budget `passes` its steps cost what rRCM's steps cost."""
+    """The settings of one pre-training. With `pretrain.equal_passes` its steps cost as much as rRCM's steps."""
     settings = config.pretrain.settings(name)
     if name == MATCHED_PRETRAINING or not settings.equal_passes:
         return settings
@@ -36,9 +36,10 @@ def plan_pretraining(config: Config, name: str) -> Pretrain:
 
 
 def scale_steps(settings: Pretrain, factor: float) -> Pretrain:
-    """A pre-training of `factor` times as many steps. What is counted in steps grows with it.
+    """A pre-training of `factor` times as many steps.
 
-    An average with decay rate d remembers 1 / (1 - d) steps.
+    All intervals that are counted in steps grow by the same factor. So do the horizons of the averages: with decay rate
+    d an average remembers 1 / (1 - d) steps.
     """
     steps = max(1, round(factor * settings.steps))
     counts = {name: max(1, round(factor * getattr(settings, name))) for name in COUNTED_IN_STEPS}
@@ -48,13 +49,19 @@ def scale_steps(settings: Pretrain, factor: float) -> Pretrain:
 
 
 def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: float) -> Objective:
-    """The objective of a method, with the common settings and those of its own block."""
+    """The objective of a fine-tuning, built from the common settings and the objective's own block.
+
+    Raises `RRCMError` for a setting that is missing, and for an objective whose soft labels the method table omits.
+    """
     name = METHODS[method].objective
-    return build_objective(FINETUNING, name, settings.of_objective(name) | {"sigma": sigma})
+    objective = build_objective(FINETUNING, name, settings.of_objective(name) | {"sigma": sigma})
+    if getattr(objective, "needs_soft_labels", False) and not METHODS[method].needs_soft_labels:
+        raise RRCMError(f"rrcm/methods.py: objective {name} needs soft labels; add it to SOFT_LABEL_OBJECTIVES")
+    return objective
 
 
 def images_per_step(settings: FinetuneSettings, objective: str) -> int:
-    """Images that one optimizer step sees: a batch, or one of its parts."""
+    """The number of images of one optimizer step: a batch, or one of its m parts."""
     parts = settings.of_objective(objective)["num_noise"] if settings.steps_per_batch == "num_noise" else 1
     return settings.batch_size // parts
 
@@ -66,7 +73,7 @@ def pretraining_compute(config: Config, objective: str) -> float:
 
 
 def planned_passes(config: Config, method: str, sigma: float, num_images: int) -> float:
-    """Encoder forward passes of all epochs of a method's settings, on `num_images` training images."""
+    """Encoder forward passes of the epochs that the settings give a method, on `num_images` training images."""
     settings = config.finetune.settings(method, sigma)
     objective = build_finetuning_objective(settings, method, sigma)
     step_images = images_per_step(settings, METHODS[method].objective)
@@ -74,41 +81,47 @@ def planned_passes(config: Config, method: str, sigma: float, num_images: int) -
 
 
 def soft_label_compute(config: Config, num_images: int) -> float:
-    """Encoder forward passes of the soft labels of `num_images` images: the votes and the training of the voter."""
+    """Encoder forward passes of the soft labels of `num_images` images: the votes, and the training of the voter."""
     voter = config.soft_labels
     return voter.n * num_images + planned_passes(config, voter.method, voter.sigma, num_images)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a method trains, and the compute of it and of what it starts from, in encoder forward passes."""
+    """The length of a fine-tuning, and the compute of everything it needs, in encoder forward passes."""
 
     total_steps: int
     epoch_steps: int
     step_images: int  # over all processes
     step_compute: float
-    pretrain_share: float  # of the compute of the pre-training that it starts from
-    soft_label_share: float  # of the compute of the soft labels that it learns from
+    pretrain_share: float  # the model's share of the pre-training that it starts from
+    soft_label_share: float  # the model's share of the soft labels that it learns from
     evaluate_every: int  # epochs
-    planned_epochs: int  # for which the settings are made; the training itself may be shorter or longer
+    planned_epochs: int  # the epochs of the settings, for which the schedules are made
 
     @property
     def compute(self) -> float:
-        """Of the whole fine-tuning."""
+        """The encoder passes of the whole fine-tuning."""
         return self.total_steps * self.step_compute
 
     @property
+    def account(self) -> dict[str, float]:
+        """All encoder passes that the model has cost, as its model folder records them."""
+        shares = {"pretrain_share": self.pretrain_share, "soft_label_share": self.soft_label_share}
+        return {"finetune": self.compute, **shares}
+
+    @property
     def epochs(self) -> float:
-        """Length of the training."""
+        """The length of the training."""
         return self.epochs_after(self.total_steps)
 
     def epochs_after(self, steps: int) -> float:
-        """The epochs that so many steps make: an int if they are whole."""
+        """The number of epochs after `steps` steps: an int if it is whole."""
         epochs, rest = divmod(steps, self.epoch_steps)
         return steps / self.epoch_steps if rest else epochs
 
     def schedule_epoch(self, steps: int) -> float:
-        """Where warm-ups and other schedules are after so many steps.
+        """The epoch that warm-ups and other schedules have reached after `steps` steps.
 
         A training that is shorter than planned runs through its schedules faster, so that they end with it.
         """
@@ -116,48 +129,54 @@ class Budget:
 
     @property
     def schedule_epochs(self) -> float:
-        """Where the schedules are at the end."""
+        """The epoch that the schedules reach at the end."""
         return max(self.planned_epochs, self.epochs)
 
 
-def plan_budget(
-    config: Config, method: str, sigma: float, objective: Objective, num_images: int, pretrained: Path
-) -> Budget:
+def plan_budget(config: Config, method: str, sigma: float, num_images: int, encoders: Path) -> Budget:
     """The budget of a method at noise `sigma`, on `num_images` training images.
 
     With `finetune.equal_passes: true` a training ends after the step at which it comes closest to the encoder passes of
-    rRCM's fine-tuning. A method with budget "total" also gets rRCM's share of the pre-training, less its own share of
-    soft labels. The members of an ensemble share these passes. A longer training is evaluated less often, so that each
-    has about the same number of evaluations. Raises `RRCMError` when soft labels leave nothing for the training.
+    rRCM's fine-tuning. A matched method also gets rRCM's share of the pre-training, less its own share of the soft
+    labels. The members of an ensemble share these passes. A longer training is evaluated less often, so that all
+    trainings have about the same number of evaluations. `encoders` holds the pre-trained encoders by objective, whose
+    model folders record their compute. Raises `RRCMError` when soft labels leave nothing for the training.
     """
-    settings = config.finetune.settings(method, sigma)
-    step_images = images_per_step(settings, METHODS[method].objective)
+    row, settings = METHODS[method], config.finetune.settings(method, sigma)
+    objective = build_finetuning_objective(settings, method, sigma)
+    step_images = images_per_step(settings, row.objective)
     epoch_steps = steps_per_epoch(num_images, step_images)
     step_compute = objective.forwards_per_image * step_images
-    if METHODS[method].denoises:
+    if row.denoises:
         step_compute += objective.num_noise * step_images  # passes of the denoiser
     planned_steps = total_steps = settings.epochs * epoch_steps
-    matched, by_passes = METHODS[method].matched, config.finetune.equal_passes
-    shared_by, share, soft_label_share = config.finetune.pretrain_cost_shared_by, 0.0, 0.0
-    if METHODS[method].needs_soft_labels:
+    shared_by, by_passes = config.finetune.pretrain_cost_shared_by, config.finetune.equal_passes
+    pretrain_share = soft_label_share = 0.0
+    if row.needs_soft_labels:
         soft_label_share = soft_label_compute(config, num_images) / shared_by
-    if matched or by_passes:
+    if row.matched or by_passes:
         passes = planned_passes(config, REFERENCE, sigma, num_images)
-        if matched:
+        if row.matched:
             passes += pretraining_compute(config, MATCHED_PRETRAINING) / shared_by - soft_label_share
             if passes < step_compute:
                 raise RRCMError(
                     f"soft_labels.n = {config.soft_labels.n}: {method} spends all of rRCM's compute on its share of "
                     "them; lower it, or leave the method out"
                 )
-        if METHODS[method].is_ensemble:
+        if row.is_ensemble:
             passes /= config.finetune.ensemble_members
         unit = 1 if by_passes else epoch_steps
         total_steps = unit * max(1, round(passes / (unit * step_compute)))
     if config.finetune.uses_pretraining(method):
-        folder = pretrained / METHODS[method].initial_weights
-        share = read_json(folder / "config.json")["compute"]["pretrain"] / shared_by
-    evaluate_every = math.ceil(config.finetune.evaluate_every * total_steps / planned_steps)
+        record = read_json(encoders / row.initial_weights / "config.json")
+        pretrain_share = record["compute"]["pretrain"] / shared_by
     return Budget(
-        total_steps, epoch_steps, step_images, step_compute, share, soft_label_share, evaluate_every, settings.epochs
+        total_steps=total_steps,
+        epoch_steps=epoch_steps,
+        step_images=step_images,
+        step_compute=step_compute,
+        pretrain_share=pretrain_share,
+        soft_label_share=soft_label_share,
+        evaluate_every=math.ceil(config.finetune.evaluate_every * total_steps / planned_steps),
+        planned_epochs=settings.epochs,
     )

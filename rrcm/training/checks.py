@@ -21,10 +21,13 @@ from rrcm.training.budget import (
     images_per_step,
     plan_budget,
 )
-from rrcm.training.finetune import load_initial_encoder, time_condition, trunk
+from rrcm.training.plan import time_condition
+from rrcm.training.start import load_initial_encoder, network_settings
 from rrcm.utils.distributed import process_count
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, in_repository
+
+ENCODERS = Path("models/pretrain")
 
 
 def check_before_training(config: Config, shard_folder: Path | str) -> None:
@@ -98,9 +101,9 @@ def _check_finetuning(config: Config, method: str, sigma: float, images: int, pr
         raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
     if kind.objective is None:
         return
-    objective = build_finetuning_objective(settings, method, sigma)
+    build_finetuning_objective(settings, method, sigma)
     if kind.needs_soft_labels and kind.matched:  # it may have nothing left to train with
-        plan_budget(config, method, sigma, objective, images, Path("models/pretrain"))
+        plan_budget(config, method, sigma, images, ENCODERS)
     step_images = images_per_step(settings, kind.objective)
     if step_images < settings.batch_size:
         who = f", a part of {settings.batch_size}{who}"
@@ -116,7 +119,7 @@ def _check_trunk(config: Config, num_classes: int) -> None:
     name, size = config.model.architecture, config.data.image_size
     if name == "vit":
         return
-    classifier = network_classifier(trunk(config), num_classes, config.sigmas[0]).eval()
+    classifier = network_classifier(network_settings(config.model, config.data), num_classes, config.sigmas[0]).eval()
     try:
         with torch.inference_mode():
             classifier(torch.zeros(1, config.data.channels, size, size))
@@ -136,14 +139,15 @@ def _check_initial_weights(config: Config) -> None:
                 f"an absolute path, or `dvc exp run` the option --copy-paths {path}"
             )
     outside = {
-        config.finetune.origin_of_weights(method): method
+        config.initial_weights(method): method
         for method in config.methods
         if METHODS[method].initial_weights is not None
         and not config.finetune.uses_pretraining(method)
         and not METHODS[method].denoises
     }
     for method in outside.values():
-        load_initial_encoder(config, method, time_condition(config, method, config.sigmas[0]), Path("models/pretrain"))
+        t = time_condition(method, config.sigmas[0], config.finetune, config.pretrain)
+        load_initial_encoder(method, t, ENCODERS, config.finetune, config.model, config.data)
 
 
 def _check_denoised(config: Config, num_classes: int) -> None:

@@ -1,23 +1,25 @@
-"""Training of a denoiser on clean images (Karras et al. 2022). A public one is copied instead."""
+"""Training of a denoiser on clean images (Karras et al. 2022). A public denoiser is copied instead."""
 
 import copy
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from rrcm.config import Config, DenoiserSettings
+from rrcm.config import Config, Data, DenoiserSettings
 from rrcm.data.augment import FinetuneTransform
 from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.data.verification import verify_shards
 from rrcm.models.checkpoints import ARCHITECTURE
 from rrcm.models.denoiser import EDMDenoiser, PixelViT, UNet, save_denoiser
 from rrcm.models.public_denoisers import MIN_IMAGES, load_public_denoiser
 from rrcm.models.vit import NoiseConditionedViT, parameter_count
-from rrcm.objectives.base import StepRandomness
+from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.denoising import Denoising
+from rrcm.training.batches import open_splits
 from rrcm.training.optim import build_optimizer, update_average, warmup_cosine
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import (
@@ -37,13 +39,36 @@ from rrcm.utils.rng import derive_seed, normal_per_sample
 BATCH_SIZE = 256  # of the validation
 
 
+@dataclass(frozen=True)
+class DenoiserTraining:
+    """The training of one denoiser: everything that decides its result."""
+
+    profile: str
+    seed: int
+    sigmas: list[float]  # pixel units, of the validation
+    settings: DenoiserSettings
+    data: Data
+
+    @property
+    def batch_seed(self) -> int:
+        """The seed of the order and the augmentation of the images."""
+        return derive_seed(self.seed, "denoiser batches")
+
+    @property
+    def objective(self) -> Denoising:
+        """The loss."""
+        settings = self.settings
+        return Denoising(noise_mean=settings.noise_mean, noise_std=settings.noise_std, num_chunks=settings.num_chunks)
+
+
 def train_denoiser(config: Config, shard_folder: Path | str, output: Path, timing: Path) -> None:
     """Train on the `train` split and write `output` (model.safetensors, config.json, history.csv, denoising.csv) and
     `timing` (JSON).
 
-    Runs in this process or as one of torchrun's. Killed and started again it continues from its last checkpoint and
-    ends with the same bytes. If the settings name a public denoiser, it is written to `output` instead. Raises
-    `RRCMError` when the loss is no longer finite or what is loaded does not fit, `Interrupted` after SIGTERM.
+    Runs in this process, or as one of the processes of torchrun. A run that was killed and is started again continues
+    from its last checkpoint and ends with the same bytes. If the settings name a public denoiser, it is written to
+    `output` instead. Raises `RRCMError` when the loss is no longer finite or the public denoiser does not fit,
+    `Interrupted` after SIGTERM.
     """
     set_threads(config.threads)
     if config.denoiser.public is not None:
@@ -53,17 +78,19 @@ def train_denoiser(config: Config, shard_folder: Path | str, output: Path, timin
         return
     advice = "raise denoiser.num_chunks"
     with init_distributed(config.device) as env, explain_lost_workers(), explain_out_of_memory(advice):
-        images, validation = ShardedDataset(shard_folder, "train"), ShardedDataset(shard_folder, "val")
-        verify_shards([images, validation], env)
-        _train(config, images, validation, env, output, timing)
+        images, validation = open_splits(shard_folder, env)
+        training = DenoiserTraining(config.profile, config.seed, config.sigmas, config.denoiser, config.data)
+        trainer, ema = _train(training, images, validation, env)
+        save = partial(_save, training, ema, trainer.extra_state["denoising"])
+        trainer.publish(output, timing, save, training.settings.steps * training.settings.batch_size)
 
 
 def copy_public_denoiser(
     config: Config, images: ShardedDataset, output: Path, timing: Path, device: torch.device
 ) -> None:
-    """Write the model folder of the public denoiser that the settings name, if it denoises a few of the images.
+    """Write the model folder of the public denoiser that the settings name, after a test on a few images.
 
-    Raises `RRCMError` if it does not, if it cannot be loaded, or if it is for other images than those of the settings.
+    Raises `RRCMError` if it does not denoise them, cannot be loaded, or takes images of another size.
     """
     source, start = config.denoiser.public, time.monotonic()
     pixels, _, _ = read_split(images, config.data.image_size, limit=MIN_IMAGES)
@@ -74,9 +101,8 @@ def copy_public_denoiser(
     write_json(timing, {"seconds": time.monotonic() - start, "environment": describe_environment(device)})
 
 
-def build_denoiser(config: Config) -> EDMDenoiser:
+def build_denoiser(settings: DenoiserSettings, data: Data) -> EDMDenoiser:
     """The denoiser that the settings describe, with random weights from torch's global generator."""
-    settings, data = config.denoiser, config.data
     if settings.network == "unet":
         return EDMDenoiser(UNet(data.image_size, data.channels, **settings.unet.model_dump()))
     sizes = data.model_dump() | settings.model_dump()
@@ -86,9 +112,9 @@ def build_denoiser(config: Config) -> EDMDenoiser:
 
 @dataclass
 class DenoisingError:
-    """Mean squared error per pixel on the validation split, with the same noise at every call. The processes share it.
+    """Mean squared error per pixel on the validation split, in model space, with the same noise at every call.
 
-    In model space; an image of zeros has about the variance of the data.
+    The processes share the images. For comparison, an image of zeros has about the variance of the data as its error.
     """
 
     pixels: torch.Tensor  # (N, C, H, W) uint8
@@ -114,87 +140,77 @@ class DenoisingError:
 
 
 def _train(
-    config: Config, images: ShardedDataset, validation: ShardedDataset, env: DistEnv, output: Path, timing: Path
-) -> None:
-    settings = config.denoiser
-    torch.manual_seed(derive_seed(config.seed, "denoiser"))
-    denoiser = build_denoiser(config).to(env.device).train()
+    training: DenoiserTraining, images: ShardedDataset, validation: ShardedDataset, env: DistEnv
+) -> tuple[Trainer, EDMDenoiser]:
+    settings, objective = training.settings, training.objective
+    torch.manual_seed(derive_seed(training.seed, "denoiser"))
+    denoiser = build_denoiser(settings, training.data).to(env.device).train()
     ema = copy.deepcopy(denoiser).requires_grad_(False)
-    objective = Denoising(noise_mean=settings.noise_mean, noise_std=settings.noise_std, num_chunks=settings.num_chunks)
-    training = build_trainer(config, settings, objective, denoiser, ema, images, env)
-    training.resume()
+    trainer = build_trainer(training, denoiser, ema, images, env)
+    trainer.resume()
     if settings.compile:
         denoiser.network.compile()
-    model = training.wrap_ddp(denoiser)
-    pixels, _, _ = read_split(validation, config.data.image_size)
-    error = DenoisingError(pixels, config.sigmas, config.seed, training.precision, env)
-    batches = batch_loader(
-        images,
-        FinetuneTransform(settings.augmentation, config.data.image_size),
-        batch_size=settings.batch_size,
-        seed=derive_seed(config.seed, "denoiser batches"),
-        steps=range(training.step, settings.steps),
-        env=env,
-        workers=config.data.workers,
-    )
-    for step, batch in training.steps(batches):
+    model = trainer.wrap_ddp(denoiser)
+    pixels, _, _ = read_split(validation, training.data.image_size)
+    error = DenoisingError(pixels, training.sigmas, training.seed, trainer.precision, env)
+    for step, batch in trainer.steps(train_batches(training, images, env, trainer.step)):
         # schedule
         lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.steps)
         # loss
-        random = StepRandomness(config.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
+        random = StepRandomness(training.seed, step, batch["position"].tolist(), settings.batch_size, env.device)
         clean = {"image": to_model_space(to_unit_range(batch["image"].to(env.device, non_blocking=True)))}
-        with training.autocast():
+        with trainer.autocast():
             loss = objective(model, clean, random)["loss"]
         # optimizer and EMA
-        grad_norm = training.optimizer_step(loss, lr, settings.grad_clip_norm)
+        grad_norm = trainer.optimizer_step(loss, lr, settings.grad_clip_norm)
         update_average(ema, denoiser, settings.ema_decay)
         # logging and validation
-        training.accumulate_metrics(loss, grad_norm)
+        trainer.accumulate_metrics(loss, grad_norm)
         done = step + 1
         if done % settings.log_every == 0 or done == settings.steps:
-            row = {"step": done, **training.mean_metrics(done % settings.log_every or settings.log_every), "lr": lr}
-            training.log(row, loss=f"{row['loss']:.4f}")
+            row = {"step": done, **trainer.mean_metrics(done % settings.log_every or settings.log_every), "lr": lr}
+            trainer.log(row, loss=f"{row['loss']:.4f}")
         if done % settings.evaluate_every == 0 or done == settings.steps:
-            errors = error(ema)
-            training.extra_state["denoising"] += [
-                {"step": done, "sigma": sigma, "mean_squared_error": value} for sigma, value in errors.items()
+            trainer.extra_state["denoising"] += [
+                {"step": done, "sigma": sigma, "mean_squared_error": value} for sigma, value in error(ema).items()
             ]
+    return trainer, ema
 
-    def save(folder: Path) -> None:
-        seen = settings.steps * settings.batch_size
-        write_csv(folder / "denoising.csv", training.extra_state["denoising"])
-        save_denoiser(
-            folder,
-            ema,
-            seed=config.seed,
-            parameters=parameter_count(ema),
-            training={"profile": config.profile, **settings.model_dump(mode="json")},
-            compute=objective.forwards_per_image * seen,
-        )
 
-    training.publish(output, timing, save, settings.steps * settings.batch_size)
+def train_batches(
+    training: DenoiserTraining, images: ShardedDataset, env: DistEnv, first_step: int
+) -> Generator[Batch]:
+    """This process's share of the images of each step, from `first_step` on."""
+    return batch_loader(
+        images,
+        FinetuneTransform(training.settings.augmentation, training.data.image_size),
+        batch_size=training.settings.batch_size,
+        seed=training.batch_seed,
+        steps=range(first_step, training.settings.steps),
+        env=env,
+        workers=training.data.workers,
+    )
 
 
 def build_trainer(
-    config: Config,
-    settings: DenoiserSettings,
-    objective: Denoising,
-    denoiser: EDMDenoiser,
-    ema: EDMDenoiser,
-    images: ShardedDataset,
-    env: DistEnv,
+    training: DenoiserTraining, denoiser: EDMDenoiser, ema: EDMDenoiser, images: ShardedDataset, env: DistEnv
 ) -> Trainer:
     """The loop around the denoiser, with the identity of this run."""
-    batch_seed = derive_seed(config.seed, "denoiser batches")
+    settings = training.settings
     identity = fingerprint(
-        config.model_dump(mode="json", include={"seed", "data", "denoiser", "sigmas"}),
+        {
+            "seed": training.seed,
+            "sigmas": training.sigmas,
+            "data": training.data.model_dump(mode="json"),
+            "denoiser": settings.model_dump(mode="json"),
+        },
         {"shards": images.fingerprint},
         __name__,
-        objective,
+        training.objective,
         denoiser,
     )
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
-    training = Trainer(
+    return Trainer(
         RunState("denoiser", identity),
         env,
         label="denoiser",
@@ -204,7 +220,20 @@ def build_trainer(
         precision=settings.precision,
         metrics=["loss", "grad_norm"],
         checkpoint_every=settings.checkpoint_every,
-        describe_step=lambda step: describe_step(images, settings.batch_size, batch_seed, step),
+        describe_step=lambda step: describe_step(images, settings.batch_size, training.batch_seed, step),
+        extra_state={"denoising": []},
     )
-    training.extra_state = {"denoising": []}
-    return training
+
+
+def _save(training: DenoiserTraining, ema: EDMDenoiser, errors: list[dict], folder: Path) -> None:
+    """Write the model folder of the averaged denoiser."""
+    settings = training.settings
+    write_csv(folder / "denoising.csv", errors)
+    save_denoiser(
+        folder,
+        ema,
+        seed=training.seed,
+        parameters=parameter_count(ema),
+        training={"profile": training.profile, **settings.model_dump(mode="json")},
+        compute=training.objective.forwards_per_image * settings.steps * settings.batch_size,
+    )

@@ -1,118 +1,108 @@
-"""Training of an ensemble: classifiers of one method, each with a seed of its own (Horváth et al. 2022)."""
+"""Training of an ensemble: several classifiers of one method, each with its own seed (Horváth et al. 2022)."""
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
-from rrcm.config import Config
-from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.derived import initial_weights_path
-from rrcm.methods import METHODS, SOFT_LABELS
+from rrcm.data.shards import ShardedDataset
+from rrcm.methods import METHODS
 from rrcm.models.ensembles import write_ensemble
 from rrcm.models.kinds import load_model_folder
 from rrcm.training.finetune import finetune
-from rrcm.training.validation import NoisyValidation
-from rrcm.utils.distributed import DistEnv, all_reduce_min, init_distributed, resolve_precision
+from rrcm.training.plan import Training
+from rrcm.training.start import encoder_path
+from rrcm.training.validation import build_validation
+from rrcm.utils.distributed import DistEnv, all_reduce_min, init_distributed
 from rrcm.utils.files import atomic_directory, claimed, read_json, sha256_file, sha256_folder, write_json
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 
 
-def finetune_ensemble(
-    config: Config,
-    method: str,
-    sigma: float,
-    shard_folder: Path | str,
-    pretrained: Path,
-    output: Path,
-    timing: Path,
-    soft_labels: Path = Path(SOFT_LABELS),
-) -> None:
-    """Train the members of an ensemble, one after another, and write `output` (config.json, history.csv, one folder per
-    member) and `timing` (JSON).
+def finetune_ensemble(training: Training) -> None:
+    """Train the members one after another, and write the model folder (config.json, history.csv, one folder per member)
+    and the timing.
 
-    Each member is a training of the method with a seed derived from the seed and its number. So head, batches, noise,
-    and random initial weights are its own. A killed run continues in the member that it was at, and ends with
-    the same bytes.
+    Each member is a training of its own: its head, batches, noise and random initial weights come from a seed derived
+    from the training's seed and the member's number. A run that was killed and is started again continues in the member
+    it had reached, and ends with the same bytes.
     """
-    count = config.finetune.ensemble_members
-    identity = _identity(config, method, sigma, shard_folder, pretrained, soft_labels)
-    run_state = RunState(f"ensemble-{method}-{sigma}", identity)
-    folders = [run_state.folder / f"member_{number}" for number in range(count)]
-    records = [folder.with_suffix(".json") for folder in folders]  # written last
-    with init_distributed(config.device) as env:
+    run_state = RunState(f"ensemble-{training.method}-{training.sigma}", _identity(training))
+    members = [_member(training, number, run_state.folder) for number in range(training.common.ensemble_members)]
+    with init_distributed(training.device) as env:
         if env.is_main:
             run_state.lock()
-        done = torch.tensor(sum(record.exists() for record in records))
+        done = torch.tensor(sum(member.files.timing.exists() for member in members))
         done = int(all_reduce_min(done))  # the same in all processes
-    for number in range(done, count):
-        own = config.model_copy(update={"seed": derive_seed(config.seed, "member", number) % 2**31})
-        label = f"finetune {method} sigma {sigma:g} member {number + 1} of {count}"
-        finetune(own, method, sigma, shard_folder, pretrained, folders[number], records[number], soft_labels, label)
+    for member in members[done:]:
+        finetune(member)
     if env.is_main:
+        output, timing = training.files.output, training.files.timing
         with claimed(output, timing, wait=True):
             with atomic_directory(output) as complete:
-                for folder in folders:
-                    shutil.copytree(folder, complete / folder.name)
-                _describe(config, method, sigma, ShardedDataset(shard_folder, "val"), env.device, complete)
-            _sum_timings(records, timing)
+                for member in members:
+                    shutil.copytree(member.files.output, complete / member.files.output.name)
+                _describe(training, complete, env.device)
+            _sum_timings([member.files.timing for member in members], timing)
         run_state.finish()
 
 
-def _identity(
-    config: Config, method: str, sigma: float, shard_folder: Path | str, pretrained: Path, soft_labels: Path
-) -> str:
-    """The hash that names the run: of the settings, the code, and the data and weights that the members start from."""
-    inputs = {"shards": ShardedDataset(shard_folder, "train").fingerprint}
-    weights = initial_weights_path(method, config.finetune.model_dump(), config.denoised.model_dump())
-    if config.finetune.uses_pretraining(method):
-        weights = pretrained / METHODS[method].initial_weights
-    for path in (weights, soft_labels if METHODS[method].needs_soft_labels else None):
-        if path is not None and (path := Path(path)).exists():  # what is missing is named by the training that needs it
+def _member(training: Training, number: int, folder: Path) -> Training:
+    """The training of one member. Its timing is written last, so it says whether the member is complete."""
+    output = folder / f"member_{number}"
+    label = f"{training.label} member {number + 1} of {training.common.ensemble_members}"
+    seed = derive_seed(training.seed, "member", number) % 2**31
+    return replace(training, seed=seed, label=label).writing_to(output, output.with_suffix(".json"))
+
+
+def _identity(training: Training) -> str:
+    """The hash that names the run. It covers settings, code, images, soft labels and initial weights."""
+    inputs = {"shards": ShardedDataset(training.files.shards, "train").fingerprint}
+    weights = encoder_path(training.method, training.common, training.files.encoders)
+    soft_labels = training.files.soft_labels if METHODS[training.method].needs_soft_labels else None
+    for path in (weights, soft_labels):
+        if path is not None and path.exists():  # the member's training names a file that is missing
             inputs[path.name] = sha256_folder(path) if path.is_dir() else sha256_file(path)
-    settings = config.model_dump(mode="json", include={"seed", "data", "model", "pretrain", "finetune"})
-    return fingerprint({"method": METHODS[method].identity, "sigma": sigma, **settings}, inputs, __name__)
+    return fingerprint(training.identity, inputs, __name__)
 
 
-def _describe(
-    config: Config, method: str, sigma: float, validation: ShardedDataset, device: torch.device, folder: Path
-) -> None:
-    """Write config.json and history.csv of the ensemble in `folder`, where the members are.
+def _describe(training: Training, folder: Path, device: torch.device) -> None:
+    """Write config.json and history.csv of the ensemble in `folder`, which has the members.
 
-    The history is the mean of theirs.
+    The history is the mean of the members' histories.
     """
     members = sorted(path.name for path in folder.iterdir())
     configs = [read_json(folder / name / "config.json") for name in members]
     histories = pd.concat([pd.read_csv(folder / name / "history.csv") for name in members])
     histories.groupby("epoch", as_index=False).mean().to_csv(folder / "history.csv", index=False, lineterminator="\n")
     facts = {
-        "sigma": sigma,
-        "method": method,
-        "seed": config.seed,
+        "sigma": training.sigma,
+        "method": training.method,
+        "seed": training.seed,
         "parameters": sum(each["parameters"] for each in configs),
-        "initial_weights": config.finetune.origin_of_weights(method),
+        "initial_weights": training.initial_weights,
         "training": configs[0]["training"],
         "compute": add_compute([each["compute"] for each in configs]),
     }
     write_ensemble(folder, members, configs[0]["class_names"], **facts)
     ensemble = load_model_folder(folder).classifier.to(device)
-    pixels, labels, _ = read_split(validation, config.data.image_size)
-    precision = resolve_precision(device, config.finetune.precision)
-    accuracy = NoisyValidation(pixels, labels, sigma, config.seed, precision, DistEnv(0, 1, device))(ensemble)
+    validation = ShardedDataset(training.files.shards, "val")
+    accuracy = build_validation(training, validation, DistEnv(0, 1, device), nn.Identity())(ensemble)
     selected = {"epoch": histories["epoch"].tolist()[-1], "val_accuracy": accuracy}
     write_ensemble(folder, members, configs[0]["class_names"], **facts, selected=selected)
 
 
 def add_compute(members: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The compute of an ensemble: all fine-tunings, and once what the members share, as a pre-training."""
+    """The compute of an ensemble: all fine-tunings, and once what the members share, such as a pre-training."""
     return {**members[0], "finetune": sum(member["finetune"] for member in members)}
 
 
 def _sum_timings(records: list[Path], timing: Path) -> None:
-    """Write the timing of the ensemble: seconds added up, and images per second over all members."""
+    """Write the timing of the ensemble: the sum of the seconds, and images per second over all members."""
     each = [read_json(record) for record in records]
     seconds = sum(record["seconds"] for record in each)
     images = sum(record["seconds"] * record["images_per_second"] for record in each)

@@ -24,9 +24,9 @@ def teacher_decay(
 
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * source, parameters only: buffers stay.
+    """average <- decay * average + (1 - decay) * source, for parameters only. Buffers are left alone.
 
-    The average may be of a part of `source`: it takes the parameters with the names of its own.
+    `average` may cover only a part of `source`. Parameters are matched by name.
     """
     new = dict(source.named_parameters())
     torch._foreach_lerp_(list(average.parameters()), [new[name] for name, _ in average.named_parameters()], 1 - decay)
@@ -35,7 +35,7 @@ def update_average(average: nn.Module, source: nn.Module, decay: float) -> None:
 def warmup_cosine(progress: float, warmup: float, total: float) -> float:
     """Learning-rate factor in [0, 1]: linear from 0 at progress 0 to 1 at `warmup`, then half a cosine to 0 at `total`.
 
-    The three share a unit: steps in pre-training, epochs in fine-tuning.
+    All three arguments have the same unit: steps in pre-training, epochs in fine-tuning.
     """
     if progress < warmup:
         return progress / warmup
@@ -43,9 +43,9 @@ def warmup_cosine(progress: float, warmup: float, total: float) -> float:
 
 
 def warmup_step(progress: float, warmup: float, every: float) -> float:
-    """Learning-rate factor in [0, 1]: linear from 0 at progress 0 to 1 at `warmup`, then a tenth after each `every`.
+    """Learning-rate factor in [0, 1]: linear from 0 at progress 0 to 1 at `warmup`, divided by ten after each `every`.
 
-    The three share a unit. `every` counts from progress 0.
+    All three arguments have the same unit. `every` counts from progress 0.
     """
     return min(1.0, progress / warmup if warmup else 1.0) * 0.1 ** (progress // every)
 
@@ -58,9 +58,9 @@ def build_optimizer(
     name: str = "adamw",
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """AdamW, or `sgd` with `momentum`, over groups (lr_scale, parameters).
+    """AdamW, or `sgd` with `momentum`. `parameters` are groups (lr_scale, parameters).
 
-    `Trainer.optimizer_step` multiplies the rate with each `lr_scale`.
+    `Trainer.optimizer_step` multiplies the learning rate of each group by its `lr_scale`.
     """
     groups = [{"params": group, "lr_scale": scale} for scale, group in parameters]
     if name == "sgd":
@@ -68,11 +68,21 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
+def layerwise_groups(classifier: nn.Module, decay: float) -> list[tuple[float, list[nn.Parameter]]]:
+    """The trainable parameters with their learning-rate factors, grouped as `build_optimizer` takes them."""
+    scales = layerwise_lr_scales(classifier, decay)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in classifier.named_parameters():
+        if name in scales:
+            groups.setdefault(scales[name], []).append(parameter)
+    return [*groups.items()]
+
+
 def layerwise_lr_scales(classifier: nn.Module, decay: float) -> dict[str, float]:
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
-    Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, the rest is the last.
-    Without decay (1) the classifier may be any network.
+    Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, and everything else is the
+    last layer. With decay 1 the classifier may be any network.
     """
     if decay == 1:
         return {name: 1.0 for name, parameter in classifier.named_parameters() if parameter.requires_grad}

@@ -1,5 +1,5 @@
-"""The training loop shared by pre-training and fine-tuning: mixed precision, optimizer step, metrics, checkpoints,
-early exit, outputs. The loss is supplied by the caller."""
+"""The training loop that all trainings share: mixed precision, optimizer step, metrics, checkpoints, early exit,
+outputs. The caller computes the loss."""
 
 import math
 import signal
@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,11 +34,13 @@ from rrcm.utils.provenance import describe_environment
 from rrcm.utils.resume import RunState, pack_state, unpack_state
 
 
+@dataclass(eq=False)
 class Trainer:
-    """Runs a training from its last checkpoint on.
+    """Runs a training, from its last checkpoint if there is one.
 
-    A run that is killed at any moment continues from there and ends with the same bytes. SIGTERM makes it save after
-    the current step and raise `Interrupted`. `history` (rows) and `extra_state`, both JSON-able, are saved as well.
+    A run that is killed at any moment continues from its checkpoint and ends with the same bytes. After SIGTERM it
+    saves at the end of the current step and raises `Interrupted`. Checkpoints include `history` (rows) and
+    `extra_state`, both JSON-able.
 
         trainer = Trainer(run_state, env, ...)
         trainer.resume()
@@ -49,37 +52,34 @@ class Trainer:
         trainer.publish(...)
     """
 
-    def __init__(
-        self,
-        run_state: RunState,
-        env: DistEnv,
-        *,
-        label: str,
-        total_steps: int,
-        modules: Mapping[str, nn.Module],  # saved in checkpoints
-        optimizer: torch.optim.Optimizer,  # each parameter group has an `lr_scale`
-        precision: str,
-        metrics: Sequence[str],  # names of the values given to `accumulate_metrics`
-        checkpoint_every: int,  # steps
-        describe_step: Callable[[int], str],  # names a step's images in the message about a non-finite loss
-    ):
-        self.run_state, self.env, self.label, self.total_steps = run_state, env, label, total_steps
-        self.modules, self.optimizer = modules, optimizer
-        self.precision = resolve_precision(env.device, precision)
-        self.metrics, self.checkpoint_every, self.describe_step = metrics, checkpoint_every, describe_step
-        self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.precision == "fp16")
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.sums = torch.zeros(len(metrics), dtype=torch.float64, device=env.device)  # of this process
-        self.first_nonfinite_step = torch.tensor(math.inf, device=env.device)
-        self.step = 0  # steps done
-        self.history: list[dict] = []
-        self.extra_state: dict = {}
+    run_state: RunState
+    env: DistEnv
+    _: KW_ONLY
+    label: str
+    total_steps: int
+    modules: Mapping[str, nn.Module]  # saved in checkpoints
+    optimizer: torch.optim.Optimizer  # each parameter group has an `lr_scale`
+    precision: str
+    metrics: Sequence[str]  # names of the values given to `accumulate_metrics`
+    checkpoint_every: int  # steps
+    describe_step: Callable[[int], str]  # names a step's images in the message about a non-finite loss
+    extra_state: dict = field(default_factory=dict)
+    step: int = field(default=0, init=False)  # steps done
+    history: list[dict] = field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        device = self.env.device
+        self.precision = resolve_precision(device, self.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=device)  # of this process
+        self.first_nonfinite_step = torch.tensor(math.inf, device=device)
         self.previous_seconds, self.start = 0.0, time.monotonic()
-        if env.is_main:
-            run_state.lock()
+        if self.env.is_main:
+            self.run_state.lock()
 
     def resume(self) -> bool:
-        """Load the newest good checkpoint. False if there is none."""
+        """Load the newest undamaged checkpoint. False if there is none."""
         if (state := self.run_state.load()) is None:
             return False
         self.step, tensors, metadata = state
@@ -103,7 +103,7 @@ class Trainer:
             return DistributedDataParallel(module, broadcast_buffers=False)
 
     def autocast(self) -> torch.autocast:
-        """The context of forward passes."""
+        """The context for forward passes."""
         return autocast(self.env.device, self.precision)
 
     def steps(self, batches: Generator[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -142,11 +142,11 @@ class Trainer:
         return norm
 
     def accumulate_metrics(self, *values: torch.Tensor) -> None:
-        """Add to the metrics, scalars of this process. Does not wait for the device."""
+        """Add this process's scalars to the metrics. Does not wait for the device."""
         self.sums += torch.stack(values).detach().double()
 
     def mean_metrics(self, steps: int) -> dict[str, float]:
-        """Means of the metrics over all processes and the last `steps` steps. Starts the sums anew."""
+        """The means of the metrics over all processes and the last `steps` steps. Resets the sums."""
         self.check_finite()
         means = (all_reduce_sum(self.sums) / (self.env.world_size * steps)).tolist()
         self.sums.zero_()
@@ -161,7 +161,7 @@ class Trainer:
             )
 
     def log(self, row: Mapping[str, float | None], **shown: str) -> None:
-        """Add a row to the history and to the live metrics. `shown` are texts for the progress line."""
+        """Add a row to the history and to the live metrics. `shown` goes into the progress line."""
         self.history.append(dict(row))
         self.progress.update(0, **shown)
         if self.env.is_main:
@@ -184,8 +184,8 @@ class Trainer:
     ) -> None:
         """Write the outputs and delete the resume state. `images` is the number of images seen in all steps.
 
-        The folder `output` gets what `save_model` writes and history.csv. It is moved into place when it is complete.
-        `timing` (JSON) gets the seconds, the environment and `measured`: numbers that differ from run to run.
+        The folder `output` gets history.csv and whatever `save_model` writes. It is moved into place once complete.
+        `timing` (JSON) gets the seconds, the environment and `measured`, which holds numbers that vary between runs.
         """
         if self.env.is_main:
             record = {"seconds": self.seconds, "images_per_second": images / self.seconds}
@@ -194,25 +194,25 @@ class Trainer:
                 **measured,
                 "environment": describe_environment(self.env.device),
             }
-            with claimed(output, timing, wait=True):  # by another run of this stage, they are not mixed with its own
+            with claimed(output, timing, wait=True):  # another run of this stage must not write in between
                 with atomic_directory(output) as folder:
                     write_csv(folder / "history.csv", self.history)
-                    save_model(folder)  # last: it hashes what is in the folder
+                    save_model(folder)  # last, because it hashes the files in the folder
                 write_json(timing, record)
             self.run_state.finish()
         barrier()
 
     @property
     def seconds(self) -> float:
-        """Duration of the training so far, without the time between a kill and the next start."""
+        """The duration of the training so far, without the time between a kill and the next start."""
         return self.previous_seconds + time.monotonic() - self.start
 
 
 class LiveMetrics:
-    """DVCLive metrics below dvclive/, for `dvc plots`, its editor extensions and Studio. Not an output of a stage.
+    """DVCLive metrics in dvclive/, for `dvc plots`, DVC's editor extensions and Studio. They are no output of a stage.
 
-    They are rewritten from the history at the start, since a killed process may leave a half-written file. An error is
-    printed once, and the training goes on without live metrics.
+    They are rewritten from the history at the start, since a killed process may leave a half-written file. After an
+    error, which is printed once, the training continues without live metrics.
     """
 
     def __init__(self, label: str, history: Sequence[Mapping[str, float | None]]):
@@ -248,7 +248,7 @@ class LiveMetrics:
 
 @contextmanager
 def catch_sigterm() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM arrives. Clusters send it before they take a machine away."""
+    """A list that stays empty until SIGTERM arrives, which clusters send before they reclaim a machine."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield received

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
 from rrcm.config import load_config
-from rrcm.derived import initial_weights_path
+from rrcm.derived import watched_weights
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_encoder, save_model
@@ -31,7 +31,7 @@ from rrcm.models.kinds import load_model_folder
 from rrcm.models.load import class_folders, load_base_classifier
 from rrcm.models.timm_models import _weights_only, load_timm
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.training.finetune import load_initial_encoder
+from rrcm.training.start import load_initial_encoder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.tensors import load_tensors, load_weights, plain_names
 
@@ -588,7 +588,7 @@ def test_fine_tuning_starts_from_a_snapshot(hub, where):
         hub("snapshot")
     overrides = ["data.image_size=16", "data.channels=3", "methods=[timm]", f"finetune.timm.model='{where}'"]
     config = load_config(compose(Path("params.yaml").absolute(), *overrides))
-    encoder = load_initial_encoder(config, "timm", 1.0, Path("nowhere"))
+    encoder = load_initial_encoder("timm", 1.0, Path("nowhere"), config.finetune, config.model, config.data)
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)
 
 
@@ -608,10 +608,10 @@ def test_dvc_watches_the_snapshot(model, weights, path, tmp_path):
     Path("snapshot").mkdir()
     settings = {"timm": {"model": model, "weights": weights}, "initial_weights": "~/start"}
     path = path and path.format(home=tmp_path)
-    assert initial_weights_path("timm", settings, {}) == path
-    assert initial_weights_path("rrcm", settings, {}) == f"{tmp_path}/start"
+    assert watched_weights("timm", settings, {}) == path
+    assert watched_weights("rrcm", settings, {}) == f"{tmp_path}/start"
     denoised = {"model": model, "classifier_sigma": 0.001}
-    assert initial_weights_path("dds", settings, denoised) == (path if "snapshot" in model else None)
+    assert watched_weights("dds", settings, denoised) == (path if "snapshot" in model else None)
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(1000, 1000), (1001, 1000), (7, 7)])

@@ -3,6 +3,7 @@
 import pytest
 from conftest import change, compose
 
+from rrcm import methods
 from rrcm.config import load_config
 from rrcm.methods import METHODS
 from rrcm.objectives import PRETRAINING
@@ -34,8 +35,7 @@ def plan(tmp_path):
         spent = {"compute": {"pretrain": pretraining_compute(config, "rrcm")}}
         for name in {kind.initial_weights for kind in METHODS.values() if kind.pretrained_here}:
             write_json(tmp_path / name / "config.json", spent)
-        objective = build_finetuning_objective(config.finetune.settings(method, SIGMA), method, SIGMA)
-        return config, plan_budget(config, method, SIGMA, objective, images, tmp_path)
+        return config, plan_budget(config, method, SIGMA, images, tmp_path)
 
     return budget_of
 
@@ -169,3 +169,11 @@ def test_a_learning_rate_of_its_own(project):
     config = load_config(project / "params.yaml")
     assert [plan_pretraining(config, name).lr for name in ("rrcm", "dmae")] == [1e-3, 5e-4]
     assert build_pretraining_objective(config, "moco_v3").temperature == 0.2
+
+
+def test_an_objective_that_needs_soft_labels_must_be_named_in_the_method_table(tmp_path, monkeypatch):
+    """Without its name there the training would fail at its first step."""
+    settings = load_config(compose(tmp_path / "params.yaml")).finetune.settings("cat_rs", SIGMA)
+    monkeypatch.setattr(methods, "SOFT_LABEL_OBJECTIVES", set())
+    with pytest.raises(RRCMError, match=r"^rrcm/methods\.py: objective cat_rs needs soft labels; add it to SOFT_LAB"):
+        build_finetuning_objective(settings, "cat_rs", SIGMA)

@@ -20,9 +20,8 @@ from rrcm.models.load import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives.base import StepRandomness
 from rrcm.objectives.denoising import Denoising, denoising_loss
-from rrcm.training.denoised import DenoisedParts, denoising
 from rrcm.training.finetune import WrappedClassifier
-from rrcm.utils.distributed import DistEnv
+from rrcm.training.start import load_denoise
 from rrcm.utils.files import read_json
 
 METHODS = ["dds", "dds_finetuned", "densepure", "diffsmooth"]
@@ -180,10 +179,9 @@ def test_certificates_of_a_stochastic_method_survive_kills_and_processes(ready):
 
 
 def test_fine_tuning_sees_denoised_images_and_leaves_the_denoiser_alone(ready):
-    folders = DenoisedParts(ready / "models/denoiser", ready / "models/gaussian/sigma_0.001")
-    denoise = denoising(folders, 0.5, DistEnv(0, 1, torch.device("cpu"))).denoise
+    denoise = load_denoise(ready / "models/denoiser", 0.5, torch.device("cpu"))
     noisy = torch.rand(4, 1, 8, 8) + 0.5 * torch.randn(4, 1, 8, 8)
-    denoiser = load_denoiser(folders.denoiser)
+    denoiser = load_denoiser(ready / "models/denoiser")
     assert torch.equal(denoise(noisy), denoise_pixels(denoiser, noisy, sigma=0.5).detach())
     assert not denoise(noisy).requires_grad
 
@@ -194,7 +192,7 @@ def test_fine_tuning_sees_denoised_images_and_leaves_the_denoiser_alone(ready):
         def autocast(self):
             return torch.autocast("cpu", enabled=False)
 
-    classifier = load_model_folder(folders.classifier).classifier
+    classifier = load_model_folder(ready / "models/gaussian/sigma_0.001").classifier
     wrapped = WrappedClassifier(classifier, Training(), 1, denoise)
     torch.testing.assert_close(wrapped(noisy), classifier(denoise(noisy)))
 

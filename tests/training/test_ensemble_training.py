@@ -12,6 +12,7 @@ from rrcm.config import load_config
 from rrcm.models.load import load_model_folder
 from rrcm.training.ensemble import add_compute
 from rrcm.training.finetune import finetune
+from rrcm.training.plan import Files, plan_training
 from rrcm.utils.files import read_json
 from rrcm.utils.rng import derive_seed
 
@@ -43,8 +44,8 @@ def test_members_are_trainings_of_their_own_and_the_folder_says_so(ensemble, tmp
     heads = [load_file(folder / f"member_{number}/model.safetensors")["head.bias"] for number in range(3)]
     assert not any(heads[i].equal(heads[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     alone = config.model_copy(update={"seed": seeds[1]})
-    arguments = (ensemble / "data/shards", tmp_path, tmp_path / "alone", tmp_path / "time.json")
-    finetune(alone, "consistency", 0.5, *arguments)
+    files = Files(ensemble / "data/shards", tmp_path, tmp_path / "alone", tmp_path / "time.json")
+    finetune(plan_training(alone, "consistency", 0.5, files))
     weights = [path / "model.safetensors" for path in (tmp_path / "alone", folder / "member_1")]
     assert weights[0].read_bytes() == weights[1].read_bytes()  # a training of `consistency` with that seed
 

@@ -19,7 +19,8 @@ from rrcm.models.kinds import load_model_folder
 from rrcm.models.load import load_base_classifier
 from rrcm.models.timm_vit import convert_timm_vit
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.training.finetune import load_initial_encoder, time_condition
+from rrcm.training.plan import time_condition
+from rrcm.training.start import load_initial_encoder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 from rrcm.utils.tensors import sha256_tensors
@@ -160,6 +161,15 @@ def settings(tmp_path: Path, *overrides: str) -> Config:
     return load_config(compose(tmp_path / "params.yaml", *overrides))
 
 
+def initial_encoder(config: Config, method: str, folder: Path) -> NoiseConditionedViT:
+    """The encoder that `method` starts from, where no encoder has been pre-trained."""
+    return load_initial_encoder(method, 1.0, folder / "nowhere", config.finetune, config.model, config.data)
+
+
+def condition_of(config: Config, method: str, sigma: float) -> float:
+    return time_condition(method, sigma, config.finetune, config.pretrain)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "module.base_model."])
 def test_a_checkpoint_of_the_authors(reference, tmp_path, prefix):
     """Pre-trained or fine-tuned: the representation is the one that their code gave."""
@@ -168,22 +178,22 @@ def test_a_checkpoint_of_the_authors(reference, tmp_path, prefix):
         names |= {k.replace("head.", "module.linear_head."): v for k, v in reference.items() if k.startswith("head.")}
     torch.save(names, tmp_path / "theirs.pth")
     config = settings(tmp_path, *AUTHORS, f"finetune.initial_weights={tmp_path / 'theirs.pth'}")
-    encoder = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere").eval()
+    encoder = initial_encoder(config, "rrcm", tmp_path).eval()
     with torch.no_grad():
         representation = encoder(reference["x"] + reference["noise"], 1.0)
     assert_close(representation, reference["cls_t1.0"])
     other = settings(tmp_path, *AUTHORS, "model.depth=3", f"finetune.initial_weights={tmp_path / 'theirs.pth'}")
     with pytest.raises(RRCMError, match=r"theirs.pth: checkpoint of another architecture: depth is 2, .* want 3"):
-        load_initial_encoder(other, "rrcm", 1.0, tmp_path / "nowhere")
+        initial_encoder(other, "rrcm", tmp_path)
 
 
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
 def test_grid_time_is_what_the_authors_network_is_told(reference, tmp_path, sigma):
     config = settings(tmp_path, *AUTHORS, "finetune.time_condition=nearest_level")
     told = float(reference[f"nearest_t_noise{2 * sigma}"])
-    assert time_condition(config, "rrcm", sigma) == pytest.approx(told, rel=1e-6) and told != 2 * sigma
-    assert time_condition(config, "gaussian", sigma) == 2 * sigma  # knows of no grid
-    assert time_condition(settings(tmp_path, *AUTHORS), "rrcm", sigma) == 2 * sigma
+    assert condition_of(config, "rrcm", sigma) == pytest.approx(told, rel=1e-6) and told != 2 * sigma
+    assert condition_of(config, "gaussian", sigma) == 2 * sigma  # knows of no grid
+    assert condition_of(settings(tmp_path, *AUTHORS), "rrcm", sigma) == 2 * sigma
 
 
 @pytest.mark.parametrize("with_head", [False, True])
@@ -192,13 +202,13 @@ def test_a_folder_of_ours(tmp_path, with_head):
     encoder = NoiseConditionedViT(8, 1, 4, embed_dim=32, depth=2, num_heads=2)
     save_model(tmp_path / "start", NoiseConditionedClassifier(encoder, 10, 0.7) if with_head else encoder)
     config = settings(tmp_path, f"finetune.initial_weights={tmp_path / 'start'}", "model.freeze_patch_embed=true")
-    started = load_initial_encoder(config, "rrcm", 1.0, tmp_path / "nowhere")
+    started = initial_encoder(config, "rrcm", tmp_path)
     assert sha256_tensors(started.state_dict()) == sha256_tensors(encoder.state_dict())
     assert [name for name, p in started.named_parameters() if not p.requires_grad] == [
         "patch_embed.proj.weight",
         "patch_embed.proj.bias",
     ]
-    scratch = load_initial_encoder(config, "gaussian", 1.0, tmp_path / "nowhere")
+    scratch = initial_encoder(config, "gaussian", tmp_path)
     assert sha256_tensors(scratch.state_dict()) != sha256_tensors(encoder.state_dict())
 
 

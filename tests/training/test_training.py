@@ -22,13 +22,15 @@ from torch import nn
 
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
-from rrcm.data.shards import ShardedDataset
+from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.soft_labels import write_votes
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import load_encoder
 from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.training.finetune import BestWeights, Targets, WrappedClassifier, warn_if_collapsed
+from rrcm.training.batches import Targets
+from rrcm.training.finetune import WrappedClassifier
+from rrcm.training.validation import NoisyValidation, warn_if_collapsed
 from rrcm.utils.distributed import DistEnv
 from rrcm.utils.files import read_json
 
@@ -254,7 +256,7 @@ def test_soft_labels_are_those_of_the_images_and_are_mixed_like_them(project, mi
     labels, index = torch.arange(8) % 5, torch.tensor([3, 1, 4, 11, 5, 9, 2, 6])
     soft_labels = torch.zeros(12, 5)
     soft_labels[index, labels] = 1.0
-    targets = Targets(settings, 5, 0, DistEnv(0, 1, torch.device("cpu")), soft_labels)
+    targets = Targets(settings, 5, 0, torch.device("cpu"), soft_labels)
     batch = {"image": torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 1, 8, 8), "label": labels}
     for step in range(5):
         found = targets(batch | {"index": index}, step)
@@ -279,13 +281,13 @@ def test_a_collapse_is_said_once_when_the_learning_rate_has_grown(capsys):
 
 def test_a_classifier_that_knows_one_class_has_the_accuracy_of_a_collapse(project):
     """It is right about the largest class of the validation split, whatever the noise."""
-    config = load_config(project / "params.yaml")
     split = ShardedDataset(project / "data/shards", "val")
+    pixels, labels, _ = read_split(split, 8)
     classifier = NoiseConditionedClassifier(NoiseConditionedViT(8, 1, 4, 32, depth=1, num_heads=2), 10, t=1.0)
-    best = BestWeights(classifier, config, 0.5, split, DistEnv(0, 1, torch.device("cpu")))
+    validation = NoisyValidation(pixels, labels, 0.5, 0, "fp32", DistEnv(0, 1, torch.device("cpu")))
     nn.init.zeros_(classifier.head.weight)
     classifier.head.bias.data[int(np.bincount(split.labels).argmax())] = 1.0
-    assert best.accuracy(classifier) == pytest.approx(best.chance)
+    assert validation(classifier) == pytest.approx(validation.chance)
 
 
 def test_a_frozen_pass_is_in_eval_mode_and_leaves_training_mode_on():

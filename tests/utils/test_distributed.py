@@ -30,6 +30,7 @@ from rrcm.objectives.base import StepRandomness, build_objective
 from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels, rrcm_loss
 from rrcm.training.budget import build_pretraining_objective
 from rrcm.training.finetune import WrappedClassifier, finetune
+from rrcm.training.plan import Files, plan_training
 from rrcm.training.pretrain import pretrain
 from rrcm.utils import distributed
 from rrcm.utils.distributed import (
@@ -283,15 +284,8 @@ def train(folder: Path, shards: Path, world_size: int) -> None:
     config = load_config(folder / "params.yaml")
     encoders = folder / f"pretrain{world_size}"
     pretrain(config, "rrcm", shards, encoders / "rrcm", folder / "timing.json")
-    finetune(
-        config,
-        "rrcm",
-        0.5,
-        shards,
-        encoders,
-        folder / f"tuned{world_size}",
-        folder / "timing.json",
-    )
+    files = Files(shards, encoders, folder / f"tuned{world_size}", folder / "timing.json")
+    finetune(plan_training(config, "rrcm", 0.5, files))
 
 
 @pytest.mark.slow

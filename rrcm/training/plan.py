@@ -1,0 +1,118 @@
+"""The plan of a fine-tuning: everything that decides it, worked out from the settings before any work starts."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rrcm.config import Config, Data, Denoised, Finetune, FinetuneSettings, Model, Pretrain
+from rrcm.data.shards import read_manifest
+from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, denoising_classifier
+from rrcm.models.noise_levels import karras_levels, nearest_level
+from rrcm.training.budget import Budget, plan_budget
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that a training reads and writes."""
+
+    shards: Path | str  # folder or URL of the images
+    encoders: Path  # parent of the pre-trained encoders' model folders
+    output: Path  # model folder
+    timing: Path  # JSON
+    soft_labels: Path = Path(SOFT_LABELS)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model folders of the two networks that a denoising method consists of. They may not exist yet."""
+
+    denoiser: Path
+    classifier: Path | None  # None: a model from elsewhere, `denoised.model`
+
+
+@dataclass(frozen=True)
+class Training:
+    """One fine-tuning of one method at one smoothing sigma."""
+
+    method: str  # a key of METHODS
+    sigma: float  # pixel units
+    label: str  # its name in progress lines and live metrics
+    files: Files
+    profile: str
+    seed: int
+    device: str
+    threads: int | None
+    settings: FinetuneSettings  # of this method at this sigma
+    common: Finetune  # what all trainings share: precision, chunks, intervals
+    data: Data
+    model: Model
+    denoised: Denoised
+    initial_weights: str  # as recorded: `scratch`, a folder, a file, or a name at timm or on a hub
+    t: float  # the noise level that the classifier is conditioned on, model space
+    clean_t: float | None  # the noise level of clean images for a linear probe; None: the classifier's own
+    budget: Budget | None  # None: the method is put together from its parts and not trained
+    parts: Parts | None  # of a denoising method
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What decides the result, apart from the contents of files. JSON-able."""
+        own = ("sigma", "seed", "t", "clean_t")
+        sections = {"data": self.data, "model": self.model, "finetune": self.common}
+        return {
+            "method": METHODS[self.method].identity,
+            "budget": self.budget and asdict(self.budget),
+            **{name: getattr(self, name) for name in own},
+            **{name: section.model_dump(mode="json") for name, section in sections.items()},
+        }
+
+    def writing_to(self, output: Path, timing: Path) -> "Training":
+        """The same training with other outputs."""
+        return replace(self, files=replace(self.files, output=output, timing=timing))
+
+
+def plan_training(config: Config, method: str, sigma: float, files: Files) -> Training:
+    """The training of `method` at pixel noise `sigma` that the settings describe.
+
+    Reads the manifest of the shards and the recorded compute of the pre-training, if the method starts from one.
+    Raises `RRCMError` if one of them is missing, or if nothing is left to train with (`plan_budget`).
+    """
+    row = METHODS[method]
+    num_images = sum(read_manifest(files.shards).splits["train"].counts)
+    return Training(
+        method=method,
+        sigma=sigma,
+        label=f"finetune {method} sigma {sigma:g}",
+        files=files,
+        profile=config.profile,
+        seed=config.seed,
+        device=config.device,
+        threads=config.threads,
+        settings=config.finetune.settings(method, sigma),
+        common=config.finetune,
+        data=config.data,
+        model=config.model,
+        denoised=config.denoised,
+        initial_weights=config.initial_weights(method),
+        t=time_condition(method, sigma, config.finetune, config.pretrain),
+        clean_t=config.pretrain.t_min if row.pretrained_here else None,
+        budget=None if row.objective is None else plan_budget(config, method, sigma, num_images, files.encoders),
+        parts=find_parts(method, config.denoised, files.output.parent.parent) if row.denoises else None,
+    )
+
+
+def time_condition(method: str, sigma: float, finetune: Finetune, pretrain: Pretrain) -> float:
+    """The noise level t that a classifier for pixel noise `sigma` is conditioned on.
+
+    It is 2 sigma, or with `finetune.time_condition: nearest_level` the nearest level of the pre-training.
+    """
+    if not METHODS[method].pretrained_here or finetune.time_condition == "exact":
+        return 2 * sigma
+    levels = karras_levels(pretrain.max_levels + 1, t_min=pretrain.t_min, t_max=pretrain.t_max, rho=pretrain.rho)
+    return nearest_level(levels, 2 * sigma)
+
+
+def find_parts(method: str, denoised: Denoised, models: Path) -> Parts:
+    """The parts of a denoising method below `models`, the folder of all models."""
+    classifier = denoising_classifier(method, denoised.model_dump())
+    if classifier is not None:
+        classifier = models / classifier[0] / f"sigma_{classifier[1]}"
+    return Parts(models / Path(DENOISER).name, classifier)
