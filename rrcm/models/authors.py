@@ -40,27 +40,10 @@ def load_authors_checkpoint(
     path = Path(path)
     weights = load_tensors(path)
     fine_tuned = any(name.startswith("base_model.") for name in weights)
-    prefix = "base_model." if fine_tuned else ""
-    trunk = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-    projector = {
-        name.removeprefix("projection_head."): trunk.pop(name)
-        for name in list(trunk)
-        if name.startswith("projection_head.")
-    }
-    try:
-        embed_dim, channels, patch_size, _ = trunk["patch_embed.proj.weight"].shape
-        grid = math.isqrt(trunk["pos_embed"].shape[1] - 2)
-        depth = len({int(name.split(".")[1]) for name in trunk if name.startswith("blocks.")})
-        if not min(embed_dim, channels, patch_size, grid, depth):
-            raise ValueError
-    except (KeyError, ValueError, IndexError):
-        raise RRCMError(f"{path}: not an authors' checkpoint (holds no ViT with a time token)") from None
-    num_heads = num_heads or embed_dim // 64
-    if num_heads == 0 or embed_dim % num_heads:
-        raise RRCMError(f"{path}: {embed_dim} dimensions do not divide into {num_heads} heads; pass num_heads=")
-    encoder = NoiseConditionedViT(grid * patch_size, channels, patch_size, embed_dim, depth, num_heads)
-    trunk = {name: tensor for name, tensor in trunk.items() if not name.startswith("linear_head.")}
-    load_weights(encoder, trunk, path)
+    network = _below(weights, "base_model." if fine_tuned else "")
+    projector, head = _below(network, "projection_head."), _below(weights, "linear_head.")
+    trunk = {name: t for name, t in network.items() if not name.startswith(("projection_head.", "linear_head."))}
+    encoder = load_weights(_build_encoder(trunk, num_heads, path), trunk, path)
     if not final_norm:
         encoder.norm = nn.Identity()
     if not fine_tuned:
@@ -73,10 +56,30 @@ def load_authors_checkpoint(
     if sigma is None:
         raise RRCMError(f"{path}: a fine-tuned checkpoint; pass sigma=, the pixel noise it was tuned for")
     nearest = nearest_level(karras_levels(levels), 2 * sigma)
-    head = {name.removeprefix("linear_head."): t for name, t in weights.items() if name.startswith("linear_head.")}
     classifier = NoiseConditionedClassifier(encoder, _rows(head, "bias", path), nearest)
     load_weights(classifier.head, head, path)
     return classifier
+
+
+def _below(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The weights whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _build_encoder(trunk: Mapping[str, torch.Tensor], num_heads: int | None, path: Path) -> NoiseConditionedViT:
+    """An encoder of the sizes that the shapes of its weights determine, and of `num_heads`."""
+    try:
+        embed_dim, channels, patch_size, _ = trunk["patch_embed.proj.weight"].shape
+        grid = math.isqrt(trunk["pos_embed"].shape[1] - 2)
+        depth = len({int(name.split(".")[1]) for name in trunk if name.startswith("blocks.")})
+        if not min(embed_dim, channels, patch_size, grid, depth):
+            raise ValueError
+    except (KeyError, ValueError, IndexError):
+        raise RRCMError(f"{path}: not an authors' checkpoint (holds no ViT with a time token)") from None
+    num_heads = num_heads or embed_dim // 64
+    if num_heads == 0 or embed_dim % num_heads:
+        raise RRCMError(f"{path}: {embed_dim} dimensions do not divide into {num_heads} heads; pass num_heads=")
+    return NoiseConditionedViT(grid * patch_size, channels, patch_size, embed_dim, depth, num_heads)
 
 
 def load_authors_encoder(path: Path, expected: Mapping[str, int] | None) -> NoiseConditionedViT:
