@@ -14,9 +14,11 @@ from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.errors import RRCMError
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
+BLOCKS = {"rrcm_dmae": ("dmae", "rrcm_dmae")}  # blocks of `pretrain` that an objective reads, if not just its own
 REFERENCE = "rrcm"  # the method whose encoder passes others get, and with which the report compares them
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the matched methods get as well
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # those with `needs_soft_labels`
+CLEAN_SIGMA = 0.001  # noise in training on nearly clean images, pixel units: a quarter of a grey level
 SOFT_LABELS = "data/soft_labels.safetensors"  # where the stage soft-labels puts them
 DENOISER = "models/denoiser"  # where the stage denoiser puts it
 FAMILIES = (
@@ -211,7 +213,7 @@ def denoising_classifier(method: str, denoised: Mapping) -> tuple[str, float] | 
     if not kind.denoises or denoised["model"] is not None:
         return None
     own = denoised.get(kind.classifier) or {}
-    return kind.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))
+    return kind.initial_weights, float(own.get("local_sigma", CLEAN_SIGMA))
 
 
 def finetuning_keys(method: str, sigma: float) -> list[str]:

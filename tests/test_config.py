@@ -262,8 +262,8 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"pretrain__dmae__sigma": -0.1}, "pretrain.dmae.sigma = -0.1: should be greater than or equal to 0"),
         ({"pretrain__dmae__decoder_depth": 0}, "pretrain.dmae.decoder_depth = 0: should be greater than or equal to 1"),
         (
-            {"pretrain__rrcm_dmae__decoder_num_heads": 5},
-            "pretrain.rrcm_dmae: decoder_embed_dim 72 must be a multiple of decoder_num_heads 5",
+            {"pretrain__dmae__decoder_num_heads": 5},
+            "pretrain.dmae: decoder_embed_dim 72 must be even and a multiple of decoder_num_heads 5",
         ),
         ({"pretrain__dmae__ratio": 1}, "pretrain.dmae.ratio: unknown key; did you mean mask_ratio?"),
         ({"pretrain__warmup_steps": 30}, "warmup_steps 30 must be below steps 30"),

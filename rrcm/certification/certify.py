@@ -106,7 +106,7 @@ def certify_split(
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
     """`classifier` smoothed as the `certify` settings say, with further `options` of `SmoothedClassifier`."""
     classifier = with_consensus(classifier, config.certify.consensus)
-    settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
+    settings = {name: getattr(config.certify, name) for name in ("batch_size", "precision", "compile")}
     return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
 
 

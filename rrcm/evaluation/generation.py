@@ -34,6 +34,7 @@ from rrcm.utils.rng import derive_seed, normal_per_sample
 
 BATCH = 256
 CHUNK = 2**24  # numbers of training images in memory at a time, in the search for the nearest
+SHOWN_IMAGES = 8
 
 
 class Gaussian(NamedTuple):
@@ -263,7 +264,7 @@ def generate(config: Config, objective: str, shard_folder: Path | str, encoder: 
     found = nearest_images(torch.cat(list(images.values())), _chunks(train, size))  # the training images are read once
     parts_of = zip(found.distance.split(half), found.row.split(half), strict=True)
     nearest = {name: Nearest(*part) for name, part in zip(images, parts_of, strict=True)}
-    shown = evenly_spaced(half, config.report.gallery_images).tolist()
+    shown = evenly_spaced(half, SHOWN_IMAGES).tolist()
     own, other = same_and_cross_cosine(centred(torch.cat(measures.found)), centred(torch.cat(measures.given)))
     return Generated(
         t=measures.t,

@@ -110,7 +110,7 @@ def _publish(
     settings = getattr(config.denoised, kind, None)
     facts = {
         "sigma": sigma,
-        "settings": {} if settings is None else settings.model_dump(exclude={"classifier_sigma"}),
+        "settings": {} if settings is None else settings.model_dump(),
         "method": method,
         "seed": config.seed,
         "parameters": parameter_count(denoiser) + parameter_count(loaded.classifier),

@@ -400,7 +400,6 @@ def build_trainer(
             lr=settings.lr * settings.batch_size / 256,
             weight_decay=settings.weight_decay,
             name=settings.optimizer,
-            momentum=settings.momentum,
         ),
         precision=config.finetune.precision,
         metrics=["loss", *objective.terms],

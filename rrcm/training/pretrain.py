@@ -28,6 +28,8 @@ from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 
+EVALUATED_IMAGES = 10_000  # at most, of the validation split, and of the training split (as neighbours)
+
 
 def pretrain(config: Config, objective: str, shard_folder: Path | str, output: Path, timing: Path) -> None:
     """Train on the `train` split and write `output` (model.safetensors, config.json, history.csv, representation.csv)
@@ -106,7 +108,7 @@ class RepresentationMonitor:
     ):
         self.training = training
         bank, held_out = (
-            load_eval_images(split, config.data.image_size, settings.evaluate_images, training.env)
+            load_eval_images(split, config.data.image_size, EVALUATED_IMAGES, training.env)
             for split in (images, validation)
         )
         self.evaluate = partial(

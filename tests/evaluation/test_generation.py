@@ -134,7 +134,7 @@ def save_encoder(folder: Path, config: Config, seed: int) -> None:
 SMALL = ["model.embed_dim=16", "model.num_heads=2", "model.depth=1", "model.patch_size=4", "data.workers=0"]
 SMALL += ["denoiser.batch_size=64", "denoiser.warmup_steps=5", "denoiser.lr=2e-2", "denoiser.ema_decay=0.8"]
 SMALL += ["denoiser.log_every=10", "denoiser.evaluate_every=1000", "denoiser.precision=fp32", "generate.steps=6"]
-SMALL += ["pretrain.min_levels=2", "pretrain.max_levels=4", "pretrain.t_max=4", "report.gallery_images=3"]
+SMALL += ["pretrain.min_levels=2", "pretrain.max_levels=4", "pretrain.t_max=4"]
 
 
 @pytest.mark.slow

@@ -609,7 +609,7 @@ def test_dvc_watches_the_snapshot(model, weights, path, tmp_path):
     path = path and path.format(home=tmp_path)
     assert initial_weights_path("timm", settings, {}) == path
     assert initial_weights_path("rrcm", settings, {}) == f"{tmp_path}/start"
-    denoised = {"model": model, "classifier_sigma": 0.001}
+    denoised = {"model": model}
     assert initial_weights_path("dds", settings, denoised) == (path if "snapshot" in model else None)
 
 
