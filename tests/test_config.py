@@ -477,3 +477,10 @@ def test_a_length_that_cannot_be_is_refused_in_one_line(tmp_path, overrides, sai
     with pytest.raises(RRCMError) as caught:
         profile(tmp_path, "digits", *overrides)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_settings_page_is_up_to_date(tmp_path):
+    answer = stage(tmp_path, "settings", "--output", "settings.md")
+    assert answer.returncode == 0, answer.stderr
+    page = REPOSITORY / "docs/settings.md"
+    assert filecmp.cmp(tmp_path / "settings.md", page, shallow=False), "run `python stages/settings.py`"
