@@ -77,7 +77,7 @@ def page() -> str:
                 type_name(each.field),
                 (each.field.json_schema_extra or {}).get("unit") or "-",
                 default_of(defaults, each.path),
-                each.field.description,
+                each.field.description or "-",
                 ", ".join(sorted(stages.get(each.path, ()))) or "-",
                 ", ".join(setters.get(each.path, ())) or "-",
             )
