@@ -49,7 +49,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.progress import Progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SETTINGS = """sigmas=[0.5] methods=[rrcm] attack.methods=[rrcm] report.gallery_images=4
+SETTINGS = """sigmas=[0.5] methods=[rrcm] attack.methods=[rrcm]
     model.patch_size=4 model.embed_dim=32 model.num_heads=2 model.projector_hidden_dim=32 model.projection_dim=16
     pretrain.batch_size=64 pretrain.steps=30 pretrain.warmup_steps=4 pretrain.precision=fp32 pretrain.log_every=3
     pretrain.evaluate_every=10 pretrain.checkpoint_every=5

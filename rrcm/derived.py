@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rrcm.methods import (
+    BLOCKS,
     DENOISER,
     MATCHED_PRETRAINING,
     METHODS,
@@ -93,7 +94,7 @@ def _sigma_key(sigma: float) -> str:
 def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> dict:
     """The settings that decide a pre-training, apart from seed, threads and data."""
     blocks = {name for name, value in pretrain.items() if isinstance(value, Mapping)} - {*PER_OBJECTIVE, "views"}
-    needed = {objective} | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
+    needed = set(BLOCKS.get(objective, [objective])) | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
     values = _without(pretrain, (blocks - needed) | {"objectives"} | NO_RESULT)
     own = choose_values({name: pretrain[name] for name in PER_OBJECTIVE}, (objective, "default"))
     return {"pretrain": values | own, "model": _without(model, TRUNK)}

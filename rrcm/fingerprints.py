@@ -18,7 +18,7 @@ from rrcm.utils.files import atomic_directory, expand_user, write_text
 from rrcm.utils.registry import Registry
 
 STAGES = Path(__file__).parents[1] / "stages"
-TABLES = {"rrcm.config", "rrcm.derived", "rrcm.methods"}  # watched by value
+TABLES = {"rrcm.config", "rrcm.constraints", "rrcm.derived", "rrcm.methods", "rrcm.sections"}  # watched by value
 # Modules that can stop a stage but cannot change its result.
 NO_RESULTS = {
     "rrcm.data.verification",

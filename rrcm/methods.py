@@ -14,9 +14,11 @@ from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.errors import RRCMError
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
+BLOCKS = {"rrcm_dmae": ("dmae", "rrcm_dmae")}  # blocks of `pretrain` that an objective reads, if not just its own
 REFERENCE = "rrcm"  # the method that defines equal encoder passes, and with which the report compares all others
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the matched methods get as well
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # the objectives with `needs_soft_labels`; reading that would import torch
+CLEAN_SIGMA = 0.001  # noise in training on nearly clean images, pixel units: a quarter of a grey level
 SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
 DENOISER = "models/denoiser"  # output of the stage denoiser
 FAMILIES = (
@@ -211,4 +213,4 @@ def denoising_classifier(method: str, denoised: Mapping) -> tuple[str, float] | 
     if not row.denoises or denoised["model"] is not None:
         return None
     own = denoised.get(row.classifier) or {}
-    return row.initial_weights, float(own.get("classifier_sigma", denoised["classifier_sigma"]))
+    return row.initial_weights, float(own.get("local_sigma", CLEAN_SIGMA))

@@ -262,8 +262,8 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"pretrain__dmae__sigma": -0.1}, "pretrain.dmae.sigma = -0.1: should be greater than or equal to 0"),
         ({"pretrain__dmae__decoder_depth": 0}, "pretrain.dmae.decoder_depth = 0: should be greater than or equal to 1"),
         (
-            {"pretrain__rrcm_dmae__decoder_num_heads": 5},
-            "pretrain.rrcm_dmae: decoder_embed_dim 72 must be a multiple of decoder_num_heads 5",
+            {"pretrain__dmae__decoder_num_heads": 5},
+            "pretrain.dmae: decoder_embed_dim 72 must be even and a multiple of decoder_num_heads 5",
         ),
         ({"pretrain__dmae__ratio": 1}, "pretrain.dmae.ratio: unknown key; did you mean mask_ratio?"),
         ({"pretrain__warmup_steps": 30}, "warmup_steps 30 must be below steps 30"),
@@ -406,3 +406,78 @@ def test_layer_decay_follows_the_length_of_fine_tuning(tmp_path):
         for epochs in (1, 2, 10, 100, 300)
     ]
     assert decays == pytest.approx([0.9975, 0.995, 0.975, 0.75, 0.75])
+
+
+LENGTHS = ("pretrain.steps", "finetune.epochs", "denoiser.steps")
+
+
+def shortened(config, factor):
+    """Overrides that divide the length of each training by `factor`."""
+    for path in LENGTHS:
+        section, name = path.split(".")
+        length = getattr(getattr(config, section), name)
+        if isinstance(length, dict):
+            yield f"{path}={{{', '.join(f'{key}: {max(1, value // factor)}' for key, value in length.items())}}}"
+        else:
+            yield f"{path}={max(1, length // factor)}"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_warm_ups_follow_the_length_of_every_profile(tmp_path, name):
+    """At a tenth of their length, all schedules have the same share of it, for each objective."""
+    full = profile(tmp_path, name)
+    short = profile(tmp_path, name, *shortened(full, 10))
+    for section in ("pretrain", "denoiser"):
+        shares = [getattr(each, section).warmup_steps / getattr(each, section).steps for each in (full, short)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.5 / getattr(short, section).steps)
+    for method in FROM_SCRATCH:
+        for sigma in full.sigmas:
+            before, after = (each.finetune.settings(method, sigma).of_objective(method) for each in (full, short))
+            schedules = [key for key in before if key.endswith("_epochs") and key != "linear_probe_epochs"]
+            if before["lr_schedule"] != "step":
+                schedules.remove("lr_step_epochs")
+            for key in schedules:
+                assert after[key] / after["epochs"] == pytest.approx(before[key] / before["epochs"]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "method", "expected"),  # warm-ups of the learning rate and of the attack at sigma 0.5
+    [
+        ("digits", ["finetune.epochs=3"], "smoothadv", (0.6, 1.2)),
+        ("cifar10", ["finetune.epochs=3"], "smoothadv", (0.3, 0.3)),
+        ("cifar10", ["finetune.epochs={default: 3, smoothadv: 9}"], "smoothadv", (0.9, 0.9)),
+        ("cifar10", ["finetune.epochs={default: 3, smoothadv: 9}"], "smoothmix", (0.3, 0.3)),
+        ("cifar10", ["finetune.epochs={sigma_0.25: 3, sigma_0.5: 9, default: 1}"], "smoothadv", (0.9, 0.9)),
+        ("cifar10", ["finetune.epochs=3", "finetune.warmup_epochs=1"], "smoothadv", (1, 0.3)),
+        ("imagenet_b", ["finetune.epochs=3"], "smoothadv", (0.3, 0.6)),
+        ("imagenet_b", ["finetune.epochs={sigma_0.5: 100}"], "smoothadv", (10, 20)),
+        ("fashion_mnist_lenet", ["finetune.epochs={default: 9, cat_rs: 15}"], "smoothadv", (0, 1)),
+    ],
+)
+def test_warm_ups_follow_an_override_of_the_length(tmp_path, name, overrides, method, expected):
+    values = profile(tmp_path, name, *overrides).finetune.settings(method, 0.5).of_objective(method)
+    ramp = values.get("attack_warmup_epochs", values.get("mix_warmup_epochs"))
+    assert (values["warmup_epochs"], ramp) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["finetune.epochs=3", "finetune.warmup_epochs=5"], "warmup_epochs 5 of consistency must be below epochs 3"),
+        (["finetune.epochs=0"], "finetune.epochs = 0: should be greater than or equal to 1"),
+        (["finetune.epochs=many"], "finetune.epochs = 'many': should be a valid integer"),
+        (["pretrain.steps=0"], "pretrain.steps = 0: should be greater than or equal to 1"),
+        (["pretrain.steps=1"], "pretrain: warmup_steps 1 must be below steps 1"),
+    ],
+)
+def test_a_length_that_cannot_be_is_refused_in_one_line(tmp_path, overrides, said):
+    with pytest.raises(RRCMError) as caught:
+        profile(tmp_path, "digits", *overrides)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_settings_page_is_up_to_date(tmp_path):
+    answer = stage(tmp_path, "settings", "--output", "settings.md")
+    assert answer.returncode == 0, answer.stderr
+    page = REPOSITORY / "docs/settings.md"
+    assert filecmp.cmp(tmp_path / "settings.md", page, shallow=False), "run `python stages/settings.py`"

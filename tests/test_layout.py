@@ -15,6 +15,7 @@ LAYERS = [
     {"rrcm.utils"},
     {"rrcm.methods"},
     {"rrcm.derived"},
+    {"rrcm.constraints", "rrcm.sections"},
     {"rrcm.config"},
     {"rrcm.data", "rrcm.models"},
     {"rrcm.sources", "rrcm.objectives"},
@@ -48,13 +49,22 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def walk_running_code(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below `tree` but those that only type checkers see, in the body of `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from walk_running_code(node)
+
+
 def read_imports(root: Path) -> list[Import]:
     """All imports of the package `rrcm` in `root`, including those by `import_module("...")`."""
     found = []
     for path in sorted((root / "rrcm").rglob("*.py")):
         module = module_name(path, root)
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in walk_running_code(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Import(names=names):
                     targets = [alias.name for alias in names]

@@ -155,7 +155,7 @@ def attack_classifier(
     settings = config.attack
     smoothed = make_smoothed_classifier(classifier, sigma, config, num_noise=settings.num_noise)
     targets = {
-        "": smoothed_target(smoothed, settings.n, settings.alpha),
+        "": smoothed_target(smoothed, settings.n, config.certify.alpha),
         "unsmoothed_": unsmoothed_target(classifier, config.seed),
     }
     table = certificates[COLUMNS[:-1]].copy()

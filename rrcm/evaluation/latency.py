@@ -46,7 +46,7 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
     for method in config.methods:
         classifier = load_model_folder(models / method / sigma_name(sigma)).classifier.to(device)
         smoothed = SmoothedClassifier(
-            classifier, sigma, classifier.num_classes, seed=config.seed, precision=settings.precision
+            classifier, sigma, classifier.num_classes, seed=config.seed, precision=config.certify.precision
         )
         size, rate = fastest_batch(smoothed, images)
         smoothed.batch_size = size

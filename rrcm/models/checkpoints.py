@@ -26,6 +26,7 @@ from rrcm.models.folders import (
 )
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.models.vit import BlockOptions, NoiseConditionedViT
+from rrcm.sections import check_width
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
 
@@ -47,8 +48,7 @@ class ViTSizes(Entries):
 
     @model_validator(mode="after")
     def sizes_fit(self) -> Self:
-        if self.embed_dim % self.num_heads or self.embed_dim % 2:
-            raise ValueError(f"embed_dim {self.embed_dim} must be even and a multiple of num_heads {self.num_heads}")
+        check_width(self.embed_dim, self.num_heads)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
         return self

@@ -33,6 +33,8 @@ from rrcm.utils.files import atomic_directory, write_json, write_text
 LATENCY_PANELS = 3  # at most, in the latency figure
 LEAST_ACCURACY = 0.1  # the latency figure shows radii at which some method has this certified accuracy
 
+GALLERY_IMAGES = 8
+
 
 class Gallery(NamedTuple):
     """Test images with the answers of the first method."""
@@ -137,7 +139,7 @@ def read_gallery(config: Config, root: Path, certificates: Certificates) -> Gall
     images = ShardedDataset(root / "data/shards", "test")
     frames = {sigma: certificates[config.methods[0], sigma] for sigma in config.sigmas}
     first = frames[config.sigmas[0]]
-    rows = np.linspace(0, len(first) - 1, min(config.report.gallery_images, len(first))).round().astype(int)
+    rows = np.linspace(0, len(first) - 1, min(GALLERY_IMAGES, len(first))).round().astype(int)
     gallery = Gallery([], {sigma: [] for sigma in frames}, [])
     for row in rows.tolist():
         idx, label = (int(value) for value in first.loc[row, ["idx", "label"]])

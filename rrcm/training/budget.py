@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rrcm.config import Config, FinetuneSettings, Pretrain
 from rrcm.data.loader import steps_per_epoch
-from rrcm.methods import MATCHED_PRETRAINING, METHODS, REFERENCE
+from rrcm.methods import BLOCKS, MATCHED_PRETRAINING, METHODS, REFERENCE
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
 from rrcm.utils.errors import RRCMError
@@ -23,7 +23,9 @@ def build_pretraining_objective(config: Config, name: str) -> PretrainingObjecti
 
 def _build(config: Config, name: str, settings: Pretrain) -> PretrainingObjective:
     values = config.data.model_dump() | config.model.model_dump() | settings.model_dump()
-    return build_objective(PRETRAINING, name, values | values.get(name, {}))
+    for block in BLOCKS.get(name, [name]):
+        values |= values.get(block, {})
+    return build_objective(PRETRAINING, name, values)
 
 
 def plan_pretraining(config: Config, name: str) -> Pretrain:

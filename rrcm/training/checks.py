@@ -1,6 +1,10 @@
-"""What can be known before training: whether all later stages can work with these settings and this data set."""
+"""Checks before training: whether every later stage can work with these settings, this data set and these processes.
 
-from collections.abc import Mapping
+The border: constraints.py has the rules that need only the settings and the method table, and it runs whenever settings
+are read. This file has the checks that need the shards, the number of processes, a file, a network, or an objective or
+a stopping rule as a stage builds it.
+"""
+
 from pathlib import Path
 
 import torch
@@ -9,12 +13,10 @@ from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
-from rrcm.methods import METHODS, PER_OBJECTIVE
-from rrcm.models import DENOISING_CLASSIFIERS, TRAINED_CLASSIFIERS
+from rrcm.methods import METHODS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.load import load_base_classifier
 from rrcm.models.public_denoisers import HUB
-from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import (
     build_finetuning_objective,
     build_pretraining_objective,
@@ -33,14 +35,14 @@ ENCODERS = Path("models/pretrain")
 def check_before_training(config: Config, shard_folder: Path | str) -> None:
     """Find settings with which a later stage would fail, before hours of training.
 
-    All pre-trainings, all fine-tunings and what follows them are checked against the manifest of the shards and the
-    number of processes that torchrun has started. Weights from outside this pipeline are loaded once, as fine-tuning
-    does; apart from that no network is built. Raises `RRCMError` with the key, its value and the bound.
+    Every pre-training, every fine-tuning and the stages after them are checked against the manifest of the shards and
+    the number of processes that torchrun has started. Weights from outside this pipeline are loaded once, as
+    fine-tuning loads them; apart from that, no network is built. Raises `RRCMError` with the key, its value and the
+    bound.
     """
     manifest, processes = read_manifest(shard_folder), process_count()
     _check_data(config, manifest)
     images = sum(manifest.splits["train"].counts)
-    _check_objective_names(config)
     for objective in config.pretrain.objectives:
         build_pretraining_objective(config, objective)
         _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
@@ -59,10 +61,10 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
 
 def _check_data(config: Config, manifest: Manifest) -> None:
     for name in ("source", "image_size", "channels"):
-        wanted, found = getattr(config.data, name), getattr(manifest, name)
-        if wanted != found:
+        wanted, written = getattr(config.data, name), getattr(manifest, name)
+        if wanted != written:
             raise RRCMError(
-                f"data.{name} = {wanted}: the shards were written with {found}; correct it, or run shard-data again"
+                f"data.{name} = {wanted}: the shards were written with {written}; correct it, or run shard-data again"
             )
     needed = {"train": 2, "val": 2, "test": 1}  # representations are compared between validation images
     for split, least in needed.items():
@@ -71,16 +73,6 @@ def _check_data(config: Config, manifest: Manifest) -> None:
             raise RRCMError(
                 f"data.source = {config.data.source}: has {images} {split} images; must have {least} or more"
             )
-
-
-def _check_objective_names(config: Config) -> None:
-    for setting in PER_OBJECTIVE:
-        value = getattr(config.pretrain, setting)
-        for name in value if isinstance(value, Mapping) else ():
-            if name not in PRETRAINING and name != "default":
-                raise RRCMError(
-                    f"pretrain.{setting}.{name}: no such objective; there are default, {', '.join(PRETRAINING)}"
-                )
 
 
 def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, images: int, processes: int) -> None:
@@ -94,17 +86,13 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
 
 
 def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
-    settings, kind, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
-    if config.certify.compile and getattr(
-        (TRAINED_CLASSIFIERS | DENOISING_CLASSIFIERS).get(kind.classifier), "stochastic", False
-    ):
-        raise RRCMError(f"certify.compile = True: {method} is stochastic and cannot be compiled; set it to false")
-    if kind.objective is None:
+    settings, row, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
+    if row.objective is None:
         return
     build_finetuning_objective(settings, method, sigma)
-    if kind.needs_soft_labels and kind.matched:  # it may have nothing left to train with
+    if row.needs_soft_labels and row.matched:  # soft labels may leave it no compute for training
         plan_budget(config, method, sigma, images, ENCODERS)
-    step_images = images_per_step(settings, kind.objective)
+    step_images = images_per_step(settings, row.objective)
     if step_images < settings.batch_size:
         who = f", a part of {settings.batch_size}{who}"
     _check_batch("finetune", who, step_images, config.finetune.num_chunks, images, processes)
@@ -123,7 +111,7 @@ def _check_trunk(config: Config, num_classes: int) -> None:
     try:
         with torch.inference_mode():
             classifier(torch.zeros(1, config.data.channels, size, size))
-    except Exception as error:  # each network raises its own
+    except Exception as error:  # each network raises errors of its own
         problem = f"cannot take images of {size} x {size} pixels ({one_line(error)})"
         raise RRCMError(
             f"model.architecture = {name!r}: {problem}; choose another, or a larger data.image_size"
@@ -158,13 +146,13 @@ def _check_denoised(config: Config, num_classes: int) -> None:
         raise RRCMError(f"denoiser.public = {source!r}: no such file or folder; a model on the hub is {HUB}owner/name")
     if model is not None:
         loaded = load_base_classifier(model)
-        for name, found, wanted in (
+        for name, given, wanted in (
             ("channels", loaded.channels, config.data.channels),
             ("classes", loaded.num_classes, num_classes),
         ):
-            if found != wanted:
+            if given != wanted:
                 raise RRCMError(
-                    f"denoised.model = {model!r}: has {found} {name}, the data set {wanted}; choose another"
+                    f"denoised.model = {model!r}: has {given} {name}, the data set {wanted}; choose another"
                 )
 
 
@@ -178,7 +166,7 @@ def _check_certification(config: Config) -> None:
         for n in config.latency.n:
             check_settings(config.sigmas[0], min(n, settings.n0), n, settings.alpha)
         section = "attack"
-        check_prediction(attack.n, attack.alpha)
+        check_prediction(attack.n, settings.alpha)
     except RRCMError as error:
         raise RRCMError(f"{section}.{error}") from None
 

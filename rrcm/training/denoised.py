@@ -96,7 +96,7 @@ def _facts(training: Training, loaded: LoadedClassifier, trained: Path | None) -
     compute = {"finetune": 0.0, "pretrain_share": _shared_compute(training), "soft_label_share": 0.0}
     facts = {
         "sigma": training.sigma,
-        "settings": {} if settings is None else settings.model_dump(exclude={"classifier_sigma"}),
+        "settings": {} if settings is None else settings.model_dump(),
         "method": training.method,
         "seed": training.seed,
         "parameters": parameter_count(denoiser) + parameter_count(loaded.classifier),

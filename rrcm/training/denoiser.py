@@ -37,6 +37,7 @@ from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed, normal_per_sample
 
 BATCH_SIZE = 256  # of the validation
+GRAD_CLIP_NORM = 2.0  # as in pre-training
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _train(
         with trainer.autocast():
             loss = objective(model, clean, random)["loss"]
         # optimizer and EMA
-        grad_norm = trainer.optimizer_step(loss, lr, settings.grad_clip_norm)
+        grad_norm = trainer.optimizer_step(loss, lr, GRAD_CLIP_NORM)
         update_average(ema, denoiser, settings.ema_decay)
         # logging and validation
         trainer.accumulate_metrics(loss, grad_norm)
@@ -216,7 +217,7 @@ def build_trainer(
         label="denoiser",
         total_steps=settings.steps,
         modules={"denoiser": denoiser, "ema": ema},
-        optimizer=build_optimizer([(1.0, parameters)], lr=settings.lr, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer([(1.0, parameters)], lr=settings.lr, weight_decay=0.0),
         precision=settings.precision,
         metrics=["loss", "grad_norm"],
         checkpoint_every=settings.checkpoint_every,

@@ -151,7 +151,6 @@ def build_trainer(
             lr=settings.lr * settings.batch_size / 256,
             weight_decay=settings.weight_decay,
             name=settings.optimizer,
-            momentum=settings.momentum,
         ),
         precision=training.common.precision,
         metrics=["loss", *objective.terms],

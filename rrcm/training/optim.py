@@ -56,15 +56,14 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     name: str = "adamw",
-    momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """AdamW, or `sgd` with `momentum`. `parameters` are groups (lr_scale, parameters).
+    """AdamW, or `sgd` with momentum 0.9. `parameters` are groups (lr_scale, parameters).
 
     `Trainer.optimizer_step` multiplies the learning rate of each group by its `lr_scale`.
     """
     groups = [{"params": group, "lr_scale": scale} for scale, group in parameters]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 

@@ -29,6 +29,7 @@ from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.resume import RunState, fingerprint
 from rrcm.utils.rng import derive_seed
 
+EVALUATED_IMAGES = 10_000  # at most, of the validation split, and of the training split (as neighbours)
 ADVICE = "raise pretrain.num_chunks, or set model.grad_checkpointing"
 
 
@@ -128,7 +129,7 @@ class RepresentationMonitor:
     def __init__(self, pretraining: Pretraining, images: ShardedDataset, validation: ShardedDataset, trainer: Trainer):
         self.trainer, settings = trainer, pretraining.settings
         bank, held_out = (
-            load_eval_images(split, pretraining.data.image_size, settings.evaluate_images, trainer.env)
+            load_eval_images(split, pretraining.data.image_size, EVALUATED_IMAGES, trainer.env)
             for split in (images, validation)
         )
         self.evaluate = Evaluation(

@@ -41,7 +41,7 @@ def test_a_data_set_is_added_as_the_readme_says(copy):
         ("# @package _global_\n", "conf/profile/mine.yaml: the first line must be `# @package _global_`; add it\n"),
         (
             "defaults: [fashion_mnist]\n",
-            "error: Interpolation key 'model.patch_size' not found; correct it, or let the profile name others in "
+            "error: Interpolation key 'finetune.epochs' not found; correct it, or let the profile name others in "
             "`defaults`, as in rrcm/data/README.md\n",
         ),
     ],

@@ -21,7 +21,7 @@ from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.progress import Progress
 
-SETTINGS = Attack(methods=[], steps=5, num_noise=4, n=100, alpha=0.001, max_images=None, batch_size=2)
+SETTINGS = Attack(methods=[], steps=5, num_noise=4, n=100, max_images=None, batch_size=2)
 
 
 class Linear(nn.Module):

@@ -137,7 +137,7 @@ def test_the_fastest_batch_size_is_found(monkeypatch):
 def models(project) -> Path:
     """Random weights for gaussian and dds at sigma 0.5, in a project of these two methods."""
     change(project, methods=["gaussian", "dds"], sigmas=[0.5], pretrain__objectives=[], latency__rounds=3)
-    change(project, latency__seconds=0.001, latency__precision="fp32")
+    change(project, latency__seconds=0.001, certify__precision="fp32")
     torch.manual_seed(0)
     folder = project / "models"
     trunks = [NoiseConditionedViT(8, 1, 4, embed_dim=16, depth=1, num_heads=2) for _ in range(2)]

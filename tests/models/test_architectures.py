@@ -131,7 +131,7 @@ def test_batch_norms_are_shared_by_processes_under_the_same_names(monkeypatch):
 def test_sgd_follows_its_formula():
     """v <- momentum v + g + decay w, w <- w - lr v."""
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = build_optimizer([(1.0, [weight])], lr=0.1, weight_decay=0.01, name="sgd", momentum=0.9)
+    optimizer = build_optimizer([(1.0, [weight])], lr=0.1, weight_decay=0.01, name="sgd")
     expected, velocity = weight.detach().clone(), torch.zeros(2)
     for gradient in (torch.tensor([1.0, 0.5]), torch.tensor([-0.3, 2.0])):
         weight.grad = gradient

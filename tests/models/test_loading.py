@@ -610,7 +610,7 @@ def test_dvc_watches_the_snapshot(model, weights, path, tmp_path):
     path = path and path.format(home=tmp_path)
     assert watched_weights("timm", settings, {}) == path
     assert watched_weights("rrcm", settings, {}) == f"{tmp_path}/start"
-    denoised = {"model": model, "classifier_sigma": 0.001}
+    denoised = {"model": model}
     assert watched_weights("dds", settings, denoised) == (path if "snapshot" in model else None)
 
 

@@ -29,7 +29,8 @@ def plan(tmp_path):
 
     def budget_of(method: str, *overrides: str, images: int = IMAGES):
         methods = ",".join(sorted({"rrcm", "gaussian", method}))  # gaussian: the voter for soft labels
-        encoders = ",".join(sorted({"rrcm", METHODS[method].initial_weights or "rrcm"}))
+        row = METHODS[method]
+        encoders = ",".join(sorted({"rrcm", row.initial_weights if row.pretrained_here else "rrcm"}))
         settings = (f"methods=[{methods}]", f"pretrain.objectives=[{encoders}]", *overrides)
         config = load_config(compose(tmp_path / "params.yaml", *settings))
         spent = {"compute": {"pretrain": pretraining_compute(config, "rrcm")}}

@@ -45,10 +45,13 @@ def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("change_of", "said"),
     [
-        ({"pretrain__objectives": ["rrcm", "rcm"]}, "rcm: no such objective"),
+        (
+            {"pretrain__objectives": ["rrcm", "rcm"]},
+            "pretrain.objectives.1 = 'rcm': no such objective; did you mean rrcm?",
+        ),
         (
             {"pretrain__lr": {"default": 1e-3, "mocov3": 1e-3}},
-            "pretrain.lr.mocov3: no such objective; there are default, rrcm",
+            "pretrain.lr.mocov3: no such objective; did you mean moco_v3?",
         ),
         ({"pretrain__batch_size": 2048}, f"pretrain.batch_size = 2048: must be at most {TRAINING_IMAGES}, the number"),
         ({"pretrain__num_chunks": 65}, "pretrain.num_chunks = 65: must be at most 64, as pretrain.batch_size = 64"),

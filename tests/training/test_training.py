@@ -188,7 +188,7 @@ def test_colour_images_through_every_stage(project):
     (project / "data/shards").unlink()
     change(project, data__source="imagefolder", data__root="pictures", data__channels=3, data__image_size=16)
     change(project, pretrain__batch_size=32, finetune__batch_size=32, methods=["rrcm"], sigmas=[0.25])
-    change(project, certify__every=3, report__gallery_images=3, finetune__num_noise=2)
+    change(project, certify__every=3, finetune__num_noise=2)
     for command in (["shard_data"], ["pretrain"], ["finetune", "rrcm", "0.25"], ["certify", "rrcm", "0.25"]):
         succeed(stage(project, *command))
     succeed(stage(project, "latency"))

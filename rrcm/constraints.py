@@ -1,0 +1,157 @@
+"""The rules between sections of params.yaml. Each raises ValueError with the settings at fault and what to change.
+
+The border: config.py has the rules within a section, and this file the rules that need several sections or the method
+table. Whatever also needs the data set, the number of processes, a file, a network, or an object that a stage builds is
+in training/checks.py, which runs once before training.
+"""
+
+from typing import TYPE_CHECKING
+
+from rrcm.derived import SECTIONS, derived_settings
+from rrcm.methods import METHODS, REFERENCE
+from rrcm.models import DENOISING_CLASSIFIERS, TRAINED_CLASSIFIERS
+
+if TYPE_CHECKING:
+    from rrcm.config import Config
+
+
+def entries_differ(config: "Config") -> None:
+    """Methods and noise levels name files and stages."""
+    for name in ("sigmas", "methods"):
+        if len(set(getattr(config, name))) != len(getattr(config, name)):
+            raise ValueError(f"{name} {getattr(config, name)} must not repeat an entry")
+
+
+def patches_fill_images(config: "Config") -> None:
+    """A ViT divides the image into whole patches."""
+    size = config.data.image_size
+    if config.model.architecture == "vit" and size % config.model.patch_size:
+        raise ValueError(f"data.image_size {size} must be a multiple of model.patch_size {config.model.patch_size}")
+    if config.trains_denoiser and config.denoiser.network == "vit" and size % config.denoiser.patch_size:
+        raise ValueError(
+            f"data.image_size {size} must be a multiple of denoiser.patch_size {config.denoiser.patch_size}"
+        )
+
+
+def initial_weights_exist(config: "Config") -> None:
+    """Whatever a method starts from is pre-trained here or named in the settings."""
+    for name in config.methods:
+        start = METHODS[name].initial_weights
+        if start == "timm" and config.finetune.timm.model is None:
+            raise ValueError(f"finetune.timm.model null must be the name of a ViT in timm, or methods without {name}")
+        if config.finetune.uses_pretraining(name) and start not in config.pretrain.objectives:
+            raise ValueError(
+                f"methods: {name} starts from models/pretrain/{start}; add {start} to pretrain.objectives "
+                f"{config.pretrain.objectives}"
+            )
+
+
+def other_trunks_start_from_scratch(config: "Config") -> None:
+    """Only the ViT is pre-trained, has layers with rates of their own, and runs in chunks."""
+    trunk = config.model.architecture
+    if trunk == "vit":
+        return
+    for method in config.methods:
+        if METHODS[method].initial_weights is not None or METHODS[method].matched:
+            raise ValueError(f"methods: {method} needs model.architecture vit, not {trunk}; leave it out")
+        for sigma in config.sigmas:
+            if config.finetune.settings(method, sigma).layer_decay != 1:
+                raise ValueError(f"finetune.layer_decay must be 1 with model.architecture {trunk}")
+    if config.pretrain.objectives:
+        raise ValueError(f"pretrain.objectives must be [] with model.architecture {trunk}, which is not pre-trained")
+    if config.finetune.num_chunks != 1:
+        raise ValueError(f"finetune.num_chunks must be 1 with model.architecture {trunk}")
+    for key in ("pixel_mean", "pixel_std"):
+        values = getattr(config.model, key)
+        if values is not None and len(values) != config.data.channels:
+            raise ValueError(f"model.{key} {values} must have data.channels {config.data.channels} values")
+
+
+def every_training_has_settings(config: "Config") -> None:
+    """A setting may be a mapping. It must then have a value for each training, and the values must fit together."""
+    by_passes = config.finetune.equal_passes or any(METHODS[name].matched for name in config.methods)
+    for method in [*config.methods, *([REFERENCE] if by_passes else [])]:
+        for sigma in config.sigmas:
+            config.finetune.settings(method, sigma)
+
+
+def soft_labels_are_available(config: "Config") -> None:
+    """The classifier that votes for soft labels is trained in the same run."""
+    source = config.soft_labels
+    for name in config.methods:
+        if METHODS[name].needs_soft_labels and not (source.method in config.methods and source.sigma in config.sigmas):
+            raise ValueError(
+                f"soft_labels: {name} needs the votes of {source.method} at sigma {source.sigma}; add these to "
+                "methods and sigmas, or change soft_labels"
+            )
+    if METHODS[source.method].needs_soft_labels:
+        raise ValueError(f"soft_labels.method {source.method} needs soft labels itself; choose another")
+
+
+def denoising_methods_fit(config: "Config") -> None:
+    """Settings of methods that denoise concern no other methods, and some settings do not concern them."""
+    for name in config.methods:
+        if not METHODS[name].denoises or METHODS[name].objective is None:
+            continue
+        if config.finetune.equal_passes:
+            raise ValueError(f"finetune.equal_passes true has no meaning for {name}; leave it out, or set it to false")
+        if config.denoised.model is not None:
+            raise ValueError(
+                f"denoised.model {config.denoised.model}: {name} fine-tunes a classifier that is trained here; leave "
+                "it out, or set denoised.model to null"
+            )
+    for name in config.denoised.max_images:
+        if not METHODS[name].denoises:
+            raise ValueError(f"denoised.max_images.{name}: does not denoise; set certify.max_images for all")
+
+
+def compiled_classifiers_are_deterministic(config: "Config") -> None:
+    """A compiled network cannot draw noise of its own."""
+    if not config.certify.compile:
+        return
+    classifiers = TRAINED_CLASSIFIERS | DENOISING_CLASSIFIERS
+    for name in config.methods:
+        if getattr(classifiers.get(METHODS[name].classifier), "stochastic", False):
+            raise ValueError(f"certify.compile = True: {name} is stochastic and cannot be compiled; set it to false")
+
+
+def radii_are_certified(config: "Config") -> None:
+    """The sequential procedure certifies radii on a grid, so the report can only show radii on that grid."""
+    step = config.certify.radius_step
+    off_grid = [radius for radius in config.report.radii if abs(radius / step - round(radius / step)) > 1e-9]
+    if config.certify.stopping == "sequential" and off_grid:
+        raise ValueError(
+            f"report.radii {off_grid[0]} must be a multiple of certify.radius_step {step}, or certify.stopping fixed"
+        )
+
+
+def attacked_methods_can_be_attacked(config: "Config") -> None:
+    """The attack needs the certificates of a method and the gradient of its classifier."""
+    attacked = config.attack.methods
+    if len(set(attacked)) != len(attacked) or not set(attacked) <= set(config.methods):
+        raise ValueError(f"attack.methods {attacked} must be among methods {config.methods}, each at most once")
+    for name in attacked:
+        if METHODS[name].classifier == "densepure":
+            raise ValueError(f"attack.methods: {name} votes, which has no gradient to follow; leave it out")
+
+
+def derived_settings_are_current(config: "Config") -> None:
+    """DVC watches what follows from the other settings, so an edit of params.yaml by hand must not leave it behind."""
+    values = config.model_dump(mode="json", include=set(SECTIONS))
+    if config.derived != derived_settings(values):
+        raise ValueError("derived: does not fit the other settings; run `make params`, or change them with -S")
+
+
+CONSTRAINTS = (  # in the order of the sections that they concern; the first that fails is reported
+    entries_differ,
+    other_trunks_start_from_scratch,
+    initial_weights_exist,
+    attacked_methods_can_be_attacked,
+    denoising_methods_fit,
+    soft_labels_are_available,
+    every_training_has_settings,
+    patches_fill_images,
+    compiled_classifiers_are_deterministic,
+    radii_are_certified,
+    derived_settings_are_current,
+)
