@@ -75,7 +75,7 @@ def open_split(config: Config, sigma: float, shard_folder: Path | str, split: st
 
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
     """`classifier` smoothed with the settings of `certify`, and with further `options` of `SmoothedClassifier`."""
-    settings = {name: getattr(config.certify, name) for name in ("batch_size", "memory_gib", "precision", "compile")}
+    settings = {name: getattr(config.certify, name) for name in ("batch_size", "precision", "compile")}
     return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
 
 
