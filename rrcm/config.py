@@ -269,7 +269,7 @@ class FinetuneSettings(Section):
     batch_size: Count = about("Images of a batch, over all processes", "images")
     steps_per_batch: Literal[1, "num_noise"] = about("Optimizer steps; num_noise: one on each of m equal parts")
     lr: Positive = about("Peak learning rate for a batch of 256 images; it is scaled by the batch size")
-    layer_decay: Share = about("Factor from the learning rate of one layer to that of the layer below")
+    layer_decay: Share = about("Factor by which the learning rate falls from one layer to the layer below")
     weight_decay: NonNegative = about("Weight decay of the optimizer")
     optimizer: Literal["adamw", "sgd"] = about("Optimizer; sgd has a momentum of 0.9")
     lr_schedule: Literal["cosine", "step"] = about("After warm-up: to zero, or a tenth after every lr_step_epochs")
@@ -284,7 +284,7 @@ class FinetuneSettings(Section):
     objectives: ObjectiveSettings
 
     def of_objective(self, name: str) -> dict[str, object]:
-        """The settings of one objective: the common ones, replaced by those of its own block."""
+        """The settings of one objective: the common ones, overridden by its own block."""
         common = self.model_dump(exclude={"objectives"})
         own = self.objectives.model_dump().get(name, {})
         return common | {key: value for key, value in own.items() if value is not None}

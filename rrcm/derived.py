@@ -149,8 +149,8 @@ def finetuning_keys(method: str, sigma: float) -> list[str]:
 def choose_values(settings: Mapping, keys: Sequence[str]) -> dict:
     """The value that each setting has for one training.
 
-    If a setting is a mapping, its value is that of the first of `keys` that the mapping has. A mapping with none of
-    them stays as it is, and config.py refuses it.
+    If a setting is a mapping, its value is the entry for the first of `keys` that the mapping has. A mapping with none
+    of them stays as it is, and config.py refuses it.
     """
 
     def choose(setting: object) -> object:
@@ -162,7 +162,7 @@ def choose_values(settings: Mapping, keys: Sequence[str]) -> dict:
 
 
 def chosen_settings(method: str, sigma: float, finetune: Mapping) -> dict:
-    """The settings of one fine-tuning: the common ones, overridden by those of its own objective."""
+    """The settings of one fine-tuning: the common ones, overridden by the settings of its own objective."""
     keys = finetuning_keys(method, sigma)
     common = choose_values(_without(finetune, STARTS | SHARES | NO_RESULT), keys)
     own = choose_values(finetune["objectives"].get(METHODS[method].objective) or {}, keys)

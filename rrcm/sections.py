@@ -50,7 +50,7 @@ def check_training_key(key: str, objectives: Iterable[str]) -> None:
 
 
 def check_width(embed_dim: int, num_heads: int, prefix: str = "") -> None:
-    """Raise ValueError unless a transformer may have this width. `prefix` is that of the settings' names.
+    """Raise ValueError unless a transformer may have this width. `prefix` is prepended to the settings' names.
 
     Its attention heads divide the width equally. Sines and cosines of its embeddings fill one half each.
     """

@@ -17,7 +17,7 @@ from scipy.special import bdtrc, gammaln, ndtr, ndtri  # importing scipy.stats t
 
 from rrcm.certification.stopping import clopper_pearson_lower, smallest_count
 
-CONFIDENCE = 0.99  # of an audit's statement that it would have found forged rows
+CONFIDENCE = 0.99  # of an audit's statement that it would have detected forged rows
 
 
 def moved_votes(first: Mapping[str, int], second: Mapping[str, int]) -> int:
@@ -84,7 +84,7 @@ def votes_to_raise(top: np.ndarray, m: np.ndarray, shift: float) -> np.ndarray:
     return np.ceil(m * (ndtr(ndtri(p) + shift) - p)).astype(np.int64)
 
 
-def found_share(rows: int, audited: int, power: float) -> float | None:
+def detectable_share(rows: int, audited: int, power: float) -> float | None:
     """The smallest share of forged rows among `rows` that an audit finds with CONFIDENCE.
 
     The audit draws `audited` rows without replacement, and finds each forged row among them with probability `power`.

@@ -20,7 +20,7 @@ import pandas as pd
 
 from rrcm.certification.agreement import (
     closeness,
-    found_share,
+    detectable_share,
     least_improbable,
     moved_votes,
     pooled_tail,
@@ -53,7 +53,7 @@ from rrcm.utils.provenance import Environment, describe_environment
 
 SAMPLES_HERE = 10_000  # votes that measure the flip rate of this machine
 SPREAD = 2.0  # an image may flip this many times as often as the model's rate says, and so may another machine
-RAISE = 0.05  # pixel units; an audit says which share of radii forged by this much it would find
+RAISE = 0.05  # pixel units; an audit states which share of radii forged by this much it would detect
 SHOWN = 3  # rows named for each kind of problem
 
 
@@ -68,8 +68,8 @@ class Audit:
     computation: str = ""  # how the votes were counted again
     moved: int = 0  # votes that now have another class, at the last looks of these rows
     samples: int = 0  # all votes at these looks
-    power: float = 0.0  # probability that a forged row is found when its votes are counted again
-    found: float | None = None  # the smallest share of forged rows that would have been found with 99 %
+    power: float = 0.0  # probability that a forged row is detected when its votes are counted again
+    detectable: float | None = None  # the smallest share of forged rows that is detected with 99 % probability
     false_alarm: float = 0.0  # probability that an honest file has problems
     code: str = ""  # the code that certified
     notes: tuple[str, ...] = ()
@@ -192,9 +192,9 @@ def compare_equal(path: Path, rows: int, published: Sequence[RowVotes], again: S
     """The audit of rows whose counts must be equal."""
     pairs = list(zip(published, again, strict=True))
     lines = [_difference(*pair) for pair in pairs if pair[0] != pair[1]]
-    share = found_share(rows, len(pairs), 1.0)
+    share = detectable_share(rows, len(pairs), 1.0)
     problems = _shortened(path, lines)
-    return Audit(problems, rows, len(pairs), exact=True, computation="as published", power=1.0, found=share)
+    return Audit(problems, rows, len(pairs), exact=True, computation="as published", power=1.0, detectable=share)
 
 
 def compare_close(
@@ -218,7 +218,7 @@ def compare_close(
         expected = f"{last.m @ rates:.0f} are expected at most"
         problems.append(f"{path}: {moved:,} of {samples:,} votes differ when counted again; {expected}")
     power = tolerance.power(last, RAISE / record.sigma)
-    share = found_share(rows, len(pairs), power)
+    share = detectable_share(rows, len(pairs), power)
     return Audit(problems, rows, len(pairs), False, "", moved, samples, power, share)
 
 
@@ -325,13 +325,17 @@ def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str
 
 
 def verdict(path: Path, audit: Audit, seconds: float) -> str:
-    """One line that says what was verified, how, and which forgeries this would have found."""
+    """One line that says what was verified, how, and which forgeries would have been detected."""
     if audit.problems:
         return f"NOT verified: {path}: {len(audit.problems)} problem{'s' * (len(audit.problems) > 1)}, listed above"
     how = "equal" if audit.exact else f"{audit.moved:,} of {audit.samples:,} votes differ, as rounding explains"
     how += f" at a false alarm of {audit.false_alarm:g}" * (not audit.exact)
     forged = "forged rows" if audit.exact else f"rows raised by {RAISE}"
-    share = f"would find {audit.found:.1%} {forged} with 99 %" if audit.found else f"would not find {forged} one by one"
+    share = (
+        f"would detect {audit.detectable:.1%} {forged} with 99 %"
+        if audit.detectable
+        else f"would not detect {forged} individually"
+    )
     again = f"{audit.audited} voted again {audit.computation}: {how} ({share})"
     here = code_of(Environment.model_validate(describe_environment("cpu")))
     codes = f"certified by {audit.code}, audited by {here}"

@@ -267,7 +267,7 @@ def _frame(
     labels: Sequence[int | None],
     loaded: LoadedClassifier,
 ) -> pd.DataFrame:
-    """The frame of `FolderCertificates`. `files` and `labels` are those of the whole listing."""
+    """The frame of `FolderCertificates`. `files` and `labels` cover the whole listing."""
     labelled = [replace(state, label=labels[state.index]) for state in states]
     frame = certificate_frame(labelled, rule, loaded.num_classes)
     names = ["" if predict == ABSTAIN else loaded.class_names[predict] for predict in frame["predict"]]

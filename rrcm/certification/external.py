@@ -20,7 +20,7 @@ from rrcm.certification.results import COLUMNS, parse_certificate
 from rrcm.utils.errors import RRCMError, one_line, printable
 
 REQUIRED = ["label", "predict", "radius"]
-LAYOUTS = {6: COLUMNS, 5: COLUMNS[1:]}  # columns without a header: Cohen et al.'s, and those of the rRCM authors
+LAYOUTS = {6: COLUMNS, 5: COLUMNS[1:]}  # without a header: Cohen et al.'s columns, and the rRCM authors'
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", None: "blanks"}  # with semicolons, commas are decimal
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan", re.ASCII | re.IGNORECASE)
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null"}  # what libraries write for no number
@@ -36,7 +36,7 @@ class _Table(NamedTuple):
 
 
 def read_external_certificates(path: Path | str) -> pd.DataFrame:
-    """Read another group's certificates as a frame like that of `read_certificates`. Prints a note of its assumptions.
+    """Read another group's certificates as a frame like `read_certificates`. Prints a note that names its assumptions.
 
     Without a column `idx`, the rows are numbered in the order of the file. Without a column `time`, times are NaN.
     Raises `RRCMError` with the file, the line, the problem and what to do.
@@ -196,7 +196,7 @@ def _layout(path: Path | str, number: int, cells: Sequence[str]) -> list[str]:
 def _is_row(line: str, separator: str | None, columns: Sequence[str], after_text: bool) -> bool:
     """Whether a line is a row, possibly a broken one. In doubt it is, because a row must not be taken for text."""
     cells = _drop_empty(_split(line, separator), len(columns))
-    others = re.split(r'[;,\s"]+', line.strip(' "'))  # its separators may differ from those of the other rows
+    others = re.split(r'[;,\s"]+', line.strip(' "'))  # its separators may differ from the other rows'
     numbers = sum(map(_is_number, others))
     if len(cells) != len(columns):
         broken = _is_number(cells[0]) or (_is_number(others[0]) and numbers >= len(REQUIRED))
@@ -221,7 +221,7 @@ def _interpret(path: Path | str, table: _Table) -> tuple[list[tuple], list[str]]
     for number, cells in table.rows:
         try:
             if len(cells) != len(table.columns):
-                hint = ", separated as those of the first row" if len(cells) == 1 else ""
+                hint = ", separated as in the first row" if len(cells) == 1 else ""
                 raise ValueError(f"has {len(cells)} columns, must have {len(table.columns)}{hint}")
             cell = dict(zip(table.columns, cells, strict=True))
             label, predict = _integer(cell, "label"), _integer(cell, "predict")

@@ -302,7 +302,7 @@ class SmoothedClassifier(nn.Module):
         another sigma.
         """
         if rule.sigma != self.sigma:
-            raise RRCMError(f"sigma = {rule.sigma} of the stopping rule: must be {self.sigma}, that of the noise")
+            raise RRCMError(f"sigma = {rule.sigma} of the stopping rule: must be {self.sigma}, as for the noise")
         source, active = iter(states), deque()
         while True:
             requests, chosen, room = [], [], None

@@ -194,7 +194,7 @@ def _open_folder(listing: Listing, relative: Path) -> list[os.DirEntry]:
 def _identity(entry: os.DirEntry, real_folder: str) -> object:
     """The identity of a file, whatever path leads to it: its inode if it has hard links, otherwise its real path.
 
-    Some file systems have no inodes, so those of files without hard links are not used.
+    Some file systems have no inodes, so the inode of a file without hard links is not used.
     """
     status = entry.stat()
     if status.st_nlink > 1:

@@ -89,7 +89,7 @@ class Manifest(_Strict):
         if self.class_order == "natural" and self.classes != sorted(set(self.classes), key=natural_order):
             raise ValueError("classes are not in natural order")
         if self.classes != CLASSES.get(self.source, self.classes):
-            raise ValueError(f"classes are not those of {self.source}")
+            raise ValueError(f"classes differ from the classes of {self.source}")
         for name, split in self.splits.items():
             files = [split.index, *split.shards]
             if len(split.counts) != len(self.classes):

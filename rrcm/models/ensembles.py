@@ -61,5 +61,5 @@ def load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
         for name in ("class_names", "image_size", "channels"):
             value, first = getattr(members[-1], name), getattr(members[0], name)
             if value != first:
-                raise RRCMError(f"{path}: has {name} {value}, the first member {first}; members must be alike")
+                raise RRCMError(f"{path}: has {name} {value}, the first member {first}; all members must agree")
     return members[0]._replace(classifier=Ensemble([member.classifier for member in members]).eval())

@@ -154,7 +154,7 @@ def check_kind(folder: Path | str, config: Mapping, known: Iterable[str]) -> Non
 def load_network(
     folder: Path, build: Callable[[], Network], tensors: Mapping[str, torch.Tensor] | None = None
 ) -> Network:
-    """The network that `build` returns, with the given weights or those of a model folder, in eval mode.
+    """The network that `build` returns, with the given weights or the weights of a model folder, in eval mode.
 
     The network is first built without memory, so that sizes that differ from the weights are refused before memory is
     allocated. Raises `RRCMError` if the network cannot be built or has other weights.

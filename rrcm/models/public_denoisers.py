@@ -52,8 +52,8 @@ def load_public_denoiser(source: Path | str, images: torch.Tensor, sigmas: Seque
     for sigma, (error, linear) in zip(sigmas, trials[best], strict=True):
         if not error < linear:
             raise RRCMError(
-                f"{source}: does not denoise: at sigma {sigma:g} its mean squared error is {error:.2g}, that of the "
-                f"best linear denoiser {linear:.2g}; is it for such images, is its schedule right?"
+                f"{source}: does not denoise: at sigma {sigma:g} its mean squared error is {error:.2g}, but "
+                f"{linear:.2g} for the best linear denoiser; is it for such images, is its schedule right?"
             )
     if best != stated:
         raise RRCMError(f"{source}: predicts {best}, not {stated}: so it denoises best; correct its scheduler")

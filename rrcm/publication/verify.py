@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rrcm.certification.agreement import found_share
+from rrcm.certification.agreement import detectable_share
 from rrcm.certification.audit import RAISE, Audit, audit_file, check_file
 from rrcm.certification.record import CertificateRecord
 from rrcm.certification.results import read_certificates
@@ -68,7 +68,7 @@ class Verdict:
     def share(self) -> float | None:
         """The smallest share of forged rows among the votable that the audits find with probability 99 %, or None."""
         power = sum(audit.power * audit.audited for audit in self.audits) / max(self.audited, 1)
-        return found_share(self.votable, self.audited, power)
+        return detectable_share(self.votable, self.audited, power)
 
     def __str__(self) -> str:
         chosen = "" if self.votable == self.rows else f" of the {self.votable:,} with networks"
@@ -87,7 +87,7 @@ class Verdict:
 
     @property
     def _agreement(self) -> str:
-        """How well the votes agree, and what share of forged rows would have been found."""
+        """How well the votes agree, and what share of forged rows would have been detected."""
         if self.problems or not self.audited:
             return ""
         exact = all(audit.exact for audit in self.audits)
@@ -95,8 +95,8 @@ class Verdict:
         how = "equal" if exact else f"{moved:,} of {samples:,} votes differ, as rounding explains"
         forged = "forged rows" if exact else f"rows raised by {RAISE}"
         if self.share is None:
-            return f": {how} (would not find {forged} one by one)"
-        return f": {how} (would find {self.share:.1%} {forged} with 99 %)"
+            return f": {how} (would not detect {forged} individually)"
+        return f": {how} (would detect {self.share:.1%} {forged} with 99 %)"
 
 
 def verify_result(result: Result, rows: int | None, seed: int, shared: Sequence[str] = ()) -> Verdict:

@@ -165,7 +165,7 @@ def _draw_curve(
     """Draw the envelope of `frames` and return its radii and accuracies (shares), as `metrics.envelope` does.
 
     A marker shows the value at r = 0 if the curve falls right after it, as it can with radii on a grid. `phase` in
-    [0, 1] shifts the other markers along the curve, so that curves with different phases can be told apart.
+    [0, 1] shifts the other markers along the curve, so that curves with different phases can be distinguished.
     """
     radii, accuracy = envelope(frames)
     falls = accuracy[1] < accuracy[0] and "label" in style

@@ -139,10 +139,10 @@ def plan_budget(config: Config, method: str, sigma: float, num_images: int, enco
     """The budget of a method at noise `sigma`, on `num_images` training images.
 
     With `finetune.equal_passes: true` a training ends after the step at which it comes closest to the encoder passes of
-    rRCM's fine-tuning. A matched method also gets rRCM's share of the pre-training, less its own share of the soft
+    rRCM's fine-tuning. A matched method also gets rRCM's share of the pre-training, minus its own share of the soft
     labels. The members of an ensemble share these passes. A longer training is evaluated less often, so that all
     trainings have about the same number of evaluations. `encoders` holds the pre-trained encoders by objective, whose
-    model folders record their compute. Raises `RRCMError` when soft labels leave nothing for the training.
+    model folders record their compute. Raises `RRCMError` when soft labels leave no passes for the training.
     """
     row, settings = METHODS[method], config.finetune.settings(method, sigma)
     objective = build_finetuning_objective(settings, method, sigma)

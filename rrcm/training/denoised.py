@@ -53,7 +53,7 @@ def _run_state(training: Training) -> RunState:
 
 
 def _publish(training: Training, trained: Path | None, env: DistEnv) -> None:
-    """Write the model folder and the timing. The classifier is the one in `trained`, or else that of the parts."""
+    """Write the model folder and the timing. The classifier is the one in `trained`, or else the one in the parts."""
     start, parts, output, timing = time.monotonic(), training.parts, training.files.output, training.files.timing
     kind = METHODS[training.method].classifier
     classes = ShardedDataset(training.files.shards, "train").classes

@@ -6,7 +6,7 @@ from scipy.stats import binom, hypergeom, norm
 
 from rrcm.certification.agreement import (
     closeness,
-    found_share,
+    detectable_share,
     least_improbable,
     moved_votes,
     pooled_tail,
@@ -45,17 +45,17 @@ def test_closeness_is_the_normal_density_at_the_tie():
 @pytest.mark.parametrize(
     ("rows", "audited", "power"), [(120, 100, 1.0), (120, 20, 0.7), (500, 100, 0.5), (40, 40, 1.0)]
 )
-def test_the_found_share_is_the_smallest(rows: int, audited: int, power: float):
+def test_the_detectable_share_is_the_smallest(rows: int, audited: int, power: float):
     def missed(forged: int) -> float:
         drawn = np.arange(audited + 1)
         return float((hypergeom.pmf(drawn, rows, forged, audited) * (1 - power) ** drawn).sum())
 
-    forged = round(found_share(rows, audited, power) * rows)
+    forged = round(detectable_share(rows, audited, power) * rows)
     assert missed(forged) <= 0.01 + 1e-12 < missed(forged - 1)
 
 
 def test_forgeries_that_are_never_found_have_no_share():
-    assert found_share(100, 50, 0.0) is None and found_share(100, 100, 1.0) == 0.01
+    assert detectable_share(100, 50, 0.0) is None and detectable_share(100, 100, 1.0) == 0.01
 
 
 def test_the_bounds_on_the_rate_cover():
@@ -121,7 +121,7 @@ def test_a_thousand_forgeries_are_found_as_often_as_stated(record):
     generator = np.random.default_rng(2)
     published, again = rows_of(generator, 120)
     honest = audit(published, again, record, 1e-3)
-    forged = round(honest.found * len(published))
+    forged = round(honest.detectable * len(published))
     assert not honest.problems and 1 <= forged <= 30
     found = 0
     for _ in range(1000):

@@ -71,7 +71,7 @@ def test_an_honest_file_is_verified_vote_by_vote(result: Path):
     before = files_of(result)
     found = audit(result, rows=20, seed=1)
     assert not found.problems and found.exact and (found.rows, found.audited, found.moved) == (36, 20, 0)
-    assert found.found == 6 / 36  # all lie among the 16 others with 16! 30! / (10! 36!) < 1 %, and five with more
+    assert found.detectable == 6 / 36  # all lie among the 16 others with 16! 30! / (10! 36!) < 1 %, and five with more
     assert files_of(result) == before
 
 
@@ -249,7 +249,7 @@ def test_the_command_finds_model_and_images_and_writes_nothing(result: Path):
     for folder in [result, *(path for path in result.rglob("*") if path.is_dir())]:
         folder.chmod(0o755)
     assert answer.returncode == 0, answer.stderr
-    start = f"verified: {NAME}, 36 of 36 radii follow from their votes, 9 voted again as published: equal (would find "
+    start = f"verified: {NAME}, 36 of 36 radii follow from their votes, 9 voted again as published: equal (would "
     assert answer.stdout.startswith(start) and answer.stdout.count("\n") == 1
     assert "rows are chosen with --seed 3" in answer.stderr and files_of(result) == before
 

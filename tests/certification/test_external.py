@@ -187,7 +187,7 @@ UNCLEAR = {  # lines, what the error says
     "half a class": ([*COHEN, "80\t3.5\t3\t0.5\t1\t0"], "line 6: label '3.5': must be a whole number"),
     "a row with blanks": (
         [*COHEN, "80 3 3 0.5 1 0:00:17"],
-        "line 6: has 1 columns, must have 6, separated as those of",
+        "line 6: has 1 columns, must have 6, separated as in",
     ),
     "a row with blanks between": (
         [*COHEN[:3], ROWS[2].replace("\t", "  "), ROWS[3]],

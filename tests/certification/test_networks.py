@@ -276,7 +276,7 @@ def test_copies_are_independent(remake, precision):
 
 
 def test_another_sigma_of_the_rule_is_refused():
-    with pytest.raises(RRCMError, match=r"^sigma = 1.0 of the stopping rule: must be 0.5, that of the noise$"):
+    with pytest.raises(RRCMError, match=r"^sigma = 1.0 of the stopping rule: must be 0.5, as for the noise$"):
         next(smooth(net()).certify_stream([ImageState(0, IMAGES[0])], group_sequential(1.0)))
 
 

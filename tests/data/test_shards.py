@@ -442,8 +442,8 @@ def set_manifest(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"classes": lambda names: names[::-1]}, "classes are not those of digits"),
-        ({"classes": lambda names: names[:5]}, "classes are not those of digits"),
+        ({"classes": lambda names: names[::-1]}, "classes differ from the classes of digits"),
+        ({"classes": lambda names: names[:5]}, "classes differ from the classes of digits"),
         ({"source": "mine", "classes": lambda names: names[:5]}, "train counts 10 classes, but there are 5"),
         ({"source": "mine", "classes": ["a"]}, "classes: List should have at least 2 items"),
         ({"source": "mine", "classes": lambda names: ["", *names[1:]]}, "classes.0: String should have at least 1"),

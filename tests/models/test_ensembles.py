@@ -108,8 +108,8 @@ def no_members(folder: Path) -> None:
     ("harm", "said"),
     [
         (another_member, "member_1: is not the part that the model it belongs to names"),
-        (other_classes, "member_2: has class_names .* members must be alike"),
-        (other_size, "member_2: has image_size 16, the first member 8; members must be alike"),
+        (other_classes, "member_2: has class_names .* all members must agree"),
+        (other_size, "member_2: has image_size 16, the first member 8; all members must agree"),
         (one_member, "members = .*: List should have at least 2 items"),
         (no_members, "members = 'member_0': should be a valid list"),
     ],

@@ -32,7 +32,7 @@ from rrcm.utils.tensors import load_tensors, save_tensors
 CERTIFICATES = "run/certificates/rrcm/sigma_0.5.tsv"
 MODEL = "run/models/rrcm/sigma_0.5"
 VERDICT = re.compile(
-    r"verified: results/tiny/seed_0, 36 rows in 1 files, 5 voted again: equal \(would find \d+\.\d% forged rows with "
+    r"verified: results/tiny/seed_0, 36 rows in 1 files, 5 voted again: equal \(would detect \d+\.\d% forged rows with "
     r"99 %\), computed by 1111111 \(clean\), tree ([0-9a-f]{7} \(clean\)|without git), \d+ s\n"
 )
 
