@@ -4,7 +4,7 @@
 # make test       run the linter and all tests
 # make test-fast  run the linter and the tests that are not slow
 # make install    only create the environment: .venv with the versions in constraints.txt
-# make params     compose conf/ into params.yaml; PROFILE=cifar10 for another profile
+# make params     compose conf/ into params.yaml, and list all settings in docs/settings.md; PROFILE=cifar10 for another profile
 #
 # Each target first creates .venv if it is missing. PYTHON=python3.12 chooses the interpreter for it.
 # By default, one stage runs per GPU; without GPUs, as many as fill the cores. stages/README.md has the details.
@@ -45,6 +45,7 @@ install: $(VENV)/.installed
 
 params: $(VENV)/.installed
 	python stages/compose.py profile=$(PROFILE)
+	python stages/settings.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || { $(NEW_VENV); } # missing, or half-made by a killed run

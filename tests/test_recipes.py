@@ -16,6 +16,10 @@ def test_the_tables_pass_their_tests_with_all_additions(tmp_path):
     copy_code(tmp_path)
     for readme, heading in RECIPES.items():
         assert follow(readme, heading, tmp_path)
-    for command in (["stages/compose.py"], ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TABLES]):
+    for command in (
+        ["stages/compose.py"],
+        ["stages/settings.py"],
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TABLES],
+    ):
         answer = run(tmp_path, *command)
         assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr
