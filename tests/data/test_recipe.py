@@ -20,12 +20,12 @@ def copy(tmp_path) -> Path:
 
 def test_a_data_set_is_added_as_the_readme_says(copy):
     rng = np.random.default_rng(0)
-    (copy / "raw/mine").mkdir(parents=True)
+    (copy / "data/raw/mine").mkdir(parents=True)
     arrays = {"labels": np.arange(200) % 2, "test_labels": np.arange(40) % 2}
     for name in ("images", "test_images"):
         labels = arrays[name.replace("images", "labels")]
         arrays[name] = rng.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
-    np.savez(copy / "raw/mine/mine.npz", **arrays)
+    np.savez(copy / "data/raw/mine/mine.npz", **arrays)
     for command in (["stages/compose.py", "profile=mine"], ["stages/shard_data.py"]):
         answer = run(copy, *command)
         assert answer.returncode == 0, answer.stderr
