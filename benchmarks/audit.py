@@ -1,8 +1,8 @@
-"""How often an audit verifies an honest certificate file, and how often it finds a forged one.
+"""How often an audit accepts an honest certificate file, and how often it detects a forged one.
 
-The model votes twice on all images: as it was certified, on the machine type that published the file, and as the
-options say. Each try is an audit of rows chosen at random, honest or after a forgery. Where the options are those of
-the publication, all counts must be equal. Other CPUs are imitated by the environment:
+The model votes twice on all images: with the published settings, and with the given options. Run this on the type of
+machine that published the file. Each try audits randomly chosen rows, either honest or forged. If the options equal the
+published settings, all counts must be equal. Environment variables imitate other CPUs:
 
     python benchmarks/audit.py certificates/rrcm/sigma_0.5.tsv --precision fp32
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/audit.py certificates/rrcm/sigma_0.5.tsv
@@ -46,9 +46,9 @@ def count_all_looks(smoothed: SmoothedClassifier, inputs: Inputs, rule: Stopping
 def forge(
     row: RowVotes, label: int, radius: float, record: CertificateRecord, rule: StoppingRule, draw: np.random.Generator
 ) -> RowVotes | None:
-    """A consistent row with a radius that is larger by RAISE: some votes for other classes are made votes for the top.
+    """A consistent row whose radius is larger by RAISE, because some votes were moved to the top class.
 
-    The smallest share of them in steps of 1 % that is enough; None if none is.
+    The share of moved votes is the smallest that suffices, in steps of 1 %. Returns None if none suffices.
     """
     for share in np.arange(0.01, 1.0, 0.01):
         state = ImageState(row.idx, None, label, dict(row.selection), samples=rule.n0)
@@ -66,14 +66,14 @@ def forge(
             decide(state, rule, record.num_classes)
             if state.stop_reason:
                 break
-        found = certificate(state, rule, record.num_classes)
-        if found.radius >= radius + RAISE - 1e-9:
+        certified = certificate(state, rule, record.num_classes)
+        if certified.radius >= radius + RAISE - 1e-9:
             return RowVotes(row.idx, row.selection, state.votes)
     return None
 
 
 def at_looks(published: RowVotes, everywhere: RowVotes) -> RowVotes:
-    """The votes at the looks that a published row has."""
+    """The votes at the looks that are recorded in the published row."""
     return RowVotes(published.idx, everywhere.selection, {m: everywhere.votes[m] for m in published.votes})
 
 
@@ -89,7 +89,7 @@ def measure(
     forgeries: int = 1000,
     false_alarm: float = 1e-3,
 ) -> None:
-    """Audit FILE as published and after forgeries, with random rows each time."""
+    """Audit random rows of FILE, as published and after forgeries."""
     keep_freed_memory()
     record, frame, problems = check_file(file)
     model, images = find_inputs(file, model, images)
@@ -121,8 +121,8 @@ def measure(
         return [forged[i] if i in raised else honest[i] for i in range(len(idx))]
 
     def count(times: int, publish: Callable[[random.Random], list[RowVotes]]) -> str:
-        found = sum(bool(audit(publish(random.Random(i)), random.Random(-1 - i)).problems) for i in range(times))
-        return f"{found} of {times}"
+        refused = sum(bool(audit(publish(random.Random(i)), random.Random(-1 - i)).problems) for i in range(times))
+        return f"{refused} of {times}"
 
     table = [["honest", count(tries, lambda choice: honest)]]
     table.append([f"radii and votes raised by {RAISE} in {few} rows", count(forgeries, with_some_raised)])
@@ -133,12 +133,14 @@ def measure(
     how = f"{smoothed.precision}, batch {smoothed.batch_size}, {'equal counts' if exact else 'other rounding'}"
     print(f"{file}, voted again in {how}: {rows} of {len(idx)} rows, false alarm {false_alarm:g}")
     moved = audit(honest, random.Random(0))
-    print(f"{moved.moved:,} of {moved.samples:,} honest votes differ; claims to find {moved.found} of forged rows\n")
+    print(
+        f"{moved.moved:,} of {moved.samples:,} honest votes differ; claims to detect {moved.detectable} of forgeries\n"
+    )
     print(tabulate(table, ["file", "NOT verified"], tablefmt="github"))
 
 
 def other_seed(record: CertificateRecord, inputs: Inputs) -> SmoothedClassifier:
-    """The certified computation with other noise."""
+    """The certified computation with different noise."""
     return smooth_again(record.model_copy(update={"seed": record.seed + 1}), inputs)
 
 

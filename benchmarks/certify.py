@@ -1,8 +1,8 @@
-"""How fast certification is: Cohen's and the authors' procedure, our engine, a second library, the bare network.
+"""Speed of certification: Cohen's and the authors' procedure, our engine, a second library, and the bare network.
 
-All variants run in one process on the same weights and test images. The sequential ones certify all images at once,
-which is how they are used. The others take turns on blocks of images, so that a drift in machine speed affects them
-alike; compare medians over blocks. OUTPUT is written after each block, and a killed run continues from it.
+All variants run in one process on the same weights and test images. The sequential variants certify all images at once,
+as they would be used. The others alternate on blocks of images, so that drifting machine speed affects all of them
+equally; compare medians over blocks. OUTPUT is written after each block, and a killed run continues from it.
 
     python benchmarks/certify.py models/rrcm/sigma_0.5 data/shards --output digits_0.5.json
     python benchmarks/certify.py --show digits_0.25.json digits_0.5.json digits_1.0.json
@@ -59,7 +59,7 @@ Answers = list[tuple[int, float, int]]  # class or -1, radius, samples
 
 
 class WholeBlocks(nn.Module):
-    """The same network with all tokens of the last block computed, as in the authors' code."""
+    """The same network, but it computes all tokens of the last block, as the authors' code does."""
 
     def __init__(self, classifier: NoiseConditionedClassifier):
         super().__init__()
@@ -78,20 +78,20 @@ def plain(model: nn.Module, images: torch.Tensor, sigma: float, n: int) -> Answe
         counts = np.zeros(10, int)
         for start in range(0, count, THEIR_BATCH):
             batch = image.repeat(min(THEIR_BATCH, count - start), 1, 1, 1)
-            answers = model(batch + sigma * torch.randn_like(batch)).argmax(1)
-            counts += np.bincount(answers.numpy(), minlength=10)
+            classes = model(batch + sigma * torch.randn_like(batch)).argmax(1)
+            counts += np.bincount(classes.numpy(), minlength=10)
         return counts
 
-    found = []
+    answers = []
     for image in images:
         top = int(votes(image, N0).argmax())
         bound = clopper_pearson_lower(int(votes(image, n)[top]), n, ALPHA)
-        found.append((top, sigma * float(ndtri(bound)), N0 + n) if bound >= 0.5 else (-1, 0.0, N0 + n))
-    return found
+        answers.append((top, sigma * float(ndtri(bound)), N0 + n) if bound >= 0.5 else (-1, 0.0, N0 + n))
+    return answers
 
 
 def reference(path: Path) -> Callable[..., Answers]:
-    """The same with `Smooth` of a checkout of the authors' code (its core.py), on the CPU."""
+    """The same procedure by `Smooth` from core.py in a checkout of the authors' code, on the CPU."""
     spec = importlib.util.spec_from_file_location("reference_core", path / "core.py")
     if spec is None or not (path / "core.py").is_file():
         raise RRCMError(f"{path}: has no core.py; give a checkout of the authors' repository")
@@ -119,8 +119,8 @@ def ours(model: nn.Module, stopping: str, precision: str, batch_size: int | None
                 model, sigma, 10, batch_size=batch_size, precision=precision, compile=compile
             )
             smoothed[sigma].certify(images[:1], n=2048, stopping="fixed")  # warm-up, compilation
-        found = smoothed[sigma].certify(images, labels, stopping=stopping, n0=N0, n=n, alpha=ALPHA, indices=indices)
-        return [(answer.prediction, answer.radius, answer.samples) for answer in found]
+        outcomes = smoothed[sigma].certify(images, labels, stopping=stopping, n0=N0, n=n, alpha=ALPHA, indices=indices)
+        return [(answer.prediction, answer.radius, answer.samples) for answer in outcomes]
 
     return certify
 
@@ -144,7 +144,7 @@ def art(model: nn.Module, images: torch.Tensor, sigma: float, n: int) -> Answers
 
 @torch.no_grad()
 def bare_forward(model: nn.Module, image: torch.Tensor, size: int, samples: int) -> float:
-    """Samples per second of forward passes alone, on one given batch."""
+    """Samples per second of forward passes alone, all on one batch."""
     batch = image + torch.randn(size, *image.shape)
     model(batch)
     start, passes = time.perf_counter(), max(1, samples // size)
@@ -166,12 +166,12 @@ def measure(
     sampled: Annotated[int, typer.Option(help="images per block for the variants that run on blocks; 0: all")] = 0,
     sampled_n: Annotated[int, typer.Option(help="their n, with `sampled`")] = 5000,
     batch_size: int | None = None,
-    plain_allocator: Annotated[bool, typer.Option(help="leave the memory allocator as it is")] = False,
+    plain_allocator: Annotated[bool, typer.Option(help="keep the default memory allocator")] = False,
     reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
     show: bool = False,
     figure: Annotated[Path | None, typer.Option(help="with --show: draw the times for whole tables")] = None,
 ) -> None:
-    """Measure one classifier and write the figures to OUTPUT, or `--show` those of earlier runs."""
+    """Measure one classifier and write the figures to OUTPUT, or `--show` the figures of earlier runs."""
     if show:
         records = [read_json(path) for path in models or []]
         for record in records:
@@ -239,13 +239,13 @@ def make_engines(classifier: NoiseConditionedClassifier, batch_size: int | None,
 
 
 def bare_network(classifier: NoiseConditionedClassifier, precision: str) -> nn.Module:
-    """The network whose forward pass alone is the limit of a precision."""
+    """The network whose bare forward pass is the speed limit for a precision."""
     smoothed = SmoothedClassifier(classifier, classifier.sigma, classifier.num_classes, precision=precision)
     return WholeBlocks(smoothed.network)
 
 
 def timed(engine: Callable[..., Answers], inputs: Inputs, part: slice, n: int) -> dict:
-    """Certify a part of the images: seconds, samples per second and answers."""
+    """Certify a part of the images; returns the seconds, the samples per second and the answers."""
     start = time.perf_counter()
     answers = engine(inputs.labels[part], inputs.pixels[part], inputs.sigma, n, inputs.indices[part])
     seconds = time.perf_counter() - start
@@ -254,7 +254,7 @@ def timed(engine: Callable[..., Answers], inputs: Inputs, part: slice, n: int) -
 
 
 def measure_whole(record: dict, engines: dict, names: list[str], inputs: Inputs, n: int, output: Path) -> None:
-    """Time the sequential variants on all images at once, which is how they are used."""
+    """Time the sequential variants on all images at once, as they would be used."""
     for name in names:
         if name.startswith("sequential") and name not in record["whole"]:
             timed(engines[name], inputs, slice(0, 1), 100)  # warm-up, compilation
@@ -265,32 +265,32 @@ def measure_whole(record: dict, engines: dict, names: list[str], inputs: Inputs,
 def measure_blocks(
     record: dict, engines: dict, names: list[str], inputs: Inputs, networks: dict, block: int, output: Path
 ) -> None:
-    """Time the other variants in turn on blocks of images."""
+    """Time the other variants alternately on blocks of images."""
     sampled, sampled_n = record["sampled"] or (block, record["n"])
     count = len(inputs.pixels) // block
     with Progress(count, f"benchmark {record['model']}", "blocks", done=len(record["blocks"])) as progress:
         for first in range(len(record["blocks"]) * block, count * block, block):
-            found: dict[str, object] = {"labels": inputs.labels[first : first + block]}
+            measured: dict[str, object] = {"labels": inputs.labels[first : first + block]}
             for name in names:
                 if name.startswith("limit"):
                     precision = name.removeprefix("limit_")
                     size = record["batch_size"][precision]
                     rate = bare_forward(networks[precision], inputs.pixels[first], size, 20 * size)
-                    found[name] = {"samples_per_second": rate}
+                    measured[name] = {"samples_per_second": rate}
                 elif not name.startswith("sequential"):
-                    found[name] = timed(engines[name], inputs, slice(first, first + sampled), sampled_n)
-            record["blocks"].append(found)
+                    measured[name] = timed(engines[name], inputs, slice(first, first + sampled), sampled_n)
+            record["blocks"].append(measured)
             write_json(output, record)
             progress.update(1)
 
 
 def summary(record: dict) -> str:
-    """Rates (median over blocks, range), shares of the limit, times for the whole table, and the table."""
+    """Two tables: rates (median and range over blocks) with times for the whole table, and the certified accuracy."""
     blocks, whole, n = record["blocks"], record["whole"], record["n"]
-    images = sum(len(found["labels"]) for found in blocks)
+    images = sum(len(block["labels"]) for block in blocks)
     rows, table = [], []
     for name, label in LABELS.items():
-        runs = [whole[name]] if name in whole else [found[name] for found in blocks if name in found]
+        runs = [whole[name]] if name in whole else [block[name] for block in blocks if name in block]
         if not runs:
             continue
         rates = [run["samples_per_second"] for run in runs]
@@ -298,12 +298,12 @@ def summary(record: dict) -> str:
         row = {"variant": label, "samples/s": f"{median(rates):,.0f}{spread}"}
         limit = f"limit_{'bf16' if 'bf16' in name else 'fp32'}"
         if not name.startswith("limit"):
-            if limits := [found[limit]["samples_per_second"] for found in blocks if limit in found]:
+            if limits := [block[limit]["samples_per_second"] for block in blocks if limit in block]:
                 row["of the limit"] = f"{median(rates) / median(limits):.2f}"
             seconds = _seconds(runs, n, images)
             row["mean samples"] = f"{_mean_samples(runs, n):,.0f}"
             row["s an image"], row[f"s for {images}"] = f"{seconds / images:.3g}", f"{seconds:,.0f}"
-            if plain_runs := [found["plain"] for found in blocks if "plain" in found]:
+            if plain_runs := [block["plain"] for block in blocks if "plain" in block]:
                 row["faster than (a)"] = f"{_seconds(plain_runs, n, images) / seconds:.1f}x"
             answers = [answer for run in runs if run["n"] == n for answer in run["answers"]]
             if len(answers) == images:
@@ -322,13 +322,13 @@ def summary(record: dict) -> str:
 
 @figure_style()
 def draw(records: list[dict]) -> Figure:
-    """The time of each variant for a whole table on a logarithmic axis, one panel per record."""
+    """The time that each variant takes for a whole table, on a logarithmic axis, with one panel per record."""
     figure = Figure(figsize=(7.2, 0.5 + 1.9 * len(records)))
     for axes, record in zip(figure.subplots(len(records), squeeze=False).flat, records, strict=True):
-        images = sum(len(found["labels"]) for found in record["blocks"])
+        images = sum(len(block["labels"]) for block in record["blocks"])
         bars = []
         for name, label in LABELS.items():
-            runs = [record["whole"].get(name)] if name in record["whole"] else [f.get(name) for f in record["blocks"]]
+            runs = [record["whole"].get(name)] if name in record["whole"] else [b.get(name) for b in record["blocks"]]
             if None not in runs and not name.startswith("limit"):
                 drawn = sum(len(run["answers"]) for run in runs) == images and runs[0]["n"] == record["n"]
                 bars.append((label.strip(), _seconds(runs, record["n"], images) / 60, drawn))
@@ -360,7 +360,7 @@ def _mean_samples(runs: list[dict], n: int) -> float:
 
 def _shares(answers: Answers, blocks: list[dict]) -> dict[str, str]:
     """Certified accuracy in percent."""
-    labels = [label for found in blocks for label in found["labels"]]
+    labels = [label for block in blocks for label in block["labels"]]
     correct = [int(answer[0] == label) for answer, label in zip(answers, labels, strict=True)]
     frame = pd.DataFrame({"correct": correct, "radius": [answer[1] for answer in answers]})
     return {f"r = {r:g}": f"{100 * s:.1f}" for r, s in zip(RADII, certified_accuracy(frame, RADII), strict=True)}

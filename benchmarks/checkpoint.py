@@ -1,8 +1,8 @@
-"""Time to write and to read a checkpoint of pre-training, from the end of a step to a state that is safe on disk.
+"""Time to write and read a pre-training checkpoint, from the end of a step until the state is safe on disk.
 
-The state is that of the network in the settings, on the CPU: weights, both averages, both moments of AdamW. It is
-written, flushed to disk and hashed as in training, then read back. After SIGTERM a training finishes its step, then
-saves.
+The checkpoint holds the state of the configured network on the CPU: weights, both averages and both moments of AdamW.
+It is written, flushed to disk and hashed as in training, and then read back. After SIGTERM a training run finishes its
+step and then saves.
 
     python stages/compose.py profile=imagenet_b --output build/imagenet_b.yaml
     python benchmarks/checkpoint.py params.yaml build/imagenet_b.yaml
@@ -33,7 +33,7 @@ resume_gc()
 
 
 def training_state(config: Config) -> Trainer:
-    """A training of the network in `config` after one step, with no data."""
+    """A training run of the network in `config` after one step, without data."""
     student = EncoderWithProjector(
         build_encoder(config.model, config.data), config.model.projector_hidden_dim, config.model.projection_dim
     )
@@ -63,9 +63,9 @@ def training_state(config: Config) -> Trainer:
 
 def main(
     params: Annotated[list[Path], typer.Argument(help="files of settings, such as params.yaml")],
-    folder: Annotated[Path | None, typer.Option(help="parent of the temporary folder that is written to")] = None,
+    folder: Annotated[Path | None, typer.Option(help="parent of the temporary folder to write to")] = None,
 ) -> None:
-    """Print the size of a checkpoint, and the seconds to save and to resume it: median and range of five."""
+    """Print the size of a checkpoint and the seconds to save and resume it (median and range of five)."""
     keep_freed_memory()
     rows = []
     for path in params:

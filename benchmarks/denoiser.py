@@ -1,7 +1,8 @@
-"""How well a denoiser denoises test images, beside the best linear denoiser.
+"""How well a denoiser denoises test images, compared with the best linear denoiser.
 
-Of all functions that are linear in the noisy image, the one with the least error on Gaussian noise follows from mean m
-and covariance C of the images (Wiener): m + C (C + t^2 I)^-1 (x - m). Here m and C are those of the training images.
+Of all functions that are linear in the noisy image, the one with the smallest error for Gaussian noise follows from the
+mean m and covariance C of the images (Wiener): m + C (C + t^2 I)^-1 (x - m). Here m and C are estimated from the
+training images.
 
     python benchmarks/denoiser.py models/denoiser data/shards
 """
@@ -32,7 +33,7 @@ def main(
     sigma: Annotated[list[float] | None, typer.Option(help="noise, pixel units")] = None,
     split: str = "test",
 ) -> None:
-    """Print the mean squared error per pixel, in model space."""
+    """Print the mean squared errors per pixel, in model space."""
     network = load_denoiser(denoiser)
     train, held_out = (
         2 * (read_split(ShardedDataset(shards, name), network.image_size)[0].double() / 255) - 1

@@ -1,10 +1,10 @@
-"""Which stages DVC runs again after an edit: a copy of a checkout, whose stages are all up to date, is edited.
+"""Which stages DVC reruns after an edit. The edits are made in a copy of a checkout whose stages are all up to date.
 
     python benchmarks/edits.py
     python benchmarks/edits.py ../earlier    # another checkout, such as a worktree of an earlier commit
 
-The outputs of the stages are dummies, so nothing is trained. Each edit is made alone. Where there is a stage
-`fingerprint`, it runs before the others are compared; it is not counted.
+The outputs of the stages are dummies, so nothing is trained. Each edit is made alone. If the checkout has a stage
+`fingerprint`, it runs before the others are compared and is not counted.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SETTINGS = ["methods=[rrcm,consistency,consistency_matched,gaussian,dds]"]
 
 
 class Edit(NamedTuple):
-    """A change to a copy of the repository, and settings that are given with it."""
+    """A change to a copy of the repository, and overrides of settings."""
 
     name: str
     change: Callable[[Path], None] | None = None
@@ -37,7 +37,7 @@ class Edit(NamedTuple):
 
 
 def replace(file: str, pattern: str, replacement: str) -> Callable[[Path], None]:
-    """An edit of one file: every match of the pattern is replaced. There must be one."""
+    """An edit that replaces every match of the pattern in one file. There must be at least one."""
 
     def change(folder: Path) -> None:
         path = folder / file
@@ -49,7 +49,7 @@ def replace(file: str, pattern: str, replacement: str) -> Callable[[Path], None]
 
 
 def add_loss(folder: Path) -> None:
-    """A new loss in a file of its own, and its entry."""
+    """Add a new loss in its own file, and its registry entry."""
     (folder / "rrcm/objectives/new.py").write_text("class New:\n    terms = ()\n", encoding="utf-8")
     lazy = "Registry" in (folder / "rrcm/objectives/__init__.py").read_text(encoding="utf-8")
     entry = '"rrcm.objectives.new:New"' if lazy else "Gaussian"
@@ -57,7 +57,7 @@ def add_loss(folder: Path) -> None:
 
 
 def add_data_set(folder: Path) -> None:
-    """A new data set in a file of its own where there is a place for that, and its entry."""
+    """Add a new data set, in its own file if the checkout has rrcm/sources, and its registry entry."""
     lazy = (folder / "rrcm/sources").is_dir()
     entry = '"rrcm.sources.new:read_new"' if lazy else "read_digits"
     if lazy:
@@ -66,7 +66,7 @@ def add_data_set(folder: Path) -> None:
 
 
 def add_row(folder: Path) -> None:
-    """A new row of the method table. In earlier checkouts the table was a dictionary of dictionaries."""
+    """Add a row to the method table. In earlier checkouts the table was a dictionary of dictionaries."""
     row = {"initial_weights": None, "objective": "gaussian", "matched": False, "classifier": "classifier"}
     row |= {"base": None, "family": "noise", "label": "New", "colour": "#123456"}
     if "TABLE = {" in (folder / "rrcm/methods.py").read_text(encoding="utf-8"):
@@ -103,7 +103,7 @@ EDITS = [
 
 
 def make_committed(checkout: Path, folder: Path, settings: list[str]) -> None:
-    """Make `folder` a DVC repository with the code of `checkout`, whose stages are all up to date."""
+    """Make `folder` a DVC repository with the code of `checkout`, in which all stages are up to date."""
     for name in COPIED:
         source = checkout / name
         if source.is_dir():
@@ -130,27 +130,27 @@ def make_committed(checkout: Path, folder: Path, settings: list[str]) -> None:
 
 
 def renew(folder: Path) -> None:
-    """Write the fingerprints of the code as it is now."""
+    """Write the fingerprints of the current code."""
     if (folder / "stages/fingerprint.py").exists():
         run(folder, "fingerprint")
 
 
 def run(folder: Path, stage: str, *arguments: str) -> None:
-    """Run a command of stages/ in the copy."""
+    """Run a script of stages/ in the copy."""
     command = [sys.executable, f"stages/{stage}.py", *arguments]
     answer = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
 
 
 def changed_stages(folder: Path) -> set[str]:
-    """The stages that DVC would run for what changed in their own code and settings, `fingerprint` apart."""
+    """The stages that DVC would rerun because their own code or settings changed, without `fingerprint`."""
     with contextlib.chdir(folder), Repo() as repo:
         status = repo.status()
     return {name for name, what in status.items() if any("changed deps" in each for each in what)} - {"fingerprint"}
 
 
 def stages_after(edit: Edit, committed: Path, folder: Path, settings: list[str]) -> set[str]:
-    """The stages that an edit makes run again, in a new copy `folder` of `committed`."""
+    """The stages that rerun after an edit, made in a new copy `folder` of `committed`."""
     shutil.copytree(committed, folder)
     if edit.change:
         edit.change(folder)
@@ -160,9 +160,9 @@ def stages_after(edit: Edit, committed: Path, folder: Path, settings: list[str])
     return changed_stages(folder)
 
 
-def measure(checkout: Annotated[Path, typer.Argument(help="The checkout whose code is edited.")] = REPOSITORY) -> None:
-    """Print a table of edits and of the stages that DVC runs again."""
-    print("| edit | stages that run again |\n|---|---|")
+def measure(checkout: Annotated[Path, typer.Argument(help="The checkout to copy and edit.")] = REPOSITORY) -> None:
+    """Print a table of edits and the stages that DVC reruns."""
+    print("| edit | stages that rerun |\n|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         committed = Path(scratch) / "committed"
         committed.mkdir()

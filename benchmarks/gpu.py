@@ -1,10 +1,10 @@
-"""Check on any GPU what a machine without one cannot run, and measure what noise and precision cost there.
+"""Checks that need a GPU, and measurements of the cost of noise and precision there.
 
     python benchmarks/gpu.py                  # on the GPUs of this machine, two minutes
-    python benchmarks/gpu.py --device cpu     # the same checks with gloo and small networks, as the tests run them
+    python benchmarks/gpu.py --device cpu     # the same checks with gloo and small networks, as in the tests
 
-Each row is one check with what was found and the bound it must keep. The exit status is 1 if a check fails. Trainings
-and certificates are those of a small digits profile, by the code of the stages, in a temporary folder.
+Each row is one check with its result and the bound that it must keep. The exit status is 1 if a check fails. Training
+and certification use a small digits profile and the code of the stages, in a temporary folder.
 """
 
 import multiprocessing
@@ -64,16 +64,16 @@ CPU = torch.device("cpu")
 
 
 class Row(NamedTuple):
-    """One line of the table. `passed` is None for what is measured alone."""
+    """One line of the table. `passed` is None for a mere measurement."""
 
     what: str
-    found: str
+    result: str
     bound: str = ""
     passed: bool | None = None
 
 
-def at_most(what: str, found: float, bound: float, unit: str = "") -> Row:
-    return Row(what, f"{found:.3g}{unit}", f"at most {bound:g}{unit}", found <= bound)
+def at_most(what: str, value: float, bound: float, unit: str = "") -> Row:
+    return Row(what, f"{value:.3g}{unit}", f"at most {bound:g}{unit}", value <= bound)
 
 
 @dataclass
@@ -95,15 +95,15 @@ class Bench:
         return self.device.type == "cuda"
 
     def seconds(self, run: Callable[[], object], rounds: int = 5) -> float:
-        """Median seconds of `run()`, the device's work included, after two calls that do not count."""
-        found = []
+        """Median seconds of `run()` including the work of the device, after two warm-up calls."""
+        times = []
         for _ in range(rounds + 2):
             start = time.perf_counter()
             run()
             if self.on_gpu:
                 torch.cuda.synchronize(self.device)
-            found.append(time.perf_counter() - start)
-        return median(found[2:])
+            times.append(time.perf_counter() - start)
+        return median(times[2:])
 
 
 def small_config(device: str) -> Config:
@@ -126,7 +126,7 @@ def small_config(device: str) -> Config:
 
 
 def check_devices(bench: Bench) -> Iterator[Row]:
-    """`auto`, and `cuda` without an index, name a GPU that can be selected. One process too many is refused."""
+    """`auto` and `cuda` without an index name a GPU that can be selected. One process too many is refused."""
     names = ["auto", "cuda"] if bench.on_gpu else ["cpu"]
     devices = {str(pick_device(name)) for name in names}
     if bench.on_gpu:
@@ -145,7 +145,7 @@ def check_devices(bench: Bench) -> Iterator[Row]:
 
 
 def check_noise(bench: Bench) -> Iterator[Row]:
-    """Philox and its uniform numbers are the same bits on both devices and in the fused kernel."""
+    """Philox and its uniform numbers have the same bits on both devices and in the fused kernel."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 2**32, (3, 512, 1), generator=generator)
     counter, key = (torch.arange(768), *rows), (0xDEADBEEF, 0x7FFFFFFF)
@@ -167,7 +167,7 @@ def check_noise(bench: Bench) -> Iterator[Row]:
 
 
 def check_noise_time(bench: Bench) -> Iterator[Row]:
-    """Seconds of the noise of one batch, beside the network's forward pass in its fast precision."""
+    """Seconds to draw the noise of one batch, and the network's forward pass in its fast precision."""
     size, patch, width, depth, heads, batch = (224, 16, 768, 12, 12, 1024) if bench.on_gpu else (32, 8, 96, 2, 3, 64)
     encoder = NoiseConditionedViT(size, 3, patch, width, depth, heads)
     classifier = NoiseConditionedClassifier(encoder, 1000, 2 * SIGMA).to(bench.device)
@@ -201,7 +201,7 @@ def check_noise_time(bench: Bench) -> Iterator[Row]:
 
 
 class RandomnessOnCPU(StepRandomness):
-    """The draws of a training step, drawn on the CPU for every device: devices draw different noise."""
+    """The randomness of a training step, drawn on the CPU for every device, since devices draw different noise."""
 
     def normal(self, name: str, shape: tuple[int, ...], copies: int | None = None) -> torch.Tensor:
         on_cpu = StepRandomness(self.seed, self.step, self.positions, self.batch_size, CPU, self.epoch)
@@ -227,7 +227,7 @@ def finetuning_gradient(bench: Bench, device: torch.device, precision: str, name
     torch.manual_seed(0)
     size, channels = bench.config.data.image_size, bench.config.data.channels
     network = NoiseConditionedClassifier(NoiseConditionedViT(size, channels, 4, 48, 2, 3), 10, 2 * SIGMA)
-    torch.nn.init.normal_(network.head.weight, std=0.1)  # before it moves: devices draw different numbers
+    torch.nn.init.normal_(network.head.weight, std=0.1)  # before moving it, since devices draw different numbers
     network.to(device).train()
     objective = build_finetuning_objective(bench.config.finetune.settings(name, SIGMA), name, SIGMA)
     generator = torch.Generator().manual_seed(0)
@@ -245,7 +245,7 @@ def finetuning_gradient(bench: Bench, device: torch.device, precision: str, name
 
 
 def flat_gradient(loss: torch.Tensor, module: torch.nn.Module, device: torch.device, precision: str) -> torch.Tensor:
-    """The gradient by a scaled backward pass, as in training."""
+    """The gradient from a scaled backward pass, as in training."""
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=precision == "fp16")
     scaler.scale(loss).backward()
     gradients = [p.grad.flatten().double().cpu() for p in module.parameters() if p.grad is not None]
@@ -253,8 +253,8 @@ def flat_gradient(loss: torch.Tensor, module: torch.nn.Module, device: torch.dev
 
 
 def check_gradients(bench: Bench) -> Iterator[Row]:
-    """Gradients of one step in every precision against float32 on the CPU: length of the difference, relative."""
-    # float32 on a GPU: convolutions, those of the patch embedding too, have ten bits of mantissa by torch's default
+    """Relative difference (norm) of the gradients of one step in every precision from float32 on the CPU."""
+    # by default torch computes convolutions on a GPU, and so the patch embedding, with ten bits of mantissa in float32
     bounds = {"fp32": 0.02, "bf16": 0.2, "fp16": 0.05} if bench.on_gpu else {"fp32": 1e-6, "bf16": 0.2}
     for name in ("rrcm", "consistency", "smoothadv"):
 
@@ -270,7 +270,7 @@ def check_gradients(bench: Bench) -> Iterator[Row]:
 
 
 def trained(bench: Bench, precision: str, **changes: object) -> tuple[Path, dict]:
-    """A pre-training and the last row of its history."""
+    """The folder of a new pre-training run, and the last row of its history."""
     name = "-".join([precision, *map(str, changes.values())])
     settings = bench.config.pretrain.model_copy(update={"precision": precision, **changes})
     config, folder = bench.config.model_copy(update={"pretrain": settings}), bench.folder / f"pretrain-{name}"
@@ -279,7 +279,7 @@ def trained(bench: Bench, precision: str, **changes: object) -> tuple[Path, dict
 
 
 def check_trainings(bench: Bench) -> Iterator[Row]:
-    """Pre-training and fine-tuning by the code of the stages in every precision; chunks and torch.compile."""
+    """Pre-training and fine-tuning by the code of the stages in every precision, with chunks and torch.compile."""
     exact = None
     for precision in ("fp32", "bf16", "fp16") if bench.on_gpu else ("fp32", "bf16"):  # CPUs only emulate fp16
         folder, row = trained(bench, precision)
@@ -306,7 +306,7 @@ Training = tuple[torch.nn.Module, torch.optim.Optimizer]
 
 
 def resume_lenet(device: torch.device, optimizer: str, folder: Path) -> tuple[Training, Training]:
-    """A LeNet after two steps, and another that was resumed between them from a checkpoint in `folder`."""
+    """A LeNet after two steps, and another that was resumed between the steps from a checkpoint in `folder`."""
 
     def training() -> Training:
         torch.manual_seed(0)
@@ -329,7 +329,7 @@ def resume_lenet(device: torch.device, optimizer: str, folder: Path) -> tuple[Tr
 
 
 def check_resume(bench: Bench) -> Iterator[Row]:
-    """A resumed training takes the step of an undisturbed one. A convolutional network: its weights have a layout."""
+    """A resumed run takes the same step as an undisturbed one. Weights of convolutions also have a memory layout."""
     for name in ("adamw", "sgd"):
         runs = resume_lenet(bench.device, name, bench.folder)
         pairs = zip(*(network.parameters() for network, _ in runs), strict=True)
@@ -338,7 +338,7 @@ def check_resume(bench: Bench) -> Iterator[Row]:
 
 
 def check_votes(bench: Bench) -> Iterator[Row]:
-    """Votes that change from float32 on the CPU to the device, its precision, and the compiled network."""
+    """Votes that change between float32 on the CPU, the device, its fast precision, and the compiled network."""
     loaded = load_model_folder(bench.folder / "finetune-fp32" / "rrcm")
     split = ShardedDataset(bench.shards, "test")
     pixels, _, _ = read_split(split, loaded.image_size, max(1, len(split) // 20), 20)
@@ -360,12 +360,14 @@ def check_votes(bench: Bench) -> Iterator[Row]:
         (f"{low}, compiled against eager", fast, compiled, 0.02),
     ):
         changed = int((one - other).abs().sum()) / 2  # a vote that changes leaves one class and joins another
-        found = f"{changed:.0f} of {total:,}"
-        yield Row(f"net changes of votes, {what}", found, f"at most {bound * total:.0f}", changed <= bound * total)
+        count_changed = f"{changed:.0f} of {total:,}"
+        yield Row(
+            f"net changes of votes, {what}", count_changed, f"at most {bound * total:.0f}", changed <= bound * total
+        )
 
 
 def check_certificates(bench: Bench) -> Iterator[Row]:
-    """The certificates of a split on the device, compiled too, against those of the CPU."""
+    """Certificates of a split on the device, also with a compiled network, against certificates from the CPU."""
     tables = {}
     variants = {"cpu": ("cpu", False), bench.device.type: (bench.config.device, False)}
     if bench.on_gpu:
@@ -391,7 +393,7 @@ def check_certificates(bench: Bench) -> Iterator[Row]:
 
 
 def check_processes(bench: Bench) -> Iterator[Row]:
-    """Collectives and a pre-training over all GPUs, or over one rank of nccl where there is one GPU."""
+    """Collectives and a pre-training run over all GPUs, or over one rank of nccl if there is only one GPU."""
     count, backend = bench.processes, "nccl" if bench.on_gpu else "gloo"
     output = bench.folder / "processes"
     output.mkdir()
@@ -399,7 +401,7 @@ def check_processes(bench: Bench) -> Iterator[Row]:
     wrong = sum(int((output / f"{rank}").read_text()) for rank in range(count))
     yield Row(f"collectives of {backend}, {count} process{'es' * (count > 1)}", f"{wrong} wrong", "0", wrong == 0)
     if count == 1:
-        yield Row("one training by several processes", "not checked: there is one GPU")
+        yield Row("one training by several processes", "not checked, since there is only one GPU")
         return
     places = bench.shards, output / "rrcm", output / "rrcm.json"
     together(train_together, bench.config.device, *places, world_size=count)
@@ -413,7 +415,7 @@ def together(target: Callable, *arguments: object, world_size: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")  # of a process that has not used CUDA
+    context = multiprocessing.get_context("forkserver")  # forks a process that has not used CUDA
     processes = [
         context.Process(target=enter, args=(rank, world_size, port, target, arguments)) for rank in range(world_size)
     ]
@@ -433,10 +435,10 @@ def enter(rank: int, world_size: int, port: int, target: Callable, arguments: tu
 
 
 def collectives(device: str, output: Path) -> None:
-    """Write the number of wrong answers of this rank."""
+    """Write the number of wrong results on this rank."""
     with init_distributed(device) as env:
         alone = env.world_size == 1
-        if alone:  # `init_distributed` needs no group for one process; nccl is to be seen at work all the same
+        if alone:  # `init_distributed` makes no group for one process, but nccl should be tested all the same
             backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         mine = torch.full((3,), float(env.rank), device=env.device)
@@ -470,12 +472,12 @@ CHECKS = [
     check_resume,
     check_votes,
     check_certificates,
-    check_processes,  # last: it compares with a training of `check_trainings`
+    check_processes,  # last, since it compares with a run of `check_trainings`
 ]
 
 
 def main(device: str = "auto", votes: int = 1_000_000) -> None:
-    """Check DEVICE (auto, cpu, cuda) and print a table. VOTES: how many are compared."""
+    """Check DEVICE (auto, cpu, cuda) and print a table. VOTES is the number of votes to compare."""
     chosen = pick_device(device)
     processes = torch.cuda.device_count() if chosen.type == "cuda" else 2
     with tempfile.TemporaryDirectory() as name:
@@ -492,7 +494,9 @@ def main(device: str = "auto", votes: int = 1_000_000) -> None:
     hardware = describe_environment(chosen)["hardware"]
     print(f"{', '.join(hardware['gpus']) or hardware['cpu']}; torch {torch.__version__}\n")
     words = {True: "ok", False: "FAILED", None: ""}
-    print(tabulate([(*row[:3], words[row.passed]) for row in rows], ["check", "found", "bound", ""], tablefmt="github"))
+    print(
+        tabulate([(*row[:3], words[row.passed]) for row in rows], ["check", "result", "bound", ""], tablefmt="github")
+    )
     if failed := [row.what for row in rows if row.passed is False]:
         raise RRCMError(f"{len(failed)} checks failed: {'; '.join(failed)}")
 

@@ -1,17 +1,17 @@
-"""Is anything lost when processes are killed? SIGKILL at random instants in all stages and in `rrcm certify`.
+"""Is anything lost when processes are killed? Sends SIGKILL at random times to all stages and to `rrcm certify`.
 
-The commands run once undisturbed, at smoke size in a temporary folder. Then each runs in a copy of that folder, where
-it and its children are killed and it is started anew until it is done, round after round. Half of the starts are
-without its outputs, as under DVC. The instants are drawn uniformly from the duration of an undisturbed run, imports and
-publishing included. Every fourth kill hits a new interpreter. The others hit a fork of a process that has done the
-imports.
+The commands first run undisturbed, at smoke size in a temporary folder. Then each command runs in a copy of that
+folder, where it and its children are killed and it is restarted until it finishes, in many rounds. For half of the
+starts its outputs are deleted first, as DVC does. The times are drawn uniformly from the duration of an undisturbed
+run, including imports and publishing. Every fourth kill hits a new interpreter. The others hit a fork of a process that
+has already done the imports.
 
-A fifth of the kills goes to the whole pipeline under `stages/repro.py`: to the scheduler alone, to one DVC, to the
-command of one stage, or to all processes.
+A fifth of the kills targets the whole pipeline under `stages/repro.py`: the scheduler alone, one DVC process, the
+command of one stage, or all processes.
 
-Lost means: a run cannot be continued, a kill leaves half an output, or a finished run leaves something else than the
-undisturbed one: other bytes, saved state, locks, journals, temporary files, processes. Measured seconds are not
-compared. Leave the code alone meanwhile, since a run continues under the same code only.
+Something is lost if a run cannot be continued, if a kill leaves a partial output, or if a finished run leaves anything
+but the undisturbed result: other bytes, saved state, locks, journals, temporary files or processes. Measured seconds
+are not compared. Do not edit the code meanwhile, since a run only continues under the same code.
 
     python benchmarks/kills.py
     python benchmarks/kills.py --kills 20 --only finetune --only "rrcm certify"
@@ -58,13 +58,13 @@ SETTINGS = """sigmas=[0.5] methods=[rrcm] attack.methods=[rrcm]
     attack.steps=5 attack.num_noise=4 attack.n=200 attack.max_images=20"""
 IMAGES = 40  # for `rrcm certify`
 PIPELINE_SHARE = 0.2  # of the kills
-FEW = 4  # kills of each command at least, where there are enough
-COLD_EVERY = 4  # kills: each fourth hits a new interpreter
-LONGEST = 300  # seconds that nothing here takes
+FEW = 4  # minimum kills of each command, if there are enough
+COLD_EVERY = 4  # every fourth kill hits a new interpreter
+LONGEST = 300  # seconds; longer than anything here should take
 SHOWN = 10  # lines about one command
 TIMED = ("timings/",)  # JSON files with seconds
 LATENCY = "timings/latency.json"
-# What the pipeline's own repository has of this one, and what is git's and DVC's own there.
+# What the pipeline's own repository copies from this one, and what git and DVC keep there for themselves.
 CODE = ("conf", "dvc.yaml", "external", "rrcm", "stages", ".dvc/config", ".dvcignore", ".gitignore")
 INTERNAL = (".git/", ".dvc/cache/", ".dvc/tmp/", "runs/logs/")
 PRELOAD = """rrcm.training.pretrain rrcm.training.finetune rrcm.certification.certify rrcm.evaluation.latency
@@ -72,7 +72,7 @@ PRELOAD = """rrcm.training.pretrain rrcm.training.finetune rrcm.certification.ce
     rrcm.report.certified_images torch._dynamo webdataset sklearn.datasets timm hydra dvclive psutil dvc.api dvc.cli
     dvc.commands.repro dvc.repo.reproduce dvc.stage.run dvc.utils.hydra"""
 
-Contents = Mapping[str, object]  # of a folder: what must be the same, by relative path; None for a folder in it
+Contents = Mapping[str, object]  # what must be equal in a folder, by relative path; None for a subfolder
 server = multiprocessing.get_context("forkserver")
 
 
@@ -81,12 +81,12 @@ class Command(NamedTuple):
 
     name: str
     words: list[str]  # a file of stages/ or `rrcm`, then arguments
-    outputs: list[str]  # files and folders that appear when they are complete, relative to where it runs
+    outputs: list[str]  # files and folders that only appear complete, relative to where it runs
     live: list[str] = []  # noqa: RUF012 - folders that grow
 
 
 MODEL = "rrcm/sigma_0.5"
-STAGES = [  # each after those that it needs
+STAGES = [  # each comes after the stages that it needs
     Command("shard-data", ["shard_data.py"], ["data/shards"]),
     Command(
         "pretrain", ["pretrain.py"], ["models/pretrain/rrcm", "timings/pretrain/rrcm.json"], ["dvclive/pretrain-rrcm"]
@@ -130,7 +130,7 @@ PIPELINE = Command(
 
 
 def _become(words: list[str], folder: Path, log: Path, cold: bool) -> None:
-    """In a new process: be the command, in a session of its own."""
+    """Turn this new process into the command, in a session of its own."""
     os.setsid()
     os.chdir(folder)
     cache = str(folder.parent / "cache")
@@ -168,7 +168,7 @@ class Place:
         self.process.start()
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Exit status of the command; negative: the signal that ended it. None: it still runs after so many seconds."""
+        """Exit status of the command, negative if a signal ended it; None if it still runs after `seconds`."""
         self.process.join(seconds)
         return self.process.exitcode
 
@@ -184,7 +184,7 @@ class Place:
         return time.monotonic() - start
 
     def kill(self) -> None:
-        """Kill the command and the children in its process group, and wait for its end."""
+        """Kill the command and the children in its process group, and wait until it ends."""
         if self.process.exitcode is None:
             with contextlib.suppress(ProcessLookupError):  # it is too young to have a group
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -197,7 +197,7 @@ class Place:
         return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
 
     def has_state(self) -> bool:
-        """Whether an unfinished run has left something to continue from."""
+        """Whether an unfinished run has left saved state to continue from."""
         journals = (path.stat().st_size > 1 for path in self.folder.rglob("journal-*.txt"))
         return any(journals) or any(self.folder.rglob("[0-9]*.safetensors"))
 
@@ -207,30 +207,30 @@ class Place:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def survivors(self) -> list[str]:
-        """A line for each process that works here."""
-        found = []
+        """A line for each process whose working directory is this folder."""
+        lines = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(f"process {process.pid} still runs: {' '.join(process.cmdline())}")
-        return found
+                    lines.append(f"process {process.pid} still runs: {' '.join(process.cmdline())}")
+        return lines
 
 
 # Comparisons
 
 
 def contents(folder: Path) -> Contents:
-    """Every file and folder below `folder`, except for what is git's and DVC's own."""
-    found = {}
+    """Every file and folder below `folder`, except for the internal files of git and DVC."""
+    entries = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not f"{name}/".startswith(INTERNAL) and "__pycache__" not in path.parts:
-            found[name] = None if path.is_dir() else _comparable(name, path.read_bytes())
-    return found
+            entries[name] = None if path.is_dir() else _comparable(name, path.read_bytes())
+    return entries
 
 
 def _comparable(name: str, content: bytes) -> object:
-    """A file's content without what was measured and so differs from run to run."""
+    """A file's content without measured values, which differ from run to run."""
     if name.startswith(TIMED) or (name.startswith("certificates/") and name.endswith(".json")):
         counts = {"parse_int": lambda _: None} if name == LATENCY else {}  # batch sizes depend on measured times
         record = json.loads(content, parse_float=lambda _: None, **counts)
@@ -245,17 +245,17 @@ def _comparable(name: str, content: bytes) -> object:
     return content
 
 
-def below(found: Contents, *paths: str) -> Contents:
-    """The part of `found` that is one of `paths` or below it."""
-    return {name: each for name, each in found.items() if f"{name}/".startswith(tuple(f"{path}/" for path in paths))}
+def below(entries: Contents, *paths: str) -> Contents:
+    """The entries that are one of `paths` or lie below it."""
+    return {name: each for name, each in entries.items() if f"{name}/".startswith(tuple(f"{path}/" for path in paths))}
 
 
-def differences(expected: Contents, found: Contents) -> list[str]:
-    """A line for each path that is in only one of the two or differs."""
-    lines = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"{name} is left over" for name in sorted(found.keys() - expected.keys())]
-    common = sorted(expected.keys() & found.keys())
-    return [*lines, *(f"{name} differs" for name in common if expected[name] != found[name])]
+def differences(expected: Contents, actual: Contents) -> list[str]:
+    """A line for each path that exists in only one of the two or differs."""
+    lines = [f"{name} is missing" for name in sorted(expected.keys() - actual.keys())]
+    lines += [f"{name} is left over" for name in sorted(actual.keys() - expected.keys())]
+    common = sorted(expected.keys() & actual.keys())
+    return [*lines, *(f"{name} differs" for name in common if expected[name] != actual[name])]
 
 
 # Kills
@@ -267,23 +267,23 @@ class Tally:
 
     kills: int = 0
     starts: int = 0
-    cold: int = 0  # of these, new interpreters
+    cold: int = 0  # starts with a new interpreter
     resumed: int = 0  # starts that found saved state
     finished: int = 0
-    identical: int = 0  # of the finished
+    identical: int = 0  # finished runs
     lost: list[str] = field(default_factory=list)
-    victims: Counter[str] = field(default_factory=Counter)  # of the pipeline
+    victims: Counter[str] = field(default_factory=Counter)  # kills of the pipeline, by victim
 
 
 class Disturbance:
-    """A command that is killed again and again. Its folder contains `expected` whenever it has finished."""
+    """A command that is killed repeatedly. Whenever it finishes, its folder must contain `expected`."""
 
     def __init__(self, command: Command, place: Place, expected: Contents, seed: int):
         self.command, self.place, self.expected = command, place, expected
         self.rng, self.tally = random.Random(f"{seed} {command.name}"), Tally()
 
     def run(self, kills: int, seconds: float, progress: Progress) -> Tally:
-        """Kill so often and let the command finish, unless something is lost. `seconds` is its duration as a fork."""
+        """Kill the command `kills` times, then let it finish; stop if something is lost. A fork takes `seconds`."""
         tally, takes, unfinished = self.tally, {False: seconds}, False
         if kills >= COLD_EVERY:
             takes[True] = self.place.run(self.command, cold=True)
@@ -306,7 +306,7 @@ class Disturbance:
         return tally
 
     def _start(self, cold: bool, seconds: float) -> bool:
-        """Start the command; whether it was killed after so many seconds, before its own end."""
+        """Start the command; returns whether it was killed after `seconds`, before it ended by itself."""
         self.tally.starts, self.tally.cold = self.tally.starts + 1, self.tally.cold + cold
         self.tally.resumed += self.place.has_state()
         self.place.start(self.command, cold)
@@ -316,40 +316,40 @@ class Disturbance:
             self.place.kill()
 
     def prepare(self, unfinished: bool) -> None:
-        """Before a start: delete the outputs, every other time."""
+        """Delete the outputs before half of the starts, chosen at random."""
         if self.rng.random() < 0.5:
             self.place.delete([*self.command.outputs, *self.command.live])
 
     def strike(self) -> bool:
-        """Kill the command; whether that came before its own end."""
+        """Kill the command; returns whether that came before it ended by itself."""
         self.place.kill()
         return self.place.wait() != 0
 
     def contents(self) -> Contents:
-        """What is compared."""
+        """The files and folders to compare."""
         return contents(self.place.folder)
 
     def check_killed(self) -> list[str]:
-        """A line for each output that is there after a kill and not complete."""
-        found = self.contents()
-        pairs = [(path, below(self.expected, path), below(found, path)) for path in self.command.outputs]
+        """A line for each output that exists after a kill but is not complete."""
+        left = self.contents()
+        pairs = [(path, below(self.expected, path), below(left, path)) for path in self.command.outputs]
         return [f"{path} is half-written" for path, whole, there in pairs if there and there != whole]
 
     def check_finished(self) -> list[str]:
-        """A line for each thing that is not as it must be when the command has finished."""
+        """A line for each difference from the expected result of a finished command."""
         return differences(self.expected, self.contents()) + self.place.survivors()
 
 
 class PipelineDisturbance(Disturbance):
-    """The pipeline, of which a part is killed, or all."""
+    """The pipeline, of which one part or everything is killed."""
 
     def prepare(self, unfinished: bool) -> None:
-        """Before a new round: delete everything, what DVC remembers included."""
+        """Before a new round, delete everything including DVC's cache and state."""
         if not unfinished:
             self.place.delete(self.command.live)
 
     def strike(self) -> bool:
-        """Kill what chance chooses; whether that stopped the pipeline before its own end."""
+        """Kill a random victim; returns whether that stopped the pipeline before it ended by itself."""
         scheduler = psutil.Process(self.place.process.pid)
         victims = {"scheduler": [scheduler], "DVC": scheduler.children(), "stage": [], "all": [scheduler]}
         for child in victims["DVC"]:
@@ -362,21 +362,21 @@ class PipelineDisturbance(Disturbance):
                 victim.kill()
         if self.place.wait(LONGEST) is None:
             self.place.kill()
-            self.tally.lost.append(f"runs {LONGEST} s after its {name} was killed")
+            self.tally.lost.append(f"still runs {LONGEST} s after its {name} was killed")
         stopped = self.place.wait() != 0
         self.tally.victims[name] += stopped
         return stopped
 
     def check_killed(self) -> list[str]:
-        """Nothing: processes may still write, and DVC finds by their hash what is not complete."""
+        """Checks nothing: processes may still write, and DVC detects incomplete outputs by their hash."""
         return []
 
     def contents(self) -> Contents:
-        """Without the report, which shows what was measured."""
+        """The files and folders to compare, without the report, which shows measured values."""
         return {name: each for name, each in super().contents().items() if not name.startswith("reports/")}
 
     def check_finished(self) -> list[str]:
-        """Besides: the report is as drawn again, git and the scheduler left nothing, the next run has nothing to do."""
+        """Also: drawing the report again gives the same, no locks are left, and the next run has nothing to do."""
         lines, root, drawn = super().check_finished(), self.place.folder, self.place.folder / "drawn"
         left = [path for path in (*root.glob(".git/**/*.lock"), root / "runs/logs/dvc.lock") if path.exists()]
         lines += [f"{path.relative_to(root)} is left over" for path in left]
@@ -421,17 +421,17 @@ def make_repository(folder: Path) -> None:
 
 
 def shares(kills: int, seconds: Mapping[str, float]) -> dict[str, int]:
-    """`kills` divided among commands in proportion to their seconds, but at least FEW for each if there are enough."""
+    """`kills` divided among commands in proportion to their seconds, with at least FEW each if there are enough."""
     few = min(FEW, kills // len(seconds)) if seconds else 0
     rest, total = kills - few * len(seconds), sum(seconds.values())
-    found = {name: few + int(rest * each / total) for name, each in seconds.items()}
-    for name in list(found)[: kills - sum(found.values())]:
-        found[name] += 1
-    return found
+    quota = {name: few + int(rest * each / total) for name, each in seconds.items()}
+    for name in list(quota)[: kills - sum(quota.values())]:
+        quota[name] += 1
+    return quota
 
 
 def run_undisturbed(folder: Path, commands: Collection[Command]) -> dict[str, float]:
-    """Run commands in the new `folder`: the seconds of each."""
+    """Run commands in the new `folder`; returns the seconds of each."""
     place, seconds = Place(folder), {}
     make_inputs(folder)
     for command in commands:
@@ -444,20 +444,20 @@ def run_undisturbed(folder: Path, commands: Collection[Command]) -> dict[str, fl
 
 
 def disturb(root: Path, kills: int, seed: int, chosen: Collection[Command]) -> dict[str, Tally]:
-    """Disturb the chosen commands in new folders of `root`: what happened to each, by name."""
+    """Disturb the chosen commands in new folders of `root`; returns what happened to each, by name."""
     undisturbed, stages = root / "undisturbed", [command for command in chosen if command != PIPELINE]
     of_pipeline = 0 if PIPELINE not in chosen else round(PIPELINE_SHARE * kills) if stages else kills
     needed = STAGES if of_pipeline else STAGES[: STAGES.index(stages[-1]) + 1]
     print(f"{len(needed)} commands undisturbed, in {root}", file=sys.stderr)
     seconds = run_undisturbed(undisturbed, needed)
-    expected, found = contents(undisturbed), {}
+    expected, tallies = contents(undisturbed), {}
     quota = shares(kills - of_pipeline, {command.name: seconds[command.name] for command in stages})
     with Progress(kills, "kills", "kills") as progress:
         for command in stages:
             place = Place(root / command.name.replace(" ", "-"))
             shutil.copytree(undisturbed, place.folder)
             disturbance = Disturbance(command, place, expected, seed)
-            found[command.name] = disturbance.run(quota[command.name], seconds[command.name], progress)
+            tallies[command.name] = disturbance.run(quota[command.name], seconds[command.name], progress)
         if of_pipeline:
             place = Place(root / "pipeline")
             make_repository(place.folder)
@@ -466,16 +466,16 @@ def disturb(root: Path, kills: int, seed: int, chosen: Collection[Command]) -> d
             disturbance.expected = disturbance.contents()
             pair = (below(each, *RESULTS) for each in (expected, disturbance.expected))
             disturbance.tally.lost += differences(*pair)
-            found[PIPELINE.name] = disturbance.run(of_pipeline, takes, progress)
-    return found
+            tallies[PIPELINE.name] = disturbance.run(of_pipeline, takes, progress)
+    return tallies
 
 
-def summary(found: Mapping[str, Tally]) -> str:
-    """A table with a line per command and one for all."""
+def summary(tallies: Mapping[str, Tally]) -> str:
+    """A table with a row per command and one for all."""
     columns = ["kills", "starts", "new interpreters", "from saved state", "finished", "identical"]
     rows = [
         [name, each.kills, each.starts, each.cold, each.resumed, each.finished, each.identical]
-        for name, each in found.items()
+        for name, each in tallies.items()
     ]
     rows.append(["all", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))])
     return tabulate(rows, ["", *columns], tablefmt="github")
@@ -483,29 +483,29 @@ def summary(found: Mapping[str, Tally]) -> str:
 
 def measure(
     kills: Annotated[int, typer.Option(min=1, help="Kills of all commands together.")] = 100,
-    seed: Annotated[int, typer.Option(help="Draws the instants.")] = 0,
-    only: Annotated[list[str] | None, typer.Option(help="Kill only this command. Give it once for each.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for the times of the kills.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="Kill only this command. Repeat for several.")] = None,
 ) -> None:
-    """Kill processes, and print what happened to each command. Exit status 1 if anything was lost."""
+    """Kill processes and print what happened to each command. Exit status 1 if anything was lost."""
     start, commands = time.monotonic(), [*STAGES, PIPELINE]
     names = [command.name for command in commands]
     if unknown := set(only or []) - set(names):
         raise RRCMError(f"--only {unknown.pop()!r}: must be one of {', '.join(names)}")
     server.set_forkserver_preload(PRELOAD.split())
-    server.Process(target=int).start()  # starts the server, whose imports would count as the first command's
+    server.Process(target=int).start()  # starts the server, so that its imports do not count for the first command
     root = Path(tempfile.mkdtemp(prefix="rrcm-kills-")).resolve()
     try:
-        found = disturb(root, kills, seed, [each for each in commands if each.name in (only or names)])
-        lost = {name: tally.lost for name, tally in found.items() if tally.lost}
+        tallies = disturb(root, kills, seed, [each for each in commands if each.name in (only or names)])
+        lost = {name: tally.lost for name, tally in tallies.items() if tally.lost}
     except KeyboardInterrupt:
         shutil.rmtree(root, ignore_errors=True)
         raise
-    print(summary(found))
-    if victims := found.get(PIPELINE.name, Tally()).victims:
+    print(summary(tallies))
+    if victims := tallies.get(PIPELINE.name, Tally()).victims:
         print(f"\n{PIPELINE.name}: killed " + ", ".join(f"{name} {count}" for name, count in victims.items()))
     for name, lines in lost.items():
         print(*(f"{name}: {line}" for line in lines[:SHOWN]), sep="\n", file=sys.stderr)
-    kills = sum(tally.kills for tally in found.values())
+    kills = sum(tally.kills for tally in tallies.values())
     print(f"\n{len(lost)} lost, {kills} kills, {time.monotonic() - start:.0f} s")
     if lost:
         raise RRCMError(f"{', '.join(lost)}: see above; the folders are in {root}")

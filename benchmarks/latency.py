@@ -1,8 +1,8 @@
-"""Whether the time to certify an image is linear in n: really certified, against what the stage `latency` measures.
+"""Whether certification time is linear in n: compares real certification with the extrapolation of stage `latency`.
 
-In each round every method votes on as many samples as in the stage, and then certifies images with each n, fixed, all
-at once. The ratio is the seconds per image over the extrapolated ones. Compare medians over the rounds. On a machine
-that also does other things, --cpu-time counts what this process has had of it.
+In each round every method first votes on as many samples as in the stage, and then certifies all images at once with
+each n (`fixed`). The table shows the measured time divided by the extrapolated time, as medians over the rounds. On a
+busy machine, use --cpu-time to count only the CPU time of this process.
 
     python benchmarks/latency.py --images 4
 """
@@ -27,7 +27,7 @@ from rrcm.utils.provenance import describe_environment
 
 
 def measure(params: Path = Path("params.yaml"), images: int = 4, rounds: int = 3, cpu_time: bool = False) -> None:
-    """Compare, for the first sigma of PARAMS, with the models and shards in the current folder."""
+    """Compare the times for the first sigma of PARAMS, with the models and shards in the current folder."""
     keep_freed_memory()
     clock = process_time if cpu_time else perf_counter
     config = load_config(params)

@@ -1,13 +1,13 @@
-"""Does the loader keep up with training? Images per second read from shards, and needed by a training step.
+"""Does the loader keep up with training? Compares images per second read from shards and needed by a training step.
 
-- `read by a loader`: the rate of `batch_loader` in a process that does nothing else, so reading, decoding, crops, flips
-  and stacking. With 0 workers that process does the work, and the rate is that of one core. On a CPU workers and
-  training share the cores: a step that takes s seconds per image on c cores is slowed down by 1 / (rate * c). On a GPU
-  add workers until the rate exceeds the need. A split that fits in memory is kept decoded (data/shards.py); it is
-  measured after a first epoch.
+- `read by a loader`: the rate of `batch_loader` in a process that does nothing else. It covers reading, decoding,
+  crops, flips and stacking. With 0 workers that process does the work itself, so the rate is for one core. On a CPU
+  the workers share the cores with training: a step that takes s seconds per image on c cores is slowed down by
+  1 / (rate * c). On a GPU add workers until the rate exceeds the need. A split that fits in memory is kept decoded
+  (data/shards.py) and is measured after a first epoch.
 - `colour and blur`: the rate at which the training process turns 8-bit views into model space on its device.
-- `need`: images per second of a bare pre-training step, measured with `train_step.py` (rrcm, D 192, depth 6, 8 x 8
-  patches, the loader's batch size, native precision), or given by `--need`.
+- `need`: the images per second that a bare pre-training step processes, measured with `train_step.py` (rrcm, D 192,
+  depth 6, 8 x 8 patches, the loader's batch size, native precision) or given by `--need`.
 
     python benchmarks/loader.py data/shards
     python benchmarks/loader.py            # 2,500 synthetic JPEG files of 224 pixels in a temporary folder
@@ -47,7 +47,7 @@ VIEWS = Views(
     blur_sigma=(0.1, 2.0),
     solarize_prob=(0.0, 0.2),
 )
-PIXELS, CLASSES, TEST = 224, 5, 50  # synthetic set: image size, classes, test images
+PIXELS, CLASSES, TEST = 224, 5, 50  # of the synthetic set: image size, classes, test images
 
 
 def synthetic_shards(folder: Path, count: int) -> Path:
@@ -72,7 +72,7 @@ def synthetic_shards(folder: Path, count: int) -> Path:
 
 
 def synthetic_jpeg(rng: np.random.Generator) -> bytes:
-    """One such image as JPEG bytes."""
+    """One synthetic image as JPEG bytes."""
     pixels = np.full((PIXELS, PIXELS, 3), 128.0, np.float32)
     for side in (7, 14, 28, 56, 112):
         coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
@@ -84,7 +84,7 @@ def synthetic_jpeg(rng: np.random.Generator) -> bytes:
 
 
 def loading_rate(images: ShardedDataset, transform: object, batch_size: int, workers: int, seconds: float) -> float:
-    """Images per second over at least `seconds`, after the first batches, or after an epoch of a split kept decoded."""
+    """Images per second over at least `seconds`, after a few batches, or an epoch if the split is kept decoded."""
     epoch = steps_per_epoch(len(images), batch_size)
     loader = read(images, transform, batch_size, workers)
     for _ in range(max(epoch if images.small else 1, 2 * workers + 1)):
@@ -96,12 +96,12 @@ def loading_rate(images: ShardedDataset, transform: object, batch_size: int, wor
 
 
 def read(images: ShardedDataset, transform: object, batch_size: int, workers: int) -> Iterator[Batch]:
-    """Batches without end."""
+    """An endless iterator of batches."""
     return batch_loader(images, transform, batch_size=batch_size, seed=0, steps=range(10**9), workers=workers)
 
 
 def color_blur_rate(batch: Batch, device: torch.device) -> float:
-    """Images per second turned into two views in model space."""
+    """Images per second that are turned into two views in model space."""
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -140,7 +140,7 @@ def measure(
     images: Annotated[int, typer.Option(help="size of the synthetic set")] = 2500,
     device_name: Annotated[str, typer.Option("--device")] = "cpu",
 ) -> None:
-    """Print the rates of loaders with 0, 1 and 2 workers, and the rate a step needs."""
+    """Print the rates of loaders with 0, 1 and 2 workers, and the rate that a step needs."""
     keep_freed_memory()
     device = torch.device(device_name)
     with tempfile.TemporaryDirectory() as folder:

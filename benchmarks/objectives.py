@@ -1,8 +1,9 @@
-"""Seconds per fine-tuning step of each objective, relative to Gaussian with one noisy copy, at an equal batch.
+"""Seconds per fine-tuning step of each objective, relative to Gaussian with one noisy copy, at equal batch size.
 
-A step is the draw of the noise, the attack if there is one, loss, backward pass and AdamW. All objectives train the
-same small ViT on the same images, with the settings of params.yaml at one noise level. They take turns in one process,
-so drifting machine speed affects them alike. Compare medians over the rounds. "passes" is what budgets count.
+A step consists of drawing the noise, the attack if there is one, the loss, the backward pass and AdamW. All objectives
+train the same small ViT on the same images, with the settings of params.yaml at one noise level. They alternate in one
+process, so that drifting machine speed affects all of them equally. Compare medians over the rounds. "passes" is the
+number of passes that budgets count.
 
     python stages/compose.py profile=cifar10 --output cifar10.yaml
     python benchmarks/objectives.py --params cifar10.yaml --sigma 0.5
@@ -32,7 +33,7 @@ NUM_CLASSES, SHAPE = 10, (3, 32, 32)
 
 
 class Training:
-    """A classifier in training on one objective."""
+    """A classifier that is trained on one objective."""
 
     def __init__(self, objective, batch: dict, sigma: float, precision: str):
         torch.manual_seed(0)
@@ -47,7 +48,7 @@ class Training:
             return self.classifier(noisy).float()
 
     def step(self) -> float:
-        """Seconds of one step, as in the last epochs of a training: warm-ups are over."""
+        """Take one step, as in the last epochs of training when all warm-ups are over; returns its seconds."""
         start, count = time.perf_counter(), len(self.batch["image"])
         random = StepRandomness(0, self.steps, range(count), count, torch.device("cpu"), 1e6)
         loss = self.objective(self.classify, self.batch, random)["loss"]
@@ -60,7 +61,7 @@ class Training:
 
 @app.command()
 def main(params: Path = Path("params.yaml"), sigma: float = 0.5, batch: int = 32, rounds: int = 5) -> None:
-    """Print seconds per step, the ratio to Gaussian, and the passes per image of each objective."""
+    """Print the seconds per step of each objective, their ratio to Gaussian, and the ratio of passes per image."""
     keep_freed_memory()
     torch.set_num_threads(1)
     config = load_config(params)

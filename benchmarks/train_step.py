@@ -1,19 +1,20 @@
 """Time and memory of a pre-training step: rrcm, the authors' formulation, and a limit.
 
-A step is everything between two batches: loss, backward pass, clipping, AdamW, both moving averages. All variants start
-from the same weights and get the same images, levels and noise. Their first losses must agree. They take turns in one
-process, so drifting machine speed affects them alike. Compare medians over the rounds. Peak memory is that of the first
-steps of a fresh process, minus its memory before them: resident memory on a CPU, allocated memory on CUDA.
+A step is everything between two batches: loss, backward pass, clipping, AdamW and both moving averages. All variants
+start from the same weights and get the same images, levels and noise. Their first losses must agree. They alternate in
+one process, so that drifting machine speed affects all of them equally. Compare medians over the rounds. Peak memory is
+measured over the first steps of a fresh process, minus its memory before them: resident memory on a CPU, allocated
+memory on CUDA.
 
 The authors' formulation runs six encoder passes one after the other in float32. The target of the consistency term
-keeps its graph, and the last block computes all tokens. The projector runs on every pass. Attention is explicit
-products, as in their code without xformers; on CUDA it is torch's fused attention. AdamW and the averages go parameter
-by parameter. We wrote these lines. `--reference PATH` runs the authors' network and loss instead, from `rrcm/vit.py`
-and `rrcm/rrcm_denoiser.py` of a checkout, and needs the package einops. Their `train.py` needs CUDA, so our lines still
-do everything after the loss.
+keeps its graph, and the last block computes all tokens. The projector runs in every pass. Attention uses explicit
+products, as in their code without xformers; on CUDA it uses torch's fused attention. AdamW and the averages are updated
+parameter by parameter. This is our own implementation of it. `--reference PATH` runs the authors' network and loss
+instead, from `rrcm/vit.py` and `rrcm/rrcm_denoiser.py` of a checkout, and needs the package einops. Their `train.py`
+needs CUDA, so our code still does everything after the loss.
 
-The limit is the matrix products of a step alone: same shapes, dtype and order, operands in memory, no allocation, three
-products for each one that has a backward pass.
+The limit is the time for the matrix products of a step alone: same shapes, dtype and order, with operands in memory and
+without allocations. A product with a backward pass counts as three.
 
     python benchmarks/train_step.py --batch 128 --output train_step_128.json
     python benchmarks/train_step.py --variants rrcm_fp32,rrcm_fp32_2,rrcm_fp32_4,rrcm_fp32_8,rrcm_fp32_blocks
@@ -148,7 +149,7 @@ def rrcm_step(
 
 
 def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], torch.Tensor]) -> Step:
-    """The authors' loop: torch's defaults, averages of the whole network parameter by parameter."""
+    """The authors' loop: torch's defaults, and averages of the whole network, parameter by parameter."""
     average = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
 
@@ -167,7 +168,7 @@ def authors_step(student: nn.Module, teacher: nn.Module, losses: Callable[[], to
 
 
 def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, inputs: RRCMInputs) -> torch.Tensor:
-    """The authors' loss, one pass after the other, (B,)."""
+    """The authors' loss (B,), one pass after the other."""
     image, view1, view2, noise, _ = inputs
     quiet1, quiet2 = view1 + LEVELS[-1] * noise, view2 + LEVELS[-1] * noise
 
@@ -181,7 +182,7 @@ def formulation(student: EncoderWithProjector, teacher: EncoderWithProjector, in
     with torch.no_grad():
         y1, _ = plain_network(teacher, quiet1, LEVELS[-1])
     _, louder = plain_network(student, image + LEVELS[N] * noise, LEVELS[N])
-    _, quieter = plain_network(student, image + LEVELS[N + 1] * noise, LEVELS[N + 1])  # with its graph
+    _, quieter = plain_network(student, image + LEVELS[N + 1] * noise, LEVELS[N + 1])  # keeps its graph
     return nce(z1, y2) + nce(z2, y1) + nce(louder, quieter)
 
 
@@ -219,7 +220,7 @@ def reference(
     with contextlib.redirect_stdout(sys.stderr):  # their code prints when imported and built
         import_file(
             "rrcm.resample", folder / "resample.py"
-        )  # their loss imports it by this name; rrcm has no such module
+        )  # their loss imports it by this name, which rrcm does not have
         denoiser = import_file("authors_denoiser", folder / "rrcm_denoiser.py").RepresentationKarrasDenoiser(
             tau=TEMPERATURE, num_timesteps=len(LEVELS), device=setting.device
         )
@@ -269,9 +270,9 @@ def import_file(name: str, path: Path) -> ModuleType:
 
 
 class Product(NamedTuple):
-    """`count` products of a (rows, inner) with an (inner, columns) matrix.
+    """`count` products of a (rows, inner) and an (inner, columns) matrix.
 
-    `backward` adds the two products of the backward pass of each.
+    `backward` adds the two products of each backward pass.
     """
 
     count: int
@@ -292,7 +293,7 @@ def products(setting: Setting, authors: bool) -> list[Product]:
             return Product(1, rows, inner, columns, backward)
 
         def block(queries: int) -> list[Product]:
-            """A block that computes the first `queries` tokens, which attend to all."""
+            """A block that computes only the first `queries` tokens, which attend to all tokens."""
             some, everything = images * queries, images * length
             qkv = [linear(everything, embed_dim, 3 * embed_dim)]
             if queries < length:
@@ -347,7 +348,7 @@ def limit(setting: Setting, authors: bool, precision: str) -> Step:
 
 
 def peak_memory(setting: Setting, variant: str) -> int:
-    """Peak memory of the first steps in a fresh process, in bytes, minus its memory before them."""
+    """Peak memory in bytes of the first steps in a fresh process, minus its memory before them."""
     if not setting.plain_allocator:
         keep_freed_memory()
     step = build(setting, variant)
@@ -378,11 +379,11 @@ def measure(
     device: str = Setting.device,
     rounds: int = 7,
     variants: str = "authors_fp32,rrcm_fp32,rrcm_bf16",
-    plain_allocator: Annotated[bool, typer.Option(help="leave the memory allocator as it is")] = False,
+    plain_allocator: Annotated[bool, typer.Option(help="keep the default memory allocator")] = False,
     reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
-    only_show: Annotated[bool, typer.Option("--show", help="print earlier runs, measure nothing")] = False,
+    only_show: Annotated[bool, typer.Option("--show", help="print earlier runs and measure nothing")] = False,
 ) -> None:
-    """Measure one setting and write the figures to OUTPUT, or `--show` those of earlier runs."""
+    """Measure one setting and write the figures to OUTPUT, or `--show` the figures of earlier runs."""
     if only_show:
         print("\n\n".join(summary(read_json(path)) for path in show or []))
         return
@@ -439,7 +440,7 @@ def limit_of(variant: str) -> str:
 
 
 def summary(record: dict) -> str:
-    """A table: seconds per step (median and range over the rounds), share of the limit, peak memory."""
+    """A table of seconds per step (median and range over the rounds), shares of the limit and peak memory."""
     seconds, memory = record["seconds"], record["memory"]
     rows = []
     names = [name for name in LABELS if name in seconds]

@@ -1,6 +1,6 @@
-"""Compare pre-trainings by their representations of held-out images: cosines along a noise trajectory, k-NN accuracy.
+"""Compare pre-training runs by their representations of held-out images: cosines along a noise trajectory and k-NN.
 
-Reads the representation.csv of each pre-training. Folders with the same name are seeds: the table and the figure show
+Reads the representation.csv of each run. Folders with the same name are different seeds: the table and the figure show
 their mean and range. `untrained` is the network before the first step.
 
     mkdir -p build
@@ -54,7 +54,9 @@ def read_representations(folders: list[str]) -> pd.DataFrame:
         name, _, folder = text.partition("=")
         path = Path(folder) / "representation.csv"
         if not (folder and path.is_file()):
-            raise RRCMError(f"{text!r}: must be NAME=FOLDER, a folder of a pre-training that contains {path.name}")
+            raise RRCMError(
+                f"{text!r}: must be NAME=FOLDER, the folder of a pre-training run that contains {path.name}"
+            )
         frame = pd.read_csv(path).query("sigma > 0")
         rows.append(frame[frame["step"] == 0].assign(name=UNTRAINED, folder=folder))
         rows.append(frame[frame["step"] == frame["step"].max()].assign(name=name, folder=folder))
@@ -63,7 +65,7 @@ def read_representations(folders: list[str]) -> pd.DataFrame:
 
 @figure_style()
 def draw(rows: pd.DataFrame) -> Figure:
-    """One panel per measure and one line per name over sigma. Bars are the range over the folders of a name."""
+    """One panel per measure with one line per name over sigma. Bars show the range over the folders of a name."""
     figure = Figure(figsize=(8.7, 2.9))
     panels = figure.subplots(1, len(MEASURES), sharey=True)
     for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
@@ -80,10 +82,10 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 
 def main(
-    folders: Annotated[list[str], typer.Argument(help="NAME=FOLDER of each pre-training; seeds share a name")],
+    folders: Annotated[list[str], typer.Argument(help="NAME=FOLDER of each pre-training run; seeds share a name")],
     figure: Annotated[Path | None, typer.Option(help="also draw this .png or .svg file")] = None,
 ) -> None:
-    """Print the measures of each pre-training and draw them."""
+    """Print the measures of each pre-training run, and draw them with --figure."""
     rows, lines = read_representations(folders), []
     for (name, sigma), group in rows.groupby(["name", "sigma"], sort=False):
         ranges = [f"{group[m].mean():.3f} ({group[m].min():.3f} - {group[m].max():.3f})" for m in MEASURES]

@@ -1,9 +1,10 @@
-"""Try settings on validation images: train one method and certify images of the `val` split.
+"""Try settings on validation images: train one method and certify images from the `val` split.
 
     python benchmarks/trials.py WORK rrcm 1.0 profile=fashion_mnist pretrain.steps=1200 pretrain.ema_decay=0.99
 
-WORK keeps the shards and the pre-trainings, so that a second trial with the same pre-training only fine-tunes. Each
-trial adds a row to WORK/trials.csv: the overrides, k-NN accuracy and cosine of the encoder, and what is certified.
+WORK keeps the shards and the pre-trained encoders, so that a second trial with the same pre-training only fine-tunes.
+Each trial adds a row to WORK/trials.csv: the overrides, the encoder's k-NN accuracy and cosine, and the certified
+accuracy and radii.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from rrcm.models.kinds import load_model_folder
 resume_gc()
 REPOSITORY = Path(__file__).resolve().parent.parent
 RADII = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0]
-VOTER = ("gaussian", 0.25)  # whose votes are soft labels, `soft_labels` in conf/config.yaml
+VOTER = ("gaussian", 0.25)  # its votes are the soft labels, as in `soft_labels` of conf/config.yaml
 
 
 def stage(name: str, *arguments: str) -> None:
@@ -41,14 +42,14 @@ def digest(*values: object) -> str:
 
 
 def certify_validation(folder: Path, shards: Path, sigma: float, n: int, images: int) -> pd.DataFrame:
-    """Certificates of `images` evenly spaced validation images, by a fixed number of samples n."""
+    """Certificates of `images` evenly spaced validation images, with a fixed number n of samples."""
     loaded = load_model_folder(folder)
     pixels, labels, _ = read_split(ShardedDataset(shards, "val"), loaded.image_size)
     rows = torch.linspace(0, len(pixels) - 1, min(images, len(pixels))).round().long()
     smoothed = SmoothedClassifier(loaded.classifier, sigma, loaded.num_classes, precision="auto")
-    found = smoothed.certify(pixels[rows].float() / 255, stopping="fixed", n=n, indices=rows.tolist())
+    outcomes = smoothed.certify(pixels[rows].float() / 255, stopping="fixed", n=n, indices=rows.tolist())
     frame = pd.DataFrame(
-        {"label": labels[rows], "predict": [c.prediction for c in found], "radius": [c.radius for c in found]}
+        {"label": labels[rows], "predict": [c.prediction for c in outcomes], "radius": [c.radius for c in outcomes]}
     )
     return frame.assign(correct=(frame["label"] == frame["predict"]).astype(int))
 

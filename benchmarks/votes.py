@@ -1,7 +1,7 @@
 """How many of a million votes change with the batch size, the number of threads and the precision.
 
-All runs have the same noise, bit for bit. The network rounds differently, and votes that are nearly tied can change.
-The first row runs the images in another order, which must change no vote.
+All runs use the same noise, bit for bit. But the network rounds differently, so votes that are nearly tied can change.
+The first row runs the images in another order, which must not change any vote.
 
     python benchmarks/votes.py models/rrcm/sigma_0.5 data/shards
 """
@@ -22,7 +22,7 @@ from rrcm.utils.provenance import describe_environment
 
 
 class Recorder(nn.Module):
-    """Keeps the predictions of a model of ours."""
+    """Records the predictions of one of our models."""
 
     keeps_float32_input = True
 
@@ -37,7 +37,7 @@ class Recorder(nn.Module):
 
 
 def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20) -> None:
-    """Compare the votes of a classifier with those of float32, batches of 1024, two threads."""
+    """Compare a classifier's votes with its votes in float32 with batches of 1024 on two threads."""
     keep_freed_memory()
     classifier = load_model_folder(model).classifier
     split = ShardedDataset(shards, "test")
@@ -45,7 +45,7 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
     each = votes // len(pixels)
 
     def answers(precision: str, batch_size: int, threads: int, backwards: bool = False) -> torch.Tensor:
-        """(images, samples) classes."""
+        """Predicted classes (images, samples)."""
         torch.set_num_threads(threads)
         recorder = Recorder(classifier)
         smoothed = SmoothedClassifier(
@@ -56,8 +56,8 @@ def measure(model: Path, shards: Path, votes: int = 1_000_000, images: int = 20)
             for image, index in zip(pixels, indices, strict=True)
         ]
         smoothed.count_votes(requests[::-1] if backwards else requests)
-        found = torch.cat(smoothed.network.answers)[: each * len(pixels)].view(len(pixels), each)
-        return found.flip(0) if backwards else found
+        classes = torch.cat(smoothed.network.answers)[: each * len(pixels)].view(len(pixels), each)
+        return classes.flip(0) if backwards else classes
 
     rows = []
     for precision in ("fp32", "bf16"):
