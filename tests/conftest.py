@@ -156,7 +156,7 @@ def stage(folder: Path, name: str, *arguments: str) -> Answer:
 
 
 def kill_when(folder: Path, pattern: str, name: str, *arguments: str, larger_than: int = -1) -> None:
-    """Start a stage in `folder`, and kill it when a file of `pattern` is there with more than so many bytes.
+    """Start a stage in `folder`, and kill it once a file that matches `pattern` has more than this many bytes.
 
     It must not have ended before.
     """

@@ -1,4 +1,4 @@
-"""Whose code runs, and whose bytes: those of the checkout a command lies in, whatever is installed or configured."""
+"""Commands run the code of their own checkout, and its files keep their bytes, whatever is installed or configured."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def other(tmp_path) -> Path:
-    """Another checkout, whose environment is not active: that of this one is, by PYTHONPATH."""
+    """Another checkout. Its environment is not active; this checkout's environment is, through PYTHONPATH."""
     folder = tmp_path / "other"
     for name in ("stages", "conf", "benchmarks"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,7 +42,7 @@ def other(tmp_path) -> Path:
 
 
 def run(folder: Path, *command: object, **environment: str) -> str:
-    """The last line that a command prints that must end with status 1; its environment is that of this checkout."""
+    """The last line printed by a command that must exit with status 1, run in this checkout's environment."""
     everything = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
     answer = subprocess.run(list(map(str, command)), cwd=folder, env=everything, capture_output=True, text=True)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr, answer.stderr

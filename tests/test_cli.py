@@ -440,7 +440,7 @@ def stopped_before_writing(monkeypatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize("change", ["weights", "t", "heads", "settings", "journal"])
 def test_a_journal_of_another_run_is_not_used(saved, images, monkeypatch, change):
-    """Not that of a model with the same weights either."""
+    """Nor is the journal of another model with the same weights."""
     arguments = "images", "--model", "model", *SMALL, "--sigma", "0.25"
     stopped_before_writing(monkeypatch, *arguments)
     options = []

@@ -321,7 +321,7 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"report__name": "../etc"}, "report.name = '../etc'"),
         ({"finetune__equal_passes": "epochs"}, "finetune.equal_passes = 'epochs': should be a valid boolean"),
         (
-            {"methods": ["gaussian_matched"], "finetune__lr": {"scratch": 1.0}},  # the passes are those of rrcm
+            {"methods": ["gaussian_matched"], "finetune__lr": {"scratch": 1.0}},  # the passes are rrcm's
             "finetune.lr: has no value for sigma_0.25; add sigma_0.25 or default",
         ),
         ({"finetune__objectives__cat_rs__num_noise": 0}, "cat_rs.num_noise = 0: should be greater than or equal to 1"),

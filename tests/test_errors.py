@@ -70,7 +70,7 @@ def test_a_sigma_that_is_not_in_the_settings(project):
 
 
 def test_a_folder_without_git(tmp_path):
-    """A copy of the files alone, in which no `make` has told DVC to do without git."""
+    """A copy of the files alone, in which no `make` has configured DVC to work without git."""
     (tmp_path / ".dvc").mkdir()
     (tmp_path / "dvc.yaml").write_text("stages: {}")
     assert_error(stage(tmp_path, "repro"), "not a git repository; `make install` tells DVC to do without git")

@@ -64,7 +64,7 @@ class Jittered(NoiseConditionedClassifier):
 
 
 def stripes(data) -> RawDataset:
-    """Three classes of 8x8 images, told apart by the direction of their stripes."""
+    """Three classes of 8x8 images, distinguished by the direction of their stripes."""
     rng = np.random.default_rng(0)
     labels = np.arange(600) % 3
     images = rng.integers(0, 40, (600, 8, 8), dtype=np.uint8)
@@ -149,7 +149,7 @@ def test_outside_objects_decide_the_identity_of_a_run(extended, project, tmp_pat
     monkeypatch.setitem(METHODS, "both_views", Method(**(vars(METHODS["both_views"]) | {"label": "Li et al."})))
     assert identity() == first
     found = [first]
-    for objective in ("gaussian", "consistency"):  # nothing but the row tells these two apart: the code is that of both
+    for objective in ("gaussian", "consistency"):  # only the row distinguishes these two; the code is the same
         monkeypatch.setitem(METHODS, "both_views", Method(**(vars(METHODS["both_views"]) | {"objective": objective})))
         found.append(identity())
     assert len(set(found)) == 3

@@ -1,6 +1,6 @@
 """The Makefile makes the environment again when it is half-made, and says in one line what it cannot do.
 
-The Python here is a shell script that makes environments with another such script. Both write down what they are told.
+The Python here is a shell script that makes environments with another such script. Both record their arguments.
 """
 
 import os

@@ -150,7 +150,7 @@ def test_one_vote_is_enough_where_counts_must_be_equal():
 
 
 def test_votes_that_all_moved_a_little_are_found_together(record):
-    """A dozen votes more in each of 200 rows pass every row's test, but not that of all rows."""
+    """A dozen votes more in each of 200 rows pass every row's test, but not the test of all rows together."""
     first, _ = rows_of(np.random.default_rng(4), 200)
     forged = [row._replace(votes=row.votes | {"1000": shift(row.votes["1000"], 12)}) for row in first]
     tolerance = Tolerance(RATE, 1e-12, 1e-3)

@@ -283,7 +283,7 @@ def test_the_record_explains_the_file(result: Path):
 
 
 def test_a_record_of_an_earlier_version_has_no_consensus(result: Path):
-    """Such a record has the entry `consensus`: null, or a number, with which the votes are those of another model."""
+    """Such a record has the entry `consensus`: null, or a number, in which case the votes belong to another model."""
     path = record_path(result / NAME)
     record, entries = read_record(path), json.loads(path.read_text())
     path.write_text(json.dumps(entries | {"consensus": None}))

@@ -565,7 +565,7 @@ def test_margin_certificates_survive_kills_and_any_number_of_processes(certified
 
 
 def kill_at(folder: Path, lines: int, processes: list) -> None:
-    """SIGKILL the processes when their journals hold so many lines."""
+    """SIGKILL the processes when their journals have this many lines."""
     while sum(path.read_text().count("\n") for path in folder.glob("runs/certify-*/journal-*.txt")) < lines:
         assert any(process.is_alive() for process in processes), "it was done before it could be killed"
     for process in processes:

@@ -41,7 +41,7 @@ def outcomes_of(stopping: str) -> pd.DataFrame:
 
 
 def outcomes(rule: StoppingRule, num_classes: int, images: int = 200) -> pd.DataFrame:
-    """What the engine writes about so many images, most of them of the class they are most often given."""
+    """The engine's output for this many images, most of which have the class that gets most of their votes."""
     smoothed = DrawnVotes(num_classes, images)
     labels = np.where(np.arange(images) % 4 == 3, 1, smoothed.chances.argmax(1)).tolist()
     states = [ImageState(index, torch.zeros(1, 2, 2), label) for index, label in enumerate(labels)]

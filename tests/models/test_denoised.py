@@ -120,7 +120,8 @@ def test_levels_of_the_reverse_process():
 def test_ancestral_steps_have_the_moments_of_the_posterior():
     """From data to noise and one step back: variances and covariances must be those at the lower level.
 
-    The best denoiser of Gaussian data does not return x_0, so the variance is the variance of D plus that of the step.
+    The best denoiser of Gaussian data does not return x_0, so the variance is the variance of D plus the variance of
+    the step.
     """
     generator = torch.Generator().manual_seed(1)
     count, t, s = 200_000, 1.0, 0.4

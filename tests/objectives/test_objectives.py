@@ -128,7 +128,7 @@ def test_finetuning_reaches_every_parameter_and_draws_by_seed_and_step(config, m
 
 @pytest.mark.parametrize("name", PRETRAINING)
 def test_cost_of_pretraining_counts_multiply_adds_in_passes_through_the_encoder(config, name, monkeypatch):
-    """torch counts those of the encoders and the decoder. A backward pass counts twice."""
+    """torch counts the operations of the encoders and the decoder. A backward pass counts twice."""
     monkeypatch.setattr(
         vit, "attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v
     )  # torch cannot count the fused kernel

@@ -190,8 +190,8 @@ def test_a_checkpoint_of_the_authors(reference, tmp_path, prefix):
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
 def test_grid_time_is_what_the_authors_network_is_told(reference, tmp_path, sigma):
     config = settings(tmp_path, *AUTHORS, "finetune.time_condition=nearest_level")
-    told = float(reference[f"nearest_t_noise{2 * sigma}"])
-    assert condition_of(config, "rrcm", sigma) == pytest.approx(told, rel=1e-6) and told != 2 * sigma
+    condition = float(reference[f"nearest_t_noise{2 * sigma}"])
+    assert condition_of(config, "rrcm", sigma) == pytest.approx(condition, rel=1e-6) and condition != 2 * sigma
     assert condition_of(config, "gaussian", sigma) == 2 * sigma  # knows of no grid
     assert condition_of(settings(tmp_path, *AUTHORS), "rrcm", sigma) == 2 * sigma
 
