@@ -111,6 +111,7 @@ def test_params_yaml_is_the_composed_default(tmp_path):
 PRESETS = sorted(path.stem for path in (REPOSITORY / "conf/preset").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(PROFILES) - OTHER_TRUNKS))
 def test_presets_compose_with_every_profile(tmp_path, name):
     plain = profile(tmp_path, name)
@@ -422,6 +423,7 @@ def shortened(config, factor):
             yield f"{path}={max(1, length // factor)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROFILES)
 def test_warm_ups_follow_the_length_of_every_profile(tmp_path, name):
     """At a tenth of their length, all schedules have the same share of it, for each objective."""

@@ -56,6 +56,7 @@ EXPECTED = {
 }  # all others: nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
 def test_an_edit_reruns_what_it_changes(committed, tmp_path, edit: Edit):
     assert stages_after(edit, committed, tmp_path / "copy", SETTINGS) == EXPECTED.get(edit.name, set())
@@ -98,6 +99,7 @@ def test_methods_that_denoise_bring_their_parts(tmp_path, overrides, denoisers, 
         assert len(needed) == (0 if config.denoised.model else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "column", "value", "again"),
     [
@@ -127,6 +129,7 @@ def compose_in(repository: Path, *overrides: str) -> None:
     run(repository, "compose", *SETTINGS, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "again"),
     [
@@ -318,6 +321,7 @@ FREE_OF_MATCHED = {"pretrain.lr", "pretrain.temperature"}  # chosen with the ste
 SECTION_OF = {"Config": "", "FinetuneSettings": "finetune."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ["pretrain/rrcm", "finetune/rrcm", "finetune/consistency_matched", "certify/rrcm"])
 def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, monkeypatch, item):
     """A real run of each stage: its functions are in watched modules, and the settings it reads in its hash."""

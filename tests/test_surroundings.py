@@ -68,6 +68,7 @@ def test_an_unnamed_user_gets_a_name_and_a_home(monkeypatch, named, before, afte
     assert os.environ == after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["stages/certify.py", "stages/repro.py", "rrcm/cli.py", "benchmarks/latency.py"])
 def test_a_working_directory_that_was_deleted_is_said(tmp_path, command):
     leave = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'

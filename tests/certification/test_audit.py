@@ -67,6 +67,7 @@ def seal(result: Path, **entries: object) -> None:
     write_json(record_path(path), record | {"files": files} | entries)
 
 
+@pytest.mark.slow
 def test_an_honest_file_is_verified_vote_by_vote(result: Path):
     before = files_of(result)
     found = audit(result, rows=20, seed=1)
@@ -83,6 +84,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE)
 def test_an_honest_file_is_verified_with_other_rounding(result: Path, settings: Settings):
     """The flip rate is measured here, as none is published."""
@@ -241,6 +243,7 @@ def command(result: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=result, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_finds_model_and_images_and_writes_nothing(result: Path):
     before = files_of(result)
     for folder in [result, *(path for path in result.rglob("*") if path.is_dir())]:
@@ -254,6 +257,7 @@ def test_the_command_finds_model_and_images_and_writes_nothing(result: Path):
     assert "rows are chosen with --seed 3" in answer.stderr and files_of(result) == before
 
 
+@pytest.mark.slow
 def test_the_command_fails_for_anything_but_verified(result: Path):
     seal(result, seed=1)
     answer = command(result, "--all")

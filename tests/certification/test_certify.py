@@ -190,6 +190,7 @@ def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) 
     return {candidate.index: certificate(candidate, rule, 2) for candidate in candidates}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     smoothed = SmoothedClassifier(digits[0], 0.5, 10, batch_size=256, precision=precision)
@@ -202,6 +203,7 @@ def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     assert some == {index: expected[index] for index in some}
 
 
+@pytest.mark.slow
 def test_another_batch_size_changes_next_to_no_vote(digits):
     """Same noise to the bit; of 10,000 votes an image at most 0.2 % may fall otherwise by rounding."""
     model, pixels, _, _ = digits
@@ -544,6 +546,7 @@ def test_two_processes_write_the_same_bytes(certified, trained):
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
 
 
+@pytest.mark.slow
 def test_margin_certificates_survive_kills_and_any_number_of_processes(certified, trained):
     """The same bytes by one process, and by two after a kill; in them the certificates of the binary bound alone."""
     change(certified, certify__bound="margin", certify__n=400)
@@ -573,6 +576,7 @@ def kill_at(folder: Path, lines: int, processes: list) -> None:
         process.join()
 
 
+@pytest.mark.slow
 def test_killed_three_times_on_any_number_of_processes(certified, trained):
     """As one process, as two, as one again; a half line and a damaged line in a journal; finished by two."""
     kill_at(certified, 30, [start(certified, "certify", "rrcm", "0.5")])
@@ -599,6 +603,7 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
     assert not list((certified / "runs").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["certify__max_images", "certify__every"])
 def test_a_journal_of_more_or_other_images_serves_the_common_ones(certified, trained, setting):
     """Fewer images, and some that the killed run did not have."""
@@ -690,6 +695,7 @@ def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     assert vars(state) == last | {"image": nothing} and len(texts) > 75
 
 
+@pytest.mark.slow
 def test_samples_in_the_journal_are_not_drawn_again(certified):
     """Samples that a killed run has counted are not drawn anew: a journal that says 999 of them cost a year is kept."""
     kill_at(certified, 40, [start(certified, "certify", "rrcm", "0.5")])

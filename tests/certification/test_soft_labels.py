@@ -40,6 +40,7 @@ def votes(ready):
     return ready / FILE
 
 
+@pytest.mark.slow
 def test_soft_labels_are_the_votes_of_the_smoothed_classifier(ready, votes):
     """Counted again by brute force, with the same noise, for a few images."""
     split = ShardedDataset(ready / "data/shards", "train")

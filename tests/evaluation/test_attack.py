@@ -197,6 +197,7 @@ def attackable(trained, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_attack_stage_breaks_the_base_classifier_but_no_certificate(attackable):
     answer = stage(attackable, "attack", "rrcm")
     assert answer.returncode == 0, answer.stderr

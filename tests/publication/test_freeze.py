@@ -20,6 +20,7 @@ from rrcm.utils.files import read_json, write_json
 UNFINISHED = "stages:\n  late:\n    cmd: python stages/late.py\n    outs: [late.json]\n"
 
 
+@pytest.mark.slow
 def test_all_files_of_a_run_are_frozen_with_their_hashes(honest):
     result = Result(honest, "tiny", 0)
     record = result.read()
@@ -54,6 +55,7 @@ def test_provenance_comes_from_the_stages(honest):
     assert environment.model_dump(mode="json") == timing["environment"]
 
 
+@pytest.mark.slow
 def test_git_tracks_the_report_and_dvc_the_run(honest):
     tracked = run_in(honest, "git", "ls-files", "results").split()
     assert {"results/tiny/seed_0/result.json", "results/tiny/seed_0/run.dvc"} <= set(tracked)
@@ -108,6 +110,7 @@ def test_uncommitted_code_is_refused(repository):
     assert not (repository / "results/new/seed_0").exists()
 
 
+@pytest.mark.slow
 def test_dirty_code_is_recorded_and_a_replaced_result_is_complete(repository, monkeypatch):
     monkeypatch.setattr(freeze, "add_flips", lambda *_: None)  # it takes long
     (repository / "stages").mkdir()

@@ -104,6 +104,7 @@ def test_tables_and_metrics_agree_with_the_certificates(invented_report):
     assert training["val_accuracy"].notna().all()
 
 
+@pytest.mark.slow
 def test_external_results_change_only_their_own_rows_and_curves(invented_report, tmp_path: Path):
     _, root = invented_report
     report = root / "reports/digits"
