@@ -76,6 +76,7 @@ denoise, then classify
   diffsmooth                gaussian                  -            diffsmooth  #997700  DiffSmooth
 """
 COLUMNS = TABLE.partition("\n")[0].split()[1:]
+MAX_LABEL = 33  # characters of a matched method's label, for which a legend has room
 APPEARANCE = {"colour", "label", "family"}  # fields of `Method` that decide no result
 
 
@@ -172,6 +173,7 @@ def check_methods() -> None:
             )
     names = Counter([name for name, *_ in rows] + [name for name, row in METHODS.items() if row.matched])
     labels = Counter(row.label for row in METHODS.values())
+    colours = Counter(row.colour.lower() for row in METHODS.values() if not row.matched)
     for name, row in METHODS.items():
         if names[name] > 1:
             raise RRCMError(f"rrcm/methods.py: {name} stands for {names[name]} methods; give each its own name")
@@ -183,6 +185,13 @@ def check_methods() -> None:
                 raise RRCMError(f"rrcm/methods.py: {name} has {column} {_written(cell)!r}; choose one of {known}")
         if not re.fullmatch("#[0-9a-fA-F]{6}", row.colour):
             raise RRCMError(f"rrcm/methods.py: {name} has colour {row.colour!r}; write it as #0072B2")
+        if colours[row.colour.lower()] > 1:
+            raise RRCMError(f"rrcm/methods.py: {name} has colour {row.colour}, as another method; give each its own")
+        if row.matched and len(row.label) > MAX_LABEL:
+            raise RRCMError(
+                f"rrcm/methods.py: {name} has label {row.label!r}, too long for a legend; shorten it to {MAX_LABEL} "
+                "characters"
+            )
         if labels[row.label] > 1:
             raise RRCMError(f"rrcm/methods.py: {name} has label {row.label!r}, as another method; give each its own")
 

@@ -122,6 +122,14 @@ GAUSSIAN = "  gaussian  -  gaussian  classifier  #009E73  Gaussian\n"
         ("  gaussian  -  macer  classifier  #123456  Own\n", "gaussian stands for 2 methods; give each its own"),
         ("  gaussian_matched  -  macer  classifier  #123456  Own\n", "gaussian_matched stands for 2 methods; give"),
         ("  my.own  -  gaussian  classifier  #123456  Own\n", "'my.own' names files and stages; write it with a-z"),
+        (
+            "  own  -  macer  classifier  #009e73  Own\n",
+            "gaussian has colour #009E73, as another method; give each its",
+        ),
+        (
+            "  own  -  macer  classifier  #123456  Seventeen letters\n",
+            "own_matched has label 'Seventeen letters, matched compute', too long for a legend; shorten it to 33 char",
+        ),
         ("nose\n  own  -  gaussian  classifier  #123456  Own\n", "own has family 'nose'; choose one of rRCM, other"),
     ],
 )
