@@ -76,7 +76,7 @@ def stripes(data) -> RawDataset:
 
 @pytest.fixture
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Method(None, "both_views", "jittered", "#E69F00", "Both views", family="noise")
+    row = Method(None, "both_views", "jittered", "#123456", "Both views", family="noise")
     monkeypatch.setitem(METHODS, "both_views", row)
     monkeypatch.setitem(FINETUNING, "both_views", BothViews)
     monkeypatch.setitem(TRAINED_CLASSIFIERS, "jittered", Jittered)

@@ -157,7 +157,7 @@ def test_data_sets_with_which_no_model_can_be_trained(project, part, said):
 
 def test_a_stochastic_classifier_cannot_be_compiled(project, monkeypatch):
     stochastic = type("Jittered", (NoiseConditionedClassifier,), {"stochastic": True})
-    row = Method(None, "gaussian", "jittered", "#E69F00", "Jittered", family="noise")
+    row = Method(None, "gaussian", "jittered", "#123456", "Jittered", family="noise")
     monkeypatch.setitem(METHODS, "jittered", row)
     monkeypatch.setitem(TRAINED_CLASSIFIERS, "jittered", stochastic)
     monkeypatch.setitem(FOLDER_LOADERS, "jittered", FOLDER_LOADERS["classifier"])
