@@ -122,7 +122,8 @@ class SmoothedClassifier(nn.Module):
     ):
         super().__init__()
         if not isinstance(model, nn.Module):
-            hint = "; pass its .module()" if type(model).__name__ == "ExportedProgram" else ""
+            part = {"ExportedProgram": ".module()", "LoadedClassifier": ".classifier"}.get(type(model).__name__)
+            hint = f"; pass its {part}" if part else ""
             raise RRCMError(f"model is a {type(model).__name__}: must be a torch.nn.Module{hint}")
         sigma, num_classes = real_number("sigma", sigma), whole_number("num_classes", num_classes)
         if not torch.finfo(torch.float32).tiny <= sigma <= torch.finfo(torch.float32).max:

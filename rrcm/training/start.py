@@ -113,7 +113,13 @@ def linear_probe(
     """Fit the head alone on clean training images, before fine-tuning.
 
     Clean images have the lowest noise level of the pre-training. Weights from timm are converted for one level only.
+    Raises `RRCMError` for a classifier without an attribute `head`.
     """
+    if not hasattr(classifier, "head"):
+        raise RRCMError(
+            f"finetune.linear_probe_epochs = {training.settings.linear_probe_epochs}: {type(classifier).__name__} has "
+            "no attribute head to train; name its last layers head, or set it to 0"
+        )
     t = classifier.t if training.clean_t is None else training.clean_t
     batch_size, epochs = training.settings.batch_size, training.settings.linear_probe_epochs
     optimizer = torch.optim.AdamW(classifier.head.parameters(), lr=1e-2, weight_decay=0.0)

@@ -13,6 +13,7 @@ from torch import nn
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier, Normalized
+from rrcm.models.kinds import LoadedClassifier
 from rrcm.utils.errors import RRCMError
 
 
@@ -254,6 +255,11 @@ class Locked(ConvNet):
             lambda: torch.export.export(net(), (images(),)),
             {},
             r"^model is a ExportedProgram: .*; pass its .module\(\)$",
+        ),
+        (
+            lambda: LoadedClassifier(net(), 8, 3, list("abcde")),
+            {},
+            r"^model is a LoadedClassifier: .*; pass its .classifier$",
         ),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(7, 5)), {}, r"^the model fails on 8 images .*shapes cannot be"),
         (

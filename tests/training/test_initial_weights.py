@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -20,7 +21,7 @@ from rrcm.models.load import load_base_classifier
 from rrcm.models.timm_vit import convert_timm_vit
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.training.plan import time_condition
-from rrcm.training.start import load_initial_encoder
+from rrcm.training.start import linear_probe, load_initial_encoder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 from rrcm.utils.tensors import sha256_tensors
@@ -289,3 +290,9 @@ def test_starts_that_are_refused(project, start, method, said):
     lines = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
     assert answer.returncode == 1 and len(lines) == 1 and said in lines[0], answer.stderr
     assert "Traceback" not in answer.stderr and not (project / "models" / method).exists()
+
+
+def test_a_linear_probe_needs_a_head():
+    training = SimpleNamespace(settings=SimpleNamespace(linear_probe_epochs=2))
+    with pytest.raises(RRCMError, match=r"^finetune.linear_probe_epochs = 2: Linear has no attribute head to train; "):
+        linear_probe(training, nn.Linear(2, 2), None, None)
