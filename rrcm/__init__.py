@@ -9,11 +9,13 @@ from importlib.metadata import version
 
 _HOMES = {
     "BaseClassifier": "rrcm.models.base_classifiers",
+    "CascadedClassifier": "rrcm.certification.cascade",
     "Certificate": "rrcm.certification.states",
     "NoiseConditionedViT": "rrcm.models.vit",
     "RRCMInputs": "rrcm.objectives.rrcm",
     "RRCMLevels": "rrcm.objectives.rrcm",
     "SmoothedClassifier": "rrcm.certification.smoothing",
+    "choose_thresholds": "rrcm.certification.cascade_thresholds",
     "consistency_regularizer": "rrcm.objectives.consistency",
     "info_nce": "rrcm.objectives.contrastive",
     "karras_levels": "rrcm.models.noise_levels",
