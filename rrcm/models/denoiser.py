@@ -144,6 +144,7 @@ class UNet(nn.Module):
             attention_head_dim=math.gcd(64, base_channels),
             norm_num_groups=math.gcd(32, base_channels // 4),
         )
+        _sort_defaults(self.unet)
         nn.init.zeros_(self.unet.conv_out.weight)  # as in EDM, so that D starts as c_skip x
         nn.init.zeros_(self.unet.conv_out.bias)
 
@@ -160,6 +161,14 @@ def import_diffusers() -> ModuleType:
     except ImportError:
         raise RRCMError("this denoiser needs the package diffusers; run `pip install 'rrcm[diffusers]'`") from None
     return diffusers
+
+
+def _sort_defaults(unet: nn.Module) -> None:
+    """Sort the names of settings with default values. diffusers lists them in random order.
+
+    A stopped run is resumed only by a process that describes the network in the same way.
+    """
+    unet.register_to_config(_use_default_values=sorted(unet.config.get("_use_default_values", [])))
 
 
 class DiffusersLayers(Entries):
@@ -185,6 +194,7 @@ class DiffusersUNet(nn.Module):
                 raise ValueError(f"it is conditional on classes ({name}); use an unconditional one")
         DiffusersLayers.model_validate(config)
         self.unet = import_diffusers().UNet2DModel.from_config(dict(config))
+        _sort_defaults(self.unet)
         config = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
         self.architecture = {"network": "diffusers", "config": config}
         size = config["sample_size"]

@@ -165,7 +165,7 @@ def test_settings_inputs_module_and_objects_belong_to_the_mark():
     assert len(set(marks)) == len(marks) and all(len(mark) == 16 for mark in marks)
 
 
-@pytest.mark.parametrize("name", ["models.vit", "models.convnets", "models.ensembles", "utils.philox"])
+@pytest.mark.parametrize("name", ["models.kinds", "models.convnets", "certification.stopping", "utils.philox"])
 def test_every_module_that_certification_runs_belongs_to_the_mark(monkeypatch, name):
     """This includes the network's module, which certification does not import by name."""
     network = LeNet(16, 1, 2)
