@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_a_loss_is_named_and_ends_with_an_error(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_nothing_is_lost_in_three_kills_of_pretraining(capsys, monkeypatch, tmp_path):
+    get_temp_dir()  # of multiprocessing, which would be made in the new place and left there until the tests end
     monkeypatch.setattr(kills.tempfile, "tempdir", str(tmp_path))
     kills.measure(3, seed=1, only=["pretrain"])
     printed = capsys.readouterr().out
