@@ -54,7 +54,7 @@ class CascadedClassifier(nn.Module):
 
     Each sigma has a `SmoothedClassifier`, which the `options` are for (seed, num_noise, batch_size, memory_gib,
     precision, compile). As a module, the cascade maps images to logarithms of probabilities whose largest is what F
-    answers for the mean softmax over the noisy copies in place of the votes. Its gradients are those of a softened F:
+    answers for the mean softmax over the noisy copies in place of the votes. Its gradients come from a softened F:
     each sigma accepts by a softmax over the classes and the threshold, so they reach every base classifier.
     """
 
@@ -91,7 +91,7 @@ class CascadedClassifier(nn.Module):
         """Logarithms of probabilities, (B, C, H, W) float -> (B, num_classes) float32, differentiable.
 
         The values are the log mean softmax of the sigma that accepts, so the largest belongs to the class that F
-        answers. The gradients are those of `soften`. Raises `RRCMError` for images of another shape or dtype.
+        answers. The gradients come from `soften`. Raises `RRCMError` for images of another shape or dtype.
         """
         check_layout(images)
         log_p = [scale(images).double() for scale in self.scales]
@@ -120,7 +120,7 @@ class CascadedClassifier(nn.Module):
     ) -> list[CascadeCertificate]:
         """One certificate per image, each wrong with probability at most alpha.
 
-        The arguments are those of `SmoothedClassifier.certify`. n0 and n are numbers of samples at each sigma that is
+        It takes the arguments of `SmoothedClassifier.certify`. n0 and n are numbers of samples at each sigma that is
         asked. `bound` says by which tests a sigma certifies that the class stays ahead of the others. `certificates`
         is "label-aware", or "multi-scale" to compare with Jeong & Shin (NeurIPS 2023); both are about the same F.
         """

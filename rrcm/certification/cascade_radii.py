@@ -37,7 +37,7 @@ def with_first_threshold(thresholds: Sequence[float]) -> np.ndarray:
 def accepting_scale(p: np.ndarray, sigmas: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
     """The index of the scale that accepts: (...) int64, 0 for sigma_1.
 
-    `p` (..., K, C) are the p_k(c), `sigmas` (K,) increasing, and `thresholds` (K - 1,) those of scales 2 to K, both in
+    `p` (..., K, C) are the p_k(c), `sigmas` (K,) increasing, and `thresholds` (K - 1,) for scales 2 to K, both in
     pixel units.
     """
     largest = np.asarray(sigmas) * ndtri(np.max(p, axis=-1))
@@ -46,7 +46,7 @@ def accepting_scale(p: np.ndarray, sigmas: Sequence[float], thresholds: Sequence
 
 
 def cascade_answer(p: np.ndarray, sigmas: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
-    """The class that F answers: (...) int64. The arguments are those of `accepting_scale`."""
+    """The class that F answers: (...) int64. It takes the arguments of `accepting_scale`."""
     scale = accepting_scale(p, sigmas, thresholds)
     return np.take_along_axis(np.argmax(p, axis=-1), scale[..., None], -1)[..., 0]
 
@@ -54,7 +54,7 @@ def cascade_answer(p: np.ndarray, sigmas: Sequence[float], thresholds: Sequence[
 def acceptance_radii(
     p: np.ndarray, sigmas: Sequence[float], thresholds: Sequence[float], c: int | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A_k and B_k of the class `c` (...), each (..., K) float64. The arguments are those of `accepting_scale`."""
+    """A_k and B_k of the class `c` (...), each (..., K) float64. It takes the arguments of `accepting_scale`."""
     p = np.asarray(p, float)
     is_c = np.arange(p.shape[-1]) == np.asarray(c)[..., None, None]
     sigmas, tau = np.asarray(sigmas, float), with_first_threshold(thresholds)
@@ -77,7 +77,7 @@ def cascade_radius(
 ) -> np.ndarray:
     """F answers `c` (...) at every point closer than this: (...) float64, pixel units; negative where it does not.
 
-    The arguments are those of `accepting_scale`.
+    It takes the arguments of `accepting_scale`.
     """
     return path_radii(*acceptance_radii(p, sigmas, thresholds, c)).max(-1)
 

@@ -39,7 +39,7 @@ from rrcm.utils.errors import RRCMError
 
 ABOVE, BELOW, PASSED = "above the threshold", "others below the threshold", "passed on"
 MARGIN_TESTS = (TWO_BOUNDS, PAIR)  # BINARY is a claim about the votes for the class alone
-LABEL_AWARE, MULTI_SCALE = "label-aware", "multi-scale"  # certificates: ours, and those of Jeong & Shin (NeurIPS 2023)
+LABEL_AWARE, MULTI_SCALE = "label-aware", "multi-scale"  # certificates: ours, and Jeong & Shin's (NeurIPS 2023)
 CERTIFICATES = (LABEL_AWARE, MULTI_SCALE)
 
 Claims = list[tuple[int, str]]  # scale and elementary claim
@@ -168,7 +168,7 @@ def make_cascade_rule(
 ) -> CascadeRule:
     """The rule named "fixed" or "sequential" for K `sigmas` and the `thresholds` of all but the smallest.
 
-    The `settings` are n0, n, alpha, radius_step and bound, those of `make_stopping_rule`. `bound` says by which tests
+    The `settings` are n0, n, alpha, radius_step and bound, as in `make_stopping_rule`. `bound` says by which tests
     M_k is certified. Raises `RRCMError` for bad settings.
     """
     if not isinstance(certificates, str) or certificates not in CERTIFICATES:

@@ -27,7 +27,7 @@ def choose_thresholds(
 ) -> tuple[tuple[float, ...], float]:
     """The thresholds (K - 1,) in pixel units with the largest score, and that score.
 
-    `votes` (N, K, C) are those of validation images, of as many samples at each sigma (`CascadedClassifier.votes`), and
+    `votes` (N, K, C) count equally many samples of validation images at each sigma (`CascadedClassifier.votes`), and
     `labels` (N,) are their classes. The score is the average certified radius, or with `weights` the sum of the
     certified accuracies at its radii, each times its weight. A certificate is what n votes per sigma would give if they
     fell as `votes` did.
