@@ -70,11 +70,21 @@ class NoiseConditionedClassifier(BaseClassifier):
         nn.init.zeros_(self.head.bias)
         self.num_classes, self.t, self.sigma = num_classes, t, t / 2
 
-    def forward(self, noisy: torch.Tensor, draw: Draw | None = None, *, num_chunks: int = 1) -> torch.Tensor:
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        draw: Draw | None = None,
+        *,
+        t: torch.Tensor | None = None,
+        num_chunks: int = 1,
+    ) -> torch.Tensor:
         """noisy (B, C, H, W) float32: images in [0, 1] plus Gaussian noise of pixel sigma t / 2 -> logits (B, K).
 
-        With `num_chunks` above 1 the encoder processes the batch in chunks, which saves memory in training.
+        A joint training gives `t` (B,), the noise level of each image, in place of the classifier's own. With
+        `num_chunks` above 1 the encoder processes the batch in chunks, which saves memory in training.
         """
+        if t is not None:
+            return self.head(forward_in_chunks(self.encoder, num_chunks, to_model_space(noisy), t))
         return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, to_model_space(noisy)))
 
 

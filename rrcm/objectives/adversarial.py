@@ -39,8 +39,11 @@ def length_of_rows(length: float | torch.Tensor, like: torch.Tensor) -> float | 
     return length.view(-1, *[1] * (like.ndim - 1)) if isinstance(length, torch.Tensor) else length
 
 
-def project_to_ball(moved: torch.Tensor, centre: torch.Tensor, radius: float) -> torch.Tensor:
-    """Project each row of `moved` onto the L2 ball of `radius` around the same row of `centre`."""
+def project_to_ball(moved: torch.Tensor, centre: torch.Tensor, radius: float | torch.Tensor) -> torch.Tensor:
+    """Project each row of `moved` onto the L2 ball of `radius` around the same row of `centre`.
+
+    `radius` is one number, or (B,) with one per row.
+    """
     offset = moved - centre
     norm = offset.flatten(1).norm(dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
     return centre + offset * length_of_rows((radius / norm).clamp_max(1), offset)

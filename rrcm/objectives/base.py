@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from rrcm.models.vit import NoiseConditionedViT
+from rrcm.objectives.adversarial import length_of_rows
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.rng import normal_per_sample, numpy_rng
 
 Batch = Mapping[str, torch.Tensor]
+PerImage = float | torch.Tensor  # one number for all images, or (B,) with one for each
 
 
 class Classifier(Protocol):
@@ -80,6 +82,7 @@ class Objective(Protocol):
         ...
 
     # Optional: needs_soft_labels = True, for fine-tuning; SOFT_LABEL_OBJECTIVES in rrcm/methods.py has its name too.
+    # Optional: per_image, for fine-tuning: the names of the fields besides `sigma` that may be a `PerImage`.
     # Optional: schedule(step) -> dict[str, float], values that depend on the step alone and are logged as well.
 
 
@@ -112,10 +115,22 @@ def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str
     return kinds[name](**{p.name: settings[p.name] for p in parameters if p.name in settings})
 
 
-def draw_noise(images: torch.Tensor, random: StepRandomness, sigma: float, num_noise: int) -> torch.Tensor:
+def draw_noise(images: torch.Tensor, random: StepRandomness, sigma: PerImage, num_noise: int) -> torch.Tensor:
     """Gaussian noise of pixel `sigma` for m = `num_noise` copies of each image: (B, C, H, W) -> (m, B, C, H, W)."""
     noise = random.normal("finetune noise", images.shape[1:], copies=num_noise)
-    return sigma * noise.unflatten(0, (num_noise, -1))
+    return length_of_rows(sigma, images) * noise.unflatten(0, (num_noise, -1))
+
+
+def weighted_mean(weight: PerImage, losses: torch.Tensor) -> torch.Tensor:
+    """The mean of weight times loss: losses (B,), or (m, B) of m copies, -> a scalar."""
+    if isinstance(weight, torch.Tensor):
+        return (weight * losses).mean()
+    return weight * losses.mean()
+
+
+def is_zero(value: PerImage) -> bool:
+    """Whether `value` is 0 for all images."""
+    return not (value.any() if isinstance(value, torch.Tensor) else value)
 
 
 def noisy_logits(classifier: Callable, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,17 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.adversarial import ascend, project_to_ball
-from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits
+from rrcm.objectives.adversarial import ascend, length_of_rows, project_to_ball
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    PerImage,
+    StepRandomness,
+    draw_noise,
+    is_zero,
+    noisy_logits,
+    weighted_mean,
+)
 
 
 def divergence(soft_label: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -23,7 +32,7 @@ def worst_case_noise(
     soft_label: torch.Tensor,
     noise: torch.Tensor,
     *,
-    radius: float,
+    radius: PerImage,
     steps: int,
 ) -> torch.Tensor:
     """Noise within L2 `radius` of the given noise that moves predictions away from `soft_label` (section 3.2).
@@ -33,6 +42,8 @@ def worst_case_noise(
     root mean square that it had at first, as in the authors' code. `classifier` is frozen.
     """
     given = noise.flatten(0, 1)
+    if isinstance(radius, torch.Tensor):
+        radius = radius.repeat(len(noise))  # one for each noise
     mean, rms = _mean(given), _mean(given.square()).sqrt()
 
     def loss(moved: torch.Tensor) -> torch.Tensor:
@@ -42,7 +53,10 @@ def worst_case_noise(
         moved = project_to_ball(moved, given, radius)
         return (moved - _mean(moved)) / _mean(moved.square()).sqrt() * rms + mean
 
-    return ascend(loss, given, steps=steps, length=2 * radius / steps, project=project).view_as(noise)
+    worst = ascend(loss, given, steps=steps, length=2 * radius / steps, project=project)
+    if isinstance(radius, torch.Tensor):
+        worst = torch.where(length_of_rows(radius, given) > 0, worst, given)  # without an attack, nothing is scaled
+    return worst.view_as(noise)
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
@@ -61,8 +75,9 @@ def cat_rs_loss(
     target: torch.Tensor,
     soft_label: torch.Tensor,
     count: torch.Tensor,
+    worst_case_weight: PerImage = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bottom-K and the worst-case loss, before lambda (Jeong et al. 2023, section 3): two scalars.
+    """The bottom-K loss, and lambda times the worst-case loss (Jeong et al. 2023, section 3): two scalars.
 
     Bottom-K: 1/m times the sum of the K smallest of the m cross-entropies. Worst case: max_i KL(soft_label || f(x +
     e*_i)) if K = m, otherwise 0. logits and worst_logits (m, B, classes), target and soft_label (B, classes). `count`
@@ -72,7 +87,7 @@ def cat_rs_loss(
     rank = torch.arange(len(logits), device=logits.device)[:, None]
     bottom = (cross_entropy.sort(0).values * (rank < count)).mean(0)
     worst = divergence(soft_label, worst_logits).amax(0) * (count == len(logits))
-    return bottom.mean(), worst.mean()
+    return bottom.mean(), weighted_mean(worst_case_weight, worst)
 
 
 @dataclass(frozen=True)
@@ -85,24 +100,27 @@ class CATRS:
     which is slow; for this reason the authors use the latter on ImageNet. If m = 1, the only copy always counts.
     """
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # m
-    worst_case_weight: float  # lambda
-    attack_radius: float  # epsilon, L2 distance of noises, pixel units
+    worst_case_weight: PerImage  # lambda
+    attack_radius: PerImage  # epsilon, L2 distance of noises, pixel units
     attack_steps: int  # T
     confidence: Literal["predictions", "soft_label"] | None = None  # None if m = 1
     terms: ClassVar[tuple[str, ...]] = ("bottom", "worst_case")
+    per_image: ClassVar[tuple[str, ...]] = ("worst_case_weight", "attack_radius")
     needs_soft_labels: ClassVar[bool] = True
 
     @property
     def forwards_per_image(self) -> float:
-        attack = 2 * self.attack_steps if self.attack_radius else 0  # a backward pass to the pixels alone counts as one
+        attack = (
+            0 if is_zero(self.attack_radius) else 2 * self.attack_steps
+        )  # a backward pass to the pixels alone counts as one
         return (3 + 3 + attack) * self.num_noise
 
     def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         images, target, soft_label = batch["image"], batch["target"], batch["soft_label"]
         noise = worst = draw_noise(images, random, self.sigma, self.num_noise)
-        if self.attack_radius:
+        if not is_zero(self.attack_radius):
             attack = partial(worst_case_noise, radius=self.attack_radius, steps=self.attack_steps)
             worst = attack(partial(classifier, frozen=True), images, soft_label, noise)
         logits, worst_logits = (noisy_logits(classifier, images, each) for each in (noise, worst))
@@ -112,6 +130,5 @@ class CATRS:
             right = soft_label.gather(1, target.argmax(1, keepdim=True)).squeeze(1)
         trials = random.uniform("bottom count", (self.num_noise,)).T
         count = (trials < right).sum(0).clamp_min(1)  # binomial
-        bottom, worst_case = cat_rs_loss(logits, worst_logits, target, soft_label, count)
-        worst_case = self.worst_case_weight * worst_case
+        bottom, worst_case = cat_rs_loss(logits, worst_logits, target, soft_label, count, self.worst_case_weight)
         return {"loss": bottom + worst_case, "bottom": bottom, "worst_case": worst_case}

@@ -6,11 +6,19 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    PerImage,
+    StepRandomness,
+    draw_noise,
+    noisy_logits,
+    soft_cross_entropy,
+)
 
 
 def consistency_regularizer(
-    logits: torch.Tensor, consistency_weight: float = 10.0, entropy_weight: float = 0.5
+    logits: torch.Tensor, consistency_weight: PerImage = 10.0, entropy_weight: PerImage = 0.5
 ) -> torch.Tensor:
     """lambda * mean_i KL(pbar || p_i) + eta * H(pbar) over noisy copies (Jeong & Shin 2020, eqs. 6 and 8).
 
@@ -31,11 +39,12 @@ def consistency_regularizer(
 class Consistency:
     """mean_i CE(f(x + e_i), y) + `consistency_regularizer` over m noisy copies (Jeong & Shin 2020, eq. 9)."""
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # m
-    consistency_weight: float  # lambda
-    entropy_weight: float  # eta
+    consistency_weight: PerImage  # lambda
+    entropy_weight: PerImage  # eta
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "regularizer")
+    per_image: ClassVar[tuple[str, ...]] = ("consistency_weight", "entropy_weight")
 
     @property
     def forwards_per_image(self) -> float:

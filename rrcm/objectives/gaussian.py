@@ -5,14 +5,22 @@ from typing import ClassVar
 
 import torch
 
-from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    PerImage,
+    StepRandomness,
+    draw_noise,
+    noisy_logits,
+    soft_cross_entropy,
+)
 
 
 @dataclass(frozen=True)
 class Gaussian:
     """mean_i CE(f(x + e_i), y) over m noisy copies (Cohen et al. 2019, section 3.1; m = 1 there)."""
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # m
     terms: ClassVar[tuple[str, ...]] = ()
 

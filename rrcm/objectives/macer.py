@@ -6,11 +6,26 @@ from typing import ClassVar
 import torch
 from torch.special import ndtri
 
-from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, smoothed_cross_entropy
+from rrcm.objectives.adversarial import length_of_rows
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    PerImage,
+    StepRandomness,
+    draw_noise,
+    noisy_logits,
+    smoothed_cross_entropy,
+)
 
 
 def macer_loss(
-    logits: torch.Tensor, target: torch.Tensor, *, sigma: float, radius_weight: float, beta: float, gamma: float
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    sigma: PerImage,
+    radius_weight: PerImage,
+    beta: PerImage,
+    gamma: PerImage,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The classification loss and the radius loss of MACER (Zhai et al. 2020): two scalars.
 
@@ -19,28 +34,31 @@ def macer_loss(
     at gamma increases it for each image that phat classifies correctly, unless its xi is infinite.
     """
     classification = smoothed_cross_entropy(logits, target).mean()
-    phat = (beta * logits).softmax(-1).mean(0)
+    phat = (length_of_rows(beta, target) * logits).softmax(-1).mean(0)
     top, classes = phat.topk(2)
     correct = classes[:, 0] == target.argmax(-1)
     finite = (top > 0).all(-1) & (top < 1).all(-1)
     top = torch.where(finite[:, None], top, 0.5)  # before ndtri, because the gradient of an infinite Phi^-1 is NaN
     margin = ndtri(top[:, 0]) - ndtri(top[:, 1])
     counted = correct & finite & margin.isfinite() & (margin.abs() <= gamma)
-    hinge = torch.where(counted, gamma - margin, 0.0).sum() / len(margin)
-    return classification, radius_weight * sigma / 2 * hinge
+    hinge, scale = torch.where(counted, gamma - margin, 0.0), radius_weight * sigma / 2
+    if isinstance(scale, torch.Tensor):
+        return classification, (scale * hinge).sum() / len(margin)
+    return classification, scale * (hinge.sum() / len(margin))
 
 
 @dataclass(frozen=True)
 class MACER:
     """`macer_loss` over k noisy copies. To avoid divergence, the radius loss may begin some epochs later."""
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # k
-    radius_weight: float  # lambda
-    beta: float
-    gamma: float
+    radius_weight: PerImage  # lambda
+    beta: PerImage
+    gamma: PerImage
     deferred_epochs: float  # epochs before the radius loss begins
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "radius_loss")
+    per_image: ClassVar[tuple[str, ...]] = ("radius_weight", "beta", "gamma")
 
     @property
     def forwards_per_image(self) -> float:

@@ -10,8 +10,10 @@ from rrcm.objectives.adversarial import ascend, project_to_ball
 from rrcm.objectives.base import (
     Batch,
     Classifier,
+    PerImage,
     StepRandomness,
     draw_noise,
+    is_zero,
     linear_warmup,
     noisy_logits,
     smoothed_cross_entropy,
@@ -25,7 +27,7 @@ def smoothadv_attack(
     target: torch.Tensor,
     noise: torch.Tensor,
     *,
-    radius: float,
+    radius: PerImage,
     steps: int,
 ) -> torch.Tensor:
     """SmoothAdv_PGD (Salman et al. 2019, section 3): adversaries of the smoothed classifier within L2 `radius`.
@@ -40,23 +42,28 @@ def smoothadv_attack(
     def project(moved: torch.Tensor) -> torch.Tensor:
         return project_to_ball(moved.clamp(0, 1), images, radius)  # `images` lie in [0, 1], so this stays in [0, 1]
 
-    return ascend(loss, images, steps=steps, length=2 * radius / steps, project=project) if radius else images
+    if is_zero(radius):
+        return images
+    return ascend(loss, images, steps=steps, length=2 * radius / steps, project=project)
 
 
 @dataclass(frozen=True)
 class SmoothAdv:
     """mean_i CE(f(x' + e_i), y) at the adversary x' of the smoothed classifier. Attack and loss share the noise."""
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # m
-    attack_radius: float  # epsilon, L2, pixel units
+    attack_radius: PerImage  # epsilon, L2, pixel units
     attack_steps: int  # T
     attack_warmup_epochs: float  # epsilon grows linearly over these epochs
     terms: ClassVar[tuple[str, ...]] = ()
+    per_image: ClassVar[tuple[str, ...]] = ("attack_radius",)
 
     @property
     def forwards_per_image(self) -> float:
-        attack = 2 * self.attack_steps if self.attack_radius else 0  # a backward pass to the pixels alone counts as one
+        attack = (
+            0 if is_zero(self.attack_radius) else 2 * self.attack_steps
+        )  # a backward pass to the pixels alone counts as one
         return (attack + 3) * self.num_noise
 
     def __call__(self, classifier: Classifier, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:

@@ -11,12 +11,14 @@ from rrcm.objectives.adversarial import ascend, project_to_ball
 from rrcm.objectives.base import (
     Batch,
     Classifier,
+    PerImage,
     StepRandomness,
     draw_noise,
     linear_warmup,
     noisy_logits,
     smoothed_cross_entropy,
     soft_cross_entropy,
+    weighted_mean,
 )
 
 
@@ -26,7 +28,7 @@ def smoothmix_attack(
     target: torch.Tensor,
     noise: torch.Tensor,
     *,
-    length: float,
+    length: PerImage,
     steps: int,
 ) -> torch.Tensor:
     """Take `steps` steps of `length` up the loss of the smoothed classifier, clipped to [0, 1] but not to a ball.
@@ -46,9 +48,14 @@ def mixed_target(mean: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 
 
 def smoothmix_loss(
-    logits: torch.Tensor, mixed_logits: torch.Tensor, target: torch.Tensor, share: torch.Tensor
+    logits: torch.Tensor,
+    mixed_logits: torch.Tensor,
+    target: torch.Tensor,
+    share: torch.Tensor,
+    weight: PerImage = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean_i CE(z_i, y), and mean_i KL(`mixed_target` || softmax z'_i) where the mean prediction is correct: scalars.
+    """mean_i CE(z_i, y), and `weight` times mean_i KL(`mixed_target` || softmax z'_i) where the mean prediction is
+    correct: two scalars.
 
     logits and mixed_logits (m, B, K), target (B, K) class probabilities, share (B,). The mean prediction is not
     detached (Jeong et al. 2021).
@@ -58,7 +65,7 @@ def smoothmix_loss(
     wanted = mixed_target(mean, share)
     log_wanted = wanted.clamp_min(torch.finfo(wanted.dtype).tiny).log()
     divergence = (wanted * (log_wanted - F.log_softmax(mixed_logits, dim=-1))).sum(-1)
-    return soft_cross_entropy(logits, target), (right * divergence).mean()
+    return soft_cross_entropy(logits, target), weighted_mean(weight, right * divergence)
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,15 @@ class SmoothMix:
     mix, so the clean image stays, as in the authors' code.
     """
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # m
-    mix_weight: float  # eta
-    attack_step: float  # alpha, L2, pixel units
+    mix_weight: PerImage  # eta
+    attack_step: PerImage  # alpha, L2, pixel units
     attack_steps: int  # T
     one_step_clean_end: bool
     mix_warmup_epochs: float
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "mix_loss")
+    per_image: ClassVar[tuple[str, ...]] = ("mix_weight", "attack_step")
 
     @property
     def forwards_per_image(self) -> float:
@@ -96,6 +104,6 @@ class SmoothMix:
         mixed = torch.lerp(clean, adversary, share[:, None, None, None])
 
         logits, mixed_logits = (noisy_logits(classifier, each, noise) for each in (clean, mixed))
-        cross_entropy, mix_loss = smoothmix_loss(logits, mixed_logits, target, share)
-        mix_loss = grown * self.mix_weight * mix_loss
+        weight = grown * self.mix_weight
+        cross_entropy, mix_loss = smoothmix_loss(logits, mixed_logits, target, share, weight)
         return {"loss": cross_entropy + mix_loss, "cross_entropy": cross_entropy, "mix_loss": mix_loss}

@@ -6,7 +6,16 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.base import Batch, Classifier, StepRandomness, draw_noise, noisy_logits, soft_cross_entropy
+from rrcm.objectives.base import (
+    Batch,
+    Classifier,
+    PerImage,
+    StepRandomness,
+    draw_noise,
+    noisy_logits,
+    soft_cross_entropy,
+    weighted_mean,
+)
 
 
 def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
@@ -21,10 +30,11 @@ def stability_regularizer(clean_logits: torch.Tensor, noisy_logits: torch.Tensor
 class Stability:
     """CE(f(x), y) + lambda H(f(x), f(x + e)) (Li et al. 2019)."""
 
-    sigma: float  # pixel units
+    sigma: PerImage  # pixel units
     num_noise: int  # m; 1 in the paper
-    stability_weight: float  # lambda
+    stability_weight: PerImage  # lambda
     terms: ClassVar[tuple[str, ...]] = ("cross_entropy", "regularizer")
+    per_image: ClassVar[tuple[str, ...]] = ("stability_weight",)
 
     @property
     def forwards_per_image(self) -> float:
@@ -35,5 +45,5 @@ class Stability:
         noise = draw_noise(batch["image"], random, self.sigma, self.num_noise)
         noisy = noisy_logits(classifier, batch["image"], noise)
         cross_entropy = soft_cross_entropy(clean[None], batch["target"])
-        regularizer = self.stability_weight * stability_regularizer(clean, noisy).mean()
+        regularizer = weighted_mean(self.stability_weight, stability_regularizer(clean, noisy))
         return {"loss": cross_entropy + regularizer, "cross_entropy": cross_entropy, "regularizer": regularizer}

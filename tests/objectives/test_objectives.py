@@ -277,7 +277,7 @@ def test_cat_rs_keeps_the_smallest_losses_and_the_worst_divergence():
 def test_cat_rs_draws_the_count_from_the_binomial_distribution_of_the_confidence(monkeypatch, confidence, p):
     """A network that classifies two of four copies correctly, with soft labels of 0.6. A count of 0 becomes 1."""
     counts = []
-    monkeypatch.setattr(cat_rs, "cat_rs_loss", lambda *args: (counts.append(args[-1]), 2 * [torch.zeros(())])[1])
+    monkeypatch.setattr(cat_rs, "cat_rs_loss", lambda *args: (counts.append(args[4]), 2 * [torch.zeros(())])[1])
     size = 4000
     batch = {"image": torch.zeros(size, 1, 1, 1), "target": torch.eye(K)[:1].expand(size, K)}
     batch |= {"soft_label": 0.5 * batch["target"] + 0.1}
