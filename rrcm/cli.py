@@ -118,6 +118,9 @@ Weights = Annotated[
 FinalNorm = Annotated[
     bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")
 ]
+OutsideRange = Annotated[
+    bool, typer.Option("--outside-range", help="Joint models only: allow a sigma that their training did not cover.")
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -166,6 +169,7 @@ def certify(
     classes: Classes = None,
     weights: Weights = None,
     final_norm: FinalNorm = True,
+    outside_range: OutsideRange = False,
     output: Output = Path("certificates.tsv"),
     gallery: Gallery = Path("gallery.png"),
 ) -> None:
@@ -182,7 +186,8 @@ def certify(
     resume_gc()
     written = [*output_paths(output), gallery]
     images = _find_images(folder, written)  # fails before a model is downloaded
-    loaded = load_base_classifier(model, sigma=sigma, weights=weights, final_norm=final_norm, classes=classes)
+    given = {"sigma": sigma, "weights": weights, "final_norm": final_norm, "classes": classes}
+    loaded = load_base_classifier(model, **given, outside_range=outside_range)
     settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
     rule = _make_rule(model, loaded, sigma, settings)
     context.with_resource(claimed(*written))  # until the command ends

@@ -34,6 +34,7 @@ from rrcm.data.images import Listing
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
+from rrcm.models.joint import JointSigmas
 from rrcm.models.load import LoadedClassifier, class_folders, load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
 from rrcm.report.gallery import Thumbnail, draw_certified_images, rounded_down
@@ -115,6 +116,19 @@ def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, ima
     assert "wrong with probability at most 0.001" in answer.stdout
     assert Image.open("gallery.png").format == "PNG"
     assert "4/4 images" in answer.stderr
+
+
+def test_a_joint_model_certifies_at_any_sigma_of_its_range(saved, images):
+    save_model("joint", saved, sigma=JointSigmas((0.25, 0.5, 1.0)))
+    frame = certified("images", "--model", "joint", "--sigma", "0.37")
+    expected = SmoothedClassifier(saved.at(0.37), 0.37, 3, batch_size=64).certify(images, n0=20, n=300)
+    assert frame["radius"].tolist() == [each.radius for each in expected]
+    answer = CliRunner().invoke(app, ["audit", "certificates.tsv", "--model", "joint", "--images", "images"])
+    assert answer.exit_code == 0 and answer.stdout.startswith("verified: "), answer.output
+    refused(rrcm("images", "--model", "joint"), "joint: was trained for sigma 0.25 to 1; give sigma, in pixel units")
+    outside = ["images", "--model", "joint", "--sigma", "1.5"]
+    refused(rrcm(*outside), "which 1.5 is outside of; choose another sigma, or allow it with outside_range")
+    assert len(certified(*outside, "--outside-range")) == 4
 
 
 def test_the_files_of_a_folder_can_be_audited(saved, images):

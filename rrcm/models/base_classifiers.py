@@ -1,8 +1,9 @@
 """Base classifiers, which randomized smoothing smooths: their contract, and the classifiers that we train."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import nn
@@ -45,6 +46,17 @@ class BaseClassifier(nn.Module):
         Only a stochastic classifier gets `draw`.
         """
         raise NotImplementedError
+
+    def at(self, sigma: float) -> Self:
+        """The same network, with the same weights in memory, for pixel noise `sigma`. For joint trainings.
+
+        A classifier that is conditioned on the noise level has t = 2 sigma.
+        """
+        other = copy.copy(self)
+        other.sigma = sigma
+        if hasattr(other, "t"):
+            other.t = 2 * sigma
+        return other
 
 
 def part_logits(part: BaseClassifier, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:

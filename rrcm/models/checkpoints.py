@@ -24,6 +24,7 @@ from rrcm.models.folders import (
     read_model_config,
     write_model_folder,
 )
+from rrcm.models.joint import JointSigmas, config_at, read_joint
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.models.vit import BlockOptions, NoiseConditionedViT
 from rrcm.sections import check_width
@@ -96,7 +97,7 @@ def save_model(
     model: NoiseConditionedViT | NoiseConditionedClassifier | NetworkClassifier,
     *,
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: 0, 1, ...
-    sigma: float | None = None,  # of a classifier, pixel units; None: `model.sigma`
+    sigma: float | JointSigmas | None = None,  # of a classifier, pixel units; None: `model.sigma`
     kind: str = "classifier",  # of a classifier with our encoder: a key of `rrcm.models.FOLDER_LOADERS`
     dtype: str = "fp32",  # bf16 rounds the stored weights, which halves the file; they are loaded as float32
     **metadata: object,
@@ -116,8 +117,12 @@ def save_model(
             config = {"kind": "network", "architecture": model.architecture}
         else:
             config = {"kind": kind, "architecture": architecture(model.encoder)}
-        config |= {"class_names": names, "sigma": model.sigma if sigma is None else sigma}
-        config |= {"t": model.t} if isinstance(model, NoiseConditionedClassifier) else {}
+        config |= {"class_names": names}
+        if isinstance(sigma, JointSigmas):
+            config |= {"joint": sigma.entries}
+        else:
+            config |= {"sigma": model.sigma if sigma is None else sigma}
+            config |= {"t": model.t} if isinstance(model, NoiseConditionedClassifier) else {}
     tensors = model.state_dict()
     if dtype == "bf16":
         tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -143,6 +148,8 @@ def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> Noise
     sizes = parse_entries(path, config, EncoderEntries).architecture
     _check_sizes(sizes.model_dump(), expected, path)  # before the weights are read
     if config["kind"] == "classifier":
+        joint = read_joint(path, config)
+        config = config_at(path, config, joint and joint.middle)  # the weights are the same at every sigma
         return build_from_folder(path, config).train().encoder
     return load_network(path, sizes.build).train()
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import nn
 
+from rrcm.config import Positive
 from rrcm.models.base_classifiers import BaseClassifier, Draw, part_logits
 from rrcm.models.folders import Entries, Part, parse_entries, part_of, write_model_folder
 from rrcm.models.kinds import LoadedClassifier, load_model_folder, refuse_within
@@ -33,6 +34,10 @@ class Ensemble(BaseClassifier):
         """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes) float32."""
         return torch.stack([part_logits(member, noisy, draw) for member in self.members]).mean(0)
 
+    def at(self, sigma: float) -> "Ensemble":
+        """The ensemble of the members for pixel noise `sigma`."""
+        return Ensemble([member.at(sigma) for member in self.members]).train(self.training)
+
 
 class EnsembleEntries(Entries):
     """The entries of config.json that describe an ensemble."""
@@ -40,6 +45,7 @@ class EnsembleEntries(Entries):
     model_config = ConfigDict(extra="ignore")
 
     members: Annotated[list[Part], Field(min_length=2, max_length=1000)]
+    sigma: Positive | None = None  # pixel units; joint members are loaded for it
 
 
 def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[str], **metadata: object) -> None:
@@ -54,9 +60,10 @@ def write_ensemble(folder: Path, members: Sequence[str], class_names: Sequence[s
 def load_ensemble(folder: Path, config: dict) -> LoadedClassifier:
     """The loader of kind "ensemble" in `rrcm.models.FOLDER_LOADERS`."""
     members = []
-    for part in parse_entries(folder, config, EnsembleEntries).members:
+    entries = parse_entries(folder, config, EnsembleEntries)
+    for part in entries.members:
         path = folder / part.path
-        members.append(load_model_folder(path, part.sha256))
+        members.append(load_model_folder(path, part.sha256, sigma=entries.sigma, outside_range=True))
         refuse_within(folder, members[-1].classifier, Ensemble)
         for name in ("class_names", "image_size", "channels"):
             value, first = getattr(members[-1], name), getattr(members[0], name)

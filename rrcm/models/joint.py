@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rrcm.config import Positive
 from rrcm.models.folders import Entries, parse_entries
@@ -61,7 +61,7 @@ class JointSigmas:
 
 
 class JointEntries(Entries):
-    """The entry `joint` of a config.json, which has it in place of `sigma` and `t`."""
+    """The entry `joint` of a config.json."""
 
     sigmas: Annotated[list[Positive], Field(min_length=1, max_length=1000)]
     interval: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None
@@ -74,11 +74,18 @@ class JointEntries(Entries):
         return self
 
 
+class ConfigEntries(Entries):
+    """The entry of a config.json that says whether a training was joint. If so, there is neither `sigma` nor `t`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    joint: JointEntries | None = None
+
+
 def read_joint(folder: Path, config: Mapping) -> JointSigmas | None:
     """The noise levels of the model in `folder`. None if it was trained for a single sigma."""
-    if "joint" not in config:
+    if (entries := parse_entries(folder, config, ConfigEntries).joint) is None:
         return None
-    entries = parse_entries(folder, config["joint"], JointEntries)
     return JointSigmas(tuple(entries.sigmas), entries.interval and tuple(entries.interval))
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rrcm.models import FOLDER_LOADERS
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.folders import check_kind, read_model_config
+from rrcm.models.joint import config_at
 from rrcm.utils.errors import RRCMError
 
 
@@ -33,15 +34,20 @@ class LoadedClassifier(NamedTuple):
         return getattr(self.classifier, "sigma", None)
 
 
-def load_model_folder(folder: Path | str, sha256: str | None = None) -> LoadedClassifier:
+def load_model_folder(
+    folder: Path | str, sha256: str | None = None, *, sigma: float | None = None, outside_range: bool = False
+) -> LoadedClassifier:
     """Load the classifier in a model folder of any kind in FOLDER_LOADERS.
 
-    `sha256` is the hash that a larger model names, if this is a part of it. Raises `RRCMError` for a folder that is
-    missing or damaged, has another hash, or is of an unknown kind.
+    `sha256` is the hash that a larger model names, if this is a part of it. The classifier of a joint training is
+    loaded for pixel noise `sigma`, which other model folders ignore. Raises `RRCMError` for a folder that is missing or
+    damaged, has another hash, or is of an unknown kind, for a joint model without `sigma`, and for a `sigma` that its
+    training did not cover, unless `outside_range` is true.
     """
     folder = Path(folder)
     config = read_model_config(folder, sha256)
     check_kind(folder, config, FOLDER_LOADERS)
+    config = config_at(folder, config, sigma, outside_range)
     try:
         return FOLDER_LOADERS[config["kind"]](folder, config)
     except RecursionError:

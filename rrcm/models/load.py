@@ -16,10 +16,11 @@ from rrcm.utils.files import expand_user, read_text
 def load_base_classifier(
     model: Path | str,
     *,
-    sigma: float | None = None,  # pixel noise, which the authors' files do not record
+    sigma: float | None = None,  # pixel noise, which the authors' files do not record; of a joint model, any it covers
     weights: Path | None = None,  # file with the weights of a timm model, in place of a download
     final_norm: bool = True,  # False: the authors' CIFAR-10 models, which skip the last LayerNorm
     classes: Path | None = None,  # text file with one class name per line
+    outside_range: bool = False,  # allow a sigma that a joint training did not cover
 ) -> LoadedClassifier:
     """Load a model folder, a timm snapshot folder, a checkpoint file of the authors, or a timm model by its name.
 
@@ -37,7 +38,7 @@ def load_base_classifier(
     if path.is_dir() and is_snapshot(path):
         loaded = _load_timm(str(path), None)
     elif path.is_dir():
-        loaded = load_model_folder(path)
+        loaded = load_model_folder(path, sigma=sigma, outside_range=outside_range)
     elif path.exists():
         loaded = _load_authors(path, sigma, final_norm)
     else:
