@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from rrcm.constraints import CONSTRAINTS
 from rrcm.derived import choose_values, finetuning_keys, initial_weights
-from rrcm.methods import METHODS, PER_OBJECTIVE, check_methods
+from rrcm.methods import JOINT_SHARES, METHODS, PER_OBJECTIVE, check_methods
 from rrcm.objectives import PRETRAINING
 from rrcm.sections import (
     Section,
@@ -31,6 +31,15 @@ from rrcm.sections import (
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
 
+
+def check_method(name: str) -> str:
+    """Return `name` if it is a method. Otherwise raise ValueError, with the reason if it cannot be joint."""
+    expert = next((name.removesuffix(f"_{end}") for end in JOINT_SHARES if name.endswith(f"_{end}")), name)
+    if expert != name and expert in METHODS and METHODS[expert].denoises:
+        raise ValueError(f"{expert} has no joint form, as its denoiser takes every sigma; name {expert} itself")
+    return check_name(name, METHODS, "method")
+
+
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -40,8 +49,9 @@ ErrorRate = Annotated[float, Field(gt=0, le=0.5)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 TwoOrMore = Annotated[int, Field(ge=2)]
+Interval = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 FileName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-MethodName = Annotated[str, AfterValidator(partial(check_name, known=METHODS, what="method"))]
+MethodName = Annotated[str, AfterValidator(check_method)]
 PretrainingName = Annotated[str, AfterValidator(partial(check_name, known=PRETRAINING, what="objective"))]
 PerObjective = value_by_key(Positive, partial(check_name, known=["default", *PRETRAINING], what="objective"))
 Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.native_precision`
@@ -332,12 +342,16 @@ class Finetune(
 
     A setting of `FinetuneSettings` is one value, or a mapping with the keys `smoothadv` (for that objective), `scratch`
     (for methods with random initial weights), `sigma_0.5` (for that noise) and `default`. The first of these that the
-    mapping has, in this order, is used.
+    mapping has, in this order, is used. For joint methods the key `joint` comes before all others.
     """
 
     equal_passes: bool = about("Give every method the encoder passes of rRCM's epochs, instead of equal epochs")
     initial_weights: str | None = about("Model folder or authors' file that replaces models/pretrain/<objective>")
     ensemble_members: TwoOrMore = about("Members of an ensemble, k")
+    joint_interval: Interval | None = about(
+        "Noise of joint trainings: log-uniform from the first to the second; null: each of `sigmas` equally often",
+        "pixel units",
+    )
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
     timm: TimmViT
     pretrain_cost_shared_by: Count = about("Fine-tuned models that share the compute of one pre-training", "models")

@@ -84,6 +84,8 @@ def soft_labels_are_available(config: "Config") -> None:
                 f"soft_labels: {name} needs the votes of {source.method} at sigma {source.sigma}; add these to "
                 "methods and sigmas, or change soft_labels"
             )
+    if METHODS[source.method].joint is not None:
+        raise ValueError(f"soft_labels.method {source.method} is joint; name the method of an expert")
     if METHODS[source.method].needs_soft_labels:
         raise ValueError(f"soft_labels.method {source.method} needs soft labels itself; choose another")
 
@@ -135,6 +137,27 @@ def attacked_methods_can_be_attacked(config: "Config") -> None:
             raise ValueError(f"attack.methods: {name} votes, which has no gradient to follow; leave it out")
 
 
+def joint_trainings_fit(config: "Config") -> None:
+    """A joint training covers all sigmas. Only objectives have settings of their own for each image."""
+    joint = [name for name in config.methods if METHODS[name].joint is not None]
+    interval, time_condition = config.finetune.joint_interval, config.finetune.time_condition
+    low, high = interval or (min(config.sigmas), max(config.sigmas))
+    if low > high or (joint and not low <= min(config.sigmas) <= max(config.sigmas) <= high):
+        raise ValueError(f"finetune.joint_interval {interval} must increase and include sigmas {config.sigmas}")
+    for name in joint:
+        if METHODS[name].pretrained_here and time_condition != "exact":
+            raise ValueError(f"finetune.time_condition {time_condition} must be exact for {name}, where t = 2 sigma")
+        each = [config.finetune.settings(name, sigma).model_dump(exclude={"objectives"}) for sigma in config.sigmas]
+        for setting, value in each[0].items():
+            if any(other[setting] != value for other in each):
+                values = ", ".join(
+                    f"{other[setting]} at sigma {s:g}" for other, s in zip(each, config.sigmas, strict=True)
+                )
+                raise ValueError(
+                    f"finetune.{setting}: is {values}; {name} needs one value for all: give it the key joint"
+                )
+
+
 def derived_settings_are_current(config: "Config") -> None:
     """DVC watches what follows from the other settings, so an edit of params.yaml by hand must not leave it behind."""
     values = config.model_dump(mode="json", include=set(SECTIONS))
@@ -153,5 +176,6 @@ CONSTRAINTS = (  # in the order of the sections that they concern; the first tha
     patches_fill_images,
     compiled_classifiers_are_deterministic,
     radii_are_certified,
+    joint_trainings_fit,
     derived_settings_are_current,
 )

@@ -12,19 +12,22 @@ from pathlib import Path
 from rrcm.methods import (
     BLOCKS,
     DENOISER,
+    JOINT,
     MATCHED_PRETRAINING,
     METHODS,
     PER_OBJECTIVE,
     REFERENCE,
     SOFT_LABELS,
     denoising_classifier,
+    expert_of,
+    model_name,
 )
 
 # The settings that others are derived from.
 SECTIONS = ["methods", "sigmas", "model", "pretrain", "finetune", "soft_labels", "denoiser", "denoised", "certify"]
 NOTHING = "data/shards"  # stands for an input that a training does not have: all trainings watch it anyway
 STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that only some methods need
-SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition"}  # likewise
+SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition", "joint_interval"}  # likewise
 NO_RESULT = {"checkpoint_every"}  # settings that decide no result
 TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network other than our ViT
 PROJECTOR = ("projector_hidden_dim", "projection_dim")  # settings of `model` for pre-training alone
@@ -34,13 +37,15 @@ COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that
 def derived_settings(settings: Mapping) -> dict:
     """What follows from `settings`, a mapping with the keys SECTIONS.
 
-    `finetune`, `denoiser` and `soft_labels`: the stages of these names, with the inputs of each.
+    `finetune`, `certify`, `denoiser` and `soft_labels`: the stages of these names, with the inputs of each. A joint
+    method has one fine-tuning, whose `sigma` is "joint", and a certification for each sigma.
     `settings`: the hashes of the settings that decide each pre-training, each fine-tuning and each certification. The
     fine-tunings include the classifiers that denoising methods consist of.
     """
     methods, sigmas, denoised = settings["methods"], settings["sigmas"], settings["denoised"]
     finetune, pretrain, model = settings["finetune"], settings["pretrain"], settings["model"]
-    runs = [(method, sigma) for method in methods for sigma in sigmas]
+    certified = [(method, sigma) for method in methods for sigma in sigmas]
+    runs = list(dict.fromkeys((method, training_noise(method, sigma)) for method, sigma in certified))
     parts = {denoising_classifier(method, denoised) for method in methods} - {None}
     runs += sorted(parts - set(runs))
     denoise = any(METHODS[method].denoises for method in methods)
@@ -55,11 +60,16 @@ def derived_settings(settings: Mapping) -> dict:
             f"{method}-{sigma}": {
                 "method": method,
                 "sigma": sigma,
+                "folder": _folder(sigma),
                 "settings": f"{method}.{_sigma_key(sigma)}",
                 "initial_weights": watched_weights(method, finetune, denoised) or NOTHING,
                 "other_input": _other_input(method) or NOTHING,
             }
             for method, sigma in runs
+        },
+        "certify": {
+            f"{method}-{sigma}": {"method": method, "sigma": sigma, "folder": model_name(method, sigma)}
+            for method, sigma in certified
         },
         "denoiser": {("trained" if source is None else "public"): _source_path(source) or NOTHING} if denoise else {},
         "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needs_voter else {},
@@ -86,9 +96,19 @@ def _normalized(value: object) -> object:
     return float(value) if type(value) is int else value
 
 
-def _sigma_key(sigma: float) -> str:
-    """A noise level as a key that DVC can look up. It has no point, which would end the key."""
-    return f"sigma_{float(sigma)}".replace(".", "_")
+def training_noise(method: str, sigma: float) -> float | str:
+    """The noise of the training that a method needs for pixel noise `sigma`: `sigma` itself, or JOINT."""
+    return sigma if METHODS[method].joint is None else JOINT
+
+
+def _folder(noise: float | str) -> str:
+    """The name of the model folder of a training, below models/METHOD/."""
+    return JOINT if noise == JOINT else f"sigma_{float(noise)}"
+
+
+def _sigma_key(noise: float | str) -> str:
+    """The noise of a training as a key that DVC can look up. It has no point, which would end the key."""
+    return _folder(noise).replace(".", "_")
 
 
 def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> dict:
@@ -100,8 +120,10 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
     return {"pretrain": values | own, "model": _without(model, TRUNK)}
 
 
-def finetuning_settings(method: str, sigma: float, settings: Mapping) -> dict:
-    """The settings that decide one fine-tuning, apart from seed, threads and data."""
+def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> dict:
+    """The settings that decide one fine-tuning, apart from seed, threads and data. `sigma` may be JOINT."""
+    if sigma == JOINT:
+        return _joint_settings(method, settings)
     row, model, pretrain, finetune = METHODS[method], settings["model"], settings["pretrain"], settings["finetune"]
     decisive: dict[str, object] = {"method": row.identity}
     if row.denoises:
@@ -133,6 +155,17 @@ def finetuning_settings(method: str, sigma: float, settings: Mapping) -> dict:
     return decisive
 
 
+def _joint_settings(method: str, settings: Mapping) -> dict:
+    """The settings that decide a joint fine-tuning: those at each sigma, and the cost of the experts there."""
+    sigmas, finetune = sorted(settings["sigmas"]), settings["finetune"]
+    return {
+        "sigmas": sigmas,
+        "interval": finetune["joint_interval"],
+        "at_each": [finetuning_settings(method, sigma, settings) for sigma in sigmas],
+        "experts": [_cost(expert_of(method), sigma, finetune) for sigma in sigmas],
+    }
+
+
 def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> dict:
     """The settings that decide the certificates of a method, apart from seed, threads and data."""
     return {"certify": dict(certify), "max_images": (denoised.get("max_images") or {}).get(method)}
@@ -141,7 +174,8 @@ def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> 
 def finetuning_keys(method: str, sigma: float) -> list[str]:
     """The keys by which a setting may have a value for one fine-tuning, in order of precedence."""
     row = METHODS[method]
-    keys = [row.objective] if row.objective is not None else []
+    keys = [JOINT] if row.joint is not None else []
+    keys += [row.objective] if row.objective is not None else []
     keys += ["scratch"] if row.initial_weights is None else []
     return [*keys, f"sigma_{float(sigma)}", "default"]
 

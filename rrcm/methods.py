@@ -21,6 +21,9 @@ SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # the objectives with `needs_soft_labels`; r
 CLEAN_SIGMA = 0.001  # noise in training on nearly clean images, pixel units: a quarter of a grey level
 SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
 DENOISER = "models/denoiser"  # output of the stage denoiser
+JOINT = "joint"  # takes the place of the sigma in the names of a joint training's files and stages
+JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3"}
+JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3}  # by the end of the name: share of the passes of all experts
 FAMILIES = (
     "rRCM",
     "other pre-training",
@@ -33,7 +36,8 @@ FAMILIES = (
 
 # The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
 # The three columns after the name decide the result, the others the appearance. A method that starts from random
-# weights also exists as NAME_matched.
+# weights also exists as NAME_matched. All of these, except those that denoise, also exist as NAME_joint, one network
+# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long.
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -91,11 +95,13 @@ class Method:
     label: str
     family: str  # one of FAMILIES
     matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
+    joint: float | None = None  # of one network for all sigmas: its share of the passes of all experts; None: an expert
 
     @property
-    def identity(self) -> dict[str, str | None]:
-        """The columns that decide a result."""
-        return {name: value for name, value in asdict(self).items() if name not in APPEARANCE}
+    def identity(self) -> dict[str, str | float | None]:
+        """The columns that decide a result. An expert has no entry `joint`."""
+        decisive = {name: value for name, value in asdict(self).items() if name not in APPEARANCE}
+        return {name: value for name, value in decisive.items() if name != "joint" or value is not None}
 
     @property
     def pretrained_here(self) -> bool:
@@ -138,7 +144,7 @@ def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_methods(table: str) -> dict[str, Method]:
-    """The methods of a table by name, followed by their matched variants.
+    """The methods of a table by name, followed by their matched and their joint variants.
 
     Rows with too few or too many cells are left out; `check_methods` reports them.
     """
@@ -147,10 +153,16 @@ def read_methods(table: str) -> dict[str, Method]:
         for family, (name, *cells) in read_rows(table)
         if len(cells) == len(COLUMNS)
     }
-    return written | {
+    experts = written | {
         f"{name}_matched": matched(row)
         for name, row in written.items()
         if row.initial_weights is None and not row.is_ensemble
+    }
+    return experts | {
+        f"{name}_{ending}": joint(row, ending)
+        for name, row in experts.items()
+        if not row.denoises
+        for ending in JOINT_SHARES
     }
 
 
@@ -159,7 +171,24 @@ def matched(row: Method) -> Method:
     return replace(row, matched=True, label=f"{row.label}, matched compute")
 
 
+def joint(row: Method, ending: str) -> Method:
+    """The same method with one network for all sigmas."""
+    return replace(row, joint=JOINT_SHARES[ending], label=f"{row.label}, {JOINT_LABELS[ending]}")
+
+
 METHODS = read_methods(TABLE)
+
+
+def expert_of(method: str) -> str:
+    """The method whose experts a joint method replaces. An expert's own method is returned unchanged."""
+    if METHODS[method].joint is None:
+        return method
+    return next(method.removesuffix(f"_{ending}") for ending in JOINT_SHARES if method.endswith(f"_{ending}"))
+
+
+def model_name(method: str, sigma: float) -> str:
+    """The name of the model folder, below models/METHOD/, of a method at pixel noise `sigma`."""
+    return JOINT if METHODS[method].joint is not None else f"sigma_{float(sigma)}"
 
 
 def check_methods() -> None:
@@ -171,7 +200,8 @@ def check_methods() -> None:
                 f"rrcm/methods.py: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces "
                 f"between them: {', '.join(COLUMNS)}"
             )
-    names = Counter([name for name, *_ in rows] + [name for name, row in METHODS.items() if row.matched])
+    derived = [name for name, row in METHODS.items() if row.matched or row.joint is not None]
+    names = Counter([name for name, *_ in rows] + derived)
     labels = Counter(row.label for row in METHODS.values())
     colours = Counter(row.colour.lower() for row in METHODS.values() if not row.matched)
     for name, row in METHODS.items():
@@ -199,7 +229,7 @@ def check_methods() -> None:
 def _allowed_cells(row: Method) -> dict[str, Sequence[str | None]]:
     """The allowed cells of a row, by column. The classifier comes first because other columns depend on it."""
     loadable = [kind for kind in TRAINED_CLASSIFIERS if kind in FOLDER_LOADERS]
-    plain = [name for name, other in METHODS.items() if not other.denoises]  # they can classify denoised images
+    plain = [name for name, other in METHODS.items() if not other.denoises and other.joint is None]  # can be inside
     return {
         "classifier": [*loadable, "ensemble", *DENOISING_CLASSIFIERS],
         "initial_weights": plain if row.denoises else [None, "timm", *PRETRAINING],

@@ -35,8 +35,10 @@ def check_name(name: str, known: Iterable[str], what: str) -> str:
 
 
 def check_training_key(key: str, objectives: Iterable[str]) -> None:
-    """Raise ValueError unless `key` is `default`, `scratch`, an objective, or noise as in file names: `sigma_0.5`."""
-    names = ["default", "scratch", *objectives]
+    """Raise ValueError unless `key` is `default`, `joint`, `scratch`, an objective, or noise as in file names:
+    `sigma_0.5`.
+    """
+    names = ["default", "joint", "scratch", *objectives]
     if key in names:
         return
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 from rrcm.certification.certify import certify_split
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
+from rrcm.methods import METHODS, model_name
+from rrcm.utils.errors import RRCMError
 
 
 def main(
@@ -25,7 +27,9 @@ def main(
     """Certify METHOD at the smoothing noise SIGMA (pixel units). A killed run continues."""
     name = f"{method}/{sigma_name(sigma)}"
     config = load_config(params)
-    files = models / name, certificates / f"{name}.tsv", timings / f"{name}.json"
+    if method not in METHODS:
+        raise RRCMError(f"{method}: no such method; rrcm/methods.py has {', '.join(METHODS)}")
+    files = models / method / model_name(method, sigma), certificates / f"{name}.tsv", timings / f"{name}.json"
     certify_split(config, sigma, shards, *files, max_images=config.denoised.max_images.get(method))
 
 

@@ -1,4 +1,4 @@
-"""Train one classifier: models/METHOD/sigma_SIGMA. Runs alone or under torchrun."""
+"""Train one classifier: models/METHOD/sigma_SIGMA or models/METHOD/joint. Runs alone or under torchrun."""
 
 import sys
 
@@ -8,9 +8,8 @@ from environment import run_command
 
 from pathlib import Path
 
-from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.methods import METHODS, SOFT_LABELS
+from rrcm.methods import JOINT, METHODS, SOFT_LABELS, model_name
 from rrcm.training.checks import check_before_training
 from rrcm.training.denoised import finetune_denoised
 from rrcm.training.ensemble import finetune_ensemble
@@ -21,7 +20,7 @@ from rrcm.utils.errors import RRCMError
 
 def main(
     method: str,
-    sigma: float,
+    sigma: str,
     params: Path = Path("params.yaml"),
     shards: str = "data/shards",
     pretrained: Path = Path("models/pretrain"),
@@ -29,16 +28,27 @@ def main(
     timings: Path = Path("timings/finetune"),
     soft_labels: Path = Path(SOFT_LABELS),
 ) -> None:
-    """Fine-tune METHOD for smoothing noise SIGMA (pixel units). A run that was killed continues where it stopped."""
+    """Fine-tune METHOD for smoothing noise SIGMA (pixel units), or for all with SIGMA `joint`.
+
+    A run that was killed continues where it stopped.
+    """
     config = load_config(params)
-    if f"{method}-{sigma}" not in config.derived["finetune"]:
-        raise RRCMError(f"{method} at sigma {sigma}: not in {params}, which has {config.methods} and {config.sigmas}")
+    noise = _read_noise(sigma)
+    if f"{method}-{noise}" not in config.derived["finetune"]:
+        raise RRCMError(f"{method} at sigma {noise}: not in {params}, which has {config.methods} and {config.sigmas}")
     check_before_training(config, shards)
-    name = f"{method}/{sigma_name(sigma)}"
+    name = f"{method}/{model_name(method, noise)}"
     files = Files(shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
     row = METHODS[method]
     train = finetune_ensemble if row.is_ensemble else finetune_denoised if row.denoises else finetune
-    train(plan_training(config, method, sigma, files))
+    train(plan_training(config, method, noise, files))
+
+
+def _read_noise(sigma: str) -> float | str:
+    try:
+        return sigma if sigma == JOINT else float(sigma)
+    except ValueError:
+        raise RRCMError(f"sigma = {sigma!r}: must be a number, or {JOINT}") from None
 
 
 if __name__ == "__main__":

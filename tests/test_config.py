@@ -175,11 +175,16 @@ def test_presets_with_pretraining_need_our_trunk(tmp_path, name, preset):
 
 
 def test_presets_hold_every_method(tmp_path):
-    """Except `timm`, which needs a network of timm. `all` has each method from scratch and its matched form."""
+    """Except `timm`, which needs a network of timm, and the joint methods, of which one preset has some.
+
+    `all` has each method from scratch and its matched form.
+    """
     presets = {name: profile(tmp_path, "digits", f"preset={name}") for name in PRESETS}
-    assert set(PRESETS) >= {"default", "all", "equal_compute", "pretraining", "ablation", "denoised"}
-    assert set().union(*(config.methods for config in presets.values())) == set(METHODS) - {"timm"}
-    scratch = {name for name, kind in METHODS.items() if kind.initial_weights is None}
+    assert set(PRESETS) >= {"default", "all", "equal_compute", "pretraining", "ablation", "denoised", "joint"}
+    experts = {name: kind for name, kind in METHODS.items() if kind.joint is None}
+    held = set().union(*(config.methods for config in presets.values()))
+    assert held & experts.keys() == experts.keys() - {"timm"} and {"rrcm_joint", "rrcm_joint_third"} <= held
+    scratch = {name for name, kind in experts.items() if kind.initial_weights is None}
     assert scratch <= set(presets["all"].methods)
     for name, config in presets.items():
         assert config.methods[0] == REFERENCE
@@ -278,7 +283,10 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"finetune__lr": {"defualt": 1.0}}, "finetune.lr.defualt: unknown key; did you mean default?"),
         ({"finetune__lr": {0.5: 1.0, "default": 1.0}}, "finetune.lr.0.5: unknown key; did you mean sigma_0.5?"),
         ({"finetune__lr": {"sigma_1": 1.0}}, "finetune.lr.sigma_1: unknown key; did you mean sigma_1.0?"),
-        ({"finetune__lr": {"rrcm": 1.0}}, "finetune.lr.rrcm: unknown key; allowed here: default, scratch, gaussian, "),
+        (
+            {"finetune__lr": {"rrcm": 1.0}},
+            "finetune.lr.rrcm: unknown key; allowed here: default, joint, scratch, gaussian, ",
+        ),
         ({"finetune__lr": {"default": 1.0, "sigma_9.0": 0}}, "finetune.lr.sigma_9.0 = 0: should be greater than 0"),
         ({"finetune__lr": {"default": "fast"}}, "finetune.lr.default = 'fast': should be a valid number"),
         ({"finetune__lr": {"default": float("inf")}}, "finetune.lr.default = inf: should be a finite number"),
@@ -483,3 +491,43 @@ def test_the_settings_page_is_up_to_date(tmp_path):
     assert answer.returncode == 0, answer.stderr
     page = REPOSITORY / "docs/settings.md"
     assert filecmp.cmp(tmp_path / "settings.md", page, shallow=False), "run `python stages/settings.py`"
+
+
+JOINT = {"methods": ["rrcm_joint", "gaussian"]}
+
+
+@pytest.mark.parametrize(
+    ("change_of", "said"),
+    [
+        ({"methods": ["dds_joint"]}, "dds has no joint form, as its denoiser takes every sigma; name dds itself"),
+        ({"methods": ["rrcm_joit"]}, "no such method; did you mean rrcm_joint?"),
+        (JOINT | {"finetune__joint_interval": [1.0, 0.1]}, "finetune.joint_interval [1.0, 0.1] must increase and"),
+        (JOINT | {"finetune__joint_interval": [0.3, 1.0]}, "include sigmas [0.25, 0.5]"),
+        (JOINT | {"finetune__joint_interval": [0.3]}, "finetune.joint_interval = [0.3]: List should have at least 2"),
+        (
+            JOINT | {"finetune__time_condition": "nearest_level"},
+            "finetune.time_condition nearest_level must be exact for rrcm_joint, where t = 2 sigma",
+        ),
+        (
+            JOINT | {"finetune__lr": {"default": 1e-3, "sigma_0.5": 2e-3}},
+            "finetune.lr: is 0.001 at sigma 0.25, 0.002 at sigma 0.5; rrcm_joint needs one value for all: give it the "
+            "key joint",
+        ),
+        (
+            {"methods": ["gaussian_joint", "cat_rs"], "soft_labels__method": "gaussian_joint"},
+            "soft_labels.method gaussian_joint is joint; name the method of an expert",
+        ),
+    ],
+)
+def test_what_a_joint_training_cannot_do_is_refused_in_one_line(project, change_of, said):
+    change(project, **change_of)
+    with pytest.raises(RRCMError) as caught:
+        load_config(project / "params.yaml")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_key_joint_gives_a_joint_training_values_of_its_own(project):
+    change(project, **JOINT, finetune__lr={"default": 1e-3, "sigma_0.5": 2e-3, "joint": 3e-3})
+    finetune = load_config(project / "params.yaml").finetune
+    assert [finetune.settings("rrcm_joint", sigma).lr for sigma in (0.25, 0.5)] == [3e-3, 3e-3]
+    assert [finetune.settings("rrcm", sigma).lr for sigma in (0.25, 0.5)] == [1e-3, 2e-3]

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from benchmarks.edits import EDITS, Edit, changed_stages, make_committed, renew, stages_after
 from rrcm.config import Config, load_config, parse_config
-from rrcm.derived import SECTIONS, derived_settings
+from rrcm.derived import SECTIONS, derived_settings, training_noise
 from rrcm.fingerprints import NO_RESULTS, TABLES, find_items, fingerprint_text
 from rrcm.methods import COLUMNS, METHODS
 
@@ -73,6 +73,23 @@ def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, st
     assert needing == ({"finetune@cat_rs-0.25", "finetune@cat_rs-0.5"} if stages else set())
     for name in stages:
         assert "models/gaussian/sigma_0.25" in found[f"soft-labels@{name}"]
+
+
+def test_a_joint_method_is_trained_once_and_certified_at_each_sigma(tmp_path):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    compose(tmp_path / "params.yaml", "methods=[rrcm,rrcm_joint]")
+    index = Repo.init(str(tmp_path), no_scm=True).index
+    stages = {stage.name: stage for stage in index.stages if "rrcm_joint" in stage.name}
+    certifications = [f"certify@rrcm_joint-{sigma}" for sigma in (0.25, 0.5)]
+    assert set(stages) == {"finetune@rrcm_joint-joint", *certifications}
+    training = stages["finetune@rrcm_joint-joint"]
+    assert training.cmd == "python stages/finetune.py rrcm_joint joint"
+    assert "models/pretrain/rrcm" in {dep.def_path for dep in training.deps}
+    assert {out.def_path for out in training.outs} == {
+        "models/rrcm_joint/joint",
+        "timings/finetune/rrcm_joint/joint.json",
+    }
+    assert all("models/rrcm_joint/joint" in {dep.def_path for dep in stages[name].deps} for name in certifications)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +207,14 @@ PRETRAINED = {name for name in TRAINED if METHODS[name].pretrained_here}
 DENOISING = {name for name, row in METHODS.items() if row.denoises}
 SOFT = {name for name in TRAINED if METHODS[name].needs_soft_labels}
 MATCHED, ENSEMBLES = training(matched=True), training(classifier="ensemble")
+JOINT = {name for name in TRAINED if METHODS[name].joint is not None}
 SHARING = PRETRAINED | DENOISING | SOFT | MATCHED
 OWN_NUM_NOISE = {name for name in TRAINED if METHODS[name].objective in ("macer", "cat_rs", "smoothadv", "smoothmix")}
 FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again` has the rules for other settings
     "finetune.checkpoint_every": set(),
     "finetune.initial_weights": PRETRAINED,
     "finetune.ensemble_members": ENSEMBLES,
+    "finetune.joint_interval": JOINT,
     "finetune.time_condition": PRETRAINED,
     "finetune.pretrain_cost_shared_by": SHARING,
     "finetune.num_noise": (TRAINED - OWN_NUM_NOISE) | MATCHED | SOFT,
@@ -321,8 +340,11 @@ FREE_OF_MATCHED = {"pretrain.lr", "pretrain.temperature"}  # chosen with the ste
 SECTION_OF = {"Config": "", "FinetuneSettings": "finetune."}
 
 
+WATCHED = ["pretrain/rrcm", "finetune/rrcm", "finetune/rrcm_joint", "finetune/consistency_matched", "certify/rrcm"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("item", ["pretrain/rrcm", "finetune/rrcm", "finetune/consistency_matched", "certify/rrcm"])
+@pytest.mark.parametrize("item", WATCHED)
 def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, monkeypatch, item):
     """A real run of each stage: its functions are in watched modules, and the settings it reads in its hash."""
     from rrcm.certification.certify import certify_split
@@ -332,17 +354,17 @@ def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, mo
     from rrcm.training.pretrain import pretrain
 
     monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "runs"))
-    folder = make_project(tmp_path, tiny_shards, "sigmas=[0.5]", "methods=[rrcm,consistency_matched]")
+    folder = make_project(tmp_path, tiny_shards, "sigmas=[0.5]", "methods=[rrcm,rrcm_joint,consistency_matched]")
     config, shards, models = load_config(folder / "params.yaml"), folder / "data/shards", folder / "models"
     kind, name = item.split("/")
     pretrained = models / "pretrain"
     outputs = Files(shards, pretrained, models / name, folder / "finetune.json")
     steps = {
         "pretrain": lambda: pretrain(config, "rrcm", shards, pretrained / "rrcm", folder / "pretrain.json"),
-        "finetune": lambda: finetune(plan_training(config, name, 0.5, outputs)),
+        "finetune": lambda: finetune(plan_training(config, name, training_noise(name, 0.5), outputs)),
         "certify": lambda: certify_split(config, 0.5, shards, models / name, folder / "a.tsv", folder / "certify.json"),
     }
-    for step in steps if name == "rrcm" else ["finetune"]:
+    for step in steps if name.startswith("rrcm") else ["finetune"]:
         if step == kind:
             break
         steps[step]()

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rrcm import methods
 from rrcm.config import load_config, parse_config
-from rrcm.methods import METHODS, Method, check_methods, read_methods
+from rrcm.methods import METHODS, Method, check_methods, expert_of, model_name, read_methods
 from rrcm.models import TRAINED_CLASSIFIERS
 from rrcm.utils.errors import RRCMError
 
@@ -52,9 +52,25 @@ def test_rows_of_the_table(name, initial_weights, objective, matched, classifier
 
 
 def test_methods_from_random_weights_also_get_the_compute_of_pretraining():
-    written = {name: row for name, row in METHODS.items() if not row.matched}
+    experts = {name: row for name, row in METHODS.items() if row.joint is None}
+    written = {name: row for name, row in experts.items() if not row.matched}
     scratch = {name for name, row in written.items() if row.initial_weights is None and not row.is_ensemble}
-    assert METHODS.keys() - written.keys() == {f"{name}_matched" for name in scratch} and scratch >= SCRATCH
+    assert experts.keys() - written.keys() == {f"{name}_matched" for name in scratch} and scratch >= SCRATCH
+
+
+def test_every_trained_method_also_exists_as_a_joint_one():
+    """With all passes of its experts, or a third. An expert's identity, which is hashed, does not mention it."""
+    experts = {name: row for name, row in METHODS.items() if row.joint is None}
+    trained = {name for name, row in experts.items() if not row.denoises}
+    assert METHODS.keys() - experts.keys() == {f"{name}_{end}" for name in trained for end in ("joint", "joint_third")}
+    for ending, share in (("joint", 1.0), ("joint_third", 1 / 3)):
+        row = METHODS[f"consistency_matched_{ending}"]
+        assert row == replace(METHODS["consistency_matched"], joint=share, label=row.label)
+        assert row.identity == METHODS["consistency_matched"].identity | {"joint": share}
+        assert expert_of(f"consistency_matched_{ending}") == "consistency_matched" == expert_of("consistency_matched")
+        assert model_name(f"consistency_matched_{ending}", 0.5) == "joint"
+    assert METHODS["rrcm_joint_third"].label == "rRCM, joint 1/3" and "joint" not in METHODS["rrcm"].identity
+    assert model_name("rrcm", 1) == "sigma_1.0"
 
 
 def test_the_table_that_is_shipped_is_right():
@@ -121,6 +137,7 @@ GAUSSIAN = "  gaussian  -  gaussian  classifier  #009E73  Gaussian\n"
         ("own  -  gaussian  classifier  Own\n", "own has 4 cells after its name; write 5, with two"),
         ("  gaussian  -  macer  classifier  #123456  Own\n", "gaussian stands for 2 methods; give each its own"),
         ("  gaussian_matched  -  macer  classifier  #123456  Own\n", "gaussian_matched stands for 2 methods; give"),
+        ("  gaussian_joint  -  macer  classifier  #123456  Own\n", "gaussian_joint stands for 2 methods; give each"),
         ("  my.own  -  gaussian  classifier  #123456  Own\n", "'my.own' names files and stages; write it with a-z"),
         (
             "  own  -  macer  classifier  #009e73  Own\n",
@@ -149,6 +166,7 @@ def test_the_table_is_checked_without_torch():
 def test_a_new_row_is_a_method_and_its_matched_one():
     own = "  own  -  macer  classifier  #123456  Own, with a comma\n"
     found = read_methods(HEAD + GAUSSIAN + own)
-    assert [*found] == ["gaussian", "own", "gaussian_matched", "own_matched"]
+    experts = ["gaussian", "own", "gaussian_matched", "own_matched"]
+    assert [*found] == experts + [f"{name}_{end}" for name in experts for end in ("joint", "joint_third")]
     assert found["own"] == Method(None, "macer", "classifier", "#123456", "Own, with a comma", family="noise")
     assert found["own_matched"].matched

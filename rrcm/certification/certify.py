@@ -66,7 +66,7 @@ def open_split(config: Config, sigma: float, shard_folder: Path | str, split: st
     set_threads(config.threads)
     env, images = connect(config.device), ShardedDataset(shard_folder, split)
     verify_shards([images], env)
-    classifier = load_model_folder(model_folder).classifier
+    classifier = load_model_folder(model_folder, sigma=sigma).classifier
     smoothed = make_smoothed_classifier(classifier.to(env.device), sigma, config)
     batch_size = smoothed.find_batch_size(torch.zeros(images.channels, config.data.image_size, config.data.image_size))
     inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}

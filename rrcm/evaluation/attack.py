@@ -31,6 +31,7 @@ from rrcm.config import Attack, Config
 from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.evaluation.metrics import certified_accuracy
+from rrcm.methods import model_name
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.kinds import load_model_folder
 from rrcm.objectives.adversarial import ascend
@@ -212,7 +213,7 @@ class AttackResults(NamedTuple):
 def attack_method(
     config: Config, method: str, shard_folder: Path | str, models: Path, certificates: Path
 ) -> AttackResults:
-    """Attack a method's classifiers at all sigmas, which are the model folders sigma_S in `models`.
+    """Attack a method's classifiers at all sigmas, which are the model folders sigma_S or joint in `models`.
 
     `certificates` is the folder with their certificates sigma_S.tsv. Raises `RRCMError` if a file is missing, or if the
     certificates are for other images than the settings select.
@@ -231,7 +232,7 @@ def attack_method(
         frames[sigma] = read_certificates(path)
         if frames[sigma]["idx"].tolist() != indices or frames[sigma]["label"].tolist() != labels.tolist():
             raise RRCMError(f"{path}: is for other images than the settings select; run `dvc repro certify` again")
-        classifiers[sigma] = load_model_folder(models / sigma_name(sigma)).classifier.to(device)
+        classifiers[sigma] = load_model_folder(models / model_name(method, sigma), sigma=sigma).classifier.to(device)
 
     rows, radii = evenly_spaced(len(indices), config.attack.max_images), report_radii(config)
     pixels = to_unit_range(pixels[rows].to(device))

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from rrcm.certification.noise import ESTIMATE
-from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.methods import model_name
 from rrcm.models.denoised import DenoisedClassifier
 from rrcm.models.ensembles import Ensemble
 from rrcm.models.kinds import load_model_folder
@@ -44,7 +44,7 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
     images = to_unit_range(pixels.to(device))
     timed, records = {}, {}
     for method in config.methods:
-        classifier = load_model_folder(models / method / sigma_name(sigma)).classifier.to(device)
+        classifier = load_model_folder(models / method / model_name(method, sigma), sigma=sigma).classifier.to(device)
         smoothed = SmoothedClassifier(
             classifier, sigma, classifier.num_classes, seed=config.seed, precision=config.certify.precision
         )

@@ -13,8 +13,6 @@ from rrcm.config import Positive
 from rrcm.models.folders import Entries, parse_entries
 from rrcm.utils.errors import RRCMError
 
-FOLDER = "joint"  # name of the model folder, beside the folders sigma_S of experts
-
 
 @dataclass(frozen=True)
 class JointSigmas:

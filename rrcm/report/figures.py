@@ -78,16 +78,25 @@ def save_all(drawn: Mapping[str, Figure], folder: Path) -> None:
             save(figure, folder / f"{name}{suffix}")
 
 
+DASHES = {  # by whether a method is matched, and by its share of the passes if it is joint
+    (False, None): "-",
+    (True, None): (0, (4, 1.5)),
+    (False, 1.0): (0, (1, 1)),
+    (True, 1.0): (0, (4, 1, 1, 1)),
+    (False, 1 / 3): (0, (1, 3)),
+    (True, 1 / 3): (0, (4, 1, 1, 1, 1, 1)),
+}
+
+
 def line_style(method: str) -> dict:
     """Colour, line style, marker and label of a method, as arguments of `Axes.plot`."""
     row = METHODS[method]
-    matched = row.matched
     return {
         "color": row.colour,
-        "linestyle": (0, (4, 1.5)) if matched else "-",
+        "linestyle": DASHES[row.matched, row.joint],
         "marker": MARKERS[row.family],
         "markersize": 4.5,
-        "markerfacecolor": "white" if matched else row.colour,
+        "markerfacecolor": "white" if row.matched else row.colour,
         "markeredgewidth": 1.2,
         "label": row.label,
     }

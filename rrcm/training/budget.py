@@ -1,14 +1,17 @@
 """The objective, the length and the compute of each training. This is where "equal compute" is defined."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrcm.config import Config, FinetuneSettings, Pretrain
+from rrcm.config import Config, Finetune, FinetuneSettings, Pretrain
 from rrcm.data.loader import steps_per_epoch
-from rrcm.methods import BLOCKS, MATCHED_PRETRAINING, METHODS, REFERENCE
+from rrcm.methods import BLOCKS, JOINT, MATCHED_PRETRAINING, METHODS, REFERENCE, expert_of
+from rrcm.models.joint import JointSigmas
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
+from rrcm.objectives.joint import JointObjective, join_objectives
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
@@ -60,6 +63,18 @@ def build_finetuning_objective(settings: FinetuneSettings, method: str, sigma: f
     if getattr(objective, "needs_soft_labels", False) and not METHODS[method].needs_soft_labels:
         raise RRCMError(f"rrcm/methods.py: objective {name} needs soft labels; add it to SOFT_LABEL_OBJECTIVES")
     return objective
+
+
+def joint_sigmas(config: Config) -> JointSigmas:
+    """The noise levels that the joint trainings of a run cover."""
+    interval = config.finetune.joint_interval
+    return JointSigmas(tuple(sorted(config.sigmas)), interval and tuple(interval))
+
+
+def build_joint_objective(finetune: Finetune, method: str, noise: JointSigmas) -> JointObjective:
+    """The objective of a joint fine-tuning. Raises `RRCMError` for settings that do not fit together."""
+    each = [build_finetuning_objective(finetune.settings(method, sigma), method, sigma) for sigma in noise.sigmas]
+    return join_objectives(METHODS[method].objective, each, noise)
 
 
 def images_per_step(settings: FinetuneSettings, objective: str) -> int:
@@ -135,29 +150,34 @@ class Budget:
         return max(self.planned_epochs, self.epochs)
 
 
-def plan_budget(config: Config, method: str, sigma: float, num_images: int, encoders: Path) -> Budget:
-    """The budget of a method at noise `sigma`, on `num_images` training images.
+def plan_budget(config: Config, method: str, sigma: float | str, num_images: int, encoders: Path) -> Budget:
+    """The budget of a method at noise `sigma`, or "joint", on `num_images` training images.
 
     With `finetune.equal_passes: true` a training ends after the step at which it comes closest to the encoder passes of
     rRCM's fine-tuning. A matched method also gets rRCM's share of the pre-training, minus its own share of the soft
-    labels. The members of an ensemble share these passes. A longer training is evaluated less often, so that all
-    trainings have about the same number of evaluations. `encoders` holds the pre-trained encoders by objective, whose
-    model folders record their compute. Raises `RRCMError` when soft labels leave no passes for the training.
+    labels. The members of an ensemble share these passes. A joint training gets the passes of its experts at all sigmas
+    together, or a part of them, and it takes their shares of the pre-training and of the soft labels. A longer training
+    is evaluated less often, so that all trainings have about the same number of evaluations. `encoders` holds the
+    pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft labels
+    leave no passes for the training.
     """
-    row, settings = METHODS[method], config.finetune.settings(method, sigma)
-    objective = build_finetuning_objective(settings, method, sigma)
+    row, joint = METHODS[method], joint_sigmas(config) if sigma == JOINT else None
+    sigmas = joint.sigmas if joint else (sigma,)
+    settings = config.finetune.settings(method, sigmas[0])
+    build = build_joint_objective if joint else build_finetuning_objective
+    objective = build(config.finetune if joint else settings, method, joint or sigma)
     step_images = images_per_step(settings, row.objective)
     epoch_steps = steps_per_epoch(num_images, step_images)
     step_compute = objective.forwards_per_image * step_images
     if row.denoises:
         step_compute += objective.num_noise * step_images  # passes of the denoiser
     planned_steps = total_steps = settings.epochs * epoch_steps
-    shared_by, by_passes = config.finetune.pretrain_cost_shared_by, config.finetune.equal_passes
+    shared_by, by_passes = config.finetune.pretrain_cost_shared_by / len(sigmas), config.finetune.equal_passes
     pretrain_share = soft_label_share = 0.0
     if row.needs_soft_labels:
         soft_label_share = soft_label_compute(config, num_images) / shared_by
-    if row.matched or by_passes:
-        passes = planned_passes(config, REFERENCE, sigma, num_images)
+    if row.matched or by_passes or joint:
+        passes = _finetuning_passes(config, method, sigmas, num_images)
         if row.matched:
             passes += pretraining_compute(config, MATCHED_PRETRAINING) / shared_by - soft_label_share
             if passes < step_compute:
@@ -165,8 +185,6 @@ def plan_budget(config: Config, method: str, sigma: float, num_images: int, enco
                     f"soft_labels.n = {config.soft_labels.n}: {method} spends all of rRCM's compute on its share of "
                     "them; lower it, or leave the method out"
                 )
-        if row.is_ensemble:
-            passes /= config.finetune.ensemble_members
         unit = 1 if by_passes else epoch_steps
         total_steps = unit * max(1, round(passes / (unit * step_compute)))
     if config.finetune.uses_pretraining(method):
@@ -182,3 +200,14 @@ def plan_budget(config: Config, method: str, sigma: float, num_images: int, enco
         evaluate_every=math.ceil(config.finetune.evaluate_every * total_steps / planned_steps),
         planned_epochs=settings.epochs,
     )
+
+
+def _finetuning_passes(config: Config, method: str, sigmas: Sequence[float], num_images: int) -> float:
+    """The encoder passes that the fine-tuning of a method may take for all `sigmas` together.
+
+    With equal compute they are rRCM's. Otherwise they are those that the settings give the method's experts.
+    """
+    row, by_passes = METHODS[method], config.finetune.equal_passes
+    model = REFERENCE if row.matched or by_passes else expert_of(method)
+    passes = sum(planned_passes(config, model, sigma, num_images) for sigma in sigmas) * (row.joint or 1)
+    return passes / config.finetune.ensemble_members if row.is_ensemble and by_passes else passes

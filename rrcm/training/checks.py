@@ -13,14 +13,17 @@ from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
 from rrcm.data.shards import Manifest, read_manifest
-from rrcm.methods import METHODS
+from rrcm.derived import training_noise
+from rrcm.methods import JOINT, METHODS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.load import load_base_classifier
 from rrcm.models.public_denoisers import HUB
 from rrcm.training.budget import (
     build_finetuning_objective,
+    build_joint_objective,
     build_pretraining_objective,
     images_per_step,
+    joint_sigmas,
     plan_budget,
 )
 from rrcm.training.plan import time_condition
@@ -46,10 +49,10 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     for objective in config.pretrain.objectives:
         build_pretraining_objective(config, objective)
         _check_batch("pretrain", "", config.pretrain.batch_size, config.pretrain.num_chunks, images, processes)
-    runs = [(method, sigma) for method in config.methods for sigma in config.sigmas]
+    runs = [(method, training_noise(method, sigma)) for method in config.methods for sigma in config.sigmas]
     parts = [(each["method"], each["sigma"]) for each in config.derived["finetune"].values()]
-    for method, sigma in dict.fromkeys(runs + parts):
-        _check_finetuning(config, method, sigma, images, processes)
+    for method, noise in dict.fromkeys(runs + parts):
+        _check_finetuning(config, method, noise, images, processes)
     if config.trains_denoiser:
         _check_batch("denoiser", "", config.denoiser.batch_size, config.denoiser.num_chunks, images, processes)
     _check_trunk(config, len(manifest.classes))
@@ -85,13 +88,18 @@ def _check_batch(section: str, who: str, batch_size: int, num_chunks: int, image
         raise RRCMError(f"{section}.num_chunks = {num_chunks}: must be at most {batch_size // processes}, as {key}")
 
 
-def _check_finetuning(config: Config, method: str, sigma: float, images: int, processes: int) -> None:
-    settings, row, who = config.finetune.settings(method, sigma), METHODS[method], f" ({method} at sigma {sigma})"
+def _check_finetuning(config: Config, method: str, noise: float | str, images: int, processes: int) -> None:
+    row, joint = METHODS[method], joint_sigmas(config) if noise == JOINT else None
+    who = f" ({method})" if joint else f" ({method} at sigma {noise})"
+    settings = config.finetune.settings(method, joint.sigmas[0] if joint else noise)
     if row.objective is None:
         return
-    build_finetuning_objective(settings, method, sigma)
+    if joint:
+        build_joint_objective(config.finetune, method, joint)
+    else:
+        build_finetuning_objective(settings, method, noise)
     if row.needs_soft_labels and row.matched:  # soft labels may leave it no compute for training
-        plan_budget(config, method, sigma, images, ENCODERS)
+        plan_budget(config, method, noise, images, ENCODERS)
     step_images = images_per_step(settings, row.objective)
     if step_images < settings.batch_size:
         who = f", a part of {settings.batch_size}{who}"

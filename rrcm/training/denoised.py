@@ -49,7 +49,7 @@ def _run_state(training: Training) -> RunState:
     inputs = {name: sha256_folder(path) for name, path in parts.items()}
     inputs["shards"] = ShardedDataset(training.files.shards, "train").fingerprint
     settings = training.identity | {"denoised": training.denoised.model_dump(mode="json")}
-    return RunState(f"denoised-{training.method}-{training.sigma}", fingerprint(settings, inputs, __name__))
+    return RunState(f"denoised-{training.name}", fingerprint(settings, inputs, __name__))
 
 
 def _publish(training: Training, trained: Path | None, env: DistEnv) -> None:

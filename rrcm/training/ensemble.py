@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rrcm.data.shards import ShardedDataset
-from rrcm.methods import METHODS
+from rrcm.methods import JOINT, METHODS
 from rrcm.models.ensembles import write_ensemble
 from rrcm.models.kinds import load_model_folder
 from rrcm.training.finetune import finetune
@@ -31,7 +31,7 @@ def finetune_ensemble(training: Training) -> None:
     from the training's seed and the member's number. A run that was killed and is started again continues in the member
     it had reached, and ends with the same bytes.
     """
-    run_state = RunState(f"ensemble-{training.method}-{training.sigma}", _identity(training))
+    run_state = RunState(f"ensemble-{training.name}", _identity(training))
     members = [_member(training, number, run_state.folder) for number in range(training.common.ensemble_members)]
     with init_distributed(training.device) as env:
         if env.is_main:
@@ -80,7 +80,7 @@ def _describe(training: Training, folder: Path, device: torch.device) -> None:
     histories = pd.concat([pd.read_csv(folder / name / "history.csv") for name in members])
     histories.groupby("epoch", as_index=False).mean().to_csv(folder / "history.csv", index=False, lineterminator="\n")
     facts = {
-        "sigma": training.sigma,
+        **({"sigma": training.sigma} if training.joint is None else {JOINT: training.joint.entries}),
         "method": training.method,
         "seed": training.seed,
         "parameters": sum(each["parameters"] for each in configs),
@@ -89,7 +89,7 @@ def _describe(training: Training, folder: Path, device: torch.device) -> None:
         "compute": add_compute([each["compute"] for each in configs]),
     }
     write_ensemble(folder, members, configs[0]["class_names"], **facts)
-    ensemble = load_model_folder(folder).classifier.to(device)
+    ensemble = load_model_folder(folder, sigma=training.sigma).classifier.to(device)
     validation = ShardedDataset(training.files.shards, "val")
     accuracy = build_validation(training, validation, DistEnv(0, 1, device), nn.Identity())(ensemble)
     selected = {"epoch": histories["epoch"].tolist()[-1], "val_accuracy": accuracy}

@@ -1,4 +1,7 @@
-"""Fine-tuning: the training of one classifier for one method and one smoothing sigma (Lei et al. 2025, section 3.3)."""
+"""Fine-tuning: the training of one classifier for one method and one smoothing sigma (Lei et al. 2025, section 3.3).
+
+A joint fine-tuning trains one classifier for several sigmas.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +14,12 @@ from rrcm.data.loader import describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.methods import METHODS
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import parameter_count
 from rrcm.objectives.base import Objective, StepRandomness
 from rrcm.training.batches import Targets, batch_seed, open_splits, train_batches
-from rrcm.training.budget import build_finetuning_objective
+from rrcm.training.budget import build_finetuning_objective, build_joint_objective
 from rrcm.training.optim import build_optimizer, layerwise_groups, warmup_cosine, warmup_step
 from rrcm.training.plan import Training
 from rrcm.training.start import Classifier, Start, linear_probe, load_start
@@ -54,7 +58,10 @@ def _train(
     env: DistEnv,
 ) -> tuple[Trainer, BestWeights]:
     settings, budget, seed = training.settings, training.budget, training.seed
-    objective = build_finetuning_objective(settings, training.method, training.sigma)
+    if training.joint is None:
+        objective = build_finetuning_objective(settings, training.method, training.sigma)
+    else:
+        objective = build_joint_objective(training.common, training.method, training.joint)
     targets = Targets(settings, len(images.classes), seed, env.device, soft_labels)
     start = load_start(training, len(images.classes), env.device)
     classifier = start.classifier
@@ -122,12 +129,17 @@ class WrappedClassifier:
         self.denoise = denoise or torch.nn.Identity()
         self.autocast, self.chunks = trainer.autocast, {"num_chunks": num_chunks} if num_chunks > 1 else {}
 
-    def __call__(self, noisy: torch.Tensor, *, frozen: bool = False) -> torch.Tensor:
-        """noisy (B, C, H, W) -> logits (B, K) float32. `frozen`: in eval mode, without exchanging gradients."""
+    def __call__(self, noisy: torch.Tensor, *, frozen: bool = False, t: torch.Tensor | None = None) -> torch.Tensor:
+        """noisy (B, C, H, W) -> logits (B, K) float32. `frozen`: in eval mode, without exchanging gradients.
+
+        A joint training gives `t` (B,), which a network that takes no noise level does not see.
+        """
         network = self.classifier.eval() if frozen else self.forward
+        conditioned = t is not None and isinstance(self.classifier, NoiseConditionedClassifier)
+        level = {"t": t} if conditioned else {}
         try:
             with self.autocast():
-                return network(self.denoise(noisy), **self.chunks).float()
+                return network(self.denoise(noisy), **level, **self.chunks).float()
         finally:
             self.classifier.train()
 
@@ -141,7 +153,7 @@ def build_trainer(
     inputs = {"shards": images.fingerprint, "initial_weights": sha256_tensors(classifier.state_dict()), **start.inputs}
     identity = fingerprint(training.identity, inputs, __name__, objective, classifier)
     return Trainer(
-        RunState(f"finetune-{training.method}-{training.sigma}", identity),
+        RunState(f"finetune-{training.name}", identity),
         env,
         label=training.label,
         total_steps=budget.total_steps,
@@ -160,15 +172,25 @@ def build_trainer(
     )
 
 
+def _recorded_settings(training: Training) -> dict[str, object]:
+    """The settings of the training. A joint one has a list for each setting that differs between the sigmas."""
+    objective, noise = METHODS[training.method].objective, training.joint
+    if noise is None:
+        return training.settings.of_objective(objective)
+    each = [training.common.settings(training.method, sigma).of_objective(objective) for sigma in noise.sigmas]
+    values = {name: [one[name] for one in each] for name in each[0]}
+    return {name: every if any(value != every[0] for value in every) else every[0] for name, every in values.items()}
+
+
 def _save(training: Training, classifier: Classifier, classes: list[str], selected: dict, folder: Path) -> None:
     """Write the model folder of the best weights."""
-    row, settings = METHODS[training.method], training.settings
+    row = METHODS[training.method]
     save_model(
         folder,
         classifier,
         class_names=classes,
         kind=row.trained,
-        sigma=classifier.sigma if row.denoises else training.sigma,  # it keeps the noise that it was first trained with
+        sigma=classifier.sigma if row.denoises else training.joint or training.sigma,  # the first training's, if inside
         dtype=training.common.weights_dtype,
         method=training.method,
         seed=training.seed,
@@ -176,7 +198,7 @@ def _save(training: Training, classifier: Classifier, classes: list[str], select
         initial_weights=training.initial_weights,
         training={
             "profile": training.profile,
-            **settings.of_objective(row.objective),
+            **_recorded_settings(training),
             "epochs": training.budget.epochs,
         },
         selected=selected,

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rrcm.config import Config, Data, Denoised, Finetune, FinetuneSettings, Model, Pretrain
 from rrcm.data.shards import read_manifest
-from rrcm.methods import DENOISER, METHODS, SOFT_LABELS, denoising_classifier
+from rrcm.methods import DENOISER, JOINT, METHODS, SOFT_LABELS, denoising_classifier
+from rrcm.models.joint import JointSigmas
 from rrcm.models.noise_levels import karras_levels, nearest_level
-from rrcm.training.budget import Budget, plan_budget
+from rrcm.training.budget import Budget, joint_sigmas, plan_budget
 
 
 @dataclass(frozen=True)
@@ -31,37 +32,45 @@ class Parts:
 
 @dataclass(frozen=True)
 class Training:
-    """One fine-tuning of one method at one smoothing sigma."""
+    """One fine-tuning of one method, at one smoothing sigma or jointly at several."""
 
     method: str  # a key of METHODS
-    sigma: float  # pixel units
+    sigma: float  # pixel units; of a joint training the middle of its range
     label: str  # its name in progress lines and live metrics
     files: Files
     profile: str
     seed: int
     device: str
     threads: int | None
-    settings: FinetuneSettings  # of this method at this sigma
+    settings: FinetuneSettings  # of this method at this sigma; of a joint training those that are the same at all
     common: Finetune  # what all trainings share: precision, chunks, intervals
     data: Data
     model: Model
     denoised: Denoised
     initial_weights: str  # as recorded: `scratch`, a folder, a file, or a name at timm or on a hub
-    t: float  # the noise level that the classifier is conditioned on, model space
+    t: float  # the noise level that the classifier is conditioned on, model space; 2 sigma if the training is joint
     clean_t: float | None  # the noise level of clean images for a linear probe; None: the classifier's own
     budget: Budget | None  # None: the method is put together from its parts and not trained
     parts: Parts | None  # of a denoising method
+    joint: JointSigmas | None = None  # None: the training of an expert
+
+    @property
+    def name(self) -> str:
+        """`METHOD-SIGMA` or `METHOD-joint`, which names the run."""
+        return f"{self.method}-{self.sigma if self.joint is None else JOINT}"
 
     @property
     def identity(self) -> dict[str, object]:
         """What decides the result, apart from the contents of files. JSON-able."""
         own = ("sigma", "seed", "t", "clean_t")
+        joint = {} if self.joint is None else {JOINT: asdict(self.joint)}
         sections = {"data": self.data, "model": self.model, "finetune": self.common}
         return {
             "method": METHODS[self.method].identity,
             "budget": self.budget and asdict(self.budget),
             **{name: getattr(self, name) for name in own},
             **{name: section.model_dump(mode="json") for name, section in sections.items()},
+            **joint,
         }
 
     def writing_to(self, output: Path, timing: Path) -> "Training":
@@ -69,24 +78,26 @@ class Training:
         return replace(self, files=replace(self.files, output=output, timing=timing))
 
 
-def plan_training(config: Config, method: str, sigma: float, files: Files) -> Training:
-    """The training of `method` at pixel noise `sigma` that the settings describe.
+def plan_training(config: Config, method: str, sigma: float | str, files: Files) -> Training:
+    """The training of `method` at pixel noise `sigma`, or "joint", that the settings describe.
 
     Reads the manifest of the shards and the recorded compute of the pre-training, if the method starts from one.
     Raises `RRCMError` if one of them is missing, or if nothing is left to train with (`plan_budget`).
     """
-    row = METHODS[method]
+    row, joint = METHODS[method], joint_sigmas(config) if sigma == JOINT else None
+    label = f"finetune {method} {JOINT}" if joint else f"finetune {method} sigma {sigma:g}"
+    sigma = joint.middle if joint else sigma
     num_images = sum(read_manifest(files.shards).splits["train"].counts)
     return Training(
         method=method,
         sigma=sigma,
-        label=f"finetune {method} sigma {sigma:g}",
+        label=label,
         files=files,
         profile=config.profile,
         seed=config.seed,
         device=config.device,
         threads=config.threads,
-        settings=config.finetune.settings(method, sigma),
+        settings=config.finetune.settings(method, joint.sigmas[0] if joint else sigma),
         common=config.finetune,
         data=config.data,
         model=config.model,
@@ -94,8 +105,11 @@ def plan_training(config: Config, method: str, sigma: float, files: Files) -> Tr
         initial_weights=config.initial_weights(method),
         t=time_condition(method, sigma, config.finetune, config.pretrain),
         clean_t=config.pretrain.t_min if row.pretrained_here else None,
-        budget=None if row.objective is None else plan_budget(config, method, sigma, num_images, files.encoders),
+        budget=None
+        if row.objective is None
+        else plan_budget(config, method, JOINT if joint else sigma, num_images, files.encoders),
         parts=find_parts(method, config.denoised, files.output.parent.parent) if row.denoises else None,
+        joint=joint,
     )
 
 

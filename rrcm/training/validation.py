@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from rrcm.config import ObjectiveSettings
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.training.plan import Training
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import DistEnv, all_reduce_sum, autocast, resolve_precision
@@ -56,19 +57,42 @@ class NoisyValidation:
         return float(all_reduce_sum(correct)) / (VALIDATION_NOISES * len(self.pixels))
 
 
+@dataclass(frozen=True)
+class JointValidation:
+    """The mean accuracy over several noise levels, each with the classifier that is conditioned on it."""
+
+    each: Sequence[NoisyValidation]
+
+    @property
+    def chance(self) -> float:
+        """As of `NoisyValidation`."""
+        return self.each[0].chance
+
+    def __call__(self, classifier: BaseClassifier) -> float:
+        """The mean over the noise levels of the share of correct predictions."""
+        return sum(validation(classifier.at(validation.sigma)) for validation in self.each) / len(self.each)
+
+
 def build_validation(
     training: Training, split: ShardedDataset, env: DistEnv, denoise: Callable[[torch.Tensor], torch.Tensor]
-) -> NoisyValidation:
-    """The validation of a training on the images of `split`."""
+) -> NoisyValidation | JointValidation:
+    """The validation of a training on the images of `split`. A joint training is validated at its `sigmas`."""
     pixels, labels, _ = read_split(split, training.data.image_size)
     precision = resolve_precision(env.device, training.common.precision)
-    return NoisyValidation(pixels, labels, training.sigma, training.seed, precision, env, denoise)
+    sigmas = (training.sigma,) if training.joint is None else training.joint.sigmas
+    each = [NoisyValidation(pixels, labels, sigma, training.seed, precision, env, denoise) for sigma in sigmas]
+    return each[0] if training.joint is None else JointValidation(each)
 
 
 class BestWeights:
     """The weights with the best accuracy so far, in the precision in which they will be saved."""
 
-    def __init__(self, classifier: nn.Module, validation: NoisyValidation, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        classifier: nn.Module,
+        validation: NoisyValidation | JointValidation,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.classifier = copy.deepcopy(classifier).requires_grad_(False)
         self.candidate = copy.deepcopy(self.classifier)
         self.validation, self.dtype = validation, dtype

@@ -20,14 +20,14 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_json
 
 IMAGES, SIGMA = 12_800, 0.5  # 100 steps per epoch of batch 128
-TRAINABLE = [name for name in METHODS if name != "timm"]
+TRAINABLE = [name for name, row in METHODS.items() if name != "timm" and row.joint is None]
 
 
 @pytest.fixture
 def plan(tmp_path):
     """Plan the budget of a method with these settings: (config, budget)."""
 
-    def budget_of(method: str, *overrides: str, images: int = IMAGES):
+    def budget_of(method: str, *overrides: str, images: int = IMAGES, sigma: float | str = SIGMA):
         methods = ",".join(sorted({"rrcm", "gaussian", method}))  # gaussian: the voter for soft labels
         row = METHODS[method]
         encoders = ",".join(sorted({"rrcm", row.initial_weights if row.pretrained_here else "rrcm"}))
@@ -36,7 +36,7 @@ def plan(tmp_path):
         spent = {"compute": {"pretrain": pretraining_compute(config, "rrcm")}}
         for name in {kind.initial_weights for kind in METHODS.values() if kind.pretrained_here}:
             write_json(tmp_path / name / "config.json", spent)
-        return config, plan_budget(config, method, SIGMA, images, tmp_path)
+        return config, plan_budget(config, method, sigma, images, tmp_path)
 
     return budget_of
 
@@ -85,6 +85,36 @@ def test_matched_methods_get_the_total_compute_of_rrcm(plan, method, unit):
     assert of_rrcm.pretrain_share == share
     assert abs(budget.compute + budget.soft_label_share - of_rrcm.compute - share) <= step / 2
     assert budget.pretrain_share == 0 and (unit == "passes" or isinstance(budget.epochs, int))
+
+
+JOINT_METHODS = ["rrcm", "gaussian", "smoothadv", "cat_rs", "consistency_matched", "cat_rs_matched", "rrcm_ensemble"]
+
+
+@pytest.mark.parametrize("by_passes", [False, True])
+@pytest.mark.parametrize("expert", JOINT_METHODS)
+def test_a_joint_training_gets_what_its_experts_get_together_or_a_third(plan, expert, by_passes):
+    """To within half an epoch, or half a step. It takes all their shares of what comes before the fine-tuning."""
+    settings = ["sigmas=[0.25,0.5,1.0]", "pretrain.steps=2000", f"finetune.equal_passes={by_passes}"]
+    settings += ["finetune.objectives.smoothadv.num_noise={default: 2, sigma_0.25: 4, joint: 3}"]
+    experts = [plan(expert, *settings, sigma=sigma)[1] for sigma in (0.25, 0.5, 1.0)]
+    before = sum(each.pretrain_share for each in experts), sum(each.soft_label_share for each in experts)
+    given = sum(each.compute for each in experts)
+    matched = 0.0  # a third of the fine-tuning, and the whole of what replaces the pre-training
+    for ending, share in (("joint", 1.0), ("joint_third", 1 / 3)):
+        config, budget = plan(f"{expert}_{ending}", *settings, sigma="joint")
+        if METHODS[expert].matched:
+            matched = pretraining_compute(config, "rrcm") - before[1]
+        step = budget.step_compute * (1 if by_passes else budget.epoch_steps)
+        rounding = sum(each.step_compute * (1 if by_passes else each.epoch_steps) for each in experts) / 2
+        assert abs(budget.compute - share * (given - matched) - matched) <= step / 2 + rounding
+        assert (budget.pretrain_share, budget.soft_label_share) == pytest.approx(before)
+        assert budget.planned_epochs == 6
+
+
+def test_a_third_of_three_experts_trains_like_one(plan):
+    sigmas = "sigmas=[0.25,0.5,1.0]"
+    assert plan("rrcm_joint_third", sigmas, sigma="joint")[1].epochs == plan("rrcm", sigmas)[1].epochs == 6
+    assert plan("rrcm_joint", sigmas, sigma="joint")[1].epochs == 18
 
 
 def test_fine_tuning_on_denoised_images_counts_the_denoiser(plan):
