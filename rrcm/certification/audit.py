@@ -46,6 +46,7 @@ from rrcm.certification.revote import (
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import recompute
+from rrcm.methods import JOINT
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import sha256_file
 from rrcm.utils.progress import Progress
@@ -308,12 +309,13 @@ def _shortened(path: Path, lines: Sequence[str]) -> list[str]:
 def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str, Path]:
     """The model and the images of a certificate file. None means the folder where a result keeps them.
 
-    A result is a folder with certificates/METHOD/sigma_S.tsv, models/METHOD/sigma_S, and shards or data/shards. Raises
-    `RRCMError` for a folder that is not there.
+    A result is a folder with certificates/METHOD/sigma_S.tsv, models/METHOD/sigma_S or models/METHOD/joint, and shards
+    or data/shards. Raises `RRCMError` for a folder that is not there.
     """
     root, name = path.absolute().parent.parent.parent, Path(path.absolute().parent.name, path.stem)
     if model is None:
-        model = str(root / "models" / name)
+        joint = root / "models" / name.parent / JOINT
+        model = str(joint if joint.is_dir() else root / "models" / name)
         if not Path(model).is_dir():
             raise RRCMError(f"{model}: no such folder, where the model of {path} would be; give --model")
     if images is None:

@@ -13,8 +13,9 @@ from rrcm.certification.outcomes import find_impossible
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Config
+from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import METHODS, denoising_classifier
+from rrcm.methods import JOINT, METHODS, denoising_classifier, model_name
 from rrcm.report.records import (
     CertifyTiming,
     Latency,
@@ -64,7 +65,7 @@ def certificates_file(method: str, sigma: float) -> str:
 
 def model_folder(method: str, sigma: float) -> str:
     """The folder of a fine-tuned model, relative to the root."""
-    return f"models/{method}/{sigma_name(sigma)}"
+    return f"models/{method}/{model_name(method, sigma)}"
 
 
 def read_inputs(config: Config, root: Path) -> Inputs:
@@ -118,7 +119,7 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
     for method in config.methods:
         for sigma in config.sigmas:
             files = [f"{model_folder(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
-            stages |= dict.fromkeys([*files, _timing("finetune", method, sigma)], f"finetune@{method}-{sigma}")
+            stages |= dict.fromkeys([*files, _timing("finetune", method, sigma)], _training_stage(method, sigma))
             files = [certificates_file(method, sigma), _samples_file(method, sigma)]
             stages |= dict.fromkeys([*files, _timing("certify", method, sigma)], f"certify@{method}-{sigma}")
         if METHODS[method].needs_soft_labels:
@@ -138,6 +139,10 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
             key = f"report.external_results.{i}.path"
             raise RRCMError(f"{key}: {root / each.path}: no such file; add the file or remove the entry")
     return stages
+
+
+def _training_stage(method: str, sigma: float) -> str:
+    return f"finetune@{method}-{training_noise(method, sigma)}"
 
 
 def _again(stage: str) -> str:
@@ -195,9 +200,12 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
     """config.json of each model folder. Raises `RRCMError` if the method, sigma, seed or classes are different ones."""
     models: dict[Run, Mapping] = {}
     for method, sigma in runs:
-        path, advice = root / model_folder(method, sigma) / "config.json", _again(f"finetune@{method}-{sigma}")
+        path, advice = root / model_folder(method, sigma) / "config.json", _again(_training_stage(method, sigma))
         model = models[method, sigma] = read_record(path, ModelRecord, advice)
-        expected = {"method": method, "sigma": sigma, "seed": config.seed, "class_names": list(classes)}
+        noise = {"sigma": sigma}
+        if METHODS[method].joint is not None:
+            noise = {JOINT: {"sigmas": sorted(config.sigmas), "interval": config.finetune.joint_interval}}
+        expected = {"method": method, **noise, "seed": config.seed, "class_names": list(classes)}
         if other := [key for key, value in expected.items() if model[key] != value]:
             raise RRCMError(f"{path}: {other[0]} differs from the settings and shards; {advice}")
         if _preparation(model) != _preparation(models[method, config.sigmas[0]]):
@@ -270,11 +278,12 @@ def _read_histories(root: Path, models: Mapping[Run, Mapping], validation: int) 
 def _read_history(root: Path, model: Mapping, method: str, sigma: float, validation: int) -> pd.DataFrame:
     """The fine-tuning of a model, with one row per epoch.
 
-    `compute` is the number of encoder forward passes so far, including those before the fine-tuning.
+    `compute` is the number of encoder forward passes so far, including those before the fine-tuning. At each of its
+    sigmas a joint model has its share of them.
     """
-    path, advice = root / model_folder(method, sigma) / "history.csv", _again(f"finetune@{method}-{sigma}")
-    history = read_numbers(path, ["epoch", "loss", "val_accuracy"], advice)
-    if problem := check_finetuning(history, model, validation, one_model=not METHODS[method].is_ensemble):
+    path, advice = root / model_folder(method, sigma) / "history.csv", _again(_training_stage(method, sigma))
+    history, served = read_numbers(path, ["epoch", "loss", "val_accuracy"], advice), _sigmas_served(model)
+    if problem := check_finetuning(history, model, served * validation, one_model=not METHODS[method].is_ensemble):
         raise RRCMError(f"{path}: {problem}; {advice}")
     spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
     return pd.DataFrame(
@@ -282,7 +291,7 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
             "method": method,
             "sigma": sigma,
             "epoch": history["epoch"],
-            "compute": _preparation(model) + spent,
+            "compute": (_preparation(model) + spent) / served,
             "loss": history["loss"],
             "val_accuracy": history["val_accuracy"],
             "selected": history["epoch"] == model["selected"]["epoch"],
@@ -295,23 +304,32 @@ def _preparation(model: Mapping) -> float:
     return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
 
 
+def _sigmas_served(model: Mapping) -> int:
+    """The number of sigmas at which a model is certified: 1 for an expert."""
+    return 1 if model.get(JOINT) is None else len(model[JOINT]["sigmas"])
+
+
 def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mapping[Run, Mapping]) -> pd.DataFrame:
-    """Compute (encoder forward passes) and time (seconds) of each model."""
+    """Compute (encoder forward passes) and time (seconds) of each model at each sigma.
+
+    The passes and the seconds of a joint training are divided equally among its sigmas.
+    """
 
     def seconds(*paths: str) -> float:
         return sum(timings[path]["seconds"] for path in paths)
 
     rows = []
     for (method, sigma), model in models.items():
+        served = _sigmas_served(model)
         rows.append(
             {
                 "method": method,
                 "sigma": sigma,
                 "epochs": model["training"]["epochs"],
-                "finetune_passes": model["compute"]["finetune"],
-                "preparation_passes": _preparation(model),
-                "total_passes": model["compute"]["finetune"] + _preparation(model),
-                "finetune_seconds": seconds(_timing("finetune", method, sigma)),
+                "finetune_passes": model["compute"]["finetune"] / served,
+                "preparation_passes": _preparation(model) / served,
+                "total_passes": (model["compute"]["finetune"] + _preparation(model)) / served,
+                "finetune_seconds": seconds(_timing("finetune", method, sigma)) / served,
                 "preparation_seconds": seconds(*_shared_timings(config, method))
                 / config.finetune.pretrain_cost_shared_by,
                 "certify_seconds": seconds(_timing("certify", method, sigma)),
@@ -335,7 +353,8 @@ def _shared_timings(config: Config, method: str) -> list[str]:
 
 
 def _timing(stage: str, method: str, sigma: float) -> str:
-    return f"timings/{stage}/{method}/{sigma_name(sigma)}.json"
+    name = model_name(method, sigma) if stage == "finetune" else sigma_name(sigma)
+    return f"timings/{stage}/{method}/{name}.json"
 
 
 def _pretraining_timing(objective: str) -> str:

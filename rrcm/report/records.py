@@ -97,11 +97,17 @@ class _Compute(Record):
     soft_label_share: NonNegative
 
 
+class _JointSigmas(Record):
+    sigmas: list[Positive]
+    interval: list[Positive] | None
+
+
 class ModelRecord(Record):
     """config.json of a model folder."""
 
     method: str
-    sigma: Positive
+    sigma: Positive | None = None  # of an expert
+    joint: _JointSigmas | None = None  # of a joint model, in place of `sigma`
     seed: int
     class_names: list[str]
     parameters: Count

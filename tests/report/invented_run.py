@@ -13,7 +13,7 @@ from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.config import Config, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, evenly_spaced
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, model_name
 from rrcm.report import page
 from rrcm.report.build import make_tables, write_report
 from rrcm.report.inputs import Inputs
@@ -95,9 +95,10 @@ def make_inputs(config: Config, root: Path) -> None:
             frame = frame.assign(margin_predict=predict, margin_radius=gained, selection="", votes="")
             write_certificates(root / f"certificates/{name}.tsv", frame)
             write_samples(root / f"certificates/{name}.samples.tsv", frame)
-            make_model(config, root / f"models/{name}", method, sigma, skill[method])
+            trained = f"{method}/{model_name(method, sigma)}"
+            make_model(config, root / f"models/{trained}", method, sigma, skill[method])
             timing = {"seconds": 1.5, "environment": environment}
-            write_json(root / f"timings/finetune/{name}.json", timing)
+            write_json(root / f"timings/finetune/{trained}.json", timing)
             timing |= {"samples": int(samples.sum())}
             timing |= {"seconds_by_image": {str(i): 1.5 / len(own_idx) for i in own_idx}}
             write_json(root / f"timings/certify/{name}.json", timing)
@@ -135,10 +136,15 @@ def make_model(config: Config, folder: Path, method: str, sigma: float, skill: f
     write_csv(folder / "history.csv", history)
     share = 4e5 if config.finetune.uses_pretraining(method) else 6e5 if kind.denoises else 0.0
     selected = {"epoch": epochs - 1, "val_accuracy": float(accuracy[-2])} if epochs else {"epoch": 0}
-    details = {"method": method, "sigma": sigma, "seed": 0, "class_names": [str(i) for i in range(10)]}
+    noise = {"sigma": sigma}
+    if kind.joint is not None:
+        noise = {"joint": {"sigmas": sorted(config.sigmas), "interval": config.finetune.joint_interval}}
+    details = {"method": method, **noise, "seed": 0, "class_names": [str(i) for i in range(10)]}
     details |= {"parameters": 208_000 + 308_000 * kind.denoises}
     details |= {"selected": {"val_accuracy": None} | selected, "training": {"epochs": epochs}}
-    compute = {"finetune": 8448.0 * epochs, "pretrain_share": share, "soft_label_share": 0.0}
+    experts = 1 if kind.joint is None else len(config.sigmas)
+    finetune = 8448.0 * epochs * experts * (kind.joint or 1)
+    compute = {"finetune": finetune, "pretrain_share": share * experts, "soft_label_share": 0.0}
     write_json(folder / "config.json", details | {"compute": compute})
 
 

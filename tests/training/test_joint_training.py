@@ -10,6 +10,7 @@ from conftest import change, exit_codes, files_of, kill_when, make_project, stag
 from safetensors.torch import load_file
 from torch import nn
 
+from rrcm.certification.audit import audit_file, find_inputs
 from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
@@ -88,6 +89,21 @@ def test_each_sigma_has_its_certificates(joint, sigma):
     assert frame["radius"].tolist() == pytest.approx([answer.radius for answer in answers])
     assert frame["predict"].tolist() == [answer.prediction for answer in answers]
     assert read_json(joint / f"certificates/rrcm_joint_third/sigma_{sigma}.json")["sigma"] == sigma
+
+
+def test_its_certificates_can_be_audited_timed_and_attacked(joint, tmp_path):
+    certificates = joint / "certificates/rrcm_joint_third/sigma_1.0.tsv"
+    model, images = find_inputs(certificates, None, None)
+    assert Path(model) == joint / "models/rrcm_joint_third/joint"
+    assert audit_file(certificates, model, images, rows=5, seed=0).problems == []
+    folder = Path(shutil.copytree(joint, tmp_path / "attacked", symlinks=True))
+    own = {"steps": 2, "num_noise": 2, "n": 100, "max_images": 4, "methods": ["rrcm_joint_third"], "batch_size": 8}
+    change(folder, methods=["rrcm_joint_third"], attack=own, report__radii=[0.0, 0.25], latency__rounds=1)
+    succeed(stage(folder, "latency"))
+    assert read_json(folder / "timings/latency.json")["methods"]["rrcm_joint_third"]["passes"]["classifier"] == 1
+    succeed(stage(folder, "attack", "rrcm_joint_third"))
+    summary = read_json(folder / "attack/rrcm_joint_third/summary.json")
+    assert {"sigma_0.25", "sigma_0.5", "sigma_1.0"} <= summary.keys() and summary["broken"] == 0
 
 
 @pytest.mark.parametrize(
