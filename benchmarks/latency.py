@@ -16,11 +16,11 @@ import typer
 from tabulate import tabulate
 
 from rrcm.utils.app import keep_freed_memory
-from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.latency import fastest_batch, seconds_to_vote
+from rrcm.methods import model_name
 from rrcm.models.kinds import load_model_folder
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.provenance import describe_environment
@@ -36,7 +36,7 @@ def measure(params: Path = Path("params.yaml"), images: int = 4, rounds: int = 3
     pixels = read_split(ShardedDataset("data/shards", "test"), config.data.image_size, limit=images)[0].float() / 255
     timed = {}
     for method in config.methods:
-        classifier = load_model_folder(Path("models") / method / sigma_name(sigma)).classifier
+        classifier = load_model_folder(Path("models") / method / model_name(method, sigma), sigma=sigma).classifier
         smoothed = SmoothedClassifier(classifier, sigma, classifier.num_classes, precision=settings.precision)
         smoothed.batch_size, rate = fastest_batch(smoothed, pixels)
         timed[method] = smoothed, smoothed.batch_size * max(1, round(settings.seconds * rate / smoothed.batch_size))

@@ -4,7 +4,7 @@
 
 WORK keeps the shards and the pre-trained encoders, so that a second trial with the same pre-training only fine-tunes.
 Each trial adds a row to WORK/trials.csv: the overrides, the encoder's k-NN accuracy and cosine, and the certified
-accuracy and radii.
+accuracy and radii. A joint method is trained once for all sigmas of the settings. Each trial certifies it at one sigma.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 
 from rrcm.utils.app import resume_gc
-from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
+from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, model_name
 from rrcm.models.kinds import load_model_folder
 
 resume_gc()
@@ -43,7 +43,7 @@ def digest(*values: object) -> str:
 
 def certify_validation(folder: Path, shards: Path, sigma: float, n: int, images: int) -> pd.DataFrame:
     """Certificates of `images` evenly spaced validation images, with a fixed number n of samples."""
-    loaded = load_model_folder(folder)
+    loaded = load_model_folder(folder, sigma=sigma)
     pixels, labels, _ = read_split(ShardedDataset(shards, "val"), loaded.image_size)
     rows = torch.linspace(0, len(pixels) - 1, min(images, len(pixels))).round().long()
     smoothed = SmoothedClassifier(loaded.classifier, sigma, loaded.num_classes, precision="auto")
@@ -69,7 +69,8 @@ def main() -> None:
     methods, sigmas = [given.method], [given.sigma]
     if METHODS[given.method].needs_soft_labels:
         methods, sigmas = [given.method, VOTER[0]], sorted({given.sigma, VOTER[1]})
-    overrides = [*given.overrides, f"sigmas={sigmas}", f"methods=[{','.join(methods)}]"]
+    joint = METHODS[given.method].joint is not None
+    overrides = [*given.overrides, *([] if joint else [f"sigmas={sigmas}"]), f"methods=[{','.join(methods)}]"]
     params = Path(f"params-{digest(overrides)}.yaml")
     stage("compose", *overrides, "--output", str(params))
     config = load_config(params)
@@ -96,8 +97,10 @@ def main() -> None:
     if METHODS[given.method].needs_soft_labels:
         stage("finetune", VOTER[0], str(VOTER[1]), *finetune)
         stage("soft_labels", *common, "--output", str(soft_labels), "--timing", str(timings / "soft_labels.json"))
-    stage("finetune", given.method, str(given.sigma), *finetune, "--soft-labels", str(soft_labels))
-    folder = models / given.method / sigma_name(given.sigma)
+    folder = models / given.method / model_name(given.method, given.sigma)
+    if not (joint and folder.exists()):
+        noise = str(training_noise(given.method, given.sigma))
+        stage("finetune", given.method, noise, *finetune, "--soft-labels", str(soft_labels))
     frame = certify_validation(folder, shards, given.sigma, given.n, given.images)
     settings = json.loads((folder / "config.json").read_text())
     record |= {"epochs": settings["training"]["epochs"], "passes": sum(settings["compute"].values())}
