@@ -173,7 +173,8 @@ def matched(row: Method) -> Method:
 
 def joint(row: Method, ending: str) -> Method:
     """The same method with one network for all sigmas."""
-    return replace(row, joint=JOINT_SHARES[ending], label=f"{row.label}, {JOINT_LABELS[ending]}")
+    label = row.label.replace("matched compute", "matched")  # a legend has no room for more
+    return replace(row, joint=JOINT_SHARES[ending], label=f"{label}, {JOINT_LABELS[ending]}")
 
 
 METHODS = read_methods(TABLE)
@@ -203,7 +204,7 @@ def check_methods() -> None:
     derived = [name for name, row in METHODS.items() if row.matched or row.joint is not None]
     names = Counter([name for name, *_ in rows] + derived)
     labels = Counter(row.label for row in METHODS.values())
-    colours = Counter(row.colour.lower() for row in METHODS.values() if not row.matched)
+    colours = Counter(row.colour.lower() for row in METHODS.values() if not row.matched and row.joint is None)
     for name, row in METHODS.items():
         if names[name] > 1:
             raise RRCMError(f"rrcm/methods.py: {name} stands for {names[name]} methods; give each its own name")

@@ -723,9 +723,10 @@ def test_a_shell_completes_paths_methods_and_choices():
     assert completions("rrcm certify photos --model none/") == []
     assert completions("rrcm certify photos --bound m") == ["margin"]
     assert completions("rrcm audit ") == ["a.tsv", "models/", "photos/"]
-    assert completions("rrcm compare rrcm_cat") == ["rrcm_cat_rs="]
+    assert completions("rrcm compare rrcm_cat") == ["rrcm_cat_rs=", "rrcm_cat_rs_joint=", "rrcm_cat_rs_joint_third="]
     assert completions("rrcm compare mine=a") == ["mine=a.tsv"] and completions("rrcm compare mine = a") == ["a.tsv"]
-    assert completions("rrcm compare --reference cat") == ["cat_rs", "cat_rs_matched"]
+    names = [f"cat_rs{matched}{joint}" for matched in ("", "_matched") for joint in ("", "_joint", "_joint_third")]
+    assert sorted(completions("rrcm compare --reference cat")) == sorted(names)
 
 
 def test_the_version_is_that_of_the_package():

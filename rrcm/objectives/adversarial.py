@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from rrcm.objectives.base import per_row
+
 
 def ascend(
     loss: Callable[[torch.Tensor], torch.Tensor],
@@ -24,7 +26,7 @@ def ascend(
         x = x.requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(x), x)
-        x = project(x.detach() + length_of_rows(length, start) * direction(gradient))
+        x = project(x.detach() + per_row(length, start) * direction(gradient))
     return x.detach()
 
 
@@ -34,11 +36,6 @@ def direction(gradient: torch.Tensor) -> torch.Tensor:
     return F.normalize(gradient.flatten(1), dim=1, eps=tiny).view_as(gradient)
 
 
-def length_of_rows(length: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-    """Reshape lengths (B,) so that they multiply the rows of `like`. A number is returned unchanged."""
-    return length.view(-1, *[1] * (like.ndim - 1)) if isinstance(length, torch.Tensor) else length
-
-
 def project_to_ball(moved: torch.Tensor, centre: torch.Tensor, radius: float | torch.Tensor) -> torch.Tensor:
     """Project each row of `moved` onto the L2 ball of `radius` around the same row of `centre`.
 
@@ -46,4 +43,4 @@ def project_to_ball(moved: torch.Tensor, centre: torch.Tensor, radius: float | t
     """
     offset = moved - centre
     norm = offset.flatten(1).norm(dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
-    return centre + offset * length_of_rows((radius / norm).clamp_max(1), offset)
+    return centre + offset * per_row((radius / norm).clamp_max(1), offset)

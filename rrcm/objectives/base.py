@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from rrcm.models.vit import NoiseConditionedViT
-from rrcm.objectives.adversarial import length_of_rows
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.rng import normal_per_sample, numpy_rng
 
@@ -115,10 +114,15 @@ def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str
     return kinds[name](**{p.name: settings[p.name] for p in parameters if p.name in settings})
 
 
+def per_row(values: PerImage, like: torch.Tensor) -> PerImage:
+    """Reshape values (B,) so that they multiply the rows of `like`. A number is returned unchanged."""
+    return values.view(-1, *[1] * (like.ndim - 1)) if isinstance(values, torch.Tensor) else values
+
+
 def draw_noise(images: torch.Tensor, random: StepRandomness, sigma: PerImage, num_noise: int) -> torch.Tensor:
     """Gaussian noise of pixel `sigma` for m = `num_noise` copies of each image: (B, C, H, W) -> (m, B, C, H, W)."""
     noise = random.normal("finetune noise", images.shape[1:], copies=num_noise)
-    return length_of_rows(sigma, images) * noise.unflatten(0, (num_noise, -1))
+    return per_row(sigma, images) * noise.unflatten(0, (num_noise, -1))
 
 
 def weighted_mean(weight: PerImage, losses: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from rrcm.objectives.adversarial import ascend, length_of_rows, project_to_ball
+from rrcm.objectives.adversarial import ascend, project_to_ball
 from rrcm.objectives.base import (
     Batch,
     Classifier,
@@ -16,6 +16,7 @@ from rrcm.objectives.base import (
     draw_noise,
     is_zero,
     noisy_logits,
+    per_row,
     weighted_mean,
 )
 
@@ -55,7 +56,7 @@ def worst_case_noise(
 
     worst = ascend(loss, given, steps=steps, length=2 * radius / steps, project=project)
     if isinstance(radius, torch.Tensor):
-        worst = torch.where(length_of_rows(radius, given) > 0, worst, given)  # without an attack, nothing is scaled
+        worst = torch.where(per_row(radius, given) > 0, worst, given)  # without an attack, nothing is scaled
     return worst.view_as(noise)
 
 

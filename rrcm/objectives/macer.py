@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch.special import ndtri
 
-from rrcm.objectives.adversarial import length_of_rows
 from rrcm.objectives.base import (
     Batch,
     Classifier,
@@ -14,6 +13,7 @@ from rrcm.objectives.base import (
     StepRandomness,
     draw_noise,
     noisy_logits,
+    per_row,
     smoothed_cross_entropy,
 )
 
@@ -34,7 +34,7 @@ def macer_loss(
     at gamma increases it for each image that phat classifies correctly, unless its xi is infinite.
     """
     classification = smoothed_cross_entropy(logits, target).mean()
-    phat = (length_of_rows(beta, target) * logits).softmax(-1).mean(0)
+    phat = (per_row(beta, target) * logits).softmax(-1).mean(0)
     top, classes = phat.topk(2)
     correct = classes[:, 0] == target.argmax(-1)
     finite = (top > 0).all(-1) & (top < 1).all(-1)
