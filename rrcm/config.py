@@ -593,6 +593,11 @@ def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
 
 def load_config(path: Path | str = "params.yaml") -> Config:
     """Read and validate params.yaml."""
+    return parse_config(read_settings(path), str(path))
+
+
+def read_settings(path: Path | str) -> Mapping:
+    """Read params.yaml without validating its settings. Raises `RRCMError` if the file is no mapping."""
     try:
         values = yaml.safe_load(read_text(path))
     except FileNotFoundError:
@@ -603,4 +608,4 @@ def load_config(path: Path | str = "params.yaml") -> Config:
         raise RRCMError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, Mapping):
         raise RRCMError(f"{path}: must be a mapping of settings, found {type(values).__name__}")
-    return parse_config(values, str(path))
+    return values

@@ -12,7 +12,7 @@ A published result is the run of one seed, in results/NAME/seed_S:
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,6 +50,16 @@ class StageRecord(_Strict):
         return all(each.git is not None and not each.git.dirty for each in self.environments)
 
 
+class RedrawRecord(_Strict):
+    """How a result was brought up to date after its publication."""
+
+    code: Git  # the code that drew the report
+    added: dict[
+        str, Any
+    ] = {}  # settings that the run did not have, by name, with the values that stand for its behaviour
+    removed: dict[str, Any] = {}  # settings that the run had, by name, with their values
+
+
 class ResultRecord(_Strict):
     """result.json."""
 
@@ -58,14 +68,20 @@ class ResultRecord(_Strict):
     seed: int
     models: list[str]  # the methods whose networks are included; other methods have only config.json and history.csv
     code: Git | None  # the code that published the result; None outside a git checkout
+    redrawn: RedrawRecord | None = None  # None: the report is as it was published
     stages: dict[str, StageRecord]  # by kind, as in timings/
     files: dict[str, Sha256]  # by the path below the folder of the result
 
     @property
     def is_clean(self) -> bool:
-        """Whether the result was computed and published with the code of a commit."""
-        clean = self.code is not None and not self.code.dirty
+        """Whether the result was computed, published and redrawn with the code of a commit."""
+        clean = self.drawn_by is not None and not self.code.dirty and not self.drawn_by.dirty
         return clean and all(stage.is_clean for stage in self.stages.values())
+
+    @property
+    def drawn_by(self) -> Git | None:
+        """The code that drew the report and wrote the settings. None outside a git checkout."""
+        return self.code if self.redrawn is None else self.redrawn.code
 
     @property
     def commits(self) -> list[str]:

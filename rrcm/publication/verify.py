@@ -19,7 +19,7 @@ from rrcm.certification.agreement import detectable_share
 from rrcm.certification.audit import RAISE, Audit, audit_file, check_file
 from rrcm.certification.record import CertificateRecord
 from rrcm.certification.results import read_certificates
-from rrcm.config import Config, load_config
+from rrcm.config import Config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
 from rrcm.publication.freeze import CODE, record_file
@@ -35,11 +35,12 @@ from rrcm.publication.result import (
     short,
     summarize_stages,
 )
+from rrcm.publication.settings import load_settings
 from rrcm.report.build import write_report
 from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, model_folder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, sha256_folder
-from rrcm.utils.provenance import head, uncommitted
+from rrcm.utils.provenance import changed_since, head, uncommitted
 
 FALSE_ALARM = 1e-3  # probability that the votes of an honest result on another machine are called forged
 WATCHED = (*CODE, RESULTS, README)  # files and folders that must be as in the commit
@@ -113,7 +114,7 @@ def verify_result(result: Result, rows: int | None, seed: int, shared: Sequence[
         with open_run(result) as run:
             _say(f"{result.label}: compare {len(record.files):,} files with their hashes")
             verdict.problems += check_files(result, record, run)
-            config = load_config(result.folder / "params.yaml")
+            config = load_settings(result)
             with with_test_images(result.root, run) as complete:
                 problems = _verify_run(verdict, record, config, complete, rows, seed)
         verdict.problems += [each.replace(f"{complete}/", f"{result.label}/run/") for each in problems]
@@ -127,16 +128,10 @@ def _verify_run(
     verdict: Verdict, record: ResultRecord, config: Config, run: Path, rows: int | None, seed: int
 ) -> list[str]:
     """What is wrong with the report, the certificates and the votes of a run. Sets the counts of `verdict`."""
-    result, problems = verdict.result, []
-    if config.seed != result.seed:
-        problems.append(f"{result.label}/params.yaml: has seed {config.seed}; restore it with git")
-    problems += _attempt(check_provenance, result, record, run)
+    result = verdict.result
     _say(f"{result.label}: draw the report again")
-    problems += _attempt(check_report, config, run, result)
-    _say(f"{result.label}: recompute every radius from its votes")
-    for key in model_runs(config, config.methods):
-        problems += _attempt(check_certificates, config, run, *key, key[0] in record.models)
-    problems += _attempt(check_images, config, result.root, run)
+    problems = _attempt(check_report, config, run, result, record)
+    problems += check_run(result, record, config, run)
     counts = count_rows(config, run, config.methods)
     verdict.rows, verdict.files = sum(counts), len(counts)
     verdict.votable = sum(count_rows(config, run, record.models))
@@ -148,6 +143,22 @@ def _verify_run(
     _say(f"  (--seed {seed} chooses the same rows again)")
     verdict.audits = vote_again(config, run, record.models, again, seed)
     return problems + [problem for audit in verdict.audits for problem in audit.problems]
+
+
+def check_run(result: Result, record: ResultRecord, config: Config, run: Path) -> list[str]:
+    """What is wrong with a run, apart from its report and from what its networks would vote.
+
+    The stages must be those that the record names. The certificates must follow from their votes, and fit the settings,
+    the networks and the test images.
+    """
+    problems = []
+    if config.seed != result.seed:
+        problems.append(f"{result.label}/params.yaml: has seed {config.seed}; restore it with git")
+    problems += _attempt(check_provenance, result, record, run)
+    _say(f"{result.label}: recompute every radius from its votes")
+    for key in model_runs(config, config.methods):
+        problems += _attempt(check_certificates, config, run, *key, key[0] in record.models)
+    return problems + _attempt(check_images, config, result.root, run)
 
 
 def check_files(result: Result, record: ResultRecord, run: Path) -> list[str]:
@@ -197,12 +208,21 @@ def with_test_images(root: Path, run: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def check_report(config: Config, run: Path, result: Result) -> list[str]:
-    """How the published report differs from one that is drawn again from the run."""
+def check_report(config: Config, run: Path, result: Result, record: ResultRecord) -> list[str]:
+    """How the published report differs from one that is drawn again from the run.
+
+    A further line says if the code has changed since the report was drawn.
+    """
     with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
         drawn = Path(scratch) / "report"
         write_report(config, run, drawn)
-        return compare_folders(result.folder / "report", drawn, f"{result.label}/report")
+        problems = compare_folders(result.folder / "report", drawn, f"{result.label}/report")
+    if problems and record.drawn_by is not None and changed_since(result.root, record.drawn_by.revision, "rrcm"):
+        problems.append(
+            f"{result.label}/report: the code has changed since commit {short(record.drawn_by.revision)} drew it; "
+            f"bring it up to date with `make redraw NAME={result.name}`"
+        )
+    return problems
 
 
 def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
