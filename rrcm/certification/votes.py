@@ -25,17 +25,17 @@ LOOK = re.compile(r"([1-9][0-9]{0,9})=(.+)")
 
 def selection_text(selection: Votes) -> str:
     """A cell of the column `selection`."""
-    return " ".join(_counts(selection))
+    return counts_text(selection, " ")
 
 
 def votes_text(votes: dict[str, Votes]) -> str:
     """A cell of the column `votes`."""
-    return " ".join(f"{drawn}={','.join(_counts(counts))}" for drawn, counts in votes.items())
+    return " ".join(f"{drawn}={counts_text(counts)}" for drawn, counts in votes.items())
 
 
 def parse_selection(text: str) -> Votes:
     """The votes in a cell of `selection`. Raises ValueError unless `selection_text` writes it so."""
-    selection = _parse_counts(text, " ")
+    selection = parse_counts(text, " ")
     if not selection or selection_text(selection) != text:
         raise ValueError(f"selection {shown(text)}: must be votes by class, each class once, as 3:97 8:3")
     return selection
@@ -44,17 +44,18 @@ def parse_selection(text: str) -> Votes:
 def parse_votes(text: str) -> dict[str, Votes]:
     """The votes in a cell of `votes`, by the number of samples. Raises ValueError unless `votes_text` writes it so."""
     looks = [LOOK.fullmatch(look) for look in text.split(" ")] if text else []
-    votes = {look[1]: _parse_counts(look[2], ",") for look in looks if look}
+    votes = {look[1]: parse_counts(look[2]) for look in looks if look}
     if votes_text(votes) != text:
         raise ValueError(f"votes {shown(text)}: must be votes by class at each look, as 100=3:98,8:2 120=3:117,8:3")
     return votes
 
 
-def _counts(votes: Votes) -> list[str]:
-    return [f"{k}:{votes[k]}" for k in sorted(votes, key=int)]
+def counts_text(votes: Votes, separator: str = ",") -> str:
+    """Votes by class, such as `3:97,8:3`."""
+    return separator.join(f"{k}:{votes[k]}" for k in sorted(votes, key=int))
 
 
-def _parse_counts(text: str, separator: str) -> Votes:
+def parse_counts(text: str, separator: str = ",") -> Votes:
     """The votes by class that can be read. The caller checks that they have the same text again."""
     pairs = [COUNT.fullmatch(each) for each in text.split(separator)]
     return {pair[1]: int(pair[2]) for pair in pairs if pair}

@@ -1,0 +1,166 @@
+"""The votes in the samples files of a cascade: its certificates follow from them, and nothing else does."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cascade import CLASSES, IMAGES, SETTINGS, SIGMAS, make
+
+from rrcm.certification.cascade_rules import CERTIFICATES, CascadeRule, make_cascade_rule
+from rrcm.certification.cascade_votes import (
+    cascade_frame,
+    parse_selection,
+    parse_votes,
+    recompute_cascade,
+    selection_text,
+    votes_text,
+)
+from rrcm.certification.results import (
+    CASCADE_SAMPLES,
+    COLUMNS,
+    VOTES,
+    certificate_tables,
+    read_certificates,
+    read_samples,
+)
+from rrcm.utils.errors import RRCMError
+
+NEEDED = ["idx", "label", "selection", "votes"]
+THRESHOLDS = (0.1, -0.1)
+
+
+@cache
+def outcomes(stopping: str, bound: str, certificates: str, passes: bool) -> tuple[pd.DataFrame, CascadeRule]:
+    """The frame of 16 images, most of which have the label that is chosen for them."""
+    options = {"bound": bound, "certificates": certificates, **SETTINGS}
+    rule = make_cascade_rule(stopping, SIGMAS, THRESHOLDS, **options)
+    classifier = make(THRESHOLDS, passes)
+    chosen = [max(each.prediction, 0) for each in classifier.certify(IMAGES, **options)]
+    labels = [0 if index % 4 == 3 else label for index, label in enumerate(chosen)]
+    states = classifier.image_states(IMAGES, labels, range(5, 21), rule)
+    for _ in classifier.certify_stream(states, rule):
+        pass
+    return cascade_frame(states, rule, CLASSES), rule
+
+
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("certificates", CERTIFICATES)
+@pytest.mark.parametrize("bound", ["binary", "margin"])
+@pytest.mark.parametrize("stopping", ["sequential", "fixed"])
+def test_everything_follows_from_the_votes(stopping: str, bound: str, certificates: str, passes: bool, tmp_path: Path):
+    """And files read back as they were written."""
+    frame, rule = outcomes(stopping, bound, certificates, passes)
+    again = recompute_cascade(frame[NEEDED], rule, CLASSES, labelled=True)
+    pd.testing.assert_frame_equal(again, frame, check_exact=True)
+    assert frame["radius"].max() > 0 or (stopping, certificates) == ("sequential", "multi-scale")
+    assert frame.columns.tolist() == [*COLUMNS, *CASCADE_SAMPLES[1:], *VOTES]
+    assert passes == frame["selection"].str.contains(f"{CLASSES}:").any()
+    paths = certificate_tables(tmp_path / "cascade.tsv", frame)
+    for path, content in paths.items():
+        path.write_bytes(content)
+    table, samples = read_certificates(tmp_path / "cascade.tsv"), read_samples(tmp_path / "cascade.samples.tsv")
+    pd.testing.assert_frame_equal(table.join(samples.drop(columns="idx")), frame, check_exact=True, check_dtype=False)
+
+
+def test_a_path_is_shown_with_its_sigmas():
+    frame, _ = outcomes("sequential", "binary", "label-aware", False)
+    certified = frame[frame["path"] != ""]
+    assert len(certified) > 3 and (certified["path"].str.startswith(tuple(map(str, SIGMAS)))).all()
+    assert (frame.loc[frame["path"] == "", "radius"] == 0).all()
+    for row in frame.itertuples():
+        by_sigma = dict(cell.split("=") for cell in row.samples_by_sigma.split(" "))
+        assert list(by_sigma) == ["0.1", "0.25", "0.5"] and sum(map(int, by_sigma.values())) == row.samples
+
+
+COUNTS = st.dictionaries(st.integers(0, 2000).map(str), st.integers(1, 10**6), min_size=1, max_size=8)
+LOOK = st.tuples(st.integers(0, 2), st.integers(1, 10**6), COUNTS).map(list)
+
+
+@given(st.lists(st.one_of(st.just({}), COUNTS), min_size=3, max_size=3).filter(any), st.lists(LOOK, max_size=5))
+@settings(deadline=None)
+def test_votes_read_back_as_written(selection: list, votes: list):
+    for sigmas in (SIGMAS, (0.1, 0.1000001, 1e-7 + 1)):
+        assert parse_selection(selection_text(selection, sigmas), sigmas) == selection
+        assert parse_votes(votes_text(votes, sigmas), sigmas) == votes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3:5", "0.5=3", "0.5=", "0.50=3:5", "0.7=3:5", "0.1=3:5 0.5=3:5", "0.5=3:5 0.5=3:5", "0.5=8:3,3:97"]
+)
+def test_a_selection_has_one_spelling(text: str):
+    with pytest.raises(ValueError, match=r"selection .*: must be votes of some sigmas by class"):
+        parse_selection(text, SIGMAS)
+
+
+@pytest.mark.parametrize("text", [" ", "0.5/100", "0.5/100=", "0.7/100=3:98", "0.5/0100=3:98", "0.5/9=3:9 ", "9=3:9"])
+def test_votes_have_one_spelling(text: str):
+    with pytest.raises(ValueError, match=r"votes .*: must be votes by class at looks of some sigmas"):
+        parse_votes(text, SIGMAS)
+
+
+def one_more(look: list) -> None:
+    look[2][max(look[2], key=look[2].get)] += 1
+
+
+def moved_to_a_class_there_is_not(look: list) -> None:
+    look[2][str(CLASSES + 1)] = look[2].pop(max(look[2], key=look[2].get))
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[list], object], str]] = {
+    "all forgotten": (lambda votes: votes.clear(), "votes end before the stopping rule stops: "),
+    "the last forgotten": (lambda votes: votes.pop(), "votes end before the stopping rule stops: "),
+    "the last twice": (lambda votes: votes.append(votes[-1]), "sampling has stopped before ("),
+    "one vote more": (lambda votes: one_more(votes[-1]), "samples: are "),
+    "between two looks": (lambda votes: votes[-1].__setitem__(1, votes[-1][1] - 1), "were not asked for"),
+    "of another class": (lambda votes: moved_to_a_class_there_is_not(votes[-1]), "must be votes by class, for "),
+    "at another scale": (lambda votes: votes[-1].__setitem__(0, (votes[-1][0] + 1) % 3), "were not asked for"),
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE)
+def test_impossible_votes_are_refused_in_words(change: str):
+    frame, rule = outcomes("sequential", "binary", "label-aware", False)
+    forge, problem = IMPOSSIBLE[change]
+    row = frame[frame["votes"].str.count("=") > 1].iloc[[0]]
+    votes = parse_votes(row["votes"].iloc[0], SIGMAS)
+    forge(votes)
+    with pytest.raises(RRCMError) as error:
+        recompute_cascade(row.assign(votes=votes_text(votes, SIGMAS)), rule, CLASSES, labelled=True)
+    assert str(error.value).startswith(f"image {row['idx'].iloc[0]}: ") and problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("selection", "problem"),
+    [
+        ("0.5=0:49", "49 selection votes at sigma 0.5: must be 50"),
+        ("0.25=0:50", "0 selection votes at sigma 0.5: must be 50"),
+        ("0.5=0:50 0.1=0:50", "the selection has votes at a sigma that was not asked"),
+        ("0.5=9:50", "the selection at sigma 0.5: must be votes by class, for 5 classes at most"),
+        ("0.5=4:50 0.25=4:50 0.1=4:50", "the selection at sigma 0.1: must be votes by class, for 4 classes"),
+    ],
+)
+def test_impossible_selections_are_refused_in_words(selection: str, problem: str):
+    _, rule = outcomes("sequential", "binary", "label-aware", False)
+    frame = pd.DataFrame({"idx": [7], "label": [0], "selection": [selection], "votes": [""]})
+    with pytest.raises(RRCMError, match=f"^image 7: {problem}"):
+        recompute_cascade(frame, rule, CLASSES, labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("3\t0\tfutile\t\t\t0.5=0:50\t", "idx 3, samples 0: must be at least 0 and 1"),
+        ("3\t9\tbored\t\t\t0.5=0:50\t", "stop_reason 'bored': must be all samples or "),
+        ("3\t9\tfutile", "has 3 tab-separated fields, must have 7"),
+    ],
+)
+def test_malformed_samples_name_file_and_line(tmp_path: Path, row: str, problem: str):
+    path = tmp_path / "cascade.samples.tsv"
+    path.write_text("\t".join(CASCADE_SAMPLES + VOTES) + f"\n{row}\n")
+    with pytest.raises(RRCMError) as error:
+        read_samples(path)
+    assert str(error.value).startswith(f"{path}, line 2: ") and problem in str(error.value)
