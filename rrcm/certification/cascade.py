@@ -147,6 +147,13 @@ class CascadedClassifier(nn.Module):
         rule = make_cascade_rule("sequential", self.sigmas, self.thresholds, **settings)
         return [certificate.prediction for certificate in self._certify(images, None, indices, rule)]
 
+    def share_batch_size(self, image: torch.Tensor) -> int:
+        """Let all sigmas vote in batches of one size, the smallest that `find_batch_size` gives, and return it."""
+        size = min(scale.find_batch_size(image) for scale in self.scales)
+        for scale in self.scales:
+            scale.batch_size = size
+        return size
+
     def votes(self, images: torch.Tensor, n: int, *, indices: Sequence[int] | None = None) -> np.ndarray:
         """Votes for the classes, of n samples at each sigma: (B, K, num_classes) int64, for `choose_thresholds`.
 

@@ -8,12 +8,10 @@ look has certified it, so the votes at the last look alone do not determine the 
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import pandas as pd
 
-from rrcm.certification.record import read_record, record_path
-from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES, read_certificates, read_samples, samples_path
+from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES
 from rrcm.certification.states import ImageState, Votes, certificate, replay
 from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 from rrcm.utils.arguments import shown
@@ -95,22 +93,3 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
         state.index, state.label = row.idx, None if row.label == UNKNOWN else row.label
         states.append(state)
     return certificate_frame(states, rule, num_classes)
-
-
-def recompute_radii(path: Path | str) -> pd.DataFrame:
-    """The columns `idx`, `predict` and `radius` of a certificate file, recomputed from the votes beside it.
-
-    The record beside the file has the stopping rule. Only the labels are read from the file itself. Raises `RRCMError`
-    for files that are missing or damaged, and for votes that the stopping rule cannot lead to.
-
-    >>> rrcm.recompute_radii("certificates.tsv").columns.tolist()
-    ['idx', 'predict', 'radius']
-    """
-    path = Path(path)
-    record, samples = read_record(record_path(path)), read_samples(samples_path(path))
-    table = read_certificates(path, unlabelled=True)
-    if not table["idx"].equals(samples["idx"]):
-        raise RRCMError(f"{path}: has other images than {samples_path(path)}; certify again")
-    frame = samples.assign(label=table["label"])
-    recomputed = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
-    return recomputed[["idx", "predict", "radius"]]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cascade import CLASSES, IMAGES, SETTINGS, SIGMAS, make
 
+import rrcm
 from rrcm.certification.cascade_rules import CERTIFICATES, CascadeRule, make_cascade_rule
 from rrcm.certification.cascade_votes import (
     cascade_frame,
@@ -19,15 +20,18 @@ from rrcm.certification.cascade_votes import (
     selection_text,
     votes_text,
 )
+from rrcm.certification.record import CascadeRecord, make_cascade_record, read_record, record_bytes, record_path
 from rrcm.certification.results import (
     CASCADE_SAMPLES,
     COLUMNS,
+    SAMPLES,
     VOTES,
     certificate_tables,
     read_certificates,
     read_samples,
 )
 from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import read_json, write_json
 
 NEEDED = ["idx", "label", "selection", "votes"]
 THRESHOLDS = (0.1, -0.1)
@@ -164,3 +168,72 @@ def test_malformed_samples_name_file_and_line(tmp_path: Path, row: str, problem:
     with pytest.raises(RRCMError) as error:
         read_samples(path)
     assert str(error.value).startswith(f"{path}, line 2: ") and problem in str(error.value)
+
+
+# Records
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A certificate file of a cascade, with its samples and its record."""
+    path, (frame, _) = tmp_path / "cascade.tsv", outcomes("sequential", "margin", "label-aware", True)
+    tables = certificate_tables(path, frame)
+    record = make_cascade_record(
+        make(THRESHOLDS, True),
+        250,
+        tables,
+        models=[{"kind": "classifier", "sha256": digit * 64} for digit in "abc"],
+        data={"sha256": "0" * 64, "split": "test"},
+        image_size=2,
+        labelled=True,
+        compile=False,
+        stopping="sequential",
+        bound="margin",
+        certificates="label-aware",
+        chosen={"by": {"0.5": 1.0}, "n": 1000, "images": 100, "score": 0.75},
+        **SETTINGS,
+    )
+    for each, content in (tables | {record_path(path): record_bytes(record)}).items():
+        each.write_bytes(content)
+    return path
+
+
+def test_a_record_has_everything_that_decides(written: Path):
+    record = read_record(record_path(written))
+    assert isinstance(record, CascadeRecord) and record_bytes(record) == record_path(written).read_bytes()
+    assert (tuple(record.sigmas), tuple(record.thresholds)) == (SIGMAS, THRESHOLDS) and record.can_pass
+    assert record.num_outputs == [CLASSES, CLASSES + 1, CLASSES + 1] and record.chosen.by == {"0.5": 1.0}
+    _, rule = outcomes("sequential", "margin", "label-aware", True)
+    assert repr(record.rule()) == repr(rule)
+
+
+def test_one_line_of_python_gives_every_radius(written: Path):
+    frame = read_certificates(written)
+    pd.testing.assert_frame_equal(rrcm.recompute_radii(written), frame[["idx", "predict", "radius"]], check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"thresholds": [0.0]}, "thresholds: 1 for 3 sigmas; must be 2, one for each sigma but the smallest"),
+        ({"sigmas": [0.5, 0.25, 0.1]}, "sigmas = [0.5, 0.25, 0.1]: must increase, above 0 and finite, in pixel units"),
+        ({"models": []}, "models: List should have at least 1 item"),
+        ({"models": [{"kind": "a", "sha256": "a" * 64}] * 2}, "2 models for 3 sigmas"),
+        ({"certificates": "best of three"}, "certificates: Input should be 'label-aware' or 'multi-scale'"),
+        ({"sigma": 0.5}, "sigma: Extra inputs are not permitted"),
+    ],
+)
+def test_damaged_records_are_named(written: Path, change: dict, problem: str):
+    path = record_path(written)
+    write_json(path, read_json(path) | change)
+    with pytest.raises(RRCMError) as error:
+        read_record(path)
+    assert str(error.value).startswith(f"{path}: ") and problem in str(error.value)
+    assert str(error.value).endswith("it is no record of a certification: certify again")
+
+
+def test_samples_of_the_other_kind_are_refused(written: Path):
+    lines = [f"{index}\t100\tfutile\t100\t-1\t0\t-1\t0\t3:9\t" for index in read_certificates(written)["idx"]]
+    written.with_suffix(".samples.tsv").write_text("\n".join(["\t".join(SAMPLES + VOTES), *lines, ""]))
+    with pytest.raises(RRCMError, match="only one of the record and the samples file is of a cascade"):
+        rrcm.recompute_radii(written)
