@@ -335,7 +335,7 @@ def audit(
     seed = secrets.randbelow(2**31) if seed is None else seed
     print(f"rows are chosen with --seed {seed}", file=sys.stderr)
     settings = Settings(precision, batch_size, threads, device)
-    inputs = find_inputs(file, model, images)
+    inputs = find_inputs(file, [model] if model else None, images)
     outcome = audit_file(file, *inputs, rows=None if every_row else rows, seed=seed, settings=settings)
     for problem in outcome.problems:
         print(f"  {printable(problem)}", file=sys.stderr)
