@@ -326,7 +326,7 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
                 "method": method,
                 "sigma": sigma,
                 "epochs": model["training"]["epochs"],
-                "finetune_passes": model["compute"]["finetune"] / served,
+                "finetune_passes": _part(model["compute"]["finetune"], served),
                 "preparation_passes": _preparation(model) / served,
                 "total_passes": (model["compute"]["finetune"] + _preparation(model)) / served,
                 "finetune_seconds": seconds(_timing("finetune", method, sigma)) / served,
@@ -336,6 +336,10 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
             }
         )
     return pd.DataFrame(rows)
+
+
+def _part(passes: float, served: int) -> float:
+    return passes if served == 1 else passes / served  # whole numbers of passes stay whole
 
 
 def _shared_timings(config: Config, method: str) -> list[str]:
