@@ -70,6 +70,17 @@ def test_everything_follows_from_the_votes(stopping: str, bound: str, certificat
     pd.testing.assert_frame_equal(table.join(samples.drop(columns="idx")), frame, check_exact=True, check_dtype=False)
 
 
+def test_files_are_the_same_for_any_batches_order_and_number_of_images_at_once():
+    frame, rule = outcomes("sequential", "margin", "label-aware", True)
+    files = certificate_tables(Path("cascade.tsv"), frame)
+    for batch_size, at_once, step in ((40, 1, 1), (1000, 3, -1), (7, None, -1)):
+        classifier = make(THRESHOLDS, True, batch_size=batch_size)
+        states = classifier.image_states(IMAGES, frame["label"].tolist(), range(5, 21), rule)
+        for _ in classifier.certify_stream(states[::step], rule, at_once=at_once):
+            pass
+        assert certificate_tables(Path("cascade.tsv"), cascade_frame(states, rule, CLASSES)) == files
+
+
 def test_a_path_is_shown_with_its_sigmas():
     frame, _ = outcomes("sequential", "binary", "label-aware", False)
     certified = frame[frame["path"] != ""]
