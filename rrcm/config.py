@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from rrcm.constraints import CONSTRAINTS
-from rrcm.derived import choose_values, finetuning_keys, initial_weights
+from rrcm.derived import cascade_sigmas, choose_values, finetuning_keys, initial_weights
 from rrcm.methods import JOINT_SHARES, METHODS, PER_OBJECTIVE, check_methods
 from rrcm.objectives import PRETRAINING
 from rrcm.sections import (
@@ -27,6 +27,7 @@ from rrcm.sections import (
     explain,
     section_by_key,
     value_by_key,
+    word_or,
 )
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
@@ -50,6 +51,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 TwoOrMore = Annotated[int, Field(ge=2)]
 Interval = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+RadiusWeights = Annotated[dict[NonNegative, Positive], Field(min_length=1)]
 FileName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 MethodName = Annotated[str, AfterValidator(check_method)]
 PretrainingName = Annotated[str, AfterValidator(partial(check_name, known=PRETRAINING, what="objective"))]
@@ -474,6 +476,31 @@ class Certify(Section):
         return self.model_dump(include={"stopping", "bound", "n0", "n", "alpha", "radius_step"})
 
 
+class Cascade(Section):
+    """One deployed classifier for all radii: the cascade of a method's smoothed classifiers at increasing sigmas.
+
+    Its base classifiers are one joint network or the experts. It is certified with the settings of `certify`.
+    """
+
+    methods: list[MethodName] = about("Methods whose cascade is certified; []: none")
+    sigmas: Annotated[list[Positive], Field(min_length=2)] | None = about(
+        "Noise of its smoothed classifiers; null: all of `sigmas`", "pixel units"
+    )
+    thresholds: word_or("chosen", list[float], "a list of numbers") = about(
+        "One for each sigma but the smallest, by increasing sigma; chosen: on validation images", "pixel units"
+    )
+    choose_by: word_or("acr", RadiusWeights, "a mapping from radii to weights") = about(
+        "What chosen thresholds maximize: acr, or the weighted sum of certified accuracies, {radius: weight}"
+    )
+    choose_n: Count = about("Votes for each validation image at each sigma, to choose thresholds", "samples")
+    multi_scale: bool = about("Also certify by the rule of Jeong & Shin (NeurIPS 2023), to compare")
+
+    @property
+    def weights(self) -> dict[float, float] | None:
+        """What `choose_thresholds` takes: the weight of the certified accuracy at each radius. None: by ACR."""
+        return None if self.choose_by == "acr" else dict(self.choose_by)
+
+
 class Latency(Section):
     """Time to certify one image, at the precision of `certify`. The methods are timed alternately."""
 
@@ -551,6 +578,7 @@ class Config(Section):
     denoiser: DenoiserSettings
     denoised: Denoised
     certify: Certify
+    cascade: Cascade
     latency: Latency
     attack: Attack
     report: Report
@@ -572,6 +600,11 @@ class Config(Section):
     def initial_weights(self, method: str) -> str:
         """The initial weights of a method, as `rrcm.derived.initial_weights` names them."""
         return initial_weights(method, self.finetune.model_dump(), self.denoised.model_dump())
+
+    @property
+    def cascade_sigmas(self) -> list[float]:
+        """The sigmas of cascades, increasing."""
+        return cascade_sigmas(self.cascade.sigmas, self.sigmas)
 
     @property
     def trains_denoiser(self) -> bool:
