@@ -7,6 +7,7 @@
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from itertools import product
 
@@ -79,6 +80,12 @@ class CascadedClassifier(nn.Module):
             for k, (model, sigma) in enumerate(zip(models, self.sigmas, strict=True))
         )
         self.num_classes = self.scales[0].num_classes
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> "CascadedClassifier":
+        """The same smoothed classifiers with other thresholds. Raises `RRCMError` for impossible ones."""
+        cascade = copy(self)
+        cascade.sigmas, cascade.thresholds = check_scales(self.sigmas, thresholds)
+        return cascade
 
     def train(self, mode: bool = True) -> "CascadedClassifier":
         """Stay in eval mode."""
