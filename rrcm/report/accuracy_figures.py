@@ -44,10 +44,10 @@ def draw_certified_accuracy(certificates: Certificates, external: Certificates) 
         for panel, (group, shown) in zip(column, rows, strict=True):
             reach = max(reach, _draw_group(panel, own, group, label_ends, bands=True))
             for label in [label for label in shown if label in others]:
-                radii, _ = _draw_curve(panel, others[label], **styles[label])
+                radii, _ = draw_curve(panel, others[label], **styles[label])
                 reach = max(reach, radii[-1])
         for panel in column:
-            _set_axes(panel, reach or sigma)
+            set_axes(panel, reach or sigma)
             panel.label_outer()
         column[0].set_title(f"σ = {sigma:g}")
     for row in panels:
@@ -72,7 +72,7 @@ def draw_envelope(certificates: Certificates) -> Figure:
     shown = panels.flat[: len(groups)]
     reach = max(_draw_group(panel, frames, group, label_ends) for panel, group in zip(shown, groups, strict=True))
     for panel in shown:
-        _set_axes(panel, reach or 1)
+        set_axes(panel, reach or 1)
         panel.set_ylabel("certified accuracy (%)")
     for panel in shown[:columns]:
         panel.set_title("best σ at each radius")
@@ -88,9 +88,9 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
     reach = 0.0
     line_styles = cycle(product(["-", "--", ":"], OKABE_ITO))
     for (name, frame), (dashes, colour) in zip(certificates.items(), line_styles, strict=False):
-        radii, _ = _draw_curve(axes, [frame], linestyle=dashes, color=colour, label=name)
+        radii, _ = draw_curve(axes, [frame], linestyle=dashes, color=colour, label=name)
         reach = max(reach, radii[-1])
-    _set_axes(axes, reach or 1)
+    set_axes(axes, reach or 1)
     axes.set_ylabel("certified accuracy (%)")
     draw_legend(figure, [axes])
     return figure
@@ -116,12 +116,12 @@ def draw_attack(
             100 * np.array(summary[name]) for name in ("accuracy", "not_wrong", "unsmoothed_accuracy")
         )
         certified = line_style(method) | {"label": f"{METHODS[method].label}, certified"}
-        reach, _ = _draw_curve(panel, [frame], **certified)
+        reach, _ = draw_curve(panel, [frame], **certified)
         panel.plot(radii, correct, "o-", color="black", markersize=4, label="correct under attack", clip_on=False)
         panel.plot(radii, not_wrong, ":", color="black", label="correct or abstains under attack")
         panel.fill_between(radii, correct, not_wrong, color="black", alpha=0.08, linewidth=0)
         panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label="correct under attack, not smoothed")
-        _set_axes(panel, max(radii[-1], reach[-1]))
+        set_axes(panel, max(radii[-1], reach[-1]))
         panel.set_title(f"σ = {sigma:g}: {summary['broken']} of {summary['certificates']} certificates broken")
     panels[0].set_ylabel("accuracy (%)")
     draw_legend(figure, panels)
@@ -146,12 +146,12 @@ def _draw_group(
     """
     reach = 0.0
     for method in group.others(frames):
-        radii, _ = _draw_curve(panel, frames[method], **OTHERS)
+        radii, _ = draw_curve(panel, frames[method], **OTHERS)
         reach = max(reach, radii[-1])
     for i, method in enumerate(group.methods):
         style = line_style(method)
         style["label"] += label_ends[method]
-        radii, accuracy = _draw_curve(panel, frames[method], (i + 0.5) / len(group.methods), **style)
+        radii, accuracy = draw_curve(panel, frames[method], (i + 0.5) / len(group.methods), **style)
         if bands and style["linestyle"] == "-":
             low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frames[method][0])))
             panel.fill_between(radii[:-1], low, high, step="pre", color=style["color"], alpha=0.12, linewidth=0)
@@ -159,7 +159,7 @@ def _draw_group(
     return reach
 
 
-def _draw_curve(
+def draw_curve(
     axes: Axes, frames: Iterable[pd.DataFrame], phase: float = 0.5, **style: object
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the envelope of `frames` and return its radii and accuracies (shares), as `metrics.envelope` does.
@@ -177,6 +177,6 @@ def _draw_curve(
     return radii, accuracy
 
 
-def _set_axes(axes: Axes, reach: float) -> None:
+def set_axes(axes: Axes, reach: float) -> None:
     """Labels and limits of a panel of curves that end at radius `reach`."""
     axes.set(xlabel="L2 radius r (pixels in [0, 1])", xlim=(0, 1.03 * reach), ylim=(0, 102))

@@ -48,11 +48,30 @@ class Timing(Record):
     environment: Environment
 
 
-class CertifyTiming(Timing):
-    """How long a certification took."""
+class Cost(Record):
+    """How long the images of a certification took."""
 
+    seconds: NonNegative
     samples: Count
     seconds_by_image: dict[str, NonNegative]
+
+
+class CertifyTiming(Timing, Cost):
+    """How long a certification took."""
+
+
+class Choice(Record):
+    """How long the votes took from which thresholds were chosen."""
+
+    seconds: NonNegative
+    samples: Count
+
+
+class CascadeTiming(CertifyTiming):
+    """How long the certification of a cascade took, and besides it the published rule and the choice of thresholds."""
+
+    multi_scale: Cost | None = None
+    thresholds: Choice | None = None
 
 
 class Parts(Record):
@@ -191,6 +210,16 @@ def check_finetuning(history: pd.DataFrame, model: Mapping, images: int, one_mod
     best = history.loc[accuracy.idxmax(), ["epoch", "val_accuracy"]].to_dict()
     if one_model and best != selected:
         return f"the best epoch is {best['epoch']:g} with {best['val_accuracy']}, in config.json it is another"
+    return None
+
+
+def check_cost(cost: Mapping, frame: pd.DataFrame) -> str | None:
+    """What is wrong with a `Cost` of the certificates in `frame`, or None."""
+    images = cost["seconds_by_image"]
+    if list(images) != [str(idx) for idx in frame["idx"]] or cost["samples"] != frame["samples"].sum():
+        return "has other images or another sum of samples than the certificates"
+    if not math.isclose(sum(images.values()), cost["seconds"], rel_tol=1e-9):
+        return "seconds is not the sum of seconds_by_image"
     return None
 
 

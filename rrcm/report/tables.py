@@ -19,7 +19,7 @@ from rrcm.evaluation.metrics import (
     mean_samples,
     per_sigma_table,
 )
-from rrcm.methods import METHODS, REFERENCE
+from rrcm.methods import METHODS, REFERENCE, expert_of
 from rrcm.utils.errors import printable
 
 MEASURES = {"certified_accuracy": ("r", 100, ".1f"), "acr": ("ACR, σ", 1, ".3f")}  # name, unit, digits
@@ -44,7 +44,9 @@ def reference_method(methods: Sequence[str]) -> str:
 
 
 def interval_text(interval: Interval, digits: str) -> str:
-    """An estimate and its interval, such as 0.065 (0.044 to 0.086)."""
+    """An estimate and its interval, such as 0.065 (0.044 to 0.086), or alone if the interval is NaN."""
+    if np.isnan(interval.low):
+        return f"{interval.value:{digits}}"
     return f"{interval.value:{digits}} ({interval.low:{digits}} to {interval.high:{digits}})"
 
 
@@ -136,6 +138,43 @@ def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
     text = pd.DataFrame(rows.values())
     text.insert(0, "method", method_labels(rows))
     return text
+
+
+def joint_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Each joint method among `methods` whose experts are among them too, with the method of these."""
+    return [(name, expert_of(name)) for name in methods if METHODS[name].joint and expert_of(name) in methods]
+
+
+def joint(certificates: Certificates, pairs: Sequence[tuple[str, str]], radii: Sequence[float], seed: int) -> Table:
+    """Joint methods minus their experts on the same images, for the (joint, expert) `pairs`.
+
+    The numbers have the columns of `differences`. The text has the ACRs of both and their difference, in one row per
+    joint method and sigma.
+    """
+    parts = []
+    for pair in pairs:
+        both = {run: frame for run, frame in certificates.items() if run[0] in pair}
+        numbers = differences_table(both, pair[1], radii)
+        parts.append(numbers[numbers["method"] == pair[0]])
+    numbers = pd.concat(parts, ignore_index=True)
+    numbers.insert(0, "seed", seed)
+    acr = numbers[numbers["measure"] == "acr"]
+    return Table(numbers, _with_images(joint_text(acr), acr["images"].tolist()))
+
+
+def joint_text(acr: pd.DataFrame) -> pd.DataFrame:
+    """The ACRs of joint methods and of their experts at each sigma, `at`, and their difference, as text."""
+    return pd.DataFrame(
+        {
+            "method": method_labels(acr["method"]),
+            "σ": [f"{sigma:g}" for sigma in acr["at"]],
+            "ACR, experts": [f"{row.value - row.difference:.3f}" for row in acr.itertuples()],
+            "ACR, joint": [f"{value:.3f}" for value in acr["value"]],
+            "difference": [
+                interval_text(Interval(row.difference, row.low, row.high), "+.3f") for row in acr.itertuples()
+            ],
+        }
+    )
 
 
 def budgets(numbers: pd.DataFrame) -> Table:
