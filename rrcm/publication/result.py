@@ -16,8 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rrcm.certification.record import record_path
 from rrcm.config import Config, explain
 from rrcm.methods import METHODS
+from rrcm.report.cascade_inputs import cascade_tables
+from rrcm.report.inputs import certificates_file, model_folder
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import read_json, sha256_file
 from rrcm.utils.provenance import Environment, Git
@@ -172,6 +175,37 @@ def model_runs(config: Config, methods: Iterable[str]) -> list[tuple[str, float]
     """(method, sigma) of each certified model of `methods`, in the order of the settings."""
     chosen = set(methods)
     return [(method, sigma) for method in config.methods if method in chosen for sigma in config.sigmas]
+
+
+class CertificateFile(NamedTuple):
+    """A certificate file of a run, and the models that voted for it. Paths are relative to the root."""
+
+    method: str
+    sigma: float | None  # pixel units; None: a cascade
+    path: str
+    models: list[str]  # folders: one for all sigmas, or one for each
+
+    @property
+    def key(self) -> tuple[str, float | str]:
+        """The method and the sigma, or the method and the name of a cascade's file."""
+        return self.method, Path(self.path).stem if self.sigma is None else self.sigma
+
+    @property
+    def record(self) -> str:
+        """The record beside it."""
+        return record_path(Path(self.path)).as_posix()
+
+
+def certificate_files(config: Config, methods: Iterable[str]) -> list[CertificateFile]:
+    """The certificate files of `methods`: those of single sigmas in the order of the settings, then of cascades."""
+    chosen = set(methods)
+    files = [CertificateFile(*run, certificates_file(*run), [model_folder(*run)]) for run in model_runs(config, chosen)]
+    for method in config.cascade.methods:
+        if method in chosen:
+            models = list(dict.fromkeys(model_folder(method, sigma) for sigma in config.cascade_sigmas))
+            tables = cascade_tables(config, method).values()
+            files += [CertificateFile(method, None, table, models) for table in tables]
+    return files
 
 
 def check_methods(config: Config, methods: Sequence[str] | None) -> list[str]:
