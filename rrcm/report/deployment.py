@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rrcm.certification.cascade_rules import LABEL_AWARE, MULTI_SCALE
+from rrcm.certification.cascade_rules import MULTI_SCALE
 from rrcm.certification.record import CascadeRecord
 from rrcm.evaluation.metrics import (
     Certificates,
@@ -24,8 +24,8 @@ from rrcm.evaluation.metrics import (
     summary,
 )
 from rrcm.methods import CASCADE
-from rrcm.report.cascade_inputs import FILES, Cascade
-from rrcm.report.tables import Table, differences_text, method_labels
+from rrcm.report.cascade_inputs import MULTI_SCALE_FILE, Cascade
+from rrcm.report.tables import Table, differences_text, method_labels, with_images
 
 BEST = "best"  # the best sigma at each radius; the other deployments are CASCADE, MULTI_SCALE and each sigma
 NUMERALS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
@@ -65,23 +65,17 @@ def deployment(
     rows = []
     for method, cascade in cascades.items():
         singles = single_sigmas(method, cascade, certificates)
-        frames = {(CASCADE, 1): cascade.label_aware, (MULTI_SCALE, 1): cascade.multi_scale}
-        if cascade.record.bound != bound:
-            frames = {}
-        frames |= {(f"{sigma:g}", 1): frame for (_, sigma), frame in singles.items()}
+        frames = cascade.frames if cascade.record.bound == bound else {}
+        frames |= {f"{sigma:g}": frame for (_, sigma), frame in singles.items()}
         largest = mean_samples(singles[method, cascade.record.sigmas[-1]])
-        for (name, count), frame in frames.items():
-            if frame is not None:
-                measured = {"samples": mean_samples(frame), "samples_ratio": mean_samples(frame) / largest}
-                rows.append(_row(method, bound, name, count, len(frame)) | measured | summary(frame, radii))
+        row = {"method": method, "bound": bound, "images": len(cascade.label_aware)}
+        for name, frame in frames.items():
+            measured = {"samples": mean_samples(frame), "samples_ratio": mean_samples(frame) / largest}
+            rows.append(row | {"deployment": name, "deployments": 1} | measured | summary(frame, radii))
         best = best_sigma_table(singles, radii).set_index("radius")["certified_accuracy"].to_dict()
-        rows.append(_row(method, bound, BEST, len(singles), len(next(iter(singles.values())))) | best)
+        rows.append(row | {"deployment": BEST, "deployments": len(singles)} | best)
     numbers = pd.DataFrame(rows).rename(columns={radius: f"r_{radius:g}" for radius in radii})
-    return Table(numbers, _deployment_text(numbers, radii))
-
-
-def _row(method: str, bound: str, name: str, count: int, images: int) -> dict:
-    return {"method": method, "bound": bound, "deployment": name, "deployments": count, "images": images}
+    return Table(numbers, with_images(_deployment_text(numbers, radii), numbers["images"].tolist()))
 
 
 def _deployment_text(numbers: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
@@ -125,7 +119,8 @@ def deployment_differences(
             rows.append((seed, method, "acr", sigma, acr, *acr_difference(frame, single), len(frame)))
     columns = ["seed", "method", "measure", "at", "value", "difference", "low", "high", "images"]
     numbers = pd.DataFrame(rows, columns=columns)
-    return Table(numbers, differences_text(numbers, "difference"))
+    images = numbers.groupby("method", sort=False)["images"].first()
+    return Table(numbers, with_images(differences_text(numbers, "difference"), images.tolist()))
 
 
 def largest_shortfall(frame: pd.DataFrame, singles: Sequence[pd.DataFrame]) -> tuple[float, float]:
@@ -214,11 +209,10 @@ def how_chosen(record: CascadeRecord) -> str:
 def add_metrics(values: dict, cascades: Mapping[str, Cascade], radii: Sequence[float]) -> None:
     """Add the values of cascades to those of `tables.metrics`, under the names of their files in place of a sigma."""
     for method, cascade in cascades.items():
-        for kind, frame in ((LABEL_AWARE, cascade.label_aware), (MULTI_SCALE, cascade.multi_scale)):
-            if frame is None:
-                continue
+        for name, frame in cascade.frames.items():
+            file = MULTI_SCALE_FILE if name == MULTI_SCALE else CASCADE
             of_cascade = {"acr": average_certified_radius(frame), "samples": mean_samples(frame)}
             for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
                 of_cascade[f"certified_r_{radius:g}".replace(".", "_")] = share
-            for name, value in of_cascade.items():
-                values.setdefault(name, {}).setdefault(method, {})[FILES[kind]] = round(value, 6)
+            for measure, value in of_cascade.items():
+                values.setdefault(measure, {}).setdefault(method, {})[file] = round(value, 6)

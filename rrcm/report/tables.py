@@ -68,7 +68,7 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
             rows[method] |= {"acr": acr, "ACR (σ)": f"{acr:.3f} ({sigma:g})"}
     text = pd.DataFrame(rows.values()).drop(columns="acr")
     text.insert(0, "method", method_labels(rows))
-    return Table(numbers, _with_images(text, numbers.groupby("method", sort=False)["images"].first()))
+    return Table(numbers, with_images(text, numbers.groupby("method", sort=False)["images"].first()))
 
 
 def margin(binary: Certificates, certificates: Certificates, radii: Sequence[float]) -> Table:
@@ -94,7 +94,7 @@ def margin(binary: Certificates, certificates: Certificates, radii: Sequence[flo
     return Table(numbers, text)
 
 
-def _with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
+def with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
     """`text` with the number of images as the last column, unless it is the same in all rows."""
     return text.assign(images=[f"{count:,}" for count in images]) if len(set(images)) > 1 else text
 
@@ -125,7 +125,7 @@ def differences(certificates: Certificates, radii: Sequence[float], seed: int) -
     numbers.insert(0, "seed", seed)
     others = numbers.dropna(subset="difference")
     text = differences_text(others, "difference")
-    return Table(numbers, _with_images(text, others.groupby("method", sort=False)["images"].first()))
+    return Table(numbers, with_images(text, others.groupby("method", sort=False)["images"].first()))
 
 
 def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -159,7 +159,7 @@ def joint(certificates: Certificates, pairs: Sequence[tuple[str, str]], radii: S
     numbers = pd.concat(parts, ignore_index=True)
     numbers.insert(0, "seed", seed)
     acr = numbers[numbers["measure"] == "acr"]
-    return Table(numbers, _with_images(joint_text(acr), acr["images"].tolist()))
+    return Table(numbers, with_images(joint_text(acr), acr["images"].tolist()))
 
 
 def joint_text(acr: pd.DataFrame) -> pd.DataFrame:
@@ -190,7 +190,7 @@ def budgets(numbers: pd.DataFrame) -> Table:
         | {f"{name} (M passes)": [f"{n / 1e6:,.3f}" for n in numbers[f"{key}_passes"]] for name, key in passes.items()}
         | {f"{name} (s)": [f"{n:,.1f}" for n in numbers[f"{key}_seconds"]] for name, key in seconds.items()}
     )
-    return Table(numbers, _with_images(text, numbers["images"]))
+    return Table(numbers, with_images(text, numbers["images"]))
 
 
 def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFrame) -> Table:

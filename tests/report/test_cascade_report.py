@@ -66,7 +66,7 @@ def test_the_report_says_what_is_compared(run):
     section = text.split("## One deployment")[1].split("## Figures")[0]
     assert "\n\n\n" not in text and "ACR by the binary bound" in section
     assert section.count("at no radius is the cascade more than") == 2 and "three deployments" in section
-    assert "By the margin bound the single σ certify" in section and "Cascades have no rows here" in section
+    assert "By the margin bound, the single σ certify" in section and "Cascades have no rows here" in section
     assert "![deployment](deployment.png)" in text and text.index("deployment.png") < text.index("envelope.png")
     assert "### Joint networks and their experts" in text and "cascade:\n  methods:" in text
     for file in cascade_files(config, "rrcm_joint"):
