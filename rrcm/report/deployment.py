@@ -41,6 +41,7 @@ class Shortfall(NamedTuple):
     acr: float
     best_acr: float  # of a single sigma
     best_sigma: float
+    can_pass: bool  # whether the single sigmas lose votes to "pass"
 
 
 def numeral(count: int) -> str:
@@ -144,10 +145,17 @@ def shortfalls(cascades: Mapping[str, Cascade], certificates: Certificates) -> l
         share, radius = largest_shortfall(cascade.label_aware, list(singles.values()))
         acr = {sigma: average_certified_radius(frame) for (_, sigma), frame in singles.items()}
         best = max(acr, key=lambda sigma: acr[sigma])
-        points = max(math.ceil(1000 * share - 1e-6) / 10, 0.0)  # "at no radius more than" must be true
-        own = average_certified_radius(cascade.label_aware)
         compared.append(
-            Shortfall(method_labels([method])[0], numeral(len(singles)), points, radius, own, acr[best], best)
+            Shortfall(
+                label=method_labels([method])[0],
+                deployments=numeral(len(singles)),
+                points=max(math.ceil(1000 * share - 1e-6) / 10, 0.0),  # "at no radius more than" must be true
+                radius=radius,
+                acr=average_certified_radius(cascade.label_aware),
+                best_acr=acr[best],
+                best_sigma=best,
+                can_pass=cascade.record.can_pass,
+            )
         )
     return compared
 

@@ -115,6 +115,7 @@ def test_pass_votes_are_counted_where_a_sigma_was_asked(run, copy):
     assert passed[1.0] == pytest.approx(sum(by_hand) / (100 * len(votes))) and 0 < passed[0.5] < 1
     text = render(config, copy, inputs, ["0"])
     assert "| pass at σ = 1 |" in " ".join(text.split()) and 'votes for "pass"' in text
+    assert text.count('loses votes to "pass"') == 1  # the cascade of the experts cannot pass
 
 
 def test_a_missing_file_names_the_stage(run, copy):
