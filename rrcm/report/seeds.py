@@ -25,7 +25,7 @@ INTERVAL_OVER_SEEDS = [
     "It covers the variation between training runs on these images.",
 ]
 INTERVAL_OVER_BOTH = [
-    "\nIn parentheses: a 95 % interval that covers the training runs and the test images.",
+    "In parentheses: a 95 % interval that covers the training runs and the test images.",
     "Its half-width is the root of the sum of two squares: the half-width of the t interval over seeds,",
     "and the root mean square over seeds of the half-width of the interval over test images.",
 ]
@@ -43,23 +43,33 @@ def seeds_text(folders: Sequence[Path]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted(numbers["seed"].unique()))
     (reference,) = method_labels(numbers.loc[numbers["difference"].isna(), "method"].unique())
     values, differences = (over_seeds(numbers, column) for column in ("value", "difference"))
-    many = len(reports) >= MIN_SEEDS
+    few = [f"Fewer than {MIN_SEEDS} seeds have no interval over seeds."]
     parts = [
         f"Certified accuracy (%) with the best σ and ACR, mean over seeds {seeds}.\n",
         markdown_text(differences_text(values, "value")),
         f"Difference to {reference}, mean over seeds {seeds}.\n",
         markdown_text(differences_text(differences, "difference")),
     ]
-    parts += INTERVAL_OVER_SEEDS if many else [f"Fewer than {MIN_SEEDS} seeds have no interval over seeds."]
+    parts += INTERVAL_OVER_SEEDS if len(reports) >= MIN_SEEDS else few
+    further = further_tables(reports, seeds)
+    return "\n".join([*parts, *(["", *further] if further else [])])
+
+
+def further_tables(reports: Sequence[Path], seeds: str) -> list[str]:
+    """The tables of joint methods and cascades, and how their intervals are made; none if no report has any."""
+    parts, many = [], len(reports) >= MIN_SEEDS
     if every_report_has(reports, "deployment.csv"):
-        half = ", ± half of the 95 % t interval over seeds" if many else ""
-        heading = f"\nOne deployment: certified accuracy (%), ACR and samples, mean over seeds {seeds}{half}.\n"
-        parts += [heading, markdown_text(deployments_over_seeds(read_deployments(reports)))]
+        numbers = read_deployments(reports)
+        by, half = numbers["bound"].iloc[0], ", ± half of the 95 % t interval over seeds" if many else ""
+        parts.append(
+            f"One deployment: certified accuracy (%) and ACR by the {by} bound, mean over seeds {seeds}{half}.\n"
+        )
+        parts.append(markdown_text(deployments_over_seeds(numbers)))
     paired = {name: title for name, title in PAIRED.items() if every_report_has(reports, name)}
     for name, title in paired.items():
         pooled = over_seeds_and_images(read_reports(reports, name))
-        parts += [f"\n{title}, mean over seeds {seeds}.\n", markdown_text(differences_text(pooled, "difference"))]
-    return "\n".join([*parts, *(INTERVAL_OVER_BOTH if many and paired else [])])
+        parts += [f"{title}, mean over seeds {seeds}.\n", markdown_text(differences_text(pooled, "difference"))]
+    return [*parts, *(INTERVAL_OVER_BOTH if many and paired else [])]
 
 
 def find_reports(folder: Path) -> list[Path]:
