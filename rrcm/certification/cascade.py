@@ -203,7 +203,8 @@ class CascadedClassifier(nn.Module):
                 for (state, request), votes in zip(at_k, counts, strict=True):
                     add_votes(state, rule, k, request.purpose == SELECT, votes, self.num_classes)
 
-        yield from vote_in_rounds(states, self._find_room, partial(_next_request, rule), vote, at_once=at_once)
+        request = partial(_next_request, rule, self.num_classes)
+        yield from vote_in_rounds(states, self._find_room, request, vote, at_once=at_once)
 
     def _find_room(self, image: torch.Tensor) -> int:
         return max(scale.find_room(image) for scale in self.scales)
@@ -221,9 +222,9 @@ class CascadedClassifier(nn.Module):
         return [cascade_certificate(state, rule, self.num_classes) for state in states]
 
 
-def _next_request(rule: CascadeRule, state: CascadeState, room: int) -> SampleRequest:
+def _next_request(rule: CascadeRule, num_classes: int, state: CascadeState, room: int) -> SampleRequest:
     """The samples that an image needs next, at most `room` of them."""
-    scale, selects, start, stop = next_samples(state, rule)
+    scale, selects, start, stop = next_samples(state, rule, num_classes)
     purpose = SELECT if selects else ESTIMATE
     return SampleRequest(state.image, state.index, purpose, start, min(stop, start + room), scale)
 

@@ -7,7 +7,7 @@ Everything here follows from counts of votes, so that the votes which a state ke
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -74,19 +74,21 @@ def new_state(index: int, image: torch.Tensor | None, label: int | None, rule: C
     return CascadeState(index, image, label, [{} for _ in range(k)], counts=[{} for _ in range(k)], drawn=[0] * k)
 
 
-def next_samples(state: CascadeState, rule: CascadeRule) -> tuple[int, bool, int, int]:
+def next_samples(state: CascadeState, rule: CascadeRule, num_classes: int) -> tuple[int, bool, int, int]:
     """What the image needs next: scale, whether for the selection, and from which sample up to which one.
 
     The selection asks the scales from the largest sigma down. In the estimation the claims with the fewest certified
-    radii hold up the certificate, so their scales draw up to their next look, those with the fewest looks first.
+    radii hold up the certificate. The one of them with the smallest expected radius draws up to its next look, because
+    it is the likeliest to end without another radius, which finishes the image. The order follows from the votes that
+    the state keeps.
     """
     if not state.claims:
         asked = [sum(votes.values()) for votes in state.selection]
         k = max(k for k, samples in enumerate(asked) if samples < rule.n0)
         return k, True, asked[k], rule.n0
     lowest = min(state.levels)
-    scales = [k for (k, _), level in zip(state.claims, state.levels, strict=True) if level == lowest]
-    k = min(scales, key=lambda k: (_looks_taken(state, rule, k), k))
+    held_up = [claim for claim, level in zip(state.claims, state.levels, strict=True) if level == lowest]
+    k, _ = min(held_up, key=lambda claim: _expected_radius(state, rule, *claim, num_classes))
     return k, False, state.drawn[k], rule.looks[_looks_taken(state, rule, k)]
 
 
@@ -108,6 +110,15 @@ def add_votes(
     state.drawn[scale] += drawn
     if state.drawn[scale] in rule.looks:
         _decide(state, rule, scale, num_classes)
+
+
+def _expected_radius(state: CascadeState, rule: CascadeRule, scale: int, claim: str, num_classes: int) -> float:
+    """What the claim says after all samples if they vote in the proportions of the selection and the last kept look."""
+    kept = next((votes for k, _, votes in reversed(state.votes) if k == scale), {})
+    counts = Counter(state.selection[scale]) + Counter(kept)
+    top, others = top_and_others(counts, state.top_class, num_classes)
+    n, share = rule.looks[-1], rule.looks[-1] / sum(counts.values())
+    return float(rule.scales[scale].radius(claim, np.array(share * top), share * others, n, rule.last_alpha))
 
 
 def _looks_taken(state: CascadeState, rule: CascadeRule, scale: int) -> int:
@@ -187,7 +198,7 @@ def replay(
         raise ValueError(f"selection votes of {len(selection)} sigmas: must be {len(rule.scales)}")
     state = new_state(-1, None, label, rule)
     while not (state.claims or state.stop_reason):
-        k = next_samples(state, rule)[0]
+        k = next_samples(state, rule, num_classes)[0]
         given = _as_array(f"the selection at {_sigma(rule, k)}", selection[k], _outputs(k, num_classes))
         if given.sum() != rule.n0:
             raise ValueError(f"{given.sum()} selection votes at {_sigma(rule, k)}: must be {rule.n0}")
@@ -196,7 +207,7 @@ def replay(
         raise ValueError("the selection has votes at a sigma that was not asked")
     kept = deque(votes)
     while not state.stop_reason:
-        k, _, start, stop = next_samples(state, rule)
+        k, _, start, stop = next_samples(state, rule, num_classes)
         state.drawn[k], state.samples = stop, state.samples + stop - start
         if kept and (kept[0][0], kept[0][1]) == (k, stop):
             _replay_look(state, rule, k, kept.popleft()[2], num_classes)

@@ -216,7 +216,7 @@ def vote(index: int, label: int, rule: CascadeRule, can_pass: bool, rng: np.rand
     radius = rng.normal(1.1, 0.8) - 0.6 * np.array(rule.sigmas)
     state, votes = new_state(index, None, label, rule), np.random.default_rng(index)
     while not state.stop_reason:
-        k, selects, start, stop = next_samples(state, rule)
+        k, selects, start, stop = next_samples(state, rule, 10)
         share = ndtr(radius[k] / rule.sigmas[k])
         p = np.full(10 + (can_pass and k > 0), 0.02 * (1 - share))
         p[label], p[(label + 3) % 10] = share, 0
