@@ -1,5 +1,6 @@
 """Figures of certified accuracy against radius: by sigma, with the best sigma, of any files, and beside an attack."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, product
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
-from rrcm.methods import METHODS
+from rrcm.methods import CASCADE, METHODS
 from rrcm.report.figures import OKABE_ITO, figure_style, line_style
 from rrcm.report.panels import OTHERS, Group, draw_legend, draw_legends, fewer_images, panel_groups
 
@@ -99,33 +100,39 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
 @figure_style()
 def draw_attack(
     method: str,
-    certificates: Mapping[float, pd.DataFrame],
+    certificates: Mapping[str, pd.DataFrame],
     radii: Sequence[float],
-    summaries: Mapping[float, Mapping[str, Sequence[float]]],
+    summaries: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Figure:
-    """Certified accuracy and accuracy under attack within each of `radii`, with one panel per sigma.
+    """Certified accuracy and accuracy under attack within each of `radii`: a panel for each sigma and for the cascade.
 
-    `summaries` are the results of `attack.summarize` by sigma. The attacked classifier abstains in the shaded area
-    between the two black lines.
+    `certificates` are by the names of their files, and so are `summaries`, the results of `attack.summarize`. The
+    attacked classifier abstains in the shaded area between the two black lines.
     """
     figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))
     panels = figure.subplots(1, len(certificates), sharey=True, squeeze=False)[0]
-    for panel, (sigma, frame) in zip(panels, sorted(certificates.items()), strict=True):
-        summary = summaries[sigma]
-        correct, not_wrong, unsmoothed = (
-            100 * np.array(summary[name]) for name in ("accuracy", "not_wrong", "unsmoothed_accuracy")
-        )
+    for panel, name in zip(panels, _by_sigma(certificates), strict=True):
+        frame, summary = certificates[name], summaries[name]
+        correct, not_wrong = (100 * np.array(summary[each]) for each in ("accuracy", "not_wrong"))
         certified = line_style(method) | {"label": f"{METHODS[method].label}, certified"}
         reach, _ = draw_curve(panel, [frame], **certified)
         panel.plot(radii, correct, "o-", color="black", markersize=4, label="correct under attack", clip_on=False)
         panel.plot(radii, not_wrong, ":", color="black", label="correct or abstains under attack")
         panel.fill_between(radii, correct, not_wrong, color="black", alpha=0.08, linewidth=0)
-        panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label="correct under attack, not smoothed")
+        if "unsmoothed_accuracy" in summary:
+            unsmoothed, label = 100 * np.array(summary["unsmoothed_accuracy"]), "correct under attack, not smoothed"
+            panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label=label)
         set_axes(panel, max(radii[-1], reach[-1]))
-        panel.set_title(f"σ = {sigma:g}: {summary['broken']} of {summary['certificates']} certificates broken")
+        deployed = name if name == CASCADE else f"σ = {float(name.removeprefix('sigma_')):g}"
+        panel.set_title(f"{deployed}: {summary['broken']} of {summary['certificates']} certificates broken")
     panels[0].set_ylabel("accuracy (%)")
     draw_legend(figure, panels)
     return figure
+
+
+def _by_sigma(names: Iterable[str]) -> list[str]:
+    """Names of certificate files by increasing sigma, the cascade last."""
+    return sorted(names, key=lambda name: math.inf if name == CASCADE else float(name.removeprefix("sigma_")))
 
 
 def _of_sigma(certificates: Certificates, sigma: float) -> dict[str, list[pd.DataFrame]]:
