@@ -16,7 +16,7 @@ from rrcm.methods import (
     JOINT,
     MATCHED_PRETRAINING,
     METHODS,
-    MULTI_SCALE,
+    MULTI_SCALE_FILE,
     PER_OBJECTIVE,
     REFERENCE,
     SOFT_LABELS,
@@ -206,7 +206,7 @@ def _cascade_stage(method: str, cascade: Mapping) -> dict[str, str]:
         "method": method,
         "models": f"{method}/{JOINT}" if METHODS[method].joint is not None else method,
         "thresholds": THRESHOLDS if cascade["thresholds"] == "chosen" else CASCADE,
-        "multi_scale": MULTI_SCALE if cascade["multi_scale"] else CASCADE,
+        "multi_scale": MULTI_SCALE_FILE if cascade["multi_scale"] else CASCADE,
     }
 
 

@@ -23,7 +23,7 @@ SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
 DENOISER = "models/denoiser"  # output of the stage denoiser
 JOINT = "joint"  # takes the place of the sigma in the names of a joint training's files and stages
 # The files of a cascade in certificates/METHOD/: certificates, those by the published rule, votes for thresholds.
-CASCADE, MULTI_SCALE, THRESHOLDS = "cascade", "multi_scale", "thresholds"
+CASCADE, MULTI_SCALE_FILE, THRESHOLDS = "cascade", "multi_scale", "thresholds"
 JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3"}
 JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3}  # by the end of the name: share of the passes of all experts
 FAMILIES = (

@@ -37,7 +37,7 @@ from rrcm.utils.distributed import DistEnv, WorkQueue, explain_lost_processes, f
 from rrcm.utils.files import json_bytes, sha256_folder, write_together
 from rrcm.utils.resume import RunState
 
-FILES = {LABEL_AWARE: f"{methods.CASCADE}.tsv", MULTI_SCALE: f"{methods.MULTI_SCALE}.tsv"}  # by their certificates
+FILES = {LABEL_AWARE: f"{methods.CASCADE}.tsv", MULTI_SCALE: f"{methods.MULTI_SCALE_FILE}.tsv"}  # by their certificates
 THRESHOLDS = f"{methods.THRESHOLDS}.tsv"
 PARTS = ("seconds", "samples", "seconds_by_image")  # entries of the file of timings for each further file
 

@@ -8,20 +8,19 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rrcm import methods
 from rrcm.certification.cascade_rules import LABEL_AWARE, MULTI_SCALE
 from rrcm.certification.cascade_votes import parse_selection
 from rrcm.certification.record import CascadeRecord, read_record, record_path
 from rrcm.certification.results import read_certificates, read_samples, samples_path
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import METHODS
+from rrcm.methods import CASCADE, METHODS, MULTI_SCALE_FILE
 from rrcm.report.records import CascadeTiming, check_cost
 from rrcm.report.records import read_record as read_timing
 from rrcm.utils.errors import RRCMError
 
 # The names of certificate files, by their certificates.
-FILES = {LABEL_AWARE: methods.CASCADE, MULTI_SCALE: methods.MULTI_SCALE}
+FILES = {LABEL_AWARE: CASCADE, MULTI_SCALE: MULTI_SCALE_FILE}
 
 
 class Cascade(NamedTuple):

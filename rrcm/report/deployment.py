@@ -23,8 +23,8 @@ from rrcm.evaluation.metrics import (
     mean_samples,
     summary,
 )
-from rrcm.methods import CASCADE
-from rrcm.report.cascade_inputs import MULTI_SCALE_FILE, Cascade
+from rrcm.methods import CASCADE, MULTI_SCALE_FILE
+from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.tables import Table, differences_text, method_labels, with_images
 
 BEST = "best"  # the best sigma at each radius; the other deployments are CASCADE, MULTI_SCALE and each sigma
