@@ -134,6 +134,8 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
         made["joint"] = tables.joint(inputs.certificates, pairs, config.report.radii, config.seed)
     if inputs.cascades:
         made |= deployment_tables(config, inputs)
+    if inputs.latency and inputs.latency.get("cascades"):
+        made["cascade_latency"] = tables.cascade_latency(inputs.latency, config.latency.n, config.certify.n0)
     return made | ({"latency": latency_table(config, inputs)} if inputs.latency else {})
 
 

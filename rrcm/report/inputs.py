@@ -250,7 +250,11 @@ def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
             raise RRCMError(f"{path}: {method}: has other rounds than the settings, or no whole batches; {advice}")
         if sum(each["parameters"].values()) != models[method, config.sigmas[0]]["parameters"]:
             raise RRCMError(f"{path}: {method}: has other parameters than its model; {advice}")
-    return record
+    cascades, names = record.pop("cascades", {}), [sigma_name(sigma) for sigma in config.cascade_sigmas]
+    for method in config.cascade.methods:
+        if method not in cascades or list(cascades[method]["seconds_per_sample"]) != names:
+            raise RRCMError(f"{path}: has no cascade of {method} at the sigmas of the settings; {advice}")
+    return record | {"cascades": {method: cascades[method] for method in config.cascade.methods}}
 
 
 def _read_pretraining(config: Config, root: Path, name: str, validation: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -91,6 +91,14 @@ class MethodLatency(Record):
     seconds_per_sample: list[Positive]
 
 
+class CascadeLatency(Record):
+    """The latency of a cascade: seconds per sample at each sigma, and seconds to predict, in each round."""
+
+    seconds_per_sample: dict[str, list[Positive]]
+    predict_seconds: list[Positive]
+    single_predict_seconds: list[Positive]
+
+
 class Latency(Record):
     """The record that the latency stage writes."""
 
@@ -98,6 +106,7 @@ class Latency(Record):
     dtype: Literal["fp32", "bf16"]
     sigma: Positive
     methods: dict[str, MethodLatency]
+    cascades: dict[str, CascadeLatency] = {}
     environment: Environment
 
 

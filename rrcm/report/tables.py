@@ -226,6 +226,32 @@ def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFr
     return Table(pd.DataFrame(rows), pd.DataFrame(text))
 
 
+def cascade_latency(record: Mapping, samples: Sequence[int], n0: int) -> Table:
+    """The seconds to certify an image by each path of a cascade, with each n of `samples` per sigma, and to predict.
+
+    A path draws n0 + n samples at the sigma that accepts and at each larger one. `record` is as for `latency`. `ratio`
+    is relative to the largest sigma alone, and the last columns have the seconds of PREDICT by the cascade and by the
+    single classifier. The numbers are medians over the rounds with their range.
+    """
+    rows, text = [], []
+    for name, each in record["cascades"].items():
+        path, label = np.zeros(len(each["predict_seconds"])), method_labels([name])[0]
+        largest = np.array(list(each["seconds_per_sample"].values())[-1])
+        for sigma, seconds in reversed(each["seconds_per_sample"].items()):
+            path = path + np.array(seconds)
+            measured = {f"seconds_n_{n}": (n0 + n) * path for n in samples} | {"ratio": path / largest}
+            measured |= {key: np.array(each[key]) for key in ("predict_seconds", "single_predict_seconds")}
+            spread = {key: Interval(np.median(values), values.min(), values.max()) for key, values in measured.items()}
+            rows.append({"method": name, "accepting": sigma})
+            for key, interval in spread.items():
+                rows[-1] |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+            text.append({"method": label, "accepting σ": f"{float(sigma.removeprefix('sigma_')):g}"})
+            text[-1] |= {f"n = {n:,} (s)": _range_text(spread[f"seconds_n_{n}"]) for n in samples}
+            text[-1] |= {"ratio": _range_text(spread["ratio"]), "predict (s)": _range_text(spread["predict_seconds"])}
+            text[-1] |= {"predict, one σ (s)": _range_text(spread["single_predict_seconds"])}
+    return Table(pd.DataFrame(rows), pd.DataFrame(text))
+
+
 def _three_digits(value: float) -> str:
     """`value` with three significant digits, or rounded to a whole number if it has more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
