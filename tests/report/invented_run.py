@@ -179,6 +179,10 @@ def make_latency(config: Config, root: Path) -> None:
             "seconds_per_sample": [2e-6 * (denoiser + classifier) * (1 + 0.04 * i) * k for k in (1, 1.1, 1.3)],
         }
     record = {"device": "cpu", "dtype": "fp32", "sigma": config.sigmas[0], "methods": methods}
+    if config.cascade.methods:
+        each = {"predict_seconds": [2e-3, 3e-3, 4e-3], "single_predict_seconds": [1e-3, 1.5e-3, 2e-3]}
+        each["seconds_per_sample"] = {f"sigma_{sigma}": [2e-6, 2.1e-6, 2.2e-6] for sigma in config.cascade_sigmas}
+        record["cascades"] = dict.fromkeys(config.cascade.methods, each)
     write_json(root / "timings/latency.json", record | {"environment": ENVIRONMENT})
 
 
