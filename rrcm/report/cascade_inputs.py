@@ -19,8 +19,7 @@ from rrcm.report.records import CascadeTiming, check_cost
 from rrcm.report.records import read_record as read_timing
 from rrcm.utils.errors import RRCMError
 
-# The names of certificate files, by their certificates.
-FILES = {LABEL_AWARE: CASCADE, MULTI_SCALE: MULTI_SCALE_FILE}
+FILES = {LABEL_AWARE: CASCADE, MULTI_SCALE: MULTI_SCALE_FILE}  # the names of certificate files, by their certificates
 
 
 class Cascade(NamedTuple):
@@ -35,6 +34,12 @@ class Cascade(NamedTuple):
     multi_scale: pd.DataFrame | None  # by the rule of Jeong & Shin, if the settings ask for it
     seconds: Mapping[str, float]  # of its certification, and if thresholds were chosen of that
     passed: Mapping[float, float]  # by sigma: share of the selection votes for "pass"; {} if there is no such answer
+
+    @property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The certificates of the one deployment: "cascade", and if there are any "multi-scale"."""
+        both = {CASCADE: self.label_aware, MULTI_SCALE: self.multi_scale}
+        return {name: frame for name, frame in both.items() if frame is not None}
 
 
 def cascade_stage(method: str) -> str:
