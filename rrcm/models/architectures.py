@@ -57,6 +57,7 @@ class NetworkEntries(Entries):
     architecture: NetworkSizes
     class_names: ClassNames
     sigma: Positive  # pixel units
+    can_pass: bool = False  # it has one more output, "pass"
 
 
 def network_classifier(architecture: Mapping, num_classes: int, sigma: float) -> NetworkClassifier:
@@ -72,6 +73,6 @@ def network_classifier(architecture: Mapping, num_classes: int, sigma: float) ->
 def load_network_folder(folder: Path, config: dict) -> LoadedClassifier:
     """The loader of kind "network" in `rrcm.models.FOLDER_LOADERS`."""
     entries = parse_entries(folder, config, NetworkEntries)
-    sizes, num_classes = entries.architecture, len(entries.class_names)
-    classifier = load_network(folder, lambda: network_classifier(sizes.model_dump(), num_classes, entries.sigma))
+    sizes, outputs = entries.architecture, len(entries.class_names) + entries.can_pass
+    classifier = load_network(folder, lambda: network_classifier(sizes.model_dump(), outputs, entries.sigma))
     return LoadedClassifier(classifier, sizes.image_size, sizes.channels, entries.class_names)

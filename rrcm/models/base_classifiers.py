@@ -100,6 +100,25 @@ class NoiseConditionedClassifier(BaseClassifier):
         return self.head(forward_in_chunks(partial(self.encoder, t=self.t), num_chunks, to_model_space(noisy)))
 
 
+class WithoutPass(BaseClassifier):
+    """A classifier whose last output is "pass", without that output."""
+
+    def __init__(self, classifier: BaseClassifier):
+        super().__init__()
+        self.classifier, self.num_classes = classifier, classifier.num_classes - 1
+        for name in ("sigma", "keeps_float32_input", "stochastic"):
+            setattr(self, name, getattr(classifier, name))
+
+    def forward(self, noisy: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
+        """noisy (B, C, H, W), pixels in [0, 1] plus noise -> logits (B, num_classes)."""
+        logits = self.classifier(noisy, draw) if self.stochastic else self.classifier(noisy)
+        return logits[:, : self.num_classes]
+
+    def at(self, sigma: float) -> "WithoutPass":
+        """The same classifier for pixel noise `sigma`."""
+        return WithoutPass(self.classifier.at(sigma)).train(self.training)
+
+
 class Normalized(BaseClassifier):
     """Turns a network that expects normalised images into a classifier of pixels in [0, 1]."""
 

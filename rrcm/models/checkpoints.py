@@ -74,6 +74,7 @@ class ClassifierEntries(EncoderEntries):
     class_names: ClassNames
     sigma: Positive  # pixel units
     t: Positive  # model space
+    can_pass: bool = False  # it has one more output, "pass"
 
 
 def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
@@ -99,6 +100,7 @@ def save_model(
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: 0, 1, ...
     sigma: float | JointSigmas | None = None,  # of a classifier, pixel units; None: `model.sigma`
     kind: str = "classifier",  # of a classifier with our encoder: a key of `rrcm.models.FOLDER_LOADERS`
+    can_pass: bool = False,  # whether the last output of a classifier is "pass", which is no class
     dtype: str = "fp32",  # bf16 rounds the stored weights, which halves the file; they are loaded as float32
     **metadata: object,
 ) -> None:
@@ -110,14 +112,15 @@ def save_model(
     if isinstance(model, NoiseConditionedViT):
         config = {"kind": "encoder", "architecture": architecture(model)}
     else:
-        names = [str(k) for k in range(model.num_classes)] if class_names is None else list(class_names)
-        if len(names) != model.num_classes:
-            raise RRCMError(f"{folder}: {len(names)} class names for {model.num_classes} classes; give one per class")
+        num_classes = model.num_classes - can_pass
+        names = [str(k) for k in range(num_classes)] if class_names is None else list(class_names)
+        if len(names) != num_classes:
+            raise RRCMError(f"{folder}: {len(names)} class names for {num_classes} classes; give one per class")
         if isinstance(model, NetworkClassifier):
             config = {"kind": "network", "architecture": model.architecture}
         else:
             config = {"kind": kind, "architecture": architecture(model.encoder)}
-        config |= {"class_names": names}
+        config |= {"class_names": names} | ({"can_pass": True} if can_pass else {})
         if isinstance(sigma, JointSigmas):
             config |= {"joint": sigma.entries}
         else:
@@ -173,8 +176,8 @@ def build_from_folder(
 ) -> NoiseConditionedClassifier:
     """The classifier of class `kind` in a model folder whose config.json is `config`, in eval mode."""
     entries = parse_entries(folder, config, ClassifierEntries)
-    sizes, num_classes = entries.architecture, len(entries.class_names)
-    classifier = load_network(folder, lambda: kind(sizes.build(), num_classes, entries.t))
+    sizes, outputs = entries.architecture, len(entries.class_names) + entries.can_pass
+    classifier = load_network(folder, lambda: kind(sizes.build(), outputs, entries.t))
     classifier.sigma = entries.sigma
     return classifier
 

@@ -4,13 +4,14 @@ A model folder is the contract between training and certification. Its config.js
 has a loader for each kind. Code outside the package adds a kind with `FOLDER_LOADERS["my kind"] = my_loader`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rrcm.models import FOLDER_LOADERS
-from rrcm.models.base_classifiers import BaseClassifier
+from rrcm.models.base_classifiers import BaseClassifier, WithoutPass
 from rrcm.models.folders import check_kind, read_model_config
-from rrcm.models.joint import config_at
+from rrcm.models.joint import config_at, read_joint
 from rrcm.utils.errors import RRCMError
 
 
@@ -35,23 +36,52 @@ class LoadedClassifier(NamedTuple):
 
 
 def load_model_folder(
-    folder: Path | str, sha256: str | None = None, *, sigma: float | None = None, outside_range: bool = False
+    folder: Path | str,
+    sha256: str | None = None,
+    *,
+    sigma: float | None = None,
+    outside_range: bool = False,
+    keep_pass: bool = False,
 ) -> LoadedClassifier:
     """Load the classifier in a model folder of any kind in FOLDER_LOADERS.
 
     `sha256` is the hash that a larger model names, if this is a part of it. The classifier of a joint training is
-    loaded for pixel noise `sigma`, which other model folders ignore. Raises `RRCMError` for a folder that is missing or
-    damaged, has another hash, or is of an unknown kind, for a joint model without `sigma`, and for a `sigma` that its
-    training did not cover, unless `outside_range` is true.
+    loaded for pixel noise `sigma`, which other model folders ignore. A classifier that can pass has one output more
+    than classes, "pass", which is left out unless `keep_pass` is true. Raises `RRCMError` for a folder that is missing
+    or damaged, has another hash, or is of an unknown kind, for a joint model without `sigma`, and for a `sigma` that
+    its training did not cover, unless `outside_range` is true.
     """
     folder = Path(folder)
     config = read_model_config(folder, sha256)
     check_kind(folder, config, FOLDER_LOADERS)
     config = config_at(folder, config, sigma, outside_range)
     try:
-        return FOLDER_LOADERS[config["kind"]](folder, config)
+        loaded = FOLDER_LOADERS[config["kind"]](folder, config)
     except RecursionError:
         raise RRCMError(f"{folder}: has parts within parts, too many for any model; train it again") from None
+    if config.get("can_pass") and not keep_pass:
+        return loaded._replace(classifier=WithoutPass(loaded.classifier).eval())
+    return loaded
+
+
+def load_scales(
+    folder: Path | str, sigmas: Sequence[float], *, outside_range: bool = False
+) -> tuple[list[LoadedClassifier], bool]:
+    """The base classifiers of a cascade: the model in one folder for each of the increasing `sigmas`, and whether all
+    but the first have the output "pass".
+
+    Its weights are in memory once if its training was joint. Raises `RRCMError` as `load_model_folder` does.
+    """
+    folder = Path(folder)
+    config = read_model_config(folder)
+    can_pass, joint = bool(config.get("can_pass")), read_joint(folder, config) is not None
+    scales = [load_model_folder(folder, sigma=sigmas[0], outside_range=outside_range, keep_pass=True)]
+    for sigma in sigmas[1:]:
+        config_at(folder, config, sigma, outside_range)  # whether the training covered it
+        scales.append(scales[0]._replace(classifier=scales[0].classifier.at(sigma)) if joint else scales[0])
+    if can_pass:
+        scales[0] = scales[0]._replace(classifier=WithoutPass(scales[0].classifier).eval())
+    return scales, can_pass
 
 
 def refuse_within(folder: Path, part: BaseClassifier, kind: type[BaseClassifier]) -> None:
