@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from rrcm.constraints import CONSTRAINTS
 from rrcm.derived import choose_values, finetuning_keys, initial_weights
-from rrcm.methods import JOINT_SHARES, METHODS, PER_OBJECTIVE, check_methods
+from rrcm.methods import JOINT, JOINT_SHARES, METHODS, PASS, PER_OBJECTIVE, check_methods, has_joint
 from rrcm.objectives import PRETRAINING
 from rrcm.sections import (
     Section,
@@ -37,6 +37,9 @@ def check_method(name: str) -> str:
     expert = next((name.removesuffix(f"_{end}") for end in JOINT_SHARES if name.endswith(f"_{end}")), name)
     if expert != name and expert in METHODS and METHODS[expert].denoises:
         raise ValueError(f"{expert} has no joint form, as its denoiser takes every sigma; name {expert} itself")
+    if name == f"{expert}_{PASS}" and expert in METHODS and not has_joint(METHODS[expert], PASS):
+        why = "it is an ensemble" if METHODS[expert].is_ensemble else "its soft labels know no pass"
+        raise ValueError(f"{expert} has no form that can pass, as {why}; name {expert}_{JOINT}")
     return check_name(name, METHODS, "method")
 
 
@@ -352,6 +355,9 @@ class Finetune(
         "Noise of joint trainings: log-uniform from the first to the second; null: each of `sigmas` equally often",
         "pixel units",
     )
+    pass_gain: float = about("A sigma passes if a smaller one certifies this much more", "pixel units")
+    pass_votes: Count = about("Votes for each training image at each sigma, from which the passes follow", "samples")
+    pass_share: Share = about("Length of the training that adds the passes, as a share of the joint training")
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
     timm: TimmViT
     pretrain_cost_shared_by: Count = about("Fine-tuned models that share the compute of one pre-training", "models")

@@ -87,6 +87,9 @@ def find_items(config: Config) -> dict[str, Item]:
     for voter in config.derived["soft_labels"].values():
         entries = classifier_entries(config, voter["method"])
         items["soft-labels"] = Item("soft_labels", "rrcm.certification.soft_labels", entries)
+    for method in config.derived["training_votes"]:
+        entries = classifier_entries(config, method)
+        items[f"training-votes/{method}"] = Item("training_votes", "rrcm.certification.training_votes", entries)
     for method in config.methods:
         entries = classifier_entries(config, method)
         items[f"certify/{method}"] = Item("certify", "rrcm.certification.certify", entries)

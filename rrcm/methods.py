@@ -22,8 +22,11 @@ CLEAN_SIGMA = 0.001  # noise in training on nearly clean images, pixel units: a 
 SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
 DENOISER = "models/denoiser"  # output of the stage denoiser
 JOINT = "joint"  # takes the place of the sigma in the names of a joint training's files and stages
-JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3"}
-JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3}  # by the end of the name: share of the passes of all experts
+JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3", "joint_pass": "joint, pass"}
+# By the end of the name: share of the passes of all experts. NAME_joint_pass is trained further from NAME_joint.
+JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3, "joint_pass": 1.0}
+PASS = "joint_pass"  # end of the names of the joint methods whose classifiers can pass
+TRAINING_VOTES = "data/training_votes"  # output of the stage training-votes: a file for each joint method
 FAMILIES = (
     "rRCM",
     "other pre-training",
@@ -37,7 +40,8 @@ FAMILIES = (
 # The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
 # The three columns after the name decide the result, the others the appearance. A method that starts from random
 # weights also exists as NAME_matched. All of these, except those that denoise, also exist as NAME_joint, one network
-# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long.
+# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Single
+# classifiers without soft labels also exist as NAME_joint_pass, which continues NAME_joint with an output for "pass".
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -96,12 +100,15 @@ class Method:
     family: str  # one of FAMILIES
     matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
     joint: float | None = None  # of one network for all sigmas: its share of the passes of all experts; None: an expert
+    can_pass: bool = (
+        False  # whether it is trained further from the joint method, to pass at all sigmas but the smallest
+    )
 
     @property
     def identity(self) -> dict[str, str | float | None]:
-        """The columns that decide a result. An expert has no entry `joint`."""
+        """The columns that decide a result. There is an entry `joint` or `can_pass` only if the method is that."""
         decisive = {name: value for name, value in asdict(self).items() if name not in APPEARANCE}
-        return {name: value for name, value in decisive.items() if name != "joint" or value is not None}
+        return {name: value for name, value in decisive.items() if name not in ("joint", "can_pass") or value}
 
     @property
     def pretrained_here(self) -> bool:
@@ -161,8 +168,8 @@ def read_methods(table: str) -> dict[str, Method]:
     return experts | {
         f"{name}_{ending}": joint(row, ending)
         for name, row in experts.items()
-        if not row.denoises
         for ending in JOINT_SHARES
+        if has_joint(row, ending)
     }
 
 
@@ -171,10 +178,16 @@ def matched(row: Method) -> Method:
     return replace(row, matched=True, label=f"{row.label}, matched compute")
 
 
+def has_joint(row: Method, ending: str) -> bool:
+    """Whether a method also exists with this ending of its name."""
+    return not (row.denoises or (ending == PASS and (row.is_ensemble or row.needs_soft_labels)))
+
+
 def joint(row: Method, ending: str) -> Method:
     """The same method with one network for all sigmas."""
     label = row.label.replace("matched compute", "matched")  # a legend has no room for more
-    return replace(row, joint=JOINT_SHARES[ending], label=f"{label}, {JOINT_LABELS[ending]}")
+    share, label = JOINT_SHARES[ending], f"{label}, {JOINT_LABELS[ending]}"
+    return replace(row, joint=share, can_pass=ending == PASS, label=label)
 
 
 METHODS = read_methods(TABLE)
@@ -185,6 +198,11 @@ def expert_of(method: str) -> str:
     if METHODS[method].joint is None:
         return method
     return next(method.removesuffix(f"_{ending}") for ending in JOINT_SHARES if method.endswith(f"_{ending}"))
+
+
+def continued_method(method: str) -> str:
+    """The joint method from which a method that can pass is trained further."""
+    return f"{method.removesuffix(f'_{PASS}')}_{JOINT}"
 
 
 def model_name(method: str, sigma: float) -> str:

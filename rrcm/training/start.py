@@ -45,6 +45,9 @@ class Start(NamedTuple):
 
 def load_start(training: Training, num_classes: int, device: torch.device) -> Start:
     """The start of a training. Raises `RRCMError` for weights that are missing, damaged or of another network."""
+    if training.continued is not None:
+        narrow = load_model_folder(training.continued, sigma=training.sigma).classifier
+        return Start(add_pass_output(narrow, training).to(device).train(), nn.Identity(), {})
     if training.parts is None:
         return Start(build_classifier(training, num_classes).to(device).train(), nn.Identity(), {})
     denoise = load_denoise(training.parts.denoiser, training.sigma, device)
@@ -65,6 +68,24 @@ def build_classifier(training: Training, num_classes: int) -> Classifier:
         return network_classifier(network_settings(model, data), num_classes, training.sigma)
     encoder = load_initial_encoder(training.method, training.t, training.files.encoders, training.common, model, data)
     return TRAINED_CLASSIFIERS[METHODS[training.method].trained](encoder, num_classes, training.t)
+
+
+def add_pass_output(narrow: Classifier, training: Training) -> Classifier:
+    """The same classifier with one more output, whose logit is 0."""
+    if isinstance(narrow, NetworkClassifier):
+        wide = network_classifier(narrow.architecture, narrow.num_classes + 1, training.sigma)
+    else:
+        wide = type(narrow)(narrow.encoder, narrow.num_classes + 1, training.t)
+        wide.encoder.patch_embed.requires_grad_(not training.model.freeze_patch_embed)
+        wide.encoder.grad_checkpointing = training.model.grad_checkpointing
+    own, weights = wide.state_dict(), narrow.state_dict()
+    with torch.no_grad():
+        for name, value in own.items():
+            if value.shape == weights[name].shape:
+                value.copy_(weights[name])
+            else:  # of the last layer
+                value.zero_()[:-1] = weights[name]
+    return wide
 
 
 def network_settings(model: Model, data: Data) -> dict[str, object]:
