@@ -100,9 +100,7 @@ class Method:
     family: str  # one of FAMILIES
     matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
     joint: float | None = None  # of one network for all sigmas: its share of the passes of all experts; None: an expert
-    can_pass: bool = (
-        False  # whether it is trained further from the joint method, to pass at all sigmas but the smallest
-    )
+    can_pass: bool = False  # whether it continues the joint method, with an output for "pass"
 
     @property
     def identity(self) -> dict[str, str | float | None]:

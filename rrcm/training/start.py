@@ -6,7 +6,7 @@ The linear probe is here as well, since it only prepares the head of that classi
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.rng import derive_seed
 
 Classifier = NoiseConditionedClassifier | NetworkClassifier
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Start(NamedTuple):
@@ -78,13 +79,17 @@ def add_pass_output(narrow: Classifier, training: Training) -> Classifier:
         wide = type(narrow)(narrow.encoder, narrow.num_classes + 1, training.t)
         wide.encoder.patch_embed.requires_grad_(not training.model.freeze_patch_embed)
         wide.encoder.grad_checkpointing = training.model.grad_checkpointing
-    own, weights = wide.state_dict(), narrow.state_dict()
-    with torch.no_grad():
-        for name, value in own.items():
-            if value.shape == weights[name].shape:
-                value.copy_(weights[name])
-            else:  # of the last layer
-                value.zero_()[:-1] = weights[name]
+    return copy_outputs(narrow, wide)
+
+
+def copy_outputs(narrow: nn.Module, wide: Network) -> Network:
+    """`wide` with the weights of `narrow`, which lacks its last output. The weights of that output are 0."""
+    weights = narrow.state_dict()
+    for name, value in wide.state_dict().items():
+        if value.shape == weights[name].shape:
+            value.copy_(weights[name])
+        else:  # of the last layer
+            value.zero_()[:-1] = weights[name]
     return wide
 
 
