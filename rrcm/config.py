@@ -38,8 +38,7 @@ def check_method(name: str) -> str:
     if expert != name and expert in METHODS and METHODS[expert].denoises:
         raise ValueError(f"{expert} has no joint form, as its denoiser takes every sigma; name {expert} itself")
     if name == f"{expert}_{PASS}" and expert in METHODS and not has_joint(METHODS[expert], PASS):
-        why = "it is an ensemble" if METHODS[expert].is_ensemble else "its soft labels know no pass"
-        raise ValueError(f"{expert} has no form that can pass, as {why}; name {expert}_{JOINT}")
+        raise ValueError(f"{expert} has no form that can pass, as it is an ensemble; name {expert}_{JOINT}")
     return check_name(name, METHODS, "method")
 
 
@@ -355,9 +354,11 @@ class Finetune(
         "Noise of joint trainings: log-uniform from the first to the second; null: each of `sigmas` equally often",
         "pixel units",
     )
-    pass_gain: float = about("A sigma passes if a smaller one certifies this much more", "pixel units")
-    pass_votes: Count = about("Votes for each training image at each sigma, from which the passes follow", "samples")
-    pass_share: Share = about("Length of the training that adds the passes, as a share of the joint training")
+    pass_votes: Count = about("Votes for each training image at each sigma, from which passes are learnt", "samples")
+    pass_share: Share = about("Steps that train an output for pass, as a share of the steps of the joint training")
+    pass_bias: float = about(
+        "Added to the logit of pass: the more, the better are small radii, and the worse large ones"
+    )
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
     timm: TimmViT
     pretrain_cost_shared_by: Count = about("Fine-tuned models that share the compute of one pre-training", "models")

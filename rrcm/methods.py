@@ -23,8 +23,9 @@ SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
 DENOISER = "models/denoiser"  # output of the stage denoiser
 JOINT = "joint"  # takes the place of the sigma in the names of a joint training's files and stages
 JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3", "joint_pass": "joint, pass"}
-# By the end of the name: share of the passes of all experts. NAME_joint_pass is trained further from NAME_joint.
+# By the end of the name: share of the passes of all experts. The head of NAME_joint_pass is trained beyond them.
 JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3, "joint_pass": 1.0}
+PASS_OBJECTIVE = "gaussian"  # trains the outputs for pass
 PASS = "joint_pass"  # end of the names of the joint methods whose classifiers can pass
 TRAINING_VOTES = "data/training_votes"  # output of the stage training-votes: a file for each joint method
 FAMILIES = (
@@ -40,8 +41,8 @@ FAMILIES = (
 # The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
 # The three columns after the name decide the result, the others the appearance. A method that starts from random
 # weights also exists as NAME_matched. All of these, except those that denoise, also exist as NAME_joint, one network
-# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Single
-# classifiers without soft labels also exist as NAME_joint_pass, which continues NAME_joint with an output for "pass".
+# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Those that
+# are no ensembles also exist as NAME_joint_pass, which is NAME_joint with one more output, for "pass".
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -100,7 +101,7 @@ class Method:
     family: str  # one of FAMILIES
     matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
     joint: float | None = None  # of one network for all sigmas: its share of the passes of all experts; None: an expert
-    can_pass: bool = False  # whether it continues the joint method, with an output for "pass"
+    can_pass: bool = False  # whether it is the joint method with an output for "pass"
 
     @property
     def identity(self) -> dict[str, str | float | None]:
@@ -178,7 +179,7 @@ def matched(row: Method) -> Method:
 
 def has_joint(row: Method, ending: str) -> bool:
     """Whether a method also exists with this ending of its name."""
-    return not (row.denoises or (ending == PASS and (row.is_ensemble or row.needs_soft_labels)))
+    return not (row.denoises or (ending == PASS and row.is_ensemble))
 
 
 def joint(row: Method, ending: str) -> Method:
@@ -199,7 +200,7 @@ def expert_of(method: str) -> str:
 
 
 def continued_method(method: str) -> str:
-    """The joint method from which a method that can pass is trained further."""
+    """The joint method to which a method that can pass adds an output."""
     return f"{method.removesuffix(f'_{PASS}')}_{JOINT}"
 
 

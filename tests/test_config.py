@@ -504,10 +504,7 @@ JOINT = {"methods": ["rrcm_joint", "gaussian"]}
             {"methods": ["rrcm_ensemble_joint_pass"]},
             "rrcm_ensemble has no form that can pass, as it is an ensemble; name rrcm_ensemble_joint",
         ),
-        (
-            {"methods": ["cat_rs_joint_pass"]},
-            "cat_rs has no form that can pass, as its soft labels know no pass; name cat_rs_joint",
-        ),
+        ({"methods": ["cat_rs_joint_pass"]}, "soft_labels: cat_rs_joint_pass needs the votes of gaussian at sigma"),
         ({"methods": ["dds_joint_pass"]}, "dds has no joint form, as its denoiser takes every sigma; name dds itself"),
         (JOINT | {"finetune__pass_share": 0.0}, "finetune.pass_share = 0.0: should be greater than 0"),
         ({"methods": ["rrcm_joit"]}, "no such method; did you mean rrcm_joint?"),

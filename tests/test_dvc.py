@@ -228,7 +228,7 @@ FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again`
     "finetune.initial_weights": PRETRAINED,
     "finetune.ensemble_members": ENSEMBLES,
     "finetune.joint_interval": JOINT,
-    "finetune.pass_gain": PASSING,
+    "finetune.pass_bias": PASSING,
     "finetune.pass_votes": PASSING,
     "finetune.pass_share": PASSING,
     "finetune.time_condition": PRETRAINED,

@@ -74,9 +74,9 @@ def test_every_trained_method_also_exists_as_a_joint_one():
     assert model_name("rrcm", 1) == "sigma_1.0"
 
 
-def test_single_classifiers_without_soft_labels_also_exist_with_an_output_for_pass():
+def test_single_classifiers_also_exist_with_an_output_for_pass():
     passing = {name for name, row in METHODS.items() if row.can_pass}
-    unfit = {name for name, row in METHODS.items() if row.denoises or row.is_ensemble or row.needs_soft_labels}
+    unfit = {name for name, row in METHODS.items() if row.denoises or row.is_ensemble}
     experts = {name for name, row in METHODS.items() if row.joint is None}
     assert passing == {f"{name}_joint_pass" for name in experts - unfit}
     row = METHODS["consistency_matched_joint_pass"]

@@ -1,40 +1,40 @@
-"""Joint training of a classifier that may answer "pass" at all sigmas but the smallest, in a cascade."""
+"""Training of an output for "pass", by which the larger sigmas of a cascade leave an image to a smaller one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 
 from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.joint import JointObjective
 
 
-def pass_targets(votes: np.ndarray, labels: np.ndarray, sigmas: Sequence[float], gain: float) -> np.ndarray:
-    """Where a cascade should pass each image on: (N, S) bool.
+def pass_targets(votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The share of pass in the target of each image at each sigma: (N, S) float32 in [0, 1].
 
-    `votes` (N, S, K) count the votes for N images at increasing `sigmas`, and `labels` (N,) are their classes. With
-    M_k = sigma_k / 2 (Phi^-1(p of the label) - Phi^-1(largest p of another class)), scale k passes an image if some
-    smaller sigma has a positive M that exceeds M_k by more than `gain`, in pixel units. The smallest never passes.
+    `votes` (N, S, K) count the votes for N images at increasing sigmas, and `labels` (N,) are their classes. The share
+    is that of the votes that are wrong, if most votes at some smaller sigma are right. Otherwise it is 0.
     """
-    share = (votes + 0.5) / (votes.sum(-1, keepdims=True) + 1)  # no class has probability 0 or 1
+    share = votes / votes.sum(-1, keepdims=True)
     is_label = np.arange(share.shape[-1]) == np.asarray(labels)[:, None, None]
-    top, other = np.where(is_label, share, 0).max(-1), np.where(is_label, 0, share).max(-1)
-    radii = np.asarray(sigmas) / 2 * (ndtri(top) - ndtri(other))
-    below = np.maximum.accumulate(np.concatenate([np.zeros((len(radii), 1)), radii[:, :-1]], 1), 1)
-    return (below > 0) & (below > radii + gain)
+    right, other = np.where(is_label, share, 0).max(-1), np.where(is_label, 0, share).max(-1)
+    right_below = np.zeros(right.shape, bool)
+    right_below[:, 1:] = np.logical_or.accumulate(right > other, 1)[:, :-1]
+    return ((1 - right) * right_below).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class PassingObjective:
-    """A joint objective for a classifier with one output more than classes, the last: "pass".
+    """A joint objective for a classifier whose last output is "pass". Only its last layer is trained.
 
     An image at sigma gets the pass target of the closest of `joint.noise.sigmas`. If this is the smallest, the output
-    "pass" is ignored. At any other, pass is one more class, and it is the target of the images that should pass.
+    "pass" is ignored. At any other it is one more class. `bias` is subtracted from its logit, so that the logit of the
+    trained classifier is higher by `bias`.
     """
 
     joint: JointObjective
+    bias: float
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ class PassingObjective:
 
     @property
     def forwards_per_image(self) -> float:
-        return self.joint.forwards_per_image
+        return self.joint.experts[0].num_noise  # the backward pass does not reach the encoder
 
     def __call__(self, classifier: Callable, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         """As a `JointObjective`. `batch` also has `passes`, (B, S) float32: the share of pass in the target at each of
@@ -54,8 +54,10 @@ class PassingObjective:
             rows = [row for row, scale in enumerate(scales) if (scale > 0) == can_pass]
             if not rows:
                 continue
-            part = pass_as_class(batch, rows, [scales[row] for row in rows]) if can_pass else select_rows(batch, rows)
-            outputs = Outputs(classifier, part["target"].shape[1])
+            part = {name: batch[name][rows] for name in ("image", "target")}
+            if can_pass:
+                part["target"] = add_pass(part["target"], batch["passes"][rows, [scales[row] for row in rows]])
+            outputs = Outputs(classifier, batch["target"].shape[1], self.bias if can_pass else None)
             chosen = replace(random, positions=[random.positions[row] for row in rows])
             losses = self.joint.at([sigmas[row] for row in rows], outputs, part, chosen)
             total = {name: value + len(rows) / len(sigmas) * losses[name] for name, value in total.items()}
@@ -64,22 +66,20 @@ class PassingObjective:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The first outputs of a classifier."""
+    """The classes of a classifier whose last output is "pass", and with `bias` also that output, minus `bias`."""
 
     classifier: Callable
-    count: int
+    num_classes: int
+    bias: float | None
 
     def __call__(self, noisy: torch.Tensor, **options: object) -> torch.Tensor:
-        """noisy (B, C, H, W) -> logits (B, count)."""
-        return self.classifier(noisy, **options)[:, : self.count]
+        """noisy (B, C, H, W) -> logits (B, K), or (B, K + 1) with `bias`."""
+        logits = self.classifier(noisy, **options)
+        classes, rest = logits[:, : self.num_classes], logits[:, self.num_classes :]
+        return classes if self.bias is None else torch.cat([classes, rest - self.bias], 1)
 
 
-def select_rows(batch: Batch, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-    """These rows of the images and targets of a batch."""
-    return {name: batch[name][rows] for name in ("image", "target")}
-
-
-def pass_as_class(batch: Batch, rows: Sequence[int], scales: Sequence[int]) -> dict[str, torch.Tensor]:
-    """These rows of a batch, at these indices of the sigmas, with pass as a class: targets (B, K + 1)."""
-    part, share = select_rows(batch, rows), batch["passes"][rows, scales][:, None]
-    return part | {"target": torch.cat([(1 - share) * part["target"], share], 1)}
+def add_pass(target: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Targets with pass as a class: target (B, K) and the share of pass (B,) -> (B, K + 1)."""
+    share = share[:, None]
+    return torch.cat([(1 - share) * target, share], 1)

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from rrcm.config import Config, Finetune, FinetuneSettings, Pretrain
 from rrcm.data.loader import steps_per_epoch
-from rrcm.methods import BLOCKS, JOINT, MATCHED_PRETRAINING, METHODS, REFERENCE, continued_method, expert_of
+from rrcm.methods import (
+    BLOCKS,
+    JOINT,
+    MATCHED_PRETRAINING,
+    METHODS,
+    PASS_OBJECTIVE,
+    REFERENCE,
+    continued_method,
+    expert_of,
+)
 from rrcm.models.joint import JointSigmas
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
@@ -73,10 +82,16 @@ def joint_sigmas(config: Config) -> JointSigmas:
 
 
 def build_joint_objective(finetune: Finetune, method: str, noise: JointSigmas) -> JointObjective | PassingObjective:
-    """The objective of a joint fine-tuning. Raises `RRCMError` for settings that do not fit together."""
+    """The objective of a joint fine-tuning. Raises `RRCMError` for settings that do not fit together.
+
+    An output for pass is trained with the cross-entropy of noisy copies, whatever objective has trained the encoder.
+    """
+    if METHODS[method].can_pass:
+        common = finetune.settings(method, noise.sigmas[0]).model_dump()
+        each = [build_objective(FINETUNING, PASS_OBJECTIVE, common | {"sigma": sigma}) for sigma in noise.sigmas]
+        return PassingObjective(join_objectives(PASS_OBJECTIVE, each, noise), finetune.pass_bias)
     each = [build_finetuning_objective(finetune.settings(method, sigma), method, sigma) for sigma in noise.sigmas]
-    objective = join_objectives(METHODS[method].objective, each, noise)
-    return PassingObjective(objective) if METHODS[method].can_pass else objective
+    return join_objectives(METHODS[method].objective, each, noise)
 
 
 def images_per_step(settings: FinetuneSettings, objective: str) -> int:
@@ -117,7 +132,7 @@ class Budget:
     soft_label_share: float  # the model's share of the soft labels that it learns from
     evaluate_every: int  # epochs
     planned_epochs: int  # the epochs of the settings, for which the schedules are made
-    joint: float = 0.0  # of a model that is trained further from a joint one: that one's fine-tuning, and its votes
+    joint: float = 0.0  # of a model with an output for pass: the joint fine-tuning before, and its votes
 
     @property
     def compute(self) -> float:
@@ -132,7 +147,7 @@ class Budget:
 
     @property
     def identity(self) -> dict[str, float]:
-        """The fields. There is an entry `joint` only if the training continues a joint one."""
+        """The fields. There is an entry `joint` only for an output for pass."""
         return {name: value for name, value in asdict(self).items() if name != JOINT or value}
 
     @property
@@ -165,14 +180,15 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     rRCM's fine-tuning. A matched method also gets rRCM's share of the pre-training, minus its own share of the soft
     labels. The members of an ensemble share these passes. A joint training gets the passes of its experts at all sigmas
     together, or a part of them, and it takes their shares of the pre-training and of the soft labels. A longer training
-    is evaluated less often, so that all trainings have about the same number of evaluations. A method that can pass has
-    `finetune.pass_share` of the steps of the joint training that it continues, and these come on top. `encoders` holds
-    the pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft labels
+    is evaluated less often, so that all trainings have about the same number of evaluations. An output for pass is
+    trained in `finetune.pass_share` of the steps of the joint training, on top of that training. `encoders` holds the
+    pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft labels
     leave no passes for the training.
     """
     if METHODS[method].can_pass:
         continued = plan_budget(config, continued_method(method), sigma, num_images, encoders)
-        return add_passes(continued, config, num_images)
+        objective = build_joint_objective(config.finetune, method, joint_sigmas(config))
+        return pass_budget(continued, objective, config, num_images)
     row, joint = METHODS[method], joint_sigmas(config) if sigma == JOINT else None
     sigmas = joint.sigmas if joint else (sigma,)
     settings = config.finetune.settings(method, sigmas[0])
@@ -214,13 +230,14 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     )
 
 
-def add_passes(joint: Budget, config: Config, num_images: int) -> Budget:
-    """The budget of a training that continues the joint one on `num_images` training images, to add the passes."""
+def pass_budget(joint: Budget, objective: PassingObjective, config: Config, num_images: int) -> Budget:
+    """The budget of the training that adds an output for pass to a joint model, on `num_images` training images."""
     settings = config.finetune
     unit = 1 if settings.equal_passes else joint.epoch_steps
     votes = settings.pass_votes * len(config.sigmas) * num_images
     return replace(
         joint,
+        step_compute=objective.forwards_per_image * joint.step_images,
         total_steps=unit * max(1, round(settings.pass_share * joint.total_steps / unit)),
         evaluate_every=math.ceil(settings.pass_share * joint.evaluate_every),
         joint=joint.compute + votes,

@@ -14,7 +14,7 @@ from rrcm.data.loader import describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.soft_labels import read_soft_labels
 from rrcm.data.training_votes import read_training_votes
-from rrcm.methods import METHODS
+from rrcm.methods import METHODS, PASS_OBJECTIVE
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import parameter_count
@@ -99,12 +99,11 @@ def read_targets(training: Training, images: ShardedDataset) -> dict[str, torch.
     Raises `RRCMError` for a file that is missing, damaged or of other images.
     """
     targets = {}
-    if METHODS[training.method].needs_soft_labels:
-        targets["soft_label"] = read_soft_labels(training.files.soft_labels, images)
     if METHODS[training.method].can_pass:
         votes = read_training_votes(training.votes_file, images, training.joint.sigmas)
-        passes = pass_targets(votes.numpy(), images.labels, training.joint.sigmas, training.common.pass_gain)
-        targets["passes"] = torch.from_numpy(passes).float()
+        targets["passes"] = torch.from_numpy(pass_targets(votes.numpy(), images.labels))
+    elif METHODS[training.method].needs_soft_labels:
+        targets["soft_label"] = read_soft_labels(training.files.soft_labels, images)
     return targets
 
 
@@ -188,7 +187,8 @@ def build_trainer(
 
 def _recorded_settings(training: Training) -> dict[str, object]:
     """The settings of the training. A joint one has a list for each setting that differs between the sigmas."""
-    objective, noise = METHODS[training.method].objective, training.joint
+    row, noise = METHODS[training.method], training.joint
+    objective = PASS_OBJECTIVE if row.can_pass else row.objective
     if noise is None:
         return training.settings.of_objective(objective)
     each = [training.common.settings(training.method, sigma).of_objective(objective) for sigma in noise.sigmas]

@@ -6,7 +6,7 @@ The linear probe is here as well, since it only prepares the head of that classi
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ from rrcm.utils.pixels import to_model_space, to_unit_range
 from rrcm.utils.rng import derive_seed
 
 Classifier = NoiseConditionedClassifier | NetworkClassifier
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class Start(NamedTuple):
@@ -48,7 +47,9 @@ def load_start(training: Training, num_classes: int, device: torch.device) -> St
     """The start of a training. Raises `RRCMError` for weights that are missing, damaged or of another network."""
     if training.continued is not None:
         narrow = load_model_folder(training.continued, sigma=training.sigma).classifier
-        return Start(add_pass_output(narrow, training).to(device).train(), nn.Identity(), {})
+        return Start(
+            add_pass_output(narrow, training.sigma, training.common.pass_bias).to(device).train(), nn.Identity(), {}
+        )
     if training.parts is None:
         return Start(build_classifier(training, num_classes).to(device).train(), nn.Identity(), {})
     denoise = load_denoise(training.parts.denoiser, training.sigma, device)
@@ -71,25 +72,21 @@ def build_classifier(training: Training, num_classes: int) -> Classifier:
     return TRAINED_CLASSIFIERS[METHODS[training.method].trained](encoder, num_classes, training.t)
 
 
-def add_pass_output(narrow: Classifier, training: Training) -> Classifier:
-    """The same classifier with one more output, whose logit is 0."""
+def add_pass_output(narrow: Classifier, sigma: float, bias: float) -> Classifier:
+    """The same classifier with one more output, whose logit is `bias`. Only its last layer is to be trained."""
     if isinstance(narrow, NetworkClassifier):
-        wide = network_classifier(narrow.architecture, narrow.num_classes + 1, training.sigma)
+        wide = network_classifier(narrow.architecture, narrow.num_classes + 1, sigma)
     else:
-        wide = type(narrow)(narrow.encoder, narrow.num_classes + 1, training.t)
-        wide.encoder.patch_embed.requires_grad_(not training.model.freeze_patch_embed)
-        wide.encoder.grad_checkpointing = training.model.grad_checkpointing
-    return copy_outputs(narrow, wide)
-
-
-def copy_outputs(narrow: nn.Module, wide: Network) -> Network:
-    """`wide` with the weights of `narrow`, which lacks its last output. The weights of that output are 0."""
-    weights = narrow.state_dict()
+        wide = type(narrow)(narrow.encoder, narrow.num_classes + 1, narrow.t)
+    weights, last = narrow.state_dict(), set()
     for name, value in wide.state_dict().items():
         if value.shape == weights[name].shape:
             value.copy_(weights[name])
-        else:  # of the last layer
-            value.zero_()[:-1] = weights[name]
+        else:
+            value.fill_(bias if value.ndim == 1 else 0.0)[:-1] = weights[name]
+            last.add(name)
+    for name, parameter in wide.named_parameters():
+        parameter.requires_grad_(name in last)
     return wide
 
 

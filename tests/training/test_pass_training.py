@@ -76,7 +76,7 @@ def test_the_targets_follow_from_the_votes(passing, train, monkeypatch):
     votes = read_training_votes(passing / VOTES, train, SIGMAS).numpy()
     targets = read_targets(planned(passing), train)
     assert targets.keys() == {"passes"} and targets["passes"].dtype == torch.float32
-    assert np.array_equal(targets["passes"].numpy(), pass_targets(votes, train.labels, SIGMAS, 0.0))
+    assert np.array_equal(targets["passes"].numpy(), pass_targets(votes, train.labels))
     assert not targets["passes"][:, 0].any() and 0 < targets["passes"][:, 1].mean() < 1
 
 
@@ -85,7 +85,7 @@ def test_the_training_starts_from_the_joint_model(passing):
     pixels = torch.rand(5, 1, 8, 8)
     logits = start.eval().at(0.5)(pixels)
     assert torch.equal(logits[:, :10], load_model_folder(joint, sigma=0.5).classifier(pixels))
-    assert logits.shape == (5, 11) and not logits[:, 10].any()
+    assert logits.shape == (5, 11) and (logits[:, 10] == -1.5).all()
 
 
 def test_the_model_folder_says_that_it_can_pass_and_what_it_cost(passing, train):
@@ -93,7 +93,8 @@ def test_the_model_folder_says_that_it_can_pass_and_what_it_cost(passing, train)
     assert config["can_pass"] is True and "can_pass" not in joint and len(config["class_names"]) == 10
     assert config["initial_weights"] == "models/consistency_joint/joint" and config["training"]["epochs"] == 2
     assert config["compute"]["joint"] == joint["compute"]["finetune"] + 2 * N * len(train)
-    assert config["compute"]["finetune"] == joint["compute"]["finetune"] / 2
+    assert config["compute"]["finetune"] == joint["compute"]["finetune"] / 2 / 3  # half the steps, forward passes alone
+    assert not {"consistency_weight", "steps"} & config["training"].keys()
     scales, can_pass = load_scales(passing / MODEL, SIGMAS)
     pixels, labels, indices = read_split(ShardedDataset(passing / "data/shards", "test"), 8, 8)
     cascade = CascadedClassifier([scale.classifier for scale in scales], SIGMAS, [0.0], 10, can_pass=can_pass)
@@ -102,33 +103,37 @@ def test_the_model_folder_says_that_it_can_pass_and_what_it_cost(passing, train)
     succeed(stage(passing, "certify", METHOD, "0.5", "--certificates", str(passing / "own")))
 
 
-@pytest.mark.parametrize("method", ["gaussian", "stability", "macer", "smoothadv", "smoothmix"])
-def test_every_objective_learns_to_pass(passing, project, tiny_shards, method):
-    """From a joint model of another objective, to save time. It is wrong about every image at sigma 0.5."""
-    change(project, methods=[f"{method}_joint_pass"], **SHORT, finetune__pass_share=1.0)
+def test_the_more_bias_the_more_it_passes_and_the_encoder_stays(passing, tmp_path):
+    joint = load_file(passing / "models/consistency_joint/joint/model.safetensors")
+    folder = Path(shutil.copytree(passing, tmp_path / "other", symlinks=True))
+    images = ShardedDataset(folder / "data/shards", "train")
+    pixels = to_unit_range(read_pixels(images, 8, range(400))) + 0.5 * torch.randn(400, 1, 8, 8)
+    shares = []
+    for bias in (-3.0, 3.0):
+        change(folder, finetune__pass_bias=bias)
+        succeed(stage(folder, "finetune", METHOD, "joint"))
+        weights = load_file(folder / MODEL / "model.safetensors")
+        changed = {name for name, value in weights.items() if not torch.equal(value, joint[name])}
+        assert changed == {"head.weight", "head.bias"}
+        answers = load_model_folder(folder / MODEL, sigma=0.5, keep_pass=True).classifier(pixels).argmax(1)
+        shares.append(float((answers == 10).float().mean()))
+    assert shares[0] < shares[1] and shares[1] > 0.2
+
+
+@pytest.mark.parametrize("method", ["cat_rs", "smoothadv"])
+def test_the_joint_model_of_any_objective_learns_to_pass(passing, project, tiny_shards, method):
+    """Here it is one of another objective, to save time."""
+    change(project, methods=["gaussian", f"{method}_joint_pass"], **SHORT)
     change(project, finetune__objectives__smoothadv__attack_warmup_epochs=1)
-    change(project, finetune__objectives__smoothmix__mix_warmup_epochs=1)
-    change(project, finetune__objectives__macer__deferred_epochs=0)
     shutil.copytree(passing / "models/consistency_joint", project / f"models/{method}_joint")
     images = ShardedDataset(tiny_shards, "train")
     label = torch.nn.functional.one_hot(torch.from_numpy(images.labels.copy()), 10)
-    votes = torch.stack([label * 9, label + label.roll(1, 1) * 8], 1)
+    votes = torch.stack([label, label.roll(1, 1)], 1)  # sigma 0.5 is wrong about every image
     write_training_votes(project / f"data/training_votes/{method}_joint.safetensors", votes, images, SIGMAS)
     succeed(stage(project, "finetune", f"{method}_joint_pass", "joint"))
     folder = project / f"models/{method}_joint_pass/joint"
-    pixels = to_unit_range(read_pixels(images, 8, range(200))) + 0.5 * torch.randn(200, 1, 8, 8)
-    answers = load_model_folder(folder, sigma=0.5, keep_pass=True).classifier(pixels).argmax(1)
-    assert (answers == 10).float().mean() > 0.8
-
-
-def test_a_network_that_is_not_conditioned_can_pass(project):
-    change(project, methods=[METHOD], **SHORT, model__architecture="resnet18", finetune__layer_decay=1.0)
-    change(project, finetune__batch_size=512, finetune__pass_votes=1)
-    succeed(stage(project, "finetune", "consistency_joint", "joint"))
-    succeed(stage(project, "training_votes", "consistency_joint"))
-    succeed(stage(project, "finetune", METHOD, "joint"))
-    scales, can_pass = load_scales(project / MODEL, SIGMAS)
-    assert can_pass and scales[1].classifier(torch.rand(2, 1, 8, 8)).shape == (2, 11)
+    assert read_json(folder / "config.json")["compute"]["soft_label_share"] > 0 or method != "cat_rs"
+    assert load_scales(folder, SIGMAS)[1]
 
 
 def test_votes_that_do_not_fit_are_refused(passing, train, tmp_path):
