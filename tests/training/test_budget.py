@@ -120,7 +120,7 @@ def test_passes_are_trained_on_top_of_the_joint_training(plan, by_passes):
     unit = 1 if by_passes else joint.epoch_steps
     assert abs(budget.total_steps - joint.total_steps / 4) <= unit / 2
     assert budget.step_compute == 2 * budget.step_images == 2 * joint.step_images  # forward passes of 2 noisy copies
-    assert budget.joint == joint.compute + 7 * 3 * 1294
+    assert budget.joint == joint.compute + 7 * 3 * 100 * 128
     assert budget.account == {**joint.account, "finetune": budget.compute, "joint": budget.joint}
     assert (budget.planned_epochs, budget.schedule_epochs) == (joint.planned_epochs, budget.planned_epochs)
     assert "joint" in budget.identity and "joint" not in joint.identity and "joint" not in joint.account

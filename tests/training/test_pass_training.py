@@ -85,7 +85,7 @@ def test_the_training_starts_from_the_joint_model(passing):
     pixels = torch.rand(5, 1, 8, 8)
     logits = start.eval().at(0.5)(pixels)
     assert torch.equal(logits[:, :10], load_model_folder(joint, sigma=0.5).classifier(pixels))
-    assert logits.shape == (5, 11) and (logits[:, 10] == -1.5).all()
+    assert logits.shape == (5, 11) and not logits[:, 10].any()
 
 
 def test_the_model_folder_says_that_it_can_pass_and_what_it_cost(passing, train):
