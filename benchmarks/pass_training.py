@@ -29,7 +29,7 @@ from rrcm.models.joint import read_joint
 from rrcm.models.kinds import load_scales
 from rrcm.objectives.consistency import consistency_regularizer
 from rrcm.objectives.passing import add_pass, pass_targets
-from rrcm.report.figures import save
+from rrcm.report.figures import figure_style, save
 from rrcm.utils.pixels import to_model_space, to_unit_range
 
 RADII = [0.25 * k for k in range(9)]
@@ -226,8 +226,9 @@ def compare(frame: pd.DataFrame) -> pd.DataFrame:
 
 def draw(frame: pd.DataFrame) -> Figure:
     """The mean certified accuracy at SMALL against that at LARGE, a line for each trial with the bias as parameter."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
+    with figure_style():
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        axes = figure.subplots()
     for name, own in frame.groupby("rule", sort=False):
         marker, size = ("o", 4) if len(own) > 1 else ("*", 12)
         axes.plot(own["large"], own["small"], marker=marker, markersize=size, label=name)
