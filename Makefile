@@ -1,6 +1,7 @@
 # make repro      bring everything up to date: train, certify, report; JOBS=2 runs two stages at once
 # make publish    freeze the finished run in results/NAME/; NAME=digits names it (default: the name of its report)
 # make verify     verify the published results without training: redraw, recompute, vote again; NAME=digits for one
+# make redraw     bring published results up to date with new settings and a new report, without training; NAME=digits for one
 # make test       run the linter and all tests
 # make test-fast  run the linter and the tests that are not slow
 # make install    only create the environment: .venv with the versions in constraints.txt
@@ -30,6 +31,9 @@ publish: $(VENV)/.installed
 
 verify: $(VENV)/.installed
 	@python stages/verify.py $(NAME) $(if $(ROWS),--rows $(ROWS)) $(if $(SEED),--seed $(SEED))
+
+redraw: $(VENV)/.installed
+	@python stages/redraw.py $(NAME)
 
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup
@@ -66,4 +70,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-.PHONY: repro publish verify test test-fast lint install params
+.PHONY: repro publish verify redraw test test-fast lint install params

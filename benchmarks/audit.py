@@ -36,11 +36,13 @@ from rrcm.certification.stopping import StoppingRule
 RAISE = 0.05  # pixel units
 
 
-def count_all_looks(smoothed: SmoothedClassifier, inputs: Inputs, rule: StoppingRule, idx: Sequence[int]) -> list:
+def count_all_looks(
+    scales: Sequence[SmoothedClassifier], inputs: Inputs, rule: StoppingRule, idx: Sequence[int]
+) -> list:
     """The votes for each image at every look."""
     looks = {str(m): {} for m in rule.looks}
     rows = [RowVotes(i, {"0": rule.n0}, looks) for i in idx]
-    return [row for group in vote_again(smoothed, inputs, rows) for row in group]
+    return [row for group in vote_again(scales, inputs, rows) for row in group]
 
 
 def forge(
@@ -89,19 +91,19 @@ def measure(
     forgeries: int = 1000,
     false_alarm: float = 1e-3,
 ) -> None:
-    """Audit random rows of FILE, as published and after forgeries."""
+    """Audit random rows of FILE, which is no cascade's, as published and after forgeries."""
     keep_freed_memory()
     record, frame, problems = check_file(file)
-    model, images = find_inputs(file, model, images)
-    inputs, others = load_inputs(file, record, frame, model, images)
+    models, images = find_inputs(file, model and [model], images)
+    inputs, others = load_inputs(file, record, frame, models, images)
     assert not problems + others, problems + others
     rule, idx = record.rule(), frame["idx"].tolist()
     certified = smooth_again(record, inputs)
     original = count_all_looks(certified, inputs, rule, idx)
     smoothed = smooth_again(record, inputs, Settings(precision, batch_size, threads))
-    exact = same_computation(record, smoothed)
+    exact = same_computation(record, smoothed[0])
     again = count_all_looks(smoothed, inputs, rule, idx)
-    honest = published_votes(frame)
+    honest = published_votes(frame, record)
     tolerance, problems, _ = allow(file, record, inputs, smoothed, honest, false_alarm)
     assert not problems, problems
 
@@ -109,7 +111,7 @@ def measure(
         chosen = sorted(choice.sample(range(len(idx)), min(rows, len(idx))))
         pairs = [published[i] for i in chosen], [at_looks(published[i], again[i]) for i in chosen]
         if exact:
-            return compare_equal(file, len(idx), *pairs)
+            return compare_equal(file, record, len(idx), *pairs)
         return compare_close(file, record, len(idx), tolerance, *pairs)
 
     draw, columns = np.random.default_rng(0), zip(original, frame["label"], frame["radius"], strict=True)
@@ -130,7 +132,7 @@ def measure(
     table.append([f"radii and votes raised by {RAISE} in all rows", count(tries, lambda choice: everywhere)])
     other = count_all_looks(other_seed(record, inputs), inputs, rule, idx)
     table.append(["votes of another seed", count(tries, lambda choice: [*map(at_looks, honest, other)])])
-    how = f"{smoothed.precision}, batch {smoothed.batch_size}, {'equal counts' if exact else 'other rounding'}"
+    how = f"{smoothed[0].precision}, batch {smoothed[0].batch_size}, {'equal counts' if exact else 'other rounding'}"
     print(f"{file}, voted again in {how}: {rows} of {len(idx)} rows, false alarm {false_alarm:g}")
     moved = audit(honest, random.Random(0))
     print(
@@ -139,7 +141,7 @@ def measure(
     print(tabulate(table, ["file", "NOT verified"], tablefmt="github"))
 
 
-def other_seed(record: CertificateRecord, inputs: Inputs) -> SmoothedClassifier:
+def other_seed(record: CertificateRecord, inputs: Inputs) -> list[SmoothedClassifier]:
     """The certified computation with different noise."""
     return smooth_again(record.model_copy(update={"seed": record.seed + 1}), inputs)
 

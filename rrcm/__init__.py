@@ -22,7 +22,7 @@ _HOMES = {
     "load_authors_checkpoint": "rrcm.models.authors",
     "load_base_classifier": "rrcm.models.load",
     "num_levels": "rrcm.objectives.rrcm",
-    "recompute_radii": "rrcm.certification.votes",
+    "recompute_radii": "rrcm.certification.recompute",
     "rrcm_loss": "rrcm.objectives.rrcm",
     "teacher_decay": "rrcm.training.optim",
 }

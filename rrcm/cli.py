@@ -2,10 +2,11 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -14,7 +15,11 @@ from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output
 
 if TYPE_CHECKING:
+    from rrcm.certification.cascade import CascadedClassifier
+    from rrcm.certification.cascade_rules import CascadeRule
     from rrcm.certification.certify_images import FolderCertificates
+    from rrcm.certification.record import ChosenThresholds
+    from rrcm.certification.smoothing import SmoothedClassifier
     from rrcm.certification.stopping import StoppingRule
     from rrcm.data.images import Listing
     from rrcm.models.load import LoadedClassifier
@@ -61,17 +66,36 @@ Images = Annotated[
     Path,
     typer.Argument(help="Folder with images, subfolders included.", show_default=False, autocompletion=complete_path),
 ]
-Model = Annotated[
-    str,
+Models = Annotated[
+    list[str],
     typer.Option(
         metavar="FOLDER|FILE|NAME",
         help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model: its name, "
-        "hf-hub:owner/name, or a snapshot folder.",
+        "hf-hub:owner/name, or a snapshot folder. Of a cascade: a joint model, or one model per sigma in their order.",
         autocompletion=complete_path,
     ),
 ]
-Sigma = Annotated[
-    float | None, typer.Option(help="Noise in pixel units (pixels in [0, 1]). Default: what the model was trained for.")
+Sigmas = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Noise in pixel units (pixels in [0, 1]); each of a cascade. Default: what the model was trained for."
+    ),
+]
+Cascade = Annotated[
+    bool, typer.Option("--cascade", help="Certify the label-aware cascade of several sigmas as one classifier.")
+]
+Threshold = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Of a cascade: from which sigma Phi^-1(p) on a sigma accepts a class; for each sigma but the smallest. "
+        "Default: 0."
+    ),
+]
+Thresholds = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json", help="Record of a cascade, for its sigmas and thresholds.", autocompletion=complete_path
+    ),
 ]
 Stopping = Annotated[
     str,
@@ -152,8 +176,11 @@ def rrcm(
 def certify(
     context: typer.Context,
     folder: Images,
-    model: Model,
-    sigma: Sigma = None,
+    model: Models,
+    sigma: Sigmas = None,
+    cascade: Cascade = False,
+    threshold: Threshold = None,
+    thresholds: Thresholds = None,
     stopping: Stopping = "sequential",
     bound: Bound = "binary",
     n: MostSamples = 100_000,
@@ -175,10 +202,10 @@ def certify(
 ) -> None:
     """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery.
 
-    A run that is stopped continues when the same command is given again.
+    With --cascade, one classifier of several sigmas certifies small radii like a small sigma and large ones like a
+    large one. A run that is stopped continues when the same command is given again.
     """
-    from rrcm.certification.certify_images import certify_folder, folder_files, output_paths, smooth
-    from rrcm.models.load import load_base_classifier
+    from rrcm.certification.certify_images import certify_folder, folder_files, output_paths
     from rrcm.report.certified_images import draw_gallery
     from rrcm.report.figures import encode
     from rrcm.utils.files import claimed, write_together
@@ -186,18 +213,70 @@ def certify(
     resume_gc()
     written = [*output_paths(output), gallery]
     images = _find_images(folder, written)  # fails before a model is downloaded
-    given = {"sigma": sigma, "weights": weights, "final_norm": final_norm, "classes": classes}
-    loaded = load_base_classifier(model, **given, outside_range=outside_range)
     settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
-    rule = _make_rule(model, loaded, sigma, settings)
+    options = {"seed": seed, "precision": precision, "batch_size": batch_size}
+    given = {"classes": classes, "outside_range": outside_range}
+    timm_or_authors = {"weights": weights, "final_norm": final_norm}
+    if cascade:
+        _refuse(not final_norm or weights, "--weights and --no-final-norm are not for a cascade; leave them out")
+        setup = _set_up_cascade(model, sigma or [], threshold or [], thresholds, settings, given)
+    else:
+        _refuse(threshold or thresholds, "thresholds are for a cascade; leave them out, or add --cascade")
+        _refuse(len(model) > 1 or len(sigma or []) > 1, "several models or sigmas are a cascade; add --cascade")
+        setup = _set_up_single(model[0], sigma[0] if sigma else None, settings, given | timm_or_authors)
     context.with_resource(claimed(*written))  # until the command ends
-    smoothed = smooth(loaded, rule.sigma, device, seed=seed, precision=precision, batch_size=batch_size)
-    certified = certify_folder(images, loaded, smoothed, rule, output, limit=limit, skip_unreadable=skip_unreadable)
-    picture = encode(draw_gallery(certified, loaded, rule), gallery.suffix)
-    write_together(folder_files(output, certified, loaded, model, settings) | {gallery: picture})
-    _print_certificates(certified, rule)
+    classifier = setup.smooth(device, **options)
+    certified = certify_folder(
+        images, setup.scales[0], classifier, setup.rule, output, limit=limit, skip_unreadable=skip_unreadable
+    )
+    picture = encode(draw_gallery(certified, setup.scales[0], setup.rule), gallery.suffix)
+    files = folder_files(output, certified, setup.scales, model, setup.recorded, setup.chosen)
+    write_together(files | {gallery: picture})
+    _print_certificates(certified, setup.rule)
     print(f"written: {', '.join(map(str, written))}")
     certified.run.finish()
+
+
+class Setup(NamedTuple):
+    """What `rrcm certify` certifies with, and how."""
+
+    scales: "list[LoadedClassifier]"  # the base classifiers, by increasing sigma
+    rule: "StoppingRule | CascadeRule"
+    smooth: "Callable[..., SmoothedClassifier | CascadedClassifier]"  # on a device, with options
+    recorded: dict[str, object]  # settings for the record
+    chosen: "ChosenThresholds | None" = None
+
+
+def _refuse(problem: object, message: str) -> None:
+    if problem:
+        raise RRCMError(message)
+
+
+def _set_up_single(model: str, sigma: float | None, settings: dict, given: dict) -> Setup:
+    from rrcm.certification.certify_images import smooth
+    from rrcm.models.load import load_base_classifier
+
+    loaded = load_base_classifier(model, sigma=sigma, **given)
+    rule = _make_rule(model, loaded, sigma, settings)
+    return Setup([loaded], rule, partial(smooth, loaded, rule.sigma), settings)
+
+
+def _set_up_cascade(
+    models: list[str],
+    sigmas: list[float],
+    thresholds: list[float],
+    record: Path | None,
+    settings: dict,
+    given: dict,
+) -> Setup:
+    from rrcm.certification.cascade_options import load_options
+    from rrcm.certification.cascade_rules import make_cascade_rule
+    from rrcm.certification.certify_images import smooth_cascade
+
+    cascade = load_options(models, sigmas, thresholds, record, **given)
+    rule = make_cascade_rule(sigmas=cascade.sigmas, thresholds=cascade.thresholds, **settings)
+    recorded = settings | {"certificates": rule.certificates}
+    return Setup(cascade.loaded.scales, rule, partial(smooth_cascade, cascade), recorded, cascade.chosen)
 
 
 def _find_images(folder: Path, written: Collection[Path]) -> "Listing":
@@ -237,7 +316,7 @@ def _make_rule(model: str, loaded: "LoadedClassifier", sigma: float | None, sett
     return rule
 
 
-def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule") -> None:
+def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule | CascadeRule") -> None:
     from rrcm.report.certified_images import certificate_summary, certificate_table, note_on_labels
     from rrcm.report.fonts import note_on_letters
 
@@ -291,10 +370,11 @@ def audit(
         ),
     ],
     model: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="FOLDER|FILE|NAME",
-            help="The model. Default: ROOT/models/METHOD/sigma_S of a result.",
+            help="The model, or each of a cascade in the order of the sigmas. Default: ROOT/models/METHOD/sigma_S or "
+            "joint of a result.",
             autocompletion=complete_path,
         ),
     ] = None,

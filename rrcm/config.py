@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from rrcm.constraints import CONSTRAINTS
-from rrcm.derived import choose_values, finetuning_keys, initial_weights
+from rrcm.derived import cascade_sigmas, choose_values, finetuning_keys, initial_weights
 from rrcm.methods import JOINT, JOINT_SHARES, METHODS, PASS, PER_OBJECTIVE, check_methods, has_joint
 from rrcm.objectives import PRETRAINING
 from rrcm.sections import (
@@ -27,6 +27,7 @@ from rrcm.sections import (
     explain,
     section_by_key,
     value_by_key,
+    word_or,
 )
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_text
@@ -52,6 +53,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 TwoOrMore = Annotated[int, Field(ge=2)]
 Interval = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+RadiusWeights = Annotated[dict[NonNegative, Positive], Field(min_length=1)]
 FileName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 MethodName = Annotated[str, AfterValidator(check_method)]
 PretrainingName = Annotated[str, AfterValidator(partial(check_name, known=PRETRAINING, what="objective"))]
@@ -481,6 +483,31 @@ class Certify(Section):
         return self.model_dump(include={"stopping", "bound", "n0", "n", "alpha", "radius_step"})
 
 
+class Cascade(Section):
+    """One deployed classifier for all radii: the cascade of a method's smoothed classifiers at increasing sigmas.
+
+    Its base classifiers are one joint network or the experts. It is certified with the settings of `certify`.
+    """
+
+    methods: list[MethodName] = about("Methods whose cascade is certified; []: none")
+    sigmas: Annotated[list[Positive], Field(min_length=2)] | None = about(
+        "Noise of its smoothed classifiers; null: all of `sigmas`", "pixel units"
+    )
+    thresholds: word_or("chosen", list[float], "a list of numbers") = about(
+        "One for each sigma but the smallest, by increasing sigma; chosen: on validation images", "pixel units"
+    )
+    choose_by: word_or("acr", RadiusWeights, "a mapping from radii to weights") = about(
+        "What chosen thresholds maximize: acr, or the weighted sum of certified accuracies, {radius: weight}"
+    )
+    choose_n: Count = about("Votes for each validation image at each sigma, to choose thresholds", "samples")
+    multi_scale: bool = about("Also certify by the rule of Jeong & Shin (NeurIPS 2023), to compare")
+
+    @property
+    def weights(self) -> dict[float, float] | None:
+        """What `choose_thresholds` takes: the weight of the certified accuracy at each radius. None: by ACR."""
+        return None if self.choose_by == "acr" else dict(self.choose_by)
+
+
 class Latency(Section):
     """Time to certify one image, at the precision of `certify`. The methods are timed alternately."""
 
@@ -558,6 +585,7 @@ class Config(Section):
     denoiser: DenoiserSettings
     denoised: Denoised
     certify: Certify
+    cascade: Cascade
     latency: Latency
     attack: Attack
     report: Report
@@ -581,6 +609,11 @@ class Config(Section):
         return initial_weights(method, self.finetune.model_dump(), self.denoised.model_dump())
 
     @property
+    def cascade_sigmas(self) -> list[float]:
+        """The sigmas of cascades, increasing."""
+        return cascade_sigmas(self.cascade.sigmas, self.sigmas)
+
+    @property
     def trains_denoiser(self) -> bool:
         """Whether a method needs a denoiser that is trained here."""
         return self.denoiser.public is None and any(METHODS[name].denoises for name in self.methods)
@@ -600,6 +633,11 @@ def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
 
 def load_config(path: Path | str = "params.yaml") -> Config:
     """Read and validate params.yaml."""
+    return parse_config(read_settings(path), str(path))
+
+
+def read_settings(path: Path | str) -> Mapping:
+    """Read params.yaml without validating its settings. Raises `RRCMError` if the file is no mapping."""
     try:
         values = yaml.safe_load(read_text(path))
     except FileNotFoundError:
@@ -610,4 +648,4 @@ def load_config(path: Path | str = "params.yaml") -> Config:
         raise RRCMError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, Mapping):
         raise RRCMError(f"{path}: must be a mapping of settings, found {type(values).__name__}")
-    return parse_config(values, str(path))
+    return values

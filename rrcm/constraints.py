@@ -137,6 +137,24 @@ def attacked_methods_can_be_attacked(config: "Config") -> None:
             raise ValueError(f"attack.methods: {name} votes, which has no gradient to follow; leave it out")
 
 
+def cascades_fit(config: "Config") -> None:
+    """A cascade consists of base classifiers that are trained here, at two sigmas or more."""
+    methods, sigmas, thresholds = config.cascade.methods, config.cascade_sigmas, config.cascade.thresholds
+    if len(set(methods)) != len(methods) or not set(methods) <= set(config.methods):
+        raise ValueError(f"cascade.methods {methods} must be among methods {config.methods}, each at most once")
+    if not methods:
+        return
+    if len(set(sigmas)) != len(sigmas) or not set(sigmas) <= set(config.sigmas):
+        raise ValueError(f"cascade.sigmas {sigmas} must be among sigmas {config.sigmas}, each at most once")
+    if len(sigmas) < 2:
+        raise ValueError(f"cascade.methods {methods}: a cascade needs two sigmas or more; add one to sigmas {sigmas}")
+    if thresholds != "chosen" and len(thresholds) != len(sigmas) - 1:
+        raise ValueError(
+            f"cascade.thresholds {thresholds} must be {len(sigmas) - 1}, one for each of the sigmas {sigmas} but the "
+            "smallest, or chosen"
+        )
+
+
 def joint_trainings_fit(config: "Config") -> None:
     """A joint training covers all sigmas. Only objectives have settings of their own for each image."""
     joint = [name for name in config.methods if METHODS[name].joint is not None]
@@ -170,6 +188,7 @@ CONSTRAINTS = (  # in the order of the sections that they concern; the first tha
     other_trunks_start_from_scratch,
     initial_weights_exist,
     attacked_methods_can_be_attacked,
+    cascades_fit,
     denoising_methods_fit,
     soft_labels_are_available,
     every_training_has_settings,

@@ -11,13 +11,16 @@ from pathlib import Path
 
 from rrcm.methods import (
     BLOCKS,
+    CASCADE,
     DENOISER,
     JOINT,
     MATCHED_PRETRAINING,
     METHODS,
+    MULTI_SCALE_FILE,
     PER_OBJECTIVE,
     REFERENCE,
     SOFT_LABELS,
+    THRESHOLDS,
     TRAINING_VOTES,
     continued_method,
     denoising_classifier,
@@ -27,6 +30,7 @@ from rrcm.methods import (
 
 # The settings that others are derived from.
 SECTIONS = ["methods", "sigmas", "model", "pretrain", "finetune", "soft_labels", "denoiser", "denoised", "certify"]
+SECTIONS += ["cascade"]
 NOTHING = "data/shards"  # stands for an input that a training does not have: all trainings watch it anyway
 STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that only some methods need
 SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition", "joint_interval"}  # likewise
@@ -40,10 +44,10 @@ COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that
 def derived_settings(settings: Mapping) -> dict:
     """What follows from `settings`, a mapping with the keys SECTIONS.
 
-    `finetune`, `certify`, `denoiser`, `soft_labels` and `training_votes`: the stages of these names, with the inputs of
-    each. A joint method has one fine-tuning, whose `sigma` is "joint", and a certification for each sigma.
-    `settings`: the hashes of the settings that decide each pre-training, each fine-tuning and each certification. The
-    fine-tunings include the classifiers that denoising methods consist of.
+    `finetune`, `certify`, `cascade`, `denoiser`, `soft_labels` and `training_votes`: the stages of these names, with
+    the inputs of each. A joint method has one fine-tuning, whose `sigma` is "joint", and a certification for each
+    sigma. `settings`: the hashes of the settings that decide each pre-training, each fine-tuning, each certification
+    and each cascade. The fine-tunings include the classifiers that denoising methods consist of.
     """
     methods, sigmas, denoised = settings["methods"], settings["sigmas"], settings["denoised"]
     finetune, pretrain, model = settings["finetune"], settings["pretrain"], settings["model"]
@@ -57,6 +61,7 @@ def derived_settings(settings: Mapping) -> dict:
     source = settings["denoiser"]["public"]
     voter = {name: settings["soft_labels"][name] for name in ("method", "sigma")}
     needs_voter = any(METHODS[method].needs_soft_labels for method in methods)
+    cascaded = [method for method in settings["cascade"]["methods"] if method in methods]  # validation reports others
     by_method: dict[str, dict] = {}
     for method, sigma in runs:
         by_method.setdefault(method, {})[_sigma_key(sigma)] = hash_of(finetuning_settings(method, sigma, settings))
@@ -76,6 +81,7 @@ def derived_settings(settings: Mapping) -> dict:
             f"{method}-{sigma}": {"method": method, "sigma": sigma, "folder": model_name(method, sigma)}
             for method, sigma in certified
         },
+        "cascade": {method: _cascade_stage(method, settings["cascade"]) for method in cascaded},
         "denoiser": {("trained" if source is None else "public"): _source_path(source) or NOTHING} if denoise else {},
         "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needs_voter else {},
         "training_votes": {method: {"method": method} for method in voters},
@@ -85,6 +91,7 @@ def derived_settings(settings: Mapping) -> dict:
             "certify": {
                 method: hash_of(certification_settings(method, settings["certify"], denoised)) for method in methods
             },
+            "cascade": {method: hash_of(cascade_settings(method, settings)) for method in cascaded},
         },
     }
 
@@ -176,6 +183,38 @@ def _joint_settings(method: str, settings: Mapping) -> dict:
 def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> dict:
     """The settings that decide the certificates of a method, apart from seed, threads and data."""
     return {"certify": dict(certify), "max_images": (denoised.get("max_images") or {}).get(method)}
+
+
+def cascade_settings(method: str, settings: Mapping) -> dict:
+    """The settings that decide the certificates of a method's cascade, apart from seed, threads and data."""
+    cascade, decisive = settings["cascade"], certification_settings(method, settings["certify"], settings["denoised"])
+    decisive |= {name: cascade[name] for name in ("thresholds", "multi_scale")}
+    decisive["sigmas"] = cascade_sigmas(cascade["sigmas"], settings["sigmas"])
+    if cascade["thresholds"] == "chosen":
+        weights = cascade["choose_by"]
+        if isinstance(weights, Mapping):  # numbers are text in JSON
+            weights = sorted([float(radius), weight] for radius, weight in weights.items())
+        decisive["choose"] = [weights, cascade["choose_n"]]
+    return decisive
+
+
+def cascade_sigmas(chosen: Sequence[float] | None, sigmas: Sequence[float]) -> list[float]:
+    """The sigmas of cascades, increasing: `chosen`, or all `sigmas`. The sections of the settings have both."""
+    return sorted(sigmas if chosen is None else chosen)
+
+
+def _cascade_stage(method: str, cascade: Mapping) -> dict[str, str]:
+    """The inputs and outputs of the stage that certifies a cascade.
+
+    DVC's templates cannot leave an output out. Where the stage does not write the thresholds' votes or the certificates
+    by the published rule, `thresholds` or `multi_scale` name the cascade's own file, an output in any case.
+    """
+    return {
+        "method": method,
+        "models": f"{method}/{JOINT}" if METHODS[method].joint is not None else method,
+        "thresholds": THRESHOLDS if cascade["thresholds"] == "chosen" else CASCADE,
+        "multi_scale": MULTI_SCALE_FILE if cascade["multi_scale"] else CASCADE,
+    }
 
 
 def finetuning_keys(method: str, sigma: float) -> list[str]:

@@ -93,6 +93,7 @@ def find_items(config: Config) -> dict[str, Item]:
     for method in config.methods:
         entries = classifier_entries(config, method)
         items[f"certify/{method}"] = Item("certify", "rrcm.certification.certify", entries)
+        items[f"certify_cascade/{method}"] = Item("certify_cascade", "rrcm.certification.certify_cascade", entries)
         items[f"attack/{method}"] = Item("attack", "rrcm.evaluation.attack", entries)
     return items
 

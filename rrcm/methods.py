@@ -22,6 +22,8 @@ CLEAN_SIGMA = 0.001  # noise in training on nearly clean images, pixel units: a 
 SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
 DENOISER = "models/denoiser"  # output of the stage denoiser
 JOINT = "joint"  # takes the place of the sigma in the names of a joint training's files and stages
+# The files of a cascade in certificates/METHOD/: certificates, those by the published rule, votes for thresholds.
+CASCADE, MULTI_SCALE_FILE, THRESHOLDS = "cascade", "multi_scale", "thresholds"
 JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3", "joint_pass": "joint, pass"}
 # By the end of the name: share of the passes of all experts. The head of NAME_joint_pass is trained beyond them.
 JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3, "joint_pass": 1.0}

@@ -3,9 +3,18 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 
 CheckKey = Callable[[str], None]  # raises ValueError for a key that a mapping of values must not have
 
@@ -81,6 +90,18 @@ def _validate_each(validate: Callable[[object], object], check_key: CheckKey, se
     if errors:
         raise ValidationError.from_exception_data("setting", errors)
     return {key: validate(setting[key]) for key in sorted(setting)}
+
+
+def word_or(word: str, kind: Any, what: str) -> Any:
+    """The type of a setting that is `word` or of type `kind`. `what` describes `kind` in the error for other text."""
+    validate = TypeAdapter(kind, config=Section.model_config).validate_python
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value != word:
+            raise ValueError(f"must be {word}, or {what}")
+        return value if value == word else validate(value)  # the error of a union would be about both types
+
+    return Annotated[Literal[word] | kind, BeforeValidator(check)]
 
 
 def section_by_key(section: type[Section], check_key: CheckKey) -> type[Section]:

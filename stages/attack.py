@@ -1,4 +1,4 @@
-"""Attack the smoothed and unsmoothed classifiers of one method: attack/METHOD."""
+"""Attack the smoothed and unsmoothed classifiers of one method, and its cascade: attack/METHOD."""
 
 import sys
 

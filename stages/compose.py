@@ -30,6 +30,14 @@ def compose(
     overrides: Annotated[list[str] | None, typer.Argument()] = None, output: Path = Path("params.yaml")
 ) -> None:
     """Write OUTPUT from conf/config.yaml and OVERRIDES such as profile=cifar10, preset=all or certify.n=2000."""
+    text = compose_text(overrides or [])
+    config = parse_config(yaml.safe_load(text), "conf")
+    write_text(output, text)
+    print(f"{output}: profile {config.profile}", file=sys.stderr)
+
+
+def compose_text(overrides: list[str]) -> str:
+    """What params.yaml has to contain. Raises `RRCMError` for files of conf/ or `overrides` that do not fit."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     check_encoding(conf)
     check_packages(conf)
@@ -37,7 +45,7 @@ def compose(
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "params.yaml"
         try:
-            compose_and_dump(draft, str(conf), None, "config", str(conf / "plugins"), overrides or [])
+            compose_and_dump(draft, str(conf), None, "config", str(conf / "plugins"), overrides)
         except MissingConfigException as error:
             group = (error.missing_cfg_file or "").split("/")[0]
             known = ", ".join(sorted(file.stem for file in (conf / group).glob("*.yaml")))
@@ -49,9 +57,7 @@ def compose(
             ) from None
         except (DvcException, HydraException, OmegaConfBaseException) as error:
             raise RRCMError(one_line(error)) from None
-        config = parse_config(yaml.safe_load(draft.read_text(encoding="utf-8")), "conf")
-        write_text(output, draft.read_text(encoding="utf-8"))
-    print(f"{output}: profile {config.profile}", file=sys.stderr)
+        return draft.read_text(encoding="utf-8")
 
 
 def check_encoding(conf: Path) -> None:

@@ -45,7 +45,9 @@ VARIANTS: tuple[dict[str, object], ...] = (
     {"pretrain.equal_passes": True, "finetune.equal_passes": True},
     {"finetune.time_condition": "nearest_level"},
 )
-DERIVED_STAGES = ("pretrain", "finetune", "certify")
+CHOICES = {"methods", "sigmas", "pretrain.objectives", "cascade.methods"}  # settings that say which stages there are
+# The stages whose settings `derived` has a hash of, by its key.
+DERIVED_STAGES = {"pretrain": "pretrain", "finetune": "finetune", "certify": "certify", "cascade": "certify-cascade"}
 
 
 class Setting(NamedTuple):
@@ -182,18 +184,23 @@ def concerned_stages(values: Mapping) -> dict[str, set[str]]:
 
 
 def decided_stages(values: Mapping, variant: Mapping[str, object], paths: list[str]) -> dict[str, set[str]]:
-    """The stages pretrain, finetune and certify whose hash in `derived` changes with a setting, for any method."""
+    """The DERIVED_STAGES whose hash in `derived` changes with a setting, for any method."""
     base = deepcopy(values) | {"methods": list(METHODS), "sigmas": [0.5]}
-    base["pretrain"]["objectives"] = list(PRETRAINING)
+    base["pretrain"]["objectives"], base["cascade"]["methods"] = list(PRETRAINING), list(METHODS)
     for key, value in variant.items():
         put(base, key, value)
     before, decided = derived_settings({name: base[name] for name in SECTIONS})["settings"], {}
     for path in paths:
-        if path.split(".")[0] in SECTIONS and path not in ("methods", "sigmas", "pretrain.objectives"):
+        if path.split(".")[0] in SECTIONS and path not in (
+            "methods",
+            "sigmas",
+            "pretrain.objectives",
+            "cascade.methods",
+        ):
             changed = deepcopy(base)
             put(changed, path, other_value(changed, path))
             after = derived_settings({name: changed[name] for name in SECTIONS})["settings"]
-            decided[path] = {stage for stage in DERIVED_STAGES if before[stage] != after[stage]}
+            decided[path] = {stage for key, stage in DERIVED_STAGES.items() if before[key] != after[key]}
     return decided
 
 

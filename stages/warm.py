@@ -32,7 +32,8 @@ from rrcm.utils.scheduler import Scheduler
 
 # Everything that the stages import, at the top of their modules or later.
 MODULES = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.denoised", "rrcm.certification.certify"]
-MODULES += ["rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset", "rrcm.report.build"]
+MODULES += ["rrcm.certification.certify_cascade", "rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset"]
+MODULES += ["rrcm.report.build"]
 MIN_STAGES = 3  # with fewer Python stages to run, importing everything takes longer than it saves
 
 

@@ -66,6 +66,7 @@ TINY = [
     "certify.every=10",
     "latency.seconds=0.01",
 ]
+CASCADE = ["cascade.methods=[rrcm,rrcm_joint]", "cascade.choose_n=40"]
 
 
 def compose(path: Path, *overrides: str) -> Path:
@@ -95,6 +96,7 @@ PRELOAD = [
     "rrcm.training.pretrain",
     "rrcm.training.finetune",
     "rrcm.certification.certify",
+    "rrcm.certification.certify_cascade",
     "rrcm.evaluation.latency",
     "rrcm.evaluation.attack",
     "rrcm.report.build",
@@ -281,15 +283,30 @@ def commit(folder: Path) -> None:
     run_in(folder, "git", "-c", "commit.gpgsign=false", "commit", "-qm", "all")
 
 
-def finish_run(trained: Path, folder: Path) -> Path:
-    """A repository of git and DVC with the finished run of the one trained model, from code that was committed."""
+@pytest.fixture(scope="session")
+def cascaded(trained, tiny_shards, tmp_path_factory) -> Path:
+    """A project like `trained` with a classifier at sigma 0.25, the cascade of both, and a joint model that is not
+    certified, shared by all tests; do not change it.
+    """
+    folder = make_project(tmp_path_factory.mktemp("cascaded"), tiny_shards, "methods=[rrcm,rrcm_joint]", *CASCADE)
+    for name in ("models", "certificates", "timings"):
+        shutil.copytree(trained / name, folder / name)
+    commands = ["finetune rrcm 0.25", "finetune rrcm_joint joint", "certify rrcm 0.25", "certify_cascade rrcm"]
+    for command in commands:
+        answer = stage(folder, *command.split())
+        assert answer.returncode == 0, answer.stderr
+    return folder
+
+
+def finish_run(trained: Path, folder: Path, **settings: object) -> Path:
+    """A repository of git and DVC with a finished run, by default of the one trained model, from committed code."""
     from rrcm.publication.readme import BEGIN, END
 
     for name in ("models", "certificates", "timings", "params.yaml"):
         (shutil.copytree if (trained / name).is_dir() else shutil.copy)(trained / name, folder / name)
     (folder / "data").mkdir()
     (folder / "data/shards").symlink_to(trained / "data/shards")
-    change(folder, sigmas=[0.5], methods=["rrcm"], latency__n=[])
+    change(folder, **({"sigmas": [0.5], "methods": ["rrcm"], "latency__n": []} | settings))
     for path in (*folder.glob("timings/**/*.json"), *folder.glob("certificates/*/*.json")):
         record = read_json(path)
         record["environment"]["git"] = CLEAN  # the code of this test may be in no commit

@@ -25,10 +25,10 @@ from typer.testing import CliRunner, Result
 
 from rrcm import __version__
 from rrcm.certification.certify_images import find_images, find_labels, read_square
+from rrcm.certification.recompute import recompute_radii
 from rrcm.certification.record import read_record
 from rrcm.certification.results import read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
-from rrcm.certification.votes import recompute_radii
 from rrcm.cli import app
 from rrcm.data.images import Listing
 from rrcm.models.authors import load_authors_checkpoint

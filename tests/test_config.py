@@ -354,6 +354,33 @@ def test_an_override_beats_the_profile(tmp_path):
         ({"denoised__densepure__runs": 0}, "denoised.densepure.runs = 0: should be greater than or equal to 1"),
         ({"denoised__diffsmooth__local_sigma": -1}, "denoised.diffsmooth.local_sigma = -1: should be greater than"),
         ({"denoised__max_images": {"gaussian": 5}}, "denoised.max_images.gaussian: does not denoise"),
+        ({"cascade__methods": ["macer"]}, "cascade.methods ['macer'] must be among methods ['rrcm',"),
+        ({"cascade__methods": ["rrcm", "rrcm"]}, "cascade.methods ['rrcm', 'rrcm'] must be among methods"),
+        ({"cascade__methods": ["nope"]}, "cascade.methods.0 = 'nope': no such method"),
+        (
+            {"cascade__methods": ["rrcm"], "sigmas": [0.5]},
+            "a cascade needs two sigmas or more; add one to",
+        ),
+        (
+            {"cascade__methods": ["rrcm"], "cascade__sigmas": [0.25, 1.0]},
+            "cascade.sigmas [0.25, 1.0] must be among sigmas [0.25, 0.5], each at most once",
+        ),
+        ({"cascade__methods": ["rrcm"], "cascade__sigmas": [0.5, 0.5]}, "cascade.sigmas [0.5, 0.5] must be among"),
+        ({"cascade__sigmas": [0.25]}, "cascade.sigmas = [0.25]: List should have at least 2 items"),
+        (
+            {"cascade__methods": ["rrcm"], "cascade__thresholds": [0.0, 0.1]},
+            "cascade.thresholds [0.0, 0.1] must be 1,",
+        ),
+        ({"cascade__thresholds": "best"}, "cascade.thresholds = 'best': must be chosen, or a list of numbers"),
+        ({"cascade__thresholds": [".nan"]}, "cascade.thresholds.0 = '.nan': should be a valid number"),
+        (
+            {"cascade__choose_by": "radius"},
+            "cascade.choose_by = 'radius': must be acr, or a mapping from radii",
+        ),
+        ({"cascade__choose_by": {"x": 1.0}}, "cascade.choose_by.x.[key] = 'x': should be a valid number"),
+        ({"cascade__choose_by": {0.5: 0.0}}, "cascade.choose_by.0.5 = 0.0: should be greater than 0"),
+        ({"cascade__choose_by": {}}, "cascade.choose_by: Dictionary should have at least 1 item"),
+        ({"cascade__choose_n": 0}, "cascade.choose_n = 0: should be greater than or equal to 1"),
         ({"methods": ["densepure"], "attack__methods": ["densepure"]}, "attack.methods: densepure votes, which has no"),
         ({"methods": ["dds_finetuned"], "denoised__model": "vit"}, "denoised.model vit: dds_finetuned fine-tunes a"),
         (

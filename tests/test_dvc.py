@@ -14,9 +14,10 @@ import pytest
 import yaml
 from conftest import REPOSITORY, compose, make_project
 from dvc.repo import Repo
+from dvc.stage import Stage
 from pydantic import BaseModel
 
-from benchmarks.edits import EDITS, Edit, changed_stages, make_committed, renew, stages_after
+from benchmarks.edits import EDITS, Edit, changed_stages, make_committed, renew, replace, stages_after
 from rrcm.config import Config, load_config, parse_config
 from rrcm.derived import SECTIONS, derived_settings, training_noise
 from rrcm.fingerprints import NO_RESULTS, TABLES, find_items, fingerprint_text
@@ -24,6 +25,7 @@ from rrcm.methods import COLUMNS, METHODS
 
 SETTINGS = ["sigmas=[0.5]", "methods=[rrcm,consistency,consistency_matched,gaussian]"]
 SETTINGS += ["+finetune.lr={sigma_0.5: 4e-3}"]  # DVC has to cope with such keys
+ENDINGS = (".tsv", ".samples.tsv", ".json")
 RUN = ["rrcm", "consistency", "consistency_matched", "gaussian"]
 
 
@@ -102,6 +104,43 @@ def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
     assert {"models/rrcm_joint/joint", votes} <= stages["finetune@rrcm_joint_pass-joint"]
     assert "finetune@rrcm_joint-joint" in stages and "certify@rrcm_joint-0.25" not in stages
     assert [name for name, deps in stages.items() if votes in deps] == ["finetune@rrcm_joint_pass-joint"]
+
+
+def outputs(stage: Stage) -> set[str]:
+    return {out.def_path for out in stage.outs}
+
+
+def test_a_cascade_depends_on_the_models_of_its_parts(tmp_path):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    compose(tmp_path / "params.yaml", "methods=[rrcm,rrcm_joint,gaussian]", "cascade.methods=[rrcm,rrcm_joint]")
+    index = Repo.init(str(tmp_path), no_scm=True).index
+    stages = {stage.name: stage for stage in index.stages if stage.name.startswith("certify-cascade")}
+    assert set(stages) == {"certify-cascade@rrcm", "certify-cascade@rrcm_joint"}
+    for method, models in (("rrcm", "models/rrcm"), ("rrcm_joint", "models/rrcm_joint/joint")):
+        stage, folder = stages[f"certify-cascade@{method}"], f"certificates/{method}"
+        inputs = {dep.def_path for dep in stage.deps}
+        assert inputs == {f"fingerprints/certify_cascade/{method}.txt", "data/shards", models, "params.yaml"}
+        files = {f"{folder}/{name}{end}" for name in ("cascade", "multi_scale") for end in ENDINGS}
+        others = {f"{folder}/thresholds.tsv", f"timings/certify_cascade/{method}.json"}
+        assert stage.cmd == f"python stages/certify_cascade.py {method}" and outputs(stage) == files | others
+
+
+@pytest.mark.parametrize(
+    ("override", "without"),
+    [
+        ("cascade.thresholds=[0.0]", ["thresholds.tsv"]),
+        ("cascade.multi_scale=false", [f"multi_scale{e}" for e in ENDINGS]),
+    ],
+)
+def test_a_cascade_has_no_outputs_that_the_settings_leave_out(tmp_path, override, without):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    found = []
+    for overrides in ([], [override]):
+        compose(tmp_path / "params.yaml", "methods=[rrcm]", "cascade.methods=[rrcm]", *overrides)
+        repo = Repo(str(tmp_path)) if found else Repo.init(str(tmp_path), no_scm=True)
+        (stage,) = (stage for stage in repo.index.stages if stage.name == "certify-cascade@rrcm")
+        found.append(outputs(stage))
+    assert found[0] - found[1] == {f"certificates/rrcm/{name}" for name in without} and found[1] < found[0]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +243,8 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield from leaves(nested, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
 
 
-WATCHED = {*SECTIONS} - {"methods", "sigmas", "denoiser"}  # the denoiser has a stage of its own, which watches it all
+# The denoiser has a stage of its own, which watches all of its settings. Cascades have tests of their own.
+WATCHED = {*SECTIONS} - {"methods", "sigmas", "denoiser", "cascade"}
 SCHEMA = sorted(path for path in leaves(Config) if path.split(".")[0] in WATCHED)
 LEVELS = [0.25, 0.5]
 TRAINED = {name for name, row in METHODS.items() if row.objective is not None}
@@ -301,6 +341,77 @@ def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(ever
     certified = {method for method in METHODS if before["certify"][method] != after["certify"][method]}
     expected = set(METHODS) if path.startswith("certify.") else set()
     assert certified == expected
+
+
+CASCADED = {"thresholds": [0.5], "choose_by": {"0.5": 1.0}, "choose_n": 10, "multi_scale": False, "sigmas": [0.25, 0.5]}
+
+
+@pytest.mark.parametrize("setting", CASCADED)
+def test_a_setting_of_cascades_reruns_them_alone(every_method, setting):
+    values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
+    values["sigmas"], values["cascade"]["methods"] = [0.25, 0.5, 1.0], ["rrcm", "consistency_joint"]
+    before = derived_settings(values)["settings"]
+    values["cascade"][setting] = CASCADED[setting]
+    after = derived_settings(values)["settings"]
+    again = {name for name in before if before[name] != after[name]}
+    assert again == {"cascade"} and before["cascade"].items().isdisjoint(after["cascade"].items())
+
+
+def test_given_thresholds_do_not_depend_on_how_they_would_be_chosen(every_method):
+    values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
+    values["cascade"] |= {"methods": ["rrcm"], "thresholds": [0.5]}
+    before = derived_settings(values)["settings"]
+    values["cascade"] |= {"choose_n": 7, "choose_by": {"0.5": 1.0}}
+    assert derived_settings(values)["settings"] == before
+    values["certify"]["n"] += 1
+    assert derived_settings(values)["settings"]["cascade"] != before["cascade"]
+
+
+def test_the_fingerprint_of_a_cascade_covers_its_code(every_method):
+    lines = fingerprint_text(find_items(load_config_of(every_method))["certify_cascade/rrcm"]).splitlines()
+    modules = {line.split()[0].removeprefix("rrcm.certification.") for line in lines}
+    assert {f"cascade_{name}" for name in ("radii", "rules", "selection", "states", "thresholds", "votes")} <= modules
+    assert {"cascade", "certify_cascade", "validation_votes", "stages/certify_cascade.py", "noise"} <= modules
+
+
+@pytest.fixture(scope="module")
+def with_cascade(tmp_path_factory) -> Path:
+    """As `committed`, with two methods at two sigmas, one of which is cascaded."""
+    folder = tmp_path_factory.mktemp("cascade")
+    make_committed(REPOSITORY, folder, CASCADE)
+    return folder
+
+
+CASCADE = ["sigmas=[0.25,0.5]", "methods=[rrcm,gaussian]", "cascade.methods=[rrcm]"]
+CERTIFY_RRCM = {"certify@rrcm-0.25", "certify@rrcm-0.5"}
+
+
+def test_an_edited_expert_reruns_the_cascade_of_its_method_alone(with_cascade, tmp_path):
+    folder = Path(shutil.copytree(with_cascade, tmp_path / "copy"))
+    (folder / "models/gaussian/sigma_0.25").write_text("other weights")
+    assert changed_stages(folder) == {"certify@gaussian-0.25", "latency", "plot"}
+    (folder / "models/rrcm/sigma_0.25").write_text("other weights")
+    again = {"certify@gaussian-0.25", "certify@rrcm-0.25", "certify-cascade@rrcm", "latency", "plot"}
+    assert changed_stages(folder) == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("edit", "again"),
+    [
+        (Edit("choose_n", settings=["cascade.choose_n=7"]), {"certify-cascade@rrcm", "plot"}),
+        (
+            Edit("the candidates", replace("rrcm/certification/cascade_thresholds.py", "0.1 . k", "0.2 * k")),
+            {"certify-cascade@rrcm"},
+        ),
+        (Edit("n", settings=["certify.n=1500"]), {"certify-cascade@rrcm", "plot", "certify"}),
+        (Edit("another method", settings=["cascade.methods=[gaussian]"]), {"certify-cascade@gaussian", "plot"}),
+    ],
+    ids=lambda each: each.name if isinstance(each, Edit) else "",
+)
+def test_an_edit_reruns_the_cascades_that_it_changes(with_cascade, tmp_path, edit, again):
+    found = stages_after(edit, with_cascade, tmp_path / "copy", CASCADE)
+    assert {name.partition("@")[0] if name.startswith("certify@") else name for name in found} == again
 
 
 def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_method):

@@ -1,15 +1,16 @@
 """Audit a certificate file: do its radii follow from its votes, and does the published model give these votes?
 
 `check_file` answers the first question without the network. `audit_file` also lets the model vote again on rows chosen
-at random. On the type of machine that published the file all counts must be equal. Elsewhere the network rounds
-differently, and a few votes flip. The flip rate published with the file says how many votes may have flipped. Exact
-binomial tests compare each look of each row by itself, and all rows together. Together they raise a false alarm with
-probability at most `false_alarm`.
+at random, or the models of a cascade at each sigma. On the type of machine that published the file all counts must be
+equal. Elsewhere the network rounds differently, and a few votes flip. The flip rate published with the file says how
+many votes may have flipped. Exact binomial tests compare each look of each row by itself, and all rows together.
+Together they raise a false alarm with probability at most `false_alarm`.
 """
 
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +30,9 @@ from rrcm.certification.agreement import (
     votes_to_raise,
 )
 from rrcm.certification.flips import SAMPLES_PER_IMAGE, count_flips, spread_indices
-from rrcm.certification.record import CertificateRecord, Flips, read_record, record_path
-from rrcm.certification.results import COLUMNS, SAMPLES, read_certificates, read_samples, samples_path
+from rrcm.certification.recompute import recompute_frame
+from rrcm.certification.record import CascadeRecord, CertificateRecord, Flips, read_record, record_path
+from rrcm.certification.results import VOTES, read_certificates, read_samples, samples_path, sigma_name
 from rrcm.certification.revote import (
     AS_PUBLISHED,
     Inputs,
@@ -45,7 +47,6 @@ from rrcm.certification.revote import (
 )
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import Votes
-from rrcm.certification.votes import recompute
 from rrcm.methods import JOINT
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import sha256_file
@@ -121,7 +122,7 @@ class Tolerance:
         return float(power[possible].mean()) if possible.any() else 1.0
 
 
-def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
+def check_file(path: Path) -> tuple[CertificateRecord | CascadeRecord, pd.DataFrame, list[str]]:
     """The record beside a certificate file, the rows of the file with their votes, and the problems of both.
 
     The tables must have the hashes in the record, and all columns must follow from the votes. Raises `RRCMError` for
@@ -136,11 +137,11 @@ def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
         return record, frame, [*problems, f"{path}: has other images than {samples_path(path).name}"]
     frame = frame.join(samples.drop(columns="idx"))
     try:
-        recomputed = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
+        recomputed = recompute_frame(frame, record)
     except RRCMError as error:
         return record, frame, [*problems, f"{path}: {error}"]
     lines = []
-    for name in (*COLUMNS[2:5], *SAMPLES[1:]):
+    for name in recomputed.columns.drop(["idx", "label", "time", *VOTES]):
         for row in np.flatnonzero(frame[name].to_numpy() != recomputed[name].to_numpy()):
             claim, follows = frame[name].iloc[row], recomputed[name].iloc[row]
             lines.append(f"image {frame['idx'].iloc[row]}: {name} is {claim}, but its votes give {follows}")
@@ -149,7 +150,7 @@ def check_file(path: Path) -> tuple[CertificateRecord, pd.DataFrame, list[str]]:
 
 def audit_file(
     path: Path,
-    model: Path | str,
+    models: Path | str | Sequence[Path | str],
     images: Path,
     *,
     rows: int | None = None,
@@ -159,7 +160,8 @@ def audit_file(
 ) -> Audit:
     """Check a certificate file, and count the votes of `rows` of its rows again (None: of all). `seed` chooses them.
 
-    `images` is the folder of shards, or the folder of pictures if pictures were certified. An honest file has no
+    `models` is the model, or has one model for each sigma of a cascade that was certified with several. `images` is the
+    folder of shards, or the folder of pictures if pictures were certified. An honest file has no
     problems, except with probability `false_alarm` where the counts need not be equal. No votes are counted again if
     the tables, the model or the images are not the recorded ones. Raises `RRCMError` for missing or damaged files and
     inputs.
@@ -167,40 +169,45 @@ def audit_file(
     record, frame, problems = check_file(path)
     if problems:
         return Audit(problems, len(frame))
-    inputs, problems = load_inputs(path, record, frame, model, images)
+    inputs, problems = load_inputs(path, record, frame, models, images)
     if problems:
         return Audit(problems, len(frame))
-    smoothed = smooth_again(record, inputs, settings)
+    scales = smooth_again(record, inputs, settings)
     chosen = sorted(random.Random(seed).sample(range(len(frame)), min(rows or len(frame), len(frame))))
-    published = published_votes(frame.iloc[chosen])
-    again = _count_again(path, smoothed, inputs, published)
+    published = published_votes(frame.iloc[chosen], record)
+    again = _count_again(path, scales, inputs, published)
     code = code_of(record.environment)
-    if same_computation(record, smoothed):
-        return replace(compare_equal(path, len(frame), published, again), code=code)
-    tolerance, problems, notes = allow(path, record, inputs, smoothed, published, false_alarm)
+    if same_computation(record, scales[0]):
+        return replace(compare_equal(path, record, len(frame), published, again), code=code)
+    tolerance, problems, notes = allow(path, record, inputs, scales, published, false_alarm)
     audit = compare_close(path, record, len(frame), tolerance, published, again)
     return replace(
         audit,
         problems=problems + audit.problems,
-        computation=f"in {smoothed.precision}, batch {smoothed.batch_size}",
+        computation=f"in {scales[0].precision}, batch {scales[0].batch_size}",
         false_alarm=false_alarm,
         code=code,
         notes=notes,
     )
 
 
-def compare_equal(path: Path, rows: int, published: Sequence[RowVotes], again: Sequence[RowVotes]) -> Audit:
+def compare_equal(
+    path: Path,
+    record: CertificateRecord | CascadeRecord,
+    rows: int,
+    published: Sequence[RowVotes],
+    again: Sequence[RowVotes],
+) -> Audit:
     """The audit of rows whose counts must be equal."""
-    pairs = list(zip(published, again, strict=True))
-    lines = [_difference(*pair) for pair in pairs if pair[0] != pair[1]]
-    share = detectable_share(rows, len(pairs), 1.0)
-    problems = _shortened(path, lines)
-    return Audit(problems, rows, len(pairs), exact=True, computation="as published", power=1.0, detectable=share)
+    lines = [_difference(record, *pair) for pair in zip(published, again, strict=True) if pair[0] != pair[1]]
+    audited, problems = _count_rows(published), _shortened(path, lines)
+    share = detectable_share(rows, audited, 1.0)
+    return Audit(problems, rows, audited, exact=True, computation="as published", power=1.0, detectable=share)
 
 
 def compare_close(
     path: Path,
-    record: CertificateRecord,
+    record: CertificateRecord | CascadeRecord,
     rows: int,
     tolerance: Tolerance,
     published: Sequence[RowVotes],
@@ -211,41 +218,43 @@ def compare_close(
     every = [_counts(*pair) for pair in pairs]
     row = np.repeat(np.arange(len(every)), list(map(len, every)))
     refused = row[tolerance.refuses(count_moves(each[1:] for counts in every for each in counts))]
-    problems = _shortened(path, [_difference(*pairs[i]) for i in np.unique(refused)])
+    problems = _shortened(path, [_difference(record, *pairs[i]) for i in np.unique(refused)])
     last = count_moves(counts[-1][1:] for counts in every)
     rates = tolerance.rates(last)
     moved, samples = int(last.moved.sum()), int(last.m.sum())
     if pooled_tail(last.moved, last.m, rates) <= tolerance.pooled_level:
         expected = f"{last.m @ rates:.0f} are expected at most"
         problems.append(f"{path}: {moved:,} of {samples:,} votes differ when counted again; {expected}")
-    power = tolerance.power(last, RAISE / record.sigma)
-    share = detectable_share(rows, len(pairs), power)
-    return Audit(problems, rows, len(pairs), False, "", moved, samples, power, share)
+    power = tolerance.power(last, RAISE / np.array(record.sigmas)[[row.scale for row in published]])
+    audited = _count_rows(published)
+    share = detectable_share(rows, audited, power)
+    return Audit(problems, rows, audited, False, "", moved, samples, power, share)
 
 
 def allow(
     path: Path,
-    record: CertificateRecord,
+    record: CertificateRecord | CascadeRecord,
     inputs: Inputs,
-    smoothed: SmoothedClassifier,
+    scales: Sequence[SmoothedClassifier],
     published: Sequence[RowVotes],
     false_alarm: float,
 ) -> tuple[Tolerance, list[str], tuple[str, ...]]:
     """How many votes may have moved, with the published flip rate or else with the rate of this machine; problems;
     notes.
 
-    Half of `false_alarm` goes to the rows, a quarter to all rows together, and a quarter to the bounds on the rates.
+    Half of `false_alarm` goes to the rows, a quarter to all rows together, and a quarter to the bounds on the rates. In
+    a cascade, the highest rate of any sigma applies to all of them.
     """
     tests, alpha = sum(1 + len(row.votes) for row in published), false_alarm / 4
-    here = _measure_here(record, inputs, smoothed, [row.idx for row in published])
-    measured = (record.flips or {}).get(smoothed.precision)
-    known = measured or [here]
+    here = _measure_here(record, inputs, scales, list(dict.fromkeys(row.idx for row in published)))
+    measured, precision = (record.flips or {}).get(scales[0].precision), scales[0].precision
+    known = measured or here
     rate = max(flip_rate(each, alpha / 2 / len(known)) for each in known)
     tolerance = Tolerance(rate, false_alarm / 2 / tests, false_alarm / 4)
     if measured is None:
-        return tolerance, [], (f"no flip rate is published for {smoothed.precision}; it was measured here",)
+        return tolerance, [], (f"no flip rate is published for {precision}; it was measured here",)
     least = max(rate_bounds(each.flips, each.samples, each.closeness, alpha / 4 / len(known))[0] for each in known)
-    most = SPREAD * flip_rate(here, alpha / 4)
+    most = SPREAD * max(flip_rate(each, alpha / 4 / len(here)) for each in here)
     if least > most:
         claim = f"publishes a flip rate above {least:.2g} at a tie; on this machine it is below {most:.2g}"
         return tolerance, [f"{record_path(path)}: {claim}"], ()
@@ -258,39 +267,54 @@ def flip_rate(flips: Flips, alpha: float) -> float:
 
 
 def _measure_here(
-    record: CertificateRecord, inputs: Inputs, smoothed: SmoothedClassifier, indices: Sequence[int]
-) -> Flips:
-    """The flips on this machine between two precisions, or between two batch sizes if the precision is the same."""
-    chosen, first = spread_indices(indices, SAMPLES_HERE), smoothed
-    size = smoothed.batch_size if record.precision != smoothed.precision else max(1, smoothed.batch_size // 2)
-    classes = vote_singly(first, inputs, chosen, SAMPLES_PER_IMAGE)
-    second = smooth_again(record, inputs, Settings(record.precision, size, device=str(smoothed.device)))
-    return count_flips(classes, vote_singly(second, inputs, chosen, SAMPLES_PER_IMAGE), "here")
+    record: CertificateRecord | CascadeRecord,
+    inputs: Inputs,
+    scales: Sequence[SmoothedClassifier],
+    indices: Sequence[int],
+) -> list[Flips]:
+    """The flips at each sigma on this machine between two precisions, or two batch sizes if the precision is equal."""
+    chosen, (precision, size) = spread_indices(indices, SAMPLES_HERE), (scales[0].precision, scales[0].batch_size)
+    size = size if record.precision != precision else max(1, size // 2)
+    classes = [vote_singly(each, inputs, chosen, SAMPLES_PER_IMAGE) for each in scales]
+    others = smooth_again(record, inputs, Settings(record.precision, size, device=str(scales[0].device)))
+    return [
+        count_flips(first, vote_singly(other, inputs, chosen, SAMPLES_PER_IMAGE), "here")
+        for first, other in zip(classes, others, strict=True)
+    ]
 
 
 def _count_again(
-    path: Path, smoothed: SmoothedClassifier, inputs: Inputs, published: Sequence[RowVotes]
+    path: Path, scales: Sequence[SmoothedClassifier], inputs: Inputs, published: Sequence[RowVotes]
 ) -> list[RowVotes]:
     """`vote_again`, with an estimate of the time and progress on stderr."""
     samples = sum(sum(row.selection.values()) + max(map(int, row.votes), default=0) for row in published)
-    probe = [RowVotes(published[0].idx, {"0": smoothed.batch_size}, {})]
-    next(vote_again(smoothed, inputs, probe))  # the first batch takes longer
+    first, size = published[0], scales[0].batch_size
+    probe = [first._replace(selection={"0": size}, votes={})]
+    next(vote_again(scales, inputs, probe))  # the first batch takes longer
     start = time.monotonic()
-    next(vote_again(smoothed, inputs, probe))
-    seconds = (time.monotonic() - start) * samples / smoothed.batch_size
-    text = f"votes again on {len(published):,} rows, {samples:,} samples, in about {seconds:,.0f} s"
+    next(vote_again(scales, inputs, probe))
+    seconds = (time.monotonic() - start) * samples / size
+    rows = _count_rows(published)
+    text = f"votes again on {rows:,} rows, {samples:,} samples, in about {seconds:,.0f} s"
     print(f"{printable(path)}: {text}", file=sys.stderr)
-    again = []
-    with Progress(len(published), f"vote on {printable(path)} again", "rows", only_if_long=True) as progress:
-        for group in vote_again(smoothed, inputs, published):
+    again, left = [], Counter(row.idx for row in published)  # sigmas at which a row is still to be voted on
+    with Progress(rows, f"vote on {printable(path)} again", "rows", only_if_long=True) as progress:
+        for group in vote_again(scales, inputs, published):
             again += group
-            progress.update(len(group))
+            left.subtract(row.idx for row in group)
+            progress.update(sum(left[row.idx] == 0 for row in group))
     return again
 
 
-def _difference(published: RowVotes, again: RowVotes) -> str:
+def _count_rows(published: Sequence[RowVotes]) -> int:
+    """The number of images. A cascade has votes for an image at several sigmas."""
+    return len({row.idx for row in published})
+
+
+def _difference(record: CertificateRecord | CascadeRecord, published: RowVotes, again: RowVotes) -> str:
     """A line with the count of an image that differs most."""
     name, votes, now = max(_counts(published, again), key=lambda each: moved_votes(*each[1:]))
+    name += f" at sigma {record.sigmas[published.scale]:g}" * isinstance(record, CascadeRecord)
     return f"image {published.idx}: {moved_votes(votes, now)} of {sum(votes.values())} {name} differ when counted again"
 
 
@@ -306,24 +330,34 @@ def _shortened(path: Path, lines: Sequence[str]) -> list[str]:
     return [f"{path}: {line}" for line in [*lines[:SHOWN], *more]]
 
 
-def find_inputs(path: Path, model: str | None, images: Path | None) -> tuple[str, Path]:
-    """The model and the images of a certificate file. None means the folder where a result keeps them.
+def find_inputs(path: Path, models: Sequence[str] | None, images: Path | None) -> tuple[list[str], Path]:
+    """The models and the images of a certificate file. None means the folders where a result keeps them.
 
-    A result is a folder with certificates/METHOD/sigma_S.tsv, models/METHOD/sigma_S or models/METHOD/joint, and shards
-    or data/shards. Raises `RRCMError` for a folder that is not there.
+    A result is a folder with certificates/METHOD/sigma_S.tsv or certificates/METHOD/cascade.tsv,
+    models/METHOD/sigma_S or models/METHOD/joint, and shards or data/shards. Raises `RRCMError` for a folder that is not
+    there.
     """
-    root, name = path.absolute().parent.parent.parent, Path(path.absolute().parent.name, path.stem)
-    if model is None:
-        joint = root / "models" / name.parent / JOINT
-        model = str(joint if joint.is_dir() else root / "models" / name)
-        if not Path(model).is_dir():
-            raise RRCMError(f"{model}: no such folder, where the model of {path} would be; give --model")
+    root, method = path.absolute().parent.parent.parent, path.absolute().parent.name
+    if not models:
+        joint = root / "models" / method / JOINT
+        models = [str(joint)]
+        if not joint.is_dir():
+            models = [str(root / "models" / method / name) for name in _expert_folders(path)]
+        for model in models:
+            if not Path(model).is_dir():
+                raise RRCMError(f"{model}: no such folder, where the model of {path} would be; give --model")
     if images is None:
         shards = [root / "shards", root / "data/shards"]
         images = next((folder for folder in shards if folder.is_dir()), None)
         if images is None:
             raise RRCMError(f"{shards[0]}, {shards[1]}: no such folders with the images of {path}; give --images")
-    return model, images
+    return list(models), images
+
+
+def _expert_folders(path: Path) -> list[str]:
+    """The names of the model folders of a certificate file, if there is one for each sigma."""
+    record = read_record(record_path(path)) if record_path(path).is_file() else None
+    return [sigma_name(sigma) for sigma in record.sigmas] if isinstance(record, CascadeRecord) else [path.stem]
 
 
 def verdict(path: Path, audit: Audit, seconds: float) -> str:

@@ -6,9 +6,9 @@
 
 import math
 import sys
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -26,7 +26,8 @@ from rrcm.certification.cascade_states import (
 )
 from rrcm.certification.networks import attribute
 from rrcm.certification.noise import ESTIMATE, PREDICT, SELECT
-from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier, check_layout
+from rrcm.certification.packing import SampleRequest, vote_in_rounds
+from rrcm.certification.smoothing import SmoothedClassifier, check_layout, identify
 from rrcm.utils.arguments import shown, whole_number
 from rrcm.utils.errors import RRCMError
 
@@ -79,6 +80,12 @@ class CascadedClassifier(nn.Module):
             for k, (model, sigma) in enumerate(zip(models, self.sigmas, strict=True))
         )
         self.num_classes = self.scales[0].num_classes
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> "CascadedClassifier":
+        """The same smoothed classifiers with other thresholds. Raises `RRCMError` for impossible ones."""
+        cascade = copy(self)
+        cascade.sigmas, cascade.thresholds = check_scales(self.sigmas, thresholds)
+        return cascade
 
     def train(self, mode: bool = True) -> "CascadedClassifier":
         """Stay in eval mode."""
@@ -147,16 +154,23 @@ class CascadedClassifier(nn.Module):
         rule = make_cascade_rule("sequential", self.sigmas, self.thresholds, **settings)
         return [certificate.prediction for certificate in self._certify(images, None, indices, rule)]
 
+    def share_batch_size(self, image: torch.Tensor) -> int:
+        """Let all sigmas vote in batches of one size, the smallest that `find_batch_size` gives, and return it."""
+        size = min(scale.find_batch_size(image) for scale in self.scales)
+        for scale in self.scales:
+            scale.batch_size = size
+        return size
+
     def votes(self, images: torch.Tensor, n: int, *, indices: Sequence[int] | None = None) -> np.ndarray:
         """Votes for the classes, of n samples at each sigma: (B, K, num_classes) int64, for `choose_thresholds`.
 
         images (B, C, H, W) float in [0, 1]. No certificate of the same images uses these samples. Raises `RRCMError`
         for impossible images and indices.
         """
-        states = self.scales[0]._image_states(images, None, indices)
-        votes = np.zeros((len(states), len(self.scales), self.num_classes), np.int64)
-        for (i, state), (k, scale) in product(enumerate(states), enumerate(self.scales)):
-            (counts,) = scale.count_votes([SampleRequest(state.image, state.index, PREDICT, 0, n)])
+        identified = identify(images, None, indices, self.num_classes)
+        votes = np.zeros((len(identified), len(self.scales), self.num_classes), np.int64)
+        for (i, (index, image, _)), (k, scale) in product(enumerate(identified), enumerate(self.scales)):
+            (counts,) = scale.count_votes([SampleRequest(image, index, PREDICT, 0, n)])
             votes[i, k] = counts[: self.num_classes]
         return votes
 
@@ -168,8 +182,7 @@ class CascadedClassifier(nn.Module):
         rule: CascadeRule,
     ) -> list[CascadeState]:
         """States without votes, for `certify_stream`. Raises `RRCMError` for impossible images, labels and indices."""
-        states = self.scales[0]._image_states(images, labels, indices)
-        return [new_state(state.index, state.image, state.label, rule) for state in states]
+        return [new_state(*each, rule) for each in identify(images, labels, indices, self.num_classes)]
 
     def certify_stream(
         self, states: Iterable[CascadeState], rule: CascadeRule, *, at_once: int | None = None
@@ -181,44 +194,20 @@ class CascadedClassifier(nn.Module):
         """
         if (rule.sigmas, rule.thresholds) != (self.sigmas, self.thresholds):
             raise RRCMError("the stopping rule has other sigmas or thresholds than the cascade; make one for these")
-        source, active = iter(states), deque()
-        while True:
-            chosen, requests = [], []
-            room, waiting = None, len(active)
-            while room is None or room > 0:
-                if waiting:
-                    state, waiting = active.popleft(), waiting - 1
-                elif (at_once is not None and len(chosen) >= at_once) or (state := next(source, None)) is None:
-                    break
-                elif state.stop_reason:
-                    continue
-                if room is None:
-                    room = BATCHES_PER_SYNC * max(scale.find_batch_size(state.image) for scale in self.scales)
-                k, selects, start, stop = next_samples(state, rule)
-                stop = min(stop, start + room)
-                purpose = SELECT if selects else ESTIMATE
-                requests.append((k, SampleRequest(state.image, state.index, purpose, start, stop)))
-                chosen.append(state)
-                room -= stop - start
-            if not chosen:
-                return
-            self._vote(chosen, requests, rule)
-            yield chosen
-            active.extendleft(reversed([state for state in chosen if not state.stop_reason]))
 
-    def _vote(
-        self, states: Sequence[CascadeState], requests: Sequence[tuple[int, SampleRequest]], rule: CascadeRule
-    ) -> None:
-        """Add to each state the votes that it requests of a scale."""
-        for k, scale in enumerate(self.scales):
-            at_k = [(state, request) for state, (of, request) in zip(states, requests, strict=True) if of == k]
-            if not at_k:
-                continue
-            start, votes = time.monotonic(), scale.count_votes([request for _, request in at_k])
-            seconds = (time.monotonic() - start) / sum(request.stop - request.start for _, request in at_k)
-            for (state, request), counts in zip(at_k, votes, strict=True):
-                add_votes(state, rule, k, request.purpose == SELECT, counts, self.num_classes)
-                state.seconds += seconds * (request.stop - request.start)
+        def vote(chosen: list[CascadeState], requests: list[SampleRequest]) -> None:
+            pairs = list(zip(chosen, requests, strict=True))
+            for k in sorted({request.scale for request in requests}):
+                at_k = [pair for pair in pairs if pair[1].scale == k]
+                counts = self.scales[k].count_timed(*zip(*at_k, strict=True))
+                for (state, request), votes in zip(at_k, counts, strict=True):
+                    add_votes(state, rule, k, request.purpose == SELECT, votes, self.num_classes)
+
+        request = partial(_next_request, rule, self.num_classes)
+        yield from vote_in_rounds(states, self._find_room, request, vote, at_once=at_once)
+
+    def _find_room(self, image: torch.Tensor) -> int:
+        return max(scale.find_room(image) for scale in self.scales)
 
     def _certify(
         self,
@@ -231,6 +220,13 @@ class CascadedClassifier(nn.Module):
         for _ in self.certify_stream(states, rule):
             pass
         return [cascade_certificate(state, rule, self.num_classes) for state in states]
+
+
+def _next_request(rule: CascadeRule, num_classes: int, state: CascadeState, room: int) -> SampleRequest:
+    """The samples that an image needs next, at most `room` of them."""
+    scale, selects, start, stop = next_samples(state, rule, num_classes)
+    purpose = SELECT if selects else ESTIMATE
+    return SampleRequest(state.image, state.index, purpose, start, min(stop, start + room), scale)
 
 
 def soften(

@@ -131,6 +131,11 @@ class CascadeRule:
         return tuple(scale.threshold for scale in self.scales[1:])
 
     @property
+    def alpha(self) -> float:
+        """How often a certificate may be wrong, at most."""
+        return self.grid.alpha
+
+    @property
     def n0(self) -> int:
         """Selection samples of each scale that is asked."""
         return self.grid.n0

@@ -76,12 +76,12 @@ class Draws:
 def draw_shares(top: int, other: int, n0: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of a class with `top` votes of n0 and of one with `other`: two (NUM_DRAWS,).
 
-    They represent the posterior distribution under Jeffreys' prior, a Dirichlet distribution. They are not random but
-    an evenly spread set, points of a lattice with two dimensions for each scale k.
+    They represent the posterior distribution under a Dirichlet prior, which is Jeffreys' prior for the class against
+    all others. They are not random but an evenly spread set, points of a lattice with two dimensions for each scale k.
     """
     points = [(np.arange(NUM_DRAWS) * pow(LATTICE, 2 * k + d, NUM_DRAWS) % NUM_DRAWS + 0.5) / NUM_DRAWS for d in (0, 1)]
-    p_top = betaincinv(top + 0.5, n0 - top + 1.0, points[0])
-    return p_top, (1 - p_top) * betaincinv(other + 0.5, n0 - top - other + 0.5, points[1])
+    p_top = betaincinv(top + 0.5, n0 - top + 0.5, points[0])
+    return p_top, (1 - p_top) * betaincinv(other + 0.25, n0 - top - other + 0.25, points[1])
 
 
 def _share(count: int, n0: int) -> float:

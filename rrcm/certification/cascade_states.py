@@ -7,6 +7,7 @@ Everything here follows from counts of votes, so that the votes which a state ke
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -73,19 +74,21 @@ def new_state(index: int, image: torch.Tensor | None, label: int | None, rule: C
     return CascadeState(index, image, label, [{} for _ in range(k)], counts=[{} for _ in range(k)], drawn=[0] * k)
 
 
-def next_samples(state: CascadeState, rule: CascadeRule) -> tuple[int, bool, int, int]:
+def next_samples(state: CascadeState, rule: CascadeRule, num_classes: int) -> tuple[int, bool, int, int]:
     """What the image needs next: scale, whether for the selection, and from which sample up to which one.
 
     The selection asks the scales from the largest sigma down. In the estimation the claims with the fewest certified
-    radii hold up the certificate, so their scales draw up to their next look, those with the fewest looks first.
+    radii hold up the certificate. The one of them with the smallest expected radius draws up to its next look, because
+    it is the likeliest to end without another radius, which finishes the image. The order follows from the votes that
+    the state keeps.
     """
     if not state.claims:
         asked = [sum(votes.values()) for votes in state.selection]
         k = max(k for k, samples in enumerate(asked) if samples < rule.n0)
         return k, True, asked[k], rule.n0
     lowest = min(state.levels)
-    scales = [k for (k, _), level in zip(state.claims, state.levels, strict=True) if level == lowest]
-    k = min(scales, key=lambda k: (_looks_taken(state, rule, k), k))
+    held_up = [claim for claim, level in zip(state.claims, state.levels, strict=True) if level == lowest]
+    k, _ = min(held_up, key=lambda claim: _expected_radius(state, rule, *claim, num_classes))
     return k, False, state.drawn[k], rule.looks[_looks_taken(state, rule, k)]
 
 
@@ -107,6 +110,15 @@ def add_votes(
     state.drawn[scale] += drawn
     if state.drawn[scale] in rule.looks:
         _decide(state, rule, scale, num_classes)
+
+
+def _expected_radius(state: CascadeState, rule: CascadeRule, scale: int, claim: str, num_classes: int) -> float:
+    """What the claim says after all samples if they vote in the proportions of the selection and the last kept look."""
+    kept = next((votes for k, _, votes in reversed(state.votes) if k == scale), {})
+    counts = Counter(state.selection[scale]) + Counter(kept)
+    top, others = top_and_others(counts, state.top_class, num_classes)
+    n, share = rule.looks[-1], rule.looks[-1] / sum(counts.values())
+    return float(rule.scales[scale].radius(claim, np.array(share * top), share * others, n, rule.last_alpha))
 
 
 def _looks_taken(state: CascadeState, rule: CascadeRule, scale: int) -> int:
@@ -178,42 +190,68 @@ def replay(
 ) -> CascadeState:
     """The state to which the selection votes of each scale and the votes of the kept looks lead.
 
-    The arguments are as in a `CascadeState`. Classes beyond `num_classes` are not possible, but "pass" is, as
-    `num_classes`. The image, its index and the seconds are unknown. Raises ValueError for impossible votes.
+    The arguments are as in a `CascadeState`. The numbers of samples include those of the looks that decided nothing,
+    since `next_samples` says at which looks the scales were. The image, its index and the seconds are unknown. Raises
+    ValueError for votes that no sampling leads to.
     """
     if len(selection) != len(rule.scales):
         raise ValueError(f"selection votes of {len(selection)} sigmas: must be {len(rule.scales)}")
-    state, outputs = new_state(-1, None, label, rule), num_classes + 1
+    state = new_state(-1, None, label, rule)
     while not (state.claims or state.stop_reason):
-        k = next_samples(state, rule)[0]
-        given = _as_array(f"the selection at sigma {rule.sigmas[k]:g}", selection[k], outputs)
-        if given.sum() > rule.n0:
-            raise ValueError(f"{given.sum()} selection votes at sigma {rule.sigmas[k]:g}: must be {rule.n0}")
-        if given.sum():
-            add_votes(state, rule, k, True, given, num_classes)
-        if given.sum() < rule.n0:
-            break
+        k = next_samples(state, rule, num_classes)[0]
+        given = _as_array(f"the selection at {_sigma(rule, k)}", selection[k], _outputs(k, num_classes))
+        if given.sum() != rule.n0:
+            raise ValueError(f"{given.sum()} selection votes at {_sigma(rule, k)}: must be {rule.n0}")
+        add_votes(state, rule, k, True, given, num_classes)
     if state.selection != list(selection):
         raise ValueError("the selection has votes at a sigma that was not asked")
-    for scale, drawn, counts in votes:
-        if state.stop_reason or not any(scale == k for k, _ in state.claims):
-            raise ValueError(f"votes of scale {scale} at {drawn} samples: were not asked for")
-        now = _as_array(f"{drawn} samples", counts, outputs)
-        fresh = now - _as_array("the look before", state.counts[scale], outputs)
-        if drawn not in rule.looks or now.sum() != drawn or min(fresh) < 0 or not fresh.any():
-            raise ValueError(f"votes of scale {scale} at {drawn} samples: must be those of a later look, all of them")
-        kept = len(state.votes)
-        add_votes(state, rule, scale, False, fresh, num_classes)
-        if len(state.votes) == kept:
-            raise ValueError(f"votes of scale {scale} at {drawn} samples: decide nothing")
+    kept = deque(votes)
+    while not state.stop_reason:
+        k, _, start, stop = next_samples(state, rule, num_classes)
+        state.drawn[k], state.samples = stop, state.samples + stop - start
+        if kept and (kept[0][0], kept[0][1]) == (k, stop):
+            _replay_look(state, rule, k, kept.popleft()[2], num_classes)
+        elif stop == rule.looks[-1]:
+            missing = f"votes end before the stopping rule stops: {stop} samples at {_sigma(rule, k)} have none"
+            raise ValueError(f"{kept_at(rule, *kept[0][:2])}: were not asked for" if kept else missing)
+    if kept:
+        raise ValueError(f"{kept_at(rule, *kept[0][:2])}: sampling has stopped before ({state.stop_reason})")
     return state
+
+
+def kept_at(rule: CascadeRule, scale: int, drawn: int) -> str:
+    """Which votes these are, for messages."""
+    return f"votes at {_sigma(rule, scale)} after {drawn} samples"
+
+
+def _replay_look(state: CascadeState, rule: CascadeRule, scale: int, votes: Votes, num_classes: int) -> None:
+    """Decide what the votes of a kept look decide. The samples are counted already."""
+    name, outputs = kept_at(rule, scale, state.drawn[scale]), _outputs(scale, num_classes)
+    now, before = (_as_array(name, each, outputs) for each in (votes, state.counts[scale]))
+    if now.sum() != state.drawn[scale]:
+        raise ValueError(f"{name}: are {now.sum()}")
+    if (now < before).any():
+        raise ValueError(f"{name}: a class has fewer than at an earlier look")
+    state.counts[scale], decided = dict(votes), len(state.votes)
+    _decide(state, rule, scale, num_classes)
+    if len(state.votes) == decided:
+        raise ValueError(f"{name}: decide nothing")
+
+
+def _sigma(rule: CascadeRule, scale: int) -> str:
+    return f"sigma {rule.sigmas[scale]:g}"
+
+
+def _outputs(scale: int, num_classes: int) -> int:
+    """How many answers a base classifier may give. All but the one of the smallest sigma may answer "pass"."""
+    return num_classes + (scale > 0)
 
 
 def _as_array(name: str, votes: Votes, outputs: int) -> np.ndarray:
     if not isinstance(votes, dict) or not votes.keys() <= {str(c) for c in range(outputs)}:
-        raise ValueError(f"votes of {name}: must be by class")
+        raise ValueError(f"{name}: must be votes by class, for {outputs} classes at most")
     if not all(type(count) is int and count > 0 for count in votes.values()):
-        raise ValueError(f"votes of {name}: must be whole numbers above 0")
+        raise ValueError(f"{name}: must be whole numbers above 0")
     return np.array([votes.get(str(c), 0) for c in range(outputs)])
 
 
@@ -234,7 +272,7 @@ def is_possible_cascade_state(saved: dict, rule: CascadeRule, num_classes: int) 
         state = replay(saved["selection"], saved["votes"], saved["label"], rule, num_classes)
     except (TypeError, ValueError, KeyError, AttributeError):
         return False
-    decided = ("top_class", "claims", "levels", "reasons", "stop_reason")
+    decided = ("top_class", "claims", "levels", "reasons", "stop_reason", "drawn", "samples")
     return all(saved[name] == getattr(state, name) for name in decided)
 
 

@@ -21,7 +21,7 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.models.folders import read_model_config
 from rrcm.models.kinds import load_model_folder
-from rrcm.utils.distributed import WorkQueue, connect, explain_lost_processes, set_threads
+from rrcm.utils.distributed import DistEnv, WorkQueue, connect, explain_lost_processes, set_threads
 from rrcm.utils.files import json_bytes, sha256_folder, write_together
 from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.provenance import describe_environment
@@ -30,20 +30,34 @@ from rrcm.utils.resume import RunState, fingerprint
 
 @dataclass(frozen=True)
 class SplitVoter:
-    """A smoothed classifier, the split whose images it votes on, and the processes that share the images."""
+    """Smoothed classifiers, the split whose images they vote on, and the processes that share the images."""
 
     config: Config
     images: ShardedDataset
-    smoothed: SmoothedClassifier
+    scales: Sequence[SmoothedClassifier]  # one, or those of a cascade, all on the same device
     batch_size: int  # noisy samples per forward pass
     queue: WorkQueue
-    inputs: dict[str, str]  # SHA-256 of `shards` and `model`
+    inputs: dict[str, str]  # SHA-256 of `shards`, and of each model folder by a name
+
+    @property
+    def smoothed(self) -> SmoothedClassifier:
+        """The smoothed classifier, or the first one of a cascade."""
+        return self.scales[0]
 
     def run_state(self, name: str, settings: object, module: str, *objects: object) -> RunState:
         """The journals of the work `name`, which depends on the `settings` and `objects` and on what `module` does."""
         description = [settings, self.config.seed, self.config.data.image_size, self.config.threads]
         description += [self.smoothed.device.type, self.batch_size, self.smoothed.precision]
-        return RunState(name, fingerprint(description, self.inputs, module, self.smoothed.model, *objects))
+        models = [scale.model for scale in self.scales]
+        return RunState(name, fingerprint(description, self.inputs, module, *models, *objects))
+
+    def read_states(self, *limits: int | None) -> list[ImageState]:
+        """The images to certify, on the device of the classifier, without any votes. `limits` are their numbers."""
+        pixels, labels, indices = read_split(
+            self.images, self.config.data.image_size, self.config.certify.every, *limits
+        )
+        pixels = to_unit_range(pixels.to(self.smoothed.device))
+        return [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
     def describe_time(self, seconds: float, samples: int) -> dict[str, object]:
         """The entries of a file of timings: what the samples have cost, and where."""
@@ -63,20 +77,31 @@ def open_split(config: Config, sigma: float, shard_folder: Path | str, split: st
 
     Finds the processes that torchrun started. Raises `RRCMError` for missing or damaged inputs.
     """
-    set_threads(config.threads)
-    env, images = connect(config.device), ShardedDataset(shard_folder, split)
-    verify_shards([images], env)
+    env, (images,) = open_images(config, shard_folder, split)
     classifier = load_model_folder(model_folder, sigma=sigma).classifier
     smoothed = make_smoothed_classifier(classifier.to(env.device), sigma, config)
     batch_size = smoothed.find_batch_size(torch.zeros(images.channels, config.data.image_size, config.data.image_size))
     inputs = {"shards": images.fingerprint, "model": sha256_folder(model_folder)}
-    return SplitVoter(config, images, smoothed, batch_size, WorkQueue(env, "images"), inputs)
+    return SplitVoter(config, images, [smoothed], batch_size, WorkQueue(env, "images"), inputs)
+
+
+def open_images(config: Config, shard_folder: Path | str, *splits: str) -> tuple[DistEnv, list[ShardedDataset]]:
+    """Connect to the processes that torchrun started, and open splits whose shards they check together."""
+    set_threads(config.threads)
+    env, images = connect(config.device), [ShardedDataset(shard_folder, split) for split in splits]
+    verify_shards(images, env)
+    return env, images
 
 
 def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config, **options: int) -> SmoothedClassifier:
     """`classifier` smoothed with the settings of `certify`, and with further `options` of `SmoothedClassifier`."""
+    return SmoothedClassifier(classifier, sigma, classifier.num_classes, **smoothing_options(config), **options)
+
+
+def smoothing_options(config: Config) -> dict[str, object]:
+    """The options of a `SmoothedClassifier` that the settings decide."""
     settings = {name: getattr(config.certify, name) for name in ("batch_size", "precision", "compile")}
-    return SmoothedClassifier(classifier, sigma, classifier.num_classes, seed=config.seed, **settings, **options)
+    return {"seed": config.seed} | settings
 
 
 @explain_lost_processes()
@@ -98,7 +123,7 @@ def certify_split(
     """
     voter, settings = open_split(config, sigma, shard_folder, "test", model_folder), config.certify
     rule, smoothed = make_stopping_rule(sigma=sigma, **settings.rule), voter.smoothed
-    states = _read_states(voter, [settings.max_images, max_images])
+    states = voter.read_states(settings.max_images, max_images)
     decides = settings.model_dump(mode="json", exclude={"every", "max_images"})  # these only choose the images
     run = voter.run_state(f"certify-{sigma}", decides, __name__, rule)
     finish_states(
@@ -112,17 +137,9 @@ def certify_split(
     if voter.queue.rank == 0:
         tables = certificate_tables(output, certificate_frame(states, rule, smoothed.num_classes))
         record = _describe_certificates(voter, tables, read_model_config(model_folder)["kind"], max_images)
-        written = {record_path(output): record, timing: _describe_time(voter, states)}
+        written = {record_path(output): record, timing: json_bytes(describe_states(voter, states))}
         write_together(tables | written)
         run.finish()
-
-
-def _read_states(voter: SplitVoter, limits: Sequence[int | None]) -> list[ImageState]:
-    """The images to certify, on the device of the classifier, without any votes."""
-    config = voter.config
-    pixels, labels, indices = read_split(voter.images, config.data.image_size, config.certify.every, *limits)
-    pixels = to_unit_range(pixels.to(voter.smoothed.device))
-    return [ImageState(*each) for each in zip(indices, pixels, labels.tolist(), strict=True)]
 
 
 def _describe_certificates(voter: SplitVoter, tables: dict[Path, bytes], kind: str, max_images: int | None) -> bytes:
@@ -142,8 +159,11 @@ def _describe_certificates(voter: SplitVoter, tables: dict[Path, bytes], kind: s
     return record_bytes(record)
 
 
-def _describe_time(voter: SplitVoter, states: Sequence[ImageState]) -> bytes:
-    """What the images have cost, each and all together."""
+def describe_states(voter: SplitVoter, states: Sequence[ImageState]) -> dict[str, object]:
+    """The entries of a file of timings: what the images have cost, each and all together.
+
+    The states may also be those of a cascade.
+    """
     seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
     by_image = {str(state.index): state.seconds for state in states}
-    return json_bytes(voter.describe_time(seconds, samples) | {"seconds_by_image": by_image})
+    return voter.describe_time(seconds, samples) | {"seconds_by_image": by_image}

@@ -1,9 +1,12 @@
-"""Certify the images of a folder: find and decode them, certify them in order, write the certificates."""
+"""Certify the images of a folder: find and decode them, certify them in order, write the certificates.
+
+The certificates are of a smoothed classifier or of a cascade of them.
+"""
 
 import hashlib
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rrcm.certification.driver import finish_states
+from rrcm.certification.cascade import CascadedClassifier
+from rrcm.certification.cascade_options import CascadeOptions
+from rrcm.certification.cascade_rules import CascadeRule
+from rrcm.certification.cascade_states import CascadeState, is_possible_cascade_state, new_state
+from rrcm.certification.cascade_votes import cascade_frame
+from rrcm.certification.driver import State, finish_states
 from rrcm.certification.journal import is_possible_state
-from rrcm.certification.record import make_record, record_bytes, record_path
+from rrcm.certification.record import ChosenThresholds, make_cascade_record, make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables, samples_path
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import ImageState
@@ -52,13 +60,41 @@ class FileState(ImageState):
     content: str = ""  # hash of the pixels
 
 
+@dataclass
+class CascadeFileState(CascadeState):
+    """The state of an image file in a cascade."""
+
+    content: str = ""  # hash of the pixels
+
+
+class StateFunctions(NamedTuple):
+    """What is done with the states of one kind of classifier."""
+
+    new: Callable[[int, str, StoppingRule | CascadeRule], State]  # from the position and the hash of the pixels
+    is_possible: Callable[..., bool]
+    certificate_frame: Callable[..., pd.DataFrame]
+
+
+def _new_cascade_state(position: int, content: str, rule: CascadeRule) -> CascadeFileState:
+    return CascadeFileState(**vars(new_state(position, NOTHING, None, rule)), content=content)
+
+
+NOTHING = torch.empty(0)
+SMOOTHED = StateFunctions(
+    lambda position, content, rule: FileState(position, NOTHING, content=content), is_possible_state, certificate_frame
+)
+CASCADED = StateFunctions(_new_cascade_state, is_possible_cascade_state, cascade_frame)
+
+
 class FolderCertificates(NamedTuple):
     """The certificates of a folder's images."""
 
-    frame: pd.DataFrame  # `certificate_frame` with `file` and `class` (a name, or ""), one row per image
+    frame: (
+        pd.DataFrame
+    )  # `certificate_frame` or `cascade_frame` with `file` and `class` (a name, or ""), one row per image
     paths: list[Path]  # of the images, in the order of the rows
     sha256: str  # of the pixels of all images (`sha256_images`)
-    smoothed: SmoothedClassifier
+    classifier: SmoothedClassifier | CascadedClassifier
     batch_size: int
     seconds: float  # of computing, including interrupted runs
     run: RunState  # call its `finish` when everything is written
@@ -91,6 +127,16 @@ def smooth(loaded: LoadedClassifier, sigma: float, device: str, **options: objec
     return SmoothedClassifier(loaded.classifier.to(device_named(device)), sigma, loaded.num_classes, **options)
 
 
+def smooth_cascade(cascade: CascadeOptions, device: str, **options: object) -> CascadedClassifier:
+    """The cascade on the device that the user names, with further `options` of `SmoothedClassifier`."""
+    loaded, device = cascade.loaded, device_named(device)
+    models = [each.classifier.to(device) for each in loaded.scales]
+    num_classes = loaded.scales[0].num_classes
+    return CascadedClassifier(
+        models, loaded.sigmas, cascade.thresholds, num_classes, can_pass=loaded.can_pass, **options
+    )
+
+
 def device_named(name: str) -> torch.device:
     """The device auto, cpu, cuda or cuda:N. Raises `RRCMError` for other names, and for a GPU that does not exist."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
@@ -101,14 +147,16 @@ def device_named(name: str) -> torch.device:
 def certify_folder(
     listing: Listing,
     loaded: LoadedClassifier,
-    smoothed: SmoothedClassifier,
-    rule: StoppingRule,
+    classifier: SmoothedClassifier | CascadedClassifier,
+    rule: StoppingRule | CascadeRule,
     output: Path,
     *,
     limit: int | None = None,
     skip_unreadable: bool = False,
 ) -> FolderCertificates:
-    """Certify the images that `find_images` found, or `limit` of them, evenly spaced, with `loaded` as `smoothed`.
+    """Certify the images that `find_images` found, or `limit` of them, evenly spaced, by `classifier`.
+
+    `loaded` is its base classifier, or any of them if it is a cascade.
 
     Image i of the sorted list has the noise of index i under the seed. `find_labels` says which images have a known
     label. Any other image has the label UNKNOWN and is never counted as correct. Certificates do not depend on labels.
@@ -121,20 +169,25 @@ def certify_folder(
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
     positions = evenly_spaced(len(listing.files), limit).tolist()
-    states = _check_images(listing, positions, loaded, skip_unreadable)
-    batch_size = smoothed.find_batch_size(torch.zeros(loaded.channels, loaded.image_size, loaded.image_size))
-    description = [smoothed.seed, batch_size, smoothed.precision, smoothed.device.type]
+    cascade = isinstance(classifier, CascadedClassifier)
+    functions, scales = (CASCADED, list(classifier.scales)) if cascade else (SMOOTHED, [classifier])
+    contents = _check_images(listing, positions, loaded, skip_unreadable)
+    states = [functions.new(position, content, rule) for position, content in contents.items()]
+    image = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
+    batch_size = classifier.share_batch_size(image) if cascade else classifier.find_batch_size(image)
+    description = [scales[0].seed, batch_size, scales[0].precision, scales[0].device.type]
     description += [torch.get_num_threads(), loaded.image_size]
-    mark = fingerprint(description, {}, __name__, smoothed.model, rule)
+    mark = fingerprint(description, {}, __name__, *(scale.model for scale in scales), rule)
     run = RunState(f".{output.name}", mark, output.absolute().parent)
-    is_possible = partial(is_possible_state, rule=rule, num_classes=loaded.num_classes)
-    queue = WorkQueue(DistEnv(0, 1, smoothed.device), "images")
-    stream = partial(_certify_stream, listing, loaded, smoothed, rule)
+    is_possible = partial(functions.is_possible, rule=rule, num_classes=loaded.num_classes)
+    queue = WorkQueue(DistEnv(0, 1, scales[0].device), "images")
+    stream = partial(_certify_stream, listing, loaded, classifier, rule)
     finish_states(states, stream, run, is_possible, queue, f"certify {printable(listing.folder)}")
-    frame = _frame(states, rule, listing.files, find_labels(listing, loaded), loaded)
+    make_frame = partial(functions.certificate_frame, rule=rule, num_classes=loaded.num_classes)
+    frame = _frame(states, make_frame, listing.files, find_labels(listing, loaded), loaded)
     paths = [listing.folder / listing.files[state.index] for state in states]
     seconds, content = sum(state.seconds for state in states), sha256_images(state.content for state in states)
-    return FolderCertificates(frame, paths, content, smoothed, batch_size, seconds, run)
+    return FolderCertificates(frame, paths, content, classifier, batch_size, seconds, run)
 
 
 def find_labels(listing: Listing, loaded: LoadedClassifier) -> list[int | None]:
@@ -162,25 +215,32 @@ def find_labels(listing: Listing, loaded: LoadedClassifier) -> list[int | None]:
 
 
 def folder_files(
-    output: Path, certified: FolderCertificates, loaded: LoadedClassifier, model: str, settings: Mapping[str, object]
+    output: Path,
+    certified: FolderCertificates,
+    scales: Sequence[LoadedClassifier],
+    models: Sequence[str],
+    settings: Mapping[str, object],
+    chosen: ChosenThresholds | None = None,
 ) -> dict[Path, bytes]:
     """The contents of all files for a folder, by path: `certificate_tables`, the list of images, and the record.
 
-    `model` and the `settings` of the stopping rule are as the command has them.
+    `models` and the `settings` of the stopping rule are as the command has them. `scales` are the base classifiers.
     """
     names = certified.frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
     tables = certificate_tables(output, certified.frame) | {files_path(output): names.encode()}
-    record = make_record(
-        certified.smoothed,
-        certified.batch_size,
-        tables,
-        model=identify_model(model, loaded),
-        data={"sha256": certified.sha256, "split": None},
-        image_size=loaded.image_size,
-        labelled=False,
-        compile=False,
+    identified = [identify_model(model, loaded) for model, loaded in zip(models, scales, strict=False)]
+    entries = {
+        "data": {"sha256": certified.sha256, "split": None},
+        "image_size": scales[0].image_size,
+        "labelled": False,
+        "compile": False,
         **settings,
-    )
+    }
+    if isinstance(certified.classifier, CascadedClassifier):
+        make, entries = make_cascade_record, entries | {"models": identified, "chosen": chosen}
+    else:
+        make, entries = make_record, entries | {"model": identified[0]}
+    record = make(certified.classifier, certified.batch_size, tables, **entries)
     return tables | {record_path(output): record_bytes(record)}
 
 
@@ -216,59 +276,58 @@ def files_path(output: Path) -> Path:
 
 def _check_images(
     listing: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
-) -> list[FileState]:
-    """Decode the images at `positions` of the list. Returns the states of those that can be read, without pixels."""
-    states, problems, nothing = [], [], torch.empty(0)
+) -> dict[int, str]:
+    """Decode the images at `positions` of the list. Returns the hash of the pixels of those that can be read."""
+    contents, problems = {}, []
     with Progress(len(positions), f"read {printable(listing.folder)}", "images", only_if_long=True) as progress:
         for position in positions:
             try:
-                pixels = read_square(listing.folder / listing.files[position], loaded)
-                states.append(FileState(position, nothing, content=sha256_pixels(pixels)))
+                contents[position] = sha256_pixels(read_square(listing.folder / listing.files[position], loaded))
             except RRCMError as error:
                 problems.append(str(error))
             progress.update()
-    if problems and not (skip_unreadable and states):
-        advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if states else "")
+    if problems and not (skip_unreadable and contents):
+        advice = "replace or remove them" + (", or go on without them with --skip-unreadable" if contents else "")
         refuse_unreadable(problems, len(positions), advice)
     if problems:
         skipped = f"note: skips {len(problems):,} of {len(positions):,} images, named above"
         print(*problems, skipped, sep="\n", file=sys.stderr)
-    return states
+    return contents
 
 
 def _certify_stream(
     listing: Listing,
     loaded: LoadedClassifier,
-    smoothed: SmoothedClassifier,
-    rule: StoppingRule,
-    states: Iterator[FileState],
+    classifier: SmoothedClassifier | CascadedClassifier,
+    rule: StoppingRule | CascadeRule,
+    states: Iterator[FileState | CascadeFileState],
     *,
     at_once: int | None,
-) -> Iterator[list[FileState]]:
-    """`SmoothedClassifier.certify_stream`. Pixels are read when they are needed, and dropped after the last vote."""
+) -> Iterator[list[FileState | CascadeFileState]]:
+    """`certify_stream` of the classifier. Pixels are read when they are needed, and dropped after the last vote."""
 
-    def with_pixels() -> Iterator[FileState]:
+    def with_pixels() -> Iterator[FileState | CascadeFileState]:
         for state in states:
             pixels = read_square(listing.folder / listing.files[state.index], loaded)
             state.image = to_unit_range(torch.from_numpy(pixels.copy()))
             yield state
 
-    for changed in smoothed.certify_stream(with_pixels(), rule, at_once=at_once):
+    for changed in classifier.certify_stream(with_pixels(), rule, at_once=at_once):
         yield changed
         for state in changed:
             if state.stop_reason:
-                state.image = torch.empty(0)
+                state.image = NOTHING
 
 
 def _frame(
-    states: Sequence[ImageState],
-    rule: StoppingRule,
+    states: Sequence[FileState | CascadeFileState],
+    make_frame: Callable[[list[State]], pd.DataFrame],
     files: Sequence[Path],
     labels: Sequence[int | None],
     loaded: LoadedClassifier,
 ) -> pd.DataFrame:
     """The frame of `FolderCertificates`. `files` and `labels` cover the whole listing."""
     labelled = [replace(state, label=labels[state.index]) for state in states]
-    frame = certificate_frame(labelled, rule, loaded.num_classes)
+    frame = make_frame(labelled)
     names = ["" if predict == ABSTAIN else loaded.class_names[predict] for predict in frame["predict"]]
     return frame.assign(**{"file": [printable(files[index]) for index in frame["idx"]], "class": names})

@@ -48,25 +48,31 @@ def count_flips(first: np.ndarray, second: np.ndarray, against: str) -> Flips:
 
 
 def measure_flips(
-    path: Path, model: Path | str, images: Path, *, samples: int | None = None, device: str = "auto"
+    path: Path,
+    models: Path | str | Sequence[Path | str],
+    images: Path,
+    *,
+    samples: int | None = None,
+    device: str = "auto",
 ) -> dict[str, list[Flips]]:
     """The entry `flips` of the record beside the certificate file `path`: by the precision of who votes again.
 
-    Call this on the type of machine that certified, because the certified computation runs here. `model` and `images`
-    are as for `load_inputs`. Each list has one measurement for each other way to compute. A measurement has about
-    `samples` votes; None: as many as take SECONDS, between LEAST_SAMPLES and MOST_SAMPLES.
+    Call this on the type of machine that certified, because the certified computation runs here. `models` and `images`
+    are as for `load_inputs`. Each list has one measurement for each other way to compute, and for each sigma of a
+    cascade. A measurement has about `samples` votes; None: as many as take SECONDS, between LEAST_SAMPLES and
+    MOST_SAMPLES.
     """
     record, frame = read_record(record_path(path)), read_certificates(path, unlabelled=True)
-    inputs, problems = load_inputs(path, record, frame, model, images)
+    inputs, problems = load_inputs(path, record, frame, models, images)
     if problems:
         raise RRCMError(problems[0])
-    smoothed, indices = smooth_again(record, inputs, Settings(device=device)), frame["idx"].tolist()
+    smoothed, indices = smooth_again(record, inputs, Settings(device=device))[0], frame["idx"].tolist()
     indices = spread_indices(indices, samples or affordable_samples(smoothed, inputs, indices[0]))
     threads, size = record.environment.hardware.threads or 1, record.batch_size
 
-    def classes(settings: Settings) -> np.ndarray:
-        again = smooth_again(record, inputs, settings._replace(device=device))
-        return vote_singly(again, inputs, indices, SAMPLES_PER_IMAGE)
+    def classes(settings: Settings) -> list[np.ndarray]:
+        scales = smooth_again(record, inputs, settings._replace(device=device))
+        return [vote_singly(each, inputs, indices, SAMPLES_PER_IMAGE) for each in scales]
 
     certified, flips = classes(AS_PUBLISHED), {}
     for precision in ("fp32", "bf16"):
@@ -75,8 +81,12 @@ def measure_flips(
         if precision != record.precision:
             measured = {precision: classes(Settings(precision))} | measured
         if smoothed.device.type == "cpu":
-            measured["AVX2"] = _classes_with_avx2(path, model, images, indices, precision)
-        flips[precision] = [count_flips(certified, each, against) for against, each in measured.items()]
+            measured["AVX2"] = _classes_with_avx2(path, models, images, indices, precision)
+        flips[precision] = [
+            count_flips(*pair, against + f", sigma {sigma:g}" * (len(record.sigmas) > 1))
+            for against, each in measured.items()
+            for sigma, *pair in zip(record.sigmas, certified, each, strict=True)
+        ]
     smooth_again(record, inputs, Settings(device=device))  # sets the number of threads as before
     return flips
 
@@ -96,24 +106,25 @@ def spread_indices(indices: Sequence[int], samples: int) -> list[int]:
 
 
 def _classes_with_avx2(
-    path: Path, model: Path | str, images: Path, indices: Sequence[int], precision: str
-) -> np.ndarray:
-    """The result of `vote_singly` in a process that uses no instructions beyond AVX2."""
+    path: Path, models: Path | str | Sequence[Path | str], images: Path, indices: Sequence[int], precision: str
+) -> list[np.ndarray]:
+    """The result of `vote_singly` at each sigma, in a process that uses no instructions beyond AVX2."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "classes.npy"
-        arguments = json.dumps([str(path), str(model), str(images), list(indices), precision, str(output)])
+        models = [str(models)] if isinstance(models, Path | str) else list(map(str, models))
+        arguments = json.dumps([str(path), models, str(images), list(indices), precision, str(output)])
         command = [sys.executable, "-m", "rrcm.certification.flips", arguments]
         answer = subprocess.run(command, env=os.environ | AVX2, stderr=subprocess.PIPE, text=True)
         if answer.returncode != 0:
             raise RRCMError(f"{path}: cannot be voted on with AVX2 ({answer.stderr.strip()[-200:]})")
-        return np.load(output, allow_pickle=False)
+        return list(np.load(output, allow_pickle=False))
 
 
-def _write_classes(path: str, model: str, images: str, indices: list[int], precision: str, output: str) -> None:
+def _write_classes(path: str, models: list[str], images: str, indices: list[int], precision: str, output: str) -> None:
     record, frame = read_record(record_path(Path(path))), read_certificates(path, unlabelled=True)
-    inputs: Inputs = load_inputs(Path(path), record, frame, model, Path(images))[0]
-    smoothed = smooth_again(record, inputs, Settings(precision, device="cpu"))
-    np.save(output, vote_singly(smoothed, inputs, indices, SAMPLES_PER_IMAGE))
+    inputs: Inputs = load_inputs(Path(path), record, frame, models, Path(images))[0]
+    scales = smooth_again(record, inputs, Settings(precision, device="cpu"))
+    np.save(output, [vote_singly(each, inputs, indices, SAMPLES_PER_IMAGE) for each in scales])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def is_possible_state(saved: dict, rule: StoppingRule, num_classes: int) -> bool
         all(type(saved[name]) is int and saved[name] >= 0 for name in numbers)
         and all(type(saved[name]) is str for name in texts)
         and type(saved["top_class"]) is int
-        and _is_duration(saved["seconds"])
+        and is_duration(saved["seconds"])
     ):
         return False
     drawn, look, reason = saved["num_drawn"], saved["look"], saved["stop_reason"]
@@ -124,5 +124,6 @@ def _are_counts(votes: object, num_classes: int) -> bool:
     return isinstance(votes, dict) and votes.keys() <= classes and all(type(n) is int and n > 0 for n in votes.values())
 
 
-def _is_duration(seconds: object) -> bool:
+def is_duration(seconds: object) -> bool:
+    """Whether a value from a journal can be a number of seconds."""
     return type(seconds) in (int, float) and 0 <= seconds < math.inf

@@ -5,6 +5,9 @@ A certificate frame has one row per image: `idx` (position in the test split), `
 noisy samples), `stop_reason` (a constant of stopping.py), and the certificates that the same samples give by the binary
 bound and by the margin bound. `predict` and `radius` are by the bound that was asked for. `binary_samples` is the
 number of samples after which the binary bound alone would have stopped.
+
+The frame of a cascade has `path` and `samples_by_sigma` in place of the certificates by both bounds
+(cascade_votes.py). The same functions write and read both kinds of files, and find the kind by the columns.
 """
 
 import math
@@ -21,6 +24,7 @@ from rrcm.utils.files import read_text
 COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 SAMPLES = ["idx", "samples", "stop_reason", "binary_samples"]  # and the certificates of both bounds
 SAMPLES += ["binary_predict", "binary_radius", "margin_predict", "margin_radius"]
+CASCADE_SAMPLES = ["idx", "samples", "stop_reason", "path", "samples_by_sigma"]  # in place of SAMPLES
 VOTES = ["selection", "votes"]  # all other columns follow from these (votes.py)
 STOP_REASONS = (ALL_SAMPLES, WHOLE_GRID, FUTILE, WRONG_CLASS)
 UNKNOWN = -1  # label of an image of unknown class
@@ -39,29 +43,37 @@ def read_certificates(path: Path | str, *, unlabelled: bool = False) -> pd.DataF
     `unlabelled` allows them. Raises `RRCMError` with the file, the line and the problem.
     """
     parse = _parse_any if unlabelled else parse_certificate
-    return pd.DataFrame(_read_rows(path, COLUMNS, parse), columns=COLUMNS)
+    return _read_rows(_read_lines(path), path, COLUMNS, parse)
 
 
 def read_samples(path: Path | str) -> pd.DataFrame:
-    """Read a samples file with the columns SAMPLES and VOTES. VOTES are text, which `recompute` parses.
+    """Read a samples file with the columns SAMPLES and VOTES, or CASCADE_SAMPLES and VOTES if it is of a cascade.
 
+    VOTES, `path` and `samples_by_sigma` are text, which `recompute` and `recompute_cascade` compare with the votes.
     Raises `RRCMError` as `read_certificates` does.
     """
-    return pd.DataFrame(_read_rows(path, SAMPLES + VOTES, _parse_samples), columns=SAMPLES + VOTES)
+    lines = _read_lines(path)
+    if "path" in lines[0].split("\t"):
+        return _read_rows(lines, path, CASCADE_SAMPLES + VOTES, _parse_cascade_samples)
+    return _read_rows(lines, path, SAMPLES + VOTES, _parse_samples)
 
 
-def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> list[tuple]:
-    """Rows of a tab-separated file with a header.
-
-    `parse` takes the fields of a row in the order of `columns`, idx first, and raises ValueError for bad ones.
-    """
+def _read_lines(path: Path | str) -> list[str]:
+    """The lines of a text file, at least one, without blank ones at the end."""
     try:
-        lines = read_text(path).rstrip("\n").splitlines()
+        return read_text(path).rstrip("\n").splitlines() or [""]
     except FileNotFoundError:
         raise RRCMError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise RRCMError(f"{path}: cannot be read as text ({error}); certify again") from None
-    header = lines[0].split("\t") if lines else []
+
+
+def _read_rows(lines: list[str], path: Path | str, columns: list[str], parse: Callable[..., tuple]) -> pd.DataFrame:
+    """The `columns` of tab-separated lines with a header, which are the lines of the file `path`.
+
+    `parse` takes the fields of a row in the order of `columns`, idx first, and raises ValueError for bad ones.
+    """
+    header = lines[0].split("\t")
     if any(header.count(name) != 1 for name in columns):
         raise RRCMError(f"{path}, line 1: must be a tab-separated header with each of {' '.join(columns)} once")
     positions, rows = [header.index(name) for name in columns], {}
@@ -81,7 +93,7 @@ def _read_rows(path: Path | str, columns: list[str], parse: Callable[..., tuple]
         rows[row[0]] = row
     if not rows:
         raise RRCMError(f"{path}: has a header but no rows; certify again")
-    return list(rows.values())
+    return pd.DataFrame(list(rows.values()), columns=columns)
 
 
 def parse_certificate(*fields: str) -> tuple[int, int, int, float, int, float]:
@@ -109,14 +121,26 @@ def _parse_samples(*fields: str) -> tuple:
     if idx < 0 or not 1 <= alone <= samples:
         numbers = f"idx {idx}, samples {samples}, binary_samples {alone}"
         raise ValueError(f"{numbers}: must be at least 0 and 1, and not more than samples")
-    if stop_reason not in STOP_REASONS:
-        raise ValueError(f"stop_reason {stop_reason!r}: must be {' or '.join(STOP_REASONS)}")
+    _check_reason(stop_reason)
     claims = []
     for predict, radius in ((int(fields[4]), float(fields[5])), (int(fields[6]), float(fields[7]))):
         if predict < ABSTAIN or not 0 <= radius < math.inf or (predict == ABSTAIN and radius > 0):
             raise ValueError(f"predict {predict}, radius {radius}: must be a class and its radius, or -1 and 0")
         claims += [predict, radius]
     return idx, samples, stop_reason, alone, *claims, *fields[8:]
+
+
+def _parse_cascade_samples(*fields: str) -> tuple:
+    idx, samples, stop_reason = int(fields[0]), int(fields[1]), fields[2]
+    if idx < 0 or samples < 1:
+        raise ValueError(f"idx {idx}, samples {samples}: must be at least 0 and 1")
+    _check_reason(stop_reason)
+    return idx, samples, *fields[2:]
+
+
+def _check_reason(stop_reason: str) -> None:
+    if stop_reason not in STOP_REASONS:
+        raise ValueError(f"stop_reason {stop_reason!r}: must be {' or '.join(STOP_REASONS)}")
 
 
 def _seconds(text: str) -> float:
@@ -134,8 +158,8 @@ def certificates_text(frame: pd.DataFrame) -> str:
 
 
 def samples_text(frame: pd.DataFrame) -> str:
-    """The columns that Cohen et al.'s format lacks, SAMPLES and VOTES. Numbers read back bit for bit."""
-    return _tsv(frame[SAMPLES + VOTES])
+    """The columns that Cohen et al.'s format lacks, as `read_samples` reads them. Numbers read back bit for bit."""
+    return _tsv(frame[(CASCADE_SAMPLES if "path" in frame else SAMPLES) + VOTES])
 
 
 def certificate_tables(output: Path, frame: pd.DataFrame) -> dict[Path, bytes]:

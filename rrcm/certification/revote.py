@@ -1,8 +1,12 @@
-"""Let the published model vote again on the published images with the noise of the published certificates."""
+"""Let the published models vote again on the published images with the noise of the published certificates.
+
+A smoothed classifier is treated as a cascade of one sigma.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from rrcm.certification import cascade_votes
 from rrcm.certification.certify_images import (
     device_named,
     files_path,
@@ -19,12 +24,12 @@ from rrcm.certification.certify_images import (
     sha256_pixels,
 )
 from rrcm.certification.noise import ESTIMATE, SELECT
-from rrcm.certification.record import CertificateRecord
+from rrcm.certification.record import CascadeRecord, CertificateRecord, record_path
 from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
 from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
-from rrcm.models.load import LoadedClassifier, load_base_classifier
+from rrcm.models.load import LoadedClassifier, load_cascade
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.pixels import to_unit_range
@@ -33,17 +38,18 @@ from rrcm.utils.provenance import Environment, describe_environment
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model and the images of a certificate file."""
+    """The models and the images of a certificate file."""
 
-    loaded: LoadedClassifier
+    scales: list[LoadedClassifier]  # by increasing sigma
     images: ShardedDataset | dict[int, Path]  # a split, or picture files by `idx`
 
     def pixels(self, indices: Sequence[int]) -> torch.Tensor:
         """The images with these `idx`: (N, C, H, W) float32 in [0, 1]."""
+        loaded = self.scales[0]
         if isinstance(self.images, ShardedDataset):
-            pixels = read_pixels(self.images, self.loaded.image_size, indices)
+            pixels = read_pixels(self.images, loaded.image_size, indices)
         else:
-            pixels = torch.stack([torch.from_numpy(read_square(self.images[i], self.loaded).copy()) for i in indices])
+            pixels = torch.stack([torch.from_numpy(read_square(self.images[i], loaded).copy()) for i in indices])
         return to_unit_range(pixels)
 
 
@@ -60,30 +66,42 @@ AS_PUBLISHED = Settings()
 
 
 class RowVotes(NamedTuple):
-    """The votes for an image, as published or as counted again."""
+    """The votes for an image at one sigma, as published or as counted again."""
 
     idx: int
     selection: Votes
     votes: dict[str, Votes]  # by the number of samples
+    scale: int = 0  # 0 for the smallest sigma
 
 
 def load_inputs(
-    path: Path, record: CertificateRecord, frame: pd.DataFrame, model: Path | str, images: Path
+    path: Path,
+    record: CertificateRecord | CascadeRecord,
+    frame: pd.DataFrame,
+    models: Path | str | Sequence[Path | str],
+    images: Path,
 ) -> tuple[Inputs, list[str]]:
-    """The model and the images of the certificates in `path`, and the problems if they are not the certified ones.
+    """The models and the images of the certificates in `path`, and the problems if they are not the certified ones.
 
-    `images` is a folder of shards if a split was certified, else the folder of pictures. Raises `RRCMError` for missing
-    or damaged inputs.
+    `models` is one path or one for each sigma, as in the record. `images` is a folder of shards if a split was
+    certified, else the folder of pictures. Raises `RRCMError` for missing or damaged inputs, and for another number of
+    models.
     """
-    loaded = load_base_classifier(model, sigma=record.sigma, outside_range=True)  # a certificate says which sigma
+    models = [models] if isinstance(models, Path | str) else list(models)
+    if len(models) != len(record.models):
+        raise RRCMError(f"{path}: was certified with {len(record.models)} models, {len(models)} are given; give each")
+    scales, _, can_pass = load_cascade(models, record.sigmas, outside_range=True)  # a certificate says which sigmas
     problems = []
-    if identify_model(str(model), loaded)["sha256"] != record.model.sha256:
-        problems.append(f"{model}: is not the model that was certified")
+    for model, loaded, published in zip(models, scales, record.models, strict=False):
+        if identify_model(str(model), loaded)["sha256"] != published.sha256:
+            problems.append(f"{model}: is not the model that was certified")
+    if not problems and can_pass != (record.num_outputs[-1] > record.num_classes):
+        problems.append(f"{record_path(path)}: can_pass is {not can_pass}, by the model it is {can_pass}")
     if record.data.split is None:
-        files, content = _read_files(path, images, loaded)
+        files, content = _read_files(path, images, scales[0])
         if content != record.data.sha256:
             problems.append(f"{images}: its images are not those that were certified")
-        return Inputs(loaded, files), problems
+        return Inputs(scales, files), problems
     split = ShardedDataset(images, record.data.split)
     problems += filter(None, map(split.complaint, split.split.shards))
     if split.fingerprint != record.data.sha256:
@@ -92,7 +110,7 @@ def load_inputs(
         problems.append(f"{path}: has other images than every = {record.data.every} and the limits choose")
     elif frame["label"].tolist() != split.labels[frame["idx"]].tolist():
         problems.append(f"{path}: has other labels than {images}")
-    return Inputs(loaded, split), problems
+    return Inputs(scales, split), problems
 
 
 def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dict[int, Path], str]:
@@ -105,24 +123,29 @@ def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dic
     return files, sha256_images(sha256_pixels(read_square(file, loaded)) for file in files.values())
 
 
-def smooth_again(record: CertificateRecord, inputs: Inputs, settings: Settings = AS_PUBLISHED) -> SmoothedClassifier:
-    """The smoothed classifier of a record, on this machine. This also sets the number of threads of this process.
+def smooth_again(
+    record: CertificateRecord | CascadeRecord, inputs: Inputs, settings: Settings = AS_PUBLISHED
+) -> list[SmoothedClassifier]:
+    """The smoothed classifier of a record at each sigma, on this machine. Sets the number of threads of this process.
 
     A CPU without instructions for bfloat16 gives the same results in bfloat16, but about ten times more slowly.
     """
     set_threads(settings.threads or record.environment.hardware.threads)
-    return SmoothedClassifier(
-        inputs.loaded.classifier.to(device_named(settings.device)),
-        record.sigma,
-        record.num_classes,
-        seed=record.seed,
-        batch_size=settings.batch_size or record.batch_size,
-        precision=settings.precision or record.precision,
-        compile=record.compile,
-    )
+    return [
+        SmoothedClassifier(
+            loaded.classifier.to(device_named(settings.device)),
+            sigma,
+            num_outputs,
+            seed=record.seed,
+            batch_size=settings.batch_size or record.batch_size,
+            precision=settings.precision or record.precision,
+            compile=record.compile,
+        )
+        for loaded, sigma, num_outputs in zip(inputs.scales, record.sigmas, record.num_outputs, strict=True)
+    ]
 
 
-def same_computation(record: CertificateRecord, smoothed: SmoothedClassifier) -> bool:
+def same_computation(record: CertificateRecord | CascadeRecord, smoothed: SmoothedClassifier) -> bool:
     """Whether `smoothed` computes on this machine exactly as the certified one did, so that every vote is the same."""
     there, here = record.environment, Environment.model_validate(describe_environment(smoothed.device))
     names = ("cpu", "instructions", "gpus", "threads")
@@ -133,24 +156,38 @@ def same_computation(record: CertificateRecord, smoothed: SmoothedClassifier) ->
     )
 
 
-def published_votes(frame: pd.DataFrame) -> list[RowVotes]:
-    """The votes in a frame with `idx`, `selection` and `votes`."""
+def published_votes(frame: pd.DataFrame, record: CertificateRecord | CascadeRecord) -> list[RowVotes]:
+    """The votes in a frame with `idx`, `selection` and `votes`: of its rows, sigma after sigma."""
     columns = frame["idx"], frame["selection"], frame["votes"]
-    return [RowVotes(idx, parse_selection(a), parse_votes(b)) for idx, a, b in zip(*columns, strict=True)]
+    if isinstance(record, CertificateRecord):
+        return [RowVotes(idx, parse_selection(a), parse_votes(b)) for idx, a, b in zip(*columns, strict=True)]
+    rows = []
+    for idx, a, b in zip(*columns, strict=True):
+        looks = cascade_votes.parse_votes(b, record.sigmas)
+        for k, selection in enumerate(cascade_votes.parse_selection(a, record.sigmas)):
+            if selection:
+                votes = {str(drawn): counts for scale, drawn, counts in looks if scale == k}
+                rows.append(RowVotes(idx, selection, votes, k))
+    return sorted(rows, key=attrgetter("scale"))
 
 
-def vote_again(smoothed: SmoothedClassifier, inputs: Inputs, rows: Sequence[RowVotes]) -> Iterator[list[RowVotes]]:
+def vote_again(
+    scales: Sequence[SmoothedClassifier], inputs: Inputs, rows: Sequence[RowVotes]
+) -> Iterator[list[RowVotes]]:
     """Count the votes of the published `rows` again, for the selection and for each published look.
 
-    Yields them in groups of rows that fill some batches. The votes do not depend on the grouping.
+    Yields them in groups of rows at the same sigma that fill some batches. The votes do not depend on the grouping.
     """
-    room, group, waiting = BATCHES_PER_SYNC * smoothed.batch_size, [], 0
-    for row in rows:
-        group.append(row)
-        waiting += sum(row.selection.values()) + max(map(int, row.votes), default=0)
-        if waiting >= room or row is rows[-1]:
-            yield _vote_on_group(smoothed, inputs, group)
-            group, waiting = [], 0
+    for scale, at_sigma in groupby(rows, attrgetter("scale")):
+        room, group, waiting = BATCHES_PER_SYNC * scales[scale].batch_size, [], 0
+        for row in at_sigma:
+            group.append(row)
+            waiting += sum(row.selection.values()) + max(map(int, row.votes), default=0)
+            if waiting >= room:
+                yield _vote_on_group(scales[scale], inputs, group)
+                group, waiting = [], 0
+        if group:
+            yield _vote_on_group(scales[scale], inputs, group)
 
 
 def _vote_on_group(smoothed: SmoothedClassifier, inputs: Inputs, group: Sequence[RowVotes]) -> list[RowVotes]:
@@ -166,7 +203,7 @@ def _vote_on_group(smoothed: SmoothedClassifier, inputs: Inputs, group: Sequence
         for drawn in row.votes:
             total = total + next(counts)
             votes[drawn] = _by_class(total)
-        again.append(RowVotes(row.idx, selection, votes))
+        again.append(row._replace(selection=selection, votes=votes))
     return again
 
 

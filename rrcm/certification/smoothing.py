@@ -9,10 +9,10 @@ rounds differently, which can flip votes that are nearly tied.
 import math
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from os import sysconf
 
@@ -40,6 +40,7 @@ from rrcm.certification.networks import (
     without_compilation,
 )
 from rrcm.certification.noise import ESTIMATE, FORWARD, PREDICT, SELECT, CounterDraw, counter_normal
+from rrcm.certification.packing import SampleRequest, State, vote_in_rounds
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.states import Certificate, ImageState, certificate, choose_class, decide
 from rrcm.certification.stopping import ABSTAIN, StoppingRule, binomial_test, check_prediction
@@ -53,17 +54,6 @@ LARGEST_BATCH = 1024
 FIXED = ("model", "sigma", "num_classes", "seed", "num_noise", "memory_gib", "precision")
 BLACK = 1.01 / 255  # pixels up to the first grey level above black
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.03}  # how far the rest of the batch may move logits, relative to the largest
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """Samples start..stop of an image for one purpose, a constant of noise.py."""
-
-    image: torch.Tensor
-    index: int
-    purpose: int
-    start: int
-    stop: int
 
 
 @dataclass
@@ -249,7 +239,7 @@ class SmoothedClassifier(nn.Module):
         ...). Raises `RRCMError` for impossible settings and images.
         """
         rule = make_stopping_rule(stopping, self.sigma, n0=n0, n=n, alpha=alpha, radius_step=radius_step, bound=bound)
-        states = self._image_states(images, labels, indices)
+        states = [ImageState(*each) for each in identify(images, labels, indices, self.num_classes)]
         for _ in self.certify_stream(states, rule):
             pass
         return [certificate(state, rule, self.num_classes) for state in states]
@@ -268,11 +258,11 @@ class SmoothedClassifier(nn.Module):
         `RRCMError` for impossible settings and images.
         """
         n, alpha = check_prediction(n, alpha)
-        states, predictions = self._image_states(images, None, indices), []
-        together = self.images_per_round(images[0], n) if states else 1
-        for first in range(0, len(states), together):
-            group = states[first : first + together]
-            counts = self.count_samples([state.image for state in group], [state.index for state in group], PREDICT, n)
+        identified, predictions = identify(images, None, indices, self.num_classes), []
+        together = self.images_per_round(images[0], n) if identified else 1
+        for first in range(0, len(identified), together):
+            numbers, group, _ = zip(*identified[first : first + together], strict=True)
+            counts = self.count_samples(group, numbers, PREDICT, n)
             runner_up, top = np.sort(counts, axis=1)[:, -2:].T.tolist()
             for votes, a, b in zip(counts, top, runner_up, strict=True):
                 predictions.append(int(votes.argmax()) if binomial_test(a, a + b) <= alpha else ABSTAIN)
@@ -280,13 +270,13 @@ class SmoothedClassifier(nn.Module):
 
     def images_per_round(self, image: torch.Tensor, n: int) -> int:
         """How many images like this one fill BATCHES_PER_SYNC batches with n samples each, at least one."""
-        return max(1, BATCHES_PER_SYNC * self.find_batch_size(image) // n)
+        return max(1, self.find_room(image) // n)
 
     def count_samples(
         self, images: Sequence[torch.Tensor] | torch.Tensor, indices: Sequence[int], purpose: int, n: int
     ) -> np.ndarray:
         """`count_votes` for the first n samples of each image for one purpose: (len(images), K) int64."""
-        room = BATCHES_PER_SYNC * self.find_batch_size(images[0])
+        room = self.find_room(images[0])
         pairs = list(zip(images, indices, strict=True))
         return sum(
             self.count_votes([SampleRequest(*pair, purpose, start, min(n, start + room)) for pair in pairs])
@@ -298,38 +288,29 @@ class SmoothedClassifier(nn.Module):
     ) -> Iterator[list[ImageState]]:
         """Certify images from any state on, and yield after each round the states that changed.
 
-        A state is taken from the iterable when the next batches have room for its samples. At most `at_once` images are
-        in progress. The samples of several images are packed to fill the batches. Raises `RRCMError` for a rule with
-        another sigma.
+        At most `at_once` images are in progress. The samples of several images are packed to fill the batches
+        (`vote_in_rounds`). Raises `RRCMError` for a rule with another sigma.
         """
         if rule.sigma != self.sigma:
             raise RRCMError(f"sigma = {rule.sigma} of the stopping rule: must be {self.sigma}, as for the noise")
-        source, active = iter(states), deque()
-        while True:
-            requests, chosen, room = [], [], None
-            waiting = len(active)
-            while room is None or room > 0:
-                if waiting:
-                    state, waiting = active.popleft(), waiting - 1
-                elif (at_once is not None and len(chosen) >= at_once) or (state := next(source, None)) is None:
-                    break
-                elif state.stop_reason:
-                    continue
-                if room is None:
-                    room = BATCHES_PER_SYNC * self.find_batch_size(state.image)
-                request = _next_samples(state, rule, room)
-                requests.append(request)
-                chosen.append(state)
-                room -= request.stop - request.start
-            if not requests:
-                return
-            start, counts = time.monotonic(), self.count_votes(requests)
-            seconds = (time.monotonic() - start) / sum(request.stop - request.start for request in requests)
-            for state, request, votes in zip(chosen, requests, counts, strict=True):
+
+        def vote(chosen: list[ImageState], requests: list[SampleRequest]) -> None:
+            for state, request, votes in zip(chosen, requests, self.count_timed(chosen, requests), strict=True):
                 _update(state, request, votes, rule)
-                state.seconds += seconds * (request.stop - request.start)
-            yield chosen
-            active.extendleft(reversed([state for state in chosen if not state.stop_reason]))
+
+        yield from vote_in_rounds(states, self.find_room, partial(_next_samples, rule), vote, at_once=at_once)
+
+    def find_room(self, image: torch.Tensor) -> int:
+        """How many samples a round has for images like this one."""
+        return BATCHES_PER_SYNC * self.find_batch_size(image)
+
+    def count_timed(self, states: Sequence[State], requests: Sequence[SampleRequest]) -> np.ndarray:
+        """`count_votes`. The time is added to the seconds of the states, in proportion to their samples."""
+        start, votes = time.monotonic(), self.count_votes(requests)
+        seconds = (time.monotonic() - start) / sum(request.stop - request.start for request in requests)
+        for state, request in zip(states, requests, strict=True):
+            state.seconds += seconds * (request.stop - request.start)
+        return votes
 
     @torch.no_grad()
     @explain_out_of_memory("set batch_size or memory_gib lower")
@@ -462,23 +443,30 @@ class SmoothedClassifier(nn.Module):
         _check_logits(logits, (len(noisy), self.num_classes))
         return logits.to(noisy.device)
 
-    def _image_states(
-        self, images: torch.Tensor, labels: Sequence[int] | torch.Tensor | None, indices: Sequence[int] | None
-    ) -> list[ImageState]:
-        check_images(images)
-        indices = list(range(len(images))) if indices is None else whole_numbers("indices", indices)
-        if len(indices) != len(images) or len(set(indices)) != len(indices):
-            raise RRCMError(f"indices: {len(indices)} for {len(images)} images; must be one per image, all different")
-        if indices and not (min(indices) >= 0 and max(indices) < 2**32):
-            raise RRCMError(f"indices from {min(indices)} to {max(indices)}: must be in [0, 2^32)")
-        if labels is None:
-            return [ImageState(index, image) for index, image in zip(indices, images, strict=True)]
-        labels = whole_numbers("labels", labels)
-        if len(labels) != len(images):
-            raise RRCMError(f"labels: {len(labels)} for {len(images)} images; must be one per image")
-        if labels and not (min(labels) >= 0 and max(labels) < self.num_classes):
-            raise RRCMError(f"labels from {min(labels)} to {max(labels)}: must be in [0, {self.num_classes})")
-        return [ImageState(*each) for each in zip(indices, images, labels, strict=True)]
+
+def identify(
+    images: torch.Tensor,
+    labels: Sequence[int] | torch.Tensor | None,
+    indices: Sequence[int] | None,
+    num_classes: int,
+) -> list[tuple[int, torch.Tensor, int | None]]:
+    """The index, the image and the label of each image. Raises `RRCMError` for impossible ones.
+
+    `indices` None means 0, 1, ..., and `labels` None that no label is known.
+    """
+    check_images(images)
+    indices = list(range(len(images))) if indices is None else whole_numbers("indices", indices)
+    if len(indices) != len(images) or len(set(indices)) != len(indices):
+        raise RRCMError(f"indices: {len(indices)} for {len(images)} images; must be one per image, all different")
+    if indices and not (min(indices) >= 0 and max(indices) < 2**32):
+        raise RRCMError(f"indices from {min(indices)} to {max(indices)}: must be in [0, 2^32)")
+    labels = [None] * len(images) if labels is None else whole_numbers("labels", labels)
+    if len(labels) != len(images):
+        raise RRCMError(f"labels: {len(labels)} for {len(images)} images; must be one per image")
+    known = [label for label in labels if label is not None]
+    if known and not (min(known) >= 0 and max(known) < num_classes):
+        raise RRCMError(f"labels from {min(known)} to {max(known)}: must be in [0, {num_classes})")
+    return list(zip(indices, images, labels, strict=True))
 
 
 def is_stochastic(model: nn.Module) -> bool:
@@ -493,7 +481,7 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _next_samples(state: ImageState, rule: StoppingRule, room: int) -> SampleRequest:
+def _next_samples(rule: StoppingRule, state: ImageState, room: int) -> SampleRequest:
     """The samples of an image up to its next look, at most `room` of them."""
     purpose, stop = (SELECT, rule.n0) if state.top_class < 0 else (ESTIMATE, rule.looks[state.look])
     start = state.num_drawn

@@ -1,8 +1,8 @@
 """The votes of a joint model for the training images at each of its sigmas, from which the targets of "pass" follow."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from rrcm.certification.certify import SplitVoter, make_smoothed_classifier, open_split
 from rrcm.certification.driver import finish_states
 from rrcm.certification.noise import SOFT_LABEL
-from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.soft_labels import is_possible_label
 from rrcm.certification.stopping import ALL_SAMPLES
 from rrcm.config import Config
@@ -50,11 +49,12 @@ def count_training_votes(
         make_smoothed_classifier(scale.classifier.to(voter.smoothed.device), sigma, config)
         for scale, sigma in zip(load_scales(model_folder, sigmas)[0], sigmas, strict=True)
     ]
+    voter = replace(voter, scales=scales)
     states = [TrainingVotesState(index) for index in range(len(voter.images))]
     run = voter.run_state("training-votes", [sigmas, n], __name__)
     is_possible = partial(is_possible_state, n=n, shape=(len(sigmas), voter.smoothed.num_classes))
     start = time.monotonic()
-    finish_states(states, partial(_vote_stream, voter, scales), run, is_possible, voter.queue, "training votes")
+    finish_states(states, partial(_vote_stream, voter), run, is_possible, voter.queue, "training votes")
     if voter.queue.rank == 0:
         timed = voter.describe_time(time.monotonic() - start, n * len(sigmas) * len(states))
         with claimed(output, timing, wait=True):  # another run of this stage must not mix its files with these
@@ -64,11 +64,7 @@ def count_training_votes(
 
 
 def _vote_stream(
-    voter: SplitVoter,
-    scales: Sequence[SmoothedClassifier],
-    states: Iterator[TrainingVotesState],
-    *,
-    at_once: int | None,
+    voter: SplitVoter, states: Iterator[TrainingVotesState], *, at_once: int | None
 ) -> Iterator[list[TrainingVotesState]]:
     """Vote on the images in groups that fill some batches, and yield each group when it is counted at every sigma."""
     n, size = voter.config.finetune.pass_votes, voter.config.data.image_size
@@ -76,10 +72,10 @@ def _vote_stream(
     while group := list(islice(states, together if at_once is None else min(together, at_once))):
         indices = [state.index for state in group]
         pixels = to_unit_range(read_pixels(voter.images, size, indices))
-        votes = [scale.count_samples(pixels, indices, SOFT_LABEL, n) for scale in scales]
+        votes = [scale.count_samples(pixels, indices, SOFT_LABEL, n) for scale in voter.scales]
         for state, *by_sigma in zip(group, *votes, strict=True):
             state.votes = [counts.tolist() for counts in by_sigma]
-            state.samples, state.stop_reason = n * len(scales), ALL_SAMPLES
+            state.samples, state.stop_reason = n * len(voter.scales), ALL_SAMPLES
         yield group
 
 

@@ -8,12 +8,10 @@ look has certified it, so the votes at the last look alone do not determine the 
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import pandas as pd
 
-from rrcm.certification.record import read_record, record_path
-from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES, read_certificates, read_samples, samples_path
+from rrcm.certification.results import COLUMNS, SAMPLES, UNKNOWN, VOTES
 from rrcm.certification.states import ImageState, Votes, certificate, replay
 from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 from rrcm.utils.arguments import shown
@@ -25,17 +23,17 @@ LOOK = re.compile(r"([1-9][0-9]{0,9})=(.+)")
 
 def selection_text(selection: Votes) -> str:
     """A cell of the column `selection`."""
-    return " ".join(_counts(selection))
+    return counts_text(selection, " ")
 
 
 def votes_text(votes: dict[str, Votes]) -> str:
     """A cell of the column `votes`."""
-    return " ".join(f"{drawn}={','.join(_counts(counts))}" for drawn, counts in votes.items())
+    return " ".join(f"{drawn}={counts_text(counts)}" for drawn, counts in votes.items())
 
 
 def parse_selection(text: str) -> Votes:
     """The votes in a cell of `selection`. Raises ValueError unless `selection_text` writes it so."""
-    selection = _parse_counts(text, " ")
+    selection = parse_counts(text, " ")
     if not selection or selection_text(selection) != text:
         raise ValueError(f"selection {shown(text)}: must be votes by class, each class once, as 3:97 8:3")
     return selection
@@ -44,17 +42,18 @@ def parse_selection(text: str) -> Votes:
 def parse_votes(text: str) -> dict[str, Votes]:
     """The votes in a cell of `votes`, by the number of samples. Raises ValueError unless `votes_text` writes it so."""
     looks = [LOOK.fullmatch(look) for look in text.split(" ")] if text else []
-    votes = {look[1]: _parse_counts(look[2], ",") for look in looks if look}
+    votes = {look[1]: parse_counts(look[2]) for look in looks if look}
     if votes_text(votes) != text:
         raise ValueError(f"votes {shown(text)}: must be votes by class at each look, as 100=3:98,8:2 120=3:117,8:3")
     return votes
 
 
-def _counts(votes: Votes) -> list[str]:
-    return [f"{k}:{votes[k]}" for k in sorted(votes, key=int)]
+def counts_text(votes: Votes, separator: str = ",") -> str:
+    """Votes by class, such as `3:97,8:3`."""
+    return separator.join(f"{k}:{votes[k]}" for k in sorted(votes, key=int))
 
 
-def _parse_counts(text: str, separator: str) -> Votes:
+def parse_counts(text: str, separator: str = ",") -> Votes:
     """The votes by class that can be read. The caller checks that they have the same text again."""
     pairs = [COUNT.fullmatch(each) for each in text.split(separator)]
     return {pair[1]: int(pair[2]) for pair in pairs if pair}
@@ -94,22 +93,3 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
         state.index, state.label = row.idx, None if row.label == UNKNOWN else row.label
         states.append(state)
     return certificate_frame(states, rule, num_classes)
-
-
-def recompute_radii(path: Path | str) -> pd.DataFrame:
-    """The columns `idx`, `predict` and `radius` of a certificate file, recomputed from the votes beside it.
-
-    The record beside the file has the stopping rule. Only the labels are read from the file itself. Raises `RRCMError`
-    for files that are missing or damaged, and for votes that the stopping rule cannot lead to.
-
-    >>> rrcm.recompute_radii("certificates.tsv").columns.tolist()
-    ['idx', 'predict', 'radius']
-    """
-    path = Path(path)
-    record, samples = read_record(record_path(path)), read_samples(samples_path(path))
-    table = read_certificates(path, unlabelled=True)
-    if not table["idx"].equals(samples["idx"]):
-        raise RRCMError(f"{path}: has other images than {samples_path(path)}; certify again")
-    frame = samples.assign(label=table["label"])
-    recomputed = recompute(frame, record.rule(), record.num_classes, labelled=record.labelled)
-    return recomputed[["idx", "predict", "radius"]]

@@ -1,9 +1,9 @@
-"""Attack smoothed classifiers with PGD (Salman et al. 2019) to test their certificates.
+"""Attack smoothed classifiers and cascades with PGD (Salman et al. 2019) to test their certificates.
 
 No attack within the certified radius may change the class: an attack that does refutes the certificate. Beyond that
 radius, the attack gives an upper bound on robust accuracy. The base classifier is also attacked, without smoothing and
 noise, to show that the attack works. (It was trained on noisy images, so it is harder to attack than one that was
-trained on clean images.)
+trained on clean images.) A cascade has no single base classifier, so only the deployed classifier is attacked.
 
 PREDICT classifies the attacked image with noise that the attack has not seen. A certificate does not rule out that
 PREDICT abstains, so abstentions are counted separately, neither as correct nor as wrong. Up to the error probabilities
@@ -13,7 +13,7 @@ alpha of PREDICT and CERTIFY,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rrcm.certification.certify import make_smoothed_classifier
+from rrcm.certification.cascade import CascadedClassifier
+from rrcm.certification.certify import make_smoothed_classifier, smoothing_options
+from rrcm.certification.certify_cascade import load_base_classifiers
 from rrcm.certification.noise import FORWARD, CounterDraw
+from rrcm.certification.record import CascadeRecord, read_record, record_path
 from rrcm.certification.results import ABSTAIN, COLUMNS, read_certificates, sigma_name
 from rrcm.certification.smoothing import SmoothedClassifier, is_stochastic
 from rrcm.config import Attack, Config
 from rrcm.data.shards import ShardedDataset, evenly_spaced, read_split
 from rrcm.data.verification import verify_shards
 from rrcm.evaluation.metrics import certified_accuracy
-from rrcm.methods import model_name
+from rrcm.methods import CASCADE, model_name
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.kinds import load_model_folder
 from rrcm.objectives.adversarial import ascend
@@ -85,8 +88,8 @@ class AttackTarget(NamedTuple):
     predict: Callable[[torch.Tensor, Sequence[int]], Sequence[int]]  # images and their indices -> classes or ABSTAIN
 
 
-def smoothed_target(smoothed: SmoothedClassifier, n: int, alpha: float) -> AttackTarget:
-    """The smoothed classifier. It predicts by PREDICT with `n` samples at level `alpha`."""
+def smoothed_target(smoothed: SmoothedClassifier | CascadedClassifier, n: int, alpha: float) -> AttackTarget:
+    """The smoothed classifier, or the cascade of some. It predicts by PREDICT with `n` samples at level `alpha`."""
     return AttackTarget(smoothed, lambda images, indices: smoothed.predict(images, n=n, alpha=alpha, indices=indices))
 
 
@@ -140,25 +143,19 @@ def worst_predictions(
 
 def attack_classifier(
     config: Config,
-    sigma: float,
-    classifier: BaseClassifier,
+    targets: Mapping[str, AttackTarget],
     certificates: pd.DataFrame,
     images: torch.Tensor,
     progress: Progress,
 ) -> pd.DataFrame:
-    """Attack one classifier, smoothed and unsmoothed, on `images` (N, C, H, W), whose certificates are `certificates`.
+    """Attack the `targets` on `images` (N, C, H, W). The one named "" has the `certificates`.
 
     Returns the certificates with more columns. `attacked` is the worst prediction just inside the certified radius,
     relative to the certified class, and NA for an image without a radius. `broken` is 1 where `attacked` is another
-    class. `r=R` and `unsmoothed_r=R` are the worst predictions within each radius R of the report, relative to the
-    label.
+    class. `r=R` and, for a target named `unsmoothed_`, `unsmoothed_r=R` are the worst predictions within each radius R
+    of the report, relative to the label.
     """
     settings = config.attack
-    smoothed = make_smoothed_classifier(classifier, sigma, config, num_noise=settings.num_noise)
-    targets = {
-        "": smoothed_target(smoothed, settings.n, config.certify.alpha),
-        "unsmoothed_": unsmoothed_target(classifier, config.seed),
-    }
     table = certificates[COLUMNS[:-1]].copy()
     idx, label, predict, radius = (table[name].to_numpy() for name in ("idx", "label", "predict", "radius"))
     certified, radii = np.flatnonzero(radius > 0), report_radii(config)
@@ -183,29 +180,31 @@ def report_radii(config: Config) -> list[float]:
 
 def summarize(table: pd.DataFrame, radii: Sequence[float]) -> dict:
     """Counts and curves from a table of `attack_classifier`, ready for JSON. Lists have one entry per radius."""
-    label, worst = table["label"], {name: [table[f"{name}r={r}"] for r in radii] for name in ("", "unsmoothed_")}
-    return {
+    label, worst = table["label"], [table[f"r={r}"] for r in radii]
+    summary = {
         "images": len(table),
         "certificates": int(table["attacked"].notna().sum()),
         "broken": int(table["broken"].sum()),
         "abstained": int((table["attacked"] == ABSTAIN).sum()),
         "certified_accuracy": certified_accuracy(table, radii).tolist(),
-        "accuracy": [float((predict == label).mean()) for predict in worst[""]],
-        "not_wrong": [float(((predict == label) | (predict == ABSTAIN)).mean()) for predict in worst[""]],
-        "unsmoothed_accuracy": [float((predict == label).mean()) for predict in worst["unsmoothed_"]],
+        "accuracy": [float((predict == label).mean()) for predict in worst],
+        "not_wrong": [float(((predict == label) | (predict == ABSTAIN)).mean()) for predict in worst],
     }
+    if f"unsmoothed_r={radii[0]}" in table:
+        summary["unsmoothed_accuracy"] = [float((table[f"unsmoothed_r={r}"] == label).mean()) for r in radii]
+    return summary
 
 
 class AttackResults(NamedTuple):
-    """The results of attacking the classifiers of a method."""
+    """The results of attacking the classifiers of a method, by the names of their certificate files."""
 
     radii: list[float]
-    tables: dict[float, pd.DataFrame]  # by sigma, from `attack_classifier`
-    summaries: dict[float, dict]  # by sigma, from `summarize`
+    tables: dict[str, pd.DataFrame]  # from `attack_classifier`
+    summaries: dict[str, dict]  # from `summarize`
 
     @property
     def totals(self) -> dict[str, int]:
-        """Each of the COUNTS, summed over all sigmas."""
+        """Each of the COUNTS, summed over all classifiers."""
         return {name: sum(summary[name] for summary in self.summaries.values()) for name in COUNTS}
 
 
@@ -215,8 +214,9 @@ def attack_method(
 ) -> AttackResults:
     """Attack a method's classifiers at all sigmas, which are the model folders sigma_S or joint in `models`.
 
-    `certificates` is the folder with their certificates sigma_S.tsv. Raises `RRCMError` if a file is missing, or if the
-    certificates are for other images than the settings select.
+    The cascade of a method that the settings name is attacked too. `certificates` is the folder with the certificates
+    sigma_S.tsv and cascade.tsv. Raises `RRCMError` if a file is missing, or if the certificates are for other images
+    than the settings select.
     """
     set_threads(config.threads)
     device = pick_device(config.device)
@@ -224,34 +224,77 @@ def attack_method(
     verify_shards([images])
     limits = config.certify.max_images, config.denoised.max_images.get(method)
     pixels, labels, indices = read_split(images, config.data.image_size, config.certify.every, *limits)
-    classifiers, frames = {}, {}
-    for sigma in config.sigmas:
-        path = certificates / f"{sigma_name(sigma)}.tsv"
-        if not path.is_file():
-            raise RRCMError(f"{path}: no such file; make it with `dvc repro certify`, or fetch it with `dvc pull`")
-        frames[sigma] = read_certificates(path)
-        if frames[sigma]["idx"].tolist() != indices or frames[sigma]["label"].tolist() != labels.tolist():
-            raise RRCMError(f"{path}: is for other images than the settings select; run `dvc repro certify` again")
-        classifiers[sigma] = load_model_folder(models / model_name(method, sigma), sigma=sigma).classifier.to(device)
+    files = {name: certificates / f"{name}.tsv" for name in map(sigma_name, config.sigmas)}
+    if method in config.cascade.methods:
+        files[CASCADE] = certificates / f"{CASCADE}.tsv"
+    frames = {name: _read_attacked(path, indices, labels.tolist()) for name, path in files.items()}
+    targets = {
+        sigma_name(sigma): expert_targets(config, sigma, models / model_name(method, sigma), device)
+        for sigma in config.sigmas
+    }
+    if CASCADE in files:
+        targets[CASCADE] = cascade_targets(config, method, models, files[CASCADE], device)
 
     rows, radii = evenly_spaced(len(indices), config.attack.max_images), report_radii(config)
     pixels = to_unit_range(pixels[rows].to(device))
-    frames = {sigma: frame.iloc[rows].reset_index(drop=True) for sigma, frame in frames.items()}
-    attacks = sum(2 * len(radii) * len(frame) + int((frame["radius"] > 0).sum()) for frame in frames.values())
+    frames = {name: frame.iloc[rows].reset_index(drop=True) for name, frame in frames.items()}
+    attacks = sum(
+        len(targets[name]) * len(radii) * len(frame) + int((frame["radius"] > 0).sum())
+        for name, frame in frames.items()
+    )
     with Progress(attacks, f"attack {method}", "attacks") as progress:
         tables = {
-            sigma: attack_classifier(config, sigma, classifiers[sigma], frame, pixels, progress)
-            for sigma, frame in frames.items()
+            name: attack_classifier(config, targets[name], frame, pixels, progress) for name, frame in frames.items()
         }
-    return AttackResults(radii, tables, {sigma: summarize(table, radii) for sigma, table in tables.items()})
+    return AttackResults(radii, tables, {name: summarize(table, radii) for name, table in tables.items()})
+
+
+def expert_targets(config: Config, sigma: float, folder: Path, device: torch.device) -> dict[str, AttackTarget]:
+    """The classifier in a model folder at one sigma, smoothed and unsmoothed."""
+    classifier = load_model_folder(folder, sigma=sigma).classifier.to(device)
+    smoothed = make_smoothed_classifier(classifier, sigma, config, num_noise=config.attack.num_noise)
+    return {
+        "": smoothed_target(smoothed, config.attack.n, config.certify.alpha),
+        "unsmoothed_": unsmoothed_target(classifier, config.seed),
+    }
+
+
+def cascade_targets(
+    config: Config, method: str, models: Path, certificates: Path, device: torch.device
+) -> dict[str, AttackTarget]:
+    """The cascade of a method, with the thresholds that the record of its `certificates` has.
+
+    Raises `RRCMError` for a missing record, and for one that is about other sigmas.
+    """
+    record, sigmas = read_record(record_path(certificates)), config.cascade_sigmas
+    if not isinstance(record, CascadeRecord) or record.sigmas != sigmas:
+        wrong = f"is not about the cascade of the sigmas {sigmas}"
+        raise RRCMError(f"{record_path(certificates)}: {wrong}; run `dvc repro certify-cascade` again")
+    folders = [models / name for name in dict.fromkeys(model_name(method, sigma) for sigma in sigmas)]
+    scales, can_pass = load_base_classifiers(folders, sigmas)
+    classifiers = [scale.classifier.to(device) for scale in scales]
+    options = smoothing_options(config) | {"can_pass": can_pass, "num_noise": config.attack.num_noise}
+    cascade = CascadedClassifier(classifiers, sigmas, record.thresholds, scales[0].num_classes, **options)
+    return {"": smoothed_target(cascade, config.attack.n, config.certify.alpha)}
+
+
+def _read_attacked(path: Path, indices: Sequence[int], labels: Sequence[int]) -> pd.DataFrame:
+    """The certificates in a file. Raises `RRCMError` unless they are for the images with `indices` and `labels`."""
+    command = "dvc repro certify-cascade" if path.stem == CASCADE else "dvc repro certify"
+    if not path.is_file():
+        raise RRCMError(f"{path}: no such file; make it with `{command}`, or fetch it with `dvc pull`")
+    frame = read_certificates(path)
+    if frame["idx"].tolist() != list(indices) or frame["label"].tolist() != list(labels):
+        raise RRCMError(f"{path}: is for other images than the settings select; run `{command}` again")
+    return frame
 
 
 def write_results(folder: Path, method: str, results: AttackResults) -> None:
-    """Write into `folder` sigma_S.tsv with one row per image, and summary.json with counts and accuracies."""
-    for sigma, table in results.tables.items():
-        table.to_csv(folder / f"{sigma_name(sigma)}.tsv", sep="\t", index=False, lineterminator="\n")
-    by_sigma = {sigma_name(sigma): summary for sigma, summary in results.summaries.items()}
-    write_json(folder / "summary.json", {"method": method, **results.totals, "radii": results.radii, **by_sigma})
+    """Write into `folder` a table with one row per image for each certificate file, and summary.json."""
+    for name, table in results.tables.items():
+        table.to_csv(folder / f"{name}.tsv", sep="\t", index=False, lineterminator="\n")
+    counts = {"method": method, **results.totals, "radii": results.radii}
+    write_json(folder / "summary.json", {**counts, **results.summaries})
 
 
 def summary_line(output: Path, totals: dict[str, int], alpha: float) -> str:

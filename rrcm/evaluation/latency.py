@@ -3,6 +3,9 @@
 The time to certify is proportional to the number of samples (tests/evaluation/test_latency.py). It is therefore enough
 to time a few full batches, and to multiply the seconds per sample by the number of samples. Each round times all
 methods, one after another, so that a machine that slows down does so for all of them.
+
+A cascade draws at each sigma of its path, so its samples are timed at each sigma. It predicts with as many samples as
+an image needs, so the seconds to predict are measured as a whole.
 """
 
 from collections import Counter
@@ -13,7 +16,11 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from rrcm.certification.cascade import CascadedClassifier
+from rrcm.certification.certify import smoothing_options
+from rrcm.certification.certify_cascade import load_base_classifiers
 from rrcm.certification.noise import ESTIMATE
+from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset, read_split
@@ -28,12 +35,15 @@ from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.provenance import describe_environment
 
 IMAGES = 8  # images that the samples come from
+PREDICT_N = 1000  # samples of PREDICT, for a cascade at each sigma that it asks
 HALVINGS = 3  # how often the largest batch that fits is halved in the search for the fastest size
 TURNS = 4  # how often the search times each size
 
 
 def measure_latency(config: Config, shard_folder: Path | str, models: Path, output: Path) -> None:
     """Time each of `config.methods` for the first sigma in every round, and write `output` (JSON).
+
+    The cascades of the methods in `config.cascade.methods` are timed at all their sigmas.
 
     The file has for each method the seconds per sample in each round, the batch size, which is the fastest for this
     method, the number of parameters, and the passes per sample. Raises `RRCMError` for missing or damaged inputs.
@@ -59,19 +69,56 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
             "samples": samples,
             "seconds_per_sample": [],
         }
+    cascades = {method: open_cascade(config, models / method, timed[method][0]) for method in config.cascade.methods}
+    of_cascades = {method: new_cascade_record(cascade) for method, cascade in cascades.items()}
     for _ in range(settings.rounds):
         for method, (smoothed, samples) in timed.items():
             records[method]["seconds_per_sample"].append(seconds_to_vote(smoothed, images, samples) / samples)
-    write_json(
-        output,
-        {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": smoothed.precision,
-            "sigma": sigma,
-            "methods": records,
-            "environment": describe_environment(device),
-        },
-    )
+        for method, cascade in cascades.items():
+            time_cascade(cascade, *timed[method], images, of_cascades[method])
+    record = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": smoothed.precision,
+        "sigma": sigma,
+        "methods": records,
+        "environment": describe_environment(device),
+    }
+    write_json(output, record | ({"cascades": of_cascades} if cascades else {}))
+
+
+def open_cascade(config: Config, models: Path, smoothed: SmoothedClassifier) -> CascadedClassifier:
+    """The cascade of a method whose model folders are in `models`, with the batch size of its classifier `smoothed`.
+
+    Thresholds that are chosen elsewhere are 0 here. Raises `RRCMError` for missing or damaged models.
+    """
+    sigmas, thresholds = config.cascade_sigmas, config.cascade.thresholds
+    folders = [models / name for name in dict.fromkeys(model_name(models.name, sigma) for sigma in sigmas)]
+    scales, can_pass = load_base_classifiers(folders, sigmas)
+    thresholds = [0.0] * (len(sigmas) - 1) if thresholds == "chosen" else thresholds
+    options = smoothing_options(config) | {"can_pass": can_pass, "batch_size": smoothed.batch_size}
+    classifiers = [scale.classifier.to(smoothed.device) for scale in scales]
+    return CascadedClassifier(classifiers, sigmas, thresholds, smoothed.num_classes, **options)
+
+
+def new_cascade_record(cascade: CascadedClassifier) -> dict[str, object]:
+    """The entry of a cascade before any round."""
+    names = map(sigma_name, cascade.sigmas)
+    return {"seconds_per_sample": {name: [] for name in names}, "predict_seconds": [], "single_predict_seconds": []}
+
+
+def time_cascade(
+    cascade: CascadedClassifier, smoothed: SmoothedClassifier, samples: int, images: torch.Tensor, record: dict
+) -> None:
+    """Add a round to the `record` of a cascade: seconds per sample at each sigma, and per image to predict.
+
+    `single_predict_seconds` are those of the single classifier `smoothed`.
+    """
+    for scale, seconds in zip(cascade.scales, record["seconds_per_sample"].values(), strict=True):
+        seconds.append(seconds_to_vote(scale, images, samples) / samples)
+    for name, classifier in (("predict_seconds", cascade), ("single_predict_seconds", smoothed)):
+        start = perf_counter()
+        classifier.predict(images, n=PREDICT_N)
+        record[name].append((perf_counter() - start) / len(images))
 
 
 def networks(classifier: nn.Module) -> dict[str, list[nn.Module]]:

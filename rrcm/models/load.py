@@ -2,15 +2,27 @@
 
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rrcm.models.authors import load_authors_checkpoint
 from rrcm.models.base_classifiers import NoiseConditionedClassifier, Normalized
 from rrcm.models.checkpoints import describe_classifier
-from rrcm.models.kinds import LoadedClassifier, load_model_folder
+from rrcm.models.folders import read_model_config
+from rrcm.models.joint import read_joint
+from rrcm.models.kinds import LoadedClassifier, load_model_folder, load_scales
 from rrcm.models.timm_models import FOLDER, HUB, class_names, is_snapshot, load_timm, suggest_timm_name
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, read_text
+
+
+class LoadedCascade(NamedTuple):
+    """The base classifiers of a cascade."""
+
+    scales: list[LoadedClassifier]  # by increasing sigma
+    sigmas: list[float]  # pixel units
+    can_pass: bool  # whether all but the first have one more output, "pass"
 
 
 def load_base_classifier(
@@ -44,6 +56,58 @@ def load_base_classifier(
     else:
         loaded = _load_timm(str(model), weights)
     return loaded if classes is None else loaded._replace(class_names=_read_class_names(classes, loaded.num_classes))
+
+
+def load_cascade(
+    models: Sequence[Path | str],
+    sigmas: Sequence[float] = (),  # pixel units, increasing; none: those for which the models were trained
+    *,
+    classes: Path | None = None,  # text file with one class name per line
+    outside_range: bool = False,  # allow sigmas that a joint training did not cover
+) -> LoadedCascade:
+    """Load one model for all sigmas, or one for each of them in the same order, as `load_base_classifier` does.
+
+    Raises `RRCMError` as that function does, for another number of models, for a single model that was trained for one
+    sigma, for models of different images or classes, and for sigmas that are neither given nor known.
+    """
+    if len(models) == 1 and len(sigmas) != 1:
+        return _load_for_all(models[0], sigmas, classes, outside_range)
+    if sigmas and len(models) != len(sigmas):
+        raise RRCMError(f"{len(models)} models for {len(sigmas)} sigmas: give one model, or one for each sigma")
+    pairs = zip(models, sigmas or [None] * len(models), strict=True)
+    options = {"classes": classes, "outside_range": outside_range}
+    scales = [load_base_classifier(model, sigma=sigma, **options) for model, sigma in pairs]
+    for model, loaded in zip(models, scales, strict=True):
+        if loaded[1:] != scales[0][1:]:
+            other = f"has another image size, other channels or other classes than {models[0]}"
+            raise RRCMError(f"{model}: {other}; give models for the same images")
+        if loaded.sigma is None and not sigmas:
+            raise RRCMError(f"{model}: was not trained for a particular noise; give the sigma of each model")
+    return LoadedCascade(scales, list(sigmas) or [loaded.sigma for loaded in scales], False)
+
+
+def _load_for_all(
+    model: Path | str, sigmas: Sequence[float], classes: Path | None, outside_range: bool
+) -> LoadedCascade:
+    """`load_cascade` for a single model."""
+    path, can_pass = expand_user(str(model).removeprefix(FOLDER)), False
+    folder = path.is_dir() and not is_snapshot(path)
+    joint = read_joint(path, read_model_config(path)) if folder else None
+    if not sigmas and joint is None:
+        raise RRCMError(f"{model}: is no joint model, whose sigmas are known; give the sigmas of the cascade")
+    sigmas = list(sigmas or joint.sigmas)
+    if folder:
+        scales, can_pass = load_scales(path, sigmas, outside_range=outside_range)
+    else:
+        scales = [load_base_classifier(model, sigma=sigmas[0])] * len(sigmas)
+    if joint is None and (trained_for := scales[0].sigma) is not None:
+        raise RRCMError(
+            f"{model}: was trained for sigma {trained_for:g} alone; give a joint model, or one for each sigma"
+        )
+    if classes is not None:
+        names = _read_class_names(classes, len(scales[0].class_names))
+        scales = [loaded._replace(class_names=names) for loaded in scales]
+    return LoadedCascade(scales, sigmas, can_pass)
 
 
 def class_folders(loaded: LoadedClassifier, *, numbers: bool = True) -> dict[str, int]:

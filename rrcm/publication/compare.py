@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from scipy.special import ndtri
 
-from rrcm.certification.results import read_certificates, sigma_name
+from rrcm.certification.results import read_certificates
 from rrcm.config import Config, load_config
 from rrcm.evaluation.metrics import (
     Certificates,
@@ -24,7 +24,7 @@ from rrcm.evaluation.metrics import (
 )
 from rrcm.methods import METHODS
 from rrcm.publication.objects import open_local_run
-from rrcm.publication.result import Result, find_results, model_runs
+from rrcm.publication.result import Result, certificate_files, find_results
 from rrcm.utils.errors import RRCMError
 
 LEVEL = 0.05  # probability that any difference of an equally good run is called significant
@@ -94,45 +94,36 @@ def find_same_settings(config: Config, root: Path) -> Result | None:
 
 
 def read_all_certificates(config: Config, root: Path) -> Certificates:
-    """The certificates of all models of a run."""
-    return {
-        (method, sigma): read_certificates(root / f"certificates/{method}/{sigma_name(sigma)}.tsv")
-        for method, sigma in model_runs(config, config.methods)
-    }
+    """The certificates of all models and cascades of a run, by the keys of their files."""
+    return {file.key: read_certificates(root / file.path) for file in certificate_files(config, config.methods)}
 
 
 def find_differences(config: Config, here: Certificates, published: Certificates) -> tuple[list[Difference], int]:
     """The figures that differ, and the number of all figures.
 
     Each method has its certified accuracy (%) at each radius and its ACR, with the best sigma in each of the two runs.
+    So has each certificate file of a cascade.
     The intervals share `LEVEL` (Bonferroni).
     """
     for key, frame in here.items():
         if not frame["idx"].equals(published[key]["idx"]):
             raise RRCMError(f"{'/'.join(map(str, key))}: certifies other images than the published run; certify again")
-    count = len(config.methods) * (len(config.report.radii) + 1)
+    deployed = {METHODS[name].label: [(name, sigma) for sigma in config.sigmas] for name in config.methods}
+    deployed |= {f"{METHODS[key[0]].label}, {key[1]}": [key] for key in here if isinstance(key[1], str)}
+    count = len(deployed) * (len(config.report.radii) + 1)
     quantile = float(-ndtri(LEVEL / count / 2))
-    figures = [
-        figure
-        for method in config.methods
-        for figure in _figures(method, config.sigmas, config.report.radii, here, published, quantile)
-    ]
+    figures = []
+    for label, keys in deployed.items():
+        runs = [{key: each[key] for key in keys} for each in (here, published)]
+        figures += _figures(label, runs, config.report.radii, quantile)
     return [figure for figure in figures if figure.here != figure.published], count
 
 
-def _figures(
-    method: str,
-    sigmas: Sequence[float],
-    radii: Sequence[float],
-    here: Certificates,
-    published: Certificates,
-    quantile: float,
-) -> Iterator[Difference]:
-    label = METHODS[method].label
-    runs = [{(method, sigma): each[method, sigma] for sigma in sigmas} for each in (here, published)]
-    best = [best_sigma_table(run, radii)["sigma"] for run in runs]
+def _figures(label: str, runs: Sequence[Certificates], radii: Sequence[float], quantile: float) -> Iterator[Difference]:
+    """The figures of a method or of a cascade, for its certificates in this run and in the published one."""
+    best = [best_sigma_table(run, radii)[["method", "sigma"]] for run in runs]
     for i, radius in enumerate(radii):
-        frames = [run[method, sigma[i]] for run, sigma in zip(runs, best, strict=True)]
+        frames = [run[tuple(keys.iloc[i])] for run, keys in zip(runs, best, strict=True)]
         values = [100 * float(certified_accuracy(frame, [radius])[0]) for frame in frames]
         interval = accuracy_difference(*frames, radius, quantile).times(100)
         yield Difference(f"{label}, accuracy (%) at r = {radius:g}", *values, interval, ".1f")

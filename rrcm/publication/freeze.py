@@ -14,11 +14,13 @@ from rrcm.certification.flips import measure_flips
 from rrcm.certification.record import read_record, record_bytes, record_path
 from rrcm.config import Config, load_config
 from rrcm.data.shards import ShardedDataset
+from rrcm.methods import THRESHOLDS
 from rrcm.publication.objects import dvc_error, run_dvc
 from rrcm.publication.result import (
     NAME,
     Result,
     ResultRecord,
+    certificate_files,
     check_methods,
     files_below,
     hash_files,
@@ -26,7 +28,7 @@ from rrcm.publication.result import (
     summarize_stages,
 )
 from rrcm.report.build import write_report
-from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, model_folder, read_inputs
+from rrcm.report.inputs import MANIFEST, SHARDS, model_folder, read_inputs
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import atomic_directory, read_json, write_json
 from rrcm.utils.progress import Progress
@@ -111,11 +113,13 @@ def freeze(config: Config, root: Path, folder: Path, draft: ResultRecord) -> Non
 def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
     """Every file of a run that is published, relative to `root`.
 
-    These are the inputs of the report, the record beside each certificate file, the networks of `methods` with all
-    their parts, the encoders if every method is included, and the test images if they are small.
+    These are the inputs of the report, the record beside each certificate file, the votes by which the thresholds of
+    cascades were chosen, the networks of `methods` with all their parts, the encoders if every method is included, and
+    the test images if they are small.
     """
     files = set(read_inputs(config, root).files)
-    files |= {record_file(*run) for run in model_runs(config, config.methods)}
+    files |= {file.record for file in certificate_files(config, config.methods)}
+    files |= {threshold_votes(method) for method in config.cascade.methods if config.cascade.thresholds == "chosen"}
     for method, sigma in model_runs(config, methods):
         files |= _model_files(root, model_folder(method, sigma))
     if list(methods) == config.methods:
@@ -130,9 +134,9 @@ def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
     return files
 
 
-def record_file(method: str, sigma: float) -> str:
-    """The record beside the certificates of a model, relative to the root."""
-    return certificates_file(method, sigma).removesuffix(".tsv") + ".json"
+def threshold_votes(method: str) -> str:
+    """The votes by which the thresholds of a method's cascade were chosen, relative to the root."""
+    return f"certificates/{method}/{THRESHOLDS}.tsv"
 
 
 def _model_files(root: Path, folder: str) -> set[str]:
@@ -157,15 +161,15 @@ def _part_paths(config: Mapping) -> Iterator[str]:
 
 
 def add_flips(config: Config, run: Path, shards: Path, methods: Sequence[str]) -> None:
-    """Add to each model's record how often its predictions flip on a machine that rounds differently.
+    """Add to the record of each certificate file how often predictions flip on a machine that rounds differently.
 
     An audit on another machine uses this rate as its tolerance.
     """
-    runs = model_runs(config, methods)
-    models = [run / model_folder(*each) for each in runs]
-    certificates = [run / certificates_file(*each) for each in runs]
+    files = certificate_files(config, methods)
+    models = [[run / model for model in file.models] for file in files]
+    certificates = [run / file.path for file in files]
     workers = ProcessPoolExecutor(available_cores(), mp_context=multiprocessing.get_context("spawn"))
-    with workers, Progress(len(runs), "measure how often answers flip", "models") as progress:
+    with workers, Progress(len(files), "measure how often answers flip", "files") as progress:
         measured = workers.map(measure_flips, certificates, models, repeat(shards))
         for path, flips in zip(certificates, measured, strict=True):
             record = read_record(record_path(path)).model_copy(update={"flips": flips})

@@ -6,19 +6,21 @@ Reading these objects requires neither DVC nor git, and writes nothing into the 
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
 
 from rrcm.publication.result import Result, files_below
 from rrcm.utils.errors import RRCMError, one_line
-from rrcm.utils.files import read_json
+from rrcm.utils.files import read_json, write_text
 
+HASH = re.compile(r"\b[0-9a-f]{32}(?:\.dir)?\b")  # of an object in a file of DVC
 STORES = (".dvc/cache/files/md5", "artifacts/files/md5")  # DVC's cache, and the remote in this repository
 
 
@@ -86,6 +88,43 @@ def folder_md5(folder: Path) -> str:
         {"md5": hashlib.md5((folder / name).read_bytes()).hexdigest(), "relpath": name} for name in files_below(folder)
     ]
     return f"{hashlib.md5(json.dumps(entries).encode()).hexdigest()}.dir"
+
+
+def write_tracked(folder: Path) -> None:
+    """Bring run.dvc up to date with run/, both in the `folder` of a result. DVC itself need not know the files yet."""
+    path, names = folder / "run.dvc", files_below(folder / "run")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    size = sum((folder / "run" / name).stat().st_size for name in names)
+    values["outs"][0] |= {"md5": folder_md5(folder / "run"), "size": size, "nfiles": len(names)}
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def list_objects(result: Result) -> set[str]:
+    """The hashes of the list of a run's files and of each file, as far as DVC has the list here."""
+    return _named(result.root, tracked_md5(result))
+
+
+def delete_unnamed(root: Path, candidates: Iterable[str]) -> None:
+    """Delete those objects among `candidates` from the remote in this repository that nothing in it names any more.
+
+    Objects are named by published results, by other files of DVC, and by dvc.lock.
+    """
+    trackers = [
+        path for path in (*root.glob("*.dvc"), *root.glob("[!.]*/**/*.dvc"), root / "dvc.lock") if path.is_file()
+    ]
+    roots = {md5 for path in trackers for md5 in HASH.findall(path.read_text(encoding="utf-8"))}
+    named = set().union(*(_named(root, md5) for md5 in roots))
+    for md5 in set(candidates) - named:
+        path = root / STORES[1] / md5[:2] / md5[2:]
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # other objects are in the folder
+            path.parent.rmdir()
+
+
+def _named(root: Path, md5: str) -> set[str]:
+    """An object and, if it is the list of a folder's files that is here, their objects."""
+    listing = _find_object(root, md5) if md5.endswith(".dir") else None
+    return {md5} | ({entry["md5"] for entry in _read_listing(listing)} if listing is not None else set())
 
 
 def pull(result: Result) -> None:

@@ -1,9 +1,11 @@
 """The table of results in README.md, which is made from published results alone.
 
 results/readme.csv lists its rows. A row with a `result` shows a method of the published result with this name, as the
-mean over the seeds with half the width of the t interval over them. Its `label` may contain {ratio} (the latency
-relative to rRCM), {images} and {seeds}. A row without a `result` quotes the row of rrcm/report/published.csv with the
-same `method`, `model` and `sigma`.
+mean over the seeds with half the width of the t interval over them. Its `sigma` is empty for the best sigma at each
+radius, or names a row of the report's deployment.csv: "cascade", "multi-scale", a single sigma, or "best" of the sigmas
+of a cascade. Its `label` may contain {ratio} (the latency relative to rRCM), {images}, {seeds}, and for a row of
+deployment.csv {samples} (relative to the largest sigma alone). A row without a `result` quotes the row of
+rrcm/report/published.csv with the same `method`, `model` and `sigma`.
 """
 
 import csv
@@ -14,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rrcm.evaluation.metrics import mean_over_seeds
 from rrcm.publication.result import RESULTS, Result, find_results
+from rrcm.report.seeds import mean_text
 from rrcm.report.tables import percentages, read_published
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_text, write_text
@@ -23,7 +25,6 @@ from rrcm.utils.files import read_text, write_text
 README, ROWS = "README.md", f"{RESULTS}/readme.csv"
 COLUMNS = ["label", "result", "method", "model", "sigma"]
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-MIN_SEEDS = 3  # an interval over two seeds is wider than the scale
 HEADINGS = ["data, method", "r = 0", *(f"{radius:g}" for radius in RADII[1:]), "source", "status"]
 BEGIN, END = "<!-- made by `make publish` from results/readme.csv -->\n", "<!-- end of what is made -->"
 BLOCK = re.compile(f"{re.escape(BEGIN)}(.*?){re.escape(END)}", re.DOTALL)
@@ -98,25 +99,37 @@ def read_rows(root: Path) -> list[dict[str, str]]:
 
 def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
     """The row of a method of a published result, as the mean over the seeds."""
-    best = pd.concat([_of_method(seed, "best_sigma.csv", row) for seed in seeds])
-    shares = dict(list(best.groupby("radius")["certified_accuracy"]))
-    cells = [_share_text(shares[radius]) if radius in shares else "" for radius in RADII]
-    fields = {"images": f"{best['images'].iloc[0]:,}", "seeds": str(len(seeds))}
+    if row["sigma"]:
+        deployed = pd.concat([_of_deployment(seed, row) for seed in seeds])
+        shares = {radius: deployed[f"r_{radius:g}"] for radius in RADII if f"r_{radius:g}" in deployed}
+        images, samples = deployed["images"].iloc[0], deployed["samples_ratio"].mean()
+        fields = {} if np.isnan(samples) else {"samples": f"{samples:.2g}"}
+    else:
+        best = pd.concat([_of_method(seed, "best_sigma.csv", row) for seed in seeds])
+        shares, images, fields = dict(list(best.groupby("radius")["certified_accuracy"])), best["images"].iloc[0], {}
+    cells = [mean_text(shares[radius], 100, ".1f") if radius in shares else "" for radius in RADII]
+    fields |= {"images": f"{images:,}", "seeds": str(len(seeds))}
     if "{ratio}" in row["label"]:
         ratios = [_of_method(seed, "latency.csv", row)["ratio"].iloc[0] for seed in seeds]
         fields["ratio"] = f"{np.mean(ratios):.2g}"
     try:
         label = row["label"].format(**fields)
     except (KeyError, IndexError, ValueError) as error:
-        raise RRCMError(f"{ROWS}: {row['label']!r}: knows no {one_line(error)}; use ratio, images or seeds") from None
+        *first, last = dict.fromkeys(["ratio", *fields])
+        known = f"{', '.join(first)} or {last}"
+        raise RRCMError(f"{ROWS}: {row['label']!r}: knows no {one_line(error)}; use {known}") from None
     return [label, *cells, f"[{RESULTS}/{row['result']}]({seeds[0].label}/report/report.md)", "run here"]
 
 
-def _share_text(shares: pd.Series) -> str:
-    """The mean over seeds in percent, from three seeds on with half the width of its t interval."""
-    mean = mean_over_seeds(shares)
-    interval = f" ± {100 * (mean.high - mean.value):.1f}" if len(shares) >= MIN_SEEDS else ""
-    return f"{100 * mean.value:.1f}{interval}"
+def _of_deployment(result: Result, row: Mapping[str, str]) -> pd.DataFrame:
+    """The row of deployment.csv that the `sigma` of a row names. Raises `RRCMError` if there is none."""
+    table = _of_method(result, "deployment.csv", row)
+    rows = table[table["deployment"].astype(str) == row["sigma"]]
+    if len(rows) != 1:
+        known = ", ".join(map(str, table["deployment"]))
+        path = result.folder / "report/deployment.csv"
+        raise RRCMError(f"{ROWS}: {row['label']!r}: {path} has no {row['sigma']} of {row['method']}; use {known}")
+    return rows
 
 
 def _of_method(result: Result, name: str, row: Mapping[str, str]) -> pd.DataFrame:

@@ -12,12 +12,15 @@ A published result is the run of one seed, in results/NAME/seed_S:
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rrcm.certification.record import record_path
 from rrcm.config import Config, explain
 from rrcm.methods import METHODS
+from rrcm.report.cascade_inputs import cascade_tables
+from rrcm.report.inputs import certificates_file, model_folder
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import read_json, sha256_file
 from rrcm.utils.provenance import Environment, Git
@@ -50,6 +53,16 @@ class StageRecord(_Strict):
         return all(each.git is not None and not each.git.dirty for each in self.environments)
 
 
+class RedrawRecord(_Strict):
+    """How a result was brought up to date after its publication."""
+
+    code: Git  # the code that drew the report
+    added: dict[
+        str, Any
+    ] = {}  # settings that the run did not have, by name, with the values that stand for its behaviour
+    removed: dict[str, Any] = {}  # settings that the run had, by name, with their values
+
+
 class ResultRecord(_Strict):
     """result.json."""
 
@@ -58,14 +71,20 @@ class ResultRecord(_Strict):
     seed: int
     models: list[str]  # the methods whose networks are included; other methods have only config.json and history.csv
     code: Git | None  # the code that published the result; None outside a git checkout
+    redrawn: RedrawRecord | None = None  # None: the report is as it was published
     stages: dict[str, StageRecord]  # by kind, as in timings/
     files: dict[str, Sha256]  # by the path below the folder of the result
 
     @property
     def is_clean(self) -> bool:
-        """Whether the result was computed and published with the code of a commit."""
-        clean = self.code is not None and not self.code.dirty
+        """Whether the result was computed, published and redrawn with the code of a commit."""
+        clean = self.drawn_by is not None and not self.code.dirty and not self.drawn_by.dirty
         return clean and all(stage.is_clean for stage in self.stages.values())
+
+    @property
+    def drawn_by(self) -> Git | None:
+        """The code that drew the report and wrote the settings. None outside a git checkout."""
+        return self.code if self.redrawn is None else self.redrawn.code
 
     @property
     def commits(self) -> list[str]:
@@ -156,6 +175,37 @@ def model_runs(config: Config, methods: Iterable[str]) -> list[tuple[str, float]
     """(method, sigma) of each certified model of `methods`, in the order of the settings."""
     chosen = set(methods)
     return [(method, sigma) for method in config.methods if method in chosen for sigma in config.sigmas]
+
+
+class CertificateFile(NamedTuple):
+    """A certificate file of a run, and the models that voted for it. Paths are relative to the root."""
+
+    method: str
+    sigma: float | None  # pixel units; None: a cascade
+    path: str
+    models: list[str]  # folders: one for all sigmas, or one for each
+
+    @property
+    def key(self) -> tuple[str, float | str]:
+        """The method and the sigma, or the method and the name of a cascade's file."""
+        return self.method, Path(self.path).stem if self.sigma is None else self.sigma
+
+    @property
+    def record(self) -> str:
+        """The record beside it."""
+        return record_path(Path(self.path)).as_posix()
+
+
+def certificate_files(config: Config, methods: Iterable[str]) -> list[CertificateFile]:
+    """The certificate files of `methods`: those of single sigmas in the order of the settings, then of cascades."""
+    chosen = set(methods)
+    files = [CertificateFile(*run, certificates_file(*run), [model_folder(*run)]) for run in model_runs(config, chosen)]
+    for method in config.cascade.methods:
+        if method in chosen:
+            models = list(dict.fromkeys(model_folder(method, sigma) for sigma in config.cascade_sigmas))
+            tables = cascade_tables(config, method).values()
+            files += [CertificateFile(method, None, table, models) for table in tables]
+    return files
 
 
 def check_methods(config: Config, methods: Sequence[str] | None) -> list[str]:

@@ -17,29 +17,33 @@ import numpy as np
 
 from rrcm.certification.agreement import detectable_share
 from rrcm.certification.audit import RAISE, Audit, audit_file, check_file
-from rrcm.certification.record import CertificateRecord
+from rrcm.certification.record import CascadeRecord, CertificateRecord
 from rrcm.certification.results import read_certificates
-from rrcm.config import Config, load_config
+from rrcm.certification.validation_votes import are_of_other_images, choose_by_votes, read_votes_table
+from rrcm.config import Config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
-from rrcm.publication.freeze import CODE, record_file
+from rrcm.publication.freeze import CODE, threshold_votes
 from rrcm.publication.objects import folder_md5, open_run, tracked_md5
 from rrcm.publication.readme import README, check_readme
 from rrcm.publication.result import (
     RESULTS,
+    CertificateFile,
     Result,
     ResultRecord,
+    certificate_files,
     files_below,
     hash_files,
-    model_runs,
     short,
     summarize_stages,
 )
+from rrcm.publication.settings import load_settings
 from rrcm.report.build import write_report
-from rrcm.report.inputs import MANIFEST, SHARDS, certificates_file, model_folder
+from rrcm.report.cascade_inputs import cascade_tables
+from rrcm.report.inputs import MANIFEST, SHARDS
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, sha256_folder
-from rrcm.utils.provenance import head, uncommitted
+from rrcm.utils.provenance import changed_since, head, uncommitted
 
 FALSE_ALARM = 1e-3  # probability that the votes of an honest result on another machine are called forged
 WATCHED = (*CODE, RESULTS, README)  # files and folders that must be as in the commit
@@ -113,7 +117,7 @@ def verify_result(result: Result, rows: int | None, seed: int, shared: Sequence[
         with open_run(result) as run:
             _say(f"{result.label}: compare {len(record.files):,} files with their hashes")
             verdict.problems += check_files(result, record, run)
-            config = load_config(result.folder / "params.yaml")
+            config = load_settings(result)
             with with_test_images(result.root, run) as complete:
                 problems = _verify_run(verdict, record, config, complete, rows, seed)
         verdict.problems += [each.replace(f"{complete}/", f"{result.label}/run/") for each in problems]
@@ -127,27 +131,38 @@ def _verify_run(
     verdict: Verdict, record: ResultRecord, config: Config, run: Path, rows: int | None, seed: int
 ) -> list[str]:
     """What is wrong with the report, the certificates and the votes of a run. Sets the counts of `verdict`."""
-    result, problems = verdict.result, []
-    if config.seed != result.seed:
-        problems.append(f"{result.label}/params.yaml: has seed {config.seed}; restore it with git")
-    problems += _attempt(check_provenance, result, record, run)
+    result = verdict.result
     _say(f"{result.label}: draw the report again")
-    problems += _attempt(check_report, config, run, result)
-    _say(f"{result.label}: recompute every radius from its votes")
-    for key in model_runs(config, config.methods):
-        problems += _attempt(check_certificates, config, run, *key, key[0] in record.models)
-    problems += _attempt(check_images, config, result.root, run)
+    problems = _attempt(check_report, config, run, result, record)
+    problems += check_run(result, record, config, run)
     counts = count_rows(config, run, config.methods)
     verdict.rows, verdict.files = sum(counts), len(counts)
     verdict.votable = sum(count_rows(config, run, record.models))
     if not verdict.votable:
         return [*problems, f"{result.label}/result.json: includes no network, so no row can be voted on again"]
     again = min(rows or verdict.votable, verdict.votable)
-    seconds = record.stages["certify"].seconds * again / verdict.rows if "certify" in record.stages else 0
+    spent = sum(record.stages[kind].seconds for kind in ("certify", "certify_cascade") if kind in record.stages)
+    seconds = spent * again / verdict.rows
     _say(f"{result.label}: vote again on {again:,} of {verdict.votable:,} rows, in about {seconds:.0f} s as published")
     _say(f"  (--seed {seed} chooses the same rows again)")
     verdict.audits = vote_again(config, run, record.models, again, seed)
     return problems + [problem for audit in verdict.audits for problem in audit.problems]
+
+
+def check_run(result: Result, record: ResultRecord, config: Config, run: Path) -> list[str]:
+    """What is wrong with a run, apart from its report and from what its networks would vote.
+
+    The stages must be those that the record names. The certificates must follow from their votes, and fit the settings,
+    the networks and the test images.
+    """
+    problems = []
+    if config.seed != result.seed:
+        problems.append(f"{result.label}/params.yaml: has seed {config.seed}; restore it with git")
+    problems += _attempt(check_provenance, result, record, run)
+    _say(f"{result.label}: recompute every radius from its votes")
+    for file in certificate_files(config, config.methods):
+        problems += _attempt(check_certificates, config, run, file, file.method in record.models)
+    return problems + _attempt(check_images, config, result.root, run)
 
 
 def check_files(result: Result, record: ResultRecord, run: Path) -> list[str]:
@@ -197,12 +212,21 @@ def with_test_images(root: Path, run: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def check_report(config: Config, run: Path, result: Result) -> list[str]:
-    """How the published report differs from one that is drawn again from the run."""
+def check_report(config: Config, run: Path, result: Result, record: ResultRecord) -> list[str]:
+    """How the published report differs from one that is drawn again from the run.
+
+    A further line says if the code has changed since the report was drawn.
+    """
     with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
         drawn = Path(scratch) / "report"
         write_report(config, run, drawn)
-        return compare_folders(result.folder / "report", drawn, f"{result.label}/report")
+        problems = compare_folders(result.folder / "report", drawn, f"{result.label}/report")
+    if problems and record.drawn_by is not None and changed_since(result.root, record.drawn_by.revision, "rrcm"):
+        problems.append(
+            f"{result.label}/report: the code has changed since commit {short(record.drawn_by.revision)} drew it; "
+            f"bring it up to date with `make redraw NAME={result.name}`"
+        )
+    return problems
 
 
 def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
@@ -217,29 +241,33 @@ def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
     return problems
 
 
-def check_certificates(config: Config, run: Path, method: str, sigma: float, included: bool) -> list[str]:
-    """What is wrong with the certificates of a model.
+def check_certificates(config: Config, run: Path, file: CertificateFile, included: bool) -> list[str]:
+    """What is wrong with a certificate file.
 
-    Their radii must follow from the votes, and their record from data and settings, and from the model if its network
-    is `included`.
+    Its radii must follow from the votes, and its record from data and settings, and from the models if their networks
+    are `included`. The thresholds of a cascade must be those that the settings choose by the votes for validation
+    images.
     """
-    record, _, problems = check_file(run / certificates_file(method, sigma))
-    expected = _expected_entries(config, run, sigma, config.denoised.max_images.get(method))
+    record, _, problems = check_file(run / file.path)
+    expected = _expected_entries(config, run, config.denoised.max_images.get(file.method))
+    try:
+        expected |= _expected_cascade(config, run, file) if file.sigma is None else {"sigma": file.sigma}
+    except RRCMError as error:
+        problems.append(str(error))
     if included:
-        expected["model.sha256"] = sha256_folder(run / model_folder(method, sigma))
+        expected["model.sha256"] = [sha256_folder(run / folder) for folder in file.models]
     entries = _flat(record)
     return problems + [
-        f"{record_file(method, sigma)}: {key} is {entries[key]!r}, by settings, model and data it is {value!r}"
+        f"{file.record}: {key} is {entries.get(key)!r}, by settings, model and data it is {value!r}"
         for key, value in expected.items()
-        if entries[key] != value
+        if entries.get(key) != value
     ]
 
 
-def _expected_entries(config: Config, run: Path, sigma: float, max_images: int | None) -> dict[str, object]:
+def _expected_entries(config: Config, run: Path, max_images: int | None) -> dict[str, object]:
     """The entries that a record must have according to the settings and the data."""
     settings = config.certify
     return {
-        "sigma": sigma,
         "seed": config.seed,
         "image_size": config.data.image_size,
         "data.sha256": ShardedDataset(run / SHARDS, "test").fingerprint,
@@ -249,11 +277,25 @@ def _expected_entries(config: Config, run: Path, sigma: float, max_images: int |
     } | settings.rule
 
 
-def _flat(record: CertificateRecord) -> dict[str, object]:
-    """The entries of a record, and the entries of its sections under names such as data.sha256."""
+def _expected_cascade(config: Config, run: Path, file: CertificateFile) -> dict[str, object]:
+    """The entries that only the record of a cascade has. Raises `RRCMError` for impossible votes for thresholds."""
+    tables, sigmas = cascade_tables(config, file.method), config.cascade_sigmas
+    rule = next(rule for rule, table in tables.items() if table == file.path)
+    thresholds, chosen = config.cascade.thresholds, None
+    if thresholds == "chosen":
+        path, images = run / threshold_votes(file.method), ShardedDataset(run / SHARDS, "test")
+        states = read_votes_table(path, sigmas, config.cascade.choose_n)
+        if problem := are_of_other_images(states, images.manifest.splits["val"].counts):
+            raise RRCMError(f"{path}: {problem}")
+        thresholds, chosen = choose_by_votes(states, config, len(images.classes))
+    return {"sigmas": sigmas, "certificates": rule, "thresholds": list(thresholds), "chosen": chosen}
+
+
+def _flat(record: CertificateRecord | CascadeRecord) -> dict[str, object]:
+    """The entries of a record, those of its data under names such as data.sha256, and the hashes of its models."""
     values = record.model_dump()
-    sections = {f"{name}.{key}": value for name in ("model", "data") for key, value in values[name].items()}
-    return values | sections
+    data = {f"data.{key}": value for key, value in values["data"].items()}
+    return values | data | {"model.sha256": [model.sha256 for model in record.models]}
 
 
 def check_images(config: Config, root: Path, run: Path) -> list[str]:
@@ -294,20 +336,23 @@ def compare_images(published: Path, made: Path) -> list[str]:
 
 def count_rows(config: Config, run: Path, methods: Sequence[str]) -> list[int]:
     """The number of certificates in each file of `methods`."""
-    return [len(read_certificates(run / certificates_file(*key))) for key in model_runs(config, methods)]
+    return [len(read_certificates(run / file.path)) for file in certificate_files(config, methods)]
 
 
 def vote_again(config: Config, run: Path, methods: Sequence[str], rows: int, seed: int) -> list[Audit]:
     """Audit `rows` certificates of `methods`, drawn at random from all files. The audits share FALSE_ALARM."""
     counts = count_rows(config, run, methods)
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, rows).tolist()
-    chosen = {key: count for key, count in zip(model_runs(config, methods), drawn, strict=True) if count}
+    chosen = [pair for pair in zip(certificate_files(config, methods), drawn, strict=True) if pair[1]]
     audits = []
-    for key, count in chosen.items():
-        path, model = run / certificates_file(*key), run / model_folder(*key)
-        chance = {"seed": random.Random(f"{seed} {key}").randrange(2**31), "false_alarm": FALSE_ALARM / len(chosen)}
+    for file, count in chosen:
+        models = [run / folder for folder in file.models]
+        chance = {
+            "seed": random.Random(f"{seed} {file.key}").randrange(2**31),
+            "false_alarm": FALSE_ALARM / len(chosen),
+        }
         try:
-            audits.append(audit_file(path, model, run / SHARDS, rows=count, **chance))
+            audits.append(audit_file(run / file.path, models, run / SHARDS, rows=count, **chance))
         except RRCMError as error:
             audits.append(Audit([str(error)], count))
     return audits

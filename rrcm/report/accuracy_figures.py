@@ -1,5 +1,6 @@
 """Figures of certified accuracy against radius: by sigma, with the best sigma, of any files, and beside an attack."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, product
 
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
-from rrcm.methods import METHODS
+from rrcm.methods import CASCADE, METHODS
 from rrcm.report.figures import OKABE_ITO, figure_style, line_style
 from rrcm.report.panels import OTHERS, Group, draw_legend, draw_legends, fewer_images, panel_groups
 
@@ -44,10 +45,10 @@ def draw_certified_accuracy(certificates: Certificates, external: Certificates) 
         for panel, (group, shown) in zip(column, rows, strict=True):
             reach = max(reach, _draw_group(panel, own, group, label_ends, bands=True))
             for label in [label for label in shown if label in others]:
-                radii, _ = _draw_curve(panel, others[label], **styles[label])
+                radii, _ = draw_curve(panel, others[label], **styles[label])
                 reach = max(reach, radii[-1])
         for panel in column:
-            _set_axes(panel, reach or sigma)
+            set_axes(panel, reach or sigma)
             panel.label_outer()
         column[0].set_title(f"σ = {sigma:g}")
     for row in panels:
@@ -72,7 +73,7 @@ def draw_envelope(certificates: Certificates) -> Figure:
     shown = panels.flat[: len(groups)]
     reach = max(_draw_group(panel, frames, group, label_ends) for panel, group in zip(shown, groups, strict=True))
     for panel in shown:
-        _set_axes(panel, reach or 1)
+        set_axes(panel, reach or 1)
         panel.set_ylabel("certified accuracy (%)")
     for panel in shown[:columns]:
         panel.set_title("best σ at each radius")
@@ -88,9 +89,9 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
     reach = 0.0
     line_styles = cycle(product(["-", "--", ":"], OKABE_ITO))
     for (name, frame), (dashes, colour) in zip(certificates.items(), line_styles, strict=False):
-        radii, _ = _draw_curve(axes, [frame], linestyle=dashes, color=colour, label=name)
+        radii, _ = draw_curve(axes, [frame], linestyle=dashes, color=colour, label=name)
         reach = max(reach, radii[-1])
-    _set_axes(axes, reach or 1)
+    set_axes(axes, reach or 1)
     axes.set_ylabel("certified accuracy (%)")
     draw_legend(figure, [axes])
     return figure
@@ -99,33 +100,39 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
 @figure_style()
 def draw_attack(
     method: str,
-    certificates: Mapping[float, pd.DataFrame],
+    certificates: Mapping[str, pd.DataFrame],
     radii: Sequence[float],
-    summaries: Mapping[float, Mapping[str, Sequence[float]]],
+    summaries: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Figure:
-    """Certified accuracy and accuracy under attack within each of `radii`, with one panel per sigma.
+    """Certified accuracy and accuracy under attack within each of `radii`: a panel for each sigma and for the cascade.
 
-    `summaries` are the results of `attack.summarize` by sigma. The attacked classifier abstains in the shaded area
-    between the two black lines.
+    `certificates` are by the names of their files, and so are `summaries`, the results of `attack.summarize`. The
+    attacked classifier abstains in the shaded area between the two black lines.
     """
     figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))
     panels = figure.subplots(1, len(certificates), sharey=True, squeeze=False)[0]
-    for panel, (sigma, frame) in zip(panels, sorted(certificates.items()), strict=True):
-        summary = summaries[sigma]
-        correct, not_wrong, unsmoothed = (
-            100 * np.array(summary[name]) for name in ("accuracy", "not_wrong", "unsmoothed_accuracy")
-        )
+    for panel, name in zip(panels, _by_sigma(certificates), strict=True):
+        frame, summary = certificates[name], summaries[name]
+        correct, not_wrong = (100 * np.array(summary[each]) for each in ("accuracy", "not_wrong"))
         certified = line_style(method) | {"label": f"{METHODS[method].label}, certified"}
-        reach, _ = _draw_curve(panel, [frame], **certified)
+        reach, _ = draw_curve(panel, [frame], **certified)
         panel.plot(radii, correct, "o-", color="black", markersize=4, label="correct under attack", clip_on=False)
         panel.plot(radii, not_wrong, ":", color="black", label="correct or abstains under attack")
         panel.fill_between(radii, correct, not_wrong, color="black", alpha=0.08, linewidth=0)
-        panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label="correct under attack, not smoothed")
-        _set_axes(panel, max(radii[-1], reach[-1]))
-        panel.set_title(f"σ = {sigma:g}: {summary['broken']} of {summary['certificates']} certificates broken")
+        if "unsmoothed_accuracy" in summary:
+            unsmoothed, label = 100 * np.array(summary["unsmoothed_accuracy"]), "correct under attack, not smoothed"
+            panel.plot(radii, unsmoothed, "s--", color="#808080", markersize=4, label=label)
+        set_axes(panel, max(radii[-1], reach[-1]))
+        deployed = name if name == CASCADE else f"σ = {float(name.removeprefix('sigma_')):g}"
+        panel.set_title(f"{deployed}: {summary['broken']} of {summary['certificates']} certificates broken")
     panels[0].set_ylabel("accuracy (%)")
     draw_legend(figure, panels)
     return figure
+
+
+def _by_sigma(names: Iterable[str]) -> list[str]:
+    """Names of certificate files by increasing sigma, the cascade last."""
+    return sorted(names, key=lambda name: math.inf if name == CASCADE else float(name.removeprefix("sigma_")))
 
 
 def _of_sigma(certificates: Certificates, sigma: float) -> dict[str, list[pd.DataFrame]]:
@@ -146,12 +153,12 @@ def _draw_group(
     """
     reach = 0.0
     for method in group.others(frames):
-        radii, _ = _draw_curve(panel, frames[method], **OTHERS)
+        radii, _ = draw_curve(panel, frames[method], **OTHERS)
         reach = max(reach, radii[-1])
     for i, method in enumerate(group.methods):
         style = line_style(method)
         style["label"] += label_ends[method]
-        radii, accuracy = _draw_curve(panel, frames[method], (i + 0.5) / len(group.methods), **style)
+        radii, accuracy = draw_curve(panel, frames[method], (i + 0.5) / len(group.methods), **style)
         if bands and style["linestyle"] == "-":
             low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frames[method][0])))
             panel.fill_between(radii[:-1], low, high, step="pre", color=style["color"], alpha=0.12, linewidth=0)
@@ -159,7 +166,7 @@ def _draw_group(
     return reach
 
 
-def _draw_curve(
+def draw_curve(
     axes: Axes, frames: Iterable[pd.DataFrame], phase: float = 0.5, **style: object
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw the envelope of `frames` and return its radii and accuracies (shares), as `metrics.envelope` does.
@@ -177,6 +184,6 @@ def _draw_curve(
     return radii, accuracy
 
 
-def _set_axes(axes: Axes, reach: float) -> None:
+def set_axes(axes: Axes, reach: float) -> None:
     """Labels and limits of a panel of curves that end at radius `reach`."""
     axes.set(xlabel="L2 radius r (pixels in [0, 1])", xlim=(0, 1.03 * reach), ylim=(0, 102))

@@ -19,6 +19,8 @@ from rrcm.evaluation.metrics import Certificates, best_sigma_table
 from rrcm.methods import METHODS
 from rrcm.report import tables
 from rrcm.report.accuracy_figures import draw_certified_accuracy, draw_envelope
+from rrcm.report.deployment import acceptance, add_metrics, deployment, deployment_differences
+from rrcm.report.deployment_figure import draw_deployment
 from rrcm.report.figures import save_all
 from rrcm.report.fonts import note_on_letters
 from rrcm.report.gallery import Thumbnail, draw_gallery, verdict
@@ -34,6 +36,7 @@ LATENCY_PANELS = 3  # at most, in the latency figure
 LEAST_ACCURACY = 0.1  # the latency figure shows radii at which some method has this certified accuracy
 
 GALLERY_IMAGES = 8
+OTHER_BOUND = {"binary": "margin", "margin": "binary"}
 
 
 class Gallery(NamedTuple):
@@ -73,6 +76,7 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
         write_text(folder / "report.md", page)
     if metrics is not None:
         values = tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii)
+        add_metrics(values, inputs.cascades, config.report.radii)
         write_json(metrics, values)
     if note := note_on_letters([*inputs.classes, *(label for label, _ in inputs.external)]):
         print(f"note: {note}", file=sys.stderr)
@@ -85,6 +89,8 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
         "envelope": draw_envelope(inputs.certificates),
         "gallery": draw_gallery(gallery.clean, gallery.noisy, METHODS[config.methods[0]].label),
     }
+    if inputs.cascades:
+        drawn["deployment"] = draw_deployment(inputs.cascades, inputs.by_bound(config.certify.bound))
     if not inputs.finetuning.empty:
         drawn["training"] = draw_training(inputs.pretraining, inputs.finetuning)
     if inputs.representations:
@@ -124,7 +130,25 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
     }
     if len(config.methods) > 1:
         made["differences"] = tables.differences(inputs.certificates, config.report.radii, config.seed)
+    if pairs := tables.joint_pairs(config.methods):
+        made["joint"] = tables.joint(inputs.certificates, pairs, config.report.radii, config.seed)
+    if inputs.cascades:
+        made |= deployment_tables(config, inputs)
+    if inputs.latency and inputs.latency.get("cascades"):
+        made["cascade_latency"] = tables.cascade_latency(inputs.latency, config.latency.n, config.certify.n0)
     return made | ({"latency": latency_table(config, inputs)} if inputs.latency else {})
+
+
+def deployment_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
+    """The tables of cascades by name. Cascades are certified by the bound of `certify`; the other has a table too."""
+    bound, radii = config.certify.bound, config.report.radii
+    certificates, other = inputs.by_bound(bound), OTHER_BOUND[bound]
+    return {
+        "deployment": deployment(inputs.cascades, certificates, bound, radii),
+        "deployment_differences": deployment_differences(inputs.cascades, certificates, radii, config.seed),
+        "deployment_other_bound": deployment(inputs.cascades, inputs.by_bound(other), other, radii),
+        "acceptance": acceptance(inputs.cascades, certificates),
+    }
 
 
 def read_gallery(config: Config, root: Path, certificates: Certificates) -> Gallery:

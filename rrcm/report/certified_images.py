@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from rrcm.certification.cascade_rules import CascadeRule
 from rrcm.certification.certify_images import FolderCertificates, read_square
 from rrcm.certification.results import ABSTAIN, UNKNOWN
 from rrcm.certification.stopping import StoppingRule
@@ -19,17 +20,21 @@ GALLERY_IMAGES = 48
 
 
 def certificate_table(frame: pd.DataFrame) -> str:
-    """One line per image: file, class, radius, samples."""
+    """One line per image: file, class, radius, samples, and in a cascade the accepting sigma and the path."""
     columns = {
         "file": frame["file"].map(printable),
         "class": frame["class"].replace("", "-").map(printable),
         "radius": np.where(frame["predict"] == ABSTAIN, "abstains", frame["radius"].map(rounded_down)),
         "samples": frame["samples"].map("{:,}".format),
     }
-    return tabulate(columns, headers="keys", disable_numparse=True, colalign=("left", "left", "right", "right"))
+    alignment = ["left", "left", "right", "right"]
+    if "path" in frame:
+        columns["accepted at"], columns["path"] = frame["path"].map(lambda path: path.partition(" ")[0]), frame["path"]
+        alignment += ["right", "left"]
+    return tabulate(columns, headers="keys", disable_numparse=True, colalign=alignment)
 
 
-def certificate_summary(certified: FolderCertificates, rule: StoppingRule) -> str:
+def certificate_summary(certified: FolderCertificates, rule: StoppingRule | CascadeRule) -> str:
     """One line with the numbers of certified, correct and abstained images, the time and the error probability."""
     frame = certified.frame
     labelled, abstained = frame[frame["label"] != UNKNOWN], (frame["predict"] == ABSTAIN).sum()
@@ -51,7 +56,7 @@ def note_on_labels(frame: pd.DataFrame) -> str | None:
     return f"{len(folders):,} of {len(frame):,} images have no label; no class of the model is called {names}"
 
 
-def draw_gallery(certified: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule) -> Figure:
+def draw_gallery(certified: FolderCertificates, loaded: LoadedClassifier, rule: StoppingRule | CascadeRule) -> Figure:
     """At most GALLERY_IMAGES images, evenly spaced over the folder, with their classes and radii."""
     count = len(certified.paths)
     thumbnails = []
@@ -62,4 +67,6 @@ def draw_gallery(certified: FolderCertificates, loaded: LoadedClassifier, rule: 
         pixels = read_square(path, loaded).transpose(1, 2, 0) / 255
         thumbnails.append(Thumbnail(pixels, row["file"], row["class"], row["radius"], kind))
     part = f", {GALLERY_IMAGES} of {count:,} images" if count > GALLERY_IMAGES else ""
-    return draw_certified_images(thumbnails, f"σ = {rule.sigma:g}, n = {rule.looks[-1]:,}, α = {rule.alpha:g}{part}")
+    sigmas = rule.sigmas if isinstance(rule, CascadeRule) else [rule.sigma]
+    noise = f"σ = {', '.join(f'{sigma:g}' for sigma in sigmas)}"
+    return draw_certified_images(thumbnails, f"{noise}, n = {rule.looks[-1]:,}, α = {rule.alpha:g}{part}")

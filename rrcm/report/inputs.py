@@ -1,6 +1,5 @@
 """The files that a report is made from: their paths, and `read_inputs`, which reads and checks them all."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,14 @@ from rrcm.config import Config
 from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import JOINT, METHODS, continued_method, denoising_classifier, model_name
+from rrcm.report.cascade_inputs import Cascade, cascade_files, cascade_stage, read_cascades
 from rrcm.report.records import (
     CertifyTiming,
     Latency,
     ModelRecord,
     PretrainRecord,
     Timing,
+    check_cost,
     check_finetuning,
     check_pretraining,
     check_representation,
@@ -56,6 +57,11 @@ class Inputs(NamedTuple):
     pretraining: Mapping[str, pd.DataFrame]  # history.csv by objective
     representations: Mapping[str, pd.DataFrame]  # representation.csv by objective
     latency: Mapping | None  # the latency stage's record
+    cascades: Mapping[str, Cascade]  # by method, in the order of `cascade.methods`
+
+    def by_bound(self, bound: str) -> Certificates:
+        """The certificates of single sigmas by one bound, each with the samples that this bound needed."""
+        return self.certificates if bound == "binary" else self.margin
 
 
 def certificates_file(method: str, sigma: float) -> str:
@@ -100,6 +106,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         pretraining={name: history for name, (history, _) in pretraining.items()},
         representations={name: representation for name, (_, representation) in pretraining.items()},
         latency=_read_latency(config, root, models) if config.latency.n else None,
+        cascades=read_cascades(config, root, certificates, len(images.classes)),
     )
 
 
@@ -133,6 +140,8 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
             stages[DENOISER_TIMING] = f"denoiser@{next(iter(config.derived['denoiser']))}"
         if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
             stages[_timing("finetune", *part)] = "finetune@{}-{}".format(*part)
+    for method in config.cascade.methods:
+        stages |= dict.fromkeys(cascade_files(config, method), cascade_stage(method))
     if config.latency.n:
         stages[LATENCY] = "latency"
     for path, stage in stages.items():
@@ -218,7 +227,10 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
 
 
 def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certificates) -> dict[str, Mapping]:
-    """Every record under timings/ except the latency. The records of certifications must match the certificates."""
+    """Every record under timings/ except the latency. The records of certifications must match the certificates.
+
+    `read_cascades` checks the rest of those of cascades.
+    """
     timings = {
         path: read_record(root / path, CertifyTiming if path.startswith("timings/certify/") else Timing, _again(stage))
         for path, stage in stages.items()
@@ -226,14 +238,8 @@ def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certifica
     }
     for run, frame in certificates.items():
         path = _timing("certify", *run)
-        images = timings[path]["seconds_by_image"]
-        if list(images) != [str(idx) for idx in frame["idx"]] or timings[path]["samples"] != frame["samples"].sum():
-            problem = "has other images or another sum of samples than the certificates"
-        elif not math.isclose(sum(images.values()), timings[path]["seconds"], rel_tol=1e-9):
-            problem = "seconds is not the sum of seconds_by_image"
-        else:
-            continue
-        raise RRCMError(f"{root / path}: {problem}; {_again(stages[path])}")
+        if problem := check_cost(timings[path], frame):
+            raise RRCMError(f"{root / path}: {problem}; {_again(stages[path])}")
     return timings
 
 
@@ -248,7 +254,11 @@ def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
             raise RRCMError(f"{path}: {method}: has other rounds than the settings, or no whole batches; {advice}")
         if sum(each["parameters"].values()) != models[method, config.sigmas[0]]["parameters"]:
             raise RRCMError(f"{path}: {method}: has other parameters than its model; {advice}")
-    return record
+    cascades, names = record.pop("cascades", {}), [sigma_name(sigma) for sigma in config.cascade_sigmas]
+    for method in config.cascade.methods:
+        if method not in cascades or list(cascades[method]["seconds_per_sample"]) != names:
+            raise RRCMError(f"{path}: has no cascade of {method} at the sigmas of the settings; {advice}")
+    return record | {"cascades": {method: cascades[method] for method in config.cascade.methods}}
 
 
 def _read_pretraining(config: Config, root: Path, name: str, validation: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -334,7 +344,7 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
                 "method": method,
                 "sigma": sigma,
                 "epochs": model["training"]["epochs"],
-                "finetune_passes": model["compute"]["finetune"] / served,
+                "finetune_passes": _part(model["compute"]["finetune"], served),
                 "preparation_passes": _preparation(model) / served,
                 "total_passes": (model["compute"]["finetune"] + _preparation(model)) / served,
                 "finetune_seconds": seconds(_timing("finetune", method, sigma)) / served,
@@ -345,6 +355,10 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
             }
         )
     return pd.DataFrame(rows)
+
+
+def _part(passes: float, served: int) -> float:
+    return passes if served == 1 else passes / served  # whole numbers of passes stay whole
 
 
 def _shared_timings(config: Config, method: str) -> list[str]:

@@ -21,6 +21,7 @@ from rrcm.evaluation.metrics import (
     on_common_images,
 )
 from rrcm.methods import METHODS, denoising_classifier
+from rrcm.report.deployment import shortfalls
 from rrcm.report.inputs import Inputs
 from rrcm.report.panels import panel_groups
 from rrcm.report.tables import (
@@ -98,6 +99,7 @@ def render_report(
         class_counts=[ImageCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         data_notes=inputs.data_notes,
         comparisons=_headline(config, inputs),
+        shortfalls=shortfalls(inputs.cascades, inputs.by_bound(config.certify.bound)),
         pretrained_elsewhere=[
             (METHODS[name].label, config.initial_weights(name))
             for name in config.methods
@@ -120,12 +122,18 @@ def render_report(
         figures=figures,
         gallery_method=METHODS[config.methods[0]].label,
         gallery_classes=gallery_classes,
-        parameters=_yaml(config.model_dump(mode="json", exclude=IGNORED_SETTINGS)),
+        parameters=_yaml(_decisive_settings(config)),
         hashes=[f"{sha256_file(root / path)}  {printable(path)}" for path in inputs.files],
         environments=environments,
         num_records=len(records),
     )
     return text.rstrip("\n") + "\n"
+
+
+def _decisive_settings(config: Config) -> dict:
+    """The settings with an effect on the report. Without cascades, those of cascades have none."""
+    unused = {} if config.cascade.methods else {"cascade": True}
+    return config.model_dump(mode="json", exclude=IGNORED_SETTINGS | unused)
 
 
 def _template() -> jinja2.Template:

@@ -48,11 +48,30 @@ class Timing(Record):
     environment: Environment
 
 
-class CertifyTiming(Timing):
-    """How long a certification took."""
+class Cost(Record):
+    """How long the images of a certification took."""
 
+    seconds: NonNegative
     samples: Count
     seconds_by_image: dict[str, NonNegative]
+
+
+class CertifyTiming(Timing, Cost):
+    """How long a certification took."""
+
+
+class Choice(Record):
+    """How long the votes took from which thresholds were chosen."""
+
+    seconds: NonNegative
+    samples: Count
+
+
+class CascadeTiming(CertifyTiming):
+    """How long the certification of a cascade took, and besides it the published rule and the choice of thresholds."""
+
+    multi_scale: Cost | None = None
+    thresholds: Choice | None = None
 
 
 class Parts(Record):
@@ -72,6 +91,14 @@ class MethodLatency(Record):
     seconds_per_sample: list[Positive]
 
 
+class CascadeLatency(Record):
+    """The latency of a cascade: seconds per sample at each sigma, and seconds to predict, in each round."""
+
+    seconds_per_sample: dict[str, list[Positive]]
+    predict_seconds: list[Positive]
+    single_predict_seconds: list[Positive]
+
+
 class Latency(Record):
     """The record that the latency stage writes."""
 
@@ -79,6 +106,7 @@ class Latency(Record):
     dtype: Literal["fp32", "bf16"]
     sigma: Positive
     methods: dict[str, MethodLatency]
+    cascades: dict[str, CascadeLatency] = {}
     environment: Environment
 
 
@@ -192,6 +220,16 @@ def check_finetuning(history: pd.DataFrame, model: Mapping, images: int, one_mod
     best = history.loc[accuracy.idxmax(), ["epoch", "val_accuracy"]].to_dict()
     if one_model and best != selected:
         return f"the best epoch is {best['epoch']:g} with {best['val_accuracy']}, in config.json it is another"
+    return None
+
+
+def check_cost(cost: Mapping, frame: pd.DataFrame) -> str | None:
+    """What is wrong with a `Cost` of the certificates in `frame`, or None."""
+    images = cost["seconds_by_image"]
+    if list(images) != [str(idx) for idx in frame["idx"]] or cost["samples"] != frame["samples"].sum():
+        return "has other images or another sum of samples than the certificates"
+    if not math.isclose(sum(images.values()), cost["seconds"], rel_tol=1e-9):
+        return "seconds is not the sum of seconds_by_image"
     return None
 
 

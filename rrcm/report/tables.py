@@ -19,7 +19,7 @@ from rrcm.evaluation.metrics import (
     mean_samples,
     per_sigma_table,
 )
-from rrcm.methods import METHODS, REFERENCE
+from rrcm.methods import METHODS, REFERENCE, expert_of
 from rrcm.utils.errors import printable
 
 MEASURES = {"certified_accuracy": ("r", 100, ".1f"), "acr": ("ACR, σ", 1, ".3f")}  # name, unit, digits
@@ -44,7 +44,9 @@ def reference_method(methods: Sequence[str]) -> str:
 
 
 def interval_text(interval: Interval, digits: str) -> str:
-    """An estimate and its interval, such as 0.065 (0.044 to 0.086)."""
+    """An estimate and its interval, such as 0.065 (0.044 to 0.086), or alone if the interval is NaN."""
+    if np.isnan(interval.low):
+        return f"{interval.value:{digits}}"
     return f"{interval.value:{digits}} ({interval.low:{digits}} to {interval.high:{digits}})"
 
 
@@ -66,7 +68,7 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
             rows[method] |= {"acr": acr, "ACR (σ)": f"{acr:.3f} ({sigma:g})"}
     text = pd.DataFrame(rows.values()).drop(columns="acr")
     text.insert(0, "method", method_labels(rows))
-    return Table(numbers, _with_images(text, numbers.groupby("method", sort=False)["images"].first()))
+    return Table(numbers, with_images(text, numbers.groupby("method", sort=False)["images"].first()))
 
 
 def margin(binary: Certificates, certificates: Certificates, radii: Sequence[float]) -> Table:
@@ -92,7 +94,7 @@ def margin(binary: Certificates, certificates: Certificates, radii: Sequence[flo
     return Table(numbers, text)
 
 
-def _with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
+def with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
     """`text` with the number of images as the last column, unless it is the same in all rows."""
     return text.assign(images=[f"{count:,}" for count in images]) if len(set(images)) > 1 else text
 
@@ -123,7 +125,7 @@ def differences(certificates: Certificates, radii: Sequence[float], seed: int) -
     numbers.insert(0, "seed", seed)
     others = numbers.dropna(subset="difference")
     text = differences_text(others, "difference")
-    return Table(numbers, _with_images(text, others.groupby("method", sort=False)["images"].first()))
+    return Table(numbers, with_images(text, others.groupby("method", sort=False)["images"].first()))
 
 
 def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -136,6 +138,43 @@ def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
     text = pd.DataFrame(rows.values())
     text.insert(0, "method", method_labels(rows))
     return text
+
+
+def joint_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Each joint method among `methods` whose experts are among them too, with the method of these."""
+    return [(name, expert_of(name)) for name in methods if METHODS[name].joint and expert_of(name) in methods]
+
+
+def joint(certificates: Certificates, pairs: Sequence[tuple[str, str]], radii: Sequence[float], seed: int) -> Table:
+    """Joint methods minus their experts on the same images, for the (joint, expert) `pairs`.
+
+    The numbers have the columns of `differences`. The text has the ACRs of both and their difference, in one row per
+    joint method and sigma.
+    """
+    parts = []
+    for pair in pairs:
+        both = {run: frame for run, frame in certificates.items() if run[0] in pair}
+        numbers = differences_table(both, pair[1], radii)
+        parts.append(numbers[numbers["method"] == pair[0]])
+    numbers = pd.concat(parts, ignore_index=True)
+    numbers.insert(0, "seed", seed)
+    acr = numbers[numbers["measure"] == "acr"]
+    return Table(numbers, with_images(joint_text(acr), acr["images"].tolist()))
+
+
+def joint_text(acr: pd.DataFrame) -> pd.DataFrame:
+    """The ACRs of joint methods and of their experts at each sigma, `at`, and their difference, as text."""
+    return pd.DataFrame(
+        {
+            "method": method_labels(acr["method"]),
+            "σ": [f"{sigma:g}" for sigma in acr["at"]],
+            "ACR, experts": [f"{row.value - row.difference:.3f}" for row in acr.itertuples()],
+            "ACR, joint": [f"{value:.3f}" for value in acr["value"]],
+            "difference": [
+                interval_text(Interval(row.difference, row.low, row.high), "+.3f") for row in acr.itertuples()
+            ],
+        }
+    )
 
 
 def budgets(numbers: pd.DataFrame) -> Table:
@@ -151,7 +190,7 @@ def budgets(numbers: pd.DataFrame) -> Table:
         | {f"{name} (M passes)": [f"{n / 1e6:,.3f}" for n in numbers[f"{key}_passes"]] for name, key in passes.items()}
         | {f"{name} (s)": [f"{n:,.1f}" for n in numbers[f"{key}_seconds"]] for name, key in seconds.items()}
     )
-    return Table(numbers, _with_images(text, numbers["images"]))
+    return Table(numbers, with_images(text, numbers["images"]))
 
 
 def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFrame) -> Table:
@@ -184,6 +223,32 @@ def latency(record: Mapping, samples: Sequence[int], n0: int, budgets: pd.DataFr
         text[-1] |= {f"n = {n:,} (s)": _range_text(spread[f"seconds_n_{n}"]) for n in samples}
         text[-1] |= {f"ratio to {method_labels([reference])[0]}": _range_text(spread["ratio"])}
         text[-1] |= {"as certified (s)": _three_digits(certified)}
+    return Table(pd.DataFrame(rows), pd.DataFrame(text))
+
+
+def cascade_latency(record: Mapping, samples: Sequence[int], n0: int) -> Table:
+    """The seconds to certify an image by each path of a cascade, with each n of `samples` per sigma, and to predict.
+
+    A path draws n0 + n samples at the sigma that accepts and at each larger one. `record` is as for `latency`. `ratio`
+    is relative to the largest sigma alone, and the last columns have the seconds of PREDICT by the cascade and by the
+    single classifier. The numbers are medians over the rounds with their range.
+    """
+    rows, text = [], []
+    for name, each in record["cascades"].items():
+        path, label = np.zeros(len(each["predict_seconds"])), method_labels([name])[0]
+        largest = np.array(list(each["seconds_per_sample"].values())[-1])
+        for sigma, seconds in reversed(each["seconds_per_sample"].items()):
+            path = path + np.array(seconds)
+            measured = {f"seconds_n_{n}": (n0 + n) * path for n in samples} | {"ratio": path / largest}
+            measured |= {key: np.array(each[key]) for key in ("predict_seconds", "single_predict_seconds")}
+            spread = {key: Interval(np.median(values), values.min(), values.max()) for key, values in measured.items()}
+            rows.append({"method": name, "accepting": sigma})
+            for key, interval in spread.items():
+                rows[-1] |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+            text.append({"method": label, "accepting σ": f"{float(sigma.removeprefix('sigma_')):g}"})
+            text[-1] |= {f"n = {n:,} (s)": _range_text(spread[f"seconds_n_{n}"]) for n in samples}
+            text[-1] |= {"ratio": _range_text(spread["ratio"]), "predict (s)": _range_text(spread["predict_seconds"])}
+            text[-1] |= {"predict, one σ (s)": _range_text(spread["single_predict_seconds"])}
     return Table(pd.DataFrame(rows), pd.DataFrame(text))
 
 

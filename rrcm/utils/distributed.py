@@ -195,6 +195,19 @@ class WorkQueue:
             yield from _poll(lambda: self._store.check([f"ended {rank}" for rank in range(self.world_size)]))
 
 
+def from_main(env: DistEnv, name: str, compute: Callable[[], object]) -> object:
+    """What `compute` returns in the first process, in every process: a JSON-able value. The others wait for it.
+
+    `name` is unique within a run.
+    """
+    key = f"value {name}"
+    if env.is_main:
+        env.store.set(key, json.dumps(compute()))
+    for _ in _poll(lambda: env.store.check([key])):
+        pass
+    return json.loads(env.store.get(key))
+
+
 def _poll(condition: Callable[[], bool]) -> Iterator[None]:
     """Yield until the condition holds, at first every few milliseconds and later once a second."""
     pause = 0.002

@@ -187,6 +187,13 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+def finish_swap(path: Path) -> None:
+    """Put the folder `path` into place if `atomic_directory(path)` was killed while it swapped a complete one in."""
+    scratch, ready = (path.with_name(f".{path.name}{name}.tmp") for name in ("", ".ready"))
+    with claimed(path, wait=True), writing(path, f"{scratch} is complete, the next run will put it into place"):
+        _swap(path, scratch, ready)
+
+
 def _swap(path: Path, scratch: Path, ready: Path) -> None:
     """Move `scratch` to `path` if the file `ready` exists, which says that the folder `scratch` is complete.
 

@@ -107,6 +107,16 @@ def head(root: Path) -> str | None:
     return _git(root, "rev-parse", "HEAD")
 
 
+def read_committed(root: Path, revision: str, path: str) -> str | None:
+    """The text of a file at a commit, or None if the checkout has no such commit or the commit no such file."""
+    return _git(root, "show", f"{revision}:{path}")
+
+
+def changed_since(root: Path, revision: str, path: str) -> bool:
+    """Whether a file or folder of the current commit differs from `revision`; False if git cannot compare them."""
+    return bool(_git(root, "diff", "--name-only", revision, "HEAD", "--", path))
+
+
 def _revision(folder: Path) -> dict | None:
     if not _git(folder, "ls-files", "--error-unmatch", "__init__.py"):  # an unrelated checkout around site-packages
         return None

@@ -269,10 +269,10 @@ def test_the_command_fails_for_anything_but_verified(result: Path):
 
 
 def test_inputs_of_a_result_are_found(result: Path):
-    assert find_inputs(result / NAME, None, None) == (str(result / MODEL), result / "shards")
+    assert find_inputs(result / NAME, None, None) == ([str(result / MODEL)], result / "shards")
     (result / "data").mkdir()
     (result / "shards").rename(result / "data/shards")
-    assert find_inputs(result / NAME, "other", None) == ("other", result / "data/shards")
+    assert find_inputs(result / NAME, ["other"], None) == (["other"], result / "data/shards")
     shutil.rmtree(result / "data")
     with pytest.raises(RRCMError, match=r"no such folders with the images of .*; give --images"):
         find_inputs(result / NAME, None, None)

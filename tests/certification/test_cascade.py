@@ -277,7 +277,7 @@ def test_kept_votes_give_the_certificate_again(passes: bool):
     states, rule = finished_states(passes)
     for state in states:
         again = replay(state.selection, state.votes, state.label, rule, CLASSES)
-        again.samples, again.drawn = state.samples, state.drawn  # other looks decided nothing, so they are not kept
+        assert (again.samples, again.drawn) == (state.samples, state.drawn)  # with the looks that decided nothing
         assert cascade_certificate(again, rule, CLASSES) == cascade_certificate(state, rule, CLASSES)
 
 
@@ -595,3 +595,11 @@ def test_thresholds_from_the_votes_of_a_cascade():
 def test_thresholds_without_images_are_refused():
     with pytest.raises(RRCMError, match=r"^votes have shape \(0, 3, 4\): must be \(0, 3, classes\), not empty$"):
         choose_thresholds(np.zeros((0, 3, 4)), [], SIGMAS)
+
+
+def test_all_sigmas_vote_in_batches_of_one_size():
+    models = [logits_net(0), nn.Sequential(nn.Flatten(), nn.Linear(4, 10**6), nn.Linear(10**6, CLASSES))]
+    classifier = CascadedClassifier(models, SIGMAS[:2], [0.0], CLASSES)
+    sizes = [scale.find_batch_size(IMAGES[0]) for scale in classifier.scales]
+    assert classifier.share_batch_size(IMAGES[0]) == min(sizes) < max(sizes)
+    assert [scale.batch_size for scale in classifier.scales] == [min(sizes)] * 2

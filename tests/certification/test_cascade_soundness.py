@@ -167,6 +167,7 @@ class Simulated:
         self.rule, self.images = rule, images
         looks = np.diff(rule.looks, prepend=0)
         self.votes = [np.cumsum([draw_votes(rng, m, at_k, images) for m in looks], 0) for at_k in p]  # (J, images, C)
+        self.selection = [draw_votes(rng, rule.n0, at_k, images) for at_k in p]
 
     def grouped(self, k: int, look: np.ndarray, which: np.ndarray, *more: np.ndarray) -> tuple:
         """The votes at a look of scale k, once for each case that occurs, and which case each image is."""
@@ -196,19 +197,33 @@ class Simulated:
         """The certified radii with our stopping rule: (images,). It is `next_samples` and `_decide`, vectorized."""
         levels, ended = np.zeros((len(claims), self.images), np.int64), np.zeros((len(claims), self.images), bool)
         taken, running = np.zeros((len(SIGMAS), self.images), np.int64), np.ones(self.images, bool)
+        kept = np.zeros_like(taken)  # looks of each scale, up to the last one that decided something
         while running.any():
             lowest = levels == levels.min(0)
-            order = np.full(taken.shape, np.iinfo(np.int64).max)
-            for (k, _), low in zip(claims, lowest, strict=True):
-                order[k] = np.where(low, np.minimum(order[k], taken[k] * len(SIGMAS) + k), order[k])
-            scale = np.where(running, order.argmin(0), -1)
+            expected = np.minimum([self.expected(*claim, kept) for claim in claims], 1e9)  # PASSED says inf or -inf
+            first = np.where(lowest, expected, np.inf).argmin(0)
+            scale = np.where(running, np.array([k for k, _ in claims])[first], -1)
             for k, look in product(range(len(SIGMAS)), range(len(self.rule.looks))):
                 which = np.flatnonzero((scale == k) & (taken[k] == look))
+                before = levels[:, which], ended[:, which]
                 for e in (e for e, claim in enumerate(claims) if claim[0] == k and len(which)):
                     self._look(e, claims[e], look, which[~ended[e, which]], levels, ended)
+                decided = (levels[:, which] != before[0]) | (ended[:, which] != before[1])
+                kept[k, which[decided.any(0)]] = look + 1
             taken[scale[running], np.flatnonzero(running)] += 1
             running &= ~(ended & (levels == levels.min(0))).any(0)
         return levels.min(0)
+
+    def expected(self, k: int, claim: str, kept: np.ndarray) -> np.ndarray:
+        """What a claim says if all samples vote in the proportions of the selection and of the last kept look."""
+        votes, looks = self.selection[k].astype(np.int64), np.array(self.rule.looks)
+        which = np.flatnonzero(kept[k])
+        votes[which] += self.votes[k][kept[k][which] - 1, which]
+        cases = np.stack([votes[:, 0], votes[:, 1:].max(1), votes.sum(1)], 1)
+        (top, other, total), case = (each.T for each in np.unique(cases, axis=0, return_inverse=True))
+        share, scale = looks[-1] / total, self.rule.scales[k]
+        radii = scale.radius(claim, share * top, (share * other)[:, None], looks[-1], self.rule.last_alpha)
+        return radii[case.ravel()]
 
     def _look(self, e: int, claim: tuple, look: int, which: np.ndarray, levels: np.ndarray, ended: np.ndarray) -> None:
         if len(which):

@@ -3,14 +3,16 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_close, compose, files_of, stage, write_certificates
+from conftest import assert_close, change, compose, files_of, stage, write_certificates
 from torch import nn
 
+from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.results import ABSTAIN, read_certificates
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import Attack, load_config
@@ -21,6 +23,7 @@ from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.progress import Progress
 
+CASCADED = ("sigma_0.25", "sigma_0.5", "cascade")  # what is attacked of a method with a cascade
 SETTINGS = Attack(methods=[], steps=5, num_noise=4, n=100, max_images=None, batch_size=2)
 
 
@@ -259,3 +262,43 @@ def test_certificates_that_are_missing_or_of_other_images_are_refused(attackable
 def test_only_methods_of_the_run_are_attacked(tmp_path, methods):
     with pytest.raises(RRCMError, match=r"attack\.methods .* must be among methods \['rrcm', 'gaussian_matched'\]"):
         load_config(compose(tmp_path / "params.yaml", f"attack.methods={methods}"))
+
+
+@pytest.mark.slow
+def test_the_cascade_is_attacked_inside_its_certificates(cascaded, tmp_path):
+    """Only the deployed classifier has these files: it has no base classifier of its own to attack without noise."""
+    folder = Path(shutil.copytree(cascaded, tmp_path / "copy", symlinks=True))
+    change(folder, attack__methods=["rrcm"], attack__steps=5, attack__num_noise=4, attack__n=200, report__radii=[0.5])
+    answer = stage(folder, "attack", "rrcm")
+    assert answer.returncode == 0, answer.stderr
+    summary = json.loads((folder / "attack/rrcm/summary.json").read_text())
+    certificates = read_certificates(folder / "certificates/rrcm/cascade.tsv")
+    assert set(files_of(folder / "attack/rrcm")) >= {"cascade.tsv", "sigma_0.25.tsv", "sigma_0.5.tsv"}
+    curves, radii = summary["cascade"], summary["radii"]
+    assert curves["certificates"] == (certificates["radius"] > 0).sum() > 0
+    assert curves["broken"] == 0 and "unsmoothed_accuracy" not in curves
+    assert curves["certified_accuracy"] == certified_accuracy(certificates, radii).tolist()
+    assert all(c <= e for c, e in zip(curves["certified_accuracy"], curves["not_wrong"], strict=True))
+    assert summary["certificates"] == sum(summary[name]["certificates"] for name in CASCADED)
+
+    path = folder / "certificates/rrcm/cascade.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"sigmas": [0.25, 0.75]}))
+    answer = stage(folder, "attack", "rrcm")
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+    assert "is not about the cascade of the sigmas [0.25, 0.5]; run `dvc repro certify-cascade` again" in answer.stderr
+
+
+def test_false_certificates_of_a_cascade_are_broken():
+    """The cascade of half-spaces has the radius at which one of them changes its answer."""
+    direction = torch.ones(16) / 4
+    cascade = CascadedClassifier(half_space(direction), [0.25, 0.5], [0.0], num_classes=2, num_noise=64)
+    target = smoothed_target(cascade, n=1000, alpha=0.001)
+    images = torch.full((2, 1, 4, 4), 0.6)  # 0.4 beyond the plane
+    radii = np.array([[0.2, 0.2], [0.7, 0.7]])
+    with Progress(4, "attack", "attacks") as progress:
+        inside, beyond = worst_predictions(
+            target, images, np.arange(2), np.ones(2, np.int64), radii, SETTINGS, progress
+        )
+    assert inside.tolist() == [1, 1]
+    assert beyond.tolist() == [0, 0]

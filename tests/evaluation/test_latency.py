@@ -7,10 +7,19 @@ import torch
 from conftest import change
 from torch import nn
 
+from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.config import load_config
 from rrcm.evaluation import latency
-from rrcm.evaluation.latency import count_passes, fastest_batch, measure_latency, networks, seconds_to_vote
+from rrcm.evaluation.latency import (
+    count_passes,
+    fastest_batch,
+    measure_latency,
+    networks,
+    new_cascade_record,
+    seconds_to_vote,
+    time_cascade,
+)
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.denoised import DDS, DensePure, DiffSmooth, write_denoised
@@ -98,6 +107,25 @@ def test_time_to_certify_is_proportional_to_the_samples(monkeypatch, n):
     start = clock[0]
     smoothed.certify(IMAGES, stopping="fixed", n0=100, n=n)
     assert (clock[0] - start) / len(IMAGES) == pytest.approx((100 + n) * per_sample)
+
+
+def test_a_cascade_is_timed_at_each_sigma_and_when_it_predicts(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(latency, "perf_counter", lambda: clock[0])
+    models = [CountingClassifier(clock=clock, cost=cost) for cost in (1e-4, 3e-4)]
+    cascade = CascadedClassifier(models, [0.25, 0.5], [-9.0], K, batch_size=50)  # sigma 0.5 always accepts
+    for scale in cascade.scales:
+        scale.count_votes(latency._requests(IMAGES, 1))
+    record = new_cascade_record(cascade)
+    for _ in range(2):
+        time_cascade(cascade, cascade.scales[0], 100, IMAGES, record)
+    assert record["seconds_per_sample"] == {
+        "sigma_0.25": pytest.approx([1e-4, 1e-4]),
+        "sigma_0.5": pytest.approx([3e-4, 3e-4]),
+    }
+    fewest = 200 * 3e-4  # the selection and the first look of the largest sigma, if it suffices
+    assert min(record["predict_seconds"]) >= fewest * (1 - 1e-9)
+    assert record["single_predict_seconds"] == pytest.approx([1000 * 1e-4] * 2)
 
 
 def test_a_slow_start_does_not_decide_the_batch_size(monkeypatch):

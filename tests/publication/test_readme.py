@@ -56,6 +56,32 @@ def test_three_seeds_have_an_interval(root):
     assert result_rows(root)[0][1:4] == ["75.0 ± 62.1", "", "37.5 ± 31.1"]
 
 
+def test_rows_of_one_deployment_come_from_its_table(root):
+    """Means over the seeds of a cascade, of one of its sigmas and of the best of them."""
+    for seed, share in enumerate((0.5, 0.75)):
+        rows = [("rrcm", "cascade", share, 1.2 + seed), ("rrcm", "0.25", 0.25, 1.0), ("rrcm", "best", 1.0, None)]
+        rows += [("dds", "cascade", 0.0, 9.0)]
+        frame = pd.DataFrame(rows, columns=["method", "deployment", "r_0.5", "samples_ratio"])
+        path = root / f"results/tiny/seed_{seed}/report/deployment.csv"
+        frame.assign(images=120).to_csv(path, index=False)
+    rows = ["one cascade ({samples} times),tiny,rrcm,,cascade", "alone,tiny,rrcm,,0.25", "three,tiny,rrcm,,best"]
+    (root / "results/readme.csv").write_text(HEAD + "\n".join(rows) + "\n")
+    own, alone, best = result_rows(root)
+    assert own[:5] == ["one cascade (1.7 times)", "", "", "62.5", ""] and own[-1] == "run here"
+    assert (alone[3], best[3]) == ("25.0", "100.0")
+    write_readme(root)
+    assert check_readme(root) == []
+    for row, message in {
+        "x,tiny,rrcm,,0.5": "has no 0.5 of rrcm; use cascade, 0.25, best",
+        "x {samples},tiny,rrcm,,best": "knows no 'samples'; use ratio, images or seeds",
+        "x {what},tiny,rrcm,,cascade": "knows no 'what'; use ratio, samples, images or seeds",
+        "x,tiny,macer,,cascade": "has no method macer",
+    }.items():
+        (root / "results/readme.csv").write_text(HEAD + row + "\n")
+        with pytest.raises(RRCMError, match=re.escape(message)):
+            result_rows(root)
+
+
 def test_a_change_of_any_digit_in_the_table_is_found(root):
     text = (root / README).read_text()
     block = BLOCK.search(text)

@@ -1,13 +1,18 @@
 """A run with invented but realistic numbers, from which the tests draw reports."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
 from conftest import REPOSITORY, with_derived, write_certificates, write_samples
+from scipy.special import ndtr
 
-from rrcm.certification.results import sigma_name
+from rrcm.certification.cascade_rules import LABEL_AWARE, CascadeRule, make_cascade_rule
+from rrcm.certification.cascade_states import CascadeState, add_votes, new_state, next_samples
+from rrcm.certification.cascade_votes import cascade_frame
+from rrcm.certification.results import certificate_tables, sigma_name
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.config import Config, parse_config
@@ -16,6 +21,7 @@ from rrcm.data.shards import ShardedDataset, evenly_spaced
 from rrcm.methods import METHODS, model_name
 from rrcm.report import page
 from rrcm.report.build import make_tables, write_report
+from rrcm.report.cascade_inputs import cascade_tables
 from rrcm.report.inputs import Inputs
 from rrcm.utils.files import write_csv, write_json
 
@@ -29,6 +35,8 @@ EXTERNAL = [  # the second has a sigma without a panel
     {"label": "50 % more $_$", "sigma": 0.5, "path": "external/more_0.5.tsv"},
 ]
 DENOISING = ["rrcm", "gaussian", "dds", "dds_finetuned", "densepure", "diffsmooth"]
+CASCADE = {"methods": [], "sigmas": None, "thresholds": "chosen", "choose_by": "acr", "choose_n": 1000}
+CASCADE |= {"multi_scale": True}
 PASSES = {"dds": (1, 1), "dds_finetuned": (1, 1), "densepure": (20, 10), "diffsmooth": (1, 5)}
 
 
@@ -36,6 +44,7 @@ def make_config(external: list[dict] = EXTERNAL, **changes: object) -> Config:
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     values["report"]["external_results"] = external
     values["latency"]["rounds"] = 3
+    values["cascade"] = CASCADE
     values |= {"sigmas": [0.25, 1.0], "methods": ["rrcm", "consistency", "consistency_matched"]} | changes
     return parse_config(with_derived(values))
 
@@ -45,6 +54,13 @@ def denoising_config(methods: list[str] = DENOISING, **changes: object) -> Confi
     denoised = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["denoised"]
     denoised |= {"densepure": {"runs": 10, "steps": 2}, "max_images": {"densepure": 40}}
     return make_config([], methods=methods, denoised=denoised, **changes)
+
+
+def cascade_config(**changes: object) -> Config:
+    """Settings with the cascades of joint networks and of their experts."""
+    cascade = CASCADE | {"methods": ["rrcm_joint", "rrcm"]}
+    methods = ["rrcm", "rrcm_joint", "consistency"]
+    return make_config([], **{"methods": methods, "sigmas": [0.25, 0.5, 1.0], "cascade": cascade} | changes)
 
 
 def make_inputs(config: Config, root: Path) -> None:
@@ -102,6 +118,8 @@ def make_inputs(config: Config, root: Path) -> None:
             timing |= {"samples": int(samples.sum())}
             timing |= {"seconds_by_image": {str(i): 1.5 / len(own_idx) for i in own_idx}}
             write_json(root / f"timings/certify/{name}.json", timing)
+    for method in config.cascade.methods:
+        make_cascade(config, root, method, labels)
     make_latency(config, root)
     for voter in config.derived["training_votes"]:
         for name in (f"finetune/{voter}/joint", f"training_votes/{voter}"):
@@ -165,7 +183,54 @@ def make_latency(config: Config, root: Path) -> None:
             "seconds_per_sample": [2e-6 * (denoiser + classifier) * (1 + 0.04 * i) * k for k in (1, 1.1, 1.3)],
         }
     record = {"device": "cpu", "dtype": "fp32", "sigma": config.sigmas[0], "methods": methods}
+    if config.cascade.methods:
+        each = {"predict_seconds": [2e-3, 3e-3, 4e-3], "single_predict_seconds": [1e-3, 1.5e-3, 2e-3]}
+        each["seconds_per_sample"] = {f"sigma_{sigma}": [2e-6, 2.1e-6, 2.2e-6] for sigma in config.cascade_sigmas}
+        record["cascades"] = dict.fromkeys(config.cascade.methods, each)
     write_json(root / "timings/latency.json", record | {"environment": ENVIRONMENT})
+
+
+def make_cascade(config: Config, root: Path, method: str, labels: np.ndarray, can_pass: bool = False) -> None:
+    """Write the files of a method's cascade, with the votes that invented probabilities lead to."""
+    sigmas = config.cascade_sigmas
+    thresholds = [0.1 * sigma for sigma in sigmas[1:]]
+    idx = np.arange(len(labels))[:: config.certify.every][: config.certify.max_images]
+    models = [{"kind": "classifier", "sha256": str(k) * 64} for k in range(1 if "joint" in method else len(sigmas))]
+    chosen = {"by": "acr", "n": config.cascade.choose_n, "images": 143, "score": 0.4}
+    details = {"format": 1, "models": models, "data": {"sha256": "a" * 64, "split": "test"}, "num_classes": 10}
+    details |= {"image_size": config.data.image_size, "sigmas": sigmas, "thresholds": thresholds}
+    details |= config.certify.rule | {"can_pass": can_pass, "chosen": chosen, "labelled": True, "seed": config.seed}
+    details |= {"precision": "fp32", "batch_size": 1024, "compile": False, "device": "cpu", "environment": ENVIRONMENT}
+    costs: dict[str, object] = {}
+    for kind, table in cascade_tables(config, method).items():
+        rule = make_cascade_rule(sigmas=sigmas, thresholds=thresholds, certificates=kind, **config.certify.rule)
+        rng = np.random.default_rng(len(method))  # both rules see the same images
+        states = [vote(i, int(labels[i]), rule, can_pass, rng) for i in idx.tolist()]
+        path = root / table
+        contents = certificate_tables(path, cascade_frame(states, rule, 10))
+        for file, content in contents.items():
+            file.write_bytes(content)
+        hashes = {file.name: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+        write_json(path.with_suffix(".json"), details | {"certificates": kind, "files": hashes})
+        seconds = {"seconds": 2.5, "seconds_by_image": {str(i): 2.5 / len(idx) for i in idx}}
+        costs[path.stem if kind != LABEL_AWARE else kind] = seconds | {"samples": sum(each.samples for each in states)}
+    costs["thresholds"] = {"seconds": 1.25, "samples": 429_000}
+    costs |= costs.pop(LABEL_AWARE) | {"environment": ENVIRONMENT}
+    write_json(root / f"timings/certify_cascade/{method}.json", costs)
+
+
+def vote(index: int, label: int, rule: CascadeRule, can_pass: bool, rng: np.random.Generator) -> CascadeState:
+    """An image of class `label` on its way through a cascade, until sampling stops."""
+    radius = rng.normal(1.1, 0.8) - 0.6 * np.array(rule.sigmas)
+    state, votes = new_state(index, None, label, rule), np.random.default_rng(index)
+    while not state.stop_reason:
+        k, selects, start, stop = next_samples(state, rule, 10)
+        share = ndtr(radius[k] / rule.sigmas[k])
+        p = np.full(10 + (can_pass and k > 0), 0.02 * (1 - share))
+        p[label], p[(label + 3) % 10] = share, 0
+        p[-1 if can_pass and k > 0 else (label + 3) % 10] += 1 - p.sum()
+        add_votes(state, rule, k, selects, votes.multinomial(stop - start, p), 10)
+    return state
 
 
 def frame_of(*radii: float) -> pd.DataFrame:

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import stage
 
 from rrcm.evaluation.metrics import mean_over_seeds
-from rrcm.report.seeds import over_seeds, read_reports, seeds_text
+from rrcm.report.seeds import over_seeds, over_seeds_and_images, read_reports, seeds_text
 from rrcm.utils.errors import RRCMError
 
 ACCURACY = {"rrcm": [0.9, 0.8, 0.88], "gaussian": [0.6, 0.55, 0.65]}  # by seed
@@ -113,3 +114,89 @@ def test_a_published_result_means_the_reports_of_all_its_seeds(tmp_path: Path):
         write_report(tmp_path / f"published/seed_{seed}/report", seed)
     reports = [tmp_path / f"published/seed_{seed}/report" for seed in range(3)]
     assert seeds_text([tmp_path / "published"]) == seeds_text(reports)
+
+
+def add_tables(report: Path, seed: int, joint: float, ratio: float = 1.5) -> None:
+    """Add the tables of a joint method and of a cascade to a report, whose differences have these values."""
+    rows = [[seed, "rrcm_joint", "certified_accuracy", 0.5, 0.8, joint], [seed, "rrcm_joint", "acr", 1.0, 0.4, joint]]
+    frame = pd.DataFrame(rows, columns=["seed", "method", "measure", "at", "value", "difference"])
+    frame = frame.assign(low=joint - 0.03, high=joint + 0.05, images=120)
+    frame.to_csv(report / "joint.csv", index=False)
+    frame.to_csv(report / "deployment_differences.csv", index=False)
+    rows = [["rrcm_joint", "binary", "cascade", 1, 120, 0.5 + joint, 0.4, ratio]]
+    rows += [["rrcm_joint", "binary", "best", 3, 120, 0.6, None, None]]
+    columns = ["method", "bound", "deployment", "deployments", "images", "r_0.5", "acr", "samples_ratio"]
+    pd.DataFrame(rows, columns=columns).to_csv(report / "deployment.csv", index=False)
+
+
+JOINT = [0.01, 0.02, 0.06]  # difference by seed
+
+
+@pytest.fixture
+def cascades(reports: list[Path]) -> list[Path]:
+    for seed, report in enumerate(reports):
+        add_tables(report, seed, JOINT[seed])
+    return reports
+
+
+def test_joint_methods_and_cascades_are_pooled_over_seeds_and_images(cascades: list[Path]):
+    pooled = over_seeds_and_images(read_reports(cascades, "joint.csv"))
+    mean = mean_over_seeds(JOINT)
+    half = np.hypot(mean.high - mean.value, 0.04)
+    assert tuple(pooled.loc[0, ["difference", "low", "high"]]) == pytest.approx((0.03, 0.03 - half, 0.03 + half))
+    text = seeds_text(cascades)
+    assert "Joint networks minus their experts, mean over seeds 0, 1, 2." in text
+    assert f"3.0 ({100 * (0.03 - half):.1f} to {100 * (0.03 + half):.1f})" in text
+    assert "One cascade minus the best σ at each radius" in text and "covers the training runs and the test" in text
+    row = next(line for line in text.splitlines() if "one cascade " in line)
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    spread = 100 * (mean.high - mean.value)
+    assert cells == ["rRCM, joint", "one cascade", f"53.0 ± {spread:.1f}", "0.400 ± 0.000", "1.50 ± 0.00"]
+    assert "best σ at each radius (three deployments) | 60.0 ± 0.0 | | |" in " ".join(text.split())
+
+
+def test_the_interval_over_seeds_and_images_covers_both(cascades: list[Path]):
+    """Invented seeds and images: the true mean difference is missed in at most 5 % of the runs, but for chance."""
+    rng, runs, seeds, images = np.random.default_rng(0), 400, 3, 100
+    missed = 0
+    for _ in range(runs):
+        by_image = rng.normal(0, 1, images)  # the same images with every seed
+        differences = by_image + rng.normal(0, 0.1, (seeds, 1)) + rng.normal(0, 0.5, (seeds, images))
+        mean, spread = differences.mean(1), 1.96 * differences.std(1, ddof=1) / np.sqrt(images)
+        frame = pd.DataFrame({"method": "m", "measure": "acr", "at": 1.0, "difference": mean})
+        pooled = over_seeds_and_images(frame.assign(low=mean - spread, high=mean + spread))
+        missed += not pooled.loc[0, "low"] <= 0 <= pooled.loc[0, "high"]
+    assert missed / runs < 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
+
+
+def test_two_seeds_have_no_interval(cascades: list[Path]):
+    text = seeds_text(cascades[:2])
+    assert "Fewer than 3 seeds have no interval over seeds." in text
+    assert "(" not in text.replace("accuracy (%)", "").replace("(three deployments)", "") and "±" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: (report / "joint.csv").unlink(), "seed_1: has no joint.csv; run all seeds"),
+        (lambda report: (report / "deployment.csv").write_text("method\n1\n"), "has no bound; run `dvc repro plot`"),
+        (lambda report: write(report, "deployment.csv", ",0.6,", ",1.6,"), "a value that is no share"),
+        (lambda report: write(report, "deployment.csv", ",0.6,", ",x,"), "text where numbers must be"),
+        (lambda report: write(report, "deployment.csv", "best,3", "best,2"), "has other cascades, sigmas or radii"),
+        (lambda report: write(report, "deployment.csv", "binary", "margin"), "has other cascades, sigmas or radii"),
+        (lambda report: write(report, "joint.csv", "1.0,0.4", "0.5,0.4"), "compares other methods, radii or sigmas"),
+        (lambda report: write(report, "joint.csv", "0.8,0.02", "0.8,"), "has a method without a difference"),
+    ],
+)
+def test_tables_of_cascades_that_cannot_be_pooled_are_refused(cascades: list[Path], change, message: str):
+    change(cascades[1])
+    with pytest.raises(RRCMError, match=message) as caught:
+        seeds_text(cascades)
+    assert "\n" not in str(caught.value)
+
+
+def write(report: Path, name: str, old: str, new: str) -> None:
+    """Replace a text in a table."""
+    text = (report / name).read_text()
+    assert old in text
+    (report / name).write_text(text.replace(old, new))

@@ -93,9 +93,9 @@ def test_each_sigma_has_its_certificates(joint, sigma):
 
 def test_its_certificates_can_be_audited_timed_and_attacked(joint, tmp_path):
     certificates = joint / "certificates/rrcm_joint_third/sigma_1.0.tsv"
-    model, images = find_inputs(certificates, None, None)
-    assert Path(model) == joint / "models/rrcm_joint_third/joint"
-    assert audit_file(certificates, model, images, rows=5, seed=0).problems == []
+    models, images = find_inputs(certificates, None, None)
+    assert models == [str(joint / "models/rrcm_joint_third/joint")]
+    assert audit_file(certificates, models, images, rows=5, seed=0).problems == []
     folder = Path(shutil.copytree(joint, tmp_path / "attacked", symlinks=True))
     own = {"steps": 2, "num_noise": 2, "n": 100, "max_images": 4, "methods": ["rrcm_joint_third"], "batch_size": 8}
     change(folder, methods=["rrcm_joint_third"], attack=own, report__radii=[0.0, 0.25], latency__rounds=1)

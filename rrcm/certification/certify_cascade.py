@@ -1,0 +1,220 @@
+"""Certify the cascade of a method on the test split: its thresholds, its certificates, and those by the published rule.
+
+Everything is shared among processes and journaled as in certify.py.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from rrcm import methods
+from rrcm.certification import validation_votes
+from rrcm.certification.cascade import CascadedClassifier
+from rrcm.certification.cascade_rules import CERTIFICATES, LABEL_AWARE, MULTI_SCALE, CascadeRule, make_cascade_rule
+from rrcm.certification.cascade_states import CascadeState, is_possible_cascade_state, new_state
+from rrcm.certification.cascade_votes import cascade_frame
+from rrcm.certification.certify import SplitVoter, describe_states, open_images, smoothing_options
+from rrcm.certification.driver import finish_states
+from rrcm.certification.record import CascadeRecord, make_cascade_record, record_bytes, record_path
+from rrcm.certification.results import certificate_tables, samples_path
+from rrcm.certification.validation_votes import (
+    ValidationState,
+    choose_by_votes,
+    is_possible_validation_state,
+    new_validation_states,
+    vote_stream,
+    votes_table,
+)
+from rrcm.config import Config
+from rrcm.data.shards import ShardedDataset
+from rrcm.models.folders import read_model_config
+from rrcm.models.kinds import LoadedClassifier, load_model_folder, load_scales
+from rrcm.utils.distributed import DistEnv, WorkQueue, explain_lost_processes, from_main
+from rrcm.utils.files import json_bytes, sha256_folder, write_together
+from rrcm.utils.resume import RunState
+
+FILES = {LABEL_AWARE: f"{methods.CASCADE}.tsv", MULTI_SCALE: f"{methods.MULTI_SCALE_FILE}.tsv"}  # by their certificates
+THRESHOLDS = f"{methods.THRESHOLDS}.tsv"
+PARTS = ("seconds", "samples", "seconds_by_image")  # entries of the file of timings for each further file
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of the stage has counted, and the journals that it would continue from."""
+
+    states: Sequence[CascadeState] | Sequence[ValidationState]
+    run: RunState
+
+
+@explain_lost_processes()
+def certify_cascade_split(
+    config: Config,
+    shard_folder: Path | str,
+    model_folders: Sequence[Path],
+    output: Path,
+    timing: Path,
+    max_images: int | None = None,
+) -> None:
+    """Certify the cascade of base classifiers on every k-th test image, with the settings `cascade` and `certify`.
+
+    `model_folders` has a folder for each of `config.cascade_sigmas`, or only the folder of a joint model. The folder
+    `output` gets cascade.tsv and, if the settings ask for the published rule, multi_scale.tsv, each with the files that
+    `certify_split` writes beside its certificates. If thresholds are chosen, it also gets thresholds.tsv
+    (validation_votes.py). `timing` (JSON) has what cascade.tsv has cost, and the cost of the other files under their
+    names. `max_images`, processes, kills and errors are as for `certify_split`.
+    """
+    env, voter, cascade = open_cascade(config, shard_folder, model_folders)
+    thresholds, chosen, choice = find_thresholds(env, voter, shard_folder)
+    cascade = cascade.with_thresholds(thresholds)
+    rules = CERTIFICATES if config.cascade.multi_scale else (LABEL_AWARE,)
+    done = {rule: certify_by(rule, replace(voter, queue=WorkQueue(env, rule)), cascade, max_images) for rule in rules}
+    if not env.is_main:
+        return
+    votes = {output / THRESHOLDS: votes_table(choice.states, cascade.sigmas)} if choice else {}
+    contents = dict(votes)
+    for rule, work in done.items():
+        tables = certificate_tables(output / FILES[rule], _frame(work, rule, cascade, config)) | votes
+        entries = {"models": describe_models(model_folders), "chosen": chosen, "certificates": rule}
+        record = _make_record(voter, cascade, tables, max_images, **entries)
+        contents |= tables | {record_path(output / FILES[rule]): record_bytes(record)}
+    write_together(contents | {timing: _describe_time(voter, done, choice)})
+    _delete_others(output, contents)
+    for work in [*done.values(), *filter(None, [choice])]:
+        work.run.finish()
+
+
+def open_cascade(
+    config: Config, shard_folder: Path | str, model_folders: Sequence[Path]
+) -> tuple[DistEnv, SplitVoter, CascadedClassifier]:
+    """Connect to the other processes, and load the cascade to vote on the test split. Its thresholds are still 0.
+
+    Raises `RRCMError` for missing or damaged inputs.
+    """
+    env, (images, *_) = open_images(config, shard_folder, "test", "val")
+    sigmas = config.cascade_sigmas
+    scales, can_pass = load_base_classifiers(model_folders, sigmas)
+    models = [scale.classifier.to(env.device) for scale in scales]
+    settings = {"num_classes": scales[0].num_classes, "can_pass": can_pass, **smoothing_options(config)}
+    cascade = CascadedClassifier(models, sigmas, [0.0] * (len(sigmas) - 1), **settings)
+    image = torch.zeros(images.channels, config.data.image_size, config.data.image_size)
+    batch_size = cascade.share_batch_size(image)
+    inputs = {str(k): sha256_folder(folder) for k, folder in enumerate(model_folders)}
+    inputs["shards"] = images.fingerprint
+    return env, SplitVoter(config, images, list(cascade.scales), batch_size, WorkQueue(env, "images"), inputs), cascade
+
+
+def load_base_classifiers(folders: Sequence[Path], sigmas: Sequence[float]) -> tuple[list[LoadedClassifier], bool]:
+    """The base classifiers of a cascade, and whether all but the first can answer "pass".
+
+    `folders` are as for `certify_cascade_split`.
+    """
+    if len(folders) == 1:
+        return load_scales(folders[0], sigmas)
+    return [load_model_folder(folder, sigma=sigma) for folder, sigma in zip(folders, sigmas, strict=True)], False
+
+
+def describe_models(folders: Sequence[Path]) -> list[dict[str, str]]:
+    """The entry `models` of a record."""
+    return [{"kind": read_model_config(folder)["kind"], "sha256": sha256_folder(folder)} for folder in folders]
+
+
+def find_thresholds(
+    env: DistEnv, voter: SplitVoter, shard_folder: Path | str
+) -> tuple[list[float], dict | None, Work | None]:
+    """The thresholds of a cascade. If they are chosen: how, and the votes for validation images that they follow from.
+
+    The votes are complete in the first process alone; the thresholds are known to all.
+    """
+    settings = voter.config.cascade
+    if settings.thresholds != "chosen":
+        return settings.thresholds, None, None
+    images, num_classes = ShardedDataset(shard_folder, "val"), voter.smoothed.num_classes
+    states, size = new_validation_states(images), voter.config.data.image_size
+    run = voter.run_state("thresholds", settings.choose_n, validation_votes.__name__)
+    possible = {"n": settings.choose_n, "num_classes": num_classes, "sigmas": len(voter.scales)}
+    finish_states(
+        states,
+        partial(vote_stream, voter.scales, images, settings.choose_n, size),
+        run,
+        partial(is_possible_validation_state, **possible),
+        WorkQueue(env, THRESHOLDS),
+        "choose thresholds",
+    )
+    thresholds, chosen = from_main(env, "thresholds", lambda: choose_by_votes(states, voter.config, num_classes))
+    return thresholds, chosen, Work(states, run)
+
+
+def certify_by(rule_name: str, voter: SplitVoter, cascade: CascadedClassifier, max_images: int | None) -> Work:
+    """Certify the images by the rule of this name, one of CERTIFICATES. The first process has all states."""
+    settings, rule = voter.config.certify, make_rule(rule_name, cascade, voter.config)
+    images = voter.read_states(settings.max_images, max_images)
+    states = [new_state(each.index, each.image, each.label, rule) for each in images]
+    decides = settings.model_dump(mode="json", exclude={"every", "max_images"})  # these only choose the images
+    run = voter.run_state(f"certify-{rule_name}", decides, __name__, rule)
+    finish_states(
+        states,
+        partial(cascade.certify_stream, rule=rule),
+        run,
+        partial(is_possible_cascade_state, rule=rule, num_classes=cascade.num_classes),
+        voter.queue,
+        f"certify {rule_name}",
+    )
+    return Work(states, run)
+
+
+def make_rule(rule_name: str, cascade: CascadedClassifier, config: Config) -> CascadeRule:
+    """The stopping rule of a cascade, with the settings of `certify`."""
+    settings = config.certify.rule
+    return make_cascade_rule(
+        settings.pop("stopping"), cascade.sigmas, cascade.thresholds, certificates=rule_name, **settings
+    )
+
+
+def _frame(work: Work, rule_name: str, cascade: CascadedClassifier, config: Config) -> pd.DataFrame:
+    return cascade_frame(work.states, make_rule(rule_name, cascade, config), cascade.num_classes)
+
+
+def _make_record(
+    voter: SplitVoter,
+    cascade: CascadedClassifier,
+    tables: Mapping[Path, bytes],
+    max_images: int | None,
+    **entries: object,
+) -> CascadeRecord:
+    """The record of the certificate `tables`. `entries` are those that the other arguments do not tell."""
+    settings, limits = voter.config.certify, [voter.config.certify.max_images, max_images]
+    return make_cascade_record(
+        cascade,
+        voter.batch_size,
+        tables,
+        data={"sha256": voter.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits},
+        image_size=voter.config.data.image_size,
+        labelled=True,
+        compile=settings.compile,
+        **settings.rule,
+        **entries,
+    )
+
+
+def _describe_time(voter: SplitVoter, done: Mapping[str, Work], choice: Work | None) -> bytes:
+    """What the images have cost: for the cascade, by the published rule, and to choose thresholds."""
+    timed = {rule: describe_states(voter, work.states) for rule, work in done.items()}
+    costs = timed.pop(LABEL_AWARE)
+    if MULTI_SCALE in timed:
+        costs["multi_scale"] = {name: timed[MULTI_SCALE][name] for name in PARTS}
+    if choice:
+        costs["thresholds"] = {name: sum(getattr(each, name) for each in choice.states) for name in PARTS[:2]}
+    return json_bytes(costs)
+
+
+def _delete_others(output: Path, written: Iterable[Path]) -> None:
+    """Delete the files that an earlier run with other settings has left beside the cascade's."""
+    names = [output / THRESHOLDS]
+    for table in (output / name for name in FILES.values()):
+        names += [table, samples_path(table), record_path(table)]
+    for path in set(names) - set(written):
+        path.unlink(missing_ok=True)
