@@ -103,6 +103,15 @@ def test_the_model_folder_says_that_it_can_pass_and_what_it_cost(passing, train)
     succeed(stage(passing, "certify", METHOD, "0.5", "--certificates", str(passing / "own")))
 
 
+def test_its_cascade_is_certified_and_says_that_it_can_pass(passing, tmp_path):
+    folder = Path(shutil.copytree(passing, tmp_path / "cascade", symlinks=True))
+    own = {"methods": [METHOD], "sigmas": None, "thresholds": [0.0], "choose_by": "acr", "choose_n": 10}
+    change(folder, cascade=own | {"multi_scale": False}, certify__every=8)
+    succeed(stage(folder, "certify_cascade", METHOD))
+    record = read_json(folder / f"certificates/{METHOD}/cascade.json")
+    assert record["can_pass"] is True and len(record["models"]) == 1
+
+
 def test_the_more_bias_the_more_it_passes_and_the_encoder_stays(passing, tmp_path):
     joint = load_file(passing / "models/consistency_joint/joint/model.safetensors")
     folder = Path(shutil.copytree(passing, tmp_path / "other", symlinks=True))
