@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from rrcm.constraints import CONSTRAINTS
 from rrcm.derived import cascade_sigmas, choose_values, finetuning_keys, initial_weights
-from rrcm.methods import JOINT_SHARES, METHODS, PER_OBJECTIVE, check_methods
+from rrcm.methods import JOINT, JOINT_SHARES, METHODS, PASS, PER_OBJECTIVE, check_methods, has_joint
 from rrcm.objectives import PRETRAINING
 from rrcm.sections import (
     Section,
@@ -38,6 +38,8 @@ def check_method(name: str) -> str:
     expert = next((name.removesuffix(f"_{end}") for end in JOINT_SHARES if name.endswith(f"_{end}")), name)
     if expert != name and expert in METHODS and METHODS[expert].denoises:
         raise ValueError(f"{expert} has no joint form, as its denoiser takes every sigma; name {expert} itself")
+    if name == f"{expert}_{PASS}" and expert in METHODS and not has_joint(METHODS[expert], PASS):
+        raise ValueError(f"{expert} has no form that can pass, as it is an ensemble; name {expert}_{JOINT}")
     return check_name(name, METHODS, "method")
 
 
@@ -353,6 +355,11 @@ class Finetune(
     joint_interval: Interval | None = about(
         "Noise of joint trainings: log-uniform from the first to the second; null: each of `sigmas` equally often",
         "pixel units",
+    )
+    pass_votes: Count = about("Votes for each training image at each sigma, from which passes are learnt", "samples")
+    pass_share: Share = about("Steps that train an output for pass, as a share of the steps of the joint training")
+    pass_bias: float = about(
+        "Added to the logit of pass: the more, the better are small radii, and the worse large ones"
     )
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
     timm: TimmViT

@@ -21,6 +21,8 @@ from rrcm.methods import (
     REFERENCE,
     SOFT_LABELS,
     THRESHOLDS,
+    TRAINING_VOTES,
+    continued_method,
     denoising_classifier,
     expert_of,
     model_name,
@@ -32,6 +34,7 @@ SECTIONS += ["cascade"]
 NOTHING = "data/shards"  # stands for an input that a training does not have: all trainings watch it anyway
 STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that only some methods need
 SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition", "joint_interval"}  # likewise
+PASSING = ("pass_votes", "pass_share", "pass_bias")  # likewise, for methods that can pass
 NO_RESULT = {"checkpoint_every"}  # settings that decide no result
 TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network other than our ViT
 PROJECTOR = ("projector_hidden_dim", "projection_dim")  # settings of `model` for pre-training alone
@@ -41,10 +44,10 @@ COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that
 def derived_settings(settings: Mapping) -> dict:
     """What follows from `settings`, a mapping with the keys SECTIONS.
 
-    `finetune`, `certify`, `cascade`, `denoiser` and `soft_labels`: the stages of these names, with the inputs of each.
-    A joint method has one fine-tuning, whose `sigma` is "joint", and a certification for each sigma.
-    `settings`: the hashes of the settings that decide each pre-training, each fine-tuning, each certification and each
-    cascade. The fine-tunings include the classifiers that denoising methods consist of.
+    `finetune`, `certify`, `cascade`, `denoiser`, `soft_labels` and `training_votes`: the stages of these names, with
+    the inputs of each. A joint method has one fine-tuning, whose `sigma` is "joint", and a certification for each
+    sigma. `settings`: the hashes of the settings that decide each pre-training, each fine-tuning, each certification
+    and each cascade. The fine-tunings include the classifiers that denoising methods consist of.
     """
     methods, sigmas, denoised = settings["methods"], settings["sigmas"], settings["denoised"]
     finetune, pretrain, model = settings["finetune"], settings["pretrain"], settings["model"]
@@ -52,6 +55,8 @@ def derived_settings(settings: Mapping) -> dict:
     runs = list(dict.fromkeys((method, training_noise(method, sigma)) for method, sigma in certified))
     parts = {denoising_classifier(method, denoised) for method in methods} - {None}
     runs += sorted(parts - set(runs))
+    voters = list(dict.fromkeys(continued_method(method) for method in methods if METHODS[method].can_pass))
+    runs += [(method, JOINT) for method in voters if (method, JOINT) not in runs]
     denoise = any(METHODS[method].denoises for method in methods)
     source = settings["denoiser"]["public"]
     voter = {name: settings["soft_labels"][name] for name in ("method", "sigma")}
@@ -79,6 +84,7 @@ def derived_settings(settings: Mapping) -> dict:
         "cascade": {method: _cascade_stage(method, settings["cascade"]) for method in cascaded},
         "denoiser": {("trained" if source is None else "public"): _source_path(source) or NOTHING} if denoise else {},
         "soft_labels": {"{method}-{sigma}".format(**voter): voter} if needs_voter else {},
+        "training_votes": {method: {"method": method} for method in voters},
         "settings": {
             "pretrain": {name: hash_of(pretraining_settings(name, model, pretrain)) for name in pretrain["objectives"]},
             "finetune": by_method,
@@ -165,7 +171,8 @@ def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> d
 def _joint_settings(method: str, settings: Mapping) -> dict:
     """The settings that decide a joint fine-tuning: those at each sigma, and the cost of the experts there."""
     sigmas, finetune = sorted(settings["sigmas"]), settings["finetune"]
-    return {
+    passing = {name: finetune[name] for name in PASSING} if METHODS[method].can_pass else {}
+    return passing | {
         "sigmas": sigmas,
         "interval": finetune["joint_interval"],
         "at_each": [finetuning_settings(method, sigma, settings) for sigma in sigmas],
@@ -237,7 +244,7 @@ def choose_values(settings: Mapping, keys: Sequence[str]) -> dict:
 def chosen_settings(method: str, sigma: float, finetune: Mapping) -> dict:
     """The settings of one fine-tuning: the common ones, overridden by the settings of its own objective."""
     keys = finetuning_keys(method, sigma)
-    common = choose_values(_without(finetune, STARTS | SHARES | NO_RESULT), keys)
+    common = choose_values(_without(finetune, STARTS | SHARES | NO_RESULT | {*PASSING}), keys)
     own = choose_values(finetune["objectives"].get(METHODS[method].objective) or {}, keys)
     return common | {name: value for name, value in own.items() if value is not None}
 
@@ -263,6 +270,8 @@ def initial_weights(method: str, finetune: Mapping, denoised: Mapping) -> str:
     if row.denoises:
         part = denoising_classifier(method, denoised)
         return denoised["model"] if part is None else "models/{}/sigma_{}".format(*part)
+    if row.can_pass:
+        return f"models/{continued_method(method)}/{JOINT}"
     if row.pretrained_here:
         return finetune["initial_weights"] or f"models/pretrain/{row.initial_weights}"
     return finetune["timm"]["model"] if row.initial_weights == "timm" else "scratch"
@@ -271,6 +280,8 @@ def initial_weights(method: str, finetune: Mapping, denoised: Mapping) -> str:
 def watched_weights(method: str, finetune: Mapping, denoised: Mapping) -> str | None:
     """The file or folder of the initial weights, for DVC to watch. None for random weights and for names."""
     row = METHODS[method]
+    if row.can_pass:
+        return initial_weights(method, finetune, denoised)
     if row.initial_weights is None:
         return None
     if row.initial_weights == "timm" and finetune["timm"]["weights"]:
@@ -290,6 +301,8 @@ def _other_input(method: str) -> str | None:
     """The input of a method besides images and initial weights."""
     if METHODS[method].denoises:
         return DENOISER
+    if METHODS[method].can_pass:
+        return f"{TRAINING_VOTES}/{continued_method(method)}.safetensors"
     return SOFT_LABELS if METHODS[method].needs_soft_labels else None
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rrcm.config import Config
 from rrcm.data.datasets import DATASETS
-from rrcm.methods import MATCHED_PRETRAINING, METHODS, REFERENCE
+from rrcm.methods import MATCHED_PRETRAINING, METHODS, PASS_OBJECTIVE, REFERENCE
 from rrcm.models import ENCODERS, FOLDER_LOADERS, NETWORKS
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.code import fingerprints, read_module
@@ -87,6 +87,9 @@ def find_items(config: Config) -> dict[str, Item]:
     for voter in config.derived["soft_labels"].values():
         entries = classifier_entries(config, voter["method"])
         items["soft-labels"] = Item("soft_labels", "rrcm.certification.soft_labels", entries)
+    for method in config.derived["training_votes"]:
+        entries = classifier_entries(config, method)
+        items[f"training-votes/{method}"] = Item("training_votes", "rrcm.certification.training_votes", entries)
     for method in config.methods:
         entries = classifier_entries(config, method)
         items[f"certify/{method}"] = Item("certify", "rrcm.certification.certify", entries)
@@ -114,6 +117,7 @@ def training_entries(config: Config, method: str) -> list[Entry]:
     """The registry entries behind a training: its objective, its initial weights, and whatever decides its length."""
     row, settings = METHODS[method], config.finetune
     objectives = [row.objective] if row.objective is not None else []
+    objectives += [PASS_OBJECTIVE] if row.can_pass else []
     entries = classifier_entries(config, method) if row.is_ensemble or row.denoises else trunk_entries(config, method)
     if row.pretrained_here or row.initial_weights == "timm":
         given = settings.initial_weights

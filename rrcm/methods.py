@@ -24,8 +24,12 @@ DENOISER = "models/denoiser"  # output of the stage denoiser
 JOINT = "joint"  # takes the place of the sigma in the names of a joint training's files and stages
 # The files of a cascade in certificates/METHOD/: certificates, those by the published rule, votes for thresholds.
 CASCADE, MULTI_SCALE_FILE, THRESHOLDS = "cascade", "multi_scale", "thresholds"
-JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3"}
-JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3}  # by the end of the name: share of the passes of all experts
+JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3", "joint_pass": "joint, pass"}
+# By the end of the name: share of the passes of all experts. The head of NAME_joint_pass is trained beyond them.
+JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3, "joint_pass": 1.0}
+PASS_OBJECTIVE = "gaussian"  # trains the outputs for pass
+PASS = "joint_pass"  # end of the names of the joint methods whose classifiers can pass
+TRAINING_VOTES = "data/training_votes"  # output of the stage training-votes: a file for each joint method
 FAMILIES = (
     "rRCM",
     "other pre-training",
@@ -39,7 +43,8 @@ FAMILIES = (
 # The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
 # The three columns after the name decide the result, the others the appearance. A method that starts from random
 # weights also exists as NAME_matched. All of these, except those that denoise, also exist as NAME_joint, one network
-# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long.
+# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Those that
+# are no ensembles also exist as NAME_joint_pass, which is NAME_joint with one more output, for "pass".
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -98,12 +103,13 @@ class Method:
     family: str  # one of FAMILIES
     matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
     joint: float | None = None  # of one network for all sigmas: its share of the passes of all experts; None: an expert
+    can_pass: bool = False  # whether it is the joint method with an output for "pass"
 
     @property
     def identity(self) -> dict[str, str | float | None]:
-        """The columns that decide a result. An expert has no entry `joint`."""
+        """The columns that decide a result. There is an entry `joint` or `can_pass` only if the method is that."""
         decisive = {name: value for name, value in asdict(self).items() if name not in APPEARANCE}
-        return {name: value for name, value in decisive.items() if name != "joint" or value is not None}
+        return {name: value for name, value in decisive.items() if name not in ("joint", "can_pass") or value}
 
     @property
     def pretrained_here(self) -> bool:
@@ -163,8 +169,8 @@ def read_methods(table: str) -> dict[str, Method]:
     return experts | {
         f"{name}_{ending}": joint(row, ending)
         for name, row in experts.items()
-        if not row.denoises
         for ending in JOINT_SHARES
+        if has_joint(row, ending)
     }
 
 
@@ -173,10 +179,16 @@ def matched(row: Method) -> Method:
     return replace(row, matched=True, label=f"{row.label}, matched compute")
 
 
+def has_joint(row: Method, ending: str) -> bool:
+    """Whether a method also exists with this ending of its name."""
+    return not (row.denoises or (ending == PASS and row.is_ensemble))
+
+
 def joint(row: Method, ending: str) -> Method:
     """The same method with one network for all sigmas."""
     label = row.label.replace("matched compute", "matched")  # a legend has no room for more
-    return replace(row, joint=JOINT_SHARES[ending], label=f"{label}, {JOINT_LABELS[ending]}")
+    share, label = JOINT_SHARES[ending], f"{label}, {JOINT_LABELS[ending]}"
+    return replace(row, joint=share, can_pass=ending == PASS, label=label)
 
 
 METHODS = read_methods(TABLE)
@@ -187,6 +199,11 @@ def expert_of(method: str) -> str:
     if METHODS[method].joint is None:
         return method
     return next(method.removesuffix(f"_{ending}") for ending in JOINT_SHARES if method.endswith(f"_{ending}"))
+
+
+def continued_method(method: str) -> str:
+    """The joint method to which a method that can pass adds an output."""
+    return f"{method.removesuffix(f'_{PASS}')}_{JOINT}"
 
 
 def model_name(method: str, sigma: float) -> str:

@@ -9,7 +9,7 @@ from environment import run_command
 from pathlib import Path
 
 from rrcm.config import load_config
-from rrcm.methods import JOINT, METHODS, SOFT_LABELS, model_name
+from rrcm.methods import JOINT, METHODS, SOFT_LABELS, TRAINING_VOTES, model_name
 from rrcm.training.checks import check_before_training
 from rrcm.training.denoised import finetune_denoised
 from rrcm.training.ensemble import finetune_ensemble
@@ -27,6 +27,7 @@ def main(
     models: Path = Path("models"),
     timings: Path = Path("timings/finetune"),
     soft_labels: Path = Path(SOFT_LABELS),
+    training_votes: Path = Path(TRAINING_VOTES),
 ) -> None:
     """Fine-tune METHOD for smoothing noise SIGMA (pixel units), or for all with SIGMA `joint`.
 
@@ -38,7 +39,7 @@ def main(
         raise RRCMError(f"{method} at sigma {noise}: not in {params}, which has {config.methods} and {config.sigmas}")
     check_before_training(config, shards)
     name = f"{method}/{model_name(method, noise)}"
-    files = Files(shards, pretrained, models / name, timings / f"{name}.json", soft_labels)
+    files = Files(shards, pretrained, models / name, timings / f"{name}.json", soft_labels, training_votes)
     row = METHODS[method]
     train = finetune_ensemble if row.is_ensemble else finetune_denoised if row.denoises else finetune
     train(plan_training(config, method, noise, files))

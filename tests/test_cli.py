@@ -723,9 +723,11 @@ def test_a_shell_completes_paths_methods_and_choices():
     assert completions("rrcm certify photos --model none/") == []
     assert completions("rrcm certify photos --bound m") == ["margin"]
     assert completions("rrcm audit ") == ["a.tsv", "models/", "photos/"]
-    assert completions("rrcm compare rrcm_cat") == ["rrcm_cat_rs=", "rrcm_cat_rs_joint=", "rrcm_cat_rs_joint_third="]
+    names = ["rrcm_cat_rs=", "rrcm_cat_rs_joint=", "rrcm_cat_rs_joint_third=", "rrcm_cat_rs_joint_pass="]
+    assert completions("rrcm compare rrcm_cat") == names
     assert completions("rrcm compare mine=a") == ["mine=a.tsv"] and completions("rrcm compare mine = a") == ["a.tsv"]
-    names = [f"cat_rs{matched}{joint}" for matched in ("", "_matched") for joint in ("", "_joint", "_joint_third")]
+    endings = ("", "_joint", "_joint_third", "_joint_pass")
+    names = [f"cat_rs{matched}{ending}" for matched in ("", "_matched") for ending in endings]
     assert sorted(completions("rrcm compare --reference cat")) == sorted(names)
 
 

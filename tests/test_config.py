@@ -527,6 +527,13 @@ JOINT = {"methods": ["rrcm_joint", "gaussian"]}
     ("change_of", "said"),
     [
         ({"methods": ["dds_joint"]}, "dds has no joint form, as its denoiser takes every sigma; name dds itself"),
+        (
+            {"methods": ["rrcm_ensemble_joint_pass"]},
+            "rrcm_ensemble has no form that can pass, as it is an ensemble; name rrcm_ensemble_joint",
+        ),
+        ({"methods": ["cat_rs_joint_pass"]}, "soft_labels: cat_rs_joint_pass needs the votes of gaussian at sigma"),
+        ({"methods": ["dds_joint_pass"]}, "dds has no joint form, as its denoiser takes every sigma; name dds itself"),
+        (JOINT | {"finetune__pass_share": 0.0}, "finetune.pass_share = 0.0: should be greater than 0"),
         ({"methods": ["rrcm_joit"]}, "no such method; did you mean rrcm_joint?"),
         (JOINT | {"finetune__joint_interval": [1.0, 0.1]}, "finetune.joint_interval [1.0, 0.1] must increase and"),
         (JOINT | {"finetune__joint_interval": [0.3, 1.0]}, "include sigmas [0.25, 0.5]"),

@@ -94,6 +94,18 @@ def test_a_joint_method_is_trained_once_and_certified_at_each_sigma(tmp_path):
     assert all("models/rrcm_joint/joint" in {dep.def_path for dep in stages[name].deps} for name in certifications)
 
 
+def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    compose(tmp_path / "params.yaml", "methods=[rrcm,rrcm_joint_pass]")
+    index = Repo.init(str(tmp_path), no_scm=True).index
+    stages = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    votes = "data/training_votes/rrcm_joint.safetensors"
+    assert "models/rrcm_joint/joint" in stages["training-votes@rrcm_joint"]
+    assert {"models/rrcm_joint/joint", votes} <= stages["finetune@rrcm_joint_pass-joint"]
+    assert "finetune@rrcm_joint-joint" in stages and "certify@rrcm_joint-0.25" not in stages
+    assert [name for name, deps in stages.items() if votes in deps] == ["finetune@rrcm_joint_pass-joint"]
+
+
 def outputs(stage: Stage) -> set[str]:
     return {out.def_path for out in stage.outs}
 
@@ -248,6 +260,7 @@ DENOISING = {name for name, row in METHODS.items() if row.denoises}
 SOFT = {name for name in TRAINED if METHODS[name].needs_soft_labels}
 MATCHED, ENSEMBLES = training(matched=True), training(classifier="ensemble")
 JOINT = {name for name in TRAINED if METHODS[name].joint is not None}
+PASSING = {name for name in TRAINED if METHODS[name].can_pass}
 SHARING = PRETRAINED | DENOISING | SOFT | MATCHED
 OWN_NUM_NOISE = {name for name in TRAINED if METHODS[name].objective in ("macer", "cat_rs", "smoothadv", "smoothmix")}
 FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again` has the rules for other settings
@@ -255,6 +268,9 @@ FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again`
     "finetune.initial_weights": PRETRAINED,
     "finetune.ensemble_members": ENSEMBLES,
     "finetune.joint_interval": JOINT,
+    "finetune.pass_bias": PASSING,
+    "finetune.pass_votes": PASSING,
+    "finetune.pass_share": PASSING,
     "finetune.time_condition": PRETRAINED,
     "finetune.pretrain_cost_shared_by": SHARING,
     "finetune.num_noise": (TRAINED - OWN_NUM_NOISE) | MATCHED | SOFT,

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rrcm import methods
 from rrcm.config import load_config, parse_config
-from rrcm.methods import METHODS, Method, check_methods, expert_of, model_name, read_methods
+from rrcm.methods import METHODS, Method, check_methods, continued_method, expert_of, model_name, read_methods
 from rrcm.models import TRAINED_CLASSIFIERS
 from rrcm.utils.errors import RRCMError
 
@@ -62,7 +62,8 @@ def test_every_trained_method_also_exists_as_a_joint_one():
     """With all passes of its experts, or a third. An expert's identity, which is hashed, does not mention it."""
     experts = {name: row for name, row in METHODS.items() if row.joint is None}
     trained = {name for name, row in experts.items() if not row.denoises}
-    assert METHODS.keys() - experts.keys() == {f"{name}_{end}" for name in trained for end in ("joint", "joint_third")}
+    joint = {f"{name}_{end}" for name in trained for end in ("joint", "joint_third")}
+    assert {name for name, row in METHODS.items() if row.joint is not None and not row.can_pass} == joint
     for ending, share in (("joint", 1.0), ("joint_third", 1 / 3)):
         row = METHODS[f"consistency_matched_{ending}"]
         assert row == replace(METHODS["consistency_matched"], joint=share, label=row.label)
@@ -71,6 +72,19 @@ def test_every_trained_method_also_exists_as_a_joint_one():
         assert model_name(f"consistency_matched_{ending}", 0.5) == "joint"
     assert METHODS["rrcm_joint_third"].label == "rRCM, joint 1/3" and "joint" not in METHODS["rrcm"].identity
     assert model_name("rrcm", 1) == "sigma_1.0"
+
+
+def test_single_classifiers_also_exist_with_an_output_for_pass():
+    passing = {name for name, row in METHODS.items() if row.can_pass}
+    unfit = {name for name, row in METHODS.items() if row.denoises or row.is_ensemble}
+    experts = {name for name, row in METHODS.items() if row.joint is None}
+    assert passing == {f"{name}_joint_pass" for name in experts - unfit}
+    row = METHODS["consistency_matched_joint_pass"]
+    assert row.identity == METHODS["consistency_matched_joint"].identity | {"can_pass": True}
+    assert row.label == "Consistency, matched, joint, pass"
+    assert continued_method("consistency_matched_joint_pass") == "consistency_matched_joint"
+    assert expert_of("rrcm_joint_pass") == "rrcm" and model_name("rrcm_joint_pass", 0.5) == "joint"
+    assert not any("can_pass" in row.identity for name, row in METHODS.items() if name not in passing)
 
 
 def test_the_table_that_is_shipped_is_right():
@@ -167,6 +181,7 @@ def test_a_new_row_is_a_method_and_its_matched_one():
     own = "  own  -  macer  classifier  #123456  Own, with a comma\n"
     found = read_methods(HEAD + GAUSSIAN + own)
     experts = ["gaussian", "own", "gaussian_matched", "own_matched"]
-    assert [*found] == experts + [f"{name}_{end}" for name in experts for end in ("joint", "joint_third")]
+    endings = ("joint", "joint_third", "joint_pass")
+    assert [*found] == experts + [f"{name}_{end}" for name in experts for end in endings]
     assert found["own"] == Method(None, "macer", "classifier", "#123456", "Own, with a comma", family="noise")
     assert found["own_matched"].matched

@@ -43,6 +43,11 @@ class JointSigmas:
         low, high = self.interval
         return [min(high, low * (high / low) ** u) for u in uniform]
 
+    def nearest(self, sigmas: Sequence[float]) -> list[int]:
+        """The index in `self.sigmas` of the closest one, in log sigma, to each of the `sigmas`."""
+        own = np.log(self.sigmas)
+        return np.abs(np.log(sigmas)[:, None] - own).argmin(1).tolist()
+
     def interpolate(self, values: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
         """A setting with these `values` at `self.sigmas`, for each of the `sigmas`: float64."""
         return np.interp([math.log(s) for s in sigmas], [math.log(s) for s in self.sigmas], values)

@@ -32,8 +32,16 @@ class JointObjective:
 
     def __call__(self, classifier: Callable, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:
         """As an `Objective`. `classifier` also takes `t`, the noise level of each row in model space."""
-        numbers = replace(random, device=torch.device("cpu")).uniform("joint sigma").tolist()
-        sigmas = self.noise.draw(numbers)
+        return self.at(self.draw(random), classifier, batch, random)
+
+    def draw(self, random: StepRandomness) -> list[float]:
+        """The sigma of each image of the step."""
+        return self.noise.draw(replace(random, device=torch.device("cpu")).uniform("joint sigma").tolist())
+
+    def at(
+        self, sigmas: Sequence[float], classifier: Callable, batch: Batch, random: StepRandomness
+    ) -> dict[str, torch.Tensor]:
+        """As when called, with these sigmas of the images."""
         objective = mixed_objective(self.experts, self.noise, sigmas, random.device)
         return objective(AtLevels(classifier, 2 * objective.sigma), batch, random)
 

@@ -78,13 +78,15 @@ def save_all(drawn: Mapping[str, Figure], folder: Path) -> None:
             save(figure, folder / f"{name}{suffix}")
 
 
-DASHES = {  # by whether a method is matched, and by its share of the passes if it is joint
-    (False, None): "-",
-    (True, None): (0, (4, 1.5)),
-    (False, 1.0): (0, (1, 1)),
-    (True, 1.0): (0, (4, 1, 1, 1)),
-    (False, 1 / 3): (0, (1, 3)),
-    (True, 1 / 3): (0, (4, 1, 1, 1, 1, 1)),
+DASHES = {  # by whether a method is matched, its share of the passes if it is joint, and whether it can pass
+    (False, None, False): "-",
+    (True, None, False): (0, (4, 1.5)),
+    (False, 1.0, False): (0, (1, 1)),
+    (True, 1.0, False): (0, (4, 1, 1, 1)),
+    (False, 1 / 3, False): (0, (1, 3)),
+    (True, 1 / 3, False): (0, (4, 1, 1, 1, 1, 1)),
+    (False, 1.0, True): (0, (3, 1, 1, 1)),
+    (True, 1.0, True): (0, (3, 1, 1, 1, 1, 1)),
 }
 
 
@@ -93,7 +95,7 @@ def line_style(method: str) -> dict:
     row = METHODS[method]
     return {
         "color": row.colour,
-        "linestyle": DASHES[row.matched, row.joint],
+        "linestyle": DASHES[row.matched, row.joint, row.can_pass],
         "marker": MARKERS[row.family],
         "markersize": 4.5,
         "markerfacecolor": "white" if row.matched else row.colour,

@@ -14,7 +14,7 @@ from rrcm.certification.rules import make_stopping_rule
 from rrcm.config import Config
 from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import JOINT, METHODS, denoising_classifier, model_name
+from rrcm.methods import JOINT, METHODS, continued_method, denoising_classifier, model_name
 from rrcm.report.cascade_inputs import Cascade, cascade_files, cascade_stage, read_cascades
 from rrcm.report.records import (
     CertifyTiming,
@@ -132,6 +132,10 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
         if METHODS[method].needs_soft_labels:
             source = config.soft_labels
             stages[SOFT_LABEL_TIMING] = f"soft-labels@{source.method}-{source.sigma}"
+        if METHODS[method].can_pass:
+            voter = continued_method(method)
+            done = (f"finetune@{voter}-{JOINT}", f"training-votes@{voter}")
+            stages |= dict(zip(_own_preparation(method), done, strict=True))
         if METHODS[method].denoises:
             stages[DENOISER_TIMING] = f"denoiser@{next(iter(config.derived['denoiser']))}"
         if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
@@ -310,8 +314,12 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
 
 
 def _preparation(model: Mapping) -> float:
-    """Passes before the fine-tuning: the model's share of pre-training, soft labels, denoiser and so on."""
-    return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
+    """Passes before the fine-tuning: the model's share of pre-training, soft labels, denoiser and so on.
+
+    If it continues a joint training, this includes all of that one.
+    """
+    compute = model["compute"]
+    return compute["pretrain_share"] + compute["soft_label_share"] + compute.get(JOINT, 0.0)
 
 
 def _sigmas_served(model: Mapping) -> int:
@@ -341,7 +349,8 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
                 "total_passes": (model["compute"]["finetune"] + _preparation(model)) / served,
                 "finetune_seconds": seconds(_timing("finetune", method, sigma)) / served,
                 "preparation_seconds": seconds(*_shared_timings(config, method))
-                / config.finetune.pretrain_cost_shared_by,
+                / config.finetune.pretrain_cost_shared_by
+                + seconds(*_own_preparation(method)) / served,
                 "certify_seconds": seconds(_timing("certify", method, sigma)),
             }
         )
@@ -364,6 +373,14 @@ def _shared_timings(config: Config, method: str) -> list[str]:
     if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
         shared.append(_timing("finetune", *part))
     return shared
+
+
+def _own_preparation(method: str) -> list[str]:
+    """The timing files of the joint training that a method continues, and of its votes."""
+    if not METHODS[method].can_pass:
+        return []
+    voter = continued_method(method)
+    return [f"timings/finetune/{voter}/{JOINT}.json", f"timings/training_votes/{voter}.json"]
 
 
 def _timing(stage: str, method: str, sigma: float) -> str:

@@ -154,7 +154,8 @@ def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
     """The comparisons at equal fine-tuning budget, at equal total compute and at any cost that have several methods.
 
     Methods that denoise have no budget in common with the others, so they are compared with all of them at any cost.
-    Joint trainings with a part of their experts' passes are in neither of the other two.
+    Joint trainings with a part of their experts' passes are in neither of the other two, and methods that can pass take
+    more than the equal fine-tuning budget.
     """
     passes = inputs.budgets.groupby("method")["total_passes"].sum()
     total = [name for name in config.methods if METHODS[name].matched or config.finetune.uses_pretraining(name)]
@@ -164,7 +165,9 @@ def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
         "equal fine-tuning budget": [
             name
             for name in config.methods
-            if not METHODS[name].matched and name not in denoising and METHODS[name].joint in (None, 1.0)
+            if name not in denoising
+            and METHODS[name].joint in (None, 1.0)
+            and not (METHODS[name].matched or METHODS[name].can_pass)
         ],
         "equal total compute": [name for name in total if least <= passes[name] <= most],
         "any cost": config.methods if denoising else [],

@@ -123,6 +123,7 @@ class _Compute(Record):
     finetune: NonNegative
     pretrain_share: NonNegative
     soft_label_share: NonNegative
+    joint: NonNegative = 0.0  # of the joint training that was continued
 
 
 class _JointSigmas(Record):

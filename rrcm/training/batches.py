@@ -1,6 +1,6 @@
 """The batches of a fine-tuning, and the images and targets that its objective sees."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def train_batches(training: Training, images: ShardedDataset, env: DistEnv, firs
 
 
 class Targets:
-    """Turns a batch of the loader into what an objective expects: mixed images, class probabilities and soft labels."""
+    """Turns a batch of the loader into what an objective expects: mixed images, class probabilities, other targets."""
 
     def __init__(
         self,
@@ -53,10 +53,10 @@ class Targets:
         num_classes: int,
         seed: int,
         device: torch.device,
-        soft_labels: torch.Tensor | None = None,  # (N, K) float32, one row for each training image
+        by_image: Mapping[str, torch.Tensor] | None = None,  # further targets by name, a row for each training image
     ):
         self.settings, self.num_classes, self.seed, self.device = settings, num_classes, seed, device
-        self.soft_labels = soft_labels
+        self.by_image = by_image or {}
         self.mixup_fn = None
         if settings.mixup > 0 or settings.cutmix > 0:
             from timm.data import Mixup  # this import takes seconds
@@ -68,8 +68,8 @@ class Targets:
     def __call__(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """`image` (B, C, H, W) float32 in [0, 1] and `target` (B, K) float32 class probabilities.
 
-        With soft labels there is also `soft_label`, (B, K) float32: the soft labels of the images before augmentation,
-        mixed in the same way as the images.
+        The rows of `by_image` are added by their names, float32, such as `soft_label` (B, K). They belong to the images
+        before augmentation, and are mixed in the same way as the images.
         """
         settings, seed = self.settings, derive_seed(self.seed, "mixup", step)
         pixels = batch["image"].to(self.device, non_blocking=True)
@@ -80,13 +80,13 @@ class Targets:
         else:
             images, target = mixup_pairs(self.mixup_fn, pixels, labels, seed)
         inputs = {"image": to_unit_range(images), "target": target}
-        if self.soft_labels is not None:
-            soft_label = self.soft_labels[batch["index"]].to(self.device)
+        for name, rows in self.by_image.items():
+            own = rows[batch["index"]].to(self.device)
             if self.mixup_fn is not None:
                 which = torch.arange(len(pixels), device=self.device) % 2  # first or second image of a pair
                 _, shares = mixup_pairs(self.pair_mixup_fn, pixels, which, seed)
-                soft_label = mix_in_pairs(soft_label, shares)
-            inputs["soft_label"] = soft_label
+                own = mix_in_pairs(own, shares)
+            inputs[name] = own
         return inputs
 
 

@@ -2,16 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rrcm.config import Config, Finetune, FinetuneSettings, Pretrain
 from rrcm.data.loader import steps_per_epoch
-from rrcm.methods import BLOCKS, JOINT, MATCHED_PRETRAINING, METHODS, REFERENCE, expert_of
+from rrcm.methods import (
+    BLOCKS,
+    JOINT,
+    MATCHED_PRETRAINING,
+    METHODS,
+    PASS_OBJECTIVE,
+    REFERENCE,
+    continued_method,
+    expert_of,
+)
 from rrcm.models.joint import JointSigmas
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
 from rrcm.objectives.joint import JointObjective, join_objectives
+from rrcm.objectives.passing import PassingObjective
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
@@ -71,8 +81,15 @@ def joint_sigmas(config: Config) -> JointSigmas:
     return JointSigmas(tuple(sorted(config.sigmas)), interval and tuple(interval))
 
 
-def build_joint_objective(finetune: Finetune, method: str, noise: JointSigmas) -> JointObjective:
-    """The objective of a joint fine-tuning. Raises `RRCMError` for settings that do not fit together."""
+def build_joint_objective(finetune: Finetune, method: str, noise: JointSigmas) -> JointObjective | PassingObjective:
+    """The objective of a joint fine-tuning. Raises `RRCMError` for settings that do not fit together.
+
+    An output for pass is trained with the cross-entropy of noisy copies, whatever objective has trained the encoder.
+    """
+    if METHODS[method].can_pass:
+        common = finetune.settings(method, noise.sigmas[0]).model_dump()
+        each = [build_objective(FINETUNING, PASS_OBJECTIVE, common | {"sigma": sigma}) for sigma in noise.sigmas]
+        return PassingObjective(join_objectives(PASS_OBJECTIVE, each, noise), finetune.pass_bias)
     each = [build_finetuning_objective(finetune.settings(method, sigma), method, sigma) for sigma in noise.sigmas]
     return join_objectives(METHODS[method].objective, each, noise)
 
@@ -115,6 +132,7 @@ class Budget:
     soft_label_share: float  # the model's share of the soft labels that it learns from
     evaluate_every: int  # epochs
     planned_epochs: int  # the epochs of the settings, for which the schedules are made
+    joint: float = 0.0  # of a model with an output for pass: the joint fine-tuning before, and its votes
 
     @property
     def compute(self) -> float:
@@ -125,7 +143,12 @@ class Budget:
     def account(self) -> dict[str, float]:
         """All encoder passes that the model has cost, as its model folder records them."""
         shares = {"pretrain_share": self.pretrain_share, "soft_label_share": self.soft_label_share}
-        return {"finetune": self.compute, **shares}
+        return {"finetune": self.compute, **shares} | ({JOINT: self.joint} if self.joint else {})
+
+    @property
+    def identity(self) -> dict[str, float]:
+        """The fields. There is an entry `joint` only for an output for pass."""
+        return {name: value for name, value in asdict(self).items() if name != JOINT or value}
 
     @property
     def epochs(self) -> float:
@@ -157,10 +180,15 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     rRCM's fine-tuning. A matched method also gets rRCM's share of the pre-training, minus its own share of the soft
     labels. The members of an ensemble share these passes. A joint training gets the passes of its experts at all sigmas
     together, or a part of them, and it takes their shares of the pre-training and of the soft labels. A longer training
-    is evaluated less often, so that all trainings have about the same number of evaluations. `encoders` holds the
+    is evaluated less often, so that all trainings have about the same number of evaluations. An output for pass is
+    trained in `finetune.pass_share` of the steps of the joint training, on top of that training. `encoders` holds the
     pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft labels
     leave no passes for the training.
     """
+    if METHODS[method].can_pass:
+        continued = plan_budget(config, continued_method(method), sigma, num_images, encoders)
+        objective = build_joint_objective(config.finetune, method, joint_sigmas(config))
+        return pass_budget(continued, objective, config, num_images)
     row, joint = METHODS[method], joint_sigmas(config) if sigma == JOINT else None
     sigmas = joint.sigmas if joint else (sigma,)
     settings = config.finetune.settings(method, sigmas[0])
@@ -199,6 +227,20 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
         soft_label_share=soft_label_share,
         evaluate_every=math.ceil(config.finetune.evaluate_every * total_steps / planned_steps),
         planned_epochs=settings.epochs,
+    )
+
+
+def pass_budget(joint: Budget, objective: PassingObjective, config: Config, num_images: int) -> Budget:
+    """The budget of the training that adds an output for pass to a joint model, on `num_images` training images."""
+    settings = config.finetune
+    unit = 1 if settings.equal_passes else joint.epoch_steps
+    votes = settings.pass_votes * len(config.sigmas) * num_images
+    return replace(
+        joint,
+        step_compute=objective.forwards_per_image * joint.step_images,
+        total_steps=unit * max(1, round(settings.pass_share * joint.total_steps / unit)),
+        evaluate_every=math.ceil(settings.pass_share * joint.evaluate_every),
+        joint=joint.compute + votes,
     )
 
 

@@ -3,7 +3,7 @@
 A joint fine-tuning trains one classifier for several sigmas.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from rrcm.config import FinetuneSettings
 from rrcm.data.loader import describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.soft_labels import read_soft_labels
-from rrcm.methods import METHODS
+from rrcm.data.training_votes import read_training_votes
+from rrcm.methods import METHODS, PASS_OBJECTIVE
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.vit import parameter_count
 from rrcm.objectives.base import Objective, StepRandomness
+from rrcm.objectives.passing import pass_targets
 from rrcm.training.batches import Targets, batch_seed, open_splits, train_batches
 from rrcm.training.budget import build_finetuning_objective, build_joint_objective
 from rrcm.training.optim import build_optimizer, layerwise_groups, warmup_cosine, warmup_step
@@ -42,9 +44,7 @@ def finetune(training: Training) -> None:
     set_threads(training.threads)
     with init_distributed(training.device) as env, explain_lost_workers(), explain_out_of_memory(ADVICE):
         images, validation = open_splits(training.files.shards, env)
-        needs_soft_labels = METHODS[training.method].needs_soft_labels
-        soft_labels = read_soft_labels(training.files.soft_labels, images) if needs_soft_labels else None
-        trainer, best = _train(training, images, validation, soft_labels, env)
+        trainer, best = _train(training, images, validation, read_targets(training, images), env)
         save = partial(_save, training, best.classifier, images.classes, trainer.extra_state["selected"])
         seen = training.budget.total_steps * training.budget.step_images
         trainer.publish(training.files.output, training.files.timing, save, seen)
@@ -54,7 +54,7 @@ def _train(
     training: Training,
     images: ShardedDataset,
     validation: ShardedDataset,
-    soft_labels: torch.Tensor | None,
+    by_image: Mapping[str, torch.Tensor],
     env: DistEnv,
 ) -> tuple[Trainer, BestWeights]:
     settings, budget, seed = training.settings, training.budget, training.seed
@@ -62,15 +62,14 @@ def _train(
         objective = build_finetuning_objective(settings, training.method, training.sigma)
     else:
         objective = build_joint_objective(training.common, training.method, training.joint)
-    targets = Targets(settings, len(images.classes), seed, env.device, soft_labels)
+    targets = Targets(settings, len(images.classes), seed, env.device, by_image)
     start = load_start(training, len(images.classes), env.device)
     classifier = start.classifier
     dtype = torch.bfloat16 if training.common.weights_dtype == "bf16" else torch.float32
     best = BestWeights(classifier, build_validation(training, validation, env, start.denoise), dtype)
-    if soft_labels is not None:
-        start.inputs["soft_labels"] = sha256_tensors({"soft_labels": soft_labels})
+    start.inputs.update({name: sha256_tensors({name: rows}) for name, rows in by_image.items()})
     trainer = build_trainer(training, objective, start, best, images, env)
-    pretrained = METHODS[training.method].initial_weights is not None
+    pretrained = METHODS[training.method].initial_weights is not None and training.continued is None
     if not trainer.resume() and settings.linear_probe_epochs and pretrained:
         linear_probe(training, classifier, images, env)
     if training.common.compile:
@@ -92,6 +91,20 @@ def _train(
         if done % budget.epoch_steps == 0 or done == budget.total_steps:
             _log(training, trainer, best, classifier, done, lr)
     return trainer, best
+
+
+def read_targets(training: Training, images: ShardedDataset) -> dict[str, torch.Tensor]:
+    """The targets of a training besides the labels: rows for each training image, by the name that objectives know.
+
+    Raises `RRCMError` for a file that is missing, damaged or of other images.
+    """
+    targets = {}
+    if METHODS[training.method].can_pass:
+        votes = read_training_votes(training.votes_file, images, training.joint.sigmas)
+        targets["passes"] = torch.from_numpy(pass_targets(votes.numpy(), images.labels))
+    elif METHODS[training.method].needs_soft_labels:
+        targets["soft_label"] = read_soft_labels(training.files.soft_labels, images)
+    return targets
 
 
 def lr_factor(settings: FinetuneSettings, epoch: float, epochs: float) -> float:
@@ -174,7 +187,8 @@ def build_trainer(
 
 def _recorded_settings(training: Training) -> dict[str, object]:
     """The settings of the training. A joint one has a list for each setting that differs between the sigmas."""
-    objective, noise = METHODS[training.method].objective, training.joint
+    row, noise = METHODS[training.method], training.joint
+    objective = PASS_OBJECTIVE if row.can_pass else row.objective
     if noise is None:
         return training.settings.of_objective(objective)
     each = [training.common.settings(training.method, sigma).of_objective(objective) for sigma in noise.sigmas]
@@ -191,6 +205,7 @@ def _save(training: Training, classifier: Classifier, classes: list[str], select
         class_names=classes,
         kind=row.trained,
         sigma=classifier.sigma if row.denoises else training.joint or training.sigma,  # the first training's, if inside
+        can_pass=row.can_pass,
         dtype=training.common.weights_dtype,
         method=training.method,
         seed=training.seed,

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from rrcm.config import Config, Data, Denoised, Finetune, FinetuneSettings, Model, Pretrain
 from rrcm.data.shards import read_manifest
-from rrcm.methods import DENOISER, JOINT, METHODS, SOFT_LABELS, denoising_classifier
+from rrcm.methods import (
+    DENOISER,
+    JOINT,
+    METHODS,
+    SOFT_LABELS,
+    TRAINING_VOTES,
+    continued_method,
+    denoising_classifier,
+)
 from rrcm.models.joint import JointSigmas
 from rrcm.models.noise_levels import karras_levels, nearest_level
 from rrcm.training.budget import Budget, joint_sigmas, plan_budget
@@ -20,6 +28,7 @@ class Files:
     output: Path  # model folder
     timing: Path  # JSON
     soft_labels: Path = Path(SOFT_LABELS)
+    training_votes: Path = Path(TRAINING_VOTES)  # folder of the joint models' votes for the training images
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,23 @@ class Training:
         sections = {"data": self.data, "model": self.model, "finetune": self.common}
         return {
             "method": METHODS[self.method].identity,
-            "budget": self.budget and asdict(self.budget),
+            "budget": self.budget and self.budget.identity,
             **{name: getattr(self, name) for name in own},
             **{name: section.model_dump(mode="json") for name, section in sections.items()},
             **joint,
         }
+
+    @property
+    def continued(self) -> Path | None:
+        """The model folder of the joint training that this one continues, if the classifier can pass."""
+        if not METHODS[self.method].can_pass:
+            return None
+        return self.files.output.parent.parent / continued_method(self.method) / JOINT
+
+    @property
+    def votes_file(self) -> Path:
+        """The votes of the joint model that this training continues."""
+        return self.files.training_votes / f"{continued_method(self.method)}.safetensors"
 
     def writing_to(self, output: Path, timing: Path) -> "Training":
         """The same training with other outputs."""

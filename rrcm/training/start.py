@@ -45,6 +45,11 @@ class Start(NamedTuple):
 
 def load_start(training: Training, num_classes: int, device: torch.device) -> Start:
     """The start of a training. Raises `RRCMError` for weights that are missing, damaged or of another network."""
+    if training.continued is not None:
+        narrow = load_model_folder(training.continued, sigma=training.sigma).classifier
+        return Start(
+            add_pass_output(narrow, training.sigma, training.common.pass_bias).to(device).train(), nn.Identity(), {}
+        )
     if training.parts is None:
         return Start(build_classifier(training, num_classes).to(device).train(), nn.Identity(), {})
     denoise = load_denoise(training.parts.denoiser, training.sigma, device)
@@ -65,6 +70,24 @@ def build_classifier(training: Training, num_classes: int) -> Classifier:
         return network_classifier(network_settings(model, data), num_classes, training.sigma)
     encoder = load_initial_encoder(training.method, training.t, training.files.encoders, training.common, model, data)
     return TRAINED_CLASSIFIERS[METHODS[training.method].trained](encoder, num_classes, training.t)
+
+
+def add_pass_output(narrow: Classifier, sigma: float, bias: float) -> Classifier:
+    """The same classifier with one more output, whose logit is `bias`. Only its last layer is to be trained."""
+    if isinstance(narrow, NetworkClassifier):
+        wide = network_classifier(narrow.architecture, narrow.num_classes + 1, sigma)
+    else:
+        wide = type(narrow)(narrow.encoder, narrow.num_classes + 1, narrow.t)
+    weights, last = narrow.state_dict(), set()
+    for name, value in wide.state_dict().items():
+        if value.shape == weights[name].shape:
+            value.copy_(weights[name])
+        else:
+            value.fill_(bias if value.ndim == 1 else 0.0)[:-1] = weights[name]
+            last.add(name)
+    for name, parameter in wide.named_parameters():
+        parameter.requires_grad_(name in last)
+    return wide
 
 
 def network_settings(model: Model, data: Data) -> dict[str, object]:

@@ -32,6 +32,7 @@ class NoisyValidation:
     precision: str
     env: DistEnv
     denoise: Callable[[torch.Tensor], torch.Tensor] = field(default_factory=nn.Identity)  # applied to noisy images
+    num_classes: int | None = None  # outputs that are classes; None: all
 
     @property
     def chance(self) -> float:
@@ -52,7 +53,7 @@ class NoisyValidation:
                 )
                 with autocast(device, self.precision):
                     noisy = self.denoise(clean + self.sigma * noise)
-                    correct += (classifier(noisy).argmax(1) == target).sum()
+                    correct += (classifier(noisy)[:, : self.num_classes].argmax(1) == target).sum()
         classifier.train(training)
         return float(all_reduce_sum(correct)) / (VALIDATION_NOISES * len(self.pixels))
 
@@ -76,11 +77,17 @@ class JointValidation:
 def build_validation(
     training: Training, split: ShardedDataset, env: DistEnv, denoise: Callable[[torch.Tensor], torch.Tensor]
 ) -> NoisyValidation | JointValidation:
-    """The validation of a training on the images of `split`. A joint training is validated at its `sigmas`."""
+    """The validation of a training on the images of `split`. A joint training is validated at its `sigmas`.
+
+    The answers of a classifier that can pass are its classes, as if it could not.
+    """
     pixels, labels, _ = read_split(split, training.data.image_size)
     precision = resolve_precision(env.device, training.common.precision)
     sigmas = (training.sigma,) if training.joint is None else training.joint.sigmas
-    each = [NoisyValidation(pixels, labels, sigma, training.seed, precision, env, denoise) for sigma in sigmas]
+    num_classes = len(split.classes) if training.continued is not None else None
+    each = [
+        NoisyValidation(pixels, labels, sigma, training.seed, precision, env, denoise, num_classes) for sigma in sigmas
+    ]
     return each[0] if training.joint is None else JointValidation(each)
 
 

@@ -121,6 +121,9 @@ def make_inputs(config: Config, root: Path) -> None:
     for method in config.cascade.methods:
         make_cascade(config, root, method, labels)
     make_latency(config, root)
+    for voter in config.derived["training_votes"]:
+        for name in (f"finetune/{voter}/joint", f"training_votes/{voter}"):
+            write_json(root / f"timings/{name}.json", {"seconds": 1.5, "environment": ENVIRONMENT})
     if config.derived["denoiser"]:
         write_json(root / "timings/denoiser.json", {"seconds": 61.5, "environment": ENVIRONMENT})
         for part in ("gaussian/sigma_0.001", "gaussian/sigma_0.25"):
@@ -163,6 +166,7 @@ def make_model(config: Config, folder: Path, method: str, sigma: float, skill: f
     experts = 1 if kind.joint is None else len(config.sigmas)
     finetune = 8448.0 * epochs * experts * (kind.joint or 1)
     compute = {"finetune": finetune, "pretrain_share": share * experts, "soft_label_share": 0.0}
+    compute |= {"joint": 5e5} if kind.can_pass else {}
     write_json(folder / "config.json", details | {"compute": compute})
 
 

@@ -14,7 +14,7 @@ from rrcm.utils.files import read_json, write_json
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple:
     """Settings and the folder of an invented run; whoever changes a file restores it."""
-    config = make_config([], methods=["rrcm", "rrcm_joint", "rrcm_joint_third", "consistency_joint"])
+    config = make_config([], methods=["rrcm", "rrcm_joint", "rrcm_joint_third", "rrcm_joint_pass", "consistency_joint"])
     folder = tmp_path_factory.mktemp("joint")
     make_inputs(config, folder)
     return config, folder
@@ -32,12 +32,25 @@ def test_each_sigma_bears_its_share_of_the_joint_training(run):
     assert last.tolist() == pytest.approx([model["finetune"] / 2 + 4e5] * 2)
 
 
-def test_a_third_of_the_passes_is_not_compared_as_equal(run):
+def test_what_a_method_that_can_pass_continues_is_part_of_its_cost(run):
+    """The fine-tuning and the seconds of the joint model, and those of its votes."""
+    config, folder = run
+    inputs = read_inputs(config, folder)
+    row = inputs.budgets.set_index(["method", "sigma"]).loc["rrcm_joint_pass", 0.25]
+    model = read_json(folder / "models/rrcm_joint_pass/joint/config.json")["compute"]
+    before = inputs.budgets.set_index(["method", "sigma"]).loc["rrcm_joint", 0.25]
+    assert row["preparation_passes"] == before["preparation_passes"] + model["joint"] / 2
+    assert row["preparation_seconds"] == before["preparation_seconds"] + 3.0 / 2
+
+
+def test_a_third_of_the_passes_is_not_compared_as_equal_and_no_more_than_all(run):
     inputs = read_inputs(*run)
-    assert "rRCM, joint 1/3" in render(*run, inputs, [str(i) for i in range(10)])
+    page_text = render(*run, inputs, [str(i) for i in range(10)])
+    assert "rRCM, joint 1/3" in page_text and "rRCM, joint, pass" in page_text
     compared = {comparison.name: comparison.table for comparison in page._headline(run[0], inputs)}
     assert set(compared) == {"equal fine-tuning budget", "equal total compute"}
     assert all("rRCM, joint " in table and "joint 1/3" not in table for table in compared.values())
+    assert "joint, pass" not in compared["equal fine-tuning budget"]
 
 
 def test_a_model_for_other_sigmas_is_refused(run):

@@ -111,6 +111,21 @@ def test_a_joint_training_gets_what_its_experts_get_together_or_a_third(plan, ex
         assert budget.planned_epochs == 6
 
 
+@pytest.mark.parametrize("by_passes", [False, True])
+def test_passes_are_trained_on_top_of_the_joint_training(plan, by_passes):
+    settings = ["sigmas=[0.25,0.5,1.0]", f"finetune.equal_passes={by_passes}", "finetune.pass_share=0.25"]
+    settings += ["finetune.pass_votes=7"]
+    _, joint = plan("smoothadv_joint", *settings, sigma="joint")
+    _, budget = plan("smoothadv_joint_pass", *settings, sigma="joint")
+    unit = 1 if by_passes else joint.epoch_steps
+    assert abs(budget.total_steps - joint.total_steps / 4) <= unit / 2
+    assert budget.step_compute == 2 * budget.step_images == 2 * joint.step_images  # forward passes of 2 noisy copies
+    assert budget.joint == joint.compute + 7 * 3 * 100 * 128
+    assert budget.account == {**joint.account, "finetune": budget.compute, "joint": budget.joint}
+    assert (budget.planned_epochs, budget.schedule_epochs) == (joint.planned_epochs, budget.planned_epochs)
+    assert "joint" in budget.identity and "joint" not in joint.identity and "joint" not in joint.account
+
+
 def test_a_third_of_three_experts_trains_like_one(plan):
     sigmas = "sigmas=[0.25,0.5,1.0]"
     assert plan("rrcm_joint_third", sigmas, sigma="joint")[1].epochs == plan("rrcm", sigmas)[1].epochs == 6

@@ -256,7 +256,7 @@ def test_soft_labels_are_those_of_the_images_and_are_mixed_like_them(project, mi
     labels, index = torch.arange(8) % 5, torch.tensor([3, 1, 4, 11, 5, 9, 2, 6])
     soft_labels = torch.zeros(12, 5)
     soft_labels[index, labels] = 1.0
-    targets = Targets(settings, 5, 0, torch.device("cpu"), soft_labels)
+    targets = Targets(settings, 5, 0, torch.device("cpu"), {"soft_label": soft_labels})
     batch = {"image": torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 1, 8, 8), "label": labels}
     for step in range(5):
         found = targets(batch | {"index": index}, step)
