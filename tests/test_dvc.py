@@ -83,7 +83,7 @@ def test_a_joint_method_is_trained_once_and_certified_at_each_sigma(tmp_path):
     index = Repo.init(str(tmp_path), no_scm=True).index
     stages = {stage.name: stage for stage in index.stages if "rrcm_joint" in stage.name}
     certifications = [f"certify@rrcm_joint-{sigma}" for sigma in (0.25, 0.5)]
-    assert set(stages) == {"finetune@rrcm_joint-joint", *certifications}
+    assert set(stages) == {"finetune@rrcm_joint-joint", *certifications, "certify-cascade@rrcm_joint"}
     training = stages["finetune@rrcm_joint-joint"]
     assert training.cmd == "python stages/finetune.py rrcm_joint joint"
     assert "models/pretrain/rrcm" in {dep.def_path for dep in training.deps}
