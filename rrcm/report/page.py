@@ -20,7 +20,7 @@ from rrcm.evaluation.metrics import (
     best_sigma_table,
     on_common_images,
 )
-from rrcm.methods import METHODS, denoising_classifier
+from rrcm.methods import METHODS, denoising_classifier, expert_of
 from rrcm.report.deployment import shortfalls
 from rrcm.report.inputs import Inputs
 from rrcm.report.panels import panel_groups
@@ -153,9 +153,9 @@ def _template() -> jinja2.Template:
 def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
     """The comparisons at equal fine-tuning budget, at equal total compute and at any cost that have several methods.
 
-    Methods that denoise have no budget in common with the others, so they are compared with all of them at any cost.
-    Joint trainings with a part of their experts' passes are in neither of the other two, and methods that can pass take
-    more than the equal fine-tuning budget.
+    A joint network and its own experts are not several methods. Methods that denoise have no budget in common with the
+    others, so they are compared with all of them at any cost. Joint trainings with a part of their experts' passes are
+    in neither of the other two, and methods that can pass take more than the equal fine-tuning budget.
     """
     passes = inputs.budgets.groupby("method")["total_passes"].sum()
     total = [name for name in config.methods if METHODS[name].matched or config.finetune.uses_pretraining(name)]
@@ -172,7 +172,8 @@ def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
         "equal total compute": [name for name in total if least <= passes[name] <= most],
         "any cost": config.methods if denoising else [],
     }
-    return [_comparison(config, inputs.certificates, *each) for each in groups.items() if len(each[1]) > 1]
+    several = {name: group for name, group in groups.items() if len(set(map(expert_of, group))) > 1}
+    return [_comparison(config, inputs.certificates, *each) for each in several.items()]
 
 
 def _comparison(config: Config, certificates: Certificates, name: str, methods: Sequence[str]) -> Comparison:
