@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
+from rrcm.utils.app import resume_gc
 from rrcm.certification.cascade_thresholds import certified_radii, claim_bounds
 from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.models.folders import read_model_config
@@ -32,6 +33,7 @@ from rrcm.objectives.passing import add_pass, pass_targets
 from rrcm.report.figures import figure_style, save
 from rrcm.utils.pixels import to_model_space, to_unit_range
 
+resume_gc()
 RADII = [0.25 * k for k in range(9)]
 SMALL, LARGE = slice(0, 3), slice(5, 9)  # of RADII
 N, ALPHA = 1000, 0.001

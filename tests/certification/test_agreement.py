@@ -104,7 +104,7 @@ def audit(first: list[RowVotes], second: list[RowVotes], record: object, false_a
 @pytest.fixture
 def record():
     class Record:
-        sigma = 0.5
+        sigmas = (0.5,)
 
     return Record
 
@@ -139,13 +139,13 @@ def raised(row: RowVotes) -> RowVotes:
     return row._replace(votes=row.votes | {"1000": votes})
 
 
-def test_one_vote_is_enough_where_counts_must_be_equal():
+def test_one_vote_is_enough_where_counts_must_be_equal(record):
     first, _ = rows_of(np.random.default_rng(3), 5)
     votes = dict(first[2].votes["300"])
     votes |= {"0": votes["0"] + 1, "1": votes["1"] - 1}
     changed = [*first[:2], first[2]._replace(votes=first[2].votes | {"300": votes}), *first[3:]]
-    assert not compare_equal("file.tsv", 5, first, first).problems
-    found = compare_equal("file.tsv", 5, changed, first)
+    assert not compare_equal("file.tsv", record, 5, first, first).problems
+    found = compare_equal("file.tsv", record, 5, changed, first)
     assert found.problems == ["file.tsv: image 2: 1 of 300 votes differ when counted again"]
 
 
