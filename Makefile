@@ -2,8 +2,9 @@
 # make publish    freeze the finished run in results/NAME/; NAME=digits names it (default: the name of its report)
 # make verify     verify the published results without training: redraw, recompute, vote again; NAME=digits for one
 # make redraw     bring published results up to date with new settings and a new report, without training; NAME=digits for one
-# make test       run the linter and all tests
+# make test       run the linter and all tests but the thorough ones
 # make test-fast  run the linter and the tests that are not slow
+# make test-thorough  run further cases of tests that `make test` has in fewer cases
 # make install    only create the environment: .venv with the versions in constraints.txt
 # make params     compose conf/ into params.yaml, and list all settings in docs/settings.md; PROFILE=cifar10 for another profile
 #
@@ -36,7 +37,10 @@ redraw: $(VENV)/.installed
 	@python stages/redraw.py $(NAME)
 
 test: lint
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not thorough'
+
+test-thorough: lint
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m thorough
 
 test-fast: lint
 	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not slow'
@@ -70,4 +74,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-.PHONY: repro publish verify redraw test test-fast lint install params
+.PHONY: repro publish verify redraw test test-fast test-thorough lint install params

@@ -233,6 +233,7 @@ def test_an_image_has_one_answer():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("stopping", ["sequential", "fixed"])
 @pytest.mark.parametrize("passes", [False, True])
 def test_a_killed_run_continues_from_its_journal(tmp_path: Path, passes: bool, stopping: str):

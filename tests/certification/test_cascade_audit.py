@@ -133,6 +133,7 @@ OTHERWISE = {
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE)
 def test_an_honest_file_is_verified_with_other_rounding(result: Path, settings: Settings):
     outcome = audit(result, settings=settings)

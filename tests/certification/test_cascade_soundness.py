@@ -305,6 +305,7 @@ def test_certificates_are_false_no_more_often_than_alpha(case: str):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "alpha"), [*product(EDGES, [0.001]), *((edge, 0.05) for edge in EDGES if edge not in QUICK)]
 )
@@ -372,6 +373,7 @@ def test_choosing_class_and_path_keeps_alpha(world: str):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("world", [world for world in WORLDS if world != "all paths alike"])
 def test_choosing_class_and_path_keeps_alpha_in_other_worlds(world: str):
     check_world(world)
