@@ -237,7 +237,7 @@ def check_methods() -> None:
             raise RRCMError(f"rrcm/methods.py: {name} has colour {row.colour!r}; write it as #0072B2")
         if colours[row.colour.lower()] > 1:
             raise RRCMError(f"rrcm/methods.py: {name} has colour {row.colour}, as another method; give each its own")
-        if row.matched and len(row.label) > MAX_LABEL:
+        if row.matched and row.joint is None and len(row.label) > MAX_LABEL:
             raise RRCMError(
                 f"rrcm/methods.py: {name} has label {row.label!r}, too long for a legend; shorten it to {MAX_LABEL} "
                 "characters"

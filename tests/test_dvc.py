@@ -402,10 +402,13 @@ def test_an_edited_expert_reruns_the_cascade_of_its_method_alone(with_cascade, t
         (Edit("choose_n", settings=["cascade.choose_n=7"]), {"certify-cascade@rrcm", "plot"}),
         (
             Edit("the candidates", replace("rrcm/certification/cascade_thresholds.py", "0.1 . k", "0.2 * k")),
-            {"certify-cascade@rrcm"},
+            {"certify-cascade@rrcm", "latency"},
         ),
         (Edit("n", settings=["certify.n=1500"]), {"certify-cascade@rrcm", "plot", "certify"}),
-        (Edit("another method", settings=["cascade.methods=[gaussian]"]), {"certify-cascade@gaussian", "plot"}),
+        (
+            Edit("another method", settings=["cascade.methods=[gaussian]"]),
+            {"certify-cascade@gaussian", "latency", "plot"},
+        ),
     ],
     ids=lambda each: each.name if isinstance(each, Edit) else "",
 )
