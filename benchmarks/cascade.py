@@ -26,7 +26,7 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.evaluation.attack import RADIUS_FRACTION, smoothed_target, worst_predictions
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import model_name
-from rrcm.models.kinds import load_model_folder
+from rrcm.models.kinds import load_scales
 from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import describe_environment
@@ -67,7 +67,7 @@ def table(
             }
             rows = {}
             for name, tau in thresholds.items():
-                deployed, _ = load_cascade(run, method, levels, tau)
+                deployed = cascade.with_thresholds(tau)
                 rules = CERTIFICATES if name == "0" else (LABEL_AWARE,)
                 for rule in rules:
                     title = f"cascade, τ {name}: {', '.join(f'{each:g}' for each in tau)}"
@@ -122,11 +122,10 @@ def load_cascade(
     run: Path, method: str, sigmas: Sequence[float], thresholds: Sequence[float], **options: int
 ) -> tuple[CascadedClassifier, int]:
     """The cascade of a method, of experts or of a joint network, and the size of its images."""
-    folders = [run / "models" / method / model_name(method, sigma) for sigma in sigmas]
-    loaded = [load_model_folder(folder, sigma=sigma) for folder, sigma in zip(folders, sigmas, strict=True)]
-    models = [each.classifier for each in loaded]
-    options = {"precision": "auto"} | options
-    cascade = CascadedClassifier(models, sigmas, thresholds, loaded[0].num_classes, **options)
+    names = dict.fromkeys(model_name(method, sigma) for sigma in sigmas)
+    loaded, can_pass = load_scales([run / "models" / method / name for name in names], sigmas)
+    options = {"num_classes": loaded[0].num_classes, "can_pass": can_pass, "precision": "auto"} | options
+    cascade = CascadedClassifier([each.classifier for each in loaded], sigmas, thresholds, **options)
     return cascade, loaded[0].image_size
 
 

@@ -6,8 +6,8 @@ In a project with data/shards and models/NAME_joint/joint:
     python benchmarks/pass_training.py figure NAME_joint pass.png    # small against large radii
 
 The encoder is frozen, as in the training of the product, so its representations of noisy images are computed once. They
-are kept in pass_features/. Each rule then trains a head on them, in seconds. Certificates are binary, at tau 0, and
-those of N samples that fall as fewer samples did.
+are kept in pass_features/. Each rule then trains a head on them, in seconds. Certificates are binary and at tau 0. They
+assume that N samples would vote in the proportions of the fewer samples that were drawn.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def read_features(folder: Path, sigmas: list[float], name: str) -> Features:
     """The representations of a split of SPLITS, computed at the first call."""
     path, (split, every, copies) = FOLDER / f"{folder.parent.name}-{name}.npz", SPLITS[name]
     if not path.exists():
-        scales, generator, by_sigma = load_scales(folder, sigmas)[0], torch.Generator().manual_seed(0), []
+        scales, generator, by_sigma = load_scales([folder], sigmas)[0], torch.Generator().manual_seed(0), []
         pixels, labels, _ = read_split(ShardedDataset(SHARDS, split), scales[0].image_size, every)
         for scale, sigma in zip(scales, sigmas, strict=True):
             rows = []
@@ -190,7 +190,7 @@ def rows_of(method: str) -> Iterator[dict[str, object]]:
     """A row for the best of three deployments, the joint model, and each trial with each bias."""
     folder = Path("models") / method / "joint"
     sigmas = list(read_joint(folder, read_model_config(folder)).sigmas)
-    narrow = load_scales(folder, sigmas)[0][0].classifier.head.requires_grad_(False)
+    narrow = load_scales([folder], sigmas)[0][0].classifier.head.requires_grad_(False)
     features, held = (read_features(folder, sigmas, name) for name in ("train", "val"))
     labels, num_classes = held.labels.numpy(), narrow.out_features
     with torch.inference_mode():

@@ -42,9 +42,9 @@ FAMILIES = (
 
 # The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
 # The three columns after the name decide the result, the others the appearance. A method that starts from random
-# weights also exists as NAME_matched. All of these, except those that denoise, also exist as NAME_joint, one network
-# for all sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Those that
-# are no ensembles also exist as NAME_joint_pass, which is NAME_joint with one more output, for "pass".
+# weights also exists as NAME_matched. Every method that does not denoise also exists as NAME_joint, one network for all
+# sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Unless it is an
+# ensemble, it also exists as NAME_joint_pass, which is NAME_joint with one more output, for "pass".
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -209,6 +209,12 @@ def continued_method(method: str) -> str:
 def model_name(method: str, sigma: float) -> str:
     """The name of the model folder, below models/METHOD/, of a method at pixel noise `sigma`."""
     return JOINT if METHODS[method].joint is not None else f"sigma_{float(sigma)}"
+
+
+def require_method(method: str) -> None:
+    """Raise `RRCMError` for a name that is no method's."""
+    if method not in METHODS:
+        raise RRCMError(f"{method}: no such method; rrcm/methods.py has {', '.join(METHODS)}")
 
 
 def check_methods() -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from rrcm.certification.certify import certify_split
 from rrcm.certification.results import sigma_name
 from rrcm.config import load_config
-from rrcm.methods import METHODS, model_name
-from rrcm.utils.errors import RRCMError
+from rrcm.methods import model_name, require_method
 
 
 def main(
@@ -27,8 +26,7 @@ def main(
     """Certify METHOD at the smoothing noise SIGMA (pixel units). A killed run continues."""
     name = f"{method}/{sigma_name(sigma)}"
     config = load_config(params)
-    if method not in METHODS:
-        raise RRCMError(f"{method}: no such method; rrcm/methods.py has {', '.join(METHODS)}")
+    require_method(method)
     files = models / method / model_name(method, sigma), certificates / f"{name}.tsv", timings / f"{name}.json"
     certify_split(config, sigma, shards, *files, max_images=config.denoised.max_images.get(method))
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from rrcm.certification.certify_cascade import certify_cascade_split
 from rrcm.config import load_config
-from rrcm.methods import METHODS, model_name
-from rrcm.utils.errors import RRCMError
+from rrcm.methods import model_name, require_method
 
 
 def main(
@@ -26,8 +25,7 @@ def main(
 ) -> None:
     """Certify the cascade of METHOD at the sigmas of the settings. A killed run continues."""
     config = load_config(params)
-    if method not in METHODS:
-        raise RRCMError(f"{method}: no such method; rrcm/methods.py has {', '.join(METHODS)}")
+    require_method(method)
     names = dict.fromkeys(model_name(method, sigma) for sigma in config.cascade_sigmas)
     folders = [models / method / name for name in names]
     files = certificates / method, timings / f"{method}.json"

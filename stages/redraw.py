@@ -29,7 +29,7 @@ def redraw_results(
     ] = None,
     models: Annotated[str | None, typer.Option(help="Methods whose networks stay, such as rrcm,dds.")] = None,
 ) -> None:
-    """Bring the settings of published results to those of the code, and draw their reports again."""
+    """Bring the settings of published results up to date with the code, and draw their reports again."""
     root, settings = Path(), settings or []
     check_committed(root)
     finish_killed(root)

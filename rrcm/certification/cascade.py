@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -168,11 +167,11 @@ class CascadedClassifier(nn.Module):
         for impossible images and indices.
         """
         identified = identify(images, None, indices, self.num_classes)
-        votes = np.zeros((len(identified), len(self.scales), self.num_classes), np.int64)
-        for (i, (index, image, _)), (k, scale) in product(enumerate(identified), enumerate(self.scales)):
-            (counts,) = scale.count_votes([SampleRequest(image, index, PREDICT, 0, n)])
-            votes[i, k] = counts[: self.num_classes]
-        return votes
+        if not identified:
+            return np.zeros((0, len(self.scales), self.num_classes), np.int64)
+        indices, given, _ = zip(*identified, strict=True)
+        counts = [scale.count_samples(given, indices, PREDICT, n)[:, : self.num_classes] for scale in self.scales]
+        return np.stack(counts, axis=1)
 
     def image_states(
         self,

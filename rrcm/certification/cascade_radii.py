@@ -19,7 +19,7 @@ so scale k accepts c. If r < B_k, then each R_k(c') is either below tau_k or bel
 passes the image on. Along path j, the scales above j accept c or pass, and scale j accepts c. The inequalities are
 strict, so equally likely classes play no role.
 
-Jeong & Shin (NeurIPS 2023) certify the same F. Their radius is that of the path that ends at the scale which accepts
+Jeong & Shin (NeurIPS 2023) certify the same F. Their radius belongs to the path that ends at the scale which accepts
 the image itself, with Q_k(c) + tau_k in place of B_k.
 """
 

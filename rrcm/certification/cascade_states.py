@@ -28,8 +28,8 @@ class CascadeCertificate:
     """The cascade answers `prediction` at every point closer to the image than the L2 `radius` (pixel units).
 
     `prediction` is a class or ABSTAIN. `path` has the claims on which the certificate rests, each with its sigma, from
-    the sigma that accepts the class upwards; it is empty where nothing is certified. The other attributes are those of
-    `Certificate`.
+    the sigma that accepts the class upwards; it is empty where nothing is certified. `Certificate` has the
+    other attributes too.
     """
 
     prediction: int
@@ -190,7 +190,7 @@ def replay(
 ) -> CascadeState:
     """The state to which the selection votes of each scale and the votes of the kept looks lead.
 
-    The arguments are as in a `CascadeState`. The numbers of samples include those of the looks that decided nothing,
+    The arguments are as in a `CascadeState`. The numbers of samples include the looks that decided nothing,
     since `next_samples` says at which looks the scales were. The image, its index and the seconds are unknown. Raises
     ValueError for votes that no sampling leads to.
     """

@@ -15,14 +15,15 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from rrcm.certification.cascade_rules import CascadeRule
+from rrcm.certification.cascade_rules import LABEL_AWARE, MULTI_SCALE, CascadeRule
 from rrcm.certification.cascade_states import CascadeState, cascade_certificate, replay
 from rrcm.certification.results import CASCADE_SAMPLES, COLUMNS, UNKNOWN, VOTES
 from rrcm.certification.states import Votes
-from rrcm.certification.votes import counts_text, parse_counts
+from rrcm.certification.votes import counts_text, parse_counts, replay_rows
+from rrcm.methods import CASCADE, MULTI_SCALE_FILE
 from rrcm.utils.arguments import shown
-from rrcm.utils.errors import RRCMError
 
+CASCADE_FILES = {LABEL_AWARE: CASCADE, MULTI_SCALE: MULTI_SCALE_FILE}  # the names of files, by their certificates
 ASKED = re.compile(r"([^/= ]+)=([^= ]+)")  # a sigma and its votes
 LOOK = re.compile(r"([^/= ]+)/([1-9][0-9]{0,9})=([^= ]+)")  # a sigma, its samples and their votes
 
@@ -82,13 +83,9 @@ def recompute_cascade(frame: pd.DataFrame, rule: CascadeRule, num_classes: int, 
     `labelled` says whether sampling stopped as soon as the chosen class was not the label. Raises `RRCMError` for the
     first image with votes that `rule` cannot lead to.
     """
-    states = []
-    for row in frame.itertuples():
-        try:
-            votes = parse_selection(row.selection, rule.sigmas), parse_votes(row.votes, rule.sigmas)
-            state = replay(*votes, row.label if labelled else None, rule, num_classes)
-        except ValueError as error:
-            raise RRCMError(f"image {row.idx}: {error}") from None
-        state.index, state.label = row.idx, None if row.label == UNKNOWN else row.label
-        states.append(state)
-    return cascade_frame(states, rule, num_classes)
+
+    def replay_row(row: tuple, label: int | None) -> CascadeState:
+        votes = parse_selection(row.selection, rule.sigmas), parse_votes(row.votes, rule.sigmas)
+        return replay(*votes, label, rule, num_classes)
+
+    return cascade_frame(replay_rows(frame, replay_row, labelled), rule, num_classes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rrcm.certification.driver import finish_states
+from rrcm.certification.driver import State, finish_states
 from rrcm.certification.journal import is_possible_state
 from rrcm.certification.record import make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables
@@ -34,7 +34,7 @@ class SplitVoter:
 
     config: Config
     images: ShardedDataset
-    scales: Sequence[SmoothedClassifier]  # one, or those of a cascade, all on the same device
+    scales: Sequence[SmoothedClassifier]  # one, or all that a cascade has, on the same device
     batch_size: int  # noisy samples per forward pass
     queue: WorkQueue
     inputs: dict[str, str]  # SHA-256 of `shards`, and of each model folder by a name
@@ -70,6 +70,18 @@ class SplitVoter:
             "processes": self.queue.world_size,
             "environment": describe_environment(self.smoothed.device),
         }
+
+    def describe_votes(self, states: Sequence[State]) -> dict[str, object]:
+        """`describe_time` of the votes for all images."""
+        return self.describe_time(sum(state.seconds for state in states), sum(state.samples for state in states))
+
+    def record_entries(self, max_images: int | None) -> dict[str, object]:
+        """The entries of the record of certificates that follow from the settings and the split."""
+        settings = self.config.certify
+        limits = [settings.max_images, max_images]
+        data = {"sha256": self.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits}
+        size = self.config.data.image_size
+        return {"data": data, "image_size": size, "labelled": True, "compile": settings.compile} | settings.rule
 
 
 def open_split(config: Config, sigma: float, shard_folder: Path | str, split: str, model_folder: Path) -> SplitVoter:
@@ -144,26 +156,12 @@ def certify_split(
 
 def _describe_certificates(voter: SplitVoter, tables: dict[Path, bytes], kind: str, max_images: int | None) -> bytes:
     """The record of the certificate tables, for a model folder of this kind."""
-    settings, limits = voter.config.certify, [voter.config.certify.max_images, max_images]
-    record = make_record(
-        voter.smoothed,
-        voter.batch_size,
-        tables,
-        model={"kind": kind, "sha256": voter.inputs["model"]},
-        data={"sha256": voter.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits},
-        image_size=voter.config.data.image_size,
-        labelled=True,
-        compile=settings.compile,
-        **settings.rule,
+    model = {"kind": kind, "sha256": voter.inputs["model"]}
+    return record_bytes(
+        make_record(voter.smoothed, voter.batch_size, tables, model=model, **voter.record_entries(max_images))
     )
-    return record_bytes(record)
 
 
-def describe_states(voter: SplitVoter, states: Sequence[ImageState]) -> dict[str, object]:
-    """The entries of a file of timings: what the images have cost, each and all together.
-
-    The states may also be those of a cascade.
-    """
-    seconds, samples = sum(state.seconds for state in states), sum(state.samples for state in states)
-    by_image = {str(state.index): state.seconds for state in states}
-    return voter.describe_time(seconds, samples) | {"seconds_by_image": by_image}
+def describe_states(voter: SplitVoter, states: Sequence[State]) -> dict[str, object]:
+    """The entries of a file of timings: what the images have cost, each and all together."""
+    return voter.describe_votes(states) | {"seconds_by_image": {str(state.index): state.seconds for state in states}}

@@ -11,34 +11,32 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from rrcm import methods
-from rrcm.certification import validation_votes
+from rrcm.certification import split_votes
 from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.cascade_rules import CERTIFICATES, LABEL_AWARE, MULTI_SCALE, CascadeRule, make_cascade_rule
 from rrcm.certification.cascade_states import CascadeState, is_possible_cascade_state, new_state
-from rrcm.certification.cascade_votes import cascade_frame
+from rrcm.certification.cascade_votes import CASCADE_FILES, cascade_frame
 from rrcm.certification.certify import SplitVoter, describe_states, open_images, smoothing_options
 from rrcm.certification.driver import finish_states
-from rrcm.certification.record import CascadeRecord, make_cascade_record, record_bytes, record_path
+from rrcm.certification.noise import PREDICT
+from rrcm.certification.record import make_cascade_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables, samples_path
+from rrcm.certification.split_votes import is_possible_votes, vote_stream
 from rrcm.certification.validation_votes import (
     ValidationState,
     choose_by_votes,
-    is_possible_validation_state,
     new_validation_states,
-    vote_stream,
     votes_table,
 )
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset
+from rrcm.methods import THRESHOLDS
 from rrcm.models.folders import read_model_config
-from rrcm.models.kinds import LoadedClassifier, load_model_folder, load_scales
+from rrcm.models.kinds import load_scales
 from rrcm.utils.distributed import DistEnv, WorkQueue, explain_lost_processes, from_main
 from rrcm.utils.files import json_bytes, sha256_folder, write_together
 from rrcm.utils.resume import RunState
 
-FILES = {LABEL_AWARE: f"{methods.CASCADE}.tsv", MULTI_SCALE: f"{methods.MULTI_SCALE_FILE}.tsv"}  # by their certificates
-THRESHOLDS = f"{methods.THRESHOLDS}.tsv"
 PARTS = ("seconds", "samples", "seconds_by_image")  # entries of the file of timings for each further file
 
 
@@ -74,13 +72,14 @@ def certify_cascade_split(
     done = {rule: certify_by(rule, replace(voter, queue=WorkQueue(env, rule)), cascade, max_images) for rule in rules}
     if not env.is_main:
         return
-    votes = {output / THRESHOLDS: votes_table(choice.states, cascade.sigmas)} if choice else {}
+    votes = {output / f"{THRESHOLDS}.tsv": votes_table(choice.states, cascade.sigmas)} if choice else {}
     contents = dict(votes)
     for rule, work in done.items():
-        tables = certificate_tables(output / FILES[rule], _frame(work, rule, cascade, config)) | votes
+        tables = certificate_tables(output / f"{CASCADE_FILES[rule]}.tsv", _frame(work, rule, cascade, config)) | votes
         entries = {"models": describe_models(model_folders), "chosen": chosen, "certificates": rule}
-        record = _make_record(voter, cascade, tables, max_images, **entries)
-        contents |= tables | {record_path(output / FILES[rule]): record_bytes(record)}
+        entries |= voter.record_entries(max_images)
+        record = make_cascade_record(cascade, voter.batch_size, tables, **entries)
+        contents |= tables | {record_path(output / f"{CASCADE_FILES[rule]}.tsv"): record_bytes(record)}
     write_together(contents | {timing: _describe_time(voter, done, choice)})
     _delete_others(output, contents)
     for work in [*done.values(), *filter(None, [choice])]:
@@ -96,7 +95,7 @@ def open_cascade(
     """
     env, (images, *_) = open_images(config, shard_folder, "test", "val")
     sigmas = config.cascade_sigmas
-    scales, can_pass = load_base_classifiers(model_folders, sigmas)
+    scales, can_pass = load_scales(model_folders, sigmas)
     models = [scale.classifier.to(env.device) for scale in scales]
     settings = {"num_classes": scales[0].num_classes, "can_pass": can_pass, **smoothing_options(config)}
     cascade = CascadedClassifier(models, sigmas, [0.0] * (len(sigmas) - 1), **settings)
@@ -105,16 +104,6 @@ def open_cascade(
     inputs = {str(k): sha256_folder(folder) for k, folder in enumerate(model_folders)}
     inputs["shards"] = images.fingerprint
     return env, SplitVoter(config, images, list(cascade.scales), batch_size, WorkQueue(env, "images"), inputs), cascade
-
-
-def load_base_classifiers(folders: Sequence[Path], sigmas: Sequence[float]) -> tuple[list[LoadedClassifier], bool]:
-    """The base classifiers of a cascade, and whether all but the first can answer "pass".
-
-    `folders` are as for `certify_cascade_split`.
-    """
-    if len(folders) == 1:
-        return load_scales(folders[0], sigmas)
-    return [load_model_folder(folder, sigma=sigma) for folder, sigma in zip(folders, sigmas, strict=True)], False
 
 
 def describe_models(folders: Sequence[Path]) -> list[dict[str, str]]:
@@ -134,13 +123,13 @@ def find_thresholds(
         return settings.thresholds, None, None
     images, num_classes = ShardedDataset(shard_folder, "val"), voter.smoothed.num_classes
     states, size = new_validation_states(images), voter.config.data.image_size
-    run = voter.run_state("thresholds", settings.choose_n, validation_votes.__name__)
-    possible = {"n": settings.choose_n, "num_classes": num_classes, "sigmas": len(voter.scales)}
+    run = voter.run_state("thresholds", settings.choose_n, split_votes.__name__)
+    outputs = [scale.num_classes for scale in voter.scales]  # with "pass"
     finish_states(
         states,
-        partial(vote_stream, voter.scales, images, settings.choose_n, size),
+        partial(vote_stream, voter.scales, images, PREDICT, settings.choose_n, size),
         run,
-        partial(is_possible_validation_state, **possible),
+        partial(is_possible_votes, n=settings.choose_n, outputs=outputs),
         WorkQueue(env, THRESHOLDS),
         "choose thresholds",
     )
@@ -178,28 +167,6 @@ def _frame(work: Work, rule_name: str, cascade: CascadedClassifier, config: Conf
     return cascade_frame(work.states, make_rule(rule_name, cascade, config), cascade.num_classes)
 
 
-def _make_record(
-    voter: SplitVoter,
-    cascade: CascadedClassifier,
-    tables: Mapping[Path, bytes],
-    max_images: int | None,
-    **entries: object,
-) -> CascadeRecord:
-    """The record of the certificate `tables`. `entries` are those that the other arguments do not tell."""
-    settings, limits = voter.config.certify, [voter.config.certify.max_images, max_images]
-    return make_cascade_record(
-        cascade,
-        voter.batch_size,
-        tables,
-        data={"sha256": voter.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits},
-        image_size=voter.config.data.image_size,
-        labelled=True,
-        compile=settings.compile,
-        **settings.rule,
-        **entries,
-    )
-
-
 def _describe_time(voter: SplitVoter, done: Mapping[str, Work], choice: Work | None) -> bytes:
     """What the images have cost: for the cascade, by the published rule, and to choose thresholds."""
     timed = {rule: describe_states(voter, work.states) for rule, work in done.items()}
@@ -213,8 +180,8 @@ def _describe_time(voter: SplitVoter, done: Mapping[str, Work], choice: Work | N
 
 def _delete_others(output: Path, written: Iterable[Path]) -> None:
     """Delete the files that an earlier run with other settings has left beside the cascade's."""
-    names = [output / THRESHOLDS]
-    for table in (output / name for name in FILES.values()):
+    names = [output / f"{THRESHOLDS}.tsv"]
+    for table in (output / f"{name}.tsv" for name in CASCADE_FILES.values()):
         names += [table, samples_path(table), record_path(table)]
     for path in set(names) - set(written):
         path.unlink(missing_ok=True)

@@ -197,7 +197,7 @@ def make_cascade_record(
 
 
 def _describe(smoothed: SmoothedClassifier, batch_size: int, tables: Mapping[Path, bytes]) -> dict[str, object]:
-    """The entries about the computation and the tables. A cascade computes alike at all sigmas."""
+    """The entries about the computation and the tables. A cascade computes in the same way at all sigmas."""
     return {
         "format": FORMAT,
         "seed": smoothed.seed,

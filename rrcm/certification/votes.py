@@ -7,7 +7,8 @@ look has certified it, so the votes at the last look alone do not determine the 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import pandas as pd
 
@@ -17,6 +18,7 @@ from rrcm.certification.stopping import ABSTAIN, WRONG_CLASS, StoppingRule
 from rrcm.utils.arguments import shown
 from rrcm.utils.errors import RRCMError
 
+S = TypeVar("S")  # the state of an image, on its way through a smoothed classifier or a cascade
 COUNT = re.compile(r"(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,9})")  # a class and its votes
 LOOK = re.compile(r"([1-9][0-9]{0,9})=(.+)")
 
@@ -83,13 +85,25 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
     `labelled` says whether sampling stopped as soon as the chosen class was not the label. Raises `RRCMError` for the
     first image with votes that `rule` cannot lead to.
     """
+
+    def replay_row(row: tuple, label: int | None) -> ImageState:
+        return replay(parse_selection(row.selection), parse_votes(row.votes), label, rule, num_classes)
+
+    return certificate_frame(replay_rows(frame, replay_row, labelled), rule, num_classes)
+
+
+def replay_rows(frame: pd.DataFrame, replay_row: Callable[[tuple, int | None], S], labelled: bool) -> list[S]:
+    """The states to which the votes in the rows of a samples file lead.
+
+    `replay_row` takes a row and the label that the sampling knew. Raises `RRCMError` for the first image for which it
+    raises ValueError.
+    """
     states = []
     for row in frame.itertuples():
         try:
-            votes = parse_selection(row.selection), parse_votes(row.votes)
-            state = replay(*votes, row.label if labelled else None, rule, num_classes)
+            state = replay_row(row, row.label if labelled else None)
         except ValueError as error:
             raise RRCMError(f"image {row.idx}: {error}") from None
         state.index, state.label = row.idx, None if row.label == UNKNOWN else row.label
         states.append(state)
-    return certificate_frame(states, rule, num_classes)
+    return states

@@ -25,7 +25,6 @@ from torch import nn
 
 from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.certify import make_smoothed_classifier, smoothing_options
-from rrcm.certification.certify_cascade import load_base_classifiers
 from rrcm.certification.noise import FORWARD, CounterDraw
 from rrcm.certification.record import CascadeRecord, read_record, record_path
 from rrcm.certification.results import ABSTAIN, COLUMNS, read_certificates, sigma_name
@@ -36,7 +35,7 @@ from rrcm.data.verification import verify_shards
 from rrcm.evaluation.metrics import certified_accuracy
 from rrcm.methods import CASCADE, model_name
 from rrcm.models.base_classifiers import BaseClassifier
-from rrcm.models.kinds import load_model_folder
+from rrcm.models.kinds import load_model_folder, load_scales
 from rrcm.objectives.adversarial import ascend
 from rrcm.utils.distributed import explain_out_of_memory, pick_device, set_threads
 from rrcm.utils.errors import RRCMError
@@ -271,7 +270,7 @@ def cascade_targets(
         wrong = f"is not about the cascade of the sigmas {sigmas}"
         raise RRCMError(f"{record_path(certificates)}: {wrong}; run `dvc repro certify-cascade` again")
     folders = [models / name for name in dict.fromkeys(model_name(method, sigma) for sigma in sigmas)]
-    scales, can_pass = load_base_classifiers(folders, sigmas)
+    scales, can_pass = load_scales(folders, sigmas)
     classifiers = [scale.classifier.to(device) for scale in scales]
     options = smoothing_options(config) | {"can_pass": can_pass, "num_noise": config.attack.num_noise}
     cascade = CascadedClassifier(classifiers, sigmas, record.thresholds, scales[0].num_classes, **options)

@@ -18,7 +18,6 @@ from torch import nn
 
 from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.certify import smoothing_options
-from rrcm.certification.certify_cascade import load_base_classifiers
 from rrcm.certification.noise import ESTIMATE
 from rrcm.certification.results import sigma_name
 from rrcm.certification.smoothing import SampleRequest, SmoothedClassifier
@@ -27,7 +26,7 @@ from rrcm.data.shards import ShardedDataset, read_split
 from rrcm.methods import model_name
 from rrcm.models.denoised import DenoisedClassifier
 from rrcm.models.ensembles import Ensemble
-from rrcm.models.kinds import load_model_folder
+from rrcm.models.kinds import load_model_folder, load_scales
 from rrcm.models.vit import parameter_count
 from rrcm.utils.distributed import pick_device, set_threads
 from rrcm.utils.files import write_json
@@ -93,7 +92,7 @@ def open_cascade(config: Config, models: Path, smoothed: SmoothedClassifier) -> 
     """
     sigmas, thresholds = config.cascade_sigmas, config.cascade.thresholds
     folders = [models / name for name in dict.fromkeys(model_name(models.name, sigma) for sigma in sigmas)]
-    scales, can_pass = load_base_classifiers(folders, sigmas)
+    scales, can_pass = load_scales(folders, sigmas)
     thresholds = [0.0] * (len(sigmas) - 1) if thresholds == "chosen" else thresholds
     options = smoothing_options(config) | {"can_pass": can_pass, "batch_size": smoothed.batch_size}
     classifiers = [scale.classifier.to(smoothed.device) for scale in scales]
@@ -111,7 +110,7 @@ def time_cascade(
 ) -> None:
     """Add a round to the `record` of a cascade: seconds per sample at each sigma, and per image to predict.
 
-    `single_predict_seconds` are those of the single classifier `smoothed`.
+    `single_predict_seconds` is the time of the single classifier `smoothed`.
     """
     for scale, seconds in zip(cascade.scales, record["seconds_per_sample"].values(), strict=True):
         seconds.append(seconds_to_vote(scale, images, samples) / samples)

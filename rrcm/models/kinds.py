@@ -65,14 +65,17 @@ def load_model_folder(
 
 
 def load_scales(
-    folder: Path | str, sigmas: Sequence[float], *, outside_range: bool = False
+    folders: Sequence[Path | str], sigmas: Sequence[float], *, outside_range: bool = False
 ) -> tuple[list[LoadedClassifier], bool]:
-    """The base classifiers of a cascade: the model in one folder for each of the increasing `sigmas`, and whether all
-    but the first have the output "pass".
+    """The base classifiers of a cascade at increasing `sigmas`, and whether all but the first have the output "pass".
 
-    Its weights are in memory once if its training was joint. Raises `RRCMError` as `load_model_folder` does.
+    `folders` has one model for each sigma, or only one for all of them. The weights of a joint model are in memory
+    once. Raises `RRCMError` as `load_model_folder` does.
     """
-    folder = Path(folder)
+    if len(folders) > 1:
+        pairs = zip(folders, sigmas, strict=True)
+        return [load_model_folder(each, sigma=sigma, outside_range=outside_range) for each, sigma in pairs], False
+    folder = Path(folders[0])
     config = read_model_config(folder)
     can_pass, joint = bool(config.get("can_pass")), read_joint(folder, config) is not None
     scales = [load_model_folder(folder, sigma=sigmas[0], outside_range=outside_range, keep_pass=True)]

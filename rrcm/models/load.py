@@ -97,7 +97,7 @@ def _load_for_all(
         raise RRCMError(f"{model}: is no joint model, whose sigmas are known; give the sigmas of the cascade")
     sigmas = list(sigmas or joint.sigmas)
     if folder:
-        scales, can_pass = load_scales(path, sigmas, outside_range=outside_range)
+        scales, can_pass = load_scales([path], sigmas, outside_range=outside_range)
     else:
         scales = [load_base_classifier(model, sigma=sigmas[0])] * len(sigmas)
     if joint is None and (trained_for := scales[0].sigma) is not None:

@@ -13,8 +13,8 @@ from rrcm.objectives.joint import JointObjective
 def pass_targets(votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The share of pass in the target of each image at each sigma: (N, S) float32 in [0, 1].
 
-    `votes` (N, S, K) count the votes for N images at increasing sigmas, and `labels` (N,) are their classes. The share
-    is that of the votes that are wrong, if most votes at some smaller sigma are right. Otherwise it is 0.
+    `votes` (N, S, K) count the votes for N images at increasing sigmas, and `labels` (N,) are their classes. It is the
+    share of wrong votes if most votes at some smaller sigma are right. Otherwise it is 0.
     """
     share = votes / votes.sum(-1, keepdims=True)
     is_label = np.arange(share.shape[-1]) == np.asarray(labels)[:, None, None]

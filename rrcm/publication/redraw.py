@@ -36,8 +36,8 @@ def redraw(
 ) -> Update | None:
     """Replace the settings and the report of a published result; returns the change of its settings.
 
-    None means that it was up to date. `confirmed` are as in `update_settings`. Of the networks, only those of `methods`
-    stay, by default all that are included. The folder is replaced as a whole, so that a killed process leaves the old
+    None means that it was up to date. `confirmed` are as in `update_settings`. Only the networks of `methods` stay,
+    by default all that are included. The folder is replaced as a whole, so that a killed process leaves the old
     or the new one. Raises `RRCMError` for uncommitted code, for a run that differs from its hashes or fails a check,
     and for settings that may have decided what the run was.
     """
@@ -82,7 +82,7 @@ def finish_killed(root: Path) -> None:
 
 
 def check_committed(root: Path) -> None:
-    """Raise `RRCMError` unless the code is that of a commit, which result.json can name."""
+    """Raise `RRCMError` unless the code is committed, so that result.json can name the commit."""
     changed = uncommitted(root, *CODE)
     if changed is None:
         raise RRCMError("this is no git checkout, so no commit can be named; redraw in one")

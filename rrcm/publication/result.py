@@ -197,7 +197,7 @@ class CertificateFile(NamedTuple):
 
 
 def certificate_files(config: Config, methods: Iterable[str]) -> list[CertificateFile]:
-    """The certificate files of `methods`: those of single sigmas in the order of the settings, then of cascades."""
+    """The certificate files of `methods`: first single sigmas in the order of the settings, then cascades."""
     chosen = set(methods)
     files = [CertificateFile(*run, certificates_file(*run), [model_folder(*run)]) for run in model_runs(config, chosen)]
     for method in config.cascade.methods:

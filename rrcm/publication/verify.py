@@ -292,7 +292,7 @@ def _expected_cascade(config: Config, run: Path, file: CertificateFile) -> dict[
 
 
 def _flat(record: CertificateRecord | CascadeRecord) -> dict[str, object]:
-    """The entries of a record, those of its data under names such as data.sha256, and the hashes of its models."""
+    """The entries of a record, with names such as data.sha256 for its section on data, and the hashes of its models."""
     values = record.model_dump()
     data = {f"data.{key}": value for key, value in values["data"].items()}
     return values | data | {"model.sha256": [model.sha256 for model in record.models]}

@@ -9,21 +9,19 @@ import numpy as np
 import pandas as pd
 
 from rrcm.certification.cascade_rules import LABEL_AWARE, MULTI_SCALE
-from rrcm.certification.cascade_votes import parse_selection
+from rrcm.certification.cascade_votes import CASCADE_FILES, parse_selection
 from rrcm.certification.record import CascadeRecord, read_record, record_path
 from rrcm.certification.results import read_certificates, read_samples, samples_path
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates
-from rrcm.methods import CASCADE, METHODS, MULTI_SCALE_FILE
+from rrcm.methods import CASCADE, METHODS
 from rrcm.report.records import CascadeTiming, check_cost
 from rrcm.report.records import read_record as read_timing
 from rrcm.utils.errors import RRCMError
 
-FILES = {LABEL_AWARE: CASCADE, MULTI_SCALE: MULTI_SCALE_FILE}  # the names of certificate files, by their certificates
-
 
 class Cascade(NamedTuple):
-    """The certificates of a method's cascade, which are for the same images as those of its sigmas.
+    """The certificates of a method's cascade, for the images that each single sigma certifies as well.
 
     A frame has the columns of a certificate file and of its samples file, and `accepting_sigma`: the sigma at which the
     path of the certificate ends, NaN if nothing is certified.
@@ -50,7 +48,7 @@ def cascade_stage(method: str) -> str:
 def cascade_tables(config: Config, method: str) -> dict[str, str]:
     """The certificate files of a method's cascade by their kind of certificates, relative to the root."""
     kinds = [LABEL_AWARE, *([MULTI_SCALE] if config.cascade.multi_scale else [])]
-    return {kind: f"certificates/{method}/{FILES[kind]}.tsv" for kind in kinds}
+    return {kind: f"certificates/{method}/{CASCADE_FILES[kind]}.tsv" for kind in kinds}
 
 
 def cascade_files(config: Config, method: str) -> list[str]:
@@ -66,7 +64,7 @@ def cascade_timing(method: str) -> str:
 
 
 def read_cascades(config: Config, root: Path, certificates: Certificates, num_classes: int) -> dict[str, Cascade]:
-    """The cascade of each method in `cascade.methods`. `certificates` are those of single sigmas.
+    """The cascade of each method in `cascade.methods`. `certificates` belong to single sigmas.
 
     Raises `RRCMError` for files that are damaged, exchanged, or made with other settings or images, with the stage to
     run again.
@@ -133,13 +131,13 @@ def _read_frame(path: Path, record: CascadeRecord, advice: str) -> pd.DataFrame:
             raise RRCMError(f"{file}: is not the file that the record beside it describes; {advice}")
     frame, samples = read_certificates(path), read_samples(samples_path(path))
     if not samples["idx"].equals(frame["idx"]) or "path" not in samples:
-        raise RRCMError(f"{samples_path(path)}: has other images or columns than those of a cascade; {advice}")
+        raise RRCMError(f"{samples_path(path)}: has other images, or not the columns of a cascade; {advice}")
     accepting = [float(text.partition(" ")[0]) if text else np.nan for text in samples["path"]]
     return frame.join(samples.drop(columns="idx")).assign(accepting_sigma=accepting)
 
 
 def _of_other_images(frame: pd.DataFrame, single: pd.DataFrame) -> str | None:
-    """Whether the images are not those of a single sigma, so that differences would not be paired; None if they are."""
+    """How the images differ from a single sigma's, which would leave differences unpaired. None if they do not."""
     for column, what in (("idx", "certifies other images"), ("label", "has other labels")):
         if not np.array_equal(frame[column], single[column]):
             return f"{what} than the certificates of single sigmas"
@@ -151,7 +149,7 @@ def _read_seconds(path: Path, frames: Mapping[str, pd.DataFrame], advice: str) -
     timing = read_timing(path, CascadeTiming, advice)
     costs = {LABEL_AWARE: timing, MULTI_SCALE: timing.get("multi_scale")}
     for kind, frame in frames.items():
-        problem = f"has no {FILES[kind]}" if costs[kind] is None else check_cost(costs[kind], frame)
+        problem = f"has no {CASCADE_FILES[kind]}" if costs[kind] is None else check_cost(costs[kind], frame)
         if problem:
             raise RRCMError(f"{path}: {problem}; {advice}")
     choice = timing.get("thresholds")

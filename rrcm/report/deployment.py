@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from rrcm.certification.cascade_rules import MULTI_SCALE
+from rrcm.certification.cascade_rules import LABEL_AWARE, MULTI_SCALE
+from rrcm.certification.cascade_votes import CASCADE_FILES
 from rrcm.certification.record import CascadeRecord
 from rrcm.evaluation.metrics import (
     Certificates,
@@ -23,7 +24,7 @@ from rrcm.evaluation.metrics import (
     mean_samples,
     summary,
 )
-from rrcm.methods import CASCADE, MULTI_SCALE_FILE
+from rrcm.methods import CASCADE
 from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.tables import Table, differences_text, method_labels, with_images
 
@@ -218,7 +219,7 @@ def add_metrics(values: dict, cascades: Mapping[str, Cascade], radii: Sequence[f
     """Add the values of cascades to those of `tables.metrics`, under the names of their files in place of a sigma."""
     for method, cascade in cascades.items():
         for name, frame in cascade.frames.items():
-            file = MULTI_SCALE_FILE if name == MULTI_SCALE else CASCADE
+            file = CASCADE_FILES[MULTI_SCALE if name == MULTI_SCALE else LABEL_AWARE]
             of_cascade = {"acr": average_certified_radius(frame), "samples": mean_samples(frame)}
             for radius, share in zip(radii, certified_accuracy(frame, radii).tolist(), strict=True):
                 of_cascade[f"certified_r_{radius:g}".replace(".", "_")] = share

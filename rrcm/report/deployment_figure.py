@@ -23,7 +23,7 @@ MARKERS = "osv^DPX"  # of the sigmas, by increasing sigma
 def draw_deployment(cascades: Mapping[str, Cascade], certificates: Certificates) -> Figure:
     """Exact curves of certified accuracy against radius, with a panel for each method.
 
-    `certificates` are those of single sigmas by the bound of the cascades.
+    `certificates` belong to single sigmas, by the bound of the cascades.
     """
     columns = min(len(cascades), 2)
     rows = -(-len(cascades) // columns)

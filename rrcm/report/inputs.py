@@ -229,7 +229,7 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
 def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certificates) -> dict[str, Mapping]:
     """Every record under timings/ except the latency. The records of certifications must match the certificates.
 
-    `read_cascades` checks the rest of those of cascades.
+    For cascades, `read_cascades` checks the rest.
     """
     timings = {
         path: read_record(root / path, CertifyTiming if path.startswith("timings/certify/") else Timing, _again(stage))

@@ -131,7 +131,7 @@ def render_report(
 
 
 def _decisive_settings(config: Config) -> dict:
-    """The settings with an effect on the report. Without cascades, those of cascades have none."""
+    """The settings with an effect on the report. The section `cascade` has none if there are no cascades."""
     unused = {} if config.cascade.methods else {"cascade": True}
     return config.model_dump(mode="json", exclude=IGNORED_SETTINGS | unused)
 

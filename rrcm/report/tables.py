@@ -141,7 +141,7 @@ def differences_text(numbers: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def joint_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Each joint method among `methods` whose experts are among them too, with the method of these."""
+    """Each joint method among `methods` whose experts are among them too, with the experts' method."""
     return [(name, expert_of(name)) for name in methods if METHODS[name].joint and expert_of(name) in methods]
 
 

@@ -333,7 +333,7 @@ def test_either_of_two_claims_at_the_full_alpha_is_caught():
 
 EVEN = [shares(sigma, JUST, rest=1 + (sigma > 0.25)) for sigma in SIGMAS]
 WORLDS = {  # thresholds, p by sigma; F answers class 0 up to just below RADIUS
-    "all paths alike": ((0.0, 0.0), EVEN),
+    "all paths equal": ((0.0, 0.0), EVEN),
     "passed on by a few votes": ((0.05, 0.1), [EVEN[0], shares(0.5, 0.0, -0.4, rest=2), shares(1, 0.05, -0.9, rest=2)]),
     "negative thresholds": (
         (-0.1, -0.3),
@@ -367,14 +367,14 @@ def groups(rule: CascadeRule, p: np.ndarray, rng: np.random.Generator) -> Iterat
         yield c, claims, Simulated(rule, [at_k[order] for at_k in p], rng, count)
 
 
-@pytest.mark.parametrize("world", ["all paths alike"])
+@pytest.mark.parametrize("world", ["all paths equal"])
 def test_choosing_class_and_path_keeps_alpha(world: str):
     check_world(world)
 
 
 @pytest.mark.slow
 @pytest.mark.thorough
-@pytest.mark.parametrize("world", [world for world in WORLDS if world != "all paths alike"])
+@pytest.mark.parametrize("world", [world for world in WORLDS if world != "all paths equal"])
 def test_choosing_class_and_path_keeps_alpha_in_other_worlds(world: str):
     check_world(world)
 

@@ -10,15 +10,15 @@ from conftest import Answer, change, exit_codes, files_of, stage, start, start_a
 from numpy.testing import assert_array_equal
 
 from rrcm import CascadedClassifier, choose_thresholds
+from rrcm.certification.noise import PREDICT
 from rrcm.certification.recompute import recompute_radii
 from rrcm.certification.record import read_record
 from rrcm.certification.results import read_certificates, read_samples
+from rrcm.certification.split_votes import is_possible_votes, vote_stream
 from rrcm.certification.validation_votes import (
     choose_by_votes,
-    is_possible_validation_state,
     new_validation_states,
     read_votes_table,
-    vote_stream,
     votes_table,
 )
 from rrcm.config import load_config
@@ -169,17 +169,17 @@ def test_the_votes_do_not_depend_on_how_images_are_grouped(cascaded):
     images, scales = ShardedDataset(cascaded / "data/shards", "val"), load_cascade(cascaded, [0.0]).scales
     states = [new_validation_states(images)[:7] for _ in range(2)]
     for some, at_once in zip(states, (None, 2), strict=True):
-        groups = list(vote_stream(scales, images, 30, 8, iter(some), at_once=at_once))
+        groups = list(vote_stream(scales, images, PREDICT, 30, 8, iter(some), at_once=at_once))
         assert all(len(group) <= (at_once or 7) for group in groups)
     assert votes_table(states[0], [0.25, 0.5]) == votes_table(states[1], [0.25, 0.5])
     saved = [vars(state) for state in states[0]]
-    possible = {"n": 30, "num_classes": 10, "sigmas": 2}
-    assert all(is_possible_validation_state(each, **possible) for each in saved)
+    possible = {"n": 30, "outputs": [10, 11]}
+    assert all(is_possible_votes(each, **possible) for each in saved)
     wrong = {"samples": [59, 60.0], "stop_reason": [""], "seconds": [-1.0, None]}
     wrong["votes"] = [[], None, [{"0": 30}], [{"0": 30}, {"11": 30}], [{"10": 30}, {"0": 30}], [{"0": 31}, {"0": 29}]]
     for name, values in wrong.items():
-        assert not any(is_possible_validation_state(saved[0] | {name: value}, **possible) for value in values), name
-    assert is_possible_validation_state(saved[0] | {"votes": [{"0": 30}, {"10": 30}]}, **possible)  # "pass"
+        assert not any(is_possible_votes(saved[0] | {name: value}, **possible) for value in values), name
+    assert is_possible_votes(saved[0] | {"votes": [{"0": 30}, {"10": 30}]}, **possible)  # "pass"
 
 
 @pytest.mark.parametrize(

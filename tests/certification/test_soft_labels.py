@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rrcm.certification.journal import append_states, open_journal, restore_states
 from rrcm.certification.noise import SOFT_LABEL, counter_normal
-from rrcm.certification.soft_labels import SoftLabelState, is_possible_label
+from rrcm.certification.split_votes import VotesState, is_possible_votes
 from rrcm.certification.stopping import ALL_SAMPLES, FUTILE
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_split
@@ -103,19 +103,20 @@ def test_bad_files_are_refused_in_one_line(tmp_path, tiny_shards):
 
 def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     """Of three images with two classes and five votes each. Another run may have had more images."""
-    possible = {"index": 1, "votes": [2, 3], "samples": 5, "stop_reason": ALL_SAMPLES}
+    possible = {"index": 1, "votes": [{"0": 2, "1": 3}], "samples": 5, "stop_reason": ALL_SAMPLES, "seconds": 0.5}
     impossible = [("index", 3), ("index", -1), ("index", 1.0), ("index", None), ("samples", 4), ("samples", 5.0)]
-    impossible += [("stop_reason", ""), ("stop_reason", FUTILE), ("stop_reason", None)]
-    wrong = ([5], [2, 3, 0], [2, 2], [-1, 6], [2.0, 3.0], [True, 4], None, {"0": 5}, "23")
+    impossible += [("stop_reason", ""), ("stop_reason", FUTILE), ("stop_reason", None), ("seconds", -1.0)]
+    wrong = [[{"0": 2, "1": 2}], [{"0": -1, "1": 6}], [{"0": 2.0, "1": 3.0}], [{"0": True, "1": 4}], [{"2": 5}]]
+    wrong += [[{"0": 2, "1": 3}] * 2, [[2, 3]], [2, 3], [], None, {"0": 5}, "23"]
     lines = [possible | {name: value} for name, value in impossible] + [possible | {"votes": votes} for votes in wrong]
-    states = [SoftLabelState(index) for index in range(3)]
+    states = [VotesState(index) for index in range(3)]
 
     def write_and_restore(lines: list[dict]) -> None:
         with open_journal(tmp_path) as journal:
             append_states(journal, [SimpleNamespace(**values) for values in lines])
-        restore_states(states, tmp_path, lambda saved: is_possible_label(saved, n=5, num_classes=2))
+        restore_states(states, tmp_path, lambda saved: is_possible_votes(saved, n=5, outputs=[2]))
 
     write_and_restore(lines)
-    assert states == [SoftLabelState(index) for index in range(3)]
+    assert states == [VotesState(index) for index in range(3)]
     write_and_restore([possible])
-    assert states == [SoftLabelState(0), SoftLabelState(1, [2, 3], 5, ALL_SAMPLES), SoftLabelState(2)]
+    assert states == [VotesState(0), VotesState(**possible), VotesState(2)]

@@ -45,7 +45,7 @@ def test_the_pass_is_left_out_unless_it_is_asked_for(folder):
 
 
 def test_a_cascade_passes_at_all_sigmas_but_the_smallest(folder):
-    scales, can_pass = load_scales(folder, SIGMAS)
+    scales, can_pass = load_scales([folder], SIGMAS)
     assert can_pass and [scale.classifier.num_classes for scale in scales] == [3, 4, 4]
     assert [scale.sigma for scale in scales] == [*SIGMAS]
     weights = [next(scale.classifier.parameters()).data_ptr() for scale in scales]
@@ -55,13 +55,13 @@ def test_a_cascade_passes_at_all_sigmas_but_the_smallest(folder):
     (certificate,) = cascade.certify(torch.rand(1, 1, size, size), n0=10, n=100, radius_step=0.05)
     assert certificate.prediction in (-1, 0, 1, 2)
     with pytest.raises(RRCMError, match=r"sigma 0\.25 to 1, which 1\.5 is outside of"):
-        load_scales(folder, (0.25, 1.5))
-    assert load_scales(folder, (0.25, 1.5), outside_range=True)[0][1].sigma == 1.5
+        load_scales([folder], (0.25, 1.5))
+    assert load_scales([folder], (0.25, 1.5), outside_range=True)[0][1].sigma == 1.5
 
 
 def test_other_models_do_not_pass(tmp_path):
     save_model(tmp_path, conditioned(), sigma=JointSigmas(SIGMAS))
-    scales, can_pass = load_scales(tmp_path, SIGMAS)
+    scales, can_pass = load_scales([tmp_path], SIGMAS)
     assert not can_pass and [scale.classifier.num_classes for scale in scales] == [4, 4, 4]
     assert "can_pass" not in read_json(tmp_path / "config.json")
 

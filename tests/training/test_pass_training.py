@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rrcm import CascadedClassifier
 from rrcm.certification.noise import SOFT_LABEL
 from rrcm.certification.smoothing import SmoothedClassifier
-from rrcm.certification.training_votes import TrainingVotesState, is_possible_state
+from rrcm.certification.split_votes import VotesState, is_possible_votes
 from rrcm.config import load_config
 from rrcm.data.shards import ShardedDataset, read_pixels, read_split
 from rrcm.data.soft_labels import write_votes
@@ -95,7 +95,7 @@ def test_the_model_folder_says_that_it_can_pass_and_what_it_cost(passing, train)
     assert config["compute"]["joint"] == joint["compute"]["finetune"] + 2 * N * len(train)
     assert config["compute"]["finetune"] == joint["compute"]["finetune"] / 2 / 3  # half the steps, forward passes alone
     assert not {"consistency_weight", "steps"} & config["training"].keys()
-    scales, can_pass = load_scales(passing / MODEL, SIGMAS)
+    scales, can_pass = load_scales([passing / MODEL], SIGMAS)
     pixels, labels, indices = read_split(ShardedDataset(passing / "data/shards", "test"), 8, 8)
     cascade = CascadedClassifier([scale.classifier for scale in scales], SIGMAS, [0.0], 10, can_pass=can_pass)
     certificates = cascade.certify(to_unit_range(pixels), labels, n0=20, n=200, radius_step=0.05, indices=indices)
@@ -142,7 +142,7 @@ def test_the_joint_model_of_any_objective_learns_to_pass(passing, project, tiny_
     succeed(stage(project, "finetune", f"{method}_joint_pass", "joint"))
     folder = project / f"models/{method}_joint_pass/joint"
     assert read_json(folder / "config.json")["compute"]["soft_label_share"] > 0 or method != "cat_rs"
-    assert load_scales(folder, SIGMAS)[1]
+    assert load_scales([folder], SIGMAS)[1]
 
 
 def test_votes_that_do_not_fit_are_refused(passing, train, tmp_path):
@@ -168,12 +168,13 @@ def test_votes_that_do_not_fit_are_refused(passing, train, tmp_path):
 
 
 def test_a_journal_has_only_possible_votes():
-    good = vars(TrainingVotesState(0, [[3, 1], [0, 4]], 8, "all samples"))
+    good = vars(VotesState(0, [{"0": 3, "1": 1}, {"1": 4}], 8, "all samples"))
     possible = [good | change for change in ({}, {"index": 5})]
-    bad = [{"votes": [[3, 1]]}, {"votes": [[3, 1], [0, 3]]}, {"votes": [[3, 1, 0], [0, 4]]}, {"votes": 8}]
-    bad += [{"samples": 4}, {"samples": 8.0}, {"stop_reason": ""}, {"votes": [[5, -1], [0, 4]]}, {"votes": [4, [0, 4]]}]
-    assert all(is_possible_state(saved, 4, (2, 2)) for saved in possible)
-    assert not any(is_possible_state(good | change, 4, (2, 2)) for change in bad)
+    bad = [{"votes": votes} for votes in ([{"0": 3, "1": 1}], [{"0": 3, "1": 1}, {"1": 3}], 8, [4, {"1": 4}])]
+    bad += [{"votes": votes} for votes in ([{"0": 3, "2": 1}, {"1": 4}], [{"0": 5, "1": -1}, {"1": 4}])]
+    bad += [{"samples": 4}, {"samples": 8.0}, {"stop_reason": ""}]
+    assert all(is_possible_votes(saved, 4, (2, 2)) for saved in possible)
+    assert not any(is_possible_votes(good | change, 4, (2, 2)) for change in bad)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
-"""Resolvers for settings that follow from others, mostly from the length of a training, so that one override suffices.
+"""Resolvers for settings that follow from the length of a training, so that an override of the length suffices.
 
-`joint_networks` is for cascades: every joint network is certified as one deployed classifier.
 `share` and `whole_share` are for all profiles. Warm-ups and the like are written as shares of the length.
 
 The others are for profiles with a short pre-training. The paper chose its settings for 300,000 steps (CIFAR-10). If
@@ -11,10 +10,10 @@ paper's own profiles have fixed numbers instead.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 PAPER_LEVELS = 80  # also the highest noise level, in model space
 LEAST_LEVELS = 4  # beyond noise level 4 a small image is pure noise
@@ -82,11 +81,5 @@ def layer_decay(epochs: float) -> float:
     return 1 - 0.25 * min(1.0, epochs / 100)
 
 
-def joint_networks(methods: Sequence[str], sigmas: Sequence[float]) -> ListConfig:
-    """The methods that train one network for all sigmas, with the experts' passes. None if there is only one sigma."""
-    joint = [method for method in methods if method.endswith(("_joint", "_joint_pass"))]
-    return OmegaConf.create(joint if len(sigmas) > 1 else [])
-
-
-for function in (joint_networks, share, whole_share, max_levels, min_levels, t_max, decay, layer_decay):
+for function in (share, whole_share, max_levels, min_levels, t_max, decay, layer_decay):
     OmegaConf.register_new_resolver(function.__name__, function, replace=True)

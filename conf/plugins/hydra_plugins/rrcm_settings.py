@@ -1,4 +1,4 @@
-"""A resolver for config.yaml that computes what depends on a method, because DVC's templates cannot look methods up."""
+"""Resolvers for config.yaml that compute what depends on a method, because DVC's templates cannot look methods up."""
 
 import sys
 from pathlib import Path
@@ -21,4 +21,11 @@ def derive(methods: ListConfig, *sections: ListConfig | DictConfig) -> DictConfi
     return OmegaConf.create(derived_settings(dict(zip(SECTIONS, [known, *values], strict=True))))
 
 
-OmegaConf.register_new_resolver("derive", derive, replace=True)
+def joint_networks(methods: ListConfig, sigmas: ListConfig) -> ListConfig:
+    """The methods with one network for all sigmas and all of its experts' passes. None if there is only one sigma."""
+    joint = [name for name in methods if name in METHODS and METHODS[name].joint == 1.0]
+    return OmegaConf.create(joint if len(sigmas) > 1 else [])
+
+
+for function in (derive, joint_networks):
+    OmegaConf.register_new_resolver(function.__name__, function, replace=True)
