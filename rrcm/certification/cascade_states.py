@@ -286,6 +286,7 @@ def _adds_up(saved: dict, rule: CascadeRule, num_classes: int) -> bool:
     claims, levels, reasons = saved["claims"], saved["levels"], saved["reasons"]
     numbers = [saved["samples"], saved["top_class"], *saved["drawn"], *levels, *(scale for scale, _ in claims)]
     chosen = bool(claims) or saved["stop_reason"] == WRONG_CLASS
+    most = 1 if isinstance(rule.grid, FixedSample) else len(rule.grid.radii)  # levels, as `ScaleRule.decide` has them
     return (
         all(type(number) is int for number in numbers)
         and all(type(text) is str for text in (saved["stop_reason"], *reasons, *(claim for _, claim in claims)))
@@ -299,7 +300,7 @@ def _adds_up(saved: dict, rule: CascadeRule, num_classes: int) -> bool:
         and max(saved["drawn"]) <= rule.looks[-1]
         and not any(drawn and scale not in {at for at, _ in claims} for scale, drawn in enumerate(saved["drawn"]))
         and (0 <= saved["top_class"] < num_classes if chosen else saved["top_class"] == -1)
-        and all(0 <= level <= len(getattr(rule.grid, "radii", (1,))) for level in levels)
+        and all(0 <= level <= most for level in levels)
         and all(0 <= scale < k for scale, _ in claims)
         and all(_is_kept(entry, rule, counts, outputs) for entry in saved["votes"])
     )

@@ -232,8 +232,6 @@ def test_an_image_has_one_answer():
     assert make(seed=1).certify(IMAGES, **SETTINGS) != expected
 
 
-@pytest.mark.slow
-@pytest.mark.thorough
 @pytest.mark.parametrize("stopping", ["sequential", "fixed"])
 @pytest.mark.parametrize("passes", [False, True])
 def test_a_killed_run_continues_from_its_journal(tmp_path: Path, passes: bool, stopping: str):
