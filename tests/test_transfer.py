@@ -93,6 +93,7 @@ def test_the_whole_pipeline_at_28_pixels(tmp_path):
     assert not ran(run(folder, "dvc", "repro"))  # restored from the cache
 
 
+@pytest.mark.thorough
 def test_training_and_certification_at_224_pixels(tmp_path):
     settings = ["profile=kather", *SMALL, "model.patch_size=56"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)

@@ -79,13 +79,16 @@ def test_an_honest_file_is_verified_vote_by_vote(result: Path):
 OTHERWISE = {
     "float32": Settings(precision="fp32"),
     "bfloat16": Settings(precision="bf16"),
-    "small batches": Settings(batch_size=100),
-    "threads": Settings(threads=2),
 }
+FURTHER = {"small batches": Settings(batch_size=100), "threads": Settings(threads=2)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(each, id=name) for name, each in OTHERWISE.items()]
+    + [pytest.param(each, id=name, marks=pytest.mark.thorough) for name, each in FURTHER.items()],
+)
 def test_an_honest_file_is_verified_with_other_rounding(result: Path, settings: Settings):
     """The flip rate is measured here, as none is published."""
     published = read_record(record_path(result / NAME))

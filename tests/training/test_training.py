@@ -129,6 +129,7 @@ def test_mixed_precision(project, precision):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_training_gives_similar_weights(project):
     """Fused operations round differently, and ten steps of training amplify that."""
