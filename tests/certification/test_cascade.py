@@ -241,18 +241,19 @@ def test_a_killed_run_continues_from_its_journal(tmp_path: Path, passes: bool, s
     whole = classifier.image_states(IMAGES[:4], None, None, rule)
     for _ in classifier.certify_stream(whole, rule):
         pass
-    runs = 0
+    runs = drawn = 0
     while True:
         states = classifier.image_states(IMAGES[:4], None, None, rule)
         restore_states(states, tmp_path, lambda saved: is_possible_cascade_state(saved, rule, CLASSES))
-        before = sum(state.samples for state in states)
+        assert sum(state.samples for state in states) == drawn  # nothing that was counted is lost
         changed = next(classifier.certify_stream(states, rule), None)
         if changed is None:
             break
         with open_journal(tmp_path) as journal:
             append_states(journal, changed)
             journal.write('1234abcd {"index": 0, "sam')
-        assert sum(state.samples for state in states) > before
+        before, drawn = drawn, sum(state.samples for state in states)
+        assert drawn > before
         runs += 1
     assert runs >= 5
     for state, expected in zip(states, whole, strict=True):
