@@ -6,9 +6,12 @@ table in external/README.md lists the supported formats.
 
 import codecs
 import csv
+import gzip
+import io
 import math
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +26,9 @@ REQUIRED = ["label", "predict", "radius"]
 LAYOUTS = {6: COLUMNS, 5: COLUMNS[1:]}  # without a header: Cohen et al.'s columns, and the rRCM authors'
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", None: "blanks"}  # with semicolons, commas are decimal
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf|nan", re.ASCII | re.IGNORECASE)
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "none", "null"}  # what libraries write for no number
+MAX_BYTES = 2**28  # of an unpacked file: 5 million rows, more than any test set; a packed one could fill the memory
 ABOUT_COLUMNS = "the first line must name the columns: label, predict, radius and, where there are, idx, correct, time"
 
 
@@ -49,7 +54,10 @@ def read_external_certificates(path: Path | str) -> pd.DataFrame:
 
 
 def _read_lines(path: Path | str) -> list[str]:
-    """The lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it. Other bytes are escaped."""
+    """The lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it. Other bytes are escaped.
+
+    The file may be packed by gzip, whatever its name is.
+    """
     try:
         # /dev/zero never ends; a pipe does, as in rrcm compare A=<(unzip -p ...)
         if Path(path).is_char_device() or Path(path).is_block_device():
@@ -59,11 +67,25 @@ def _read_lines(path: Path | str) -> list[str]:
         raise RRCMError(f"{path}: no such file") from None
     except OSError as error:
         raise RRCMError(f"{path}: cannot be read ({one_line(error)}); give a file of certificates") from None
+    if data.startswith(GZIP):
+        data = _unpack(path, data)
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in data and not wide:
         raise RRCMError(f"{path}: is not a text file; export it as text, where {ABOUT_COLUMNS}")
     text = data.decode("utf-16" if wide else "utf-8-sig", errors="backslashreplace")
     return text.replace("\ufeff", "").splitlines()  # each part of a joined file begins with a byte order mark
+
+
+def _unpack(path: Path | str, data: bytes) -> bytes:
+    """The content of a gzip file. Raises `RRCMError` for a damaged file, and for a content above MAX_BYTES."""
+    try:
+        with gzip.open(io.BytesIO(data)) as packed:
+            content = packed.read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RRCMError(f"{path}: is damaged gzip ({one_line(error)}); download it again") from None
+    if len(content) > MAX_BYTES:
+        raise RRCMError(f"{path}: has more than {MAX_BYTES >> 20} MiB when unpacked; give a file of certificates")
+    return content
 
 
 def _find_rows(path: Path | str, lines: Sequence[str]) -> _Table:

@@ -27,6 +27,13 @@ class Interval(NamedTuple):
         """The interval in another unit, such as 100 times as large in percent."""
         return Interval(*(factor * bound for bound in self))
 
+    def cut(self, least: float, most: float) -> "Interval":
+        """The part of the interval between the least and the most that the estimated quantity can be.
+
+        It covers the quantity whenever the whole interval does, so it has the same confidence.
+        """
+        return Interval(self.value, *np.clip(self[1:], least, most).tolist())
+
 
 def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray) -> np.ndarray:
     """Share of images that are correct with radius >= r, for each r in `radii` (R,). An abstention counts as wrong."""
@@ -65,13 +72,14 @@ def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float, q
 
     The interval is the adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4). It adds one image
     that only the first classifier gets right and one that only the second gets right, so it has a width even if the two
-    classifiers agree on all images. `quantile` is the two-sided quantile of the normal distribution.
+    classifiers agree on all images. It is cut at -1 and 1, as it reaches beyond them with a few images. `quantile` is
+    the two-sided quantile of the normal distribution.
     """
     first, second = certified_at(one, radius), certified_at(other, radius)
     gained, lost, count = int((first > second).sum()), int((first < second).sum()), len(first)
     more, less = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     centre, half_width = more - less, quantile * math.sqrt((more + less - (more - less) ** 2) / (count + 2))
-    return Interval((gained - lost) / count, centre - half_width, centre + half_width)
+    return Interval((gained - lost) / count, centre - half_width, centre + half_width).cut(-1.0, 1.0)
 
 
 def mean_over_seeds(values: Sequence[float] | np.ndarray) -> Interval:

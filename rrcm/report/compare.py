@@ -2,12 +2,13 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from rrcm.certification.external import read_external_certificates
+from rrcm.evaluation.common_images import adopt_numbers, on_same_images
 from rrcm.evaluation.metrics import accuracy_difference, acr_difference, summary
 from rrcm.report.accuracy_figures import draw_comparison
 from rrcm.report.figures import FORMATS, save
@@ -18,10 +19,10 @@ from rrcm.utils.files import check_output
 
 
 def compare(files: Sequence[str], radii: str, output: Path, reference: str | None = None) -> None:
-    """Print ACR and certified accuracy, and draw the exact curves as `output` (.png or .svg).
+    """Print ACR and certified accuracy on the images of all files, and draw the exact curves as `output` (.png, .svg).
 
     `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. If `reference` is one of the names, this also
-    prints the differences to its certificates on common images. Raises `RRCMError` for bad input.
+    prints the differences to its certificates. Raises `RRCMError` for bad input, and for files of different data sets.
     """
     numbers, paths = parse_radii(radii), parse_files(files)
     if reference is not None and reference not in paths:
@@ -29,12 +30,13 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
     if output.suffix not in FORMATS:
         raise RRCMError(f"--output {output}: must end in {' or '.join(FORMATS)}")
     check_output(output)
-    certificates = {name: read_external_certificates(path) for name, path in paths.items()}
+    read, sources = adopt_numbers({name: read_external_certificates(path) for name, path in paths.items()})
+    certificates = on_same_images(read)
     save(draw_comparison(certificates), output)
     print(comparison_table(certificates, numbers))
     if reference is not None:
         print(f"\n{differences_to(reference, certificates, numbers)}")
-    for note in (check_same_images(certificates), note_on_letters(certificates)):
+    for note in (*notes_on_images(read, sources), note_on_letters(certificates)):
         if note:
             print(f"note: {note}", file=sys.stderr)
 
@@ -73,24 +75,14 @@ def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[f
 
 
 def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
-    """One line per other name: its differences to `reference` on the images of both, with 95 % intervals.
-
-    Raises `RRCMError` for a name that has no image in common with `reference`.
-    """
-    rows, keys = [], ["idx", "label"]
+    """One line per other name: its differences to `reference`, with 95 % intervals. All rows are the same images."""
+    rows, other = [], certificates[reference]
     for name, frame in certificates.items():
-        if name == reference:
-            continue
-        both = frame.merge(certificates[reference], on=keys, suffixes=("", " of reference"))
-        if both.empty:
-            raise RRCMError(f"--reference {reference!r}: has no image in common with {name!r}")
-        other = both[[f"{column} of reference" for column in ("radius", "correct")]].set_axis(
-            ["radius", "correct"], axis=1
-        )
-        shares = (accuracy_difference(both, other, radius).times(100) for radius in dict.fromkeys(radii))
-        texts = [interval_text(share, "+.1f") for share in shares]
-        acr = interval_text(acr_difference(both, other), "+.3f")
-        rows.append([printable(name), f"{len(both):,}", *texts, acr])
+        if name != reference:
+            shares = (accuracy_difference(frame, other, radius).times(100) for radius in dict.fromkeys(radii))
+            texts = [interval_text(share, "+.1f") for share in shares]
+            acr = interval_text(acr_difference(frame, other), "+.3f")
+            rows.append([printable(name), f"{len(frame):,}", *texts, acr])
     return _tabulate(rows, f"minus {printable(reference)}", radii)
 
 
@@ -99,12 +91,13 @@ def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str
     return aligned_text(pd.DataFrame(rows, columns=headers), "simple")
 
 
-def check_same_images(certificates: Mapping[str, pd.DataFrame]) -> str | None:
-    """A note if the files differ in their image numbers or in the labels of these, else None."""
-    images = {name: set(zip(frame["idx"], frame["label"], strict=True)) for name, frame in certificates.items()}
-    common = set.intersection(*images.values())
-    if all(each == common for each in images.values()):
-        return None
-    counts = ", ".join(f"{printable(name)} {len(each):,}" for name, each in images.items())
-    same = f"{len(common):,} in all of them"
-    return f"the files have different images, or number them differently ({counts}; {same}); compare shares only"
+def notes_on_images(frames: Mapping[str, pd.DataFrame], sources: Mapping[str, str]) -> Iterator[str]:
+    """Which files got the image numbers of another one (`sources`), and which images of `frames` are left out."""
+    for name, other in sources.items():
+        same = f"the images of {printable(other)}, which has the same labels in the same order"
+        yield f"{printable(name)}: rows are numbered 0, 1, 2, ...; they are taken for {same}"
+    images = [set(frame["idx"]) for frame in frames.values()]
+    common = len(set.intersection(*images))
+    if any(len(each) > common for each in images):
+        counts = ", ".join(f"{printable(name)} has {len(each):,}" for name, each in zip(frames, images, strict=True))
+        yield f"compared on the {common:,} images that are in all files ({counts})"

@@ -1,5 +1,6 @@
 """Files of other groups: which habits are read, with which note, and what is refused, with what to do."""
 
+import gzip
 import io
 import math
 import re
@@ -263,3 +264,32 @@ def test_every_line_of_any_text_is_accounted_for(tmp_path_factory, lines: list, 
     left_out = re.search(r"(\d+) lines that are not rows", note.getvalue())
     left_out = int(left_out[1]) if left_out else note.getvalue().count("left out: ")
     assert len(frame) + left_out + header == sum(1 for line in text if line.strip())
+
+
+def test_a_file_packed_by_gzip_is_read_whatever_its_name(tmp_path: Path):
+    """Also one that `cat` made of two packed parts."""
+    (tmp_path / "a.tsv").write_text("\n".join(COHEN) + "\n")
+    parts = ["\n".join(COHEN[:3]) + "\n", "\n".join(COHEN[3:]) + "\n"]
+    for name in ("a.tsv.gz", "a.txt"):
+        (tmp_path / name).write_bytes(b"".join(gzip.compress(part.encode()) for part in parts))
+        pd.testing.assert_frame_equal(
+            read_external_certificates(tmp_path / name), read_external_certificates(tmp_path / "a.tsv")
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda packed: packed[:-9], "is damaged gzip"),
+        (lambda packed: packed[:20] + b"\xff" * 20 + packed[40:], "is damaged gzip"),
+        (lambda packed: gzip.compress(bytes(2000)), "has more than 0 MiB when unpacked"),
+        (lambda packed: gzip.compress(bytes(20)), "is not a text file"),
+    ],
+)
+def test_a_damaged_or_huge_packed_file_is_refused(tmp_path: Path, monkeypatch, change, message: str):
+    monkeypatch.setattr("rrcm.certification.external.MAX_BYTES", 1000)
+    path = tmp_path / "a.tsv.gz"
+    path.write_bytes(change(gzip.compress("\n".join(COHEN).encode())))
+    with pytest.raises(RRCMError, match=message) as caught:
+        read_external_certificates(path)
+    assert "\n" not in str(caught.value)

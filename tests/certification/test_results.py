@@ -272,6 +272,13 @@ def test_difference_of_accuracy_by_hand():
     assert value == 0 and low == -high and 0.02 < high < 0.03
 
 
+def test_a_difference_of_shares_stays_within_its_scale():
+    """Without a cut the interval of three images, all gained, would end at 1.3."""
+    value, low, high = accuracy_difference(*pairs(3, 0, 3), 0.5)
+    assert value == high == 1 and -0.2 < low < 0
+    assert accuracy_difference(*pairs(0, 3, 3), 0.5) == (-1, -1, -low)
+
+
 @pytest.mark.parametrize("count", [60, 120])
 @pytest.mark.parametrize(("gain", "loss"), [(0.2, 0.1), (0.1, 0.1), (0.15, 0.02), (0.05, 0.05), (0.02, 0.005)])
 def test_the_interval_of_the_accuracy_difference_covers(count: int, gain: float, loss: float):

@@ -1,9 +1,11 @@
 """Comparing certificate files gives a table and a figure, and one line for bad input."""
 
+import gzip
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,12 +13,13 @@ import pytest
 from PIL import Image
 
 from rrcm.evaluation.metrics import acr_difference
-from rrcm.report.compare import check_same_images, compare, parse_files, parse_radii
+from rrcm.report.compare import compare, notes_on_images, parse_files, parse_radii
 from rrcm.utils.errors import RRCMError, printable
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 ROWS = ["0\t3\t3\t0.5\t1\t0:00:17.5", "20\t7\t1\t0.9\t0\t0:00:17", "40\t8\t-1\t0.0\t0\t1", "60\t0\t0\t0.25\t1\t1"]
 ONE = [HEADER, *ROWS]
+PI = [int(digit) for digit in "314159265358979323846264338327950288419716939937510582097494459230781640628620899"]
 
 
 @pytest.fixture
@@ -43,26 +46,64 @@ def test_compare_prints_a_table_and_draws_a_figure(files: Path, capsys: pytest.C
         assert len(image.getcolors(2**24)) > 50
 
 
-def test_differences_to_a_reference_use_the_common_images(files: Path, capsys: pytest.CaptureFixture):
-    """Certified radii are 0.5, 0, 0, 0.25 in one file and 1, 0, 0 in the other, which lacks the fourth image."""
-    Path("other.txt").write_text("\n".join(Path("other.txt").read_text().splitlines()[:4]))
-    compare(["ours=one.tsv", "theirs=other.txt"], "0,0.75", Path("a.png"), reference="theirs")
+def write_rows(path: str, numbers: Sequence[int], radius: float = 0.5, shift: int = 0) -> str:
+    """A file of right answers for these image numbers, whose labels are the digits of pi from the digit `shift` on."""
+    rows = [f"{i}\t{(label := PI[i + shift])}\t{label}\t{radius + i / 100}\t1\t0" for i in numbers]
+    Path(path).write_text("\n".join([HEADER, *rows]))
+    return path
+
+
+def test_files_are_compared_on_their_common_images(files: Path, capsys: pytest.CaptureFixture):
+    """Radii are 0.5, 0.51, ... in one file, and 0.7, 0.72, ... in the other, which has every second image."""
+    write_rows("all.tsv", range(20))
+    write_rows("second.tsv", range(0, 20, 2), 0.7)
+    compare(["ours=all.tsv", "theirs=second.tsv"], "0,0.65", Path("a.png"), reference="theirs")
     shown = capsys.readouterr()
-    line = shown.out.splitlines()[-1]
-    assert line.split()[:2] == ["ours", "3"]
-    acr = acr_difference(*(pd.DataFrame({"radius": radii, "correct": 1}) for radii in ([0.5, 0, 0], [1.0, 0, 0])))
-    assert line.endswith(f"-0.167 ({acr.low:+.3f} to {acr.high:+.3f})") and acr.value == pytest.approx(-0.5 / 3)
-    assert "+0.0 (" in line and "-33.3 (" in line and "3 in all of them" in shown.err
+    lines = [line.split() for line in shown.out.splitlines()]
+    assert lines[2:4] == [["ours", "10", "100.0", "20.0", "0.590"], ["theirs", "10", "100.0", "100.0", "0.790"]]
+    assert lines[-1][:2] == ["ours", "10"] and "-80.0" in lines[-1]
+    radii = ([least + i / 100 for i in range(0, 20, 2)] for least in (0.5, 0.7))
+    acr = acr_difference(*(pd.DataFrame({"radius": each, "correct": 1}) for each in radii))
+    assert shown.out.splitlines()[-1].endswith(f"-0.200 ({acr.low:+.3f} to {acr.high:+.3f})")
+    assert shown.err == "note: compared on the 10 images that are in all files (ours has 20, theirs has 10)\n"
+
+
+def test_an_impossible_reference_is_refused(files: Path):
+    with pytest.raises(RRCMError, match="must be one of the names 'ours', 'far'"):
+        compare(["ours=one.tsv", "far=other.txt"], "0", Path("a.png"), "him")
 
 
 @pytest.mark.parametrize(
-    ("reference", "message"),
-    [("him", "must be one of the names 'ours', 'far'"), ("far", "no image in common with 'ours'")],
+    ("numbers", "shift", "message"),
+    [
+        (range(20), 1, "have two labels, such as image 0 has label 3 in one and 1 in the other: they are of"),
+        (range(30, 50), 0, "no image is in all files"),
+        (range(18, 50), 0, "only 2 images are in all files, and those of others would agree with probability 0.01"),
+    ],
 )
-def test_an_impossible_reference_is_refused(files: Path, reference: str, message: str):
-    Path("far.tsv").write_text("\n".join([HEADER, "7\t1\t1\t0.1\t1\t0"]))
-    with pytest.raises(RRCMError, match=message):
-        compare(["ours=one.tsv", "far=far.tsv"], "0", Path("a.png"), reference)
+def test_files_of_other_images_are_refused_in_one_line(files: Path, numbers, shift: int, message: str):
+    write_rows("all.tsv", range(20))
+    write_rows("far.tsv", numbers, shift=shift)
+    with pytest.raises(RRCMError, match=f"^'ours' and 'far': .*{message}.*; compare files of ") as caught:
+        compare(["ours=all.tsv", "far=far.tsv"], "0", Path("a.png"))
+    assert "\n" not in str(caught.value) and not Path("a.png").exists()
+
+
+def test_sorted_labels_are_little_evidence(files: Path):
+    """The first 50 images of two data sets that are sorted by class have one label: a single chance match."""
+    for path, count in (("a.tsv", 50), ("b.tsv", 500)):
+        rows = [f"{i}\t{i // 50}\t0\t0.0\t{int(i < 50)}\t0" for i in range(count)]
+        Path(path).write_text("\n".join([HEADER, *rows]))
+    with pytest.raises(RRCMError, match=r"only 50 images are in all files, .* with probability 0\.1;"):
+        compare(["a=a.tsv", "b=b.tsv"], "0", Path("a.png"))
+
+
+def test_packed_files_are_compared(files: Path, capsys: pytest.CaptureFixture):
+    Path("one.tsv.gz").write_bytes(gzip.compress(Path("one.tsv").read_bytes()))
+    compare(["plain=one.tsv", "packed=one.tsv.gz"], "0", Path("a.png"))
+    shown = capsys.readouterr()
+    plain, packed = (line.split()[1:] for line in shown.out.splitlines()[2:])
+    assert plain == packed and shown.err == ""
 
 
 def test_svg_is_reproducible_and_names_are_literal(files: Path):
@@ -71,23 +112,6 @@ def test_svg_is_reproducible_and_names_are_literal(files: Path):
         compare([odd, "other=other.txt"], "0,1", Path(name))
     ET.parse("a.svg")
     assert Path("a.svg").read_bytes() == Path("b.svg").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("change", "counts"),
-    [
-        (lambda rows: [*rows, "80\t1\t1\t0.1\t1\t0"], "ours 4, more 5; 4 in all of them"),
-        (lambda rows: rows[:2], "ours 4, more 1; 1 in all of them"),
-        (lambda rows: [*rows[:-1], "60\t1\t0\t0.25\t0\t1"], "ours 4, more 4; 3 in all of them"),  # another label
-    ],
-)
-def test_different_images_give_a_note(files: Path, capsys: pytest.CaptureFixture, change, counts: str):
-    Path("more.tsv").write_text("\n".join(change(ONE)))
-    compare(["ours=one.tsv", "more=more.tsv"], "0,1", Path("compare.png"))
-    assert (
-        capsys.readouterr().err
-        == f"note: the files have different images, or number them differently ({counts}); compare shares only\n"
-    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +164,7 @@ def test_compare_accepts_any_names(files: Path, capsys: pytest.CaptureFixture):
     assert all(line.startswith("note: no font here has ") for line in shown.err.splitlines())
     ET.parse("compare.svg")
     frames = {name: pd.DataFrame({"idx": [i], "label": [0]}) for i, name in enumerate(("\x1b", "a"))}
-    assert "(\\x1b 1, a 1; 0 in all of them)" in check_same_images(frames)
+    assert "(\\x1b has 1, a has 1)" in next(notes_on_images(frames, {}))
 
 
 def test_errors_with_any_file_name_are_one_line(files: Path, capsys: pytest.CaptureFixture):
@@ -159,18 +183,22 @@ def test_compare_in_a_terminal_without_unicode(files: Path):
     assert r"\u03c3" in done.stdout
 
 
-def test_compare_reads_files_of_the_rrcm_authors(files: Path, capsys: pytest.CaptureFixture):
-    Path("certify_result_0.5.txt").write_text("".join(f"{row.split(chr(9), 1)[1]}\n" for row in ROWS))
-    compare(["ours=one.tsv", "theirs=certify_result_0.5.txt"], "0,0.5", Path("compare.png"))
+def test_files_of_the_rrcm_authors_get_the_numbers_of_the_same_images(files: Path, capsys: pytest.CaptureFixture):
+    """Their files have no idx. The labels in their order show that the images are those of our file."""
+    write_rows("ours.tsv", range(0, 50, 2))
+    lines = Path("ours.tsv").read_text().splitlines()[1:]
+    theirs = [line.split("\t", 1)[1][:-1] + "0:00:17.5" for line in lines]
+    Path("certify_result_0.5.txt").write_text("\n".join(theirs))
+    compare(["ours=ours.tsv", "theirs=certify_result_0.5.txt"], "0,0.5", Path("compare.png"))
     shown = capsys.readouterr()
-    ours, theirs = (line.split() for line in shown.out.splitlines()[2:])
-    assert ours[1:] == theirs[1:]
-    assumed, different = shown.err.splitlines()
+    ours, rows = (line.split() for line in shown.out.splitlines()[2:])
+    assert ours[1:] == rows[1:] and ours[1] == "25"
+    assumed, numbered = shown.err.splitlines()
     assert assumed.startswith("note: certify_result_0.5.txt: no header, so the columns are label, predict, radius,")
-    assert different == (
-        "note: the files have different images, or number them differently "
-        "(ours 4, theirs 4; 1 in all of them); compare shares only"
-    )
+    assert numbered.startswith("note: theirs: rows are numbered 0, 1, 2, ...; they are taken for the images of ours")
+    Path("certify_result_0.5.txt").write_text("\n".join(theirs[:-1]))
+    with pytest.raises(RRCMError, match="have two labels"):
+        compare(["ours=ours.tsv", "theirs=certify_result_0.5.txt"], "0,0.5", Path("compare.png"))
 
 
 def test_parsing_of_files_and_radii():

@@ -1,0 +1,87 @@
+"""Which images several certificate files have in common, and whether their image numbers mean the same images.
+
+The files of other groups say neither which data set they are of nor how its images are numbered. All that they have is
+the label of each image. Labels cannot tell two data sets apart that have the same classes in the same order.
+"""
+
+from collections.abc import Mapping
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+
+from rrcm.utils.errors import RRCMError, printable
+
+MAX_CHANCE = 0.001  # with which labels of unrelated images may agree
+
+
+def on_same_images(frames: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The rows of each certificate frame for the images that all of them have, in the order of `idx`.
+
+    The frames are of the same data set if an image number that two of them have has one label, and if there are enough
+    such numbers: labels of unrelated images must agree on them with a probability of at most MAX_CHANCE. Frames with
+    exactly the same image numbers and labels need no more evidence. Raises `RRCMError` for all others.
+    """
+    labels = {name: frame.set_index("idx")["label"].sort_index() for name, frame in frames.items()}
+    for one, other in _pairs(labels):
+        check_labels(one, labels[one], other, labels[other])
+    common = sorted(set.intersection(*(set(each.index) for each in labels.values())))
+    for one, other in _pairs(labels):
+        chance = chance_of_agreement(labels[one], labels[other], common)
+        if not labels[one].equals(labels[other]) and chance > MAX_CHANCE:
+            raise RRCMError(f"{_named(one, other)}: {_too_few(len(common), chance)}; compare files of the same images")
+    return {name: frame.set_index("idx").loc[common].reset_index() for name, frame in frames.items()}
+
+
+def check_labels(one: str, first: pd.Series, other: str, second: pd.Series) -> None:
+    """Raise `RRCMError` if an image number of both has two labels. `first` and `second` are labels by image number."""
+    numbers = first.index.intersection(second.index)
+    unequal = numbers[(first[numbers] != second[numbers]).to_numpy()]
+    if len(unequal):
+        image = f"image {unequal[0]} has label {first[unequal[0]]} in one and {second[unequal[0]]} in the other"
+        count = f"{len(unequal):,} of {len(numbers):,} common image numbers have two labels, such as {image}"
+        reason = "they are of different data sets, or number the images differently"
+        raise RRCMError(f"{_named(one, other)}: {count}: {reason}; compare files of the same images with a column idx")
+
+
+def chance_of_agreement(first: pd.Series, second: pd.Series, numbers: list[int]) -> float:
+    """The probability that two unrelated sequences of labels agree on all image `numbers`.
+
+    It is the chance that one label of each is the same, to the power of the number of images. Images of a class that
+    follow each other count as one, since data sets that are sorted by class agree on many images by a single chance.
+    """
+    one, other = (labels.value_counts(normalize=True) for labels in (first, second))
+    runs = np.count_nonzero(np.diff(first[numbers].to_numpy())) + 1 if len(numbers) else 0
+    return float(one.mul(other, fill_value=0.0).sum() ** runs)
+
+
+def adopt_numbers(frames: Mapping[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+    """The frames with the image numbers that their order implies, and for each changed one whose numbers it has now.
+
+    A file without image numbers is read with the numbers 0, 1, 2, ... If its labels are those of another frame with
+    other numbers in the same order, it has the images of that frame.
+    """
+    adopted, sources = dict(frames), {}
+    for name, other in permutations(frames, 2):
+        frame, source = frames[name], frames[other].sort_values("idx", ignore_index=True)
+        counted = frame["idx"].equals(pd.Series(range(len(frame)))) and not source["idx"].equals(frame["idx"])
+        if name not in sources and counted and frame["label"].equals(source["label"]):
+            labels = frame["label"]
+            if chance_of_agreement(labels, labels, list(range(len(labels)))) <= MAX_CHANCE:
+                adopted[name], sources[name] = frame.assign(idx=source["idx"]), other
+    return adopted, sources
+
+
+def _pairs(names: Mapping[str, object]) -> list[tuple[str, str]]:
+    return [(one, other) for i, other in enumerate(names) for one in list(names)[:i]]
+
+
+def _named(one: str, other: str) -> str:
+    return f"{printable(one)!r} and {printable(other)!r}"
+
+
+def _too_few(images: int, chance: float) -> str:
+    """Why this number of common images is no evidence."""
+    if images == 0:
+        return "no image is in all files"
+    return f"only {images:,} images are in all files, and those of others would agree with probability {chance:.2g}"
