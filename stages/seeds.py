@@ -7,17 +7,25 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 from environment import run_command
 
 from pathlib import Path
+from typing import Annotated
 
-from rrcm.report.seeds import seeds_text
+import typer
+
+from rrcm.report.seeds import seeds_text, write_seeds
 
 
-def seeds(folders: list[Path]) -> None:
+def seeds(
+    folders: list[Path],
+    output: Annotated[Path | None, typer.Option(help="Folder for the same tables as files, with a figure.")] = None,
+) -> None:
     """Print means over seeds and mean differences from rRCM, with 95 % intervals.
 
     FOLDERS are published results such as results/digits, which include all their seeds, or single reports such as
     reports/digits.
     """
     print(seeds_text(folders))
+    if output is not None:
+        write_seeds(folders, output)
 
 
 if __name__ == "__main__":

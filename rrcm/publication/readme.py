@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rrcm.evaluation.metrics import mean_over_seeds
 from rrcm.publication.result import RESULTS, Result, find_results
-from rrcm.report.seeds import mean_text
+from rrcm.report.seeds import MIN_SEEDS
 from rrcm.report.tables import percentages, read_published
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_text, write_text
@@ -97,6 +98,13 @@ def read_rows(root: Path) -> list[dict[str, str]]:
     return rows
 
 
+def mean_text(shares: Sequence[float]) -> str:
+    """The mean over seeds in percent, from MIN_SEEDS seeds on with half the width of its t interval."""
+    mean = mean_over_seeds(shares)
+    interval = f" ± {100 * (mean.high - mean.value):.1f}" if len(shares) >= MIN_SEEDS else ""
+    return f"{100 * mean.value:.1f}{interval}"
+
+
 def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
     """The row of a method of a published result, as the mean over the seeds."""
     if row["sigma"]:
@@ -107,7 +115,7 @@ def _own_row(row: Mapping[str, str], seeds: Sequence[Result]) -> list[str]:
     else:
         best = pd.concat([_of_method(seed, "best_sigma.csv", row) for seed in seeds])
         shares, images, fields = dict(list(best.groupby("radius")["certified_accuracy"])), best["images"].iloc[0], {}
-    cells = [mean_text(shares[radius], 100, ".1f") if radius in shares else "" for radius in RADII]
+    cells = [mean_text(shares[radius]) if radius in shares else "" for radius in RADII]
     fields |= {"images": f"{images:,}", "seeds": str(len(seeds))}
     if "{ratio}" in row["label"]:
         ratios = [_of_method(seed, "latency.csv", row)["ratio"].iloc[0] for seed in seeds]

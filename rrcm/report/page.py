@@ -88,7 +88,7 @@ def render_report(
     environments = _environments(root, records)
     labels = max((frame["label"] for frame in inputs.certificates.values()), key=len)
     counts = np.bincount(labels, minlength=len(inputs.classes)).tolist()
-    text = _template().render(
+    text = read_template("report.md.jinja").render(
         config=config,
         images=len(labels),
         subsets=[
@@ -136,8 +136,8 @@ def _decisive_settings(config: Config) -> dict:
     return config.model_dump(mode="json", exclude=IGNORED_SETTINGS | unused)
 
 
-def _template() -> jinja2.Template:
-    """The template with its filters: `md` and `code` write a text as Markdown, and `listing` joins texts by commas."""
+def read_template(name: str) -> jinja2.Template:
+    """A template of a Markdown page. `md` and `code` write a text as Markdown, and `listing` joins texts by commas."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rrcm.report"),
         autoescape=True,
@@ -147,7 +147,7 @@ def _template() -> jinja2.Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {"md": _markdown, "code": _code, "listing": _listing}
-    return environment.get_template("report.md.jinja")
+    return environment.get_template(name)
 
 
 def _headline(config: Config, inputs: Inputs) -> list[Comparison]:

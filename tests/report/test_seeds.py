@@ -8,7 +8,9 @@ import pytest
 from conftest import stage
 
 from rrcm.evaluation.metrics import mean_over_seeds
-from rrcm.report.seeds import over_seeds, over_seeds_and_images, read_reports, seeds_text
+from rrcm.report.seed_curves import curves_over_seeds, with_best_sigma
+from rrcm.report.seed_reports import read_curves, read_reports
+from rrcm.report.seeds import FILES, over_seeds, over_seeds_and_images, seeds_text, write_seeds
 from rrcm.utils.errors import RRCMError
 
 ACCURACY = {"rrcm": [0.9, 0.8, 0.88], "gaussian": [0.6, 0.55, 0.65]}  # by seed
@@ -35,14 +37,15 @@ def reports(tmp_path: Path) -> list[Path]:
 
 def test_means_over_seeds_and_the_interval_of_their_differences(reports: list[Path]):
     numbers = read_reports(reports)
-    values = over_seeds(numbers, "value").set_index(["method", "measure"])
+    values = over_seeds(numbers).set_index(["method", "measure"])
     assert tuple(values.loc[("rrcm", "certified_accuracy"), ["value", "low", "high"]]) == pytest.approx(
         mean_over_seeds(ACCURACY["rrcm"])
     )
-    differences = over_seeds(numbers, "difference")
+    differences = over_seeds_and_images(numbers.dropna(subset="difference"))
     assert differences["method"].tolist() == ["gaussian", "gaussian"]  # the reference has none
     expected = mean_over_seeds([-0.3, -0.25, -0.23])
-    assert tuple(differences.loc[0, ["difference", "low", "high"]]) == pytest.approx(expected)
+    columns = ["difference", "low_over_seeds", "high_over_seeds"]
+    assert tuple(differences.loc[0, columns]) == pytest.approx(expected)
 
 
 def test_the_command_prints_the_tables(reports: list[Path], tmp_path: Path):
@@ -52,7 +55,7 @@ def test_the_command_prints_the_tables(reports: list[Path], tmp_path: Path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in answer.stdout.splitlines() if "|" in line]
     assert rows[0] == rows[4] == ["method", "r = 0.5", "ACR, σ = 1"]
     assert [row[0] for row in (rows[2], rows[3], rows[6])] == ["rRCM", "Gaussian", "Gaussian"]
-    assert rows[6][1:] == ["-26.0 (-35.0 to -17.0)", "-0.130 (-0.175 to -0.085)"]
+    assert rows[6][1:] == ["-26.0 (-100.0 to 74.4)", "-0.130 (-1.131 to 0.871)"]  # cut at -100
 
 
 @pytest.mark.parametrize(
@@ -150,9 +153,9 @@ def test_joint_methods_and_cascades_are_pooled_over_seeds_and_images(cascades: l
     assert "One cascade minus the best σ at each radius" in text and "covers the training runs and the test" in text
     row = next(line for line in text.splitlines() if "one cascade " in line)
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    spread = 100 * (mean.high - mean.value)
-    assert cells == ["rRCM, joint", "one cascade", f"53.0 ± {spread:.1f}", "0.400 ± 0.000", "1.50 ± 0.00"]
-    assert "best σ at each radius (three deployments) | 60.0 ± 0.0 | | |" in " ".join(text.split())
+    ends = f"{100 * (mean.low + 0.5):.1f} to {100 * (mean.high + 0.5):.1f}"
+    assert cells == ["rRCM, joint", "one cascade", f"53.0 ({ends})", "0.400 (0.400 to 0.400)", "1.50 (1.50 to 1.50)"]
+    assert "best σ at each radius (three deployments) | 60.0 (60.0 to 60.0) | | |" in " ".join(text.split())
 
 
 def test_the_interval_over_seeds_and_images_covers_both(cascades: list[Path]):
@@ -171,7 +174,7 @@ def test_the_interval_over_seeds_and_images_covers_both(cascades: list[Path]):
 
 def test_two_seeds_have_no_interval(cascades: list[Path]):
     text = seeds_text(cascades[:2])
-    assert "Fewer than 3 seeds have no interval over seeds." in text
+    assert "Fewer than 3 seeds have no interval over seeds." in text and "In parentheses" not in text
     assert "(" not in text.replace("accuracy (%)", "").replace("(three deployments)", "") and "±" not in text
 
 
@@ -200,3 +203,75 @@ def write(report: Path, name: str, old: str, new: str) -> None:
     text = (report / name).read_text()
     assert old in text
     (report / name).write_text(text.replace(old, new))
+
+
+def test_intervals_of_shares_stay_on_their_scale():
+    """The t interval of 0.9, 0.95 and 1 ends at 1.07."""
+    frame = pd.DataFrame({"method": "m", "measure": "certified_accuracy", "at": 0.0, "value": [0.9, 0.95, 1.0]})
+    mean, (row,) = mean_over_seeds(frame["value"]), over_seeds(frame).itertuples()
+    assert mean.high > 1.07 and (row.value, row.low, row.high) == pytest.approx((0.95, mean.low, 1.0))
+    (row,) = over_seeds(frame.assign(measure="acr")).itertuples()
+    assert row.high == mean.high
+    gain = frame.assign(difference=[-0.9, -1.0, -0.95], low=-1.0, high=-0.8)
+    (row,) = over_seeds_and_images(gain).itertuples()
+    assert row.low == row.low_over_seeds == -1.0 < row.high_over_seeds < row.high
+
+
+def write_curves(report: Path, seed: int) -> None:
+    """Two methods whose certified accuracy falls by a tenth at each radius; sigma 1 is better from radius 0.2 on."""
+    rows = []
+    for method, start in (("rrcm", 0.9 + 0.05 * seed), ("gaussian", 0.6)):
+        rows += [[method, 0.5, radius, start - radius] for radius in (0.0, 0.1, 0.2, 0.3)]
+        rows += [[method, 1.0, radius, start - 0.15 - radius / 4] for radius in (0.0, 0.2, 0.4)]
+    columns = ["method", "sigma", "radius", "certified_accuracy"]
+    pd.DataFrame(rows, columns=columns).to_csv(report / "curves.csv", index=False)
+
+
+@pytest.fixture
+def drawn(cascades: list[Path]) -> list[Path]:
+    for seed, report in enumerate(cascades):
+        write_curves(report, seed)
+    return cascades
+
+
+def test_the_best_sigma_of_each_run_is_taken_at_its_radii(drawn: list[Path]):
+    curves = with_best_sigma(read_curves(drawn))
+    best = curves[(curves["sigma"] == "best") & (curves["run"] == 0) & (curves["method"] == "rrcm")]
+    assert best["radius"].tolist() == [0.0, 0.2, 0.4]
+    assert best["certified_accuracy"].tolist() == pytest.approx([0.9, 0.7, 0.65])
+    means = curves_over_seeds(read_curves(drawn), intervals=True).set_index(["method", "sigma", "radius"])
+    assert tuple(means.loc[("rrcm", "0.5", 0.0)]) == pytest.approx(mean_over_seeds([0.9, 0.95, 1.0]).cut(0, 1))
+    assert curves_over_seeds(read_curves(drawn), intervals=False)["low"].isna().all()
+
+
+def test_the_report_is_a_folder_that_is_written_again_but_nothing_else(drawn: list[Path], tmp_path: Path):
+    output = tmp_path / "pooled"
+    for reports in (drawn[:2], drawn):
+        write_seeds(reports, output)
+        assert {path.name for path in output.iterdir()} == FILES
+        page = (output / "report.md").read_text()
+        assert seeds_text(reports) in page and "![certified accuracy](certified_accuracy.png)" in page
+        assert ("Each point is a seed." in page) == (len(reports) == 2)
+    row = pd.read_csv(output / "differences.csv").iloc[0]
+    assert row["low"] < row["low_over_seeds"] < row["difference"] < row["high_over_seeds"] < row["high"]
+    (output / "mine.txt").touch()
+    with pytest.raises(RRCMError, match="pooled: has other files than a report of several seeds; choose"):
+        write_seeds(drawn, output)
+    assert (output / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0.9", "9.0", "a value that is no share"),
+        ("0.9", "x", "text where numbers must be"),
+        ("rrcm,0.5", "mine,0.5", "the unknown method mine"),
+        ("rrcm,0.5,0.1", "rrcm,0.5,0.11", "has other methods, sigmas or radii than"),
+        ("radius", "r", "has no radius; run `dvc repro plot` again"),
+    ],
+)
+def test_impossible_curves_are_refused(drawn: list[Path], tmp_path: Path, old: str, new: str, message: str):
+    write(drawn[0], "curves.csv", old, new)
+    with pytest.raises(RRCMError, match=message):
+        write_seeds(drawn, tmp_path / "pooled")
+    assert not (tmp_path / "pooled").exists()
