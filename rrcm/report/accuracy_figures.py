@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rrcm.evaluation.metrics import Certificates, envelope, wilson_interval
 from rrcm.methods import CASCADE, METHODS
-from rrcm.report.figures import OKABE_ITO, figure_style, line_style
+from rrcm.report.figures import OKABE_ITO, figure_style, line_style, parse_series_id, series_id
 from rrcm.report.panels import OTHERS, Group, draw_legend, draw_legends, fewer_images, panel_groups
 
 MARKS = 4  # markers on a curve
@@ -30,8 +30,8 @@ def draw_certified_accuracy(certificates: Certificates, external: Certificates) 
     groups, label_ends = panel_groups(method for method, _ in certificates), fewer_images(certificates)
     labels = list(dict.fromkeys(label for label, sigma in external if sigma in sigmas))
     styles = {
-        label: {"color": colour, "linestyle": dashes, "label": label}
-        for label, (dashes, colour) in zip(labels, cycle(EXTERNAL_STYLES), strict=False)
+        label: {"color": colour, "linestyle": dashes, "label": label, "gid": series_id(f"external-{i}")}
+        for i, (label, (dashes, colour)) in enumerate(zip(labels, cycle(EXTERNAL_STYLES), strict=False))
     }
     many = len(groups) > 1
     rows = [(group, [] if many else labels) for group in groups]
@@ -88,8 +88,9 @@ def draw_comparison(certificates: Mapping[str, pd.DataFrame]) -> Figure:
     axes = figure.subplots()
     reach = 0.0
     line_styles = cycle(product(["-", "--", ":"], OKABE_ITO))
-    for (name, frame), (dashes, colour) in zip(certificates.items(), line_styles, strict=False):
-        radii, _ = draw_curve(axes, [frame], linestyle=dashes, color=colour, label=name)
+    for i, ((name, frame), (dashes, colour)) in enumerate(zip(certificates.items(), line_styles, strict=False)):
+        style = {"linestyle": dashes, "color": colour, "label": name, "gid": series_id(f"file-{i}")}
+        radii, _ = draw_curve(axes, [frame], **style)
         reach = max(reach, radii[-1])
     set_axes(axes, reach or 1)
     axes.set_ylabel("certified accuracy (%)")
@@ -153,7 +154,7 @@ def _draw_group(
     """
     reach = 0.0
     for method in group.others(frames):
-        radii, _ = draw_curve(panel, frames[method], **OTHERS)
+        radii, _ = draw_curve(panel, frames[method], **OTHERS, gid=series_id(method))
         reach = max(reach, radii[-1])
     for i, method in enumerate(group.methods):
         style = line_style(method)
@@ -161,7 +162,8 @@ def _draw_group(
         radii, accuracy = draw_curve(panel, frames[method], (i + 0.5) / len(group.methods), **style)
         if bands and style["linestyle"] == "-":
             low, high = (100 * bound for bound in wilson_interval(accuracy[:-1], len(frames[method][0])))
-            panel.fill_between(radii[:-1], low, high, step="pre", color=style["color"], alpha=0.12, linewidth=0)
+            band = {"color": style["color"], "alpha": 0.12, "linewidth": 0, "gid": style["gid"]}
+            panel.fill_between(radii[:-1], low, high, step="pre", **band)
         reach = max(reach, radii[-1])
     return reach
 
@@ -174,13 +176,18 @@ def draw_curve(
     A marker shows the value at r = 0 if the curve falls right after it, as it can with radii on a grid. `phase` in
     [0, 1] shifts the other markers along the curve, so that curves with different phases can be distinguished.
     """
+    frames = list(frames)
     radii, accuracy = envelope(frames)
+    if series := parse_series_id(style.get("gid")):
+        style["gid"] = series_id(series.key, len(frames[0]))
     falls = accuracy[1] < accuracy[0] and "label" in style
     marks = np.searchsorted(radii[:-1], radii[-1] * (np.arange(MARKS) + phase) / MARKS).clip(max=len(radii) - 2)
     marked = sorted({*([0] if falls else []), *marks.tolist()})
     axes.plot(radii, 100 * accuracy, drawstyle="steps-pre", markevery=marked, clip_on=False, **style)
     if falls and "marker" not in style:
-        axes.plot(0, 100 * accuracy[0], "o", markersize=4, clip_on=False, zorder=3, color=style["color"])
+        axes.plot(
+            0, 100 * accuracy[0], "o", markersize=4, clip_on=False, zorder=3, color=style["color"], gid=style.get("gid")
+        )
     return radii, accuracy
 
 

@@ -12,7 +12,7 @@ from rrcm.methods import CASCADE, METHODS
 from rrcm.report.accuracy_figures import draw_curve, set_axes
 from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.deployment import BEST, deployment_label, single_sigmas
-from rrcm.report.figures import figure_style
+from rrcm.report.figures import figure_style, series_id
 from rrcm.report.panels import draw_legend
 
 LIGHT, DARK = 0.7, 0.3  # greys of the smallest and the largest sigma
@@ -50,18 +50,19 @@ def draw_deployment(cascades: Mapping[str, Cascade], certificates: Certificates)
 def _draw_method(panel: Axes, method: str, label: str, cascade: Cascade, certificates: Certificates) -> float:
     """Draw the curves of a method, whose cascade has this label, and return the largest radius."""
     singles, curves = single_sigmas(method, cascade, certificates), []
-    strong = {"color": METHODS[method].colour, "linewidth": 2.4, "zorder": 3, "label": label}
+    strong = {"color": METHODS[method].colour, "linewidth": 2.4, "zorder": 3, "label": label, "gid": series_id(CASCADE)}
     curves.append(draw_curve(panel, [cascade.label_aware], **strong))
     if cascade.multi_scale is not None:
-        dotted = {"color": "black", "linestyle": ":", "linewidth": 1.2, "zorder": 2}
+        dotted = {"color": "black", "linestyle": ":", "linewidth": 1.2, "zorder": 2, "gid": series_id(MULTI_SCALE)}
         curves.append(draw_curve(panel, [cascade.multi_scale], **dotted, label=deployment_label(MULTI_SCALE, 1)))
-    dashed = {"color": "black", "linestyle": (0, (4, 1.5)), "linewidth": 1.2, "zorder": 4}
+    dashed = {"color": "black", "linestyle": (0, (4, 1.5)), "linewidth": 1.2, "zorder": 4, "gid": series_id(BEST)}
     best = deployment_label(BEST, len(singles))
     curves.append(draw_curve(panel, list(singles.values()), **dashed, label=best))
     greys = np.linspace(LIGHT, DARK, len(singles))
     for i, ((_, sigma), frame) in enumerate(singles.items()):
         thin = {"color": str(greys[i]), "marker": MARKERS[i % len(MARKERS)], "linewidth": 0.9, "markersize": 3.5}
         alone = deployment_label(f"{sigma:g}", 1)
-        curves.append(draw_curve(panel, [frame], (i + 0.5) / len(singles), **thin, zorder=1.5, label=alone))
+        thin |= {"zorder": 1.5, "label": alone, "gid": series_id(f"sigma-{i}")}
+        curves.append(draw_curve(panel, [frame], (i + 0.5) / len(singles), **thin))
     panel.set_title(METHODS[method].label)
     return max(radii[-1] for radii, _ in curves)

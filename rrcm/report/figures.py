@@ -5,9 +5,12 @@ every figure, and its family has the same marker. Methods at equal total compute
 """
 
 import io
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -56,10 +59,38 @@ def figure_style() -> Iterator[None]:
         yield
 
 
+class Series(NamedTuple):
+    """What a line, its interval, or points show."""
+
+    key: str  # the name of a method, or another name of lower-case letters, digits, "_" and "-"
+    images: int | None  # of which the heights are percentages
+
+
+def series_id(key: str, images: int | None = None) -> str:
+    """The gid of an artist that belongs to a series. Artists of one series have the same key in all panels."""
+    return f"series.{key}.{images or ''}"
+
+
+def parse_series_id(gid: str | None) -> Series | None:
+    """The series that a gid of `series_id` names, also after `number_series`; None for any other gid."""
+    found = re.fullmatch(r"series\.([\w-]+)\.(\d*)(\.\d+)?", gid or "")
+    return Series(found[1], int(found[2]) if found[2] else None) if found else None
+
+
+def number_series(figure: Figure) -> None:
+    """Number the gids of series, since ids in a file are unique."""
+    seen = Counter()
+    for artist in figure.findobj(lambda artist: parse_series_id(artist.get_gid()) is not None):
+        gid = series_id(*parse_series_id(artist.get_gid()))
+        seen[gid] += 1
+        artist.set_gid(f"{gid}.{seen[gid]}")
+
+
 @figure_style()
 def encode(figure: Figure, suffix: str) -> bytes:
     """The content of a file with this suffix, which must be in `FORMATS`. It has no date and no version."""
     set_fonts(figure)
+    number_series(figure)
     file = io.BytesIO()
     figure.savefig(file, format=suffix[1:], metadata=FORMATS[suffix])
     return file.getvalue()
@@ -101,4 +132,5 @@ def line_style(method: str) -> dict:
         "markerfacecolor": "white" if row.matched else row.colour,
         "markeredgewidth": 1.2,
         "label": row.label,
+        "gid": series_id(method),
     }

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from rrcm.evaluation.metrics import Certificates, best_sigma_table, wilson_interval
 from rrcm.methods import METHODS
-from rrcm.report.figures import TEXT_COLOR, figure_style, line_style
+from rrcm.report.figures import TEXT_COLOR, figure_style, line_style, series_id
 from rrcm.report.fonts import text_width
 from rrcm.report.panels import columns_that_fit, fewer_images, row_by_row
 from rrcm.report.tables import reference_method
@@ -41,6 +41,7 @@ def draw_latency(
         style = line_style(method) | {"linestyle": "", "markersize": 6}
         style["label"] += f"{label_ends[method]}: {_times(row['ratio'])}, {row['parameters'] / 1e6:.2g} M"
         handles.append(Line2D([], [], **style))
+    latency["label"] = [handle.get_label() for handle in handles]
     columns = columns_that_fit([text_width(each.get_label(), 8) / 72 + 0.6 for each in handles], width)
     heights = [2.9 + 0.2 * math.ceil(len(handles) / columns), 0.75 + 0.22 * len(published)]
     figure = Figure(figsize=(width, sum(heights)))
@@ -64,7 +65,7 @@ def draw_latency(
 def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
     """The methods at one radius. The ratio to the reference is written above methods with another latency."""
     largest, tops = latency["parameters"].max(), []
-    for method, row in latency[::-1].iterrows():  # the first method lies on top
+    for i, (method, row) in enumerate(latency.iterrows()):
         style, share, images = line_style(method), *best.loc[method, ["certified_accuracy", "images"]]
         low, high = (100 * bound for bound in wilson_interval(share, images))
         hollow = style["markerfacecolor"] == "white"
@@ -72,8 +73,17 @@ def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
         if not hollow:
             colours = {"facecolor": style["color"], "edgecolor": "white", "linewidth": 0.6}
         size = 110 * row["parameters"] / largest
-        panel.plot([row["seconds"]] * 2, [low, high], color=style["color"], linewidth=0.9, alpha=0.6, zorder=2)
-        panel.scatter(row["seconds"], 100 * share, size, marker=style["marker"], zorder=3, clip_on=False, **colours)
+        colours |= {"label": row["label"], "gid": series_id(method, int(images))}
+        panel.plot(
+            [row["seconds"]] * 2,
+            [low, high],
+            linewidth=0.9,
+            alpha=0.6,
+            zorder=2,
+            **{key: style[key] for key in ("color", "gid")},
+        )
+        colours["zorder"] = 3 - i / len(latency) / 2  # the first method lies on top
+        panel.scatter(row["seconds"], 100 * share, size, marker=style["marker"], clip_on=False, **colours)
         tops.append((row["seconds"], row["ratio"], high))
     for group in _neighbours(sorted(tops)):
         seconds, ratios, highs = zip(*group, strict=True)
@@ -110,7 +120,7 @@ def _draw_published(axes: Axes, published: pd.DataFrame) -> None:
     by_label = {kind.label: name for name, kind in METHODS.items()}
     ratios = published["latency"].astype(float)
     for height, (row, ratio) in enumerate(zip(published.itertuples(), ratios, strict=True)):
-        style = line_style(by_label[row.method]) | {"markersize": 6, "linestyle": ""}
+        style = line_style(by_label[row.method]) | {"markersize": 6, "linestyle": "", "gid": None}
         axes.plot(ratio, height, **style)
         axes.annotate(f"{ratio:g}×", (ratio, height), (7, 0), textcoords="offset points", va="center", fontsize=7.5)
     names = [f"{row.method}, {row.model}".removesuffix(", ") for row in published.itertuples()]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rrcm.report.figures import TEXT_COLOR, figure_style
+from rrcm.report.figures import TEXT_COLOR, figure_style, series_id
 from rrcm.report.panels import draw_legend
 
 
@@ -24,15 +24,16 @@ def draw_representation(representations: Mapping[str, pd.DataFrame]) -> Figure:
     for (accuracy, cosine, centred), (name, frame) in zip(rows, representations.items(), strict=True):
         sigmas = sorted(frame["sigma"].unique())
         shades = np.linspace(0.75, 0.0, len(sigmas))
-        for sigma, shade, marker in zip(sigmas, shades, cycle("osD^v"), strict=False):
+        for i, (sigma, shade, marker) in enumerate(zip(sigmas, shades, cycle("osD^v"), strict=False)):
             run = frame[frame["sigma"] == sigma]
             style = {"color": matplotlib.colormaps["cividis"](shade), "marker": marker, "markersize": 3.5}
+            style["gid"] = series_id(f"sigma-{i}")
             label = f"σ = {sigma:g}" if sigma else "clean"
             accuracy.plot(run["step"], 100 * run["knn"], label=label, **style)
             if sigma:
-                cosine.plot(run["step"], run["same_image_cosine"], **style)
+                cosine.plot(run["step"], run["same_image_cosine"], label=label, **style)
                 cosine.plot(run["step"], run["cross_image_cosine"], linestyle=":", linewidth=1, **style)
-                centred.plot(run["step"], run["centred_cosine"], **style)
+                centred.plot(run["step"], run["centred_cosine"], label=label, **style)
         cosine.plot([], [], "-", color=TEXT_COLOR, label="same image")
         cosine.plot([], [], ":", color=TEXT_COLOR, linewidth=1, label="other images")
         before = "" if len(representations) == 1 else f"{name}: "

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from rrcm.report.figures import TEXT_COLOR, figure_style, line_style
+from rrcm.report.figures import TEXT_COLOR, figure_style, line_style, series_id
 from rrcm.report.panels import OTHERS, Group, draw_legends, panel_groups
 
 NOT_LOSSES = {"step", "loss", "grad_norm", "levels", "teacher_decay", "lr"}  # columns of a pre-training's history
@@ -80,7 +80,9 @@ def _draw_finetuning(panel: Axes, runs: Mapping[str, pd.DataFrame], group: Group
     for method in [*group.others(runs), *group.methods]:
         evaluated = runs[method].dropna(subset="val_accuracy")
         kept = np.flatnonzero(evaluated["selected"]).tolist()
-        style = line_style(method) | {"markevery": kept} if method in group.methods else OTHERS
+        style = (
+            line_style(method) | {"markevery": kept} if method in group.methods else OTHERS | {"gid": series_id(method)}
+        )
         panel.plot(evaluated["compute"], 100 * evaluated["val_accuracy"], **style)
 
 
