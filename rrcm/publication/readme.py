@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from rrcm.evaluation.metrics import mean_over_seeds
+from rrcm.evaluation.runs import MIN_RUNS
 from rrcm.publication.result import RESULTS, Result, find_results
-from rrcm.report.seeds import MIN_SEEDS
 from rrcm.report.tables import percentages, read_published
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import read_text, write_text
@@ -99,9 +99,9 @@ def read_rows(root: Path) -> list[dict[str, str]]:
 
 
 def mean_text(shares: Sequence[float]) -> str:
-    """The mean over seeds in percent, from MIN_SEEDS seeds on with half the width of its t interval."""
+    """The mean over seeds in percent, from MIN_RUNS seeds on with half the width of its t interval."""
     mean = mean_over_seeds(shares)
-    interval = f" ± {100 * (mean.high - mean.value):.1f}" if len(shares) >= MIN_SEEDS else ""
+    interval = f" ± {100 * (mean.high - mean.value):.1f}" if len(shares) >= MIN_RUNS else ""
     return f"{100 * mean.value:.1f}{interval}"
 
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from rrcm.evaluation.metrics import Interval, mean_over_seeds
+from rrcm.evaluation.runs import MIN_RUNS, over_runs, over_runs_and_images
 from rrcm.report.deployment import deployment_label
 from rrcm.report.figures import FORMATS, save_all
 from rrcm.report.page import read_template
@@ -35,7 +34,6 @@ from rrcm.report.tables import (
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_text
 
-MIN_SEEDS = 3  # a t interval over two seeds is twelve standard errors wide on either side
 SCALES = {  # the least and the most that a quantity can be
     ("value", "certified_accuracy"): (0.0, 1.0),
     ("value", "acr"): (0.0, math.inf),
@@ -76,7 +74,7 @@ def write_seeds(folders: Sequence[Path], output: Path) -> None:
         raise RRCMError(f"--output {output}: has other files than a report of several seeds; choose another folder")
     reports = [report for folder in folders for report in find_reports(Path(folder))]
     tables, curves = make_tables(reports), read_curves(reports)
-    means = curves_over_seeds(curves, len(reports) >= MIN_SEEDS)
+    means = curves_over_seeds(curves, len(reports) >= MIN_RUNS)
     with atomic_directory(output) as folder:
         for name, (_, table, _) in tables.items():
             write_text(folder / f"{name}.csv", csv_text(table.numbers))
@@ -95,7 +93,7 @@ def render_seeds(reports: Sequence[Path], tables: dict[str, SeedsTable], figure:
         seeds=", ".join(map(str, seeds)),
         tables=[(each.title, markdown_text(each.table.text)) for each in tables.values()],
         over_images=any(each.over_images for each in tables.values()),
-        min_seeds=MIN_SEEDS,
+        min_seeds=MIN_RUNS,
         figure=figure,
     )
     return text.rstrip("\n")
@@ -130,43 +128,27 @@ def _differences(title: str, numbers: pd.DataFrame) -> SeedsTable:
 
 
 def over_seeds(numbers: pd.DataFrame) -> pd.DataFrame:
-    """Mean `value` over the seeds of each method and measure, with the interval of `seeds_interval`."""
+    """Mean `value` over the seeds of each method and measure, with the interval of `over_runs`."""
     rows = [
-        (*key, *seeds_interval(group["value"].to_numpy(), SCALES["value", key[1]]))
+        (*key, *over_runs(group["value"].to_numpy(), SCALES["value", key[1]]))
         for key, group in numbers.groupby(KEY, sort=False)
     ]
     return pd.DataFrame(rows, columns=[*KEY, "value", "low", "high"])
 
 
-def seeds_interval(values: Sequence[float], scale: tuple[float, float]) -> Interval:
-    """The mean over seeds with its t interval, cut at the ends of the scale; NaN for fewer than MIN_SEEDS seeds."""
-    return _with_interval(mean_over_seeds(values), len(values)).cut(*scale)
-
-
 def over_seeds_and_images(numbers: pd.DataFrame) -> pd.DataFrame:
     """Mean of the paired differences over the seeds, with an interval for both seeds and test images.
 
-    The variance of the mean has a part that averages out over the seeds and one that does not, as all seeds have the
-    same images. The first is at most the variance between seeds, divided by their number. The second is at most the
-    mean over the seeds of the variance over images, as the mean of correlated numbers varies no more than they do on
-    average. Each leads to a half-width, and the half-width of the interval is the root of the sum of their squares. It
-    is too wide rather than too narrow, because what varies with seed and image is in both parts. The interval is cut at
-    the ends of the scale. Fewer than MIN_SEEDS seeds have no interval: it is NaN. `low_over_seeds` and
-    `high_over_seeds` are the t interval over seeds alone.
+    The interval is cut at the ends of the scale. Fewer than MIN_RUNS seeds have no interval: it is NaN.
+    `low_over_seeds` and `high_over_seeds` are the t interval over seeds alone.
     """
     rows = []
     for key, group in numbers.groupby(KEY, sort=False):
-        scale, mean = SCALES["difference", key[1]], mean_over_seeds(group["difference"].to_numpy())
-        over_images = ((group["high"] - group["low"]) / 2).to_numpy()
-        half_width = math.hypot(mean.high - mean.value, math.sqrt(np.mean(over_images**2)))
-        both = Interval(mean.value, mean.value - half_width, mean.value + half_width)
-        value, low, high = _with_interval(both, len(group)).cut(*scale)
-        rows.append((*key, value, low, high, *_with_interval(mean, len(group)).cut(*scale)[1:]))
+        scale, differences = SCALES["difference", key[1]], group["difference"].to_numpy()
+        half_widths = ((group["high"] - group["low"]) / 2).to_numpy()
+        both = over_runs_and_images(differences, half_widths, half_widths).cut(*scale)
+        rows.append((*key, *both, *over_runs(differences, scale)[1:]))
     return pd.DataFrame(rows, columns=[*KEY, "difference", "low", "high", "low_over_seeds", "high_over_seeds"])
-
-
-def _with_interval(interval: Interval, seeds: int) -> Interval:
-    return interval if seeds >= MIN_SEEDS else Interval(interval.value, math.nan, math.nan)
 
 
 def deployments_over_seeds(numbers: pd.DataFrame) -> Table:
@@ -182,7 +164,7 @@ def deployments_over_seeds(numbers: pd.DataFrame) -> Table:
         for column, heading, unit, digits in columns:
             text[heading] = ""
             if not group[column].isna().any():
-                interval = seeds_interval(group[column].to_numpy(), (0.0, 1.0 if unit == 100 else math.inf))
+                interval = over_runs(group[column].to_numpy(), (0.0, 1.0 if unit == 100 else math.inf))
                 text[heading] = interval_text(interval.times(unit), digits)
                 rows.append((*key, column, *interval))
         texts.append(text)
