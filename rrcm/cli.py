@@ -362,6 +362,37 @@ def compare(
 
 @app.command()
 @exit_on_error
+def board(
+    entries: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LIST",
+            help="YAML or JSON file that lists names, data sets and certificate files, such as results/board.yaml.",
+            show_default=False,
+            autocompletion=complete_path,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="The page, .html. Its numbers lie beside it as .csv.", autocompletion=complete_path),
+    ] = Path("board.html"),
+) -> None:
+    """Build one page of many certificate files, ours and others', grouped by data set: tables, curves, costs, links."""
+    from contextlib import ExitStack
+
+    from rrcm.publication.objects import find_file
+    from rrcm.report.board import make_board
+
+    resume_gc()
+    _refuse(output.suffix != ".html", f"--output {output}: must end in .html")
+    with ExitStack() as stack:
+        opened: dict[Path, Path] = {}
+        make_board(entries, output, lambda path: find_file(path, stack, opened))
+    print(f"written: {output}, {output.with_suffix('.csv')}")
+
+
+@app.command()
+@exit_on_error
 def audit(
     file: Annotated[
         Path,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -38,8 +38,8 @@ def open_run(result: Result) -> Iterator[Path]:
 
 
 @contextmanager
-def open_local_run(result: Result, within: str = "") -> Iterator[Path | None]:
-    """Like `open_run`, but None instead of a pull. Only files whose path starts with `within` are assembled."""
+def open_local_run(result: Result, within: str | tuple[str, ...] = "") -> Iterator[Path | None]:
+    """Like `open_run`, but None instead of a pull. Only files whose path starts with one of `within` are assembled."""
     run = result.folder / "run"
     with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
         if not run.is_dir():
@@ -48,7 +48,26 @@ def open_local_run(result: Result, within: str = "") -> Iterator[Path | None]:
         yield run
 
 
-def assemble(result: Result, output: Path, within: str = "") -> bool:
+def find_file(path: Path, stack: ExitStack, opened: dict[Path, Path]) -> Path:
+    """Where the content of a file is that may belong to a published run, which need not be in its folder.
+
+    If `path` is results/NAME/seed_S/run/... and not here, the certificates and timings of the run are assembled in a
+    temporary folder, which `stack` removes. `opened` keeps these folders. Raises `RRCMError` if some are not here.
+    """
+    folder = next((parent for parent in path.parents if parent.name == "run"), None)
+    if path.exists() or folder is None or not folder.with_suffix(".dvc").is_file():
+        return path
+    if folder not in opened:
+        name, seed = folder.parts[-3:-1]
+        result = Result(folder.parents[3], name, int(seed.removeprefix("seed_")))
+        run = stack.enter_context(open_local_run(result, ("certificates/", "timings/")))
+        if run is None:
+            raise RRCMError(f"{folder}: is not here; fetch it with `dvc pull {result.label}/run.dvc`")
+        opened[folder] = run
+    return opened[folder] / path.relative_to(folder)
+
+
+def assemble(result: Result, output: Path, within: str | tuple[str, ...] = "") -> bool:
     """Write the run's files to the folder `output` from the objects in STORES. False if an object is missing.
 
     Raises `RRCMError` for a damaged object, whose content has another hash than its name.
