@@ -10,15 +10,19 @@ import pandas as pd
 from rrcm.certification.external import read_external_certificates
 from rrcm.evaluation.metrics import accuracy_difference, acr_difference, summary
 from rrcm.report.accuracy_figures import draw_comparison
+from rrcm.report.comparison_page import render_comparison_page
 from rrcm.report.figures import FORMATS, save
 from rrcm.report.fonts import note_on_letters
+from rrcm.report.html import check_page
 from rrcm.report.tables import aligned_text, interval_text
 from rrcm.utils.errors import RRCMError, printable
-from rrcm.utils.files import check_output
+from rrcm.utils.files import check_output, write_text
 
 
-def compare(files: Sequence[str], radii: str, output: Path, reference: str | None = None) -> None:
-    """Print ACR and certified accuracy, and draw the exact curves as `output` (.png or .svg).
+def compare(
+    files: Sequence[str], radii: str, output: Path, reference: str | None = None, page: Path | None = None
+) -> None:
+    """Print ACR and certified accuracy, draw the exact curves as `output` (.png or .svg), and write `page` (.html).
 
     `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. If `reference` is one of the names, this also
     prints the differences to its certificates on common images. Raises `RRCMError` for bad input.
@@ -29,12 +33,17 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
     if output.suffix not in FORMATS:
         raise RRCMError(f"--output {output}: must end in {' or '.join(FORMATS)}")
     check_output(output)
+    if page is not None:
+        check_page(page)
     certificates = {name: read_external_certificates(path) for name, path in paths.items()}
-    save(draw_comparison(certificates), output)
-    print(comparison_table(certificates, numbers))
+    tables, other = [comparison_table(certificates, numbers)], check_same_images(certificates)
     if reference is not None:
-        print(f"\n{differences_to(reference, certificates, numbers)}")
-    for note in (check_same_images(certificates), note_on_letters(certificates)):
+        tables.append(differences_to(reference, certificates, numbers))
+    save(draw_comparison(certificates), output)
+    if page is not None:
+        write_text(page, render_comparison_page(certificates, paths, tables, reference, other))
+    print("\n\n".join(aligned_text(table, "simple") for table in tables))
+    for note in (other, note_on_letters(certificates)):
         if note:
             print(f"note: {note}", file=sys.stderr)
 
@@ -63,17 +72,17 @@ def parse_radii(text: str) -> list[float]:
     return radii
 
 
-def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
-    """One line per name: number of images, certified accuracy (%) at each radius, and ACR."""
+def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
+    """One row of texts per name: number of images, certified accuracy (%) at each radius, and ACR."""
     rows = []
     for name, frame in certificates.items():
         acr, *shares = summary(frame, radii).values()
         rows.append([printable(name), f"{len(frame):,}", *(f"{100 * share:.1f}" for share in shares), f"{acr:.3f}"])
-    return _tabulate(rows, "", radii)
+    return _make_table(rows, "", radii)
 
 
-def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
-    """One line per other name: its differences to `reference` on the images of both, with 95 % intervals.
+def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
+    """One row of texts per other name: its differences to `reference` on the images of both, with 95 % intervals.
 
     Raises `RRCMError` for a name that has no image in common with `reference`.
     """
@@ -91,12 +100,12 @@ def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], rad
         texts = [interval_text(share, "+.1f") for share in shares]
         acr = interval_text(acr_difference(both, other), "+.3f")
         rows.append([printable(name), f"{len(both):,}", *texts, acr])
-    return _tabulate(rows, f"minus {printable(reference)}", radii)
+    return _make_table(rows, f"minus {printable(reference)}", radii)
 
 
-def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str:
+def _make_table(rows: list[list[str]], corner: str, radii: Sequence[float]) -> pd.DataFrame:
     headers = [corner, "images", *(f"r = {radius:g}" for radius in dict.fromkeys(radii)), "ACR"]
-    return aligned_text(pd.DataFrame(rows, columns=headers), "simple")
+    return pd.DataFrame(rows, columns=headers)
 
 
 def check_same_images(certificates: Mapping[str, pd.DataFrame]) -> str | None:
