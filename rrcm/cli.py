@@ -1,5 +1,6 @@
 """The console command `rrcm`. Modules that take long to import are imported when a command runs."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -154,6 +155,15 @@ Output = Annotated[
 Gallery = Annotated[
     Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.", autocompletion=complete_path)
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.html",
+        help="Also write all of it as one web page, which needs no network.",
+        show_default=False,
+        autocompletion=complete_path,
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -199,6 +209,7 @@ def certify(
     outside_range: OutsideRange = False,
     output: Output = Path("certificates.tsv"),
     gallery: Gallery = Path("gallery.png"),
+    page: Page = None,
 ) -> None:
     """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery.
 
@@ -206,13 +217,14 @@ def certify(
     large one. A run that is stopped continues when the same command is given again.
     """
     from rrcm.certification.certify_images import certify_folder, folder_files, output_paths
+    from rrcm.certification.record import record_path
     from rrcm.report.certified_images import draw_gallery
     from rrcm.report.figures import encode
     from rrcm.utils.files import claimed, write_together
 
     resume_gc()
-    written = [*output_paths(output), gallery]
-    images = _find_images(folder, written)  # fails before a model is downloaded
+    written = [*output_paths(output), gallery, *([page] if page else [])]
+    images = _find_images(folder, written, gallery, page)  # fails before a model is downloaded
     settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
     options = {"seed": seed, "precision": precision, "batch_size": batch_size}
     given = {"classes": classes, "outside_range": outside_range}
@@ -231,6 +243,8 @@ def certify(
     )
     picture = encode(draw_gallery(certified, setup.scales[0], setup.rule), gallery.suffix)
     files = folder_files(output, certified, setup.scales, model, setup.recorded, setup.chosen)
+    if page is not None:
+        files[page] = _make_page(certified, setup.scales[0], model, files[record_path(output)])
     write_together(files | {gallery: picture})
     _print_certificates(certified, setup.rule)
     print(f"written: {', '.join(map(str, written))}")
@@ -279,22 +293,33 @@ def _set_up_cascade(
     return Setup(cascade.loaded.scales, rule, partial(smooth_cascade, cascade), recorded, cascade.chosen)
 
 
-def _find_images(folder: Path, written: Collection[Path]) -> "Listing":
+def _make_page(certified: "FolderCertificates", loaded: "LoadedClassifier", models: list[str], record: bytes) -> bytes:
+    """The page of the certificates, from the content of their record."""
+    from rrcm.report.certified_page import render_certified_page
+
+    text = record.decode()
+    return render_certified_page(certified, loaded, models, json.loads(text), text).encode()
+
+
+def _find_images(folder: Path, written: Collection[Path], gallery: Path, page: Path | None) -> "Listing":
     """The images in a folder. Raises `RRCMError` if there are none, or if one of the paths cannot be `written`."""
     from rrcm.certification.certify_images import find_images
     from rrcm.data.images import describe_left_out
     from rrcm.report.figures import FORMATS
+    from rrcm.report.html import check_page
 
-    *outputs, gallery = written
     for path in written:
         check_output(path)
-    if gallery in outputs:
-        raise RRCMError(f"{gallery}: is the path of both the certificates and the gallery; give two paths")
+    if page is not None:
+        check_page(page)
+    for name, path in (("gallery", gallery), ("page", page)):
+        if list(written).count(path) > 1:
+            raise RRCMError(f"{path}: is the path of both the certificates and the {name}; give two paths")
     if gallery.suffix not in FORMATS:
         raise RRCMError(f"{gallery}: the gallery must end in {' or '.join(FORMATS)}")
     images = find_images(folder, [gallery])
     if {(folder / file).resolve() for file in images.files} & {path.resolve() for path in written}:
-        raise RRCMError(f"{outputs[0]}: is one of the images; choose another path")
+        raise RRCMError(f"{next(iter(written))}: is one of the images; choose another path")
     if left_out := describe_left_out(images.left_out):
         print(f"note: left out {left_out}", file=sys.stderr)
     return images
@@ -352,12 +377,13 @@ def compare(
             autocompletion=complete_method,
         ),
     ] = None,
+    page: Page = None,
 ) -> None:
     """Compare ACR and certified accuracy of certificate files (idx, label, predict, radius, correct, time)."""
     from rrcm.report.compare import compare as draw
 
     resume_gc()
-    draw(files, radii, output, reference)
+    draw(files, radii, output, reference, page)
 
 
 @app.command()

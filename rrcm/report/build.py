@@ -26,7 +26,8 @@ from rrcm.report.fonts import note_on_letters
 from rrcm.report.gallery import Thumbnail, draw_gallery, verdict
 from rrcm.report.inputs import Inputs, certificates_file, read_inputs
 from rrcm.report.latency_figure import draw_latency
-from rrcm.report.page import render_report
+from rrcm.report.page import render_markdown, report_values
+from rrcm.report.report_page import read_thumbnails, render_report_page
 from rrcm.report.representation_figure import draw_representation
 from rrcm.report.training_figure import draw_training
 from rrcm.utils.errors import RRCMError
@@ -72,8 +73,10 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
             write_text(folder / f"{name}.tex", tables.latex_text(table.text))
         for name, frame in _plot_data(inputs).items():
             write_text(folder / f"{name}.csv", tables.csv_text(frame))
-        page = render_report(config, root, inputs, texts, list(drawn), gallery.classes)
-        write_text(folder / "report.md", page)
+        values = report_values(config, root, inputs, texts, list(drawn), gallery.classes)
+        markdown, thumbnails = render_markdown(values), read_thumbnails(config, root, inputs)
+        write_text(folder / "report.md", markdown)
+        write_text(folder / "index.html", render_report_page(config, inputs, values, markdown, drawn, thumbnails))
     if metrics is not None:
         values = tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii)
         add_metrics(values, inputs.cascades, config.report.radii)

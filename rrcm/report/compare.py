@@ -11,18 +11,23 @@ from rrcm.certification.external import read_external_certificates
 from rrcm.evaluation.common_images import adopt_numbers, on_same_images
 from rrcm.evaluation.metrics import accuracy_difference, acr_difference, summary
 from rrcm.report.accuracy_figures import draw_comparison
+from rrcm.report.comparison_page import render_comparison_page
 from rrcm.report.figures import FORMATS, save
 from rrcm.report.fonts import note_on_letters
+from rrcm.report.html import check_page
 from rrcm.report.tables import aligned_text, interval_text
 from rrcm.utils.errors import RRCMError, printable
-from rrcm.utils.files import check_output
+from rrcm.utils.files import check_output, write_text
 
 
-def compare(files: Sequence[str], radii: str, output: Path, reference: str | None = None) -> None:
-    """Print ACR and certified accuracy on the images of all files, and draw the exact curves as `output` (.png, .svg).
+def compare(
+    files: Sequence[str], radii: str, output: Path, reference: str | None = None, page: Path | None = None
+) -> None:
+    """Print ACR and certified accuracy, draw the exact curves as `output` (.png or .svg), and write `page` (.html).
 
-    `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. If `reference` is one of the names, this also
-    prints the differences to its certificates. Raises `RRCMError` for bad input, and for files of different data sets.
+    All are on the images that all files have. `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. If
+    `reference` is one of the names, this also prints the differences to its certificates. Raises `RRCMError` for bad
+    input, and for files of different data sets.
     """
     numbers, paths = parse_radii(radii), parse_files(files)
     if reference is not None and reference not in paths:
@@ -30,13 +35,18 @@ def compare(files: Sequence[str], radii: str, output: Path, reference: str | Non
     if output.suffix not in FORMATS:
         raise RRCMError(f"--output {output}: must end in {' or '.join(FORMATS)}")
     check_output(output)
+    if page is not None:
+        check_page(page)
     read, sources = adopt_numbers({name: read_external_certificates(path) for name, path in paths.items()})
-    certificates = on_same_images(read)
-    save(draw_comparison(certificates), output)
-    print(comparison_table(certificates, numbers))
+    certificates, notes = on_same_images(read), list(notes_on_images(read, sources))
+    tables = [comparison_table(certificates, numbers)]
     if reference is not None:
-        print(f"\n{differences_to(reference, certificates, numbers)}")
-    for note in (*notes_on_images(read, sources), note_on_letters(certificates)):
+        tables.append(differences_to(reference, certificates, numbers))
+    save(draw_comparison(certificates), output)
+    if page is not None:
+        write_text(page, render_comparison_page(certificates, paths, tables, reference, notes))
+    print("\n\n".join(aligned_text(table, "simple") for table in tables))
+    for note in (*notes, note_on_letters(certificates)):
         if note:
             print(f"note: {note}", file=sys.stderr)
 
@@ -65,17 +75,17 @@ def parse_radii(text: str) -> list[float]:
     return radii
 
 
-def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
-    """One line per name: number of images, certified accuracy (%) at each radius, and ACR."""
+def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
+    """One row of texts per name: number of images, certified accuracy (%) at each radius, and ACR."""
     rows = []
     for name, frame in certificates.items():
         acr, *shares = summary(frame, radii).values()
         rows.append([printable(name), f"{len(frame):,}", *(f"{100 * share:.1f}" for share in shares), f"{acr:.3f}"])
-    return _tabulate(rows, "", radii)
+    return _make_table(rows, "", radii)
 
 
-def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> str:
-    """One line per other name: its differences to `reference`, with 95 % intervals. All rows are the same images."""
+def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
+    """One row of texts per other name: its differences to `reference`, with 95 % intervals. The images are the same."""
     rows, other = [], certificates[reference]
     for name, frame in certificates.items():
         if name != reference:
@@ -83,12 +93,12 @@ def differences_to(reference: str, certificates: Mapping[str, pd.DataFrame], rad
             texts = [interval_text(share, "+.1f") for share in shares]
             acr = interval_text(acr_difference(frame, other), "+.3f")
             rows.append([printable(name), f"{len(frame):,}", *texts, acr])
-    return _tabulate(rows, f"minus {printable(reference)}", radii)
+    return _make_table(rows, f"minus {printable(reference)}", radii)
 
 
-def _tabulate(rows: list[list[str]], corner: str, radii: Sequence[float]) -> str:
+def _make_table(rows: list[list[str]], corner: str, radii: Sequence[float]) -> pd.DataFrame:
     headers = [corner, "images", *(f"r = {radius:g}" for radius in dict.fromkeys(radii)), "ACR"]
-    return aligned_text(pd.DataFrame(rows, columns=headers), "simple")
+    return pd.DataFrame(rows, columns=headers)
 
 
 def notes_on_images(frames: Mapping[str, pd.DataFrame], sources: Mapping[str, str]) -> Iterator[str]:

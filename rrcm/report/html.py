@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
@@ -18,7 +19,8 @@ from markupsafe import Markup
 from rrcm.report.deployment import numeral
 from rrcm.report.html_colours import dark_colour
 from rrcm.report.html_figures import PageFigure
-from rrcm.utils.errors import UNPRINTABLE, printable
+from rrcm.utils.errors import UNPRINTABLE, RRCMError, printable
+from rrcm.utils.files import check_output
 
 RIGHT_TO_LEFT = re.compile(r"([\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]+)")
 LINE_ENDS = {"\n", "\t"}
@@ -35,6 +37,13 @@ def render_page(template: str, *, figures: Mapping[str, PageFigure] | None = Non
     palette = {colour: dark_colour(colour) for colour in colours}
     text = _environment().get_template(template).render(figures=figures, palette=palette, **context)
     return text.rstrip("\n") + "\n"
+
+
+def check_page(path: Path) -> None:
+    """Raise `RRCMError` if no page can be written at `path`, whose name must end in .html."""
+    if path.suffix != ".html":
+        raise RRCMError(f"--page {path}: must end in .html")
+    check_output(path)
 
 
 @functools.cache

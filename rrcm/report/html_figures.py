@@ -188,7 +188,7 @@ def _value(value: float, images: int | None) -> str:
 
 def _number(value: float) -> str:
     """A number with four significant digits."""
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value + 0.0:.4g}"
 
 
 def _read_points(

@@ -79,55 +79,74 @@ def render_report(
     figures: Sequence[str],
     gallery_classes: Sequence[str],
 ) -> str:
-    """The text of report.md. `tables` are the tables as text, and `figures` the names of the figures beside the page.
+    """The text of report.md, with the arguments of `report_values`.
 
-    `gallery_classes` are the true classes of the images in the gallery. The template escapes every value for HTML, and
-    names also for Markdown.
+    The template escapes every value for HTML, and names also for Markdown.
+    """
+    return render_markdown(report_values(config, root, inputs, tables, figures, gallery_classes))
+
+
+def render_markdown(values: Mapping[str, object]) -> str:
+    """The text of report.md from its `report_values`."""
+    return read_template("report.md.jinja").render(**values).rstrip("\n") + "\n"
+
+
+def report_values(
+    config: Config,
+    root: Path,
+    inputs: Inputs,
+    tables: Mapping[str, pd.DataFrame],
+    figures: Sequence[str],
+    gallery_classes: Sequence[str],
+) -> dict[str, object]:
+    """What a report says, by the names that its templates use.
+
+    `tables` are the tables as text, and `figures` the names of the figures beside the report. `gallery_classes` are the
+    true classes of the images in the gallery.
     """
     records = [path for path in inputs.files if path.startswith("timings/")]
     environments = _environments(root, records)
     labels = max((frame["label"] for frame in inputs.certificates.values()), key=len)
     counts = np.bincount(labels, minlength=len(inputs.classes)).tolist()
-    text = read_template("report.md.jinja").render(
-        config=config,
-        images=len(labels),
-        subsets=[
+    return {
+        "config": config,
+        "images": len(labels),
+        "subsets": [
             ImageCount(METHODS[name].label, len(frame))
             for (name, sigma), frame in inputs.certificates.items()
             if sigma == config.sigmas[0] and len(frame) < len(labels)
         ],
-        class_counts=[ImageCount(*each) for each in zip(inputs.classes, counts, strict=True)],
-        data_notes=inputs.data_notes,
-        comparisons=_headline(config, inputs),
-        shortfalls=shortfalls(inputs.cascades, inputs.by_bound(config.certify.bound)),
-        pretrained_elsewhere=[
+        "class_counts": [ImageCount(*each) for each in zip(inputs.classes, counts, strict=True)],
+        "data_notes": inputs.data_notes,
+        "comparisons": _headline(config, inputs),
+        "shortfalls": shortfalls(inputs.cascades, inputs.by_bound(config.certify.bound)),
+        "pretrained_elsewhere": [
             (METHODS[name].label, config.initial_weights(name))
             for name in config.methods
             if METHODS[name].initial_weights is not None
             and not config.finetune.uses_pretraining(name)
             and not METHODS[name].denoises
         ],
-        denoising=[
+        "denoising": [
             (METHODS[name], denoising_classifier(name, config.denoised.model_dump()))
             for name in config.methods
             if METHODS[name].denoises
         ],
-        needs_soft_labels=any(METHODS[name].needs_soft_labels for name in config.methods),
-        small_multiples=len(panel_groups(config.methods)) > 1,
-        reference=METHODS[reference_method(config.methods)].label,
-        latency=inputs.latency,
-        latency_sources=list(dict.fromkeys(published_latencies()["source"])),
-        tables={name: _markdown_table(table) for name, table in tables.items()},
-        columns={name: list(table.columns) for name, table in tables.items()},
-        figures=figures,
-        gallery_method=METHODS[config.methods[0]].label,
-        gallery_classes=gallery_classes,
-        parameters=_yaml(_decisive_settings(config)),
-        hashes=[f"{sha256_file(root / path)}  {printable(path)}" for path in inputs.files],
-        environments=environments,
-        num_records=len(records),
-    )
-    return text.rstrip("\n") + "\n"
+        "needs_soft_labels": any(METHODS[name].needs_soft_labels for name in config.methods),
+        "small_multiples": len(panel_groups(config.methods)) > 1,
+        "reference": METHODS[reference_method(config.methods)].label,
+        "latency": inputs.latency,
+        "latency_sources": list(dict.fromkeys(published_latencies()["source"])),
+        "tables": {name: _markdown_table(table) for name, table in tables.items()},
+        "columns": {name: list(table.columns) for name, table in tables.items()},
+        "figures": figures,
+        "gallery_method": METHODS[config.methods[0]].label,
+        "gallery_classes": gallery_classes,
+        "parameters": _yaml(_decisive_settings(config)),
+        "hashes": [f"{sha256_file(root / path)}  {printable(path)}" for path in inputs.files],
+        "environments": environments,
+        "num_records": len(records),
+    }
 
 
 def _decisive_settings(config: Config) -> dict:
@@ -151,7 +170,12 @@ def read_template(name: str) -> jinja2.Template:
 
 
 def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
-    """The comparisons at equal fine-tuning budget, at equal total compute and at any cost that have several methods.
+    """The comparisons of the `compared_methods`."""
+    return [_comparison(config, inputs.certificates, *each) for each in compared_methods(config, inputs).items()]
+
+
+def compared_methods(config: Config, inputs: Inputs) -> dict[str, list[str]]:
+    """The methods at equal fine-tuning budget, at equal total compute and at any cost, if they are several.
 
     A joint network and its own experts are not several methods. Methods that denoise have no budget in common with the
     others, so they are compared with all of them at any cost. Joint trainings with a part of their experts' passes are
@@ -172,8 +196,7 @@ def _headline(config: Config, inputs: Inputs) -> list[Comparison]:
         "equal total compute": [name for name in total if least <= passes[name] <= most],
         "any cost": config.methods if denoising else [],
     }
-    several = {name: group for name, group in groups.items() if len(set(map(expert_of, group))) > 1}
-    return [_comparison(config, inputs.certificates, *each) for each in several.items()]
+    return {name: list(group) for name, group in groups.items() if len(set(map(expert_of, group))) > 1}
 
 
 def _comparison(config: Config, certificates: Certificates, name: str, methods: Sequence[str]) -> Comparison:

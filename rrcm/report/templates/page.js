@@ -27,10 +27,10 @@
   }
 
   function sort(table, column) {
-    const heads = all("thead th", table);
+    const heads = [...table.tHead.rows[0].cells];
     const before = heads[column].getAttribute("aria-sort");
     const now = { none: "descending", descending: "ascending", ascending: "none" }[before];
-    heads.forEach((head, i) => head.setAttribute("aria-sort", i === column ? now : "none"));
+    for (const head of all("th[aria-sort]", table)) head.setAttribute("aria-sort", head === heads[column] ? now : "none");
     const rows = table.rowsAtFirst.slice();
     if (now !== "none") {
       const keys = new Map(rows.map((row) => [row, row.cells[column].textContent]));
@@ -69,8 +69,8 @@
   for (const box of all("[data-table]")) {
     const table = box.querySelector("table");
     table.rowsAtFirst = [...table.tBodies[0].rows];
-    all("thead th", table).forEach((head, column) => {
-      if (table.rowsAtFirst.length < 2 || !head.textContent.trim()) return;
+    [...table.tHead.rows[0].cells].forEach((head, column) => {
+      if (table.rowsAtFirst.length < 2 || head.tagName !== "TH") return;
       const button = make("button");
       button.type = "button";
       button.append(...head.childNodes);
@@ -78,7 +78,6 @@
       head.setAttribute("aria-sort", "none");
       button.addEventListener("click", () => sort(table, column));
     });
-    all("thead th:not([aria-sort])", table).forEach((head) => head.setAttribute("aria-sort", "none"));
     box.append(document.getElementById("tools").content.cloneNode(true));
     for (const button of all("[data-copy]", box)) {
       button.addEventListener("click", async () => {
@@ -221,6 +220,7 @@
     };
     form.hidden = false;
     form.addEventListener("input", apply);
+    form.addEventListener("change", apply);
     form.addEventListener("reset", () => setTimeout(apply));
     form.addEventListener("submit", (event) => event.preventDefault());
     apply();
