@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,22 @@ def refused(answer: Result, *said: str) -> None:
     assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1, answer.stderr
     for text in said:
         assert text in answer.stderr
+
+
+def test_the_page_has_every_image_with_its_certificate(saved, images):
+    Path("images/other/a.png").rename("images/other/<b>\u202e&.png")
+    certified("images", "--model", "model", "--page", "page.html")
+    page, files = Path("page.html").read_bytes(), pd.read_csv("certificates.files.tsv", sep="\t")
+    frame = pd.read_csv("certificates.tsv", sep="\t")
+    text = page.decode()
+    assert text.count("data:image/png;base64,") == 4 == text.count('<tr><th scope="row">') - text.count("<tr data-x=")
+    for file, radius in zip(files["file"], frame["radius"], strict=True):
+        row = text.split(f'<tr><th scope="row">{escape(file)}<td>')[1].split("<tr>")[0]
+        assert f'<td class="n">{rounded_down(radius)}<td' in row or "abstains" in row
+    assert "other/&lt;b&gt;\\u202e&amp;.png" in text and f"{frame['correct'].sum()}</strong> of the 3 images" in text
+    assert read_record(Path("certificates.json")).models[0].sha256 in text
+    certified("images", "--model", "model", "--page", "page.html")
+    assert Path("page.html").read_bytes() == page
 
 
 @pytest.mark.parametrize("stopping", ["fixed", "sequential"])
@@ -376,6 +393,8 @@ def test_class_names_of_a_file(saved, images):
         (["nowhere", "--model", "model"], "nowhere: no such folder"),
         (["empty", "--model", "model"], "empty: no images in it or below, only .txt files (1)"),
         (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png or .svg"),
+        (["images", "--model", "model", "--page", "page.txt"], "page.txt: must end in .html"),
+        (["images", "--model", "model", "--output", "a.html", "--page", "a.html"], "a.html: is the path of both"),
         (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),
         (["images", "--model", "model", "--output", "junk.pth/a.tsv"], "junk.pth/a.tsv: no file can be written"),
         (["images", "--model", "model", "--output", "gallery.png"], "gallery.png: is the path of both"),

@@ -27,7 +27,7 @@ from rrcm.report.gallery import Thumbnail, draw_gallery, verdict
 from rrcm.report.inputs import Inputs, certificates_file, read_inputs
 from rrcm.report.latency_figure import draw_latency
 from rrcm.report.page import render_markdown, report_values
-from rrcm.report.report_page import read_thumbnails, render_report_page
+from rrcm.report.report_page import Galleries, noisy_cards, read_thumbnails, render_report_page
 from rrcm.report.representation_figure import draw_representation
 from rrcm.report.training_figure import draw_training
 from rrcm.utils.errors import RRCMError
@@ -74,9 +74,10 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
         for name, frame in _plot_data(inputs).items():
             write_text(folder / f"{name}.csv", tables.csv_text(frame))
         values = report_values(config, root, inputs, texts, list(drawn), gallery.classes)
-        markdown, thumbnails = render_markdown(values), read_thumbnails(config, root, inputs)
+        markdown, noisy = render_markdown(values), noisy_cards(gallery.clean, gallery.noisy)
+        galleries = Galleries(read_thumbnails(config, root, inputs), noisy, METHODS[config.methods[0]].label)
         write_text(folder / "report.md", markdown)
-        write_text(folder / "index.html", render_report_page(config, inputs, values, markdown, drawn, thumbnails))
+        write_text(folder / "index.html", render_report_page(config, inputs, values, markdown, drawn, galleries))
     if metrics is not None:
         values = tables.metrics(inputs.certificates, inputs.margin, inputs.models, config.report.radii)
         add_metrics(values, inputs.cascades, config.report.radii)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import METHODS
 from rrcm.report.deployment import deployment_label
 from rrcm.report.findings import find
-from rrcm.report.gallery import verdict
+from rrcm.report.gallery import Thumbnail, verdict
 from rrcm.report.html import render_page, slug
 from rrcm.report.html_figures import PageFigure, make_figure
 from rrcm.report.inputs import Inputs
@@ -25,19 +26,27 @@ DEPLOYMENT = "One deployment"  # section of report.md
 FIRST, PROVENANCE = "Certified accuracy", "Provenance"
 
 
+class Galleries(NamedTuple):
+    """The images of the page."""
+
+    thumbnails: Thumbnails
+    noisy: list[tuple[str, list[Card]]]  # `noisy_cards`
+    method: str  # whose answers the noisy ones have
+
+
 def render_report_page(
     config: Config,
     inputs: Inputs,
     values: Mapping[str, object],
     markdown: str,
     drawn: Mapping[str, Figure],
-    thumbnails: Thumbnails,
+    galleries: Galleries,
 ) -> str:
     """The text of index.html.
 
     `values` are the `report_values` from which `markdown`, the text of report.md, was made. `drawn` are its figures.
     """
-    sections = arrange(read_sections(markdown.partition("## Provenance")[0]))
+    sections = arrange(read_sections(markdown.partition("\n## Provenance\n")[0]))
     pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
     figures = {each.name: page_figure(each, drawn[each.name]) for each in pictures if each.name != "gallery"}
     return render_page(
@@ -48,7 +57,7 @@ def render_report_page(
         findings=find(config, inputs, compared_methods(config, inputs)),
         sections=sections,
         links=[(section.title, slug(section.title)) for section in sections] + [(PROVENANCE, slug(PROVENANCE))],
-        thumbnails=thumbnails,
+        galleries=galleries,
     )
 
 
@@ -73,6 +82,28 @@ def page_figure(picture: Picture, figure: Figure) -> PageFigure:
     """The figure of a picture of report.md, with the caption as its description."""
     title = picture.name.replace("_", " ")
     return make_figure(figure, picture.name, title[0].upper() + title[1:], picture.text)
+
+
+def noisy_cards(
+    clean: Sequence[np.ndarray], noisy: Mapping[float, Sequence[Thumbnail]]
+) -> list[tuple[str, list[Card]]]:
+    """Rows of images, each with a heading: clean ones with their classes, and noisy ones with the answers.
+
+    Images are (H, W) or (H, W, C), in [0, 1].
+    """
+    labels = [thumbnail.label for thumbnail in next(iter(noisy.values()))]
+    rows = [("clean", [make_card(_bytes(each), label, "clean", []) for each, label in zip(clean, labels, strict=True)])]
+    for sigma, thumbnails in sorted(noisy.items()):
+        cards = []
+        for pixels, label, predict, radius, kind in thumbnails:
+            cards.append(make_card(_bytes(pixels), label, f"σ = {sigma:g}", [make_answer(kind, predict, radius)]))
+        rows.append((f"σ = {sigma:g}", cards))
+    return rows
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1] as uint8."""
+    return (255 * pixels).round().astype(np.uint8)
 
 
 def read_thumbnails(config: Config, root: Path, inputs: Inputs) -> Thumbnails:

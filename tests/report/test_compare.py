@@ -2,10 +2,12 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -44,6 +46,21 @@ def test_compare_prints_a_table_and_draws_a_figure(files: Path, capsys: pytest.C
     assert shown.err == ""
     with Image.open("compare.png") as image:
         assert len(image.getcolors(2**24)) > 50
+
+
+def test_the_page_has_the_printed_tables(files: Path, capsys: pytest.CaptureFixture):
+    arguments = ["ours=one.tsv", "<theirs>=other.txt"], "0,0.75", Path("compare.png"), "ours"
+    compare(*arguments, page=Path("compare.html"))
+    printed, page = capsys.readouterr().out, Path("compare.html").read_text()
+    for line in printed.splitlines()[2:4] + printed.splitlines()[-1:]:
+        name, *cells = re.split(r"  +", line)
+        row = page.split(f'<tr><th scope="row">{escape(name)}<td')[-1 if line == printed.splitlines()[-1] else 1]
+        assert all(cell in re.sub(r"<[^>]*>", "", row) for cell in cells)
+    assert page.count('data-series="file-1"') >= 2 and "<theirs>" not in page
+    compare(*arguments, page=Path("again.html"))
+    assert Path("again.html").read_text() == page
+    with pytest.raises(RRCMError, match=r"--page compare.htm: must end in \.html"):
+        compare(*arguments, page=Path("compare.htm"))
 
 
 def write_rows(path: str, numbers: Sequence[int], radius: float = 0.5, shift: int = 0) -> str:
