@@ -46,7 +46,7 @@ class Section(NamedTuple):
     sources: list[Source]
 
 
-SOURCE = ["deployed", "n", "n0", "alpha", "bound", "stopping", "samples per image", "s per image", "images", "runs"]
+SOURCE = ["deployed", "n", "n0", "alpha", "bound", "stopping", "samples", "seconds", "runs"]
 
 
 def render_board(title: str, groups: Sequence[Group], path: Path, output: Path) -> str:
@@ -125,7 +125,7 @@ def _source(row: Row, folder: Path, page: Path) -> Source:
     first, settings = row.deployed[0], common_settings(row)
     cells = [first.label, *(_setting(settings, name) for name in ("n", "n0", "alpha", "bound", "stopping"))]
     cells += [_number(mean_cost(row, "samples"), ",.0f"), _number(mean_cost(row, "seconds"), ".3g")]
-    cells += [f"{len(first.frames[0]):,}", str(len(first.files))]
+    cells.append(str(len(first.files)))
     links = [Link("paper", row.entry.paper), Link("code", row.entry.code)]
     links.append(Link("report", row.entry.report and _address(folder / row.entry.report, page)))
     files = [Link(file.path.name, _address(file.path, page)) for file in first.files]
