@@ -19,6 +19,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
 
 from rrcm.evaluation.metrics import wilson_interval
 from rrcm.report.figures import FORMATS, figure_style, number_series, parse_series_id
@@ -34,7 +35,8 @@ KEPT |= {"opacity", "fill-opacity", "stroke-opacity", "text-anchor", "image-rend
 PLACES = {"d", "x", "y", "width", "height", "transform"}
 POINTS = 72  # per inch
 MOST_PATHS = 400_000  # characters of all paths of a figure; then its lines are thinned out
-TOLERANCES = (0.2, 0.5, 1.0)  # points by which a thinned line may be off, smallest first
+TOLERANCES = (0.2, 0.5, 1.0, 2.0)  # points by which a thinned line may be off, smallest first
+LONG = 100  # vertices of a line that can be thinned out
 
 
 class Entry(NamedTuple):
@@ -296,16 +298,15 @@ def _limit_size(root: ET.Element) -> None:
 
 
 def _thin(path: str, tolerance: float) -> str:
-    """A path of straight lines without vertices that are in the same cell of a grid as the vertex before."""
+    """A path of one straight line after another, off by about `tolerance` points, with fewer vertices."""
     commands = re.findall("[A-Za-z]", path)
-    if len(commands) < 100 or not {"L"} <= set(commands) <= {"M", "L", "z"} or commands.count("M") > 1:
+    if len(commands) < LONG or not {"L"} <= set(commands) <= {"M", "L", "z"} or commands.count("M") > 1:
         return path
-    vertices = np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2)
-    cells = np.floor(vertices / tolerance)
-    kept = np.append(True, (np.diff(cells, axis=0) != 0).any(1))
-    kept[-1] = True
-    lines = " L ".join(f"{x:.1f} {y:.1f}" for x, y in vertices[kept].tolist())
-    return f"M {lines}{' z' if commands[-1] == 'z' else ''}"
+    line = Path(np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2))
+    line.should_simplify, line.simplify_threshold = True, tolerance
+    simple = line.cleaned(simplify=True)
+    vertices = simple.vertices[simple.codes != Path.STOP].tolist()
+    return f"M {' L '.join(f'{x:.1f} {y:.1f}' for x, y in vertices)}{' z' if commands[-1] == 'z' else ''}"
 
 
 def _swatch(group: ET.Element) -> Markup:
