@@ -18,7 +18,7 @@ from rrcm.report.thumbnails import Card, Thumbnails, make_answer, make_card
 from rrcm.utils.errors import printable
 
 GALLERY_IMAGES = 240
-MOST_TEXT = 600_000  # characters of the table of images: a page stays below 2 MB
+MOST_TEXT = 900_000  # characters of the table of images: a page stays below 2 MB
 ROW_TAGS = 60  # characters of a row besides its texts
 SETTINGS = ("sigma", "sigmas", "thresholds", "bound", "stopping", "n", "n0", "alpha", "radius_step")
 SETTINGS += ("seed", "precision", "batch_size", "device", "image_size")

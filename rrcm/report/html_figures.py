@@ -19,10 +19,12 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
 
 from rrcm.evaluation.metrics import wilson_interval
 from rrcm.report.figures import FORMATS, figure_style, number_series, parse_series_id
 from rrcm.report.html_tables import PageTable, make_table
+from rrcm.report.panels import OTHERS
 from rrcm.utils.errors import UNPRINTABLE
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -32,6 +34,9 @@ KEPT = {"fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset
 KEPT |= {"opacity", "fill-opacity", "stroke-opacity", "text-anchor", "image-rendering"}
 PLACES = {"d", "x", "y", "width", "height", "transform"}
 POINTS = 72  # per inch
+MOST_PATHS = 400_000  # characters of all paths of a figure; then its lines are thinned out
+TOLERANCES = (0.2, 0.5, 1.0, 2.0)  # points by which a thinned line may be off, smallest first
+LONG = 100  # vertices of a line that can be thinned out
 
 
 class Entry(NamedTuple):
@@ -90,6 +95,7 @@ def make_figure(figure: Figure, name: str, title: str, description: str) -> Page
     _, _, width, height = (float(part) for part in root.get("viewBox").split())
     groups = {element.get("id"): element for element in root.iter(f"{SVG}g")}
     colours, shown = _clean(root, name), _labelled(figure.axes)
+    _limit_size(root)
     legend = [Entry(key, artist.get_label(), _swatch(groups[artist.get_gid()])) for key, artist in shown.items()]
     _describe(root, name, title, description, width, height)
     titles = [legend.get_title().get_text() for legend in legends]
@@ -132,7 +138,8 @@ def _read_panel(figure: Figure, axes: Axes) -> Panel | None:
     extent = axes.get_window_extent()
     box = (extent.x0 * scale, height - extent.y1 * scale, extent.width * scale, extent.height * scale)
     title = _plain(axes.get_title() or axes.get_title(loc="left"))
-    titles = [_plain(axes.get_xlabel()), _plain(axes.get_ylabel())]
+    beside = (each.get_ylabel() for each in figure.axes if each.get_window_extent().y0 == extent.y0)
+    titles = [_plain(axes.get_xlabel()), _plain(axes.get_ylabel() or next(beside))]
     read = _read_points if any(isinstance(each, PathCollection) for each in series.values()) else _read_lines
     places, keys, table = read(axes, series, titles)
     rows = []
@@ -267,6 +274,39 @@ def _short(places: str) -> str:
     """Coordinates with two decimals, which is a hundredth of a point."""
     short = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places)
     return re.sub(r"(^|[ (])-0(?=[ ,)]|$)", r"\g<1>0", " ".join(short.split()))
+
+
+def _limit_size(root: ET.Element) -> None:
+    """Thin out the lines of a figure that is too large for a page, and if need be leave out those in grey.
+
+    Curves of 10,000 radii have more steps than a screen can show.
+    """
+
+    def is_too_large() -> bool:
+        return sum(len(path.get("d")) for path in root.iter("path")) > MOST_PATHS
+
+    for tolerance in TOLERANCES:
+        if is_too_large():
+            for path in root.iter("path"):
+                path.set("d", _thin(path.get("d"), tolerance))
+    if is_too_large():
+        grey = f"s-{OTHERS['color'][1:]}"
+        for parent in root.iter():
+            for child in [each for each in parent if each.get("data-series")]:
+                if any(path.get("class") == grey for path in child.iter("path")):
+                    parent.remove(child)
+
+
+def _thin(path: str, tolerance: float) -> str:
+    """A path of one straight line after another, off by about `tolerance` points, with fewer vertices."""
+    commands = re.findall("[A-Za-z]", path)
+    if len(commands) < LONG or not {"L"} <= set(commands) <= {"M", "L", "z"} or commands.count("M") > 1:
+        return path
+    line = Path(np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2))
+    line.should_simplify, line.simplify_threshold = True, tolerance
+    simple = line.cleaned(simplify=True)
+    vertices = simple.vertices[simple.codes != Path.STOP].tolist()
+    return f"M {' L '.join(f'{x:.1f} {y:.1f}' for x, y in vertices)}{' z' if commands[-1] == 'z' else ''}"
 
 
 def _swatch(group: ET.Element) -> Markup:

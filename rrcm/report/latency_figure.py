@@ -74,15 +74,10 @@ def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
             colours = {"facecolor": style["color"], "edgecolor": "white", "linewidth": 0.6}
         size = 110 * row["parameters"] / largest
         colours |= {"label": row["label"], "gid": series_id(method, int(images))}
-        panel.plot(
-            [row["seconds"]] * 2,
-            [low, high],
-            linewidth=0.9,
-            alpha=0.6,
-            zorder=2,
-            **{key: style[key] for key in ("color", "gid")},
-        )
-        colours["zorder"] = 3 - i / len(latency) / 2  # the first method lies on top
+        later = i / len(latency) / 2  # the first method lies on top
+        line = {"color": style["color"], "gid": style["gid"], "linewidth": 0.9, "alpha": 0.6, "zorder": 2 - later}
+        panel.plot([row["seconds"]] * 2, [low, high], **line)
+        colours["zorder"] = 3 - later
         panel.scatter(row["seconds"], 100 * share, size, marker=style["marker"], clip_on=False, **colours)
         tops.append((row["seconds"], row["ratio"], high))
     for group in _neighbours(sorted(tops)):

@@ -15,6 +15,7 @@ from test_deployment import record_of
 from test_names import HOSTILE
 
 from rrcm.evaluation.metrics import acr_difference, average_certified_radius, certified_accuracy, wilson_interval
+from rrcm.report import html_figures
 from rrcm.report.accuracy_figures import draw_certified_accuracy
 from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.certified_page import image_table, shorten
@@ -170,6 +171,19 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
     assert svg.find("title").text == "A & B" and svg.find("desc").text == "What it <shows>"
     assert "style=" not in made.svg and {f"#{i}" for i in ("0072b2",)} <= set(made.colours)
     assert made == make_figure(draw_certified_accuracy(frames, {}), "accuracy", "A & B", "What it <shows>")
+
+
+def test_a_large_figure_is_thinned_out(monkeypatch):
+    radii = np.linspace(0, 2, 2000)
+    whole = make_figure(draw_certified_accuracy({("rrcm", 0.5): frame(*radii)}, {}), "a", "A", "B")
+    monkeypatch.setattr(html_figures, "MOST_PATHS", 20_000)
+    thin = make_figure(draw_certified_accuracy({("rrcm", 0.5): frame(*radii)}, {}), "a", "A", "B")
+    first, second = (ET.fromstring(each.svg) for each in (whole, thin))
+    paths = list(zip(first.iter("path"), second.iter("path"), strict=True))
+    (line, short), *_ = (pair for pair in paths if len(pair[0].get("d")) > 20_000 and "stroke-width" in pair[0].attrib)
+    ends = [[path.get("d").split()[i] for path in (line, short)] for i in (1, 2, -2, -1)]
+    assert len(short.get("d")) < 20_000 and all(abs(float(a) - float(b)) < 0.06 for a, b in ends)
+    assert whole.panels == thin.panels
 
 
 def test_names_of_any_kind_are_shown_literally(tmp_path: Path):

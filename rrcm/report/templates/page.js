@@ -89,20 +89,36 @@
 
   // ---- figures: a legend that shows and hides, values at the pointer
 
+  function addButton(list, press) {
+    const button = make("button");
+    button.type = "button";
+    button.addEventListener("click", press);
+    list.append(button);
+    return button;
+  }
+
   function startLegend(figure, hidden, redraw) {
-    for (const item of all(".legend li", figure)) {
-      const button = make("button");
-      button.type = "button";
+    const items = all(".legend li", figure);
+
+    function set(item, isHidden) {
+      const key = item.dataset.series;
+      hidden[isHidden ? "add" : "delete"](key);
+      item.querySelector("button").setAttribute("aria-pressed", String(!isHidden));
+      for (const group of all(`svg g[data-series="${key}"]`, figure)) group.classList.toggle("off", isHidden);
+      redraw();
+    }
+
+    for (const item of items) {
+      const content = [...item.childNodes];
+      const button = addButton(item, () => set(item, !hidden.has(item.dataset.series)));
+      button.append(...content);
       button.setAttribute("aria-pressed", "true");
-      button.append(...item.childNodes);
-      item.append(button);
-      button.addEventListener("click", () => {
-        const key = item.dataset.series;
-        if (!hidden.delete(key)) hidden.add(key);
-        button.setAttribute("aria-pressed", String(!hidden.has(key)));
-        for (const group of all(`svg g[data-series="${key}"]`, figure)) group.classList.toggle("off", hidden.has(key));
-        redraw();
-      });
+    }
+    if (items.length <= 6) return;
+    for (const [text, isHidden] of [["Show all", false], ["Hide all", true]]) {
+      const item = make("li");
+      addButton(item, () => items.forEach((each) => set(each, isHidden))).textContent = text;
+      figure.querySelector(".legend").append(item);
     }
   }
 
