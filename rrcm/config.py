@@ -72,6 +72,7 @@ class Data(Section):
     image_size: Count = about("Side of the square image that the network sees", "pixels")
     channels: Literal[1, 3] = about("Colour channels of the images")
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = about("Share of train held out for validation, by class")
+    labels_per_class: Count | None = about("Training images of each class with labels for fine-tuning; null: all")
     shard_size: Count = about("Size of a shard", "images")
     workers: CountOrZero = about("Processes that load data, or 0 to load in the main process; threads in shard-data")
 
