@@ -61,6 +61,7 @@ other pre-training
   timm                      timm                      consistency  classifier  #CC79A7  timm ViT
   moco_v3                   moco_v3                   consistency  classifier  #661100  MoCo-v3
   dmae                      dmae                      consistency  classifier  #117733  DMAE
+  dmae_smoothadv            dmae                      smoothadv    classifier  #44BB99  DMAE + SmoothAdv
   rrcm_dmae                 rrcm_dmae                 consistency  classifier  #F0E442  rRCM + DMAE
 
 noise
