@@ -54,6 +54,7 @@ class DMAE:
     decoder_num_heads: int
     stem: str = "patches"  # of the encoder, a key of STEMS
     num_chunks: int = 1
+    masked: bool = True  # False, an ablation: the encoder sees all patches
     terms: ClassVar[tuple[str, ...]] = ("reconstruction",)
 
     @property
@@ -63,6 +64,8 @@ class DMAE:
     @property
     def num_visible(self) -> int:
         """At least 1."""
+        if not self.masked:
+            return self.num_patches
         return max(1, round((1 - self.mask_ratio) * self.num_patches))
 
     @property
