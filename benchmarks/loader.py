@@ -64,6 +64,7 @@ def synthetic_shards(folder: Path, count: int) -> Path:
         image_size=PIXELS,
         channels=3,
         val_fraction=0.01,
+        labels_per_class=None,
         shard_size=500,
         workers=2,
     )

@@ -22,6 +22,7 @@ from rrcm.sections import (
     Section,
     about,
     check_name,
+    check_stem,
     check_training_key,
     check_width,
     explain,
@@ -58,6 +59,7 @@ FileName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 MethodName = Annotated[str, AfterValidator(check_method)]
 PretrainingName = Annotated[str, AfterValidator(partial(check_name, known=PRETRAINING, what="objective"))]
 PerObjective = value_by_key(Positive, partial(check_name, known=["default", *PRETRAINING], what="objective"))
+Stem = Literal["patches", "convolutions"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.native_precision`
 CertifiedPrecision = Literal["auto", "fp32", "bf16"]
 
@@ -70,6 +72,7 @@ class Data(Section):
     image_size: Count = about("Side of the square image that the network sees", "pixels")
     channels: Literal[1, 3] = about("Colour channels of the images")
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = about("Share of train held out for validation, by class")
+    labels_per_class: Count | None = about("Training images of each class with labels for fine-tuning; null: all")
     shard_size: Count = about("Size of a shard", "images")
     workers: CountOrZero = about("Processes that load data, or 0 to load in the main process; threads in shard-data")
 
@@ -84,6 +87,7 @@ class Model(Section):
     architecture: str = about("`vit`, or another trunk: `lenet`, `resnet110`, or the name of a timm model")
     pixel_mean: list[float] | None = about("Mean of each channel for another trunk; null: not normalized", "[0, 1]")
     pixel_std: list[Positive] | None = about("Standard deviation of each channel, likewise", "[0, 1]")
+    stem: Stem = about("How an image becomes tokens: patches, or convolutions of stride 2, one token for each patch")
     patch_size: Count = about("Side of a patch", "pixels")
     embed_dim: Count = about("Width D of the tokens and of the representation")
     depth: Count = about("Number of transformer blocks")
@@ -99,7 +103,13 @@ class Model(Section):
         if (self.pixel_mean is None) != (self.pixel_std is None):
             raise ValueError("pixel_mean and pixel_std must both be given, or both be null")
         check_width(self.embed_dim, self.num_heads)
+        if self.stem != "patches" and (self.init != "torch" or self.freeze_patch_embed):
+            raise ValueError(f"stem {self.stem} needs init torch and freeze_patch_embed false")
         return self
+
+    def check_stem(self, image_size: int) -> None:
+        """Raise ValueError unless the stem fits images of this size."""
+        check_stem(self.stem, image_size, self.patch_size, self.embed_dim)
 
 
 class Views(Section):
@@ -404,6 +414,7 @@ class DenoiserSettings(Section):
     public: str | None = about("Folder that diffusers has saved, or hf-hub:owner/name; null: train one")
     network: Literal["vit", "unet"] = about("The trunk with a head for pixels, or the UNet of diffusers")
     unet: UNetSettings
+    stem: Stem = about("Stem of the ViT, as of `model`")
     patch_size: Count = about("Side of a patch of the ViT", "pixels")
     embed_dim: Count = about("Width of the ViT")
     depth: Count = about("Transformer blocks of the ViT")
@@ -429,6 +440,10 @@ class DenoiserSettings(Section):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         return self
+
+    def check_stem(self, image_size: int) -> None:
+        """As of `Model`."""
+        check_stem(self.stem, image_size, self.patch_size, self.embed_dim)
 
 
 class DensePureSettings(Section):

@@ -33,6 +33,22 @@ def patches_fill_images(config: "Config") -> None:
         )
 
 
+def stems_fit(config: "Config") -> None:
+    """A stem of convolutions halves the image down to its tokens. A ViT of timm's has its own stem."""
+    if config.model.architecture != "vit":
+        return
+    used = [("model", config.model)]
+    used += [("denoiser", config.denoiser)] if config.trains_denoiser and config.denoiser.network == "vit" else []
+    for name, section in used:
+        try:
+            section.check_stem(config.data.image_size)
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+    starts = {METHODS[method].initial_weights: method for method in config.methods}
+    if config.model.stem != "patches" and "timm" in starts:
+        raise ValueError(f"methods: {starts['timm']} needs model.stem patches, not {config.model.stem}; leave it out")
+
+
 def initial_weights_exist(config: "Config") -> None:
     """Whatever a method starts from is pre-trained here or named in the settings."""
     for name in config.methods:
@@ -193,6 +209,7 @@ CONSTRAINTS = (  # in the order of the sections that they concern; the first tha
     soft_labels_are_available,
     every_training_has_settings,
     patches_fill_images,
+    stems_fit,
     compiled_classifiers_are_deterministic,
     radii_are_certified,
     joint_trainings_fit,

@@ -130,7 +130,12 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
     needed = set(BLOCKS.get(objective, [objective])) | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
     values = _without(pretrain, (blocks - needed) | {"objectives"} | NO_RESULT)
     own = choose_values({name: pretrain[name] for name in PER_OBJECTIVE}, (objective, "default"))
-    return {"pretrain": values | own, "model": _without(model, TRUNK)}
+    return {"pretrain": values | own, "model": _vit_settings(model)}
+
+
+def _vit_settings(model: Mapping) -> dict:
+    """The settings of the ViT. There is an entry `stem` only if it does not consist of patches."""
+    return _without(model, TRUNK + (("stem",) if model["stem"] == "patches" else ()))
 
 
 def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> dict:
@@ -146,7 +151,9 @@ def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> d
     decisive["finetune"] = chosen_settings(method, sigma, finetune)
     if not row.denoises:
         is_vit = model["architecture"] == "vit"
-        decisive["model"] = _without(model, TRUNK + PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
+        decisive["model"] = (
+            _without(_vit_settings(model), PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
+        )
     if row.pretrained_here:
         decisive["start"] = finetune["initial_weights"]
         grid = ("max_levels", "t_min", "t_max", "rho") if finetune["time_condition"] == "nearest_level" else ("t_min",)

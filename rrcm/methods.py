@@ -14,7 +14,8 @@ from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.utils.errors import RRCMError
 
 PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may differ by objective
-BLOCKS = {"rrcm_dmae": ("dmae", "rrcm_dmae")}  # blocks of `pretrain` that an objective reads, if not just its own
+# The blocks of `pretrain` that an objective reads, if not just its own.
+BLOCKS = {"rrcm_dmae": ("dmae", "rrcm_dmae"), "dmae_without_mask": ("dmae",)}
 REFERENCE = "rrcm"  # the method that defines equal encoder passes, and with which the report compares all others
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the matched methods get as well
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # the objectives with `needs_soft_labels`; reading that would import torch
@@ -54,6 +55,7 @@ rRCM
   rrcm_without_consistency  rrcm_without_consistency  consistency  classifier  #332288  rRCM without consistency
   rrcm_independent_noise    rrcm_independent_noise    consistency  classifier  #AA4499  rRCM, independent noise
   rrcm_constant_levels      rrcm_constant_levels      consistency  classifier  #DDCC77  rRCM, constant levels
+  rrcm_unconditioned        rrcm                      consistency  unconditioned  #1B3A6B  rRCM, not conditioned
   rrcm_cat_rs               rrcm                      cat_rs       classifier  #5E3C99  rRCM + CAT-RS
   rrcm_smoothadv            rrcm                      smoothadv    classifier  #0B8F9C  rRCM + SmoothAdv
 
@@ -61,6 +63,8 @@ other pre-training
   timm                      timm                      consistency  classifier  #CC79A7  timm ViT
   moco_v3                   moco_v3                   consistency  classifier  #661100  MoCo-v3
   dmae                      dmae                      consistency  classifier  #117733  DMAE
+  dmae_without_mask         dmae_without_mask         consistency  classifier  #88AA33  DMAE without mask
+  dmae_smoothadv            dmae                      smoothadv    classifier  #44BB99  DMAE + SmoothAdv
   rrcm_dmae                 rrcm_dmae                 consistency  classifier  #F0E442  rRCM + DMAE
 
 noise

@@ -69,6 +69,38 @@ def check_width(embed_dim: int, num_heads: int, prefix: str = "") -> None:
         raise ValueError(f"{prefix}embed_dim {embed_dim} must be even and a multiple of {prefix}num_heads {num_heads}")
 
 
+def count_halvings(image_size: int, patch_size: int) -> int:
+    """How often a side of `image_size` pixels is halved, rounding up, until there is one position for each patch.
+
+    0 if that never gives this number of positions.
+    """
+    side, halvings = image_size, 0
+    while side > image_size // patch_size:
+        side, halvings = (side + 1) // 2, halvings + 1
+    return halvings if side == image_size // patch_size else 0
+
+
+def check_stem(stem: str, image_size: int, patch_size: int, embed_dim: int) -> None:
+    """Raise ValueError unless a stem of this kind fits an image and the width of the tokens."""
+    if stem != "convolutions":
+        return
+    halvings = count_halvings(image_size, patch_size)
+    if not halvings:
+        fits = [size for size in range(2, image_size) if not image_size % size and count_halvings(image_size, size)]
+        raise ValueError(
+            f"stem convolutions does not take {image_size} pixels to {image_size // patch_size} tokens a side by "
+            f"halving; choose patch_size {word_list(fits)}, or stem patches"
+        )
+    if embed_dim % 2**halvings:
+        raise ValueError(f"embed_dim {embed_dim} must be a multiple of {2**halvings} with stem convolutions")
+
+
+def word_list(values: Iterable[object]) -> str:
+    """The values, as in: 2, 4 or 7."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def value_by_key(kind: Any, check_key: CheckKey) -> Any:
     """The type of a setting that is one value of type `kind`, or a mapping of such values by key."""
     validate = TypeAdapter(kind, config=Section.model_config).validate_python

@@ -8,7 +8,7 @@ from conftest import REPOSITORY, change, compose, stage
 from dvc.utils.hydra import compose_and_dump
 
 from rrcm.config import load_config
-from rrcm.methods import METHODS, REFERENCE
+from rrcm.methods import METHODS, REFERENCE, expert_of
 from rrcm.models.vit import EncoderWithProjector, build_encoder, parameter_count
 from rrcm.utils.errors import RRCMError
 
@@ -120,6 +120,7 @@ def test_presets_compose_with_every_profile(tmp_path, name):
         config = profile(tmp_path, name, f"preset={preset}")
         assert config.report.name == (name if preset == "default" else f"{name}_{preset}")
         same = {"profile", "seed", "sigmas", "data", "model", "certify", "latency"}
+        same -= {"certify"} if preset == "flagship" else set()  # it certifies as published certificates do
         assert config.model_dump(include=same) == plain.model_dump(include=same)
     equal_passes = profile(tmp_path, name, "preset=all").finetune
     assert equal_passes.equal_passes is True
@@ -175,7 +176,7 @@ def test_presets_with_pretraining_need_our_trunk(tmp_path, name, preset):
 
 
 def test_presets_hold_every_method(tmp_path):
-    """Except `timm`, which needs a network of timm, and the joint methods, of which one preset has some.
+    """Except `timm`, which needs a network of timm. Of joint methods, some presets have some.
 
     `all` has each method from scratch and its matched form.
     """
@@ -183,11 +184,12 @@ def test_presets_hold_every_method(tmp_path):
     assert set(PRESETS) >= {"default", "all", "equal_compute", "pretraining", "ablation", "denoised", "joint"}
     experts = {name: kind for name, kind in METHODS.items() if kind.joint is None}
     held = set().union(*(config.methods for config in presets.values()))
-    assert held & experts.keys() == experts.keys() - {"timm"} and {"rrcm_joint", "rrcm_joint_third"} <= held
+    assert {expert_of(name) for name in held} == experts.keys() - {"timm"}
+    assert {"rrcm_joint", "rrcm_joint_third"} <= held
     scratch = {name for name, kind in experts.items() if kind.initial_weights is None}
     assert scratch <= set(presets["all"].methods)
     for name, config in presets.items():
-        assert config.methods[0] == REFERENCE
+        assert config.methods[0] == ("rrcm_joint" if name == "flagship" else REFERENCE)
         kinds = [METHODS[method] for method in config.methods]
         started_from = {kind.initial_weights for kind in kinds if kind.pretrained_here}
         assert started_from == set(config.pretrain.objectives), name

@@ -90,7 +90,8 @@ def batch_loader(
     Step k belongs to epoch k // steps_per_epoch. `batch_size` counts images over all processes of the run `env`, and
     each process takes a contiguous slice of every batch; without `env` there is one process. A batch has the stacked
     results of `transform`, and int64 `label`, `index` (in the split) and `position` (in the global batch). `transform`
-    gets its own generator for each (seed, epoch, image).
+    gets its own generator for each (seed, epoch, image). If `images.labelled` limits the images, an epoch is as long as
+    without the limit (`rows_at`).
 
     Raises `RRCMError` if the processes cannot share a batch equally, the split is smaller than a batch, a shard is
     damaged, or a worker dies.
@@ -162,10 +163,21 @@ def _advice(error: Exception) -> str:
     return one_line(error)
 
 
+def rows_at(positions: np.ndarray, epoch: int, images: ShardedDataset) -> np.ndarray:
+    """The rows at these positions of an epoch: the positions themselves, or the labelled rows over and over.
+
+    An epoch has as many images with few labels as with all, and over all epochs each labelled image occurs equally
+    often, up to one.
+    """
+    if images.labelled is None:
+        return positions
+    return images.labelled[(epoch * len(images) + positions) % len(images.labelled)]
+
+
 def describe_step(images: ShardedDataset, batch_size: int, seed: int, step: int) -> str:
     """Name the shards that hold the images of a global batch, for error messages."""
     epoch, k = divmod(step, steps_per_epoch(len(images), batch_size))
-    rows = epoch_batches(images.shard_sizes, batch_size, seed, epoch)[k]
+    rows = rows_at(epoch_batches(images.shard_sizes, batch_size, seed, epoch)[k], epoch, images)
     shards = np.unique(np.searchsorted(images.starts, rows, side="right") - 1)
     names = [images.split.shards[shard].name for shard in shards]
     more = f" and {len(names) - 3} more shards" if len(names) > 3 else ""
@@ -209,7 +221,9 @@ class GlobalBatches(Dataset):
             self.epoch = epoch
             self.batches = epoch_batches(self.images.shard_sizes, self.batch_size, self.seed, epoch)
         try:
-            samples = [self._sample(row) for row in self.batches[k, self.positions.numpy()].tolist()]
+            positions = self.batches[k, self.positions.numpy()]
+            rows = rows_at(positions, epoch, self.images)
+            samples = list(map(self._sample, positions.tolist(), rows.tolist()))
         except RRCMError as error:
             return error
         except OSError as error:
@@ -219,7 +233,7 @@ class GlobalBatches(Dataset):
         batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
         return batch | {"position": self.positions.clone()}
 
-    def _sample(self, row: int) -> dict[str, np.ndarray]:
+    def _sample(self, position: int, row: int) -> dict[str, np.ndarray]:
         image, label, _ = self.images.read(row)
-        sample = self.transform(image, numpy_rng(self.seed, "augment", self.epoch, row))
+        sample = self.transform(image, numpy_rng(self.seed, "augment", self.epoch, position))
         return sample | {"label": np.int64(label), "index": np.int64(row)}

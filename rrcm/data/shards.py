@@ -145,6 +145,7 @@ class ShardedDataset:
         self.shard_sizes = [shard.samples for shard in self.split.shards]
         self.index = self._read_index()
         self.starts = np.cumsum([0, *self.shard_sizes[:-1]])
+        self.labelled: np.ndarray | None = None  # rows that a training of classifiers is limited to; None: all
         self.small = len(self) * self.channels * self.image_size**2 <= DECODED_BYTES
         self._files: dict[int, BinaryIO] = {}
         self._decoded: dict[int, Image.Image] = {}

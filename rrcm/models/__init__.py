@@ -9,10 +9,12 @@ FOLDER_LOADERS = Registry(
         "network": "rrcm.models.architectures:load_network_folder",
         "ensemble": "rrcm.models.ensembles:load_ensemble",
         "denoised": "rrcm.models.denoised:load_denoised",
+        "unconditioned": "rrcm.models.unconditioned:load_unconditioned",
     }
 )
 # What fine-tuning trains, by the `kind` of the model folder it writes: (encoder, number of classes, t) -> classifier.
 TRAINED_CLASSIFIERS = Registry({"classifier": "rrcm.models.base_classifiers:NoiseConditionedClassifier"})
+TRAINED_CLASSIFIERS["unconditioned"] = "rrcm.models.unconditioned:UnconditionedClassifier"  # an ablation
 # Classifiers that denoise first, by the `classifier` of a method. Each also takes its own settings, by name.
 DENOISING_CLASSIFIERS = Registry(
     {

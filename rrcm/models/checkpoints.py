@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, model_validator
 
-from rrcm.config import Count, Positive
+from rrcm.config import Count, Positive, Stem
 from rrcm.models import ENCODERS
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
 from rrcm.models.folders import (
@@ -27,7 +27,7 @@ from rrcm.models.folders import (
 from rrcm.models.joint import JointSigmas, config_at, read_joint
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.models.vit import BlockOptions, NoiseConditionedViT
-from rrcm.sections import check_width
+from rrcm.sections import check_stem, check_width
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
 
@@ -46,18 +46,20 @@ class ViTSizes(Entries):
     mlp_dim: Count
     qkv_bias: bool
     norm_eps: Positive
+    stem: Stem = "patches"
 
     @model_validator(mode="after")
     def sizes_fit(self) -> Self:
         check_width(self.embed_dim, self.num_heads)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+        check_stem(self.stem, self.image_size, self.patch_size, self.embed_dim)
         return self
 
     def build(self) -> NoiseConditionedViT:
         """The network of these sizes, with random weights."""
         sizes = (getattr(self, name) for name in ARCHITECTURE)
-        return NoiseConditionedViT(*sizes, BlockOptions(self.mlp_dim, self.qkv_bias, self.norm_eps))
+        return NoiseConditionedViT(*sizes, BlockOptions(self.mlp_dim, self.qkv_bias, self.norm_eps), self.stem)
 
 
 class EncoderEntries(Entries):
@@ -77,8 +79,8 @@ class ClassifierEntries(EncoderEntries):
     can_pass: bool = False  # it has one more output, "pass"
 
 
-def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
-    """The `ViTSizes` of an encoder."""
+def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool | str]:
+    """The `ViTSizes` of an encoder. There is an entry `stem` only if it does not consist of patches."""
     block = encoder.blocks[0]
     return {
         "image_size": encoder.patch_embed.img_size[0],
@@ -90,7 +92,7 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool]:
         "mlp_dim": block.mlp.fc1.out_features,
         "qkv_bias": block.attn.qkv.bias is not None,
         "norm_eps": block.norm1.eps,
-    }
+    } | ({} if encoder.stem == "patches" else {"stem": encoder.stem})
 
 
 def save_model(
@@ -132,10 +134,11 @@ def save_model(
     write_model_folder(folder, config | metadata, tensors)
 
 
-def load_encoder(path: Path | str, expected: Mapping[str, int] | None = None) -> NoiseConditionedViT:
+def load_encoder(path: Path | str, expected: Mapping[str, int | str] | None = None) -> NoiseConditionedViT:
     """Load the encoder of a model folder or of an authors' checkpoint file, without its head or projector.
 
-    `expected` has the sizes of ARCHITECTURE, including the number of heads, which an authors' file does not record.
+    `expected` has the sizes of ARCHITECTURE, including the number of heads, which an authors' file does not record, and
+    may have the stem.
     Raises `RRCMError` for other sizes, and for a file or folder that cannot be read.
     """
     path = expand_user(path)
@@ -183,9 +186,12 @@ def build_from_folder(
 
 
 def _check_sizes(sizes: Mapping, expected: Mapping | None, source: Path) -> None:
-    for name in ARCHITECTURE if expected is not None else ():
-        if sizes[name] != expected[name]:
+    if expected is None:
+        return
+    found = {"stem": "patches", **sizes}
+    for name, wanted in {"stem": "patches", **expected}.items():
+        if found[name] != wanted:
             raise RRCMError(
-                f"{source}: checkpoint of another architecture: {name} is {sizes[name]}, the settings want "
-                f"{expected[name]}; pre-train again or change the settings"
+                f"{source}: checkpoint of another architecture: {name} is {found[name]}, the settings want {wanted}; "
+                "pre-train again or change the settings"
             )

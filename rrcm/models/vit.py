@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rrcm import config
+from rrcm.models.stems import STEMS, hide_patches
 from rrcm.utils.distributed import SyncBatchNorm1d
 
 # Recompute activations larger than this in the backward pass instead of storing them.
@@ -47,21 +48,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     if q.device.type == "cpu" and q.dtype != torch.float32:
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
-
-
-class PatchEmbed(nn.Module):
-    """Split an image into square patches and project each to a token."""
-
-    def __init__(self, img_size: int, patch_size: int, channels: int, embed_dim: int):
-        super().__init__()
-        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
-        self.proj = nn.Conv2d(channels, embed_dim, patch_size, patch_size)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, patches, D), row by row. Raises `ValueError` for images of another size."""
-        if images.shape[-2:] != self.img_size:
-            raise ValueError(f"images are {tuple(images.shape[-2:])} pixels, the network needs {self.img_size}")
-        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -170,10 +156,11 @@ class NoiseConditionedViT(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         block: BlockOptions = BlockOptions(),  # noqa: B008 (immutable)
+        stem: str = "patches",  # a key of STEMS
     ):
         super().__init__()
         self.embed_dim, self.in_chans, self.grad_checkpointing = embed_dim, channels, False
-        self.patch_embed = PatchEmbed(image_size, patch_size, channels, embed_dim)
+        self.stem, self.patch_embed = stem, STEMS[stem](image_size, patch_size, channels, embed_dim)
         num_tokens = 2 + (image_size // patch_size) ** 2
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
@@ -208,8 +195,11 @@ class NoiseConditionedViT(nn.Module):
         images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
         t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
         visible: (B, V) int64, the patches of each image that the network sees. The result is then all tokens,
-        (B, 2 + V, embed_dim): class, time, and these patches in their order.
+        (B, 2 + V, embed_dim): class, time, and these patches in their order. A stem whose tokens depend on several
+        patches gets zeros in place of all other patches.
         """
+        if visible is not None and self.patch_embed.mixes_patches:
+            images = hide_patches(images, visible, self.patch_embed.patch_size[0])
         tokens = self._embed(images, t)
         if visible is not None:
             kept = torch.cat([visible.new_tensor([[0, 1]]).expand(len(visible), -1), visible + 2], dim=1)
@@ -226,8 +216,9 @@ class NoiseConditionedViT(nn.Module):
         """The class token, the time token and the patches: (B, 2 + patches, D)."""
         t = torch.as_tensor(t, dtype=torch.float32, device=images.device).expand(images.shape[0])
         c_in = (t.square() + SIGMA_DATA**2).rsqrt()
-        patches = self.patch_embed((c_in[:, None, None, None] * images).to(self.patch_embed.proj.weight.dtype))
-        time_token = time_embedding(t, self.embed_dim).to(patches.dtype)
+        dtype, noise = self.patch_embed.proj.weight.dtype, time_embedding(t, self.embed_dim)
+        patches = self.patch_embed((c_in[:, None, None, None] * images).to(dtype), noise.to(dtype))
+        time_token = noise.to(patches.dtype)
         class_token = self.cls_token.expand(images.shape[0], -1, -1)
         return torch.cat([class_token.to(patches.dtype), time_token[:, None], patches], dim=1) + self.pos_embed
 
@@ -302,25 +293,23 @@ def block_multiply_adds(num_tokens: int, embed_dim: int) -> int:
 
 
 def encoder_multiply_adds(
-    num_patches: int, patch_dim: int, embed_dim: int, depth: int, num_heads: int, num_visible: int | None = None
+    stem: int, num_patches: int, embed_dim: int, depth: int, num_heads: int, num_visible: int | None = None
 ) -> int:
-    """Multiply-adds of one image in a `NoiseConditionedViT` whose patches have `patch_dim` numbers.
+    """Multiply-adds of one image in a `NoiseConditionedViT` whose stem takes `stem` of them.
 
     The last block computes only the class token, which is the representation. With `num_visible` patches, every block
     computes all remaining tokens.
     """
-    patches = num_patches * patch_dim * embed_dim
     if num_visible is not None:
-        return patches + depth * block_multiply_adds(2 + num_visible, embed_dim)
+        return stem + depth * block_multiply_adds(2 + num_visible, embed_dim)
     last = 12 * embed_dim**2 + 2 * num_heads * (2 + num_patches) * embed_dim
-    return patches + (depth - 1) * block_multiply_adds(2 + num_patches, embed_dim) + last
+    return stem + (depth - 1) * block_multiply_adds(2 + num_patches, embed_dim) + last
 
 
 def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:
     """The encoder that the settings describe, with random weights from torch's global generator."""
-    encoder = NoiseConditionedViT(
-        data.image_size, data.channels, model.patch_size, model.embed_dim, model.depth, model.num_heads
-    )
+    sizes = data.image_size, data.channels, model.patch_size, model.embed_dim, model.depth, model.num_heads
+    encoder = NoiseConditionedViT(*sizes, stem=model.stem)
     if model.init == "moco_v3":
         encoder.init_moco_v3()
     encoder.patch_embed.requires_grad_(not model.freeze_patch_embed)

@@ -11,6 +11,7 @@ PRETRAINING = Registry(
         "rrcm_constant_levels": ("rrcm.objectives.rrcm:RRCM", {"constant_levels": True}),
         "moco_v3": "rrcm.objectives.moco_v3:MoCoV3",
         "dmae": "rrcm.objectives.dmae:DMAE",
+        "dmae_without_mask": ("rrcm.objectives.dmae:DMAE", {"masked": False}),
         "rrcm_dmae": "rrcm.objectives.rrcm_dmae:RRCMDMAE",
     }
 )

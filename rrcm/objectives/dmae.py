@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rrcm.models.heads import Decoder, MaskedAutoencoder
+from rrcm.models.stems import stem_multiply_adds
 from rrcm.models.vit import NoiseConditionedViT, block_multiply_adds, encoder_multiply_adds
 from rrcm.objectives.base import Batch, StepRandomness
 
@@ -36,6 +37,7 @@ class DMAE:
     """The encoder sees some patches of a noisy image, and a light decoder reconstructs all patches without noise.
 
     Two things differ from the published method: the encoder keeps its class and time tokens, and the decoder sees them.
+    A stem of convolutions gets zeros in place of the hidden patches, so no token knows what is there.
     """
 
     image_size: int
@@ -50,7 +52,9 @@ class DMAE:
     decoder_embed_dim: int
     decoder_depth: int
     decoder_num_heads: int
+    stem: str = "patches"  # of the encoder, a key of STEMS
     num_chunks: int = 1
+    masked: bool = True  # False, an ablation: the encoder sees all patches
     terms: ClassVar[tuple[str, ...]] = ("reconstruction",)
 
     @property
@@ -60,13 +64,16 @@ class DMAE:
     @property
     def num_visible(self) -> int:
         """At least 1."""
+        if not self.masked:
+            return self.num_patches
         return max(1, round((1 - self.mask_ratio) * self.num_patches))
 
     @property
     def forwards_per_image(self) -> float:
         """Counted in multiply-adds, since a pass with few patches is cheaper and the decoder is another network."""
         patch_dim = self.channels * self.patch_size**2
-        sizes = self.num_patches, patch_dim, self.embed_dim, self.depth, self.num_heads
+        stem = stem_multiply_adds(self.stem, self.image_size, self.channels, self.patch_size, self.embed_dim)
+        sizes = stem, self.num_patches, self.embed_dim, self.depth, self.num_heads
         tokens = 2 + self.num_patches
         decoder = (2 + self.num_visible) * self.embed_dim + self.num_patches * patch_dim  # first and last layer
         decoder = decoder * self.decoder_embed_dim

@@ -15,7 +15,8 @@ from rrcm.report.figures import OKABE_ITO, figure_style, line_style, parse_serie
 from rrcm.report.panels import OTHERS, Group, draw_legend, draw_legends, fewer_images, panel_groups
 
 MARKS = 4  # markers on a curve
-EXTERNAL_STYLES = list(product([(0, (1, 1)), (0, (3, 1, 1, 1))], ["#000000", "#808080"]))  # dashes, colour
+EXTERNAL_DASHES = [(0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2)), (0, (6, 1, 1, 1, 1, 1))]
+EXTERNAL_STYLES = list(product(EXTERNAL_DASHES, ["#000000", "#808080"]))  # dashes, colour
 
 
 @figure_style()

@@ -19,6 +19,8 @@ from rrcm.evaluation.metrics import Certificates, best_sigma_table
 from rrcm.methods import METHODS
 from rrcm.report import tables
 from rrcm.report.accuracy_figures import draw_certified_accuracy, draw_envelope
+from rrcm.report.against import ONE, pairs_table, strongest_table, values_table
+from rrcm.report.against_figure import draw_against
 from rrcm.report.deployment import acceptance, add_metrics, deployment, deployment_differences
 from rrcm.report.deployment_figure import draw_deployment
 from rrcm.report.figures import save_all
@@ -95,6 +97,12 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
     }
     if inputs.cascades:
         drawn["deployment"] = draw_deployment(inputs.cascades, inputs.by_bound(config.certify.bound))
+    if (against := inputs.against) is not None:
+        step = config.certify.radius_step if config.certify.stopping == "sequential" else None
+        drawn["against"] = draw_against(against, against.ours, step)
+        if against.cascades:
+            deployed = {name: {ONE: frame} for name, frame in against.cascades.items()}
+            drawn["against_deployment"] = draw_against(against, deployed, step)
     if not inputs.finetuning.empty:
         drawn["training"] = draw_training(inputs.pretraining, inputs.finetuning)
     if inputs.representations:
@@ -138,6 +146,10 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
         made["joint"] = tables.joint(inputs.certificates, pairs, config.report.radii, config.seed)
     if inputs.cascades:
         made |= deployment_tables(config, inputs)
+    if (against := inputs.against) is not None:
+        made["against_values"] = values_table(against, config.report.radii)
+        made["against_strongest"] = strongest_table(against, config.report.radii, config.seed)
+        made["against_pairs"] = pairs_table(against, config.report.radii, config.seed)
     if inputs.latency and inputs.latency.get("cascades"):
         made["cascade_latency"] = tables.cascade_latency(inputs.latency, config.latency.n, config.certify.n0)
     return made | ({"latency": latency_table(config, inputs)} if inputs.latency else {})

@@ -134,6 +134,8 @@ def report_values(
         ],
         "needs_soft_labels": any(METHODS[name].needs_soft_labels for name in config.methods),
         "small_multiples": len(panel_groups(config.methods)) > 1,
+        "against": inputs.against,
+        "left_out": method_labels(inputs.against.fewer) if inputs.against else [],
         "reference": METHODS[reference_method(config.methods)].label,
         "latency": inputs.latency,
         "latency_sources": list(dict.fromkeys(published_latencies()["source"])),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from rrcm.config import FinetuneSettings
 from rrcm.data.augment import FinetuneTransform, mixup_pairs
+from rrcm.data.labelled import labelled_rows
 from rrcm.data.loader import batch_loader
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.verification import verify_shards
@@ -19,10 +20,17 @@ from rrcm.utils.pixels import to_unit_range
 from rrcm.utils.rng import derive_seed
 
 
-def open_splits(shards: Path | str, env: DistEnv) -> tuple[ShardedDataset, ShardedDataset]:
-    """The training images and the validation images. Raises `RRCMError` if a shard is missing or damaged."""
+def open_splits(
+    shards: Path | str, env: DistEnv, labels_per_class: int | None = None
+) -> tuple[ShardedDataset, ShardedDataset]:
+    """The training images, all or only so many of each class, and the validation images.
+
+    Raises `RRCMError` if a shard is missing or damaged, or a class has too few images.
+    """
     images, validation = ShardedDataset(shards, "train"), ShardedDataset(shards, "val")
     verify_shards([images, validation], env)
+    if labels_per_class is not None:
+        images.labelled = labelled_rows(images, labels_per_class)
     return images, validation
 
 

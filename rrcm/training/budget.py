@@ -181,9 +181,10 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     labels. The members of an ensemble share these passes. A joint training gets the passes of its experts at all sigmas
     together, or a part of them, and it takes their shares of the pre-training and of the soft labels. A longer training
     is evaluated less often, so that all trainings have about the same number of evaluations. An output for pass is
-    trained in `finetune.pass_share` of the steps of the joint training, on top of that training. `encoders` holds the
-    pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft labels
-    leave no passes for the training.
+    trained in `finetune.pass_share` of the steps of the joint training, on top of that training. With few labels
+    (`data.labels_per_class`) the lengths are those with all labels, and only the last weights are evaluated. `encoders`
+    holds the pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft
+    labels leave no passes for the training.
     """
     if METHODS[method].can_pass:
         continued = plan_budget(config, continued_method(method), sigma, num_images, encoders)
@@ -218,6 +219,9 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     if config.finetune.uses_pretraining(method):
         record = read_json(encoders / row.initial_weights / "config.json")
         pretrain_share = record["compute"]["pretrain"] / shared_by
+    evaluate_every = math.ceil(config.finetune.evaluate_every * total_steps / planned_steps)
+    if config.data.labels_per_class is not None:  # no weights are selected, which would need more labels
+        evaluate_every = math.ceil(total_steps / epoch_steps)
     return Budget(
         total_steps=total_steps,
         epoch_steps=epoch_steps,
@@ -225,7 +229,7 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
         step_compute=step_compute,
         pretrain_share=pretrain_share,
         soft_label_share=soft_label_share,
-        evaluate_every=math.ceil(config.finetune.evaluate_every * total_steps / planned_steps),
+        evaluate_every=evaluate_every,
         planned_epochs=settings.epochs,
     )
 

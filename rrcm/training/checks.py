@@ -12,6 +12,7 @@ import torch
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
+from rrcm.data.labelled import check_label_budget
 from rrcm.data.shards import Manifest, read_manifest
 from rrcm.derived import training_noise
 from rrcm.methods import JOINT, METHODS
@@ -45,6 +46,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     """
     manifest, processes = read_manifest(shard_folder), process_count()
     _check_data(config, manifest)
+    check_label_budget(config.data.labels_per_class, manifest.splits["train"].counts, manifest.classes)
     images = sum(manifest.splits["train"].counts)
     for objective in config.pretrain.objectives:
         build_pretraining_objective(config, objective)

@@ -107,7 +107,7 @@ def build_denoiser(settings: DenoiserSettings, data: Data) -> EDMDenoiser:
     if settings.network == "unet":
         return EDMDenoiser(UNet(data.image_size, data.channels, **settings.unet.model_dump()))
     sizes = data.model_dump() | settings.model_dump()
-    encoder = NoiseConditionedViT(**{name: sizes[name] for name in ARCHITECTURE})
+    encoder = NoiseConditionedViT(**{name: sizes[name] for name in (*ARCHITECTURE, "stem")})
     return EDMDenoiser(PixelViT(encoder))
 
 

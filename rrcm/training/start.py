@@ -124,7 +124,7 @@ def load_initial_encoder(
         path = encoder_path(method, finetune, encoders)
         if finetune.initial_weights is not None and not path.exists():
             raise RRCMError(f"finetune.initial_weights = {finetune.initial_weights!r}: no such folder or file")
-        encoder = load_encoder(path, {name: sizes[name] for name in ARCHITECTURE})
+        encoder = load_encoder(path, {name: sizes[name] for name in (*ARCHITECTURE, "stem")})
     encoder.patch_embed.requires_grad_(not model.freeze_patch_embed)
     encoder.grad_checkpointing = model.grad_checkpointing
     return encoder

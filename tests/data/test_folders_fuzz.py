@@ -186,7 +186,7 @@ def compare(tree, tests, channels, loose):
         if loose:
             Image.new("L", (3, 3)).save(root / "loose.png")
         sizes = {"image_size": SIZE, "channels": channels, "val_fraction": 0.2, "shard_size": 4, "workers": 0}
-        data = Data(source="imagefolder", root=str(root), **sizes)
+        data = Data(source="imagefolder", root=str(root), labels_per_class=None, **sizes)
         while True:
             try:
                 classes, seen = seen_in_training(data, output)

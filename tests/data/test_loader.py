@@ -46,9 +46,8 @@ VIEWS = Views(
 
 
 def write(place: Path, shard_size: int) -> Path:
-    data = Data(
-        source="digits", root=None, image_size=8, channels=1, val_fraction=0.1, shard_size=shard_size, workers=0
-    )
+    sizes = {"image_size": 8, "channels": 1, "val_fraction": 0.1, "shard_size": shard_size, "workers": 0}
+    data = Data(source="digits", root=None, labels_per_class=None, **sizes)
     write_shards(data, 0, place)
     return place
 

@@ -34,7 +34,7 @@ from rrcm.utils.files import sha256_file
 
 
 def settings(**changes: object) -> Data:
-    digits = {"source": "digits", "root": None, "image_size": 8, "channels": 1}
+    digits = {"source": "digits", "root": None, "image_size": 8, "channels": 1, "labels_per_class": None}
     return Data(**digits | {"val_fraction": 0.1, "shard_size": 300, "workers": 0} | changes)
 
 

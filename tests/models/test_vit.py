@@ -155,7 +155,7 @@ def test_images_are_scaled_by_c_in_and_may_differ_in_t():
 def test_moco_initialisation_has_its_bounds():
     """Uniform weights: the largest of many is within 1 % of the bound and never above it; biases are zero."""
     model = {"patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 3, "grad_checkpointing": False}
-    model |= {"init": "moco_v3", "freeze_patch_embed": True}
+    model |= {"init": "moco_v3", "freeze_patch_embed": True, "stem": "patches"}
     network = build_encoder(SimpleNamespace(**model), SimpleNamespace(image_size=8, channels=1))
     qkv = network.blocks[0].attn.qkv.weight
     for weight, bound in (

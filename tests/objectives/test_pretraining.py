@@ -1,5 +1,6 @@
 """DMAE, MoCo-v3 and the ablations of rRCM: closed forms and limits."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -165,3 +166,13 @@ def test_constant_levels_are_the_largest_number_from_the_first_step_on():
     growing, constant = (PRETRAINING[name](**settings) for name in ("rrcm", "rrcm_constant_levels"))
     assert [growing.schedule(step)["levels"] for step in (0, 99)] == [3, 9]
     assert [constant.schedule(step)["levels"] for step in (0, 99)] == [9, 9]
+
+
+def test_dmae_without_mask_sees_all_patches_and_has_the_settings_of_dmae():
+    """Only the mask is gone: the identity reconstructs everything, whatever `mask_ratio` says."""
+    unmasked = dataclasses.replace(dmae(0.75, 0.0), masked=False)
+    networks = SimpleNamespace(student=identity_autoencoder(), teacher=None)
+    loss = unmasked(networks, {"image": images(B, 1, 8, 8)}, DRAW)["loss"]
+    assert float(loss.detach()) < 1e-9 and unmasked.num_visible == unmasked.num_patches
+    assert PRETRAINING["dmae_without_mask"].keywords == {"masked": False}
+    assert unmasked.forwards_per_image > dmae(0.75, 0.0).forwards_per_image

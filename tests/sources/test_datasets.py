@@ -33,6 +33,7 @@ def settings(source: str, root: Path | None = None, size: int = 8, channels: int
         image_size=size,
         channels=channels,
         val_fraction=0.1,
+        labels_per_class=None,
         shard_size=10,
         workers=0,
     )
