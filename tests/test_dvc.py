@@ -208,6 +208,8 @@ def compose_in(repository: Path, *overrides: str) -> None:
         ("pretrain.dmae.sigma=0.5", {"plot"}),
         ("pretrain.objectives=[rrcm,moco_v3]", {"pretrain@moco_v3", "plot"}),
         ("model.projection_dim=32", {"pretrain@rrcm", "plot"}),
+        ("data.labels_per_class=3", {*finetunings(*RUN), "plot"}),
+        ("model.stem=convolutions", {"pretrain@rrcm", *finetunings(*RUN), "plot"}),
         ("seed=1", {"shard-data", "pretrain@rrcm", "latency", "plot", *finetunings(*RUN)}),
     ],
 )

@@ -95,6 +95,14 @@ def test_equal_total_compute_follows_from_the_passes_spent(invented_report):
     assert names == [["equal fine-tuning budget", "equal total compute"], ["equal fine-tuning budget"]]
 
 
+def test_the_report_says_that_labels_are_few(invented_report):
+    config, root = invented_report
+    inputs = read_inputs(config, root)
+    few = config.model_copy(update={"data": config.data.model_copy(update={"labels_per_class": 3})})
+    said = "Fine-tuning sees 3 labelled images of each class"
+    assert said in render(few, root, inputs, ["0"]) and said not in render(config, root, inputs, ["0"])
+
+
 def test_leaders_have_the_highest_accuracy_at_their_radii():
     certificates = {("rrcm", 0.5): frame_of(0.0, 0.6), ("gaussian", 0.5): frame_of(0.3, 0.3)}
     leaders = page._leaders(certificates, [0.0, 0.25, 0.5, 0.75])
