@@ -197,6 +197,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_list_of_others_files_is_valid():
+    board = read_board(REPOSITORY / "results/board_fashion_mnist.yaml")
+    assert len({path for each in board.entries for path in each.files.values()}) == 21
+
+
 def test_every_file_of_our_list_is_published():
     """In the folders of the runs or in DVC's objects, which are opened without DVC."""
     board = read_board(REPOSITORY / "results/board.yaml")
