@@ -18,6 +18,7 @@ from rrcm.methods import JOINT, METHODS, continued_method, denoising_classifier,
 from rrcm.report.cascade_inputs import Cascade, cascade_files, cascade_stage, read_cascades
 from rrcm.report.records import (
     CertifyTiming,
+    CleanAccuracy,
     Latency,
     ModelRecord,
     PretrainRecord,
@@ -36,6 +37,7 @@ MANIFEST = f"{SHARDS}/manifest.json"
 SOFT_LABEL_TIMING = "timings/soft_labels.json"
 DENOISER_TIMING = "timings/denoiser.json"
 LATENCY = "timings/latency.json"
+CLEAN = "timings/clean_accuracy.json"  # a run that was published before there was this stage lacks it
 PRETRAINING_FILES = ("config.json", "history.csv", "representation.csv")
 REPRESENTATION = ["step", "sigma", "knn", "same_image_cosine", "cross_image_cosine", "centred_cosine"]
 
@@ -58,6 +60,7 @@ class Inputs(NamedTuple):
     representations: Mapping[str, pd.DataFrame]  # representation.csv by objective
     latency: Mapping | None  # the latency stage's record
     cascades: Mapping[str, Cascade]  # by method, in the order of `cascade.methods`
+    clean: Mapping[Run, float]  # share of clean images that the base classifiers get right; {} if it is not measured
 
     def by_bound(self, bound: str) -> Certificates:
         """The certificates of single sigmas by one bound, each with the samples that this bound needed."""
@@ -107,6 +110,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         representations={name: representation for name, (_, representation) in pretraining.items()},
         latency=_read_latency(config, root, models) if config.latency.n else None,
         cascades=read_cascades(config, root, certificates, len(images.classes)),
+        clean=_read_clean(root, certificates) if CLEAN in stages else {},
     )
 
 
@@ -144,6 +148,8 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
         stages |= dict.fromkeys(cascade_files(config, method), cascade_stage(method))
     if config.latency.n:
         stages[LATENCY] = "latency"
+    if (root / CLEAN).is_file():
+        stages[CLEAN] = "clean-accuracy"
     for path, stage in stages.items():
         if not (root / path).is_file():
             raise RRCMError(f"{root / path}: no such file; run `dvc repro {stage}`, or fetch it with `dvc pull`")
@@ -259,6 +265,18 @@ def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
         if method not in cascades or list(cascades[method]["seconds_per_sample"]) != names:
             raise RRCMError(f"{path}: has no cascade of {method} at the sigmas of the settings; {advice}")
     return record | {"cascades": {method: cascades[method] for method in config.cascade.methods}}
+
+
+def _read_clean(root: Path, certificates: Certificates) -> dict[Run, float]:
+    """The accuracy of each base classifier on the clean images that it certifies."""
+    path, advice = root / CLEAN, _again("clean-accuracy")
+    record, shares = read_record(path, CleanAccuracy, advice), {}
+    for (method, sigma), frame in certificates.items():
+        correct = record["correct"].get(method, {}).get(sigma_name(sigma), -1)
+        if record["images"].get(method) != len(frame) or not 0 <= correct <= len(frame):
+            raise RRCMError(f"{path}: has no count of the images that {method} certifies at sigma {sigma}; {advice}")
+        shares[method, sigma] = correct / len(frame)
+    return shares
 
 
 def _read_pretraining(config: Config, root: Path, name: str, validation: int) -> tuple[pd.DataFrame, pd.DataFrame]:
