@@ -375,7 +375,7 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--no-final-norm"], "only an authors' checkpoint file"),
         (["nowhere", "--model", "model"], "nowhere: no such folder"),
         (["empty", "--model", "model"], "empty: no images in it or below, only .txt files (1)"),
-        (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png or .svg"),
+        (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png, .svg or .pdf"),
         (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),
         (["images", "--model", "model", "--output", "junk.pth/a.tsv"], "junk.pth/a.tsv: no file can be written"),
         (["images", "--model", "model", "--output", "gallery.png"], "gallery.png: is the path of both"),
