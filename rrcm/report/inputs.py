@@ -11,6 +11,7 @@ from rrcm.certification.external import read_external_certificates
 from rrcm.certification.outcomes import find_impossible
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.certification.rules import make_stopping_rule
+from rrcm.certification.votes import parse_selection
 from rrcm.config import Config
 from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
@@ -176,6 +177,11 @@ def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.Dat
     advice = f"run `dvc repro certify@{method}-{sigma}`"
     if not samples["idx"].equals(frame["idx"]):
         raise RRCMError(f"{path}: has other images than the certificates beside it; {advice}")
+    for idx, selection in zip(samples["idx"], samples["selection"], strict=True):
+        try:
+            parse_selection(selection)
+        except ValueError as error:
+            raise RRCMError(f"{path}: image {idx}: {error}; {_again(f'certify@{method}-{sigma}')}") from None
     frame = frame.join(samples.drop(columns="idx"))
     if not _by_bound(frame, bound)[["predict", "radius"]].equals(frame[["predict", "radius"]]):
         raise RRCMError(f"{path}: the {bound} bound has other radii than the certificates beside it; {advice}")
