@@ -153,7 +153,8 @@ Output = Annotated[
     ),
 ]
 Gallery = Annotated[
-    Path, typer.Option(help="Figure of the images with classes and radii, .png or .svg.", autocompletion=complete_path)
+    Path,
+    typer.Option(help="Figure of the images with classes and radii, .png, .svg or .pdf.", autocompletion=complete_path),
 ]
 Page = Annotated[
     Path | None,
@@ -305,7 +306,7 @@ def _find_images(folder: Path, written: Collection[Path], gallery: Path, page: P
     """The images in a folder. Raises `RRCMError` if there are none, or if one of the paths cannot be `written`."""
     from rrcm.certification.certify_images import find_images
     from rrcm.data.images import describe_left_out
-    from rrcm.report.figures import FORMATS
+    from rrcm.report.figures import ENDINGS, FORMATS
     from rrcm.report.html import check_page
 
     for path in written:
@@ -316,7 +317,7 @@ def _find_images(folder: Path, written: Collection[Path], gallery: Path, page: P
         if list(written).count(path) > 1:
             raise RRCMError(f"{path}: is the path of both the certificates and the {name}; give two paths")
     if gallery.suffix not in FORMATS:
-        raise RRCMError(f"{gallery}: the gallery must end in {' or '.join(FORMATS)}")
+        raise RRCMError(f"{gallery}: the gallery must end in {ENDINGS}")
     images = find_images(folder, [gallery])
     if {(folder / file).resolve() for file in images.files} & {path.resolve() for path in written}:
         raise RRCMError(f"{next(iter(written))}: is one of the images; choose another path")
@@ -368,7 +369,7 @@ def compare(
         str, typer.Option(help="Radii of the table, in pixel units.")
     ] = "0,0.25,0.5,0.75,1,1.25,1.5,1.75,2",
     output: Annotated[
-        Path, typer.Option(help="Figure of the exact curves, .png or .svg.", autocompletion=complete_path)
+        Path, typer.Option(help="Figure of the exact curves, .png, .svg or .pdf.", autocompletion=complete_path)
     ] = Path("compare.png"),
     reference: Annotated[
         str | None,

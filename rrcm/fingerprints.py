@@ -74,6 +74,7 @@ def find_items(config: Config) -> dict[str, Item]:
         "shard-data": Item("shard_data", "rrcm.data.sharding", [(DATASETS, config.data.source)]),
         "denoiser": Item("denoiser", "rrcm.training.denoiser"),
         "latency": Item("latency", "rrcm.evaluation.latency", certified),
+        "clean_accuracy": Item("clean_accuracy", "rrcm.evaluation.clean", certified),
         "plot": Item("plot", "rrcm.report.build"),
     }
     for name in config.pretrain.objectives:

@@ -33,7 +33,7 @@ from rrcm.utils.scheduler import Scheduler
 # Everything that the stages import, at the top of their modules or later.
 MODULES = ["torch._dynamo", "dvclive", "rrcm.training.pretrain", "rrcm.training.denoised", "rrcm.certification.certify"]
 MODULES += ["rrcm.certification.certify_cascade", "rrcm.evaluation.latency", "rrcm.data.sharding", "webdataset"]
-MODULES += ["rrcm.report.build"]
+MODULES += ["rrcm.evaluation.clean", "rrcm.report.build"]
 MIN_STAGES = 3  # with fewer Python stages to run, importing everything takes longer than it saves
 
 

@@ -359,7 +359,7 @@ def invented_report(tmp_path_factory) -> tuple[Config, Path]:
     """Settings, and a folder with an invented run and its report; whoever changes a file restores it."""
     from invented_run import make_config, make_report  # in tests/report
 
-    return make_report(make_config(), tmp_path_factory.mktemp("invented"))
+    return make_report(make_config(), tmp_path_factory.mktemp("invented"), pdf=True)
 
 
 @pytest.fixture(scope="session")

@@ -392,7 +392,7 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--no-final-norm"], "only an authors' checkpoint file"),
         (["nowhere", "--model", "model"], "nowhere: no such folder"),
         (["empty", "--model", "model"], "empty: no images in it or below, only .txt files (1)"),
-        (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png or .svg"),
+        (["images", "--model", "model", "--gallery", "gallery.jpg"], "must end in .png, .svg or .pdf"),
         (["images", "--model", "model", "--page", "page.txt"], "page.txt: must end in .html"),
         (["images", "--model", "model", "--output", "a.html", "--page", "a.html"], "a.html: is the path of both"),
         (["images", "--model", "model", "--output", "images"], "images: no file can be written there"),

@@ -49,7 +49,7 @@ def finetunings(*methods: str) -> set[str]:
 EXPECTED = {
     "a new row of the method table": {"plot"},
     "the formula of the consistency loss": finetunings("rrcm", "consistency", "consistency_matched"),
-    "the noise of certification": {"latency", *(f"certify@{method}-0.5" for method in RUN)},
+    "the noise of certification": {"clean-accuracy", "latency", *(f"certify@{method}-0.5" for method in RUN)},
     "a colour of the report": {"plot"},
     "a setting of one method": {"plot", *finetunings("gaussian")},
     "a setting of a method that is not run": {"plot"},
@@ -210,7 +210,7 @@ def compose_in(repository: Path, *overrides: str) -> None:
         ("model.projection_dim=32", {"pretrain@rrcm", "plot"}),
         ("data.labels_per_class=3", {*finetunings(*RUN), "plot"}),
         ("model.stem=convolutions", {"pretrain@rrcm", *finetunings(*RUN), "plot"}),
-        ("seed=1", {"shard-data", "pretrain@rrcm", "latency", "plot", *finetunings(*RUN)}),
+        ("seed=1", {"shard-data", "pretrain@rrcm", "clean-accuracy", "latency", "plot", *finetunings(*RUN)}),
     ],
 )
 def test_changed_settings_rerun_the_stages_that_they_concern(repository, override, again):
@@ -392,9 +392,9 @@ CERTIFY_RRCM = {"certify@rrcm-0.25", "certify@rrcm-0.5"}
 def test_an_edited_expert_reruns_the_cascade_of_its_method_alone(with_cascade, tmp_path):
     folder = Path(shutil.copytree(with_cascade, tmp_path / "copy"))
     (folder / "models/gaussian/sigma_0.25").write_text("other weights")
-    assert changed_stages(folder) == {"certify@gaussian-0.25", "latency", "plot"}
+    assert changed_stages(folder) == {"certify@gaussian-0.25", "clean-accuracy", "latency", "plot"}
     (folder / "models/rrcm/sigma_0.25").write_text("other weights")
-    again = {"certify@gaussian-0.25", "certify@rrcm-0.25", "certify-cascade@rrcm", "latency", "plot"}
+    again = {"certify@gaussian-0.25", "certify@rrcm-0.25", "certify-cascade@rrcm", "clean-accuracy", "latency", "plot"}
     assert changed_stages(folder) == again
 
 

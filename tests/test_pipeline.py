@@ -18,7 +18,7 @@ from conftest import REPOSITORY, TINY, compose, files_of
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]  # built once
 pytestmark += [pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists the files to copy")]
 SMOKE = [override for override in TINY if not override.startswith("sigmas=")] + ["sigmas=[0.5]"]
-STAGES = ["shard-data", "pretrain@rrcm", "latency", "plot"] + [
+STAGES = ["shard-data", "pretrain@rrcm", "clean-accuracy", "latency", "plot"] + [
     f"{kind}@{method}" for method in ("rrcm", "gaussian_matched") for kind in ("finetune", "certify")
 ]
 

@@ -4,8 +4,8 @@ A certificate frame has the columns of `rrcm.certification.results`. All functio
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 NORMAL_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 Certificates = Mapping[tuple[str, float], pd.DataFrame]  # (method, sigma) -> frame
+Name = TypeVar("Name", bound=Hashable)  # of a frame
 
 
 class Interval(NamedTuple):
@@ -37,7 +38,7 @@ class Interval(NamedTuple):
 
 def certified_accuracy(frame: pd.DataFrame, radii: Sequence[float] | np.ndarray) -> np.ndarray:
     """Share of images that are correct with radius >= r, for each r in `radii` (R,). An abstention counts as wrong."""
-    certified = np.sort(frame.loc[frame["correct"] == 1, "radius"])
+    certified = np.sort(frame["radius"].to_numpy()[frame["correct"].to_numpy() == 1])
     return (len(certified) - np.searchsorted(certified, radii)) / len(frame)
 
 
@@ -54,6 +55,11 @@ def certified_radii(frame: pd.DataFrame) -> np.ndarray:
 def average_certified_radius(frame: pd.DataFrame) -> float:
     """ACR (Zhai et al. 2020), in pixel units."""
     return float(certified_radii(frame).mean())
+
+
+def acr_standard_error(frame: pd.DataFrame) -> float:
+    """The standard error of the ACR over the test images, in pixel units. NaN for a single image."""
+    return float(certified_radii(frame).std(ddof=1) / math.sqrt(len(frame))) if len(frame) > 1 else math.nan
 
 
 def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NORMAL_95) -> Interval:
@@ -99,6 +105,12 @@ def wilson_interval(share: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
     return centre - half, centre + half
 
 
+def certified_share(frame: pd.DataFrame, radius: float) -> Interval:
+    """Certified accuracy at `radius` with its 95 % Wilson interval."""
+    share = certified_accuracy(frame, [radius])
+    return Interval(*(float(bound[0]) for bound in (share, *wilson_interval(share, len(frame)))))
+
+
 def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
     """The highest certified accuracy of several models at each radius, as an exact step curve.
 
@@ -112,8 +124,21 @@ def envelope(frames: Iterable[pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(frame: pd.DataFrame, radii: Sequence[float]) -> dict:
-    """The numbers of one run: `acr`, and for each radius as a key the certified accuracy (a share)."""
-    return {"acr": average_certified_radius(frame)} | dict(zip(radii, certified_accuracy(frame, radii), strict=True))
+    """The numbers of one run: `acr`, its standard error `acr_se`, and certified accuracies as `accuracy_columns`."""
+    acr = {"acr": average_certified_radius(frame), "acr_se": acr_standard_error(frame)}
+    return acr | accuracy_columns(certified_accuracy(frame, radii), radii, len(frame))
+
+
+def accuracy_columns(shares: Sequence[float] | np.ndarray, radii: Sequence[float], count: int) -> dict[str, float]:
+    """Certified accuracies `shares` (R,) of `count` images as `r_R`, and their Wilson intervals `low_r_R`, `high_r_R`.
+
+    R is the radius, such as in `r_0.25`.
+    """
+    low, high = wilson_interval(np.asarray(shares), count)
+    parts = {"": shares, "low_": low, "high_": high}
+    return {
+        f"{part}r_{r:g}": float(value) for part, values in parts.items() for r, value in zip(radii, values, strict=True)
+    }
 
 
 def mean_samples(frame: pd.DataFrame) -> float:
@@ -121,10 +146,36 @@ def mean_samples(frame: pd.DataFrame) -> float:
     return float(frame["samples"].mean()) if "samples" in frame else math.nan
 
 
-def on_common_images(certificates: Certificates) -> dict[tuple[str, float], pd.DataFrame]:
+def on_common_images(certificates: Mapping[Name, pd.DataFrame]) -> dict[Name, pd.DataFrame]:
     """Each frame with only the images that all frames have, in the order of `idx`."""
-    common = sorted(set.intersection(*(set(frame["idx"]) for frame in certificates.values())))
+    first, *others = (frame["idx"].to_numpy() for frame in certificates.values())
+    if (np.diff(first) > 0).all() and all(np.array_equal(first, idx) for idx in others):
+        return dict(certificates)
+    common = sorted(set(first).intersection(*others))
     return {run: frame.set_index("idx").loc[common].reset_index() for run, frame in certificates.items()}
+
+
+def leaders(frames: Mapping[Name, pd.DataFrame], radius: float | None = None) -> set[Name]:
+    """The names with the highest certified accuracy at `radius`, or the highest ACR, and those not significantly below.
+
+    A name is not significantly below the first of the highest if the 95 % interval of their paired difference, on the
+    images of both, contains 0. None leads if the highest value is 0.
+    """
+
+    def value(name: Name) -> float:
+        frame = frames[name]
+        return average_certified_radius(frame) if radius is None else float(certified_accuracy(frame, [radius])[0])
+
+    highest = max(frames, key=value)
+    if not value(highest):
+        return set()
+    names = {highest}
+    for name in frames:
+        one, other = on_common_images({"one": frames[highest], "other": frames[name]}).values()
+        difference = acr_difference(one, other) if radius is None else accuracy_difference(one, other, radius)
+        if difference.low <= 0:
+            names.add(name)
+    return names
 
 
 def per_sigma_table(certificates: Certificates, radii: Sequence[float]) -> pd.DataFrame:

@@ -21,6 +21,9 @@ from rrcm.report import tables
 from rrcm.report.accuracy_figures import draw_certified_accuracy, draw_envelope
 from rrcm.report.against import ONE, pairs_table, strongest_table, values_table
 from rrcm.report.against_figure import draw_against
+from rrcm.report.classes import by_class, choose_shown, confusion, deployed_classifiers
+from rrcm.report.classes_figure import draw_classes
+from rrcm.report.costs import certificate_costs
 from rrcm.report.deployment import acceptance, add_metrics, deployment, deployment_differences
 from rrcm.report.deployment_figure import draw_deployment
 from rrcm.report.figures import save_all
@@ -28,15 +31,19 @@ from rrcm.report.fonts import note_on_letters
 from rrcm.report.gallery import Thumbnail, draw_gallery, verdict
 from rrcm.report.inputs import Inputs, certificates_file, read_inputs
 from rrcm.report.latency_figure import draw_latency
+from rrcm.report.latex import BIBLIOGRAPHY, bibliography, latex_text
 from rrcm.report.page import render_markdown, report_values
 from rrcm.report.report_page import Galleries, noisy_cards, read_thumbnails, render_report_page
 from rrcm.report.representation_figure import draw_representation
+from rrcm.report.threats import threats
 from rrcm.report.training_figure import draw_training
+from rrcm.report.votes import calibration, probabilities
+from rrcm.report.votes_figure import draw_probabilities, draw_reliability
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, write_json, write_text
 
-LATENCY_PANELS = 3  # at most, in the latency figure
-LEAST_ACCURACY = 0.1  # the latency figure shows radii at which some method has this certified accuracy
+FEW_RADII = 3  # at most, in the latency figure and in what is shown by class
+LEAST_ACCURACY = 0.1  # such a figure shows radii at which some method has this certified accuracy
 
 GALLERY_IMAGES = 8
 OTHER_BOUND = {"binary": "margin", "margin": "binary"}
@@ -72,7 +79,8 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
         for name, table in made.items():
             write_text(folder / f"{name}.csv", tables.csv_text(table.numbers))
             write_text(folder / f"{name}.md", tables.markdown_text(table.text))
-            write_text(folder / f"{name}.tex", tables.latex_text(table.text))
+            write_text(folder / f"{name}.tex", latex_text(table))
+        write_text(folder / BIBLIOGRAPHY, bibliography(config.methods))
         for name, frame in _plot_data(inputs).items():
             write_text(folder / f"{name}.csv", tables.csv_text(frame))
         values = report_values(config, root, inputs, texts, list(drawn), gallery.classes)
@@ -90,9 +98,13 @@ def write_report(config: Config, root: Path, output: Path, metrics: Path | None 
 
 def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, Figure]:
     """Every figure of the report by name."""
+    shown = choose_shown(deployed_classifiers(config, inputs))
     drawn = {
         "certified_accuracy": draw_certified_accuracy(inputs.certificates, inputs.external),
         "envelope": draw_envelope(inputs.certificates),
+        "probability": draw_probabilities(inputs.certificates),
+        "calibration": draw_reliability(inputs.certificates),
+        "classes": draw_classes(shown, inputs.classes, few_radii({("", 0.0): shown.frame}, config.report.radii)),
         "gallery": draw_gallery(gallery.clean, gallery.noisy, METHODS[config.methods[0]].label),
     }
     if inputs.cascades:
@@ -111,7 +123,7 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
         drawn["latency"] = draw_latency(
             latency_table(config, inputs).numbers,
             inputs.certificates,
-            latency_radii(inputs.certificates, config.report.radii),
+            few_radii(inputs.certificates, config.report.radii),
             config.latency.n[0],
             f"{inputs.latency['device']}, {inputs.latency['dtype']}",
             tables.published_latencies(),
@@ -119,11 +131,11 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
     return drawn
 
 
-def latency_radii(certificates: Certificates, radii: Sequence[float]) -> list[float]:
-    """The radii of the latency figure's panels, evenly spaced among those with at least LEAST_ACCURACY."""
+def few_radii(certificates: Certificates, radii: Sequence[float]) -> list[float]:
+    """At most FEW_RADII of the `radii`, evenly spaced among those with at least LEAST_ACCURACY."""
     best = best_sigma_table(certificates, radii).groupby("radius")["certified_accuracy"].max()
     often = [radius for radius in radii if best[radius] >= LEAST_ACCURACY] or list(radii[:1])
-    chosen = np.linspace(0, len(often) - 1, min(LATENCY_PANELS, len(often))).round().astype(int)
+    chosen = np.linspace(0, len(often) - 1, min(FEW_RADII, len(often))).round().astype(int)
     return [often[i] for i in chosen]
 
 
@@ -137,9 +149,11 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
     made = {
         "best_sigma": tables.best_sigma(inputs.certificates, config.report.radii),
         "margin": tables.margin(inputs.certificates, inputs.margin, config.report.radii),
-        "per_sigma": tables.per_sigma(inputs.certificates, inputs.external, config.report.radii),
+        "per_sigma": tables.per_sigma(inputs.certificates, inputs.external, config.report.radii, inputs.clean),
         "budgets": tables.budgets(inputs.budgets),
-    }
+        "probability": probabilities(inputs.certificates),
+        "calibration": calibration(inputs.certificates),
+    } | tables_by_the_bound(config, inputs)
     if len(config.methods) > 1:
         made["differences"] = tables.differences(inputs.certificates, config.report.radii, config.seed)
     if pairs := tables.joint_pairs(config.methods):
@@ -153,6 +167,18 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
     if inputs.latency and inputs.latency.get("cascades"):
         made["cascade_latency"] = tables.cascade_latency(inputs.latency, config.latency.n, config.certify.n0)
     return made | ({"latency": latency_table(config, inputs)} if inputs.latency else {})
+
+
+def tables_by_the_bound(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
+    """The tables, by name, that have single sigmas and cascades side by side, all by the bound of `certify`."""
+    bound, deployed = config.certify.bound, deployed_classifiers(config, inputs)
+    certificates, radii, shown = inputs.by_bound(bound), config.report.radii, choose_shown(deployed)
+    return {
+        "threats": threats(certificates, inputs.cascades, bound, config.data.image_size, config.data.channels),
+        "classes": by_class(deployed, inputs.classes, radii, few_radii({("", 0.0): shown.frame}, radii)),
+        "confusion": confusion(deployed, inputs.classes),
+        "costs": certificate_costs(certificates, inputs.cascades, inputs.budgets, inputs.latency),
+    }
 
 
 def deployment_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:

@@ -9,13 +9,13 @@ import pandas as pd
 
 from rrcm.certification.external import read_external_certificates
 from rrcm.evaluation.common_images import adopt_numbers, on_same_images
-from rrcm.evaluation.metrics import accuracy_difference, acr_difference, summary
+from rrcm.evaluation.metrics import accuracy_difference, acr_difference, certified_accuracy
 from rrcm.report.accuracy_figures import draw_comparison
 from rrcm.report.comparison_page import render_comparison_page
-from rrcm.report.figures import FORMATS, save
+from rrcm.report.figures import ENDINGS, FORMATS, save
 from rrcm.report.fonts import note_on_letters
 from rrcm.report.html import check_page
-from rrcm.report.tables import aligned_text, interval_text
+from rrcm.report.tables import acr_text, aligned_text, interval_text
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output, write_text
 
@@ -23,7 +23,7 @@ from rrcm.utils.files import check_output, write_text
 def compare(
     files: Sequence[str], radii: str, output: Path, reference: str | None = None, page: Path | None = None
 ) -> None:
-    """Print ACR and certified accuracy, draw the exact curves as `output` (.png or .svg), and write `page` (.html).
+    """Print ACR and certified accuracy, draw the exact curves as `output`, and write `page` (.html).
 
     All are on the images that all files have. `files` are NAME=FILE and `radii` is "0,0.25,..." in pixel units. If
     `reference` is one of the names, this also prints the differences to its certificates. Raises `RRCMError` for bad
@@ -33,7 +33,7 @@ def compare(
     if reference is not None and reference not in paths:
         raise RRCMError(f"--reference {reference!r}: must be one of the names {', '.join(map(repr, paths))}")
     if output.suffix not in FORMATS:
-        raise RRCMError(f"--output {output}: must end in {' or '.join(FORMATS)}")
+        raise RRCMError(f"--output {output}: must end in {ENDINGS}")
     check_output(output)
     if page is not None:
         check_page(page)
@@ -76,11 +76,13 @@ def parse_radii(text: str) -> list[float]:
 
 
 def comparison_table(certificates: Mapping[str, pd.DataFrame], radii: Sequence[float]) -> pd.DataFrame:
-    """One row of texts per name: number of images, certified accuracy (%) at each radius, and ACR."""
+    """One row of texts per name: number of images, certified accuracy (%) at each radius, and ACR with its standard
+    error.
+    """
     rows = []
     for name, frame in certificates.items():
-        acr, *shares = summary(frame, radii).values()
-        rows.append([printable(name), f"{len(frame):,}", *(f"{100 * share:.1f}" for share in shares), f"{acr:.3f}"])
+        shares = [f"{100 * share:.1f}" for share in certified_accuracy(frame, list(dict.fromkeys(radii)))]
+        rows.append([printable(name), f"{len(frame):,}", *shares, acr_text(frame)])
     return _make_table(rows, "", radii)
 
 

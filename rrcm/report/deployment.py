@@ -16,6 +16,7 @@ from rrcm.certification.cascade_votes import CASCADE_FILES
 from rrcm.certification.record import CascadeRecord
 from rrcm.evaluation.metrics import (
     Certificates,
+    accuracy_columns,
     accuracy_difference,
     acr_difference,
     average_certified_radius,
@@ -74,9 +75,9 @@ def deployment(
         for name, frame in frames.items():
             measured = {"samples": mean_samples(frame), "samples_ratio": mean_samples(frame) / largest}
             rows.append(row | {"deployment": name, "deployments": 1} | measured | summary(frame, radii))
-        best = best_sigma_table(singles, radii).set_index("radius")["certified_accuracy"].to_dict()
+        best = accuracy_columns(best_sigma_table(singles, radii)["certified_accuracy"], radii, row["images"])
         rows.append(row | {"deployment": BEST, "deployments": len(singles)} | best)
-    numbers = pd.DataFrame(rows).rename(columns={radius: f"r_{radius:g}" for radius in radii})
+    numbers = pd.DataFrame(rows)
     return Table(numbers, with_images(_deployment_text(numbers, radii), numbers["images"].tolist()))
 
 
@@ -85,7 +86,10 @@ def _deployment_text(numbers: pd.DataFrame, radii: Sequence[float]) -> pd.DataFr
     text["deployed"] = [deployment_label(row.deployment, row.deployments) for row in numbers.itertuples()]
     for radius in radii:
         text[f"r = {radius:g}"] = [f"{100 * share:.1f}" for share in numbers[f"r_{radius:g}"]]
-    text["ACR"] = ["" if np.isnan(acr) else f"{acr:.3f}" for acr in numbers["acr"]]
+    text["ACR"] = [
+        "" if np.isnan(row.acr) else f"{row.acr:.3f} ± {row.acr_se:.3f}"
+        for row in numbers[["acr", "acr_se"]].itertuples()
+    ]
     text["samples per image"] = ["" if np.isnan(mean) else f"{mean:,.0f}" for mean in numbers["samples"]]
     text["ratio"] = ["" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in numbers["samples_ratio"]]
     return text

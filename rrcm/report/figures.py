@@ -1,4 +1,4 @@
-"""The style that all figures share, and writing them as PNG and SVG files that are byte-identical when drawn again.
+"""The style that all figures share, and writing them as PNG, SVG and PDF files with the same bytes each time.
 
 The colours are the palette of Okabe and Ito, which colour-blind readers can tell apart. A method has the same colour in
 every figure, and its family has the same marker. Methods at equal total compute are dashed and have hollow markers.
@@ -33,6 +33,8 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
+    "pdf.compression": 0,  # the library that compresses differs from machine to machine; git compresses anyway
+    "pdf.fonttype": 42,  # TrueType: journals refuse the default, Type 3
     "svg.fonttype": "path",
     "svg.hashsalt": "rrcm",  # without it the names of elements are random
 }
@@ -47,7 +49,12 @@ MARKERS = {  # by family
     "ensemble": "P",
     "denoise, then classify": "X",
 }
-FORMATS = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # metadata left out of the files
+FORMATS = {  # with the metadata that is left out of the files
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+ENDINGS = ".png, .svg or .pdf"
 
 
 @contextmanager
@@ -103,10 +110,11 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def save_all(drawn: Mapping[str, Figure], folder: Path) -> None:
-    """Write each figure into `folder` under its name, in every format."""
+    """Write each figure into `folder` under its name, in every format, all with the layout of the first."""
     for name, figure in drawn.items():
         for suffix in FORMATS:
             save(figure, folder / f"{name}{suffix}")
+            figure.set_layout_engine("none")  # keeps what was laid out: to do it again takes as long as drawing
 
 
 DASHES = {  # by whether a method is matched, its share of the passes if it is joint, and whether it can pass

@@ -25,6 +25,7 @@ class Thumbnail(NamedTuple):
 
 
 # sign, colour, line style; colour is never the only difference
+SMALL = 64  # pixels of the side of an image
 VERDICTS = {"correct": ("✓", OKABE_ITO[2], "-"), "wrong": ("✗", OKABE_ITO[1], "--"), "abstains": ("?", "#606060", ":")}
 STYLES = VERDICTS | {"certified": ("", TEXT_COLOR, "-")}  # certified: the true class is unknown
 
@@ -79,7 +80,9 @@ def draw_certified_images(thumbnails: Sequence[Thumbnail], settings: str) -> Fig
 
 def _show(axes: Axes, pixels: np.ndarray, **frame: object) -> None:
     """Show an image (H, W, C) in [0, 1] in a frame with the properties `frame`."""
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    # PDF and SVG files hold a small image as it is; a larger one is scaled to the size of the figure and smoothed
+    interpolation = "none" if max(pixels.shape) <= SMALL else "auto"
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, **frame)
 

@@ -11,6 +11,7 @@ from rrcm.certification.external import read_external_certificates
 from rrcm.certification.outcomes import find_impossible
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.certification.rules import make_stopping_rule
+from rrcm.certification.votes import parse_selection
 from rrcm.config import Config
 from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
@@ -19,6 +20,7 @@ from rrcm.report.against import Against, compare_with_published
 from rrcm.report.cascade_inputs import Cascade, cascade_files, cascade_stage, read_cascades
 from rrcm.report.records import (
     CertifyTiming,
+    CleanAccuracy,
     Latency,
     ModelRecord,
     PretrainRecord,
@@ -37,6 +39,7 @@ MANIFEST = f"{SHARDS}/manifest.json"
 SOFT_LABEL_TIMING = "timings/soft_labels.json"
 DENOISER_TIMING = "timings/denoiser.json"
 LATENCY = "timings/latency.json"
+CLEAN = "timings/clean_accuracy.json"  # a run that was published before there was this stage lacks it
 PRETRAINING_FILES = ("config.json", "history.csv", "representation.csv")
 REPRESENTATION = ["step", "sigma", "knn", "same_image_cosine", "cross_image_cosine", "centred_cosine"]
 
@@ -59,6 +62,7 @@ class Inputs(NamedTuple):
     representations: Mapping[str, pd.DataFrame]  # representation.csv by objective
     latency: Mapping | None  # the latency stage's record
     cascades: Mapping[str, Cascade]  # by method, in the order of `cascade.methods`
+    clean: Mapping[Run, float]  # share of clean images that the base classifiers get right; {} if it is not measured
 
     @property
     def against(self) -> Against | None:
@@ -113,6 +117,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         representations={name: representation for name, (_, representation) in pretraining.items()},
         latency=_read_latency(config, root, models) if config.latency.n else None,
         cascades=read_cascades(config, root, certificates, len(images.classes)),
+        clean=_read_clean(root, certificates) if CLEAN in stages else {},
     )
 
 
@@ -150,6 +155,8 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
         stages |= dict.fromkeys(cascade_files(config, method), cascade_stage(method))
     if config.latency.n:
         stages[LATENCY] = "latency"
+    if (root / CLEAN).is_file():
+        stages[CLEAN] = "clean-accuracy"
     for path, stage in stages.items():
         if not (root / path).is_file():
             raise RRCMError(f"{root / path}: no such file; run `dvc repro {stage}`, or fetch it with `dvc pull`")
@@ -176,6 +183,11 @@ def _read_certified(root: Path, method: str, sigma: float, bound: str) -> pd.Dat
     advice = f"run `dvc repro certify@{method}-{sigma}`"
     if not samples["idx"].equals(frame["idx"]):
         raise RRCMError(f"{path}: has other images than the certificates beside it; {advice}")
+    for idx, selection in zip(samples["idx"], samples["selection"], strict=True):
+        try:
+            parse_selection(selection)
+        except ValueError as error:
+            raise RRCMError(f"{path}: image {idx}: {error}; {_again(f'certify@{method}-{sigma}')}") from None
     frame = frame.join(samples.drop(columns="idx"))
     if not _by_bound(frame, bound)[["predict", "radius"]].equals(frame[["predict", "radius"]]):
         raise RRCMError(f"{path}: the {bound} bound has other radii than the certificates beside it; {advice}")
@@ -265,6 +277,18 @@ def _read_latency(config: Config, root: Path, models: Mapping[Run, Mapping]) -> 
         if method not in cascades or list(cascades[method]["seconds_per_sample"]) != names:
             raise RRCMError(f"{path}: has no cascade of {method} at the sigmas of the settings; {advice}")
     return record | {"cascades": {method: cascades[method] for method in config.cascade.methods}}
+
+
+def _read_clean(root: Path, certificates: Certificates) -> dict[Run, float]:
+    """The accuracy of each base classifier on the clean images that it certifies."""
+    path, advice = root / CLEAN, _again("clean-accuracy")
+    record, shares = read_record(path, CleanAccuracy, advice), {}
+    for (method, sigma), frame in certificates.items():
+        correct = record["correct"].get(method, {}).get(sigma_name(sigma), -1)
+        if record["images"].get(method) != len(frame) or not 0 <= correct <= len(frame):
+            raise RRCMError(f"{path}: has no count of the images that {method} certifies at sigma {sigma}; {advice}")
+        shares[method, sigma] = correct / len(frame)
+    return shares
 
 
 def _read_pretraining(config: Config, root: Path, name: str, validation: int) -> tuple[pd.DataFrame, pd.DataFrame]:

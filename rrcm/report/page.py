@@ -21,6 +21,7 @@ from rrcm.evaluation.metrics import (
     on_common_images,
 )
 from rrcm.methods import METHODS, denoising_classifier, expert_of
+from rrcm.report.classes import choose_shown, deployed_classifiers
 from rrcm.report.deployment import shortfalls
 from rrcm.report.inputs import Inputs
 from rrcm.report.panels import panel_groups
@@ -119,6 +120,8 @@ def report_values(
         "class_counts": [ImageCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         "data_notes": inputs.data_notes,
         "comparisons": _headline(config, inputs),
+        "classes": len(inputs.classes),
+        "shown": choose_shown(deployed_classifiers(config, inputs)).label,
         "shortfalls": shortfalls(inputs.cascades, inputs.by_bound(config.certify.bound)),
         "pretrained_elsewhere": [
             (METHODS[name].label, config.initial_weights(name))

@@ -3,6 +3,7 @@
 report.md has the prose of the report once. What is added to it also appears on the page.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from rrcm.report.html_tables import PageTable, make_table
 
 Spans = list[tuple[str, str]]  # inline text: "", "strong", "em" or "code", and a text
 STYLES = {"strong_open": "strong", "em_open": "em"}
+FOLDED = re.compile(r"<details>\n<summary>(.*)</summary>\n")  # one line
 
 
 class Paragraph(NamedTuple):
@@ -21,8 +23,14 @@ class Paragraph(NamedTuple):
     spans: Spans
 
 
+class Bullets(NamedTuple):
+    """A list, whose items have one paragraph each."""
+
+    items: list[Spans]
+
+
 class Heading(NamedTuple):
-    """A heading below that of a section."""
+    """A heading below that of a section, or the summary of a folded part."""
 
     text: str
 
@@ -46,7 +54,7 @@ class Picture(NamedTuple):
         return " ".join(plain_text(spans) for spans in self.caption)
 
 
-Block = Paragraph | Heading | NamedTable | Picture
+Block = Paragraph | Bullets | Heading | NamedTable | Picture
 
 
 class Section(NamedTuple):
@@ -59,14 +67,12 @@ class Section(NamedTuple):
 def read_sections(markdown: str) -> list[Section]:
     """The sections of a text in Markdown, each with a heading of the first or the second level.
 
-    The paragraphs after a picture, up to the next picture or heading, are its caption. Links, HTML and lists, which
-    report.md does not have, are not known.
+    The paragraphs after a picture, up to the next picture or heading, are its caption. A folded part begins with its
+    summary as a heading. Links and other HTML, which report.md does not have, are not known.
     """
-    parser = (
-        MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "list", "html_block"])
-    )
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "html_block"])
     sections: list[Section] = []
-    tokens = iter(parser.parse(markdown))
+    tokens = iter(parser.parse(FOLDED.sub(r"### \1\n", markdown).replace("\n</details>\n", "\n")))
     for token in tokens:
         if token.type == "heading_open":
             text = plain_text(_spans(next(tokens).children))
@@ -76,6 +82,8 @@ def read_sections(markdown: str) -> list[Section]:
                 sections[-1].blocks.append(Heading(text))
         elif token.type == "paragraph_open":
             _add_paragraph(sections[-1].blocks, next(tokens).children)
+        elif token.type == "bullet_list_open":
+            sections[-1].blocks.append(Bullets(_read_items(tokens)))
         elif token.type == "table_open":
             table = make_table(*_read_table(tokens))
             sections[-1].blocks.append(NamedTable(_label(sections[-1]), table))
@@ -89,6 +97,17 @@ def _add_paragraph(blocks: list[Block], children: Sequence[Token]) -> None:
         blocks[-1].caption.append(_spans(children))
     else:
         blocks.append(Paragraph(_spans(children)))
+
+
+def _read_items(tokens: Iterator[Token]) -> list[Spans]:
+    """The items of a list, whose first token has been read."""
+    items = []
+    for token in tokens:
+        if token.type == "bullet_list_close":
+            break
+        if token.type == "inline":
+            items.append(_spans(token.children))
+    return items
 
 
 def _read_table(tokens: Iterator[Token]) -> tuple[list[str], list[list[str]]]:

@@ -110,6 +110,13 @@ class Latency(Record):
     environment: Environment
 
 
+class CleanAccuracy(Timing):
+    """How many clean images each base classifier gets right, by method and the name of its sigma."""
+
+    correct: dict[str, dict[str, int]]
+    images: dict[str, Count]
+
+
 class _Length(Record):
     epochs: NonNegative
 

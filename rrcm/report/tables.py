@@ -12,12 +12,15 @@ from rrcm.certification.results import sigma_name
 from rrcm.evaluation.metrics import (
     Certificates,
     Interval,
+    acr_standard_error,
     average_certified_radius,
     best_sigma_table,
     certified_accuracy,
     differences_table,
+    leaders,
     mean_samples,
     per_sigma_table,
+    wilson_interval,
 )
 from rrcm.methods import METHODS, REFERENCE, expert_of
 from rrcm.utils.errors import printable
@@ -31,6 +34,7 @@ class Table(NamedTuple):
 
     numbers: pd.DataFrame
     text: pd.DataFrame
+    best: frozenset[tuple[int, str]] = frozenset()  # row and column of cells: the best, or not significantly below it
 
 
 def method_labels(methods: Sequence[str]) -> list[str]:
@@ -53,11 +57,12 @@ def interval_text(interval: Interval, digits: str) -> str:
 def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
     """Certified accuracy with the best sigma at each radius, and in the text also the highest ACR of any sigma.
 
-    The numbers are from `best_sigma_table`. The text has percentages, each followed in parentheses by the same model's
-    certified accuracy at r = 0, and the ACR followed by its sigma. If the methods certify different numbers of images,
-    a last column has these numbers.
+    The numbers are from `best_sigma_table`, with a 95 % Wilson interval `low` to `high`. The text has percentages, each
+    followed in parentheses by the same model's certified accuracy at r = 0, and the ACR with its standard error,
+    followed by its sigma. If the methods certify different numbers of images, a last column has these numbers.
     """
     numbers = best_sigma_table(certificates, radii)
+    numbers["low"], numbers["high"] = wilson_interval(numbers["certified_accuracy"], numbers["images"])
     rows = {}
     for row in numbers.itertuples():
         cell = f"{100 * row.certified_accuracy:.1f} ({100 * row.at_zero:.1f})"
@@ -65,10 +70,25 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
     for (method, sigma), frame in sorted(certificates.items(), key=lambda run: run[0][1]):
         acr = average_certified_radius(frame)
         if acr > rows[method].get("acr", -1):  # the smaller sigma of equals
-            rows[method] |= {"acr": acr, "ACR (σ)": f"{acr:.3f} ({sigma:g})"}
+            rows[method] |= {"acr": acr, "ACR (σ)": f"{acr_text(frame)} ({sigma:g})"}
     text = pd.DataFrame(rows.values()).drop(columns="acr")
     text.insert(0, "method", method_labels(rows))
-    return Table(numbers, with_images(text, numbers.groupby("method", sort=False)["images"].first()))
+    images = numbers.groupby("method", sort=False)["images"].first()
+    return Table(numbers, with_images(text, images), _best_by_method(certificates, numbers, "ACR (σ)"))
+
+
+def _best_by_method(certificates: Certificates, numbers: pd.DataFrame, acr: str) -> frozenset[tuple[int, str]]:
+    """The cells of `Table.best` where each method is a row: `numbers` are of `best_sigma_table`, `acr` is a column."""
+    methods, best = list(dict.fromkeys(numbers["method"])), set()
+    for radius, rows in numbers.groupby("radius"):
+        frames = {row.method: certificates[row.method, row.sigma] for row in rows.itertuples()}
+        best |= {(methods.index(name), f"r = {radius:g}") for name in leaders(frames, radius)}
+    ascending = sorted(certificates, key=lambda run: run[1])
+    frames = {
+        name: max((certificates[run] for run in ascending if run[0] == name), key=average_certified_radius)
+        for name in methods
+    }
+    return frozenset(best | {(methods.index(name), acr) for name in leaders(frames)})
 
 
 def margin(binary: Certificates, certificates: Certificates, radii: Sequence[float]) -> Table:
@@ -79,6 +99,7 @@ def margin(binary: Certificates, certificates: Certificates, radii: Sequence[flo
     followed in parentheses by the mean number that the binary bound alone would have drawn.
     """
     numbers = best_sigma_table(certificates, radii)
+    numbers["low"], numbers["high"] = wilson_interval(numbers["certified_accuracy"], numbers["images"])
     numbers["gain"] = numbers["certified_accuracy"] - best_sigma_table(binary, radii)["certified_accuracy"]
     rows: dict[str, dict] = {}
     for row in numbers.itertuples():
@@ -91,7 +112,7 @@ def margin(binary: Certificates, certificates: Certificates, radii: Sequence[flo
         cells |= {"ACR": f"{acr:.3f} ({acr - before:+.3f})", "samples": f"{samples:,.0f} ({alone:,.0f})"}
     text = pd.DataFrame(rows.values())
     text.insert(0, "method", method_labels(rows))
-    return Table(numbers, text)
+    return Table(numbers, text, _best_by_method(certificates, numbers, "ACR"))
 
 
 def with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
@@ -99,18 +120,47 @@ def with_images(text: pd.DataFrame, images: Sequence[int]) -> pd.DataFrame:
     return text.assign(images=[f"{count:,}" for count in images]) if len(set(images)) > 1 else text
 
 
-def per_sigma(certificates: Certificates, external: Certificates, radii: Sequence[float]) -> Table:
-    """Images, mean samples, certified accuracy and ACR of each model. Labels in `external` get "(external)" added."""
+def acr_text(frame: pd.DataFrame) -> str:
+    """The ACR and its standard error, such as 0.401 ± 0.023."""
+    error = acr_standard_error(frame)
+    return f"{average_certified_radius(frame):.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}")
+
+
+def per_sigma(
+    certificates: Certificates,
+    external: Certificates,
+    radii: Sequence[float],
+    clean: Mapping[tuple[str, float], float],
+) -> Table:
+    """Images, mean samples, certified accuracy and ACR of each model. Labels in `external` get "(external)" added.
+
+    `clean` has the accuracies of base classifiers without noise and smoothing. If it is empty, they have no column.
+    """
     marked = {(f"{label} (external)", sigma): frame for (label, sigma), frame in external.items()}
-    numbers = per_sigma_table({**certificates, **marked}, radii)
+    frames = {**certificates, **marked}
+    numbers = per_sigma_table(frames, radii)
     text = pd.DataFrame({"method": method_labels(numbers["method"])})
     text["σ"] = [f"{sigma:g}" for sigma in numbers["sigma"]]
+    if clean:
+        numbers["clean_accuracy"] = [clean.get(run, np.nan) for run in frames]
+        text["clean"] = ["" if np.isnan(share) else f"{100 * share:.1f}" for share in numbers["clean_accuracy"]]
     for radius in radii:
-        text[f"r = {radius:g}"] = [f"{100 * share:.1f}" for share in numbers[radius]]
-    text["ACR"] = [f"{acr:.3f}" for acr in numbers["acr"]]
+        text[f"r = {radius:g}"] = [f"{100 * share:.1f}" for share in numbers[f"r_{radius:g}"]]
+    text["ACR"] = [acr_text(frame) for frame in frames.values()]
     text["images"] = [f"{count:,}" for count in numbers["images"]]
     text["samples per image"] = ["" if np.isnan(mean) else f"{mean:,.0f}" for mean in numbers["samples"]]
-    return Table(numbers.rename(columns={radius: f"r_{radius:g}" for radius in radii}), text)
+    return Table(numbers, text, _best_at_each_sigma(certificates, radii))
+
+
+def _best_at_each_sigma(certificates: Certificates, radii: Sequence[float]) -> frozenset[tuple[int, str]]:
+    """The cells of `Table.best` where the rows are `certificates`, among the rows of the same sigma."""
+    runs, best = list(certificates), set()
+    columns = {"ACR": None} | {f"r = {radius:g}": radius for radius in radii}
+    for sigma in {sigma for _, sigma in runs}:
+        frames = {run: frame for run, frame in certificates.items() if run[1] == sigma}
+        for name, radius in columns.items():
+            best |= {(runs.index(run), name) for run in leaders(frames, radius)}
+    return frozenset(best)
 
 
 def differences(certificates: Certificates, radii: Sequence[float], seed: int) -> Table:
@@ -311,12 +361,14 @@ def published_latencies() -> pd.DataFrame:
 
 
 def accuracy_curves(certificates: Certificates) -> pd.DataFrame:
-    """Certified accuracy at 81 radii from 0 to 4 sigma, which are the same in every experiment."""
+    """Certified accuracy, with its 95 % interval, at 81 radii from 0 to 4 sigma: the same in every experiment."""
     grids = []
     for (method, sigma), frame in certificates.items():
         radii = sigma * np.arange(81) / 20  # 4 sigma is more than 100,000 samples can certify
         accuracy = certified_accuracy(frame, radii)
-        grids.append(pd.DataFrame({"method": method, "sigma": sigma, "radius": radii, "certified_accuracy": accuracy}))
+        low, high = wilson_interval(accuracy, len(frame))
+        columns = {"method": method, "sigma": sigma, "radius": radii, "certified_accuracy": accuracy}
+        grids.append(pd.DataFrame(columns | {"low": low, "high": high}))
     return pd.concat(grids)
 
 
@@ -350,11 +402,6 @@ def csv_text(frame: pd.DataFrame) -> str:
 def markdown_text(frame: pd.DataFrame) -> str:
     """`frame` as a Markdown table. Characters with a meaning in Markdown are escaped."""
     return aligned_text(frame.rename(columns=escape_markdown).map(escape_markdown), "github") + "\n"
-
-
-def latex_text(frame: pd.DataFrame) -> str:
-    """`frame` as a LaTeX table for booktabs. Special characters are escaped."""
-    return aligned_text(frame.map(lambda cell: printable(str(cell))), "latex_booktabs").replace("σ", r"$\sigma$") + "\n"
 
 
 def escape_markdown(value: object) -> str:

@@ -233,7 +233,10 @@ def test_tables_by_hand():
     drawn = per_sigma_table({("rrcm", 0.25): quiet.assign(samples=[100, 100, 1100, 300])}, [0.0])
     assert drawn["samples"].tolist() == [400]
     assert rows["acr"].tolist() == pytest.approx([0.2125, 0.5625])
-    assert rows[[0.0, 0.5]].values.tolist() == [[0.75, 0.25], [0.5, 0.25]]
+    assert rows[["r_0", "r_0.5"]].values.tolist() == [[0.75, 0.25], [0.5, 0.25]]
+    assert (rows["low_r_0"] < rows["r_0"]).all() and (rows["r_0"] < rows["high_r_0"]).all()
+    errors = [np.std(each, ddof=1) / 2 for each in ([0.5, 0.25, 0.1, 0], [2, 0.25, 0, 0])]
+    assert rows["acr_se"].tolist() == pytest.approx(errors)
 
 
 def test_difference_of_acr_is_paired():

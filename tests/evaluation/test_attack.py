@@ -226,7 +226,7 @@ def test_the_attack_stage_breaks_the_base_classifier_but_no_certificate(attackab
     clean, *_, attacked = curves["unsmoothed_accuracy"]
     assert attacked < clean / 4
     written = files_of(attackable / "attack/rrcm")
-    assert set(written) == {"attack.png", "attack.svg", "sigma_0.5.tsv", "summary.json"}
+    assert set(written) == {"attack.pdf", "attack.png", "attack.svg", "sigma_0.5.tsv", "summary.json"}
     assert stage(attackable, "attack", "rrcm").returncode == 0
     assert files_of(attackable / "attack/rrcm") == written
 

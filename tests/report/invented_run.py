@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -15,13 +16,15 @@ from rrcm.certification.cascade_votes import cascade_frame
 from rrcm.certification.results import certificate_tables, sigma_name
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
+from rrcm.certification.votes import selection_text
 from rrcm.config import Config, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset, evenly_spaced
 from rrcm.methods import METHODS, model_name
-from rrcm.report import page
-from rrcm.report.build import make_tables, write_report
+from rrcm.report import build, page
+from rrcm.report.build import make_tables
 from rrcm.report.cascade_inputs import cascade_tables
+from rrcm.report.figures import FORMATS
 from rrcm.report.inputs import Inputs
 from rrcm.utils.files import write_csv, write_json
 
@@ -108,7 +111,11 @@ def make_inputs(config: Config, root: Path) -> None:
             frame = frame.assign(correct=correct.astype(int), time=0, samples=samples, stop_reason=stop_reason)
             gained = np.where(correct, grid[reached + 1], 0.0)  # the margin bound certifies a bit more
             frame = frame.assign(binary_samples=samples, binary_predict=predict, binary_radius=radius)
-            frame = frame.assign(margin_predict=predict, margin_radius=gained, selection="", votes="")
+            frame = frame.assign(margin_predict=predict, margin_radius=gained, votes="")
+            top = np.where(predict < 0, label, predict)
+            share = (100 * ndtr(abs(z))).round().astype(int).clip(50, 99)
+            votes = [{str(k): n, str((k + 1) % 10): 100 - n} for k, n in zip(top.tolist(), share.tolist(), strict=True)]
+            frame = frame.assign(selection=[selection_text(each) for each in votes])
             write_certificates(root / f"certificates/{name}.tsv", frame)
             write_samples(root / f"certificates/{name}.samples.tsv", frame)
             trained = f"{method}/{model_name(method, sigma)}"
@@ -135,11 +142,19 @@ def make_inputs(config: Config, root: Path) -> None:
         (root / other.path).write_text("\r\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows, ""]))
 
 
-def make_report(config: Config, root: Path) -> tuple[Config, Path]:
+def make_report(config: Config, root: Path, *, pdf: bool = False) -> tuple[Config, Path]:
     """Write an invented run and its report under root. Returns both arguments."""
     make_inputs(config, root)
-    write_report(config, root, root / "reports/digits", root / "metrics.json")
+    draw = build.write_report if pdf else write_report
+    draw(config, root, root / "reports/digits", root / "metrics.json")
     return config, root
+
+
+def write_report(config: Config, root: Path, output: Path, metrics: Path | None = None) -> None:
+    """As `build.write_report`, without the figures as PDF, which take seconds and which few tests need."""
+    with patch.dict(FORMATS):
+        del FORMATS[".pdf"]
+        build.write_report(config, root, output, metrics)
 
 
 def make_model(config: Config, folder: Path, method: str, sigma: float, skill: float) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from invented_run import CASCADE, cascade_config, make_cascade, make_config, make_report, render
+from invented_run import CASCADE, cascade_config, make_cascade, make_config, make_report, render, write_report
 
 from rrcm.certification.results import read_certificates, read_samples
 from rrcm.config import Config
 from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
-from rrcm.report.build import make_tables, write_report
+from rrcm.report.build import make_tables
 from rrcm.report.cascade_inputs import cascade_files, read_cascades
 from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError

@@ -40,8 +40,8 @@ def test_compare_prints_a_table_and_draws_a_figure(files: Path, capsys: pytest.C
     shown = capsys.readouterr()
     assert [" ".join(line.split()) for line in shown.out.splitlines() if "-" not in line] == [
         "images r = 0 r = 0.25 r = 0.5 r = 0.75 ACR",
-        "ours 4 50.0 50.0 25.0 0.0 0.188",
-        "Cohen et al. 2019 4 50.0 50.0 25.0 25.0 0.312",
+        "ours 4 50.0 50.0 25.0 0.0 0.188 ± 0.120",
+        "Cohen et al. 2019 4 50.0 50.0 25.0 25.0 0.312 ± 0.237",
     ]
     assert shown.err == ""
     with Image.open("compare.png") as image:
@@ -146,7 +146,7 @@ def test_svg_is_reproducible_and_names_are_literal(files: Path):
         (["a=one.tsv", "b=bad.tsv"], "bad.tsv, line 2: has 1 columns, must have 6"),
         (["a=one.tsv", "--radii", "0,far"], "--radii 0,far: must be numbers >= 0"),
         (["a=one.tsv", "--radii", "0,-1"], "must be numbers >= 0"),
-        (["a=one.tsv", "--output", "compare.jpg"], "--output compare.jpg: must end in .png or .svg"),
+        (["a=one.tsv", "--output", "compare.jpg"], "--output compare.jpg: must end in .png, .svg or .pdf"),
         (["a=one.tsv", "--output", "pipe.png"], "pipe.png: no file can be written there"),
         (["a=one.tsv", "--output", "bad.tsv/a.png"], "a.png: no file can be written there"),
         (["a=/dev/zero"], "/dev/zero: is a device; give a file of certificates"),

@@ -8,14 +8,13 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import REPOSITORY, write_certificates, write_samples
-from invented_run import DENOISING, denoising_config, make_inputs
+from invented_run import DENOISING, denoising_config, make_inputs, write_report
 
 from rrcm.certification.results import read_certificates, read_samples
 from rrcm.evaluation.metrics import average_certified_radius
 from rrcm.methods import METHODS
 from rrcm.report import page
 from rrcm.report.accuracy_figures import draw_certified_accuracy, draw_envelope
-from rrcm.report.build import write_report
 from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError
 

@@ -10,7 +10,7 @@ from invented_run import frame_of
 from rrcm.evaluation.metrics import best_sigma_table
 from rrcm.methods import METHODS
 from rrcm.report import tables
-from rrcm.report.build import latency_radii
+from rrcm.report.build import few_radii
 from rrcm.report.inputs import read_inputs
 from rrcm.report.latency_figure import draw_latency
 
@@ -18,11 +18,8 @@ from rrcm.report.latency_figure import draw_latency
 def test_latencies_are_medians_over_rounds_and_ratios_within_rounds(denoising_report):
     config, root = denoising_report
     inputs = read_inputs(config, root)
-    (table, text), rounds = (
-        tables.latency(inputs.latency, [10_000, 100_000], 100, inputs.budgets),
-        np.array([1, 1.1, 1.3]),
-    )
-    table = table.set_index("method")
+    made, rounds = tables.latency(inputs.latency, [10_000, 100_000], 100, inputs.budgets), np.array([1, 1.1, 1.3])
+    table, text = made.numbers.set_index("method"), made.text
     each = table.loc["densepure"]
     assert each[["parameters", "denoiser_passes", "classifier_passes"]].tolist() == [516_000, 20, 10]
     for n in (10_000, 100_000):
@@ -82,6 +79,6 @@ def test_nothing_overlaps_in_the_latency_figure(methods: list[str]):
 
 def test_latency_figure_shows_only_radii_with_some_certified_images():
     certificates = {("rrcm", 0.5): frame_of(*np.linspace(0, 1, 41)), ("gaussian", 0.5): frame_of(0.0)}
-    assert latency_radii(certificates, [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]) == [0.0, 0.5, 0.9]
-    assert latency_radii(certificates, [0.0, 0.25]) == [0.0, 0.25]
-    assert latency_radii({("rrcm", 0.5): frame_of(0.1)}, [2.0, 3.0]) == [2.0]  # nobody certifies any
+    assert few_radii(certificates, [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]) == [0.0, 0.5, 0.9]
+    assert few_radii(certificates, [0.0, 0.25]) == [0.0, 0.25]
+    assert few_radii({("rrcm", 0.5): frame_of(0.1)}, [2.0, 3.0]) == [2.0]  # nobody certifies any

@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import REPOSITORY, write_certificates
-from invented_run import EXTERNAL, frame_of, make_config, make_inputs, render
+from invented_run import EXTERNAL, frame_of, make_config, make_inputs, render, write_report
 
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
 from rrcm.report import page
-from rrcm.report.build import write_report
 from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_file
@@ -113,7 +112,7 @@ def test_report_lists_its_figures_and_hashes_its_inputs(invented_report):
     _, root = invented_report
     text = (root / "reports/digits/report.md").read_text()
     images = re.findall(r"!\[.*?\]\((.+?)\)", text)
-    assert len(images) == 6
+    assert len(images) == 9
     assert all((root / "reports/digits" / image).exists() for image in images)
     assert "0" * 40 in text
     assert "cpu: a CPU" in text

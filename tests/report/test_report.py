@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import REPOSITORY, write_certificates, write_samples
-from invented_run import EXTERNAL, make_config, make_inputs
+from invented_run import EXTERNAL, make_config, make_inputs, write_report
 from PIL import Image
 
 from rrcm.certification.results import read_certificates, read_samples, sigma_name
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
-from rrcm.report.build import write_report
+from rrcm.report.figures import FORMATS
 from rrcm.utils.errors import RRCMError
 
 
@@ -50,8 +50,9 @@ def test_the_report_has_the_same_bytes_in_another_environment(invented_report, t
 def test_figures_are_complete_and_hold_no_date_or_path(invented_report):
     _, root = invented_report
     names = {"certified_accuracy", "envelope", "latency", "training", "representation", "gallery"}
+    names |= {"probability", "calibration", "classes"}
     report = root / "reports/digits"
-    assert {path.stem for path in report.glob("*.png")} == names == {path.stem for path in report.glob("*.svg")}
+    assert all({path.stem for path in report.glob(f"*{suffix}")} == names for suffix in FORMATS)
     for name in names:
         with Image.open(report / f"{name}.png") as image:
             image.load()
@@ -60,6 +61,9 @@ def test_figures_are_complete_and_hold_no_date_or_path(invented_report):
             assert len(image.getcolors(2**24)) > 50
         ET.parse(report / f"{name}.svg")
         assert b"<dc:date>" not in (report / f"{name}.svg").read_bytes()
+        pdf = (report / f"{name}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF-") and b"/CIDFontType2" in pdf  # TrueType
+        assert not any(key in pdf for key in (b"/CreationDate", b"/Producer", b"/Creator", b"/FontType 3", b"/Type3"))
     everything = b"".join(files(report).values())
     assert str(root).encode() not in everything
 

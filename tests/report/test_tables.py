@@ -1,26 +1,10 @@
-"""Tables as LaTeX, and the published results in published.csv."""
+"""The published results in published.csv, and the latency of a cascade."""
 
 import re
 
-import pandas as pd
 import pytest
 
 from rrcm.report import tables
-
-
-def test_latex_is_a_booktabs_table_with_escapes(invented_report):
-    _, root = invented_report
-    for name in ("best_sigma", "per_sigma", "differences", "budgets", "latency"):
-        text = (root / f"reports/digits/{name}.tex").read_text()
-        lines = text.splitlines()
-        assert lines[0].startswith(r"\begin{tabular}{l")
-        assert lines[-1] == r"\end{tabular}"
-        assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
-        assert text.isascii()
-        assert not re.search(r"(?<!\\)[_%#]", text)
-        columns = {line.count("&") for line in lines if line.endswith(r"\\")}
-        assert len(columns) == 1
-    assert r"a\_b \& 50\% \#1 \$" in tables.latex_text(pd.DataFrame({"x_y": ["a_b & 50% #1 $"]}))
 
 
 def test_published_latencies_are_a_column_beside_the_accuracies():
@@ -64,7 +48,8 @@ def test_the_latency_of_a_cascade_adds_up_along_each_path():
     per_sample = {"sigma_0.25": [1e-3, 1e-3, 1e-3], "sigma_0.5": [2e-3, 4e-3, 3e-3]}
     seconds = {"predict_seconds": [0.1, 0.2, 0.3], "single_predict_seconds": [0.1, 0.1, 0.1]}
     record = {"cascades": {"rrcm_joint": {"seconds_per_sample": per_sample, **seconds}}}
-    numbers, text = tables.cascade_latency(record, [900], n0=100)
+    table = tables.cascade_latency(record, [900], n0=100)
+    numbers, text = table.numbers, table.text
     assert numbers["accepting"].tolist() == ["sigma_0.5", "sigma_0.25"]
     assert numbers["seconds_n_900"].tolist() == pytest.approx([3.0, 4.0])
     assert numbers["ratio"].tolist() == pytest.approx([1, 4 / 3])
