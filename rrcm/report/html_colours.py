@@ -1,6 +1,7 @@
 """The colours that figures have on a dark page."""
 
 import colorsys
+from collections.abc import Sequence
 
 DARK_PAPER, DARK_INK = (20, 23, 27), (230, 232, 235)  # as in templates/page.css
 LEAST_CONTRAST = 4.5
@@ -23,17 +24,17 @@ def dark_colour(colour: str) -> str:
     return _hex(rgb)
 
 
-def contrast(one, other) -> float:
+def contrast(one: Sequence[int], other: Sequence[int]) -> float:
     """The contrast ratio of two colours (r, g, b) in 0 to 255, as WCAG 2 defines it."""
     brighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (brighter + 0.05) / (darker + 0.05)
 
 
-def _luminance(rgb) -> float:
+def _luminance(rgb: Sequence[int]) -> float:
     parts = [each / 255 for each in rgb]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _hex(rgb) -> str:
+def _hex(rgb: Sequence[int]) -> str:
     return "#" + "".join(f"{each:02x}" for each in rgb)

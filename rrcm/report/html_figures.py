@@ -5,7 +5,6 @@ classes, so that the page's style can have others on dark paper. No style is inl
 """
 
 import io
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,24 +18,15 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.path import Path
 
 from rrcm.evaluation.metrics import wilson_interval
 from rrcm.report.figures import FORMATS, figure_style, number_series, parse_series_id
 from rrcm.report.html_tables import PageTable, make_table
-from rrcm.report.panels import OTHERS
-from rrcm.utils.errors import UNPRINTABLE
+from rrcm.report.svg import SVG, clean, describe, limit_size, make_swatch
 
-SVG = "{http://www.w3.org/2000/svg}"
-LINK = "{http://www.w3.org/1999/xlink}href"
-POSITIONS = 41  # of a line, at most, in the table of its data
-KEPT = {"fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap", "stroke-linejoin"}
-KEPT |= {"opacity", "fill-opacity", "stroke-opacity", "text-anchor", "image-rendering"}
-PLACES = {"d", "x", "y", "width", "height", "transform"}
+POSITIONS, FEWER = 41, 21  # of a line, at most, in the table of its data; FEWER for more than MANY lines
+MANY = 12
 POINTS = 72  # per inch
-MOST_PATHS = 400_000  # characters of all paths of a figure; then its lines are thinned out
-TOLERANCES = (0.2, 0.5, 1.0, 2.0)  # points by which a thinned line may be off, smallest first
-LONG = 100  # vertices of a line that can be thinned out
 
 
 class Entry(NamedTuple):
@@ -94,10 +84,10 @@ def make_figure(figure: Figure, name: str, title: str, description: str) -> Page
     root = ET.fromstring(file.getvalue())
     _, _, width, height = (float(part) for part in root.get("viewBox").split())
     groups = {element.get("id"): element for element in root.iter(f"{SVG}g")}
-    colours, shown = _clean(root, name), _labelled(figure.axes)
-    _limit_size(root)
-    legend = [Entry(key, artist.get_label(), _swatch(groups[artist.get_gid()])) for key, artist in shown.items()]
-    _describe(root, name, title, description, width, height)
+    colours, shown = clean(root, name), _labelled(figure.axes)
+    limit_size(root)
+    legend = [Entry(key, artist.get_label(), make_swatch(groups[artist.get_gid()])) for key, artist in shown.items()]
+    describe(root, name, title, description, width, height)
     titles = [legend.get_title().get_text() for legend in legends]
     svg = Markup(ET.tostring(root, encoding="unicode"))
     return PageFigure(
@@ -157,17 +147,18 @@ def _plain(text: str) -> str:
 def _read_lines(axes: Axes, series: dict[str, Line2D], titles: list[str]) -> tuple[list, list[str], PageTable]:
     """The heights of all lines at the same positions: each x of the lines if they are few, else evenly spaced ones."""
     xs = np.unique(np.concatenate([np.asarray(line.get_xdata(), float) for line in series.values()]))
-    if len(xs) > POSITIONS:
-        xs = _round_positions(0 if xs[0] < 0.05 * xs[-1] else xs[0], xs[-1])
+    most = FEWER if len(series) > MANY else POSITIONS
+    if len(xs) > most:
+        xs = _round_positions(0 if xs[0] < 0.05 * xs[-1] else xs[0], xs[-1], most)
     columns = [_heights(line, xs) for line in series.values()]
     head = [titles[0], *(line.get_label() for line in series.values())]
     rows = [[_number(x), *(column[i] for column in columns)] for i, x in enumerate(xs)]
     return [(x, None, "") for x in xs], list(series), make_table(head, rows)
 
 
-def _round_positions(low: float, high: float) -> np.ndarray:
-    """At most POSITIONS multiples of a round step from `low` to `high`."""
-    step = (high - low) / (POSITIONS - 1)
+def _round_positions(low: float, high: float, most: int) -> np.ndarray:
+    """At most `most` multiples of a round step from `low` to `high`."""
+    step = (high - low) / (most - 1)
     power = 10.0 ** np.floor(np.log10(step))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
     first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
@@ -210,125 +201,3 @@ def _read_points(
                 places.append((x, y, key))
                 rows.append([artist.get_label(), f"{x:.3g}", _value(y, images)])
     return places, [], make_table(["", *titles], rows)
-
-
-def _clean(root: ET.Element, name: str) -> set[str]:
-    """Make the SVG fit for a page, in place, and return its colours.
-
-    Styles become attributes, colours classes, and ids unique to the figure. What has no use on a page is left out:
-    metadata, backgrounds, namespaces, and the ids of groups. Groups of series get the attribute data-series.
-    """
-    for key in ("width", "height", "version"):
-        del root.attrib[key]
-    for parent in root.iter():
-        for child in list(parent):
-            if child.tag in (f"{SVG}metadata", f"{SVG}style") or _is_background(parent, child):
-                parent.remove(child)
-    colours: set[str] = set()
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(SVG)
-        element.tail = None
-        element.text = element.text if element.text and element.text.strip() else None
-        colours |= _use_attributes(element)
-        identifier = element.attrib.pop("id", None)
-        if series := parse_series_id(identifier):
-            element.set("data-series", series.key)
-        elif identifier and element.tag != "g":
-            element.set("id", f"{name}-{identifier}")
-        if link := element.attrib.pop(LINK, None):
-            element.set("href", link.replace("#", f"#{name}-") if link.startswith("#") else link)
-        if clip := element.get("clip-path"):
-            element.set("clip-path", clip.replace("#", f"#{name}-"))
-        for key in PLACES & element.attrib.keys():
-            element.set(key, _short(element.get(key)))
-        if element.get("transform", "").startswith("rotate(0 "):
-            del element.attrib["transform"]
-    return colours
-
-
-def _is_background(parent: ET.Element, child: ET.Element) -> bool:
-    """Whether a group is the background of the figure or of a panel: the first patch in it."""
-    return (
-        re.fullmatch(r"(figure|axes)_\d+", parent.get("id", "")) is not None
-        and re.fullmatch(r"patch_\d+", child.get("id", "")) is not None
-        and child is parent[0]
-    )
-
-
-def _use_attributes(element: ET.Element) -> set[str]:
-    """Turn the style of an element into attributes and classes; returns its colours. A font becomes its size."""
-    colours: set[str] = set()
-    for part in element.attrib.pop("style", "").split(";"):
-        key, _, value = (each.strip() for each in part.partition(":"))
-        if key in ("fill", "stroke") and value.startswith("#"):
-            colours.add(value)
-            element.set("class", f"{element.get('class', '')} {key[0]}-{value[1:]}".strip())
-        elif key in ("font", "font-size") and (size := re.search(r"([\d.]+)px", value)):
-            element.set("font-size", size[1])
-        elif key in KEPT:
-            element.set(key, value)
-    return colours
-
-
-def _short(places: str) -> str:
-    """Coordinates with two decimals, which is a hundredth of a point."""
-    short = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places)
-    return re.sub(r"(^|[ (])-0(?=[ ,)]|$)", r"\g<1>0", " ".join(short.split()))
-
-
-def _limit_size(root: ET.Element) -> None:
-    """Thin out the lines of a figure that is too large for a page, and if need be leave out those in grey.
-
-    Curves of 10,000 radii have more steps than a screen can show.
-    """
-
-    def is_too_large() -> bool:
-        return sum(len(path.get("d")) for path in root.iter("path")) > MOST_PATHS
-
-    for tolerance in TOLERANCES:
-        if is_too_large():
-            for path in root.iter("path"):
-                path.set("d", _thin(path.get("d"), tolerance))
-    if is_too_large():
-        grey = f"s-{OTHERS['color'][1:]}"
-        for parent in root.iter():
-            for child in [each for each in parent if each.get("data-series")]:
-                if any(path.get("class") == grey for path in child.iter("path")):
-                    parent.remove(child)
-
-
-def _thin(path: str, tolerance: float) -> str:
-    """A path of one straight line after another, off by about `tolerance` points, with fewer vertices."""
-    commands = re.findall("[A-Za-z]", path)
-    if len(commands) < LONG or not {"L"} <= set(commands) <= {"M", "L", "z"} or commands.count("M") > 1:
-        return path
-    line = Path(np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2))
-    line.should_simplify, line.simplify_threshold = True, tolerance
-    simple = line.cleaned(simplify=True)
-    vertices = simple.vertices[simple.codes != Path.STOP].tolist()
-    return f"M {' L '.join(f'{x:.1f} {y:.1f}' for x, y in vertices)}{' z' if commands[-1] == 'z' else ''}"
-
-
-def _swatch(group: ET.Element) -> Markup:
-    """A short piece of a line with one of its markers, or one point, as an SVG for the legend."""
-    root = ET.Element("svg", {"class": "swatch", "viewBox": "0 0 30 12", "aria-hidden": "true"})
-    line, marker = group.find("path"), group.find(".//use")
-    if line is not None:
-        looks = {key: value for key, value in line.attrib.items() if key not in ("d", "clip-path")}
-        ET.SubElement(root, "path", {"d": "M1 6H29", **looks})
-    if marker is not None:
-        looks = {key: value for key, value in marker.attrib.items() if key not in ("x", "y")}
-        ET.SubElement(root, "use", {**looks, "x": "15", "y": "6"})
-    return Markup(ET.tostring(root, encoding="unicode"))
-
-
-def _describe(root: ET.Element, name: str, title: str, description: str, width: float, height: float) -> None:
-    """Give the SVG its title and description, and its place in the accessibility tree."""
-    for i, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ET.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = UNPRINTABLE.sub(" ", text)
-        root.insert(i, element)
-    root.set("role", "group")
-    root.set("aria-labelledby", f"{name}-title")
-    root.set("aria-describedby", f"{name}-desc")
-    root.set("viewBox", f"0 0 {width:g} {height:g}")

@@ -28,6 +28,7 @@ def test_all_files_of_a_run_are_frozen_with_their_hashes(honest):
     for name in (
         "params.yaml",
         "report/report.md",
+        "report/index.html",
         "run/certificates/rrcm/sigma_0.5.json",
         "run/timings/pretrain/rrcm.json",
     ):

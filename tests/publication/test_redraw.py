@@ -94,12 +94,13 @@ def test_a_result_whose_run_only_dvc_has_is_redrawn(result):
 @pytest.mark.slow
 def test_another_report_is_drawn_again(result):
     write_text(result.folder / "report/report.md", "as older code drew it")
+    (result.folder / "report/index.html").unlink()  # older code wrote none
     write_text(result.root / "rrcm/new.py", "")
     rehash(result, code={"revision": head(result.root), "dirty": False})
     assert problems_of(result)[-1].startswith("results/tiny/seed_0/report: the code has changed since commit ")
     today = yaml.safe_load((result.root / SETTINGS).read_text())
     update = redraw(result, lambda _: today)
-    assert not update.added and not update.removed
+    assert not update.added and not update.removed and (result.folder / "report/index.html").exists()
     commit(result.root)
     assert problems_of(result) == []
 

@@ -15,7 +15,7 @@ from test_deployment import record_of
 from test_names import HOSTILE
 
 from rrcm.evaluation.metrics import acr_difference, average_certified_radius, certified_accuracy, wilson_interval
-from rrcm.report import html_figures
+from rrcm.report import svg
 from rrcm.report.accuracy_figures import draw_certified_accuracy
 from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.certified_page import image_table, shorten
@@ -173,8 +173,8 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
             low, high = (100 * float(bound) for bound in wilson_interval(share, 3))
             assert text == f"{100 * share:.1f} ({max(low, 0):.1f} to {high:.1f})"
         assert panel.box[0] <= place.x <= panel.box[0] + panel.box[2]
-    svg = ET.fromstring(made.svg)
-    assert svg.find("title").text == "A & B" and svg.find("desc").text == "What it <shows>"
+    drawn = ET.fromstring(made.svg)
+    assert drawn.find("title").text == "A & B" and drawn.find("desc").text == "What it <shows>"
     assert "style=" not in made.svg and {f"#{i}" for i in ("0072b2",)} <= set(made.colours)
     assert made == make_figure(draw_certified_accuracy(frames, {}), "accuracy", "A & B", "What it <shows>")
 
@@ -182,7 +182,7 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
 def test_a_large_figure_is_thinned_out(monkeypatch):
     radii = np.linspace(0, 2, 2000)
     whole = make_figure(draw_certified_accuracy({("rrcm", 0.5): frame(*radii)}, {}), "a", "A", "B")
-    monkeypatch.setattr(html_figures, "MOST_PATHS", 20_000)
+    monkeypatch.setattr(svg, "MOST_PATHS", 20_000)
     thin = make_figure(draw_certified_accuracy({("rrcm", 0.5): frame(*radii)}, {}), "a", "A", "B")
     first, second = (ET.fromstring(each.svg) for each in (whole, thin))
     paths = list(zip(first.iter("path"), second.iter("path"), strict=True))
