@@ -10,6 +10,7 @@ import pandas as pd
 from rrcm.evaluation.runs import MIN_RUNS, over_runs, over_runs_and_images
 from rrcm.report.deployment import deployment_label
 from rrcm.report.figures import FORMATS, save_all
+from rrcm.report.latex import latex_text
 from rrcm.report.page import read_template
 from rrcm.report.seed_curves import curves_over_seeds, draw_seeds
 from rrcm.report.seed_reports import (
@@ -27,7 +28,6 @@ from rrcm.report.tables import (
     csv_text,
     differences_text,
     interval_text,
-    latex_text,
     markdown_text,
     method_labels,
 )
@@ -79,7 +79,7 @@ def write_seeds(folders: Sequence[Path], output: Path) -> None:
         for name, (_, table, _) in tables.items():
             write_text(folder / f"{name}.csv", csv_text(table.numbers))
             write_text(folder / f"{name}.md", markdown_text(table.text))
-            write_text(folder / f"{name}.tex", latex_text(table.text))
+            write_text(folder / f"{name}.tex", latex_text(table))
         write_text(folder / "curves.csv", csv_text(means))
         save_all({FIGURE: draw_seeds(means, curves)}, folder)
         write_text(folder / "report.md", render_seeds(reports, tables, FIGURE))
