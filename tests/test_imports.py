@@ -17,7 +17,7 @@ print(json.dumps(list(sys.modules)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["shard_data", "pretrain", "finetune", "certify", "latency"])
+@pytest.mark.parametrize("stage", ["shard_data", "pretrain", "finetune", "certify", "clean_accuracy", "latency"])
 def test_a_stage_imports_no_slow_package(stage):
     path = REPOSITORY / "stages" / f"{stage}.py"
     command = [sys.executable, "-c", LOADED, str(path)]
