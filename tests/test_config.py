@@ -171,7 +171,7 @@ def test_published_recipes_follow_the_authors_files(tmp_path):
 @pytest.mark.parametrize("name", sorted(OTHER_TRUNKS))
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"default"}))
 def test_presets_with_pretraining_need_our_trunk(tmp_path, name, preset):
-    with pytest.raises(RRCMError, match=r"methods: rrcm needs model\.architecture vit"):
+    with pytest.raises(RRCMError, match=r"methods: rrcm(_joint)? needs model\.architecture vit"):
         profile(tmp_path, name, f"preset={preset}")
 
 
