@@ -14,7 +14,7 @@ from rrcm.report.html_tables import PageTable, make_table
 
 Spans = list[tuple[str, str]]  # inline text: "", "strong", "em" or "code", and a text
 STYLES = {"strong_open": "strong", "em_open": "em"}
-FOLDED = re.compile(r"<details>\n<summary>(.*)</summary>\n")  # one line
+FOLDS = re.compile(r"<details>\n<summary>Table</summary>\n|</details>\n")  # the page has tables that are not folded
 
 
 class Paragraph(NamedTuple):
@@ -23,14 +23,8 @@ class Paragraph(NamedTuple):
     spans: Spans
 
 
-class Bullets(NamedTuple):
-    """A list, whose items have one paragraph each."""
-
-    items: list[Spans]
-
-
 class Heading(NamedTuple):
-    """A heading below that of a section, or the summary of a folded part."""
+    """A heading below that of a section."""
 
     text: str
 
@@ -54,7 +48,7 @@ class Picture(NamedTuple):
         return " ".join(plain_text(spans) for spans in self.caption)
 
 
-Block = Paragraph | Bullets | Heading | NamedTable | Picture
+Block = Paragraph | Heading | NamedTable | Picture
 
 
 class Section(NamedTuple):
@@ -67,12 +61,14 @@ class Section(NamedTuple):
 def read_sections(markdown: str) -> list[Section]:
     """The sections of a text in Markdown, each with a heading of the first or the second level.
 
-    The paragraphs after a picture, up to the next picture or heading, are its caption. A folded part begins with its
-    summary as a heading. Links and other HTML, which report.md does not have, are not known.
+    The paragraphs after a picture, up to the next picture or heading, are its caption. Tables are unfolded.
+    Links, other HTML and lists, which report.md does not have, are not known.
     """
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "html_block"])
+    parser = (
+        MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "list", "html_block"])
+    )
     sections: list[Section] = []
-    tokens = iter(parser.parse(FOLDED.sub(r"### \1\n", markdown).replace("\n</details>\n", "\n")))
+    tokens = iter(parser.parse(FOLDS.sub("", markdown)))
     for token in tokens:
         if token.type == "heading_open":
             text = plain_text(_spans(next(tokens).children))
@@ -82,8 +78,6 @@ def read_sections(markdown: str) -> list[Section]:
                 sections[-1].blocks.append(Heading(text))
         elif token.type == "paragraph_open":
             _add_paragraph(sections[-1].blocks, next(tokens).children)
-        elif token.type == "bullet_list_open":
-            sections[-1].blocks.append(Bullets(_read_items(tokens)))
         elif token.type == "table_open":
             table = make_table(*_read_table(tokens))
             sections[-1].blocks.append(NamedTable(_label(sections[-1]), table))
@@ -97,17 +91,6 @@ def _add_paragraph(blocks: list[Block], children: Sequence[Token]) -> None:
         blocks[-1].caption.append(_spans(children))
     else:
         blocks.append(Paragraph(_spans(children)))
-
-
-def _read_items(tokens: Iterator[Token]) -> list[Spans]:
-    """The items of a list, whose first token has been read."""
-    items = []
-    for token in tokens:
-        if token.type == "bullet_list_close":
-            break
-        if token.type == "inline":
-            items.append(_spans(token.children))
-    return items
 
 
 def _read_table(tokens: Iterator[Token]) -> tuple[list[str], list[list[str]]]:

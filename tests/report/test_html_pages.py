@@ -27,7 +27,7 @@ from rrcm.report.html_figures import make_figure
 from rrcm.report.html_tables import make_table, table_of
 from rrcm.report.inputs import read_inputs
 from rrcm.report.page import compared_methods
-from rrcm.report.prose import Bullets, Heading, NamedTable, Paragraph, Picture, plain_text, read_sections
+from rrcm.report.prose import NamedTable, Paragraph, Picture, read_sections
 from rrcm.report.report_page import arrange
 from rrcm.report.thumbnails import make_answer, make_card
 from rrcm.utils.errors import UNPRINTABLE, printable
@@ -93,8 +93,6 @@ def test_the_page_has_all_that_report_md_has(invented_report):
         for block in section.blocks:
             if isinstance(block, Paragraph):
                 assert " ".join("".join(part for _, part in block.spans).split()) in text
-            elif isinstance(block, Bullets):
-                assert all(" ".join(plain_text(item).split()) in text for item in block.items)
             elif isinstance(block, NamedTable):
                 assert all(cell.text in text for row in block.table.rows for cell in row)
             elif isinstance(block, Picture) and block.name != "gallery":
@@ -104,18 +102,16 @@ def test_the_page_has_all_that_report_md_has(invented_report):
 
 def test_what_is_new_in_report_md_needs_no_further_code():
     markdown = "# run\n\nA \\*new\\* *word* and `code`.\n\n## Figures\n\n![new](new.png)\n\nWhat it shows.\n\n"
-    markdown += (
-        "### More\n\n| a | b |\n|---|---|\n| x \\| y | 1.0 (2) |\n\n| a |\n|---|\n| \\<b\\> |\n\n- *c*;\n- d.\n\n"
-    )
-    markdown += "<details>\n<summary>Folded &lt;b&gt;</summary>\n\n</details>\n"
+    markdown += "### More\n\n| a | b |\n|---|---|\n| x \\| y | 1.0 (2) |\n\n| a |\n|---|\n| \\<b\\> |\n\n"
+    markdown += "<details>\n<summary>Table</summary>\n\n| c |\n|---|\n| d |\n\n</details>\n"
     first, second = read_sections(markdown)
     assert first.blocks == [Paragraph([("", "A *new* "), ("em", "word"), ("", " and "), ("code", "code"), ("", ".")])]
-    picture, _, one, other, bullets, folded = second.blocks
+    picture, _, one, other, folded = second.blocks
     assert picture == Picture("new", [[("", "What it shows.")]])
     assert (one.label, other.label) == ("More", "More, table 2")
     assert one.table == make_table(["a", "b"], [["x | y", "1.0 (2)"]]) and other.table.rows[0][0].text == "<b>"
     assert [cell.is_number for cell in one.table.head] == [False, True]
-    assert bullets == Bullets([[("em", "c"), ("", ";")], [("", "d.")]]) and folded == Heading("Folded <b>")
+    assert folded.table == make_table(["c"], [["d"]])
 
 
 def test_one_deployment_comes_first_with_its_figure():
