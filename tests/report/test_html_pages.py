@@ -159,7 +159,7 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
     made = make_figure(figure, "accuracy", "A & B", "What it <shows>")
     assert len(figure.legends) == before[1] == 1 and [entry.label for entry in made.legend] == ["rRCM", "Gaussian"]
     (panel,) = made.panels
-    assert panel.keys == ["rrcm", "gaussian"] and panel.table.head[1].text == "rRCM"
+    assert panel.title == "σ = 0.5" and panel.keys == ["rrcm", "gaussian"] and panel.table.head[1].text == "rRCM"
     for row, place in zip(panel.table.rows, panel.rows, strict=True):
         radius, texts = float(row[0].text), [cell.text for cell in row[1:]]
         for text, each in zip(texts, frames.values(), strict=True):
