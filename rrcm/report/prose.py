@@ -59,12 +59,11 @@ class Section(NamedTuple):
 def read_sections(markdown: str) -> list[Section]:
     """The sections of a text in Markdown, each with a heading of the first or the second level.
 
-    The paragraphs after a picture, up to the next picture or heading, are its caption. Links, HTML and lists, which
-    report.md does not have, are not known.
+    The paragraphs after a picture, up to the next picture or heading, are its caption. Elements of HTML in lines of
+    their own, which fold a table in Markdown, are left out: a page shows the table. Links and lists, which report.md
+    does not have, are not known.
     """
-    parser = (
-        MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "list", "html_block"])
-    )
+    parser = MarkdownIt("commonmark").enable("table").disable(["link", "autolink", "list", "html_inline"])
     sections: list[Section] = []
     tokens = iter(parser.parse(markdown))
     for token in tokens:

@@ -102,7 +102,8 @@ def test_the_page_has_all_that_report_md_has(invented_report):
 
 def test_what_is_new_in_report_md_needs_no_further_code():
     markdown = "# run\n\nA \\*new\\* *word* and `code`.\n\n## Figures\n\n![new](new.png)\n\nWhat it shows.\n\n"
-    markdown += "### More\n\n| a | b |\n|---|---|\n| x \\| y | 1.0 (2) |\n\n| a |\n|---|\n| \\<b\\> |\n"
+    markdown += "### More\n\n| a | b |\n|---|---|\n| x \\| y | 1.0 (2) |\n\n"
+    markdown += "<details>\n<summary>Table</summary>\n\n| a |\n|---|\n| \\<b\\> |\n\n</details>\n"
     first, second = read_sections(markdown)
     assert first.blocks == [Paragraph([("", "A *new* "), ("em", "word"), ("", " and "), ("code", "code"), ("", ".")])]
     picture, _, one, other = second.blocks
