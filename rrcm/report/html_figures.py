@@ -127,7 +127,8 @@ def _read_panel(figure: Figure, axes: Axes) -> Panel | None:
     height, scale = POINTS * figure.get_figheight(), POINTS / figure.dpi
     extent = axes.get_window_extent()
     box = (extent.x0 * scale, height - extent.y1 * scale, extent.width * scale, extent.height * scale)
-    title = _plain(axes.get_title() or axes.get_title(loc="left"))
+    above = (each.get_title() for each in figure.axes if each.get_window_extent().x0 == extent.x0)
+    title = _plain(axes.get_title() or axes.get_title(loc="left") or next(above))
     beside = (each.get_ylabel() for each in figure.axes if each.get_window_extent().y0 == extent.y0)
     titles = [_plain(axes.get_xlabel()), _plain(axes.get_ylabel() or next(beside))]
     read = _read_points if any(isinstance(each, PathCollection) for each in series.values()) else _read_lines

@@ -3,7 +3,6 @@
 report.md has the prose of the report once. What is added to it also appears on the page.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ from rrcm.report.html_tables import PageTable, make_table
 
 Spans = list[tuple[str, str]]  # inline text: "", "strong", "em" or "code", and a text
 STYLES = {"strong_open": "strong", "em_open": "em"}
-FOLDS = re.compile(r"<details>\n<summary>Table</summary>\n|</details>\n")  # the page has tables that are not folded
 
 
 class Paragraph(NamedTuple):
@@ -61,14 +59,13 @@ class Section(NamedTuple):
 def read_sections(markdown: str) -> list[Section]:
     """The sections of a text in Markdown, each with a heading of the first or the second level.
 
-    The paragraphs after a picture, up to the next picture or heading, are its caption. Tables are unfolded.
-    Links, other HTML and lists, which report.md does not have, are not known.
+    The paragraphs after a picture, up to the next picture or heading, are its caption. Elements of HTML in lines of
+    their own, which fold a table in Markdown, are left out: a page shows the table. Links and lists, which report.md
+    does not have, are not known.
     """
-    parser = (
-        MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "list", "html_block"])
-    )
+    parser = MarkdownIt("commonmark").enable("table").disable(["link", "autolink", "list", "html_inline"])
     sections: list[Section] = []
-    tokens = iter(parser.parse(FOLDS.sub("", markdown)))
+    tokens = iter(parser.parse(markdown))
     for token in tokens:
         if token.type == "heading_open":
             text = plain_text(_spans(next(tokens).children))

@@ -102,16 +102,15 @@ def test_the_page_has_all_that_report_md_has(invented_report):
 
 def test_what_is_new_in_report_md_needs_no_further_code():
     markdown = "# run\n\nA \\*new\\* *word* and `code`.\n\n## Figures\n\n![new](new.png)\n\nWhat it shows.\n\n"
-    markdown += "### More\n\n| a | b |\n|---|---|\n| x \\| y | 1.0 (2) |\n\n| a |\n|---|\n| \\<b\\> |\n\n"
-    markdown += "<details>\n<summary>Table</summary>\n\n| c |\n|---|\n| d |\n\n</details>\n"
+    markdown += "### More\n\n| a | b |\n|---|---|\n| x \\| y | 1.0 (2) |\n\n"
+    markdown += "<details>\n<summary>Table</summary>\n\n| a |\n|---|\n| \\<b\\> |\n\n</details>\n"
     first, second = read_sections(markdown)
     assert first.blocks == [Paragraph([("", "A *new* "), ("em", "word"), ("", " and "), ("code", "code"), ("", ".")])]
-    picture, _, one, other, folded = second.blocks
+    picture, _, one, other = second.blocks
     assert picture == Picture("new", [[("", "What it shows.")]])
     assert (one.label, other.label) == ("More", "More, table 2")
     assert one.table == make_table(["a", "b"], [["x | y", "1.0 (2)"]]) and other.table.rows[0][0].text == "<b>"
     assert [cell.is_number for cell in one.table.head] == [False, True]
-    assert folded.table == make_table(["c"], [["d"]])
 
 
 def test_one_deployment_comes_first_with_its_figure():
@@ -161,7 +160,7 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
     made = make_figure(figure, "accuracy", "A & B", "What it <shows>")
     assert len(figure.legends) == before[1] == 1 and [entry.label for entry in made.legend] == ["rRCM", "Gaussian"]
     (panel,) = made.panels
-    assert panel.keys == ["rrcm", "gaussian"] and panel.table.head[1].text == "rRCM"
+    assert panel.title == "σ = 0.5" and panel.keys == ["rrcm", "gaussian"] and panel.table.head[1].text == "rRCM"
     for row, place in zip(panel.table.rows, panel.rows, strict=True):
         radius, texts = float(row[0].text), [cell.text for cell in row[1:]]
         for text, each in zip(texts, frames.values(), strict=True):
@@ -193,7 +192,7 @@ def test_names_of_any_kind_are_shown_literally(tmp_path: Path):
     path.write_text("a file")
     certificates = {name: frame(0.2, 0.4) for name in HOSTILE}
     table = pd.DataFrame({"": [printable(name) for name in HOSTILE], "r = 0": "1.0"})
-    page = render_comparison_page(certificates, {HOSTILE[0]: str(path)}, [table], None, [])
+    page = render_comparison_page(certificates, {HOSTILE[0]: str(path)}, [table], None, None)
     reader = Reader(page)
     assert [tag for tag, _ in reader.elements].count("script") == 1
     assert not any(UNPRINTABLE.search(line.expandtabs()) for line in page.split("\n"))
