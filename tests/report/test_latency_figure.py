@@ -46,7 +46,7 @@ def test_latency_figure_has_a_panel_per_radius_and_one_of_published_latencies(de
     assert [panel.get_title() for panel in panels] == ["r = 0", "r = 0.5"]
     best = best_sigma_table(inputs.certificates, radii).set_index(["method", "radius"])["certified_accuracy"]
     for panel, radius in zip(panels, radii, strict=True):
-        points = [(*each.get_offsets()[0], each.get_sizes()[0]) for each in panel.collections[::-1]]
+        points = [(*each.get_offsets()[0], each.get_sizes()[0]) for each in panel.collections]
         for (x, y, area), row in zip(points, numbers.itertuples(), strict=True):
             assert (x, y) == pytest.approx((row.seconds_n_10000, 100 * best[row.method, radius]))
             assert area / points[0][2] == pytest.approx(row.parameters / numbers["parameters"][0])
