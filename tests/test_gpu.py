@@ -13,6 +13,7 @@ from rrcm.utils.errors import RRCMError
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_all_checks_run_on_a_cpu(tmp_path):

@@ -12,6 +12,7 @@ TABLES = ["tests/test_methods.py", "tests/test_config.py", "-k", "not every_prof
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_tables_pass_their_tests_with_all_additions(tmp_path):
     copy_code(tmp_path)
     for readme, heading in RECIPES.items():

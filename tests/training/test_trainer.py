@@ -151,7 +151,10 @@ def run_undisturbed(project: Path, name: str, arguments: list[str], world: int) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.thorough)])
-@pytest.mark.parametrize(("name", "arguments"), [("pretrain", []), ("finetune", ["gaussian", "0.5"])])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("pretrain", []), pytest.param("finetune", ["gaussian", "0.5"], marks=pytest.mark.thorough)],
+)
 def test_twenty_kills_at_random_instants_change_no_byte(project, name, arguments, world):
     """All processes are killed at an instant drawn from the time that an undisturbed run takes."""
     change(project, methods=["rrcm", "gaussian"], pretrain__checkpoint_every=1, finetune__epochs=3)
