@@ -192,7 +192,7 @@ def test_names_of_any_kind_are_shown_literally(tmp_path: Path):
     path.write_text("a file")
     certificates = {name: frame(0.2, 0.4) for name in HOSTILE}
     table = pd.DataFrame({"": [printable(name) for name in HOSTILE], "r = 0": "1.0"})
-    page = render_comparison_page(certificates, {HOSTILE[0]: str(path)}, [table], None, None)
+    page = render_comparison_page(certificates, {HOSTILE[0]: str(path)}, [table], None, [])
     reader = Reader(page)
     assert [tag for tag, _ in reader.elements].count("script") == 1
     assert not any(UNPRINTABLE.search(line.expandtabs()) for line in page.split("\n"))
