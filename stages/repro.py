@@ -85,9 +85,8 @@ def print_results() -> None:
     report = Path("reports") / str(read_params().get("report", {}).get("name"))
     if not report.is_dir():
         return
-    print(
-        f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}\nThe report: {report}/index.html, or as text report.md"
-    )
+    print(f"\n{(report / 'best_sigma.md').read_text(encoding='utf-8')}")
+    print(f"The report: {report}/index.html, or as text report.md")
     try:
         comparison = compare_with_published(Path())
     except RRCMError as error:
