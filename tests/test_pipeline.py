@@ -143,6 +143,7 @@ def test_an_experiment_touches_nothing_that_is_published(cloned):
     run(cloned, "dvc", "checkout")
 
 
+@pytest.mark.thorough
 def test_experiments_rerun_only_what_they_touch(cloned):
     output = run(cloned, "dvc", "exp", "run", "--name", "more", "-S", "certify.n=300", "-S", "sigmas=[0.5]")
     assert ran(output) == {"certify@rrcm", "certify@gaussian_matched", "plot"}

@@ -121,7 +121,9 @@ def _labelled(panels: Iterable[Axes]) -> dict[str, Line2D | PathCollection]:
 
 def _read_panel(figure: Figure, axes: Axes) -> Panel | None:
     """The data of a panel's series, or None if it has none."""
-    series = _labelled([axes])
+    # a line without points has no heights
+    empty = [key for key, each in _labelled([axes]).items() if isinstance(each, Line2D) and not len(each.get_xdata())]
+    series = {key: each for key, each in _labelled([axes]).items() if key not in empty}
     if not series:
         return None
     height, scale = POINTS * figure.get_figheight(), POINTS / figure.dpi

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
+from matplotlib.figure import Figure
 from test_deployment import frame_of as deployed_frame
 from test_deployment import record_of
 from test_names import HOSTILE
@@ -20,6 +21,7 @@ from rrcm.report.accuracy_figures import draw_certified_accuracy
 from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.certified_page import image_table, shorten
 from rrcm.report.comparison_page import render_comparison_page
+from rrcm.report.figures import series_id
 from rrcm.report.findings import _ahead, find
 from rrcm.report.html import csp_hash
 from rrcm.report.html_colours import DARK_INK, DARK_PAPER, LEAST_CONTRAST, contrast, dark_colour
@@ -172,6 +174,16 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
     assert drawn.find("title").text == "A & B" and drawn.find("desc").text == "What it <shows>"
     assert "style=" not in made.svg and {f"#{i}" for i in ("0072b2",)} <= set(made.colours)
     assert made == make_figure(draw_certified_accuracy(frames, {}), "accuracy", "A & B", "What it <shows>")
+
+
+def test_a_line_without_points_is_left_out_of_the_data():
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([], [], label="none", gid=series_id("none"))
+    assert make_figure(figure, "empty", "Empty", "").panels == []
+    axes.plot([0, 1], [2, 3], label="some", gid=series_id("some"))
+    (panel,) = make_figure(figure, "empty", "Empty", "").panels
+    assert [cell.text for cell in panel.table.head][1:] == ["some"]
 
 
 def test_a_large_figure_is_thinned_out(monkeypatch):
