@@ -33,6 +33,16 @@ def on_same_images(frames: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame
     return {name: frame.set_index("idx").loc[common].reset_index() for name, frame in frames.items()}
 
 
+def have_same_images(first: pd.Series, second: pd.Series) -> bool:
+    """Whether two classifiers were certified on images of the same data set, by the rule of `on_same_images`.
+
+    `first` and `second` are labels by image number.
+    """
+    numbers = sorted(first.index.intersection(second.index))
+    agree = bool(numbers) and bool((first[numbers] == second[numbers]).all())
+    return agree and (first.equals(second) or chance_of_agreement(first, second, numbers) <= MAX_CHANCE)
+
+
 def check_labels(one: str, first: pd.Series, other: str, second: pd.Series) -> None:
     """Raise `RRCMError` if an image number of both has two labels. `first` and `second` are labels by image number."""
     numbers = first.index.intersection(second.index)
@@ -84,4 +94,4 @@ def _too_few(images: int, chance: float) -> str:
     """Why this number of common images is no evidence."""
     if images == 0:
         return "no image is in all files"
-    return f"only {images:,} images are in all files, and those of others would agree with probability {chance:.2g}"
+    return f"only {images:,} images are in all files, and other labels would agree with probability {chance:.2g}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from rrcm.evaluation.common_images import have_same_images
 from rrcm.evaluation.metrics import (
     Certificates,
     accuracy_difference,
@@ -56,17 +57,17 @@ class Side:
         return next(iter(self.frames.values())) if self.deployed != BEST else None
 
 
-def compare_with_published(
+def match_published(
     certificates: Certificates, cascades: Mapping[str, Cascade], external: Certificates
 ) -> Against | None:
-    """What can be compared. None if no published file has images and labels of this run.
+    """The certificates that can be compared. None if no published file is of the images of this run.
 
     `certificates` are by the binary bound, as published ones are. Cascades by the margin bound are left out.
     """
     most = max(len(frame) for frame in certificates.values())
     own = {run: frame for run, frame in certificates.items() if len(frame) == most}
     labels = next(iter(own.values())).set_index("idx")["label"]
-    same = {run: frame for run, frame in external.items() if _has_images_of(frame, labels)}
+    same = {run: frame for run, frame in external.items() if have_same_images(labels, frame.set_index("idx")["label"])}
     if not same:
         return None
     deployed = {(name, ONE): each.label_aware for name, each in cascades.items() if each.record.bound == "binary"}
@@ -89,12 +90,6 @@ def compare_with_published(
     )
 
 
-def _has_images_of(frame: pd.DataFrame, labels: pd.Series) -> bool:
-    """Whether a published file has some of the images `labels`, by idx, and the same label for each of these."""
-    shared = frame[frame["idx"].isin(labels.index)]
-    return len(shared) > 0 and bool((labels.loc[shared["idx"]].to_numpy() == shared["label"].to_numpy()).all())
-
-
 def our_sides(against: Against) -> list[Side]:
     """Each method with its best sigma at each radius, and each cascade."""
     sides = [Side(name, BEST, frames) for name, frames in against.ours.items()]
@@ -106,7 +101,7 @@ def _alone(name: str, frames: Frames) -> list[Side]:
 
 
 def pairs(against: Against) -> Iterator[tuple[Side, Side]]:
-    """What is compared: the best sigma with the best, each sigma with the same, and a cascade with all of these."""
+    """The pairs to compare: the best sigma with the best, each sigma with the same, and a cascade with all of them."""
     for side in our_sides(against):
         for label, frames in against.published.items():
             yield side, Side(label, BEST, frames)
@@ -175,12 +170,11 @@ def strongest_table(against: Against, radii: Sequence[float], seed: int) -> Tabl
     for side in our_sides(against):
         cells = {"method": _label(side), "deployed": _deployed(side)}
         for measure, at, one, other in _strongest(against, side, radii):
-            own, frame = one, other.alone if measure == "acr" else other.at(at)
             if measure == "acr":
-                interval, name = acr_difference(own, frame), f"ACR, σ = {at:g}" if at else "ACR, cascade"
+                interval, name = acr_difference(one, other.alone), f"ACR, σ = {at:g}" if at else "ACR, cascade"
                 cells[name] = f"{interval_text(interval, '+.3f')} {other.name}"
             else:
-                interval = accuracy_difference(own, frame, at)
+                interval = accuracy_difference(one, other.at(at), at)
                 cells[f"r = {at:g}"] = f"{interval_text(interval.times(100), '+.1f')} {other.name}"
             row = {"seed": seed, "method": side.name, "deployment": side.deployed, "measure": measure, "at": at}
             row |= {"published": other.name, "difference": interval.value, "low": interval.low, "high": interval.high}

@@ -16,7 +16,7 @@ from rrcm.config import Config
 from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import JOINT, METHODS, continued_method, denoising_classifier, model_name
-from rrcm.report.against import Against, compare_with_published
+from rrcm.report.against import Against, match_published
 from rrcm.report.cascade_inputs import Cascade, cascade_files, cascade_stage, read_cascades
 from rrcm.report.records import (
     CertifyTiming,
@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
     @property
     def against(self) -> Against | None:
         """This run against published certificates on common images. None if there are none of these images."""
-        return compare_with_published(self.certificates, self.cascades, self.external) if self.external else None
+        return match_published(self.certificates, self.cascades, self.external) if self.external else None
 
     def by_bound(self, bound: str) -> Certificates:
         """The certificates of single sigmas by one bound, each with the samples that this bound needed."""

@@ -98,7 +98,7 @@ def test_an_impossible_reference_is_refused(files: Path):
     [
         (range(20), 1, "have two labels, such as image 0 has label 3 in one and 1 in the other: they are of"),
         (range(30, 50), 0, "no image is in all files"),
-        (range(18, 50), 0, "only 2 images are in all files, and those of others would agree with probability 0.01"),
+        (range(18, 50), 0, "only 2 images are in all files, and other labels would agree with probability 0.01"),
     ],
 )
 def test_files_of_other_images_are_refused_in_one_line(files: Path, numbers, shift: int, message: str):
