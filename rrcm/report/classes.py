@@ -10,7 +10,7 @@ from rrcm.config import Config
 from rrcm.evaluation.classes import accuracy_by_class, confusions, preferred_classes
 from rrcm.evaluation.metrics import accuracy_columns, average_certified_radius
 from rrcm.methods import CASCADE
-from rrcm.report.deployment import deployment_label
+from rrcm.report.deployment import deployed_frames, deployment_label
 from rrcm.report.inputs import Inputs
 from rrcm.report.tables import Table, method_labels, reference_method
 
@@ -36,17 +36,11 @@ class Deployed(NamedTuple):
 
 def deployed_classifiers(config: Config, inputs: Inputs) -> list[Deployed]:
     """Each method at each sigma, and each cascade, all certified by the bound of `certify`."""
-    bound, count = config.certify.bound, len(inputs.classes)
-    single = [
-        Deployed(method, f"{sigma:g}", frame, preferred_classes(frame, count))
-        for (method, sigma), frame in inputs.by_bound(bound).items()
-    ]
-    cascades = [
-        Deployed(method, CASCADE, frame, preferred_classes(frame, count, cascade.record.sigmas))
-        for method, cascade in inputs.cascades.items()
-        for frame in ([cascade.label_aware] if cascade.record.bound == bound else [])
-    ]
-    return single + cascades
+    deployed = []
+    for (method, name), frame in deployed_frames(inputs.by_bound(config.certify.bound), inputs.cascades).items():
+        sigmas = inputs.cascades[method].record.sigmas if name == CASCADE else None
+        deployed.append(Deployed(method, name, frame, preferred_classes(frame, len(inputs.classes), sigmas)))
+    return deployed
 
 
 def choose_shown(deployed: Sequence[Deployed]) -> Deployed:

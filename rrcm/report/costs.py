@@ -8,7 +8,7 @@ import pandas as pd
 from rrcm.evaluation.metrics import Certificates, mean_samples
 from rrcm.methods import CASCADE
 from rrcm.report.cascade_inputs import Cascade
-from rrcm.report.deployment import deployment_label
+from rrcm.report.deployment import deployed_frames, deployment_label
 from rrcm.report.tables import Table, method_labels, with_images
 
 
@@ -20,18 +20,14 @@ def certificate_costs(
     `certificates` have the samples that were drawn, `budgets` (of `Inputs`) the seconds of the certifications, and
     `latency` the passes per sample. Without a record of latency there are no passes.
     """
-    seconds = budgets.set_index(["method", "sigma"])["certify_seconds"]
-    costs = [
-        (method, f"{sigma:g}", frame, seconds[method, sigma]) for (method, sigma), frame in certificates.items()
-    ] + [
-        (method, CASCADE, cascade.label_aware, cascade.seconds["certification"]) for method, cascade in cascades.items()
-    ]
+    seconds = {(row.method, f"{row.sigma:g}"): row.certify_seconds for row in budgets.itertuples()}
+    seconds |= {(method, CASCADE): cascade.seconds["certification"] for method, cascade in cascades.items()}
     rows = []
-    for method, deployment, frame, total in costs:
+    for (method, deployment), frame in deployed_frames(certificates, cascades).items():
         samples = mean_samples(frame)
         per_sample = math.nan if latency is None else sum(latency["methods"][method]["passes"].values())
         row = {"method": method, "deployment": deployment, "samples": samples, "passes": samples * per_sample}
-        rows.append(row | {"seconds": total / len(frame), "images": len(frame)})
+        rows.append(row | {"seconds": seconds[method, deployment] / len(frame), "images": len(frame)})
     numbers = pd.DataFrame(rows)
     text = pd.DataFrame({"method": method_labels(numbers["method"])})
     text["deployed"] = [deployment_label(name, 1).removesuffix(" alone") for name in numbers["deployment"]]

@@ -105,6 +105,12 @@ def deployment_label(name: str, count: int) -> str:
     return labels.get(name, f"σ = {name} alone")
 
 
+def deployed_frames(certificates: Certificates, cascades: Mapping[str, Cascade]) -> dict[tuple[str, str], pd.DataFrame]:
+    """The certificates of all classifiers that can be deployed, by method and deployment: a sigma or `CASCADE`."""
+    single = {(method, f"{sigma:g}"): frame for (method, sigma), frame in certificates.items()}
+    return single | {(method, CASCADE): cascade.label_aware for method, cascade in cascades.items()}
+
+
 def deployment_differences(
     cascades: Mapping[str, Cascade], certificates: Certificates, radii: Sequence[float], seed: int
 ) -> Table:

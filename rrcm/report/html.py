@@ -46,17 +46,22 @@ def check_page(path: Path) -> None:
     check_output(path)
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """Jinja2 with the filters and the texts that templates of pages use."""
-    environment = jinja2.Environment(
+def new_environment(**options: object) -> jinja2.Environment:
+    """Jinja2 for the templates of reports, as Markdown or HTML: it escapes all values and refuses missing ones."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("rrcm.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
+        **options,
     )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Jinja2 with the filters and the texts that templates of pages use."""
+    environment = new_environment(finalize=_visible)
     templates = files("rrcm.report") / "templates"
     environment.globals |= {
         name: Markup((templates / file).read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from rrcm.evaluation.metrics import (
 from rrcm.methods import METHODS, denoising_classifier, expert_of
 from rrcm.report.classes import choose_shown, deployed_classifiers
 from rrcm.report.deployment import shortfalls
+from rrcm.report.html import new_environment
 from rrcm.report.inputs import Inputs
 from rrcm.report.panels import panel_groups
 from rrcm.report.tables import (
@@ -72,23 +73,11 @@ class Environment(NamedTuple):
     text: str
 
 
-def render_report(
-    config: Config,
-    root: Path,
-    inputs: Inputs,
-    tables: Mapping[str, pd.DataFrame],
-    figures: Sequence[str],
-    gallery_classes: Sequence[str],
-) -> str:
-    """The text of report.md, with the arguments of `report_values`.
+def render_markdown(values: Mapping[str, object]) -> str:
+    """The text of report.md from its `report_values`.
 
     The template escapes every value for HTML, and names also for Markdown.
     """
-    return render_markdown(report_values(config, root, inputs, tables, figures, gallery_classes))
-
-
-def render_markdown(values: Mapping[str, object]) -> str:
-    """The text of report.md from its `report_values`."""
     return read_template("report.md.jinja").render(**values).rstrip("\n") + "\n"
 
 
@@ -162,14 +151,7 @@ def _decisive_settings(config: Config) -> dict:
 
 def read_template(name: str) -> jinja2.Template:
     """A template of a Markdown page. `md` and `code` write a text as Markdown, and `listing` joins texts by commas."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rrcm.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = new_environment(keep_trailing_newline=True)
     environment.filters |= {"md": _markdown, "code": _code, "listing": _listing}
     return environment.get_template(name)
 

@@ -9,7 +9,7 @@ from rrcm.evaluation.metrics import Certificates, certified_share
 from rrcm.evaluation.threats import GREY_LEVELS, Threat, l1, linf, pixels
 from rrcm.methods import CASCADE
 from rrcm.report.cascade_inputs import Cascade
-from rrcm.report.deployment import deployment_label
+from rrcm.report.deployment import deployed_frames, deployment_label
 from rrcm.report.tables import Table, method_labels, with_images
 
 L1_NORMS = (0.25, 0.5, 1.0, 2.0)  # pixel units
@@ -29,17 +29,13 @@ def threats(
 ) -> Table:
     """Certified accuracy within each listed threat, of every method and sigma and of the cascades.
 
-    All certificates are by `bound`; a cascade that was certified by the other bound has no row. The numbers have one
-    row per method, deployment ("cascade" or a sigma) and threat, with the largest L2 norm in the threat, which a
-    certified radius must exceed, and a 95 % Wilson interval. The text has each method with its best sigma for each
-    threat, and the cascades. It ends each kind of threat with the first one that nothing certifies.
+    All certificates are by `bound`. The numbers have one row per method, deployment ("cascade" or a sigma) and threat,
+    with the largest L2 norm in the threat, which a certified radius must exceed, and a 95 % Wilson interval. The text
+    has each method with its best sigma for each threat, and the cascades. It ends each kind of threat with the first
+    one that nothing certifies.
     """
-    frames = {(method, f"{sigma:g}"): frame for (method, sigma), frame in certificates.items()}
-    frames |= {
-        (method, CASCADE): cascade.label_aware for method, cascade in cascades.items() if cascade.record.bound == bound
-    }
     rows = []
-    for (method, deployment), frame in frames.items():
+    for (method, deployment), frame in deployed_frames(certificates, cascades).items():
         for threat in listed_threats(image_size, channels):
             share = certified_share(frame, threat.radius)._asdict()
             share["certified_accuracy"] = share.pop("value")

@@ -256,4 +256,4 @@ def frame_of(*radii: float) -> pd.DataFrame:
 def render(config: Config, root: Path, inputs: Inputs, gallery_classes: list[str]) -> str:
     """The text of report.md, without the figures that not every profile has."""
     texts = {name: table.text for name, table in make_tables(config, inputs).items()}
-    return page.render_report(config, root, inputs, texts, [], gallery_classes)
+    return page.render_markdown(page.report_values(config, root, inputs, texts, [], gallery_classes))
