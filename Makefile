@@ -2,9 +2,9 @@
 # make publish    freeze the finished run in results/NAME/; NAME=digits names it (default: the name of its report)
 # make verify     verify the published results without training: redraw, recompute, vote again; NAME=digits for one
 # make redraw     bring published results up to date with new settings and a new report, without training; NAME=digits for one
-# make test       run the linter, all tests that are not slow, and the pipeline at smoke size; twenty minutes at most
+# make test       run the linter, all tests that are not slow, and the pipeline at smoke size
 # make test-fast  run the linter and the tests that are not slow
-# make test-thorough  run the slow tests and further cases, for which `make test` has no time: about an hour
+# make test-thorough  run the slow tests and further cases, for which `make test` has no time
 # make install    only create the environment: .venv with the versions in constraints.txt
 # make params     compose conf/ into params.yaml, and list all settings in docs/settings.md; PROFILE=cifar10 for another profile
 #

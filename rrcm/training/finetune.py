@@ -38,9 +38,9 @@ def finetune(training: Training) -> None:
     """Train one classifier. Writes the model folder (model.safetensors, config.json, history.csv) and the timing.
 
     The weights with the best accuracy on noisy images of the `val` split are kept, or with few labels the last ones. A
-    training that was killed and is
-    started again continues from its last checkpoint and ends with the same bytes. Raises `RRCMError` when the loss is
-    no longer finite and for inputs that are missing or do not fit, `Interrupted` after SIGTERM.
+    training that was killed and is started again continues from its last checkpoint and ends with the same bytes.
+    Raises `RRCMError` when the loss is no longer finite and for inputs that are missing or do not fit, `Interrupted`
+    after SIGTERM.
     """
     set_threads(training.threads)
     with init_distributed(training.device) as env, explain_lost_workers(), explain_out_of_memory(ADVICE):
