@@ -165,7 +165,8 @@ def test_report_counts_the_images_of_each_class(invented_report, counts: list[in
     config, root = invented_report
     inputs = read_inputs(config, root)
     (run, frame), *others = inputs.certificates.items()
-    frame = frame.iloc[[0] * sum(counts)].assign(label=np.repeat(np.arange(len(counts)), counts))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    frame = frame.iloc[[0] * sum(counts)].assign(idx=np.arange(sum(counts)), label=labels)
     inputs = inputs._replace(classes=[f"*{i}*" for i in range(len(counts))])
     inputs = inputs._replace(certificates={run: frame} | {each: frame for each, _ in others})
     text = render(config, root, inputs, ["0"])
