@@ -210,6 +210,18 @@ def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProces
     return answer
 
 
+# Fixtures of a session or a module that take long. The first one that a test needs names its group.
+SHARED = ("honest", "cascaded", "invented_report", "denoising_report", "committed", "joint", "passing", "parts", "run")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run all tests that need a fixture of `SHARED` on one worker, which then builds it once."""
+    for item in items:
+        if shared := [name for name in SHARED if name in item.fixturenames]:
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> Path:
     """Shards of the digits, shared by all tests; do not change them."""

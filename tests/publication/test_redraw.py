@@ -63,6 +63,7 @@ def problems_of(result: Result) -> list[str]:
     return verify_result(result, 3, seed=0, shared=check_repository(result.root)).problems
 
 
+@pytest.mark.slow
 def test_a_result_of_older_settings_is_redrawn_and_verified(result):
     today = age(result, NEW, old={"old": 1, "older": 3})
     assert problems_of(result) == [

@@ -42,6 +42,12 @@ def result(repository) -> Result:
     return Result(repository, "tiny", 0)
 
 
+@pytest.fixture
+def same_report(monkeypatch) -> None:
+    """Take the report for the published one. To draw it again takes most of the time of `verify_result`."""
+    monkeypatch.setattr("rrcm.publication.verify.check_report", lambda *_: [])
+
+
 def problems_of(result: Result, rows: int | None = 3) -> list[str]:
     return verify_result(result, rows, seed=0, shared=check_repository(result.root)).problems
 
@@ -78,6 +84,7 @@ def test_an_honest_result_is_verified_by_the_command(repository):
     assert (repository / "results/tiny/seed_0/run.dvc").read_bytes() == before
 
 
+@pytest.mark.usefixtures("same_report")
 def test_an_audit_of_all_rows_finds_any_forged_row(result):
     verdict = verify_result(result, None, seed=0)
     assert not verdict.problems and verdict.audited == verdict.rows == 36
@@ -220,6 +227,7 @@ def test_certificates_of_another_seed_are_found(result, trained, tmp_path, also_
     ) in problems
 
 
+@pytest.mark.usefixtures("same_report")
 def test_a_dirty_tree_is_named(result):
     (result.root / "rrcm").mkdir()
     (result.root / "rrcm/more.py").touch()
@@ -228,6 +236,7 @@ def test_a_dirty_tree_is_named(result):
     assert "(dirty)" in str(verdict) and str(verdict).startswith("NOT verified: results/tiny/seed_0: 1 problem, listed")
 
 
+@pytest.mark.usefixtures("same_report")
 def test_a_result_of_dirty_code_is_not_verified(result):
     values = result.read().model_dump(mode="json")
     values["code"]["dirty"] = True
@@ -236,6 +245,7 @@ def test_a_result_of_dirty_code_is_not_verified(result):
     assert problems_of(result) == ["results/tiny/seed_0: was computed or published with code that is in no commit"]
 
 
+@pytest.mark.usefixtures("same_report")
 def test_a_commit_that_no_stage_ran_from_is_found(result):
     values = result.read().model_dump(mode="json")
     values["stages"]["certify"]["environments"][0]["git"]["revision"] = "2" * 40
@@ -245,6 +255,7 @@ def test_a_commit_that_no_stage_ran_from_is_found(result):
     assert problems_of(result) == [message]
 
 
+@pytest.mark.usefixtures("same_report")
 def test_a_result_without_networks_is_not_verified(result):
     values = result.read().model_dump(mode="json") | {"models": []}
     write_json(result.folder / "result.json", values)

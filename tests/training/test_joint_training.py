@@ -127,6 +127,7 @@ def test_objectives_with_attacks_train_jointly(project, tiny_shards, method, sof
         assert config["training"]["attack_radius"] == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_joint_ensemble_and_a_network_without_condition(project):
     settings = {"finetune__epochs": 1, "finetune__warmup_epochs": 0, "pretrain__objectives": []}
     change(project, methods=["consistency_ensemble_joint_third"], finetune__ensemble_members=2, **settings)

@@ -101,6 +101,7 @@ def test_equal_passes_end_within_an_epoch(project):
     assert history["lr"].iloc[-1] < 0.05 * history["lr"].iloc[0]  # the schedule ends with the training
 
 
+@pytest.mark.slow
 def test_a_step_on_each_part_of_a_batch(project):
     """m steps on the parts of a batch are steps on smaller batches, at the rate of the whole batch."""
     change(project, methods=["consistency"], sigmas=[0.5], pretrain__objectives=[], finetune__epochs=2)
@@ -123,7 +124,8 @@ def test_a_step_on_each_part_of_a_batch(project):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(project, precision):
     change(project, pretrain__precision=precision, finetune__precision=precision, certify__precision="bf16")
-    change(project, pretrain__steps=8, pretrain__max_levels=40, finetune__epochs=2)
+    change(project, pretrain__steps=8, pretrain__max_levels=40, finetune__epochs=1)
+    change(project, finetune__warmup_epochs=0, certify__every=60, certify__n=200)
     for command in (["pretrain"], ["finetune", "rrcm", "0.5"], ["certify", "rrcm", "0.5"]):
         succeed(stage(project, *command))
 
@@ -156,6 +158,7 @@ def test_loader_workers_change_no_bit(project, trained):
         assert_same_weights(project / name, trained / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -220,6 +223,7 @@ def test_torchrun_starts_a_stage(project, nodes):
     assert read_json(project / "timings/pretrain/rrcm.json")["processes"] == 2
 
 
+@pytest.mark.slow
 def test_shards_behind_a_url(project, trained):
     """Shards on an HTTP server give the same weights as local ones and are cached."""
     handler = partial(SimpleHTTPRequestHandler, directory=project / "data/shards")
