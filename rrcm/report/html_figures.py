@@ -27,6 +27,7 @@ from rrcm.report.svg import SVG, clean, describe, limit_size, make_swatch
 POSITIONS, FEWER = 41, 21  # of a line, at most, in the table of its data; FEWER for more than MANY lines
 MANY = 12
 POINTS = 72  # per inch
+MARGIN = 4  # points below the lowest text of a figure
 
 
 class Entry(NamedTuple):
@@ -73,7 +74,8 @@ class PageFigure(NamedTuple):
 def make_figure(figure: Figure, name: str, title: str, description: str) -> PageFigure:
     """The form of a matplotlib figure for pages. `name` is unique on the page, of letters, digits, "_" and "-".
 
-    The legend of the whole figure is left out of the SVG and returned apart. The figure is unchanged.
+    The legend of the whole figure is left out of the SVG and returned apart, and so is the space below the panels that
+    it took. The figure is unchanged.
     """
     number_series(figure)
     with _without_legends(figure) as legends:
@@ -81,13 +83,14 @@ def make_figure(figure: Figure, name: str, title: str, description: str) -> Page
         with matplotlib.rc_context({"svg.fonttype": "none"}):
             figure.savefig(file, format="svg", metadata=FORMATS[".svg"])
         panels = [panel for axes in figure.axes if (panel := _read_panel(figure, axes))]
+        below = max(0.0, POINTS * figure.get_tightbbox().y0 - MARGIN)  # where the legend was
     root = ET.fromstring(file.getvalue())
     _, _, width, height = (float(part) for part in root.get("viewBox").split())
     groups = {element.get("id"): element for element in root.iter(f"{SVG}g")}
     colours, shown = clean(root, name), _labelled(figure.axes)
     limit_size(root)
     legend = [Entry(key, artist.get_label(), make_swatch(groups[artist.get_gid()])) for key, artist in shown.items()]
-    describe(root, name, title, description, width, height)
+    describe(root, name, title, description, width, round(height - below, 1))
     titles = [legend.get_title().get_text() for legend in legends]
     svg = Markup(ET.tostring(root, encoding="unicode"))
     return PageFigure(

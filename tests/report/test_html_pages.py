@@ -21,7 +21,7 @@ from rrcm.report.accuracy_figures import draw_certified_accuracy
 from rrcm.report.cascade_inputs import Cascade
 from rrcm.report.certified_page import image_table, shorten
 from rrcm.report.comparison_page import render_comparison_page
-from rrcm.report.figures import series_id
+from rrcm.report.figures import save_all, series_id
 from rrcm.report.findings import _ahead, find
 from rrcm.report.html import csp_hash
 from rrcm.report.html_colours import DARK_INK, DARK_PAPER, LEAST_CONTRAST, contrast, dark_colour
@@ -174,6 +174,14 @@ def test_a_figure_has_the_values_of_its_curves_with_intervals():
     assert drawn.find("title").text == "A & B" and drawn.find("desc").text == "What it <shows>"
     assert "style=" not in made.svg and {f"#{i}" for i in ("0072b2",)} <= set(made.colours)
     assert made == make_figure(draw_certified_accuracy(frames, {}), "accuracy", "A & B", "What it <shows>")
+
+
+def test_a_figure_has_no_space_for_the_legend_that_was_taken_away(tmp_path: Path):
+    figure = draw_certified_accuracy({("rrcm", 0.5): frame(0.2), ("gaussian", 0.5): frame(0.1)}, {})
+    save_all({"accuracy": figure}, tmp_path)  # which keeps the layout from changing later
+    drawn = ET.fromstring(make_figure(figure, "accuracy", "A", "B").svg)
+    height = float(drawn.get("viewBox").split()[3])
+    assert height - 8 < max(float(text.get("y")) for text in drawn.iter("text")) < height
 
 
 def test_a_line_without_points_is_left_out_of_the_data():
