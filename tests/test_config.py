@@ -90,8 +90,7 @@ COLUMNS += ["label_smoothing", "consistency_weight"]
         ("imagenet_b", "rrcm", 0.12, (150, 5, 1024, 2e-4, 0.65, "none", 0.8, 1.0, 0, 20)),
         ("kather", "timm", 0.25, (150, 5, 1024, 2e-4, 0.65, "randaugment", 0.8, 1.0, 0.1, 10)),
         ("imagenet_b_deep", "consistency", 1.0, (150, 5, 256, 1e-4, 1.0, "flip", 0.8, 1.0, 0, 20)),
-        ("imagefolder", "rrcm", 0.25, (150, 5, 256, 2e-4, 0.65, "randaugment", 0.8, 1.0, 0.1, 10)),
-        ("imagefolder", "rrcm", 0.5, (50, 5, 256, 2e-4, 0.65, "crop_flip", 0.8, 1.0, 0, 20)),
+        ("imagefolder", "rrcm_joint", 0.5, (30, 3, 32, 8e-3, 0.925, "none", 0, 0, 0, 10)),
     ],
 )
 def test_settings_of_each_training(tmp_path, name, method, sigma, row):
@@ -100,6 +99,17 @@ def test_settings_of_each_training(tmp_path, name, method, sigma, row):
     values = settings.model_dump() | settings.objectives.consistency.model_dump()
     assert tuple(values[column] for column in COLUMNS) == row
     assert (settings.num_noise, settings.weight_decay, values["entropy_weight"]) == (2, 0, 0.5)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 20), (3, 100), (30, 3000), (100, 300_000)])
+def test_the_profile_of_own_images_follows_the_budget_and_fits_small_folders(tmp_path, epochs, steps):
+    """Of 60 images, 43 are for training."""
+    config = profile(tmp_path, "imagefolder", f"finetune.epochs={epochs}", f"pretrain.steps={steps}")
+    settings = config.finetune.settings("consistency_joint", 0.5)
+    assert settings.warmup_epochs == pytest.approx(epochs / 10) and settings.batch_size <= 43
+    assert config.pretrain.warmup_steps == steps / 20 and config.pretrain.batch_size <= 43
+    assert 0.75 <= config.finetune.settings("rrcm_joint", 0.5).layer_decay < 1
+    assert config.pretrain.max_levels == min(80, max(4, round(4 * (steps / 750) ** 0.5)))
 
 
 def test_params_yaml_is_the_composed_default(tmp_path):
