@@ -6,7 +6,7 @@
 # make test-fast  run the linter and the tests that are not slow
 # make test-thorough  run the slow tests and further cases, for which `make test` has no time
 # make install    only create the environment: .venv with the versions in constraints.txt
-# make params     compose conf/ into params.yaml, and list all settings in docs/settings.md; PROFILE=cifar10 for another profile
+# make params     compose conf/ into params.yaml, list all settings in docs/settings.md, and set the defaults of `rrcm train`; PROFILE=cifar10 for another profile
 #
 # Each target first creates .venv if it is missing. PYTHON=python3.12 chooses the interpreter for it.
 # By default, one stage runs per GPU; without GPUs, as many as fill the cores. stages/README.md has the details.

@@ -355,6 +355,52 @@ def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule | C
 
 @app.command()
 @exit_on_error
+def train(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with a folder of images for each class, or with train/ and test/ of them.",
+            show_default=False,
+            autocompletion=complete_path,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Model folder to write. It must not exist yet.", autocompletion=complete_path)
+    ],
+    hours: Annotated[float, typer.Option(help="Time for everything. Chooses size and length.")] = 1.0,
+    params: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Settings to train with. If there is no such file, the chosen settings are written to it, and nothing "
+            "is trained.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME",
+            help="Plain ViT of timm whose weights to start from: its name, hf-hub:owner/name, or a snapshot folder. "
+            "Default: random weights.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
+    weights: Weights = None,
+) -> None:
+    """Train a certified classifier on the images of FOLDER: choose its size, noise and length, and certify it.
+
+    A run that is stopped continues when the same command is given again.
+    """
+    from rrcm.own_images.train import Request
+    from rrcm.own_images.train import train as run
+
+    resume_gc()
+    run(Request(folder, output, hours, params, start, weights))
+
+
+@app.command()
+@exit_on_error
 def compare(
     files: Annotated[
         list[str],

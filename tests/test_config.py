@@ -525,11 +525,14 @@ def test_a_length_that_cannot_be_is_refused_in_one_line(tmp_path, overrides, sai
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_settings_page_is_up_to_date(tmp_path):
-    answer = stage(tmp_path, "settings", "--output", "settings.md")
+def test_the_settings_page_and_the_settings_of_own_images_are_up_to_date(tmp_path):
+    written = {"settings.md": "docs/settings.md", "settings.yaml": "rrcm/own_images/settings.yaml"}
+    answer = stage(tmp_path, "settings", "--output", "settings.md", "--own-images", "settings.yaml")
     assert answer.returncode == 0, answer.stderr
-    page = REPOSITORY / "docs/settings.md"
-    assert filecmp.cmp(tmp_path / "settings.md", page, shallow=False), "run `python stages/settings.py`"
+    for name, kept in written.items():
+        assert filecmp.cmp(tmp_path / name, REPOSITORY / kept, shallow=False), (
+            f"{kept}: run `python stages/settings.py`"
+        )
 
 
 JOINT = {"methods": ["rrcm_joint", "gaussian"]}

@@ -22,7 +22,7 @@ LAYERS = [
     {"rrcm.certification"},
     {"rrcm.evaluation"},
     {"rrcm.report", "rrcm.training", "rrcm.fingerprints"},
-    {"rrcm.publication"},
+    {"rrcm.own_images", "rrcm.publication"},
     {"rrcm.cli"},
     {"rrcm"},  # rrcm/__init__.py: the public names
 ]

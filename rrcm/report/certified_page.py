@@ -1,11 +1,13 @@
 """The page of `rrcm certify`: settings, a summary, the certified accuracy, every image, and a gallery."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from rrcm.certification.certify_images import FolderCertificates, read_square
+from rrcm.certification.certify_images import read_square
 from rrcm.certification.results import ABSTAIN, UNKNOWN
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.kinds import LoadedClassifier
@@ -24,8 +26,15 @@ SETTINGS = ("sigma", "sigmas", "thresholds", "bound", "stopping", "n", "n0", "al
 SETTINGS += ("seed", "precision", "batch_size", "device", "image_size")
 
 
+class CertifiedFiles(Protocol):
+    """Certificates of image files, such as a `FolderCertificates`."""
+
+    frame: pd.DataFrame  # as of a `FolderCertificates`
+    paths: list[Path]  # of the images, in the order of the rows
+
+
 def render_certified_page(
-    certified: FolderCertificates, loaded: LoadedClassifier, models: Sequence[str], record: Mapping, record_text: str
+    certified: CertifiedFiles, loaded: LoadedClassifier, models: Sequence[str], record: Mapping, record_text: str
 ) -> str:
     """The text of the page. `models` are as the command names them, and `record` is the record of the certificates.
 
@@ -54,7 +63,7 @@ def render_certified_page(
     )
 
 
-def _common_folder(certified: FolderCertificates) -> str:
+def _common_folder(certified: CertifiedFiles) -> str:
     """The name of the folder of images."""
     depth = len(certified.frame["file"][0].split("/"))
     return certified.paths[0].absolute().parents[depth - 1].name or "images"
@@ -102,7 +111,7 @@ def _figures(labelled: pd.DataFrame) -> dict[str, PageFigure]:
     return {"accuracy": make_figure(drawn, "accuracy", "Certified accuracy", description)}
 
 
-def _thumbnails(certified: FolderCertificates, loaded: LoadedClassifier) -> Thumbnails:
+def _thumbnails(certified: CertifiedFiles, loaded: LoadedClassifier) -> Thumbnails:
     """At most GALLERY_IMAGES images, evenly spaced over the folder."""
     count, cards = len(certified.paths), list[Card]()
     for i in evenly_spaced(count, GALLERY_IMAGES):

@@ -1,0 +1,127 @@
+"""What the rules choose by: a folder of images, and this machine."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rrcm.config import Data
+from rrcm.data.datasets import RawDataset
+from rrcm.data.sharding import identify_images, split_off_test
+from rrcm.data.shards import evenly_spaced
+from rrcm.sources.folders import read_imagefolder
+from rrcm.utils.distributed import pick_device
+from rrcm.utils.errors import RRCMError, printable
+from rrcm.utils.provenance import available_cores, describe_environment
+
+LEAST_IMAGES = 5  # of a class: one to test, one to validate, three to learn from
+FEW_IMAGES = 100  # of a class, below which a note is printed
+UNBALANCED = 10  # times as many images as in the smallest class, from which on a note is printed
+MEASURED = 1000  # images whose size is read, evenly spaced
+GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")  # modes that images.py reads as grey
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images, split as write_shards will split it."""
+
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]  # images of each class, without those that are held out
+    held_out: tuple[str, ...]  # the test images: paths relative to the folder, in the order of the test split
+    side: int  # the median of the shorter sides, pixels
+    pixels: int  # of an image, on average
+    channels: int  # 1 if all images are grey, else 3
+
+    @property
+    def images(self) -> int:
+        """The images to train and to validate with."""
+        return sum(self.counts)
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        least, most = min(self.counts), max(self.counts)
+        each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        total, colours = self.images + len(self.held_out), "grey" if self.channels == 1 else "in colour"
+        return (
+            f"{total:,} images {colours}, shorter side {self.side} pixels; {len(self.classes)} classes with {each} "
+            f"images each to learn from; {len(self.held_out):,} images held out"
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before training on this folder."""
+        notes, least, most = [], min(self.counts), max(self.counts)
+        smallest = printable(self.classes[self.counts.index(least)])
+        if least < FEW_IMAGES:
+            notes.append(f"class {smallest} has {least} images to learn from; {FEW_IMAGES} or more are better")
+        if most >= UNBALANCED * least:
+            largest = printable(self.classes[self.counts.index(most)])
+            notes.append(
+                f"class {largest} has {most / least:.0f} times as many images as {smallest}, and will be favoured"
+            )
+        return notes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains."""
+
+    cores: int
+    instructions: str  # of the CPU, such as AVX2
+    gpus: tuple[str, ...]
+    memory_gib: float
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        cores = f"{self.cores} core{'s' if self.cores > 1 else ''} with {self.instructions}"
+        return f"{cores}, {self.memory_gib:g} GiB of memory, {', '.join(self.gpus) or 'no GPU'}"
+
+
+def look_at_folder(folder: Path, data: Data) -> Folder:
+    """Decode every image of `folder`, which `data` describes as `read_imagefolder` takes it.
+
+    Raises `RRCMError` for a folder that is missing, has fewer than two classes or a class with fewer than LEAST_IMAGES
+    images, and for images that cannot be read, after naming them all.
+    """
+    if not folder.is_dir():
+        raise RRCMError(f"{folder}: no such folder; give one that has a folder of images for each class")
+    dataset = read_imagefolder(data)
+    names = [printable(name) for name in dataset.classes]
+    if len(names) < 2:
+        raise RRCMError(f"{folder}: has one class, {names[0]}; give a folder of two or more class folders")
+    for name, count in zip(names, np.bincount(dataset.train.labels), strict=True):
+        if count < LEAST_IMAGES:
+            images = "1 image" if count == 1 else f"{count} images"
+            raise RRCMError(f"{folder}: class {name} has {images}; add some, to have {LEAST_IMAGES}, or remove it")
+    with ThreadPoolExecutor(available_cores()) as pool:
+        dataset, _ = split_off_test(dataset, identify_images(dataset, data, pool))
+    sides, areas, modes = _read_headers(dataset)
+    return Folder(
+        classes=tuple(dataset.classes),
+        counts=tuple(np.bincount(dataset.train.labels, minlength=len(dataset.classes)).tolist()),
+        held_out=tuple(Path(file).relative_to(folder).as_posix() for file in dataset.test.images),
+        side=int(np.median(sides)),
+        pixels=int(np.mean(areas)),
+        channels=1 if set(modes) <= set(GREY) else 3,
+    )
+
+
+def _read_headers(dataset: RawDataset) -> tuple[list[int], list[int], list[str]]:
+    """The shorter side, the pixels and the mode of some images."""
+    sides, areas, modes = [], [], []
+    for file in dataset.train.images[evenly_spaced(len(dataset.train.images), MEASURED)]:
+        with Image.open(file) as image:
+            sides.append(min(image.size))
+            areas.append(image.width * image.height)
+            modes.append(image.mode)
+    return sides, areas, modes
+
+
+def look_at_machine(device: str = "auto") -> Machine:
+    """This machine, as far as a training on `device` uses it."""
+    hardware = describe_environment(pick_device(device))["hardware"]
+    return Machine(available_cores(), hardware["instructions"], tuple(hardware["gpus"]), hardware["memory_gib"])

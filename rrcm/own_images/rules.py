@@ -1,0 +1,171 @@
+"""The rules of `rrcm train`: which network, noise, length and certification suit a folder, a machine and some hours.
+
+`choose` is a pure function of what it is given. README.md has the rules in words.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rrcm.own_images.facts import Folder, Machine
+from rrcm.utils.errors import RRCMError
+
+TRAINING, VALIDATION, THRESHOLDS, CERTIFICATION = 0.55, 0.05, 0.1, 0.3  # shares of the time
+GOOD_STEPS = 1500  # of the optimizer, from random weights: with fewer, a smaller network is better
+LEAST_STEPS = 300
+MOST_STEPS = 10_000  # beyond which only more passes over the images allow more
+GOOD_PASSES = 20  # over the training images, noise of all sigmas counted together
+MOST_PASSES = 300
+STARTED = 0.2  # of these steps and passes are as good from pre-trained weights
+BATCHES = (16, 128)  # smallest and largest, if there are as many images
+LEARNING_RATE = 1e-3  # peak of AdamW from random weights, whatever the batch
+STARTED_RATE = 1e-4  # likewise from pre-trained weights
+SMALL_SIDE = 16  # pixels, up to which an image carries little noise
+SIGMAS = {True: (0.12, 0.25, 0.5), False: (0.25, 0.5, 1.0)}  # of small images, and of others; pixel units
+MOST_VALIDATION = 500  # images
+VALIDATION_NOISES = 4  # of each image and sigma at an evaluation, as in training/validation.py
+EVALUATIONS = (2, 20)  # fewest and most
+CHOICES = (20, 1000)  # fewest and most votes for each validation image and sigma by which thresholds are chosen
+SAMPLES = (10_000, 1000, 200)  # at most for a certificate: the first that leaves time for ENOUGH images
+DRAWN = 1.0  # samples of a certificate, as a multiple of the most at one sigma: several are asked, and most stop early
+ENOUGH, MOST_CERTIFIED = 50, 500  # held-out images to certify
+MEMORY = 4  # GiB, below which the most expensive trunk is left out
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is chosen for."""
+
+    folder: Folder
+    machine: Machine
+    hours: float  # at most, for everything
+    started: bool = False  # whether training starts from pre-trained weights
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A ViT and the images that it sees."""
+
+    image_size: int  # side, pixels
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+    @property
+    def description(self) -> str:
+        """A few words for people."""
+        sizes = f"{self.image_size} x {self.image_size} pixels, patches of {self.patch_size}"
+        return f"ViT for {sizes}, width {self.embed_dim}, depth {self.depth}"
+
+
+TRUNKS = (  # from the most expensive to the cheapest
+    Trunk(224, 16, 384, 12, 6),  # for GPUs
+    Trunk(128, 16, 256, 6, 4),
+    Trunk(64, 8, 192, 4, 4),
+    Trunk(64, 16, 192, 4, 4),
+    Trunk(32, 8, 128, 4, 4),
+    Trunk(16, 4, 96, 3, 4),
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a network costs on this machine, in seconds."""
+
+    image: float  # to train on an image once
+    vote: float  # for a noisy image
+    reading: float = 0.0  # to read an image in each pass over the images; 0 if they stay in memory
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the rules choose."""
+
+    trunk: Trunk
+    sigmas: tuple[float, ...]  # pixel units, ascending
+    val_fraction: float
+    workers: int  # processes that read images
+    batch_size: int
+    lr: float  # peak of AdamW
+    epochs: int  # at each sigma: all together train len(sigmas) times as long
+    steps: int  # of the optimizer
+    evaluate_every: int  # epochs at each sigma
+    choose_n: int  # votes for each validation image and sigma, for thresholds
+    n: int  # samples of a certificate at each sigma, at most
+    certified: int  # held-out images
+
+
+def choose(task: Task, trunks: Sequence[Trunk], measure: Callable[[Trunk], Speed]) -> Choice:
+    """The first of the `trunks` that has time to learn well, else the last one, with all that follows from it.
+
+    `trunks` go from the most expensive to the cheapest. `measure` says what one costs. Raises `RRCMError` if even the
+    last one has no time for LEAST_STEPS.
+    """
+    scale = STARTED if task.started else 1.0
+    for trunk in possible_trunks(task, trunks):
+        choice = plan(task, trunk, measure(trunk))
+        passes = choice.epochs * len(choice.sigmas)
+        if choice.steps >= scale * GOOD_STEPS and passes >= scale * GOOD_PASSES:
+            return choice
+    if choice.steps < scale * LEAST_STEPS:
+        needed = math.ceil(110 * task.hours * scale * LEAST_STEPS / max(choice.steps, 1)) / 100
+        raise RRCMError(
+            f"--hours {task.hours:g}: leaves time for {choice.steps} training steps of the smallest network, which "
+            f"learns nothing; give --hours {needed:g} or more"
+        )
+    return choice
+
+
+def possible_trunks(task: Task, trunks: Sequence[Trunk]) -> list[Trunk]:
+    """The `trunks` that suit the machine and the size of the images. The last one suits any."""
+    *others, last = trunks
+    if not task.started and not task.machine.gpus:
+        others = others[1:] if task.machine.memory_gib >= MEMORY else others[2:]
+    return [trunk for trunk in others if trunk.image_size <= task.folder.side] + [last]
+
+
+def plan(task: Task, trunk: Trunk, speed: Speed) -> Choice:
+    """The lengths of all parts of the work with one trunk."""
+    folder, seconds, scale = task.folder, 3600 * task.hours, STARTED if task.started else 1.0
+    sigmas = SIGMAS[trunk.image_size <= SMALL_SIDE]
+    fraction = min(0.1, MOST_VALIDATION / folder.images)
+    validation = sum(split_off(count, fraction) for count in folder.counts)
+    images = folder.images - validation
+    batch_size = min(images, max(BATCHES[0], min(BATCHES[1], 2 ** int(math.log2(max(images // 16, 1))))))
+    pass_steps = images // batch_size
+    most = max(scale * MOST_STEPS / pass_steps, scale * MOST_PASSES)
+    passes = min(most, TRAINING * seconds / (pass_steps * batch_size * (speed.image + speed.reading)))
+    epochs = max(1, int(passes / len(sigmas)))
+    evaluation = VALIDATION_NOISES * len(sigmas) * validation * speed.vote
+    evaluations = clamp(VALIDATION * seconds / evaluation, *EVALUATIONS)
+    evaluate_every = math.ceil(epochs / evaluations)
+    choose_n = clamp(THRESHOLDS * seconds / (len(sigmas) * validation * speed.vote), *CHOICES)
+    votes, held_out = CERTIFICATION * seconds / speed.vote, len(folder.held_out)
+    n = next((n for n in SAMPLES if votes >= DRAWN * n * min(ENOUGH, held_out)), SAMPLES[-1])
+    certified = min(held_out, clamp(votes / (DRAWN * n), ENOUGH // 5, MOST_CERTIFIED))
+    steps = epochs * len(sigmas) * pass_steps
+    return Choice(
+        trunk=trunk,
+        sigmas=sigmas,
+        val_fraction=fraction,
+        workers=max(1, task.machine.cores - 1) if speed.reading else 0,
+        batch_size=batch_size,
+        lr=STARTED_RATE if task.started else LEARNING_RATE,
+        epochs=epochs,
+        steps=steps,
+        evaluate_every=evaluate_every,
+        choose_n=choose_n,
+        n=n,
+        certified=certified,
+    )
+
+
+def split_off(count: int, fraction: float) -> int:
+    """How many of the images of a class `stratified_split` splits off."""
+    return min(max(round(fraction * count), 1), count - 1)
+
+
+def clamp(value: float, least: int, most: int) -> int:
+    """The whole number below `value` that is within the bounds."""
+    return int(min(max(value, least), most))

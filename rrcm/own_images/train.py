@@ -1,0 +1,221 @@
+"""`rrcm train`: look at a folder of images, choose, train the joint classifier, certify it, and write a model folder.
+
+It calls what the stages call, in a hidden folder beside the output, from which a stopped run continues.
+"""
+
+import contextlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rrcm.certification.certify_cascade import certify_cascade_split
+from rrcm.config import Config, load_config, parse_config
+from rrcm.data.sharding import write_shards
+from rrcm.methods import CASCADE, JOINT
+from rrcm.own_images.facts import Folder, Machine, look_at_folder, look_at_machine
+from rrcm.own_images.result import HeldOut, Work, accuracy_by_radius, write_result
+from rrcm.own_images.rules import TRUNKS, Speed, Task, Trunk, choose
+from rrcm.own_images.settings import (
+    complete,
+    read_params,
+    with_lengths,
+    with_network,
+    with_root,
+    write_params,
+)
+from rrcm.own_images.speed import estimate, measure_speed, reading_seconds, timm_trunks
+from rrcm.training.checks import check_before_training
+from rrcm.training.finetune import finetune
+from rrcm.training.plan import Files, plan_training
+from rrcm.utils.errors import RRCMError
+from rrcm.utils.files import check_output, claimed, expand_user, read_json, read_text, write_json
+
+HOURS = 1.0
+PREPARATION = 2.0  # times as long as the first look at the images: they are compared and copied
+ASKED, PARAMS = "asked.json", "params.yaml"  # in the hidden folder
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for."""
+
+    folder: Path  # of images
+    output: Path  # model folder
+    hours: float = HOURS  # at most
+    params: Path | None = None  # settings to run; written if there is no such file
+    start: str | None = None  # ViT of timm: a name, a snapshot folder, or hf-hub:owner/name
+    weights: Path | None = None  # file with its weights, instead of a download
+
+    @property
+    def work(self) -> Path:
+        """The hidden folder."""
+        return self.output.absolute().with_name(f".{self.output.name}.train")
+
+    @property
+    def takes_params(self) -> bool:
+        """Whether the settings are given."""
+        return self.params is not None and self.params.exists()
+
+
+def train(request: Request) -> None:
+    """Do all of it, or continue where an earlier run was stopped.
+
+    Prints what was found and chosen and how long it will take. Raises `RRCMError` in one line for a folder and options
+    that do not fit, before any work.
+    """
+    check_request(request)
+    with claimed(request.work):
+        start = time.monotonic()
+        folder, config = prepare(request)
+        if config is None:
+            print(f"written: {request.params}. The same command trains with these settings")
+            return
+        held_out = run(request, folder, config)
+        shutil.rmtree(request.work)
+    print_result(request, config, held_out, time.monotonic() - start)
+
+
+def check_request(request: Request) -> None:
+    """Raise `RRCMError` for options that cannot be."""
+    output, folder = request.output, request.folder.resolve()
+    if not 0 < request.hours < math.inf:
+        raise RRCMError(f"--hours {request.hours:g}: must be a positive number, such as 0.5")
+    if output.exists() or output.is_symlink():
+        raise RRCMError(f"--output {output}: exists; choose another name, or remove it")
+    if folder in output.resolve().parents:
+        raise RRCMError(f"--output {output}: is inside the folder of images; choose another place")
+    check_output(output)
+    if request.weights is not None and request.start is None:
+        raise RRCMError(f"--weights {request.weights}: are of a model of timm; name it with --start")
+    if request.weights is not None and not request.weights.is_file():
+        raise RRCMError(f"--weights {request.weights}: no such file")
+    if request.params is not None and not request.takes_params:
+        check_output(request.params)
+
+
+def prepare(request: Request) -> tuple[Folder, Config | None]:
+    """Look, choose and print. The settings are None if they were to be written only."""
+    root, start = request.folder.resolve(), time.monotonic()
+    folder = look_at_folder(root, parse_config(complete(with_root(root))).data)
+    looking, machine = time.monotonic() - start, look_at_machine()
+    print_row("folder", folder.description)
+    print_row("machine", machine.description)
+    for note in folder.notes:
+        print(f"note: {note}", file=sys.stderr)
+    asked = describe_request(request, folder)
+    if (request.work / ASKED).exists():
+        if read_json(request.work / ASKED) != asked:
+            raise RRCMError(
+                f"{request.work}: holds an unfinished training with other options or images; give the same again, or "
+                "remove it"
+            )
+        print_row("settings", "of the run that was stopped, which continues")
+        return folder, load_config(request.work / PARAMS)
+    config, speed = choose_settings(request, folder, machine)
+    print_settings(config)
+    print_time({"reading": PREPARATION * looking} | estimate(config, folder, speed))
+    if request.params is not None and not request.takes_params:
+        write_params(request.params, config)
+        return folder, None
+    write_params(request.work / PARAMS, config)
+    write_json(request.work / ASKED, asked)  # last: it says that the settings are there
+    return folder, config
+
+
+def describe_request(request: Request, folder: Folder) -> dict[str, object]:
+    """What an unfinished run must have in common with the command that continues it. JSON-able."""
+    given = read_text(request.params) if request.takes_params else None
+    asked = {"folder": str(request.folder.resolve()), "hours": request.hours, "params": given}
+    start = {"start": request.start, "weights": request.weights and str(request.weights.resolve())}
+    return asked | start | {"images": {name: str(value) for name, value in asdict(folder).items()}}
+
+
+def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple[Config, Speed]:
+    """The settings that are given, or those that the rules choose, and the speed on this machine."""
+    root, reading = request.folder.resolve(), reading_seconds(request.folder, folder)
+
+    def measure(config: Config) -> Speed:
+        speed = measure_speed(config, folder)
+        return Speed(speed.image, speed.vote, reading)
+
+    if request.takes_params:
+        print_row("settings", f"of {request.params}, whatever --hours and --start are")
+        config = read_params(request.params, root)
+        return config, measure(config)
+    start, trunks = find_start(request), TRUNKS
+    if start is not None:
+        trunks = timm_trunks(*start)
+    base, speeds = with_root(root), {}
+
+    def measure_trunk(trunk: Trunk) -> Speed:
+        speeds[trunk] = measure(parse_config(complete(with_network(base, folder, trunk, start))))
+        return speeds[trunk]
+
+    choice = choose(Task(folder, machine, request.hours, start is not None), trunks, measure_trunk)
+    values = with_lengths(with_network(base, folder, choice.trunk, start), choice)
+    return parse_config(complete(values)), speeds[choice.trunk]
+
+
+def find_start(request: Request) -> tuple[str, str | None] | None:
+    """The ViT of timm to start from and the file of its weights, with absolute paths. None: random weights."""
+    if request.start is None:
+        return None
+    path = expand_user(request.start)
+    name = str(path.resolve()) if path.exists() else request.start
+    return name, request.weights and str(request.weights.resolve())
+
+
+def run(request: Request, folder: Folder, config: Config) -> HeldOut:
+    """Write the shards, train, certify and write the output. Whatever an earlier run has finished is kept."""
+    method, output = config.methods[0], request.output.absolute()
+    work = Work(*map(Path, ("shards", f"models/{method}/{JOINT}", "certificates", "timing.json")))
+    with contextlib.chdir(request.work):  # checkpoints and live metrics go to folders below the working directory
+        if not work.shards.exists():
+            write_shards(config.data, config.seed, work.shards)
+        check_before_training(config, work.shards)
+        if not work.model.exists() or not work.timing.exists():
+            finetune(plan_training(config, method, JOINT, Files(work.shards, Path("models"), work.model, work.timing)))
+        if not (work.certificates / f"{CASCADE}.tsv").exists():
+            certify_cascade_split(config, work.shards, [work.model], work.certificates, Path("certify.json"))
+        return write_result(work, config, folder, output)
+
+
+def print_row(name: str, text: str) -> None:
+    """A line of what was found or chosen."""
+    print(f"{name:12} {text}", flush=True)
+
+
+def print_settings(config: Config) -> None:
+    """What will be trained and certified."""
+    method, sigmas, data, model = config.methods[0], config.sigmas, config.data, config.model
+    settings = config.finetune.settings(method, sigmas[0])
+    sizes = f"{data.image_size} x {data.image_size} pixels"
+    if model.architecture != "vit":
+        print_row("network", f"{model.architecture} for {sizes}, from random weights")
+    elif config.finetune.timm.model and method.startswith("timm"):
+        print_row("network", f"{config.finetune.timm.model} for {sizes}, from its weights")
+    else:
+        trunk = Trunk(data.image_size, model.patch_size, model.embed_dim, model.depth, model.num_heads)
+        print_row("network", f"{trunk.description}, from random weights")
+    print_row("noise", f"sigma {', '.join(f'{sigma:g}' for sigma in sigmas)}")
+    print_row("training", f"{method}: {settings.epochs:,} epochs at each sigma, batches of {settings.batch_size}")
+    most = "all" if config.certify.max_images is None else f"{config.certify.max_images:,}"
+    print_row("certificates", f"{most} held-out images, at most {config.certify.n:,} samples at each sigma")
+
+
+def print_time(seconds: Mapping[str, float]) -> None:
+    """How long it will take."""
+    parts = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
+    print_row("estimate", f"{sum(seconds.values()) / 60:.1f} minutes: {parts}")
+
+
+def print_result(request: Request, config: Config, held_out: HeldOut, seconds: float) -> None:
+    """What was reached, and where it is."""
+    print(f"\ncertified accuracy on {len(held_out.frame):,} held-out images, with 95 % intervals")
+    for radius, share in accuracy_by_radius(held_out.frame, config.report.radii):
+        print(f"  r = {radius:<5g} {share.value:5.1f} %  ({share.low:.0f} to {share.high:.0f} %)")
+    print(f"took {seconds / 60:.1f} minutes\nwritten: {request.output}, with README.md and index.html")
