@@ -9,6 +9,7 @@ import pandas as pd
 
 from rrcm.certification.certify_images import read_square
 from rrcm.certification.results import ABSTAIN, UNKNOWN
+from rrcm.certification.stopping import WRONG_CLASS
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.report.accuracy_figures import draw_comparison
@@ -41,19 +42,20 @@ def render_certified_page(
     Equal certificates give the same text: it does not have the time that they took.
     """
     frame, names = certified.frame, loaded.class_names
-    labelled = frame[frame["label"] != UNKNOWN]
+    labelled, wrong = frame[frame["label"] != UNKNOWN], stopped_as_wrong(frame)
+    has_certificate = (frame["predict"] != ABSTAIN) & ~wrong
     table = table_of(image_table(frame, names), ["class", "true class"])
     return render_page(
         "certified.html.jinja",
         figures=_figures(labelled),
         folder=_common_folder(certified),
         total=len(frame),
+        certified=int(has_certificate.sum()),
         abstained=int((frame["predict"] == ABSTAIN).sum()),
+        wrong=int(wrong.sum()),
         labelled=len(labelled),
         correct=int(labelled["correct"].sum()),
-        radii=[
-            rounded_down(float(each)) for each in frame.loc[frame["predict"] != ABSTAIN, "radius"].quantile([0.5, 1])
-        ],
+        radii=[rounded_down(float(each)) for each in frame.loc[has_certificate, "radius"].quantile([0.5, 1])],
         models=models,
         settings={name.replace("_", " "): _text(record[name]) for name in SETTINGS if name in record},
         alpha=record["alpha"],
@@ -61,6 +63,11 @@ def render_certified_page(
         thumbnails=_thumbnails(certified, loaded),
         record=record_text.strip(),
     )
+
+
+def stopped_as_wrong(frame: pd.DataFrame) -> pd.Series:
+    """Of which images nothing was certified, as the label was known and the likeliest class is another: bool."""
+    return frame["stop_reason"] == WRONG_CLASS
 
 
 def _common_folder(certified: CertifiedFiles) -> str:
@@ -85,7 +92,7 @@ def image_table(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row of texts per image, in the order of `frame`."""
     abstains = frame["predict"] == ABSTAIN
     columns = {"file": frame["file"], "class": np.where(abstains, "abstains", frame["class"])}
-    columns["radius"] = np.where(abstains, "", frame["radius"].map(rounded_down))
+    columns["radius"] = np.where(abstains | stopped_as_wrong(frame), "", frame["radius"].map(rounded_down))
     if (frame["label"] != UNKNOWN).any():
         columns["true class"] = ["" if label == UNKNOWN else names[label] for label in frame["label"]]
         columns["answer"] = [_kind(*pair) for pair in zip(frame["predict"], frame["label"], strict=True)]

@@ -245,6 +245,7 @@ def test_every_colour_can_be_read():
 def test_tables_are_shortened_where_a_page_would_be_too_large():
     files = [f"{i:05}{'x' * 90}.png" for i in range(10_000)]
     columns = {"file": files, "predict": 0, "label": -1, "radius": 0.1239, "samples": 1000, "class": "a"}
+    columns["stop_reason"] = "whole grid"
     table = table_of(image_table(pd.DataFrame(columns), ["a"]))
     shorter = shorten(table)
     assert 3000 < len(shorter.rows) < 6000
