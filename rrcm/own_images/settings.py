@@ -86,7 +86,8 @@ def read_params(path: Path, root: Path) -> Config:
         raise RRCMError(f"{path}: data.source = {config.data.source}: must be imagefolder, to train on a folder")
     row = METHODS[config.methods[0]]
     others = row.can_pass or row.needs_soft_labels or config.finetune.uses_pretraining(config.methods[0])
-    if len(config.methods) > 1 or row.joint is None or others or config.cascade.methods != config.methods:
+    other_way = row.joint is None or row.is_ensemble or row.matched
+    if len(config.methods) > 1 or others or other_way or config.cascade.methods != config.methods:
         raise RRCMError(
             f"{path}: methods = {config.methods}, cascade.methods = {config.cascade.methods}: must be one joint method "
             f"that needs no other training, such as {SCRATCH} or {STARTED}; the pipeline runs others"

@@ -118,6 +118,16 @@ def test_the_card_and_the_page_have_the_certificates(walked):
         assert file in page
 
 
+def test_the_page_counts_no_wrong_answer_as_certified(walked):
+    """Sampling stops where the likeliest class is not the label, so nothing is certified there."""
+    page = (walked[0] / "model/index.html").read_text()
+    samples = pd.read_csv(walked[0] / "model/certificates/cascade.samples.tsv", sep="\t")
+    frame = pd.read_csv(walked[0] / "model/certificates/cascade.tsv", sep="\t")
+    certified = (frame["predict"] >= 0) & (samples["stop_reason"] != "wrong class")
+    assert (samples["stop_reason"] == "wrong class").any()
+    assert f"<strong>{certified.sum()}</strong> of 4 images have a certificate" in page
+
+
 def test_the_command_of_the_card_runs(walked, pictures):
     card = (walked[0] / "model/README.md").read_text()
     (line,) = [line for line in card.splitlines() if line.startswith("rrcm certify")]
@@ -214,6 +224,10 @@ def test_bad_input_ends_in_one_line_before_any_work(case, timed, tmp_path, monke
             "needs no other training, such as",
         ),
         ({"methods": ["gaussian"], "cascade.methods": []}, "must be one joint method that needs no other training"),
+        (
+            {"methods": ["consistency_ensemble_joint"], "cascade.methods": ["consistency_ensemble_joint"]},
+            "must be one joint method that needs no other training",
+        ),
         ({"data.source": "digits"}, "data.source = digits: must be imagefolder"),
         ({"finetune.epochs": 0}, "finetune.epochs = 0: should be greater than or equal to 1"),
         ({"data.image_size": 17}, "data.image_size 17 must be a multiple of model.patch_size 4"),
