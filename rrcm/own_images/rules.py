@@ -89,11 +89,17 @@ class Choice:
     batch_size: int
     lr: float  # peak of AdamW
     epochs: int  # at each sigma: all together train len(sigmas) times as long
-    steps: int  # of the optimizer
+    epoch_steps: int  # of the optimizer, in an epoch at each sigma
+    allowed_steps: float  # for which there is time
     evaluate_every: int  # epochs at each sigma
     choose_n: int  # votes for each validation image and sigma, for thresholds
     n: int  # samples of a certificate at each sigma, at most
     certified: int  # held-out images
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer."""
+        return self.epochs * self.epoch_steps
 
 
 def choose(task: Task, trunks: Sequence[Trunk], measure: Callable[[Trunk], Speed]) -> Choice:
@@ -108,11 +114,12 @@ def choose(task: Task, trunks: Sequence[Trunk], measure: Callable[[Trunk], Speed
         passes = choice.epochs * len(choice.sigmas)
         if choice.steps >= scale * GOOD_STEPS and passes >= scale * GOOD_PASSES:
             return choice
-    if choice.steps < scale * LEAST_STEPS:
-        needed = math.ceil(110 * task.hours * scale * LEAST_STEPS / max(choice.steps, 1)) / 100
+    least = math.ceil(scale * LEAST_STEPS / choice.epoch_steps) * choice.epoch_steps  # in whole epochs
+    if choice.steps < least:
+        needed = math.ceil(102 * task.hours * least / choice.allowed_steps) / 100
         raise RRCMError(
-            f"--hours {task.hours:g}: leaves time for {choice.steps} training steps of the smallest network, which "
-            f"learns nothing; give --hours {needed:g} or more"
+            f"--hours {task.hours:g}: leaves time for {choice.allowed_steps:.0f} training steps of the smallest "
+            f"network, which needs {least}; give --hours {needed:g} or more"
         )
     return choice
 
@@ -134,17 +141,16 @@ def plan(task: Task, trunk: Trunk, speed: Speed) -> Choice:
     images = folder.images - validation
     batch_size = min(images, max(BATCHES[0], min(BATCHES[1], 2 ** int(math.log2(max(images // 16, 1))))))
     pass_steps = images // batch_size
-    most = max(scale * MOST_STEPS / pass_steps, scale * MOST_PASSES)
-    passes = min(most, TRAINING * seconds / (pass_steps * batch_size * (speed.image + speed.reading)))
-    epochs = max(1, int(passes / len(sigmas)))
+    allowed = TRAINING * seconds / (batch_size * (speed.image + speed.reading))
+    most = scale * max(MOST_STEPS, MOST_PASSES * pass_steps)
+    epochs = int(min(most, allowed) / (len(sigmas) * pass_steps))
     evaluation = VALIDATION_NOISES * len(sigmas) * validation * speed.vote
     evaluations = clamp(VALIDATION * seconds / evaluation, *EVALUATIONS)
-    evaluate_every = math.ceil(epochs / evaluations)
+    evaluate_every = max(1, math.ceil(epochs / evaluations))
     choose_n = clamp(THRESHOLDS * seconds / (len(sigmas) * validation * speed.vote), *CHOICES)
     votes, held_out = CERTIFICATION * seconds / speed.vote, len(folder.held_out)
     n = next((n for n in SAMPLES if votes >= DRAWN * n * min(ENOUGH, held_out)), SAMPLES[-1])
     certified = min(held_out, clamp(votes / (DRAWN * n), ENOUGH // 5, MOST_CERTIFIED))
-    steps = epochs * len(sigmas) * pass_steps
     return Choice(
         trunk=trunk,
         sigmas=sigmas,
@@ -153,7 +159,8 @@ def plan(task: Task, trunk: Trunk, speed: Speed) -> Choice:
         batch_size=batch_size,
         lr=STARTED_RATE if task.started else LEARNING_RATE,
         epochs=epochs,
-        steps=steps,
+        epoch_steps=len(sigmas) * pass_steps,
+        allowed_steps=allowed,
         evaluate_every=evaluate_every,
         choose_n=choose_n,
         n=n,

@@ -101,13 +101,17 @@ def test_pretrained_weights_need_a_fifth_of_the_steps():
     assert 0.2 * GOOD_STEPS <= started.steps < GOOD_STEPS
 
 
-def test_too_few_hours_are_refused_with_as_many_as_are_needed():
+@pytest.mark.parametrize("images", [12, 43, 320, 5000, 20_000])
+@pytest.mark.parametrize("hours", [0.0001, 0.005])
+def test_too_few_hours_are_refused_with_as_many_as_are_needed(images, hours):
+    task = Task(folder(images), MACHINE, hours)
     with pytest.raises(RRCMError) as caught:
-        chosen(0.005)
-    needed = re.search(
-        r"--hours 0.005: leaves time for \d+ training steps .*; give --hours ([\d.]+)", str(caught.value)
-    )
-    assert chosen(float(needed[1])).steps >= LEAST_STEPS
+        choose(task, TRUNKS, measure)
+    said = rf"--hours {hours:g}: leaves time for \d+ training steps of the smallest network, which .* --hours ([\d.]+)"
+    needed = float(re.search(said, str(caught.value))[1])
+    assert choose(replace(task, hours=needed), TRUNKS, measure).steps >= LEAST_STEPS
+    with pytest.raises(RRCMError):
+        choose(replace(task, hours=0.9 * needed - 0.01), TRUNKS, measure)
 
 
 def test_a_gpu_alone_gets_the_largest_network():

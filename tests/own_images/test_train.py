@@ -183,7 +183,7 @@ BAD = {
     "hours negative": (["shapes", "--hours", "-1"], None, "--hours -1: must be a positive number"),
     "hours nan": (["shapes", "--hours", "nan"], None, "--hours nan: must be a positive number"),
     "hours infinite": (["shapes", "--hours", "inf"], None, "--hours inf: must be a positive number"),
-    "hours too few": (["shapes", "--hours", "0.0001"], None, "learns nothing; give --hours"),
+    "hours too few": (["shapes", "--hours", "0.0001"], None, "of the smallest network, which needs"),
     "weights alone": (["shapes", "--weights", "shapes/circle/0.jpg"], None, "name it with --start"),
     "weights missing": (
         ["shapes", "--start", "vit_tiny_patch16_224", "--weights", "w"],
