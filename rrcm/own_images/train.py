@@ -8,7 +8,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from rrcm.config import Config, load_config, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.methods import CASCADE, JOINT
 from rrcm.own_images.facts import Folder, Machine, look_at_folder, look_at_machine
-from rrcm.own_images.result import HeldOut, Work, accuracy_by_radius, write_result
+from rrcm.own_images.result import HeldOut, Work, write_result
 from rrcm.own_images.rules import TRUNKS, Speed, Task, Trunk, choose
 from rrcm.own_images.settings import (
     complete,
@@ -27,6 +26,7 @@ from rrcm.own_images.settings import (
     with_root,
     write_params,
 )
+from rrcm.own_images.show import print_result, print_row, print_settings, print_time
 from rrcm.own_images.speed import estimate, measure_speed, reading_seconds, timm_trunks
 from rrcm.training.checks import check_before_training
 from rrcm.training.finetune import finetune
@@ -76,7 +76,8 @@ def train(request: Request) -> None:
             return
         held_out = run(request, folder, config)
         shutil.rmtree(request.work)
-    print_result(request, config, held_out, time.monotonic() - start)
+    print_result(held_out, config, time.monotonic() - start)
+    print(f"written: {request.output}, with README.md and index.html")
 
 
 def check_request(request: Request) -> None:
@@ -114,7 +115,9 @@ def prepare(request: Request) -> tuple[Folder, Config | None]:
                 "remove it"
             )
         print_row("settings", "of the run that was stopped, which continues")
-        return folder, load_config(request.work / PARAMS)
+        config = load_config(request.work / PARAMS)
+        print_settings(config)
+        return folder, config
     config, speed = choose_settings(request, folder, machine)
     print_settings(config)
     print_time({"reading": PREPARATION * looking} | estimate(config, folder, speed))
@@ -182,40 +185,3 @@ def run(request: Request, folder: Folder, config: Config) -> HeldOut:
         if not (work.certificates / f"{CASCADE}.tsv").exists():
             certify_cascade_split(config, work.shards, [work.model], work.certificates, Path("certify.json"))
         return write_result(work, config, folder, output)
-
-
-def print_row(name: str, text: str) -> None:
-    """A line of what was found or chosen."""
-    print(f"{name:12} {text}", flush=True)
-
-
-def print_settings(config: Config) -> None:
-    """What will be trained and certified."""
-    method, sigmas, data, model = config.methods[0], config.sigmas, config.data, config.model
-    settings = config.finetune.settings(method, sigmas[0])
-    sizes = f"{data.image_size} x {data.image_size} pixels"
-    if model.architecture != "vit":
-        print_row("network", f"{model.architecture} for {sizes}, from random weights")
-    elif config.finetune.timm.model and method.startswith("timm"):
-        print_row("network", f"{config.finetune.timm.model} for {sizes}, from its weights")
-    else:
-        trunk = Trunk(data.image_size, model.patch_size, model.embed_dim, model.depth, model.num_heads)
-        print_row("network", f"{trunk.description}, from random weights")
-    print_row("noise", f"sigma {', '.join(f'{sigma:g}' for sigma in sigmas)}")
-    print_row("training", f"{method}: {settings.epochs:,} epochs at each sigma, batches of {settings.batch_size}")
-    most = "all" if config.certify.max_images is None else f"{config.certify.max_images:,}"
-    print_row("certificates", f"{most} held-out images, at most {config.certify.n:,} samples at each sigma")
-
-
-def print_time(seconds: Mapping[str, float]) -> None:
-    """How long it will take."""
-    parts = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
-    print_row("estimate", f"{sum(seconds.values()) / 60:.1f} minutes: {parts}")
-
-
-def print_result(request: Request, config: Config, held_out: HeldOut, seconds: float) -> None:
-    """What was reached, and where it is."""
-    print(f"\ncertified accuracy on {len(held_out.frame):,} held-out images, with 95 % intervals")
-    for radius, share in accuracy_by_radius(held_out.frame, config.report.radii):
-        print(f"  r = {radius:<5g} {share.value:5.1f} %  ({share.low:.0f} to {share.high:.0f} %)")
-    print(f"took {seconds / 60:.1f} minutes\nwritten: {request.output}, with README.md and index.html")

@@ -273,7 +273,8 @@ def test_training_starts_from_a_vit_of_timm(snapshot, pictures, timed, tmp_path,
     monkeypatch.chdir(tmp_path)
     command = [pictures, "--output", "model", "--params", "p.yaml", "--start", snapshot / "vit"]
     written = rrcm_train(*command)
-    assert "vit for 24 x 24 pixels, from its weights" in written.output, written.output  # 3/4 of 32; the images have 24
+    said = f"ViT for 24 x 24 pixels, patches of 8, width 32, depth 1, from {snapshot / 'vit'}"
+    assert said in written.output, written.output  # 24 is 3/4 of 32, and the images have no more
     edit(tmp_path / "p.yaml", **QUICK)
     answer = rrcm_train(*command)
     assert answer.exit_code == 0, answer.output
