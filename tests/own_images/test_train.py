@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import files_of
+from conftest import files_of, stage
 from pictures import SHAPES, write_pictures
 from typer.testing import CliRunner, Result
 
@@ -99,6 +99,18 @@ def test_the_pipeline_takes_the_settings(walked, pictures):
     assert set(config.derived["finetune"]) == {"consistency_joint-joint"}
 
 
+@pytest.mark.thorough
+def test_the_pipeline_trains_and_certifies_the_same(walked, tmp_path):
+    shutil.copy(walked[0] / "model/params.yaml", tmp_path / "params.yaml")
+    for command in ("shard_data", "finetune consistency_joint joint", "certify_cascade consistency_joint"):
+        answer = stage(tmp_path, *command.split())
+        assert answer.returncode == 0, answer.stderr
+    for ours, theirs in (("", "models/consistency_joint/joint"), ("certificates", "certificates/consistency_joint")):
+        for name, content in files_of(tmp_path / theirs).items():
+            if name != "cascade.json":  # names the environment
+                assert (walked[0] / "model" / ours / name).read_bytes() == content, name
+
+
 def test_the_certificates_name_their_files(walked, pictures):
     folder = walked[0] / "model/certificates"
     files = pd.read_csv(folder / "files.tsv", sep="\t")
@@ -124,7 +136,6 @@ def test_the_page_counts_no_wrong_answer_as_certified(walked):
     samples = pd.read_csv(walked[0] / "model/certificates/cascade.samples.tsv", sep="\t")
     frame = pd.read_csv(walked[0] / "model/certificates/cascade.tsv", sep="\t")
     certified = (frame["predict"] >= 0) & (samples["stop_reason"] != "wrong class")
-    assert (samples["stop_reason"] == "wrong class").any()
     assert f"<strong>{certified.sum()}</strong> of 4 images have a certificate" in page
 
 

@@ -253,6 +253,14 @@ def test_tables_are_shortened_where_a_page_would_be_too_large():
     assert shorten(table._replace(rows=table.rows[:100])).rows == table.rows[:100]
 
 
+def test_an_image_whose_likeliest_class_is_wrong_has_no_radius():
+    """Sampling has stopped before anything was certified. An image that was certified as another class has one."""
+    columns = {"file": ["a/1.png", "a/2.png"], "predict": 1, "label": 0, "radius": [0.0, 0.25], "samples": 100}
+    columns |= {"class": "b", "stop_reason": ["wrong class", "futile"]}
+    rows = image_table(pd.DataFrame(columns), ["a", "b"])
+    assert rows["radius"].tolist() == ["", "0.250"] and rows["answer"].tolist() == ["wrong", "wrong"]
+
+
 @pytest.mark.parametrize(("shape", "kind"), [((8, 8), "png"), ((32, 32, 3), "png"), ((300, 200, 3), "jpeg")])
 def test_thumbnails_are_small(shape: tuple[int, ...], kind: str):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
