@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -261,6 +262,19 @@ def test_steps_and_votes_are_timed(walked, pictures, monkeypatch):
     assert speed.reading_seconds(pictures, folder) == 0
     monkeypatch.setattr(speed, "DECODED_BYTES", 1000)
     assert speed.reading_seconds(pictures, folder) > 0
+
+
+@pytest.mark.parametrize(("first", "once"), [(0.03, True), (0.003, False)])
+def test_work_that_takes_long_is_timed_once(first, once, monkeypatch):
+    monkeypatch.setattr(speed, "TIMED", 0.012)
+    done = []
+
+    def work() -> None:
+        time.sleep(0.003 if done else first)
+        done.append(first)
+
+    assert speed.seconds_of(work) >= 0.003
+    assert (len(done) == 1) == once
 
 
 def load_data(root: Path) -> Data:
