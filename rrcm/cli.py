@@ -3,11 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +15,8 @@ from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output
 
 if TYPE_CHECKING:
-    from rrcm.certification.cascade import CascadedClassifier
     from rrcm.certification.cascade_rules import CascadeRule
     from rrcm.certification.certify_images import FolderCertificates
-    from rrcm.certification.record import ChosenThresholds
-    from rrcm.certification.smoothing import SmoothedClassifier
     from rrcm.certification.stopping import StoppingRule
     from rrcm.data.images import Listing
     from rrcm.models.load import LoadedClassifier
@@ -218,6 +214,7 @@ def certify(
     large one. A run that is stopped continues when the same command is given again.
     """
     from rrcm.certification.certify_images import certify_folder, folder_files, output_paths
+    from rrcm.certification.model_options import ModelOptions, choose_classifier
     from rrcm.certification.record import record_path
     from rrcm.report.certified_images import draw_gallery
     from rrcm.report.figures import encode
@@ -226,72 +223,26 @@ def certify(
     resume_gc()
     written = [*output_paths(output), gallery, *([page] if page else [])]
     images = _find_images(folder, written, gallery, page)  # fails before a model is downloaded
-    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
-    options = {"seed": seed, "precision": precision, "batch_size": batch_size}
-    given = {"classes": classes, "outside_range": outside_range}
-    timm_or_authors = {"weights": weights, "final_norm": final_norm}
-    if cascade:
-        _refuse(not final_norm or weights, "--weights and --no-final-norm are not for a cascade; leave them out")
-        setup = _set_up_cascade(model, sigma or [], threshold or [], thresholds, settings, given)
-    else:
-        _refuse(threshold or thresholds, "thresholds are for a cascade; leave them out, or add --cascade")
-        _refuse(len(model) > 1 or len(sigma or []) > 1, "several models or sigmas are a cascade; add --cascade")
-        setup = _set_up_single(model[0], sigma[0] if sigma else None, settings, given | timm_or_authors)
-    context.with_resource(claimed(*written))  # until the command ends
-    classifier = setup.smooth(device, **options)
-    certified = certify_folder(
-        images, setup.scales[0], classifier, setup.rule, output, limit=limit, skip_unreadable=skip_unreadable
+    options = ModelOptions(
+        model, sigma or [], cascade, threshold or [], thresholds, classes, weights, final_norm, outside_range
     )
-    picture = encode(draw_gallery(certified, setup.scales[0], setup.rule), gallery.suffix)
-    files = folder_files(output, certified, setup.scales, model, setup.recorded, setup.chosen)
+    chosen = choose_classifier(options)
+    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
+    rule = chosen.rule(settings)
+    context.with_resource(claimed(*written))  # until the command ends
+    classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
+    scales = chosen.scales
+    certified = certify_folder(
+        images, scales[0], classifier, rule, output, limit=limit, skip_unreadable=skip_unreadable
+    )
+    picture = encode(draw_gallery(certified, scales[0], rule), gallery.suffix)
+    files = folder_files(output, certified, scales, model, chosen.recorded(settings), chosen.chosen)
     if page is not None:
-        files[page] = _make_page(certified, setup.scales[0], model, files[record_path(output)])
+        files[page] = _make_page(certified, scales[0], model, files[record_path(output)])
     write_together(files | {gallery: picture})
-    _print_certificates(certified, setup.rule)
+    _print_certificates(certified, rule)
     print(f"written: {', '.join(map(str, written))}")
     certified.run.finish()
-
-
-class Setup(NamedTuple):
-    """What `rrcm certify` certifies with, and how."""
-
-    scales: "list[LoadedClassifier]"  # the base classifiers, by increasing sigma
-    rule: "StoppingRule | CascadeRule"
-    smooth: "Callable[..., SmoothedClassifier | CascadedClassifier]"  # on a device, with options
-    recorded: dict[str, object]  # settings for the record
-    chosen: "ChosenThresholds | None" = None
-
-
-def _refuse(problem: object, message: str) -> None:
-    if problem:
-        raise RRCMError(message)
-
-
-def _set_up_single(model: str, sigma: float | None, settings: dict, given: dict) -> Setup:
-    from rrcm.certification.certify_images import smooth
-    from rrcm.models.load import load_base_classifier
-
-    loaded = load_base_classifier(model, sigma=sigma, **given)
-    rule = _make_rule(model, loaded, sigma, settings)
-    return Setup([loaded], rule, partial(smooth, loaded, rule.sigma), settings)
-
-
-def _set_up_cascade(
-    models: list[str],
-    sigmas: list[float],
-    thresholds: list[float],
-    record: Path | None,
-    settings: dict,
-    given: dict,
-) -> Setup:
-    from rrcm.certification.cascade_options import load_options
-    from rrcm.certification.cascade_rules import make_cascade_rule
-    from rrcm.certification.certify_images import smooth_cascade
-
-    cascade = load_options(models, sigmas, thresholds, record, **given)
-    rule = make_cascade_rule(sigmas=cascade.sigmas, thresholds=cascade.thresholds, **settings)
-    recorded = settings | {"certificates": rule.certificates}
-    return Setup(cascade.loaded.scales, rule, partial(smooth_cascade, cascade), recorded, cascade.chosen)
 
 
 def _make_page(certified: "FolderCertificates", loaded: "LoadedClassifier", models: list[str], record: bytes) -> bytes:
@@ -324,22 +275,6 @@ def _find_images(folder: Path, written: Collection[Path], gallery: Path, page: P
     if left_out := describe_left_out(images.left_out):
         print(f"note: left out {left_out}", file=sys.stderr)
     return images
-
-
-def _make_rule(model: str, loaded: "LoadedClassifier", sigma: float | None, settings: dict) -> "StoppingRule":
-    """The stopping rule at noise `sigma`, else at the noise that the model was trained for.
-
-    Raises `RRCMError` for impossible settings, and where neither noise is known.
-    """
-    from rrcm.certification.rules import make_stopping_rule
-
-    if sigma is None and loaded.sigma is None:
-        raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
-    rule = make_stopping_rule(sigma=loaded.sigma if sigma is None else sigma, **settings)
-    if loaded.sigma not in (None, rule.sigma):
-        note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {rule.sigma:g} are valid"
-        print(f"{note}, but may be smaller and fewer", file=sys.stderr)
-    return rule
 
 
 def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule | CascadeRule") -> None:
@@ -411,7 +346,8 @@ def board(
     from rrcm.report.board import make_board
 
     resume_gc()
-    _refuse(output.suffix != ".html", f"--output {output}: must end in .html")
+    if output.suffix != ".html":
+        raise RRCMError(f"--output {output}: must end in .html")
     with ExitStack() as stack:
         opened: dict[Path, Path] = {}
         make_board(entries, output, lambda path: find_file(path, stack, opened))
