@@ -126,7 +126,7 @@ Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda"))
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Limit = Annotated[int | None, typer.Option(help="Certify only N images, evenly spaced over the folder.")]
+Limit = Annotated[int | None, typer.Option(help="Take only N images, evenly spaced over the folder.")]
 SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read.")]
 Classes = Annotated[
     Path | None,
@@ -243,6 +243,64 @@ def certify(
     _print_certificates(certified, rule)
     print(f"written: {', '.join(map(str, written))}")
     certified.run.finish()
+
+
+@app.command()
+@exit_on_error
+def predict(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Image files, and folders with images, subfolders included. - reads their names from standard input.",
+            show_default=False,
+            autocompletion=complete_path,
+        ),
+    ],
+    model: Models,
+    sigma: Sigmas = None,
+    cascade: Cascade = False,
+    threshold: Threshold = None,
+    thresholds: Thresholds = None,
+    n: MostSamples = 1000,
+    n0: Annotated[int, typer.Option(help="Of a cascade: samples at each sigma that choose the class.")] = 100,
+    alpha: Annotated[float, typer.Option(help="Maximum probability of another class than the smoothed one.")] = 0.001,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    skip_unreadable: SkipUnreadable = False,
+    classes: Classes = None,
+    weights: Weights = None,
+    final_norm: FinalNorm = True,
+    outside_range: OutsideRange = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv|.jsonl",
+            help="File for the answers, as CSV or JSON lines. Default: CSV on standard output.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
+) -> None:
+    """Predict the classes of IMAGES by majority vote, without a radius: a class or "abstain", and the shares of votes.
+
+    This takes 1,000 samples per image, where a certificate takes up to 100,000.
+    """
+    from rrcm.certification.model_options import ModelOptions, choose_classifier
+    from rrcm.certification.predict_images import check_format, list_files, predict_files, print_answers
+
+    resume_gc()
+    check_format(output)
+    listing = list_files(images, sys.stdin)  # fails before a model is downloaded
+    options = ModelOptions(
+        model, sigma or [], cascade, threshold or [], thresholds, classes, weights, final_norm, outside_range
+    )
+    chosen = choose_classifier(options)
+    classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
+    settings = {"limit": limit, "skip_unreadable": skip_unreadable, "n": n, "n0": n0, "alpha": alpha}
+    print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)
 
 
 def _make_page(certified: "FolderCertificates", loaded: "LoadedClassifier", models: list[str], record: bytes) -> bytes:
