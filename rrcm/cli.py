@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,7 +114,13 @@ Bound = Annotated[
 MostSamples = Annotated[int, typer.Option(help="Maximum number of noisy samples per image.")]
 SelectionSamples = Annotated[int, typer.Option(help="Samples that choose the class.")]
 Alpha = Annotated[float, typer.Option(help="Maximum probability that a certificate is wrong.")]
-RadiusStep = Annotated[float, typer.Option(help="Sequential only: radii are multiples of this, in pixel units.")]
+RadiusStep = Annotated[
+    float | None,
+    typer.Option(
+        help="Sequential only: radii are multiples of this, in pixel units. A larger one needs fewer samples. "
+        "Default: a fifth of the smallest sigma."
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(
@@ -193,7 +199,7 @@ def certify(
     n: MostSamples = 100_000,
     n0: SelectionSamples = 100,
     alpha: Alpha = 0.001,
-    radius_step: RadiusStep = 0.25,
+    radius_step: RadiusStep = None,
     precision: Precision = "fp32",
     batch_size: BatchSize = None,
     device: Device = "auto",
@@ -227,10 +233,12 @@ def certify(
         model, sigma or [], cascade, threshold or [], thresholds, classes, weights, final_norm, outside_range
     )
     chosen = choose_classifier(options)
-    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
+    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha}
+    settings["radius_step"] = chosen.default_step if radius_step is None else radius_step
     rule = chosen.rule(settings)
     context.with_resource(claimed(*written))  # until the command ends
     classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
+    _print_notes(chosen.notes())
     scales = chosen.scales
     certified = certify_folder(
         images, scales[0], classifier, rule, output, limit=limit, skip_unreadable=skip_unreadable
@@ -299,8 +307,15 @@ def predict(
     )
     chosen = choose_classifier(options)
     classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
+    _print_notes(chosen.notes())
     settings = {"limit": limit, "skip_unreadable": skip_unreadable, "n": n, "n0": n0, "alpha": alpha}
     print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)
+
+
+def _print_notes(notes: Iterable[str | None]) -> None:
+    for note in notes:
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _make_page(certified: "FolderCertificates", loaded: "LoadedClassifier", models: list[str], record: bytes) -> bytes:
@@ -341,9 +356,7 @@ def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule | C
 
     frame = certified.frame
     print(f"{certificate_table(frame)}\n\n{certificate_summary(certified, rule)}")
-    for note in (note_on_labels(frame), note_on_letters([*frame["file"], *frame["class"]])):
-        if note:
-            print(f"note: {note}", file=sys.stderr)
+    _print_notes([note_on_labels(frame), note_on_letters([*frame["file"], *frame["class"]])])
 
 
 @app.command()

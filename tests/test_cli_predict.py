@@ -80,7 +80,8 @@ def test_names_on_standard_input_and_json_lines():
     for row, line in zip(found, lines, strict=True):
         assert (line["file"], line["class"], str(line["predict"])) == (row["file"], row["class"], row["predict"])
         assert sum(line["shares"].values()) == pytest.approx(1) and line["samples"] == 200
-        assert next(iter(line["shares"])) == row["first"] and f"{line['shares'][row['first']]:.6g}" == row["first_share"]
+        name, share = next(iter(line["shares"].items()))
+        assert (name, f"{share:.6g}") == (row["first"], row["first_share"])
 
 
 def test_a_csv_file_has_the_lines_of_standard_output():

@@ -1,7 +1,6 @@
 """What the options of `rrcm certify` and `rrcm predict` mean that say which classifier is smoothed, and how."""
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +12,11 @@ from rrcm.certification.record import ChosenThresholds
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import StoppingRule
+from rrcm.models.base_classifiers import Normalized
 from rrcm.models.load import LoadedClassifier, load_base_classifier
 from rrcm.utils.errors import RRCMError
+
+STEPS_PER_SIGMA = 5  # of the grid of radii; README.md says what more of them cost
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ModelOptions:
 class ChosenClassifier:
     """The base classifiers that the options name, and how they are smoothed."""
 
+    models: list[str]  # as given; of a cascade, one may serve all sigmas
     scales: list[LoadedClassifier]  # by increasing sigma; one unless it is a cascade
     sigmas: list[float]  # pixel units
     cascade: CascadeOptions | None = None
@@ -54,6 +57,21 @@ class ChosenClassifier:
         if self.cascade is not None:
             return make_cascade_rule(sigmas=self.sigmas, thresholds=self.cascade.thresholds, **settings)
         return make_stopping_rule(sigma=self.sigmas[0], **settings)
+
+    def notes(self) -> Iterator[str]:
+        """What to know about the models before they are smoothed, in one line each."""
+        for model, loaded, sigma in zip(self.models, self.scales, self.sigmas, strict=False):
+            if loaded.sigma not in (None, sigma):
+                note = f"{model} was trained for sigma {loaded.sigma:g}; certificates at {sigma:g} are valid"
+                yield f"{note}, but may be smaller and fewer"
+            if loaded.sigma is None and isinstance(loaded.classifier, Normalized):  # which only timm models are
+                unseen = f"{model} has never seen noise, unless somebody else fine-tuned it under noise"
+                yield f"{unseen}; if so, its certified accuracy at sigma {sigma:g} will be near 0"
+
+    @property
+    def default_step(self) -> float:
+        """The step of the grid of radii if none is given, in pixel units. It is known before any sample is drawn."""
+        return self.sigmas[0] / STEPS_PER_SIGMA
 
     def recorded(self, settings: Mapping[str, object]) -> dict[str, object]:
         """`settings` with what the record of the certificates has besides."""
@@ -75,13 +93,13 @@ def choose_classifier(options: ModelOptions) -> ChosenClassifier:
             "--weights and --no-final-norm are not for a cascade; leave them out",
         )
         cascade = load_options(models, sigmas, options.thresholds, options.record, **given)
-        return ChosenClassifier(cascade.loaded.scales, cascade.sigmas, cascade)
+        return ChosenClassifier(models, cascade.loaded.scales, cascade.sigmas, cascade)
     _refuse(options.thresholds or options.record, "thresholds are for a cascade; leave them out, or add --cascade")
     _refuse(len(models) > 1 or len(sigmas) > 1, "several models or sigmas are a cascade; add --cascade")
     sigma = sigmas[0] if sigmas else None
     given |= {"weights": options.weights, "final_norm": options.final_norm}
     loaded = load_base_classifier(models[0], sigma=sigma, **given)
-    return ChosenClassifier([loaded], [_known_sigma(models[0], loaded, sigma)])
+    return ChosenClassifier(models, [loaded], [_known_sigma(models[0], loaded, sigma)])
 
 
 def _refuse(problem: object, message: str) -> None:
@@ -93,7 +111,4 @@ def _known_sigma(model: str, loaded: LoadedClassifier, sigma: float | None) -> f
     """`sigma`, else the noise that the model was trained for. Raises `RRCMError` where neither is known."""
     if sigma is None and loaded.sigma is None:
         raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
-    if sigma is not None and loaded.sigma not in (None, sigma):
-        note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {sigma:g} are valid"
-        print(f"{note}, but may be smaller and fewer", file=sys.stderr)
     return loaded.sigma if sigma is None else sigma
