@@ -148,6 +148,9 @@ FinalNorm = Annotated[
 OutsideRange = Annotated[
     bool, typer.Option("--outside-range", help="Joint models only: allow a sigma that their training did not cover.")
 ]
+EstimateOnly = Annotated[
+    bool, typer.Option("--estimate", help="Only say how long it will take: measured in a few seconds, nothing written.")
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -210,6 +213,7 @@ def certify(
     weights: Weights = None,
     final_norm: FinalNorm = True,
     outside_range: OutsideRange = False,
+    estimate: EstimateOnly = False,
     output: Output = Path("certificates.tsv"),
     gallery: Gallery = Path("gallery.png"),
     page: Page = None,
@@ -220,6 +224,7 @@ def certify(
     large one. A run that is stopped continues when the same command is given again.
     """
     from rrcm.certification.certify_images import certify_folder, folder_files, output_paths
+    from rrcm.certification.estimate import estimate_time
     from rrcm.certification.model_options import ModelOptions, choose_classifier
     from rrcm.certification.record import record_path
     from rrcm.report.certified_images import draw_gallery
@@ -236,10 +241,12 @@ def certify(
     settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha}
     settings["radius_step"] = chosen.default_step if radius_step is None else radius_step
     rule = chosen.rule(settings)
-    context.with_resource(claimed(*written))  # until the command ends
-    classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
+    classifier, scales = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size), chosen.scales
     _print_notes(chosen.notes())
-    scales = chosen.scales
+    if estimate:
+        print(estimate_time(images, scales[0], classifier, rule, limit))
+        return
+    context.with_resource(claimed(*written))  # until the command ends
     certified = certify_folder(
         images, scales[0], classifier, rule, output, limit=limit, skip_unreadable=skip_unreadable
     )
@@ -283,6 +290,7 @@ def predict(
     weights: Weights = None,
     final_norm: FinalNorm = True,
     outside_range: OutsideRange = False,
+    estimate: EstimateOnly = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -296,8 +304,15 @@ def predict(
 
     This takes 1,000 samples per image, where a certificate takes up to 100,000.
     """
+    from rrcm.certification.estimate import estimate_time
     from rrcm.certification.model_options import ModelOptions, choose_classifier
-    from rrcm.certification.predict_images import check_format, list_files, predict_files, print_answers
+    from rrcm.certification.predict_images import (
+        check_format,
+        list_files,
+        predict_files,
+        prediction_rule,
+        print_answers,
+    )
 
     resume_gc()
     check_format(output)
@@ -308,7 +323,12 @@ def predict(
     chosen = choose_classifier(options)
     classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
     _print_notes(chosen.notes())
-    settings = {"limit": limit, "skip_unreadable": skip_unreadable, "n": n, "n0": n0, "alpha": alpha}
+    settings = {"n": n, "n0": n0, "alpha": alpha}
+    rule = prediction_rule(classifier, **settings)
+    if estimate:
+        print(estimate_time(listing, chosen.scales[0], classifier, rule, limit))
+        return
+    settings |= {"limit": limit, "skip_unreadable": skip_unreadable}
     print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)
 
 

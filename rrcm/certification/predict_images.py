@@ -122,10 +122,17 @@ def predict_images(
     return answers
 
 
-def prediction_rule(cascade: CascadedClassifier, **settings: float) -> CascadeRule:
-    """The rule of `CascadedClassifier.predict`: certificates of the radius 0. `settings` are n, n0 and alpha."""
-    settings |= {"radius_step": ONLY_0, "bound": "margin"}
-    return make_cascade_rule("sequential", cascade.sigmas, cascade.thresholds, **settings)
+def prediction_rule(
+    classifier: SmoothedClassifier | CascadedClassifier, *, n: int, n0: int, alpha: float
+) -> CascadeRule | int:
+    """When PREDICT of a cascade stops: it is certified at the radius 0. Any other classifier has n samples.
+
+    Raises `RRCMError` for impossible settings.
+    """
+    if not isinstance(classifier, CascadedClassifier):
+        return check_prediction(n, alpha)[0]
+    settings = {"n": n, "n0": n0, "alpha": alpha, "radius_step": ONLY_0, "bound": "margin"}
+    return make_cascade_rule("sequential", classifier.sigmas, classifier.thresholds, **settings)
 
 
 def _predict_by_cascade(
@@ -157,22 +164,19 @@ def predict_files(
 ) -> Iterator[FilePrediction]:
     """The answers to the files that `list_files` found, or to `limit` of them, evenly spaced, one after another.
 
-    File i of the list has the noise of index i under the seed. `loaded` is the base classifier, or any of a cascade,
-    and `settings` are those of `predict_images`. All files are decoded before the first answer. Raises `RRCMError` for
-    bad input, after naming all unreadable images unless they are skipped.
+    `prediction_rule` checks the settings. File i of the list has the noise of index i under the seed. `loaded` is the
+    base classifier, or any of a cascade, and `settings` are those of `predict_images`. All files are decoded before the
+    first answer. Raises `RRCMError` for bad input, after naming all unreadable images unless they are skipped.
     """
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
     positions = evenly_spaced(len(listing.files), limit).tolist()
-    if isinstance(classifier, CascadedClassifier):
-        prediction_rule(classifier, **settings)
-    else:
-        check_prediction(settings["n"], settings["alpha"])
+    cascaded = isinstance(classifier, CascadedClassifier)
     positions = list(check_files(listing, positions, loaded, skip_unreadable))
     names = unique_names(loaded.class_names)
-    scale = classifier.scales[0] if isinstance(classifier, CascadedClassifier) else classifier
+    scale = classifier.scales[0] if cascaded else classifier
     image = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
-    together = scale.images_per_round(image, settings["n"])
+    together = scale.images_per_round(image, settings["n0" if cascaded else "n"])  # so that batches are full
     with Progress(len(positions), "predict", "images", only_if_long=True) as progress:
         for first in range(0, len(positions), together):
             group = positions[first : first + together]
