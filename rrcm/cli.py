@@ -66,9 +66,10 @@ Images = Annotated[
 Models = Annotated[
     list[str],
     typer.Option(
-        metavar="FOLDER|FILE|NAME",
-        help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model: its name, "
-        "hf-hub:owner/name, or a snapshot folder. Of a cascade: a joint model, or one model per sigma in their order.",
+        metavar="FOLDER|FILE|NAME|CODE",
+        help="A model folder, a fine-tuned checkpoint of the rRCM authors, a timm model (its name, hf-hub:owner/name, "
+        "or a snapshot folder), or a function of your own code that returns a torch module: file.py:function or "
+        "module:function. Of a cascade: a joint model, or one model per sigma in their order.",
         autocompletion=complete_path,
     ),
 ]
@@ -140,7 +141,9 @@ Classes = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="File with the weights of a timm name, instead of a download.", autocompletion=complete_path),
+    typer.Option(
+        help="File with the weights of a timm name or of your own code: a state dict.", autocompletion=complete_path
+    ),
 ]
 FinalNorm = Annotated[
     bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")

@@ -13,7 +13,8 @@ from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import StoppingRule
 from rrcm.models.base_classifiers import Normalized
-from rrcm.models.load import LoadedClassifier, load_base_classifier
+from rrcm.models.load import LoadedClassifier
+from rrcm.models.own_code import load_named_classifier
 from rrcm.utils.errors import RRCMError
 
 STEPS_PER_SIGMA = 5  # of the grid of radii; README.md says what more of them cost
@@ -29,7 +30,7 @@ class ModelOptions:
     thresholds: list[float] = field(default_factory=list)  # of a cascade, pixel units
     record: Path | None = None  # of a cascade, for its sigmas and thresholds
     classes: Path | None = None  # text file with one class name per line
-    weights: Path | None = None  # of a timm name
+    weights: Path | None = None  # of a timm name, or of a module of the user's own code
     final_norm: bool = True  # of an authors' checkpoint
     outside_range: bool = False  # of a joint model
 
@@ -98,7 +99,7 @@ def choose_classifier(options: ModelOptions) -> ChosenClassifier:
     _refuse(len(models) > 1 or len(sigmas) > 1, "several models or sigmas are a cascade; add --cascade")
     sigma = sigmas[0] if sigmas else None
     given |= {"weights": options.weights, "final_norm": options.final_norm}
-    loaded = load_base_classifier(models[0], sigma=sigma, **given)
+    loaded = load_named_classifier(models[0], sigma=sigma, **given)
     return ChosenClassifier(models, [loaded], [_known_sigma(models[0], loaded, sigma)])
 
 
