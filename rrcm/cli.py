@@ -335,6 +335,61 @@ def predict(
     print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)
 
 
+@app.command()
+@exit_on_error
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model as for `rrcm certify --model`.",
+            show_default=False,
+            autocompletion=complete_path,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the program and its README.md.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="onnx|torch-export|torchscript",
+            help="ONNX needs the packages of rrcm[onnx].",
+            autocompletion=_choices("onnx", "torch-export", "torchscript"),
+        ),
+    ],
+    sigma: Annotated[
+        float | None, typer.Option(help="Noise in pixel units. Default: what the model was trained for.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with images: certify 20 of them by the model and by the program, and count the agreements.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
+    classes: Classes = None,
+    weights: Weights = None,
+    final_norm: FinalNorm = True,
+    outside_range: OutsideRange = False,
+) -> None:
+    """Export MODEL as a program that runs without this package: images in [0, 1] with noise to logits, at one sigma.
+
+    Its logits and its votes are compared with those of the model. A README.md beside it says how to vote.
+    """
+    from rrcm.certification.export import check_export, export_model
+    from rrcm.certification.model_options import ModelOptions, choose_classifier
+
+    resume_gc()
+    sigmas = [] if sigma is None else [sigma]
+    options = ModelOptions([model], sigmas, False, [], None, classes, weights, final_norm, outside_range)
+    check_export(format, output)
+    chosen = choose_classifier(options)
+    chosen.smooth("cpu")  # raises errors of the model and of the sigma
+    _print_notes(chosen.notes())
+    print(export_model(chosen.scales[0], chosen.sigmas[0], format, output, check))
+    print(f"written: {output}")
+
+
 def _print_notes(notes: Iterable[str | None]) -> None:
     for note in notes:
         if note:
