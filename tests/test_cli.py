@@ -394,6 +394,8 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--device", "gpu"], "device = 'gpu'"),
         (["images", "--model", "model", "--device", "cuda:99"], "cuda:99"),
         (["images", "--model", "images"], "images/config.json: no such file"),
+        (["images", "--model", "models/rrcm_joint/joint"], "`dvc pull models/rrcm_joint/joint` fetches the published"),
+        (["images", "--model", "models/rrcm/joint", "--cascade"], "`dvc pull models/rrcm/joint` fetches the published"),
         (["images", "--model", "junk.pth", "--sigma", "1"], "junk.pth"),
         (["images", "--model", "model", "--weights", "junk.pth"], "weights are for a timm model"),
         (["images", "--model", "model", "--no-final-norm"], "only an authors' checkpoint file"),

@@ -39,6 +39,7 @@ def load_named_classifier(
 ) -> LoadedClassifier:
     """`load_base_classifier`, and also a model of the user's own code. Raises `RRCMError` as that function does."""
     if not is_own_code(model):
+        refuse_missing(model)
         return load_base_classifier(model, sigma=sigma, weights=weights, **options)
     if not options.pop("final_norm", True):
         raise RRCMError(f"{model}: only an authors' checkpoint file can skip the final norm; leave that option out")
@@ -48,6 +49,8 @@ def load_named_classifier(
 def load_named_cascade(models: Sequence[Path | str], sigmas: Sequence[float], **options: object) -> LoadedCascade:
     """`load_cascade`, and also of models of the user's own code. Raises `RRCMError` as that function does."""
     if not any(map(is_own_code, models)):
+        for model in models:
+            refuse_missing(model)
         return load_cascade(models, sigmas, **options)
     if not sigmas:
         raise RRCMError(f"{models[0]}: its sigmas are not known; give the sigmas of the cascade")
@@ -63,6 +66,14 @@ def load_named_cascade(models: Sequence[Path | str], sigmas: Sequence[float], **
             other = f"has another image size, other channels or other classes than {models[0]}"
             raise RRCMError(f"{model}: {other}; give models for the same images")
     return LoadedCascade(scales, list(sigmas), False)
+
+
+def refuse_missing(model: Path | str) -> None:
+    """Raise `RRCMError` for a folder of this repository that is not there. Others may be names of timm models."""
+    folder = Path(model)
+    if folder.parts[:1] == ("models",) and not folder.exists():
+        fetched = f"in a clone of the repository, `dvc pull {printable(folder)}` fetches the published one"
+        raise RRCMError(f"{printable(model)}: no such folder; {fetched}, and `make repro` trains it")
 
 
 def load_own_code(name: str, *, weights: Path | None = None, classes: Path | None = None) -> LoadedClassifier:
