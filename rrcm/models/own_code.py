@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -92,7 +93,8 @@ def load_own_code(name: str, *, weights: Path | None = None, classes: Path | Non
         raise RRCMError(f"{name}: returns a {type(module).__name__}; let it return a torch.nn.Module")
     if weights is not None:
         load_weights(module, load_tensors(expand_user(weights)), weights)
-    module.eval()
+    with suppress(NotImplementedError):  # exported programs have no modes
+        module.eval()
     loaded = answer if isinstance(answer, LoadedClassifier) else _describe(name, module, classes)
     return loaded if classes is None else loaded._replace(class_names=_read_class_names(classes, loaded.num_classes))
 

@@ -52,6 +52,16 @@ def wrong_size():
     model.image_size = 9
     return model
 
+class Exported(nn.Module):
+    image_size, channels = 8, 1
+    def eval(self):
+        raise NotImplementedError("as of exported programs")
+    def forward(self, noisy):
+        return noisy.flatten(1)[:, :2]
+
+def exported():
+    return Exported()
+
 def picture():
     model = nn.Identity()
     model.image_size = 8
@@ -120,6 +130,7 @@ def test_weights_are_a_state_dict():
 
 def test_names_of_classes():
     assert load_own_code("code/mine.py:build").class_names == ["0", "1", "2"]
+    assert load_own_code("code/mine.py:exported").class_names == ["0", "1"]
     assert load_own_code("code/mine.py:named").class_names == ["cat", "dog", "fox"]
     Path("names.txt").write_text("a\nb\nc\n")
     assert load_own_code("code/mine.py:named", classes=Path("names.txt")).class_names == ["a", "b", "c"]
