@@ -352,7 +352,7 @@ def export(
         str,
         typer.Option(
             metavar="onnx|torch-export|torchscript",
-            help="ONNX needs the packages of rrcm[onnx].",
+            help="ONNX needs the optional packages of the extra onnx.",
             autocompletion=_choices("onnx", "torch-export", "torchscript"),
         ),
     ],

@@ -19,7 +19,7 @@ from torch import nn
 
 from rrcm.certification.certify_images import find_images, read_square
 from rrcm.certification.export_readme import export_readme
-from rrcm.certification.networks import batch_limits, in_batches, logits_of
+from rrcm.certification.networks import batch_limits, in_batches, logits_of, set_eval
 from rrcm.certification.smoothing import TOLERANCE, SmoothedClassifier, is_stochastic
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier
@@ -107,11 +107,12 @@ def export_model(
     if is_stochastic(loaded.classifier):
         raise RRCMError("the model draws random numbers of its own, which no program can have; export another model")
     images = None if pictures is None else read_pictures(pictures, loaded)
-    original = Program(copy.deepcopy(loaded.classifier).cpu()).eval().requires_grad_(False)
     with atomic_directory(folder) as scratch:
         path = scratch / FORMATS[kind]
         example = torch.zeros(4, loaded.channels, loaded.image_size, loaded.image_size)
         try:
+            original = Program(copy.deepcopy(loaded.classifier)).cpu().requires_grad_(False)
+            set_eval(original)
             program = _write_program(original, example, kind, path)
             compared = compare(original, program, example, sigma)
         except Exception as error:  # exporters and their programs raise all kinds of exceptions
