@@ -3,11 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +15,8 @@ from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.files import check_output
 
 if TYPE_CHECKING:
-    from rrcm.certification.cascade import CascadedClassifier
     from rrcm.certification.cascade_rules import CascadeRule
     from rrcm.certification.certify_images import FolderCertificates
-    from rrcm.certification.record import ChosenThresholds
-    from rrcm.certification.smoothing import SmoothedClassifier
     from rrcm.certification.stopping import StoppingRule
     from rrcm.data.images import Listing
     from rrcm.models.load import LoadedClassifier
@@ -70,9 +66,10 @@ Images = Annotated[
 Models = Annotated[
     list[str],
     typer.Option(
-        metavar="FOLDER|FILE|NAME",
-        help="A model folder, a fine-tuned checkpoint of the rRCM authors, or a timm model: its name, "
-        "hf-hub:owner/name, or a snapshot folder. Of a cascade: a joint model, or one model per sigma in their order.",
+        metavar="FOLDER|FILE|NAME|CODE",
+        help="A model folder, a fine-tuned checkpoint of the rRCM authors, a timm model (its name, hf-hub:owner/name, "
+        "or a snapshot folder), or a function of your own code that returns a torch module: file.py:function or "
+        "module:function. Of a cascade: a joint model, or one model per sigma in their order.",
         autocompletion=complete_path,
     ),
 ]
@@ -118,7 +115,13 @@ Bound = Annotated[
 MostSamples = Annotated[int, typer.Option(help="Maximum number of noisy samples per image.")]
 SelectionSamples = Annotated[int, typer.Option(help="Samples that choose the class.")]
 Alpha = Annotated[float, typer.Option(help="Maximum probability that a certificate is wrong.")]
-RadiusStep = Annotated[float, typer.Option(help="Sequential only: radii are multiples of this, in pixel units.")]
+RadiusStep = Annotated[
+    float | None,
+    typer.Option(
+        help="Sequential only: radii are multiples of this, in pixel units. A larger one needs fewer samples. "
+        "Default: a fifth of the smallest sigma."
+    ),
+]
 Precision = Annotated[
     str,
     typer.Option(
@@ -130,7 +133,7 @@ Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda"))
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Limit = Annotated[int | None, typer.Option(help="Certify only N images, evenly spaced over the folder.")]
+Limit = Annotated[int | None, typer.Option(help="Take only N images, evenly spaced over the folder.")]
 SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read.")]
 Classes = Annotated[
     Path | None,
@@ -138,13 +141,18 @@ Classes = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="File with the weights of a timm name, instead of a download.", autocompletion=complete_path),
+    typer.Option(
+        help="File with the weights of a timm name or of your own code: a state dict.", autocompletion=complete_path
+    ),
 ]
 FinalNorm = Annotated[
     bool, typer.Option(help="Authors' checkpoints only: their CIFAR-10 models skip the last LayerNorm.")
 ]
 OutsideRange = Annotated[
     bool, typer.Option("--outside-range", help="Joint models only: allow a sigma that their training did not cover.")
+]
+EstimateOnly = Annotated[
+    bool, typer.Option("--estimate", help="Only say how long it will take: measured in a few seconds, nothing written.")
 ]
 Output = Annotated[
     Path,
@@ -197,7 +205,7 @@ def certify(
     n: MostSamples = 100_000,
     n0: SelectionSamples = 100,
     alpha: Alpha = 0.001,
-    radius_step: RadiusStep = 0.25,
+    radius_step: RadiusStep = None,
     precision: Precision = "fp32",
     batch_size: BatchSize = None,
     device: Device = "auto",
@@ -208,6 +216,7 @@ def certify(
     weights: Weights = None,
     final_norm: FinalNorm = True,
     outside_range: OutsideRange = False,
+    estimate: EstimateOnly = False,
     output: Output = Path("certificates.tsv"),
     gallery: Gallery = Path("gallery.png"),
     page: Page = None,
@@ -218,6 +227,8 @@ def certify(
     large one. A run that is stopped continues when the same command is given again.
     """
     from rrcm.certification.certify_images import certify_folder, folder_files, output_paths
+    from rrcm.certification.estimate import estimate_time
+    from rrcm.certification.model_options import ModelOptions, choose_classifier
     from rrcm.certification.record import record_path
     from rrcm.report.certified_images import draw_gallery
     from rrcm.report.figures import encode
@@ -226,72 +237,163 @@ def certify(
     resume_gc()
     written = [*output_paths(output), gallery, *([page] if page else [])]
     images = _find_images(folder, written, gallery, page)  # fails before a model is downloaded
-    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step}
-    options = {"seed": seed, "precision": precision, "batch_size": batch_size}
-    given = {"classes": classes, "outside_range": outside_range}
-    timm_or_authors = {"weights": weights, "final_norm": final_norm}
-    if cascade:
-        _refuse(not final_norm or weights, "--weights and --no-final-norm are not for a cascade; leave them out")
-        setup = _set_up_cascade(model, sigma or [], threshold or [], thresholds, settings, given)
-    else:
-        _refuse(threshold or thresholds, "thresholds are for a cascade; leave them out, or add --cascade")
-        _refuse(len(model) > 1 or len(sigma or []) > 1, "several models or sigmas are a cascade; add --cascade")
-        setup = _set_up_single(model[0], sigma[0] if sigma else None, settings, given | timm_or_authors)
-    context.with_resource(claimed(*written))  # until the command ends
-    classifier = setup.smooth(device, **options)
-    certified = certify_folder(
-        images, setup.scales[0], classifier, setup.rule, output, limit=limit, skip_unreadable=skip_unreadable
+    options = ModelOptions(
+        model, sigma or [], cascade, threshold or [], thresholds, classes, weights, final_norm, outside_range
     )
-    picture = encode(draw_gallery(certified, setup.scales[0], setup.rule), gallery.suffix)
-    files = folder_files(output, certified, setup.scales, model, setup.recorded, setup.chosen)
+    chosen = choose_classifier(options)
+    settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha}
+    settings["radius_step"] = chosen.default_step if radius_step is None else radius_step
+    rule = chosen.rule(settings)
+    classifier, scales = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size), chosen.scales
+    _print_notes(chosen.notes())
+    if estimate:
+        print(estimate_time(images, scales[0], classifier, rule, limit))
+        return
+    context.with_resource(claimed(*written))  # until the command ends
+    certified = certify_folder(
+        images, scales[0], classifier, rule, output, limit=limit, skip_unreadable=skip_unreadable
+    )
+    picture = encode(draw_gallery(certified, scales[0], rule), gallery.suffix)
+    files = folder_files(output, certified, scales, model, chosen.recorded(settings), chosen.chosen)
     if page is not None:
-        files[page] = _make_page(certified, setup.scales[0], model, files[record_path(output)])
+        files[page] = _make_page(certified, scales[0], model, files[record_path(output)])
     write_together(files | {gallery: picture})
-    _print_certificates(certified, setup.rule)
+    _print_certificates(certified, rule)
     print(f"written: {', '.join(map(str, written))}")
     certified.run.finish()
 
 
-class Setup(NamedTuple):
-    """What `rrcm certify` certifies with, and how."""
+@app.command()
+@exit_on_error
+def predict(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Image files, and folders with images, subfolders included. - reads their names from standard input.",
+            show_default=False,
+            autocompletion=complete_path,
+        ),
+    ],
+    model: Models,
+    sigma: Sigmas = None,
+    cascade: Cascade = False,
+    threshold: Threshold = None,
+    thresholds: Thresholds = None,
+    n: MostSamples = 1000,
+    n0: Annotated[int, typer.Option(help="Of a cascade: samples at each sigma that choose the class.")] = 100,
+    alpha: Annotated[float, typer.Option(help="Maximum probability of another class than the smoothed one.")] = 0.001,
+    precision: Precision = "fp32",
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    skip_unreadable: SkipUnreadable = False,
+    classes: Classes = None,
+    weights: Weights = None,
+    final_norm: FinalNorm = True,
+    outside_range: OutsideRange = False,
+    estimate: EstimateOnly = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv|.jsonl",
+            help="File for the answers, as CSV or JSON lines. Default: CSV on standard output.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
+) -> None:
+    """Predict the classes of IMAGES by majority vote, without a radius: a class or "abstain", and the shares of votes.
 
-    scales: "list[LoadedClassifier]"  # the base classifiers, by increasing sigma
-    rule: "StoppingRule | CascadeRule"
-    smooth: "Callable[..., SmoothedClassifier | CascadedClassifier]"  # on a device, with options
-    recorded: dict[str, object]  # settings for the record
-    chosen: "ChosenThresholds | None" = None
+    This takes 1,000 samples per image, where a certificate takes up to 100,000.
+    """
+    from rrcm.certification.estimate import estimate_time
+    from rrcm.certification.model_options import ModelOptions, choose_classifier
+    from rrcm.certification.predict_images import (
+        check_format,
+        list_files,
+        predict_files,
+        prediction_rule,
+        print_answers,
+    )
+
+    resume_gc()
+    check_format(output)
+    listing = list_files(images, sys.stdin)  # fails before a model is downloaded
+    options = ModelOptions(
+        model, sigma or [], cascade, threshold or [], thresholds, classes, weights, final_norm, outside_range
+    )
+    chosen = choose_classifier(options)
+    classifier = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size)
+    _print_notes(chosen.notes())
+    settings = {"n": n, "n0": n0, "alpha": alpha}
+    rule = prediction_rule(classifier, **settings)
+    if estimate:
+        print(estimate_time(listing, chosen.scales[0], classifier, rule, limit))
+        return
+    settings |= {"limit": limit, "skip_unreadable": skip_unreadable}
+    print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)
 
 
-def _refuse(problem: object, message: str) -> None:
-    if problem:
-        raise RRCMError(message)
+@app.command()
+@exit_on_error
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model as for `rrcm certify --model`.",
+            show_default=False,
+            autocompletion=complete_path,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the program and its README.md.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="onnx|torch-export|torchscript",
+            help="ONNX needs the optional packages of the extra onnx.",
+            autocompletion=_choices("onnx", "torch-export", "torchscript"),
+        ),
+    ],
+    sigma: Annotated[
+        float | None, typer.Option(help="Noise in pixel units. Default: what the model was trained for.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with images: certify 20 of them by the model and by the program, and count the agreements.",
+            autocompletion=complete_path,
+        ),
+    ] = None,
+    classes: Classes = None,
+    weights: Weights = None,
+    final_norm: FinalNorm = True,
+    outside_range: OutsideRange = False,
+) -> None:
+    """Export MODEL as a program that runs without this package: images in [0, 1] with noise to logits, at one sigma.
+
+    Its logits and its votes are compared with those of the model. A README.md beside it says how to vote.
+    """
+    from rrcm.certification.export import check_export, export_model
+    from rrcm.certification.model_options import ModelOptions, choose_classifier
+
+    resume_gc()
+    sigmas = [] if sigma is None else [sigma]
+    options = ModelOptions([model], sigmas, False, [], None, classes, weights, final_norm, outside_range)
+    check_export(format, output)
+    chosen = choose_classifier(options)
+    chosen.smooth("cpu")  # raises errors of the model and of the sigma
+    _print_notes(chosen.notes())
+    print(export_model(chosen.scales[0], chosen.sigmas[0], format, output, check))
+    print(f"written: {output}")
 
 
-def _set_up_single(model: str, sigma: float | None, settings: dict, given: dict) -> Setup:
-    from rrcm.certification.certify_images import smooth
-    from rrcm.models.load import load_base_classifier
-
-    loaded = load_base_classifier(model, sigma=sigma, **given)
-    rule = _make_rule(model, loaded, sigma, settings)
-    return Setup([loaded], rule, partial(smooth, loaded, rule.sigma), settings)
-
-
-def _set_up_cascade(
-    models: list[str],
-    sigmas: list[float],
-    thresholds: list[float],
-    record: Path | None,
-    settings: dict,
-    given: dict,
-) -> Setup:
-    from rrcm.certification.cascade_options import load_options
-    from rrcm.certification.cascade_rules import make_cascade_rule
-    from rrcm.certification.certify_images import smooth_cascade
-
-    cascade = load_options(models, sigmas, thresholds, record, **given)
-    rule = make_cascade_rule(sigmas=cascade.sigmas, thresholds=cascade.thresholds, **settings)
-    recorded = settings | {"certificates": rule.certificates}
-    return Setup(cascade.loaded.scales, rule, partial(smooth_cascade, cascade), recorded, cascade.chosen)
+def _print_notes(notes: Iterable[str | None]) -> None:
+    for note in notes:
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _make_page(certified: "FolderCertificates", loaded: "LoadedClassifier", models: list[str], record: bytes) -> bytes:
@@ -326,31 +428,13 @@ def _find_images(folder: Path, written: Collection[Path], gallery: Path, page: P
     return images
 
 
-def _make_rule(model: str, loaded: "LoadedClassifier", sigma: float | None, settings: dict) -> "StoppingRule":
-    """The stopping rule at noise `sigma`, else at the noise that the model was trained for.
-
-    Raises `RRCMError` for impossible settings, and where neither noise is known.
-    """
-    from rrcm.certification.rules import make_stopping_rule
-
-    if sigma is None and loaded.sigma is None:
-        raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
-    rule = make_stopping_rule(sigma=loaded.sigma if sigma is None else sigma, **settings)
-    if loaded.sigma not in (None, rule.sigma):
-        note = f"note: {model} was trained for sigma {loaded.sigma:g}; certificates at {rule.sigma:g} are valid"
-        print(f"{note}, but may be smaller and fewer", file=sys.stderr)
-    return rule
-
-
 def _print_certificates(certified: "FolderCertificates", rule: "StoppingRule | CascadeRule") -> None:
     from rrcm.report.certified_images import certificate_summary, certificate_table, note_on_labels
     from rrcm.report.fonts import note_on_letters
 
     frame = certified.frame
     print(f"{certificate_table(frame)}\n\n{certificate_summary(certified, rule)}")
-    for note in (note_on_labels(frame), note_on_letters([*frame["file"], *frame["class"]])):
-        if note:
-            print(f"note: {note}", file=sys.stderr)
+    _print_notes([note_on_labels(frame), note_on_letters([*frame["file"], *frame["class"]])])
 
 
 @app.command()
@@ -457,7 +541,8 @@ def board(
     from rrcm.report.board import make_board
 
     resume_gc()
-    _refuse(output.suffix != ".html", f"--output {output}: must end in .html")
+    if output.suffix != ".html":
+        raise RRCMError(f"--output {output}: must end in .html")
     with ExitStack() as stack:
         opened: dict[Path, Path] = {}
         make_board(entries, output, lambda path: find_file(path, stack, opened))

@@ -168,6 +168,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key + ': ' if key else ''}{message}{more}"
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    if first["type"] == "list_type" and isinstance(value, str | float | int):
+        message += f", such as [{value}]"
     return f"{key} = {shown}: {message}{more}"
 
 

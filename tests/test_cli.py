@@ -38,7 +38,9 @@ from rrcm.models.checkpoints import save_model
 from rrcm.models.joint import JointSigmas
 from rrcm.models.load import LoadedClassifier, class_folders, load_base_classifier
 from rrcm.models.vit import NoiseConditionedViT
+from rrcm.report.certified_images import kind_of_answer
 from rrcm.report.gallery import Thumbnail, draw_certified_images, rounded_down
+from rrcm.report.thumbnails import Answer, make_answer
 
 SMALL = ["--n", "300", "--n0", "20", "--batch-size", "64"]
 
@@ -109,7 +111,7 @@ def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, ima
     answer = rrcm("images", "--model", "model", "--stopping", stopping, *SMALL)
     assert answer.exit_code == 0, answer.output
     smoothed = SmoothedClassifier(saved, 0.25, 3, batch_size=64)
-    expected = smoothed.certify(images, stopping=stopping, n0=20, n=300)
+    expected = smoothed.certify(images, stopping=stopping, n0=20, n=300, radius_step=0.05)
     frame = pd.read_csv("certificates.tsv", sep="\t")
     assert list(frame) == ["idx", "label", "predict", "radius", "correct", "time"]
     assert frame["label"].tolist() == [0, 1, 1, -1] and frame["idx"].tolist() == [0, 1, 2, 3]
@@ -138,8 +140,11 @@ def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, ima
 def test_a_joint_model_certifies_at_any_sigma_of_its_range(saved, images):
     save_model("joint", saved, sigma=JointSigmas((0.25, 0.5, 1.0)))
     frame = certified("images", "--model", "joint", "--sigma", "0.37")
-    expected = SmoothedClassifier(saved.at(0.37), 0.37, 3, batch_size=64).certify(images, n0=20, n=300)
+    expected = SmoothedClassifier(saved.at(0.37), 0.37, 3, batch_size=64).certify(
+        images, n0=20, n=300, radius_step=0.37 / 5
+    )
     assert frame["radius"].tolist() == [each.radius for each in expected]
+    assert read_record(Path("certificates.json")).radius_step == 0.37 / 5  # by default
     answer = CliRunner().invoke(app, ["audit", "certificates.tsv", "--model", "joint", "--images", "images"])
     assert answer.exit_code == 0 and answer.stdout.startswith("verified: "), answer.output
     refused(rrcm("images", "--model", "joint"), "joint: was trained for sigma 0.25 to 1; give sigma, in pixel units")
@@ -313,6 +318,8 @@ def test_a_timm_model_with_weights_of_a_file(images):
         "fixed",
     )
     assert answer.exit_code == 0, answer.output
+    unseen = "note: test_vit has never seen noise, unless somebody else fine-tuned it under noise; if so, its certified"
+    assert f"{unseen} accuracy at sigma 1 will be near 0\n" in answer.stderr
 
     class Pixels(nn.Module):
         def forward(self, pixels):
@@ -387,6 +394,8 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--device", "gpu"], "device = 'gpu'"),
         (["images", "--model", "model", "--device", "cuda:99"], "cuda:99"),
         (["images", "--model", "images"], "images/config.json: no such file"),
+        (["images", "--model", "models/rrcm_joint/joint"], "`dvc pull models/rrcm_joint/joint` fetches the published"),
+        (["images", "--model", "models/rrcm/joint", "--cascade"], "`dvc pull models/rrcm/joint` fetches the published"),
         (["images", "--model", "junk.pth", "--sigma", "1"], "junk.pth"),
         (["images", "--model", "model", "--weights", "junk.pth"], "weights are for a timm model"),
         (["images", "--model", "model", "--no-final-norm"], "only an authors' checkpoint file"),
@@ -659,11 +668,26 @@ def test_radii_are_never_shown_larger_than_they_are():
     ]
 
 
+def test_no_radius_is_ticked_that_is_shown_as_zero(saved, images):
+    """Neither on the page nor in the listing, whose step is coarse here."""
+    kinds = [kind_of_answer(*each) for each in ((1, 1, 0.0), (1, -1, 0.0004), (1, 0, 0.0), (-1, 1, 0.0), (1, 1, 0.001))]
+    assert kinds == ["no radius", "no radius", "wrong", "abstains", "correct"]
+    assert make_answer("no radius", "cat", 0.0) == Answer("no radius", "○ cat", "0.000")
+    shutil.move("images/other", "images/2")
+    answer = rrcm("images", "--model", "model", "--radius-step", "9", "--page", "page.html", *SMALL)
+    assert read_record(Path("certificates.json")).radius_step == 9
+    predicted = (pd.read_csv("certificates.tsv", sep="\t")["predict"] >= 0).sum()
+    page = Path("page.html").read_text()
+    assert predicted and f"{predicted} of them at radius 0.000" in answer.stdout
+    assert "✓" not in page.replace("(✓ correct, ✗ wrong, ○ no radius, ? abstains)", "")
+    assert "correct" not in page.split("<tbody>")[1].split("</tbody>")[0] and "of no changed image" in page
+
+
 @pytest.mark.parametrize("count", [1, 5, 24])
 def test_no_two_texts_of_the_gallery_touch(count):
     """Names of all kinds: wide, long, with mathematics in them, with signs that the font lacks (which warns)."""
     names = ["W" * 60, "a/b.png", r"$\frac{1}{2}$ " + "long " * 20, "图像" * 30]
-    kinds = ["certified", "correct", "wrong", "abstains"]
+    kinds = ["certified", "no radius", "wrong", "abstains"]
     tiles = [
         Thumbnail(
             np.zeros((8, 8, 3)),

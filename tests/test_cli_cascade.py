@@ -48,7 +48,7 @@ def test_the_command_writes_and_prints_the_certificates_of_the_cascade(models, i
     assert answer.exit_code == 0, answer.output
     scales = [models.at(sigma) for sigma in SIGMAS]
     cascade = package.CascadedClassifier(scales, SIGMAS, (-0.1, 0.2), 3, batch_size=64)
-    expected = cascade.certify(images, stopping=stopping, n0=20, n=300, bound="margin")
+    expected = cascade.certify(images, stopping=stopping, n0=20, n=300, bound="margin", radius_step=0.05)
     frame, samples = pd.read_csv("certificates.tsv", sep="\t"), read_samples("certificates.samples.tsv")
     assert frame["predict"].tolist() == [each.prediction for each in expected]
     assert frame["radius"].tolist() == [each.radius for each in expected] and frame["radius"].max() > 0

@@ -205,6 +205,13 @@ def test_presets_hold_every_method(tmp_path):
         assert started_from == set(config.pretrain.objectives), name
 
 
+@pytest.mark.parametrize(
+    ("methods", "expected"), [("macer,dds", []), ("gaussian,dmae,rrcm,rrcm_joint", ["dmae", "rrcm"])]
+)
+def test_what_methods_start_from_is_pretrained_and_nothing_else(tmp_path, methods, expected):
+    assert profile(tmp_path, "digits", f"methods=[{methods}]").pretrain.objectives == expected
+
+
 @pytest.mark.parametrize("overrides", [["methods=[rrcm,gaussian]"], ["preset=all", "methods=[rrcm,gaussian]"]])
 def test_a_list_of_methods_beats_the_preset(tmp_path, overrides):
     answer = stage(tmp_path, "compose", "--output", "params.yaml", *overrides)

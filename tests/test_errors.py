@@ -35,6 +35,7 @@ def test_unknown_profile_or_key(tmp_path):
     [
         ("certify.nn=3", "Could not override 'certify.nn'. To append to your config use +certify.nn=3"),
         ("finetune.layer_decay={sigma_0.5: 1}", "use +finetune.layer_decay={sigma_0.5: 1}"),
+        ("sigmas=0.5", "conf: sigmas = 0.5: should be a valid list, such as [0.5]"),
         ("certify={n: 3", "no viable alternative at input '{n: 3'"),
         ("certify.n=${n}", "Interpolation key 'n' not found"),
     ],

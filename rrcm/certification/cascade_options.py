@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from rrcm.certification.cascade_rules import check_scales
 from rrcm.certification.record import CascadeRecord, ChosenThresholds, read_record
-from rrcm.models.load import LoadedCascade, load_cascade
+from rrcm.models.load import LoadedCascade
+from rrcm.models.own_code import load_named_cascade
 from rrcm.utils.errors import RRCMError
 
 
@@ -33,7 +34,7 @@ def load_options(
     classes: Path | None = None,
     outside_range: bool = False,
 ) -> CascadeOptions:
-    """Load the models of a cascade. The other arguments are as for `load_cascade`.
+    """Load the models of a cascade. The other arguments are as for `load_named_cascade`.
 
     `record` is the record of a cascade whose thresholds are used, and whose sigmas if none are given. Without it and
     without `thresholds`, all thresholds are 0. Raises `RRCMError` for options that do not fit together.
@@ -51,7 +52,7 @@ def load_options(
         raise RRCMError(f"sigma = {sigmas[0]:g}: a cascade has at least two sigmas; give more, or leave --cascade out")
     if sigmas:
         check_scales(sigmas, thresholds or [0.0] * (len(sigmas) - 1))  # before models are loaded
-    loaded = load_cascade(models, sigmas, classes=classes, outside_range=outside_range)
+    loaded = load_named_cascade(models, sigmas, classes=classes, outside_range=outside_range)
     if len(loaded.sigmas) == 1:
         raise RRCMError(f"{models[0]}: was trained for one sigma, a cascade has at least two; give the sigmas")
     thresholds = list(thresholds) or [0.0] * (len(loaded.sigmas) - 1)

@@ -171,7 +171,7 @@ def certify_folder(
     positions = evenly_spaced(len(listing.files), limit).tolist()
     cascade = isinstance(classifier, CascadedClassifier)
     functions, scales = (CASCADED, list(classifier.scales)) if cascade else (SMOOTHED, [classifier])
-    contents = _check_images(listing, positions, loaded, skip_unreadable)
+    contents = check_files(listing, positions, loaded, skip_unreadable)
     states = [functions.new(position, content, rule) for position, content in contents.items()]
     image = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
     batch_size = classifier.share_batch_size(image) if cascade else classifier.find_batch_size(image)
@@ -274,7 +274,7 @@ def files_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.files.tsv")
 
 
-def _check_images(
+def check_files(
     listing: Listing, positions: Sequence[int], loaded: LoadedClassifier, skip_unreadable: bool
 ) -> dict[int, str]:
     """Decode the images at `positions` of the list. Returns the hash of the pixels of those that can be read."""

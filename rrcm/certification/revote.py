@@ -29,7 +29,8 @@ from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, Smooth
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
 from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
-from rrcm.models.load import LoadedClassifier, load_cascade
+from rrcm.models.load import LoadedClassifier
+from rrcm.models.own_code import load_named_cascade
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.pixels import to_unit_range
@@ -90,7 +91,9 @@ def load_inputs(
     models = [models] if isinstance(models, Path | str) else list(models)
     if len(models) != len(record.models):
         raise RRCMError(f"{path}: was certified with {len(record.models)} models, {len(models)} are given; give each")
-    scales, _, can_pass = load_cascade(models, record.sigmas, outside_range=True)  # a certificate says which sigmas
+    scales, _, can_pass = load_named_cascade(
+        models, record.sigmas, outside_range=True
+    )  # a certificate says which sigmas
     problems = []
     for model, loaded, published in zip(models, scales, record.models, strict=False):
         if identify_model(str(model), loaded)["sha256"] != published.sha256:

@@ -19,6 +19,18 @@ from rrcm.utils.errors import printable
 GALLERY_IMAGES = 48
 
 
+def kind_of_answer(predict: int, label: int, radius: float) -> str:
+    """The key of STYLES for an answer. A radius that is shown as 0.000 is not ticked: it covers no changed image."""
+    if predict != ABSTAIN and label in (UNKNOWN, predict) and shows_no_radius(radius):
+        return "no radius"
+    return "certified" if label == UNKNOWN and predict != ABSTAIN else verdict(predict, label)
+
+
+def shows_no_radius(radius: float) -> bool:
+    """Whether a radius is shown as 0.000."""
+    return float(rounded_down(radius)) == 0
+
+
 def certificate_table(frame: pd.DataFrame) -> str:
     """One line per image: file, class, radius, samples, and in a cascade the accepting sigma and the path."""
     columns = {
@@ -39,6 +51,8 @@ def certificate_summary(certified: FolderCertificates, rule: StoppingRule | Casc
     frame = certified.frame
     labelled, abstained = frame[frame["label"] != UNKNOWN], (frame["predict"] == ABSTAIN).sum()
     correct = f" ({labelled['correct'].sum():,} of {len(labelled):,} labelled ones correct)" if len(labelled) else ""
+    zero = frame.loc[frame["predict"] != ABSTAIN, "radius"].map(shows_no_radius).sum()
+    correct += f", {zero:,} of them at radius 0.000" if zero else ""
     return (
         f"{len(frame) - abstained:,} certified{correct}, {abstained:,} abstained; {certified.seconds:.1f} s, "
         f"{frame['samples'].sum() / certified.seconds:,.0f} samples/s; each certificate is wrong with "
@@ -62,8 +76,7 @@ def draw_gallery(certified: FolderCertificates, loaded: LoadedClassifier, rule: 
     thumbnails = []
     for i in evenly_spaced(count, GALLERY_IMAGES):
         path, row = certified.paths[i], certified.frame.iloc[i]
-        unlabelled = row["label"] == UNKNOWN and row["predict"] != ABSTAIN
-        kind = "certified" if unlabelled else verdict(row["predict"], row["label"])
+        kind = kind_of_answer(row["predict"], row["label"], row["radius"])
         pixels = read_square(path, loaded).transpose(1, 2, 0) / 255
         thumbnails.append(Thumbnail(pixels, row["file"], row["class"], row["radius"], kind))
     part = f", {GALLERY_IMAGES} of {count:,} images" if count > GALLERY_IMAGES else ""

@@ -13,7 +13,8 @@ from rrcm.certification.stopping import WRONG_CLASS
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.report.accuracy_figures import draw_comparison
-from rrcm.report.gallery import rounded_down, verdict
+from rrcm.report.certified_images import kind_of_answer, shows_no_radius
+from rrcm.report.gallery import rounded_down
 from rrcm.report.html import render_page
 from rrcm.report.html_figures import PageFigure, make_figure
 from rrcm.report.html_tables import PageTable, table_of
@@ -53,6 +54,7 @@ def render_certified_page(
         certified=int(has_certificate.sum()),
         abstained=int((frame["predict"] == ABSTAIN).sum()),
         wrong=int(wrong.sum()),
+        zero=int(frame.loc[has_certificate, "radius"].map(shows_no_radius).sum()),
         labelled=len(labelled),
         correct=int(labelled["correct"].sum()),
         radii=[rounded_down(float(each)) for each in frame.loc[has_certificate, "radius"].quantile([0.5, 1])],
@@ -83,11 +85,6 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _kind(predict: int, label: int) -> str:
-    """The verdict on an answer, "certified" if the true class is unknown."""
-    return "certified" if label == UNKNOWN and predict != ABSTAIN else verdict(predict, label)
-
-
 def image_table(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row of texts per image, in the order of `frame`."""
     abstains = frame["predict"] == ABSTAIN
@@ -95,7 +92,9 @@ def image_table(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     columns["radius"] = np.where(abstains | stopped_as_wrong(frame), "", frame["radius"].map(rounded_down))
     if (frame["label"] != UNKNOWN).any():
         columns["true class"] = ["" if label == UNKNOWN else names[label] for label in frame["label"]]
-        columns["answer"] = [_kind(*pair) for pair in zip(frame["predict"], frame["label"], strict=True)]
+        columns["answer"] = [
+            kind_of_answer(*row) for row in frame[["predict", "label", "radius"]].itertuples(index=False)
+        ]
     columns["samples"] = frame["samples"].map("{:,}".format)
     if "path" in frame:
         columns["accepted at σ"] = frame["path"].map(lambda path: f"{float(path.partition(' ')[0]):g}" if path else "")
@@ -124,7 +123,7 @@ def _thumbnails(certified: CertifiedFiles, loaded: LoadedClassifier) -> Thumbnai
     for i in evenly_spaced(count, GALLERY_IMAGES):
         row = certified.frame.iloc[i]
         label = "" if row["label"] == UNKNOWN else loaded.class_names[row["label"]]
-        answer = make_answer(_kind(row["predict"], row["label"]), row["class"], row["radius"])
+        answer = make_answer(kind_of_answer(row["predict"], row["label"], row["radius"]), row["class"], row["radius"])
         pixels = read_square(certified.paths[i], loaded).transpose(1, 2, 0)
         cards.append(make_card(pixels, label, row["file"], [answer]))
     return Thumbnails(["this classifier"], cards, count)

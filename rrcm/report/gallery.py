@@ -27,7 +27,10 @@ class Thumbnail(NamedTuple):
 # sign, colour, line style; colour is never the only difference
 SMALL = 64  # pixels of the side of an image
 VERDICTS = {"correct": ("✓", OKABE_ITO[2], "-"), "wrong": ("✗", OKABE_ITO[1], "--"), "abstains": ("?", "#606060", ":")}
-STYLES = VERDICTS | {"certified": ("", TEXT_COLOR, "-")}  # certified: the true class is unknown
+STYLES = VERDICTS | {
+    "certified": ("", TEXT_COLOR, "-"),  # the true class is unknown
+    "no radius": ("○", "#606060", ":"),  # right or of unknown class, but the radius is shown as 0.000
+}
 
 
 def verdict(predict: int, label: int) -> str:

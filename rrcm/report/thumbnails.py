@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from rrcm.report.gallery import VERDICTS, rounded_down
+from rrcm.report.gallery import STYLES, rounded_down
 
 SIDE = 64  # pixels of a thumbnail at most
 SMALL = 40  # pixels of an image that is shown pixel by pixel, and kept without loss
@@ -57,9 +57,10 @@ class Thumbnails(NamedTuple):
 
 def make_answer(verdict: str, predict: str, radius: float) -> Answer:
     """An answer from its verdict, the predicted class ("" for an abstention) and the radius."""
-    sign = VERDICTS[verdict][0] if verdict in VERDICTS else ""
-    certified = verdict in ("correct", "certified") or (verdict == "wrong" and radius > 0)
-    return Answer(verdict, f"{sign} {predict or verdict}".strip(), rounded_down(radius) if certified else "")
+    certified = verdict in ("correct", "certified", "no radius") or (verdict == "wrong" and radius > 0)
+    return Answer(
+        verdict, f"{STYLES[verdict][0]} {predict or verdict}".strip(), rounded_down(radius) if certified else ""
+    )
 
 
 def make_card(pixels: np.ndarray, label: str, name: str, answers: Sequence[Answer]) -> Card:
