@@ -19,10 +19,10 @@ ROWS ?=
 SEED ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# the same behaviour in every shell: UTF-8 in any locale, and no packages of another environment
+# the same behaviour in every shell: UTF-8 in any locale, no packages of another environment, modules compiled once
 export PYTHONUTF8 := 1
 export PIP_USER := 0
-unexport PYTHONHOME PYTHONPATH
+unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 repro: $(VENV)/.installed
 	@python stages/repro.py $(if $(JOBS),--jobs $(JOBS))
@@ -55,10 +55,9 @@ params: $(VENV)/.installed
 	python stages/compose.py profile=$(PROFILE)
 	python stages/settings.py
 
-# --no-compile: most modules are never imported, and Python compiles the others when they are
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || { $(NEW_VENV); } # missing, or half-made by a killed run
-	python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable .
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@test -e .git || python -m dvc config --local core.no_scm true # an archive without git, which DVC would refuse
 	@touch $@
 
@@ -72,7 +71,7 @@ define NEW_VENV
 endef
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 .PHONY: repro publish verify redraw test test-fast test-thorough lint install params
