@@ -16,6 +16,7 @@ import yaml
 from conftest import REPOSITORY, TINY, compose, files_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.xdist_group("pipeline")]  # built once
+pytestmark += [pytest.mark.timeout(1200)]  # the first test builds the repository, minutes on a busy machine
 pytestmark += [pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists the files to copy")]
 SMOKE = [override for override in TINY if not override.startswith("sigmas=")] + ["sigmas=[0.5]"]
 STAGES = ["shard-data", "pretrain@rrcm", "clean-accuracy", "latency", "plot"] + [

@@ -196,6 +196,7 @@ def test_a_line_without_points_is_left_out_of_the_data():
 
 def test_a_large_figure_is_thinned_out(monkeypatch):
     radii = np.linspace(0, 2, 2000)
+    monkeypatch.setattr(svg, "MOST_PATHS", 10**6)
     whole = make_figure(draw_certified_accuracy({("rrcm", 0.5): frame(*radii)}, {}), "a", "A", "B")
     monkeypatch.setattr(svg, "MOST_PATHS", 20_000)
     thin = make_figure(draw_certified_accuracy({("rrcm", 0.5): frame(*radii)}, {}), "a", "A", "B")
