@@ -19,7 +19,7 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 KEPT = {"fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap", "stroke-linejoin"}
 KEPT |= {"opacity", "fill-opacity", "stroke-opacity", "text-anchor", "image-rendering"}
 PLACES = {"d", "x", "y", "width", "height", "transform"}
-MOST_PATHS = 100_000  # characters of all paths of a figure; then its lines are thinned out
+MOST_PATHS = 90_000  # characters of all paths of a figure; then its lines are thinned out
 TOLERANCES = (0.2, 0.5, 1.0, 2.0)  # points by which a thinned line may be off, smallest first
 LONG = 100  # vertices of a line that can be thinned out
 
