@@ -22,7 +22,8 @@ from tabulate import tabulate
 
 from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app, resume_gc
 from rrcm.config import Config, load_config
-from rrcm.models.vit import EncoderWithProjector, build_encoder
+from rrcm.models.encoders import build_encoder
+from rrcm.models.vit import EncoderWithProjector
 from rrcm.training.trainer import Trainer
 from rrcm.utils.distributed import DistEnv
 from rrcm.utils.resume import RunState

@@ -32,7 +32,7 @@ from rrcm.derived import training_noise
 from rrcm.methods import METHODS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.vit import build_encoder
+from rrcm.models.encoders import build_encoder
 from rrcm.report.compare import parse_files
 from rrcm.training.budget import plan_budget, pretraining_compute
 from rrcm.training.start import network_settings

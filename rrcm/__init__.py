@@ -11,6 +11,7 @@ _HOMES = {
     "BaseClassifier": "rrcm.models.base_classifiers",
     "CascadedClassifier": "rrcm.certification.cascade",
     "Certificate": "rrcm.certification.states",
+    "NoiseConditionedCNN": "rrcm.models.cnn",
     "NoiseConditionedViT": "rrcm.models.vit",
     "RRCMInputs": "rrcm.objectives.rrcm",
     "RRCMLevels": "rrcm.objectives.rrcm",

@@ -21,6 +21,7 @@ from rrcm.objectives import PRETRAINING
 from rrcm.sections import (
     Section,
     about,
+    check_cnn,
     check_name,
     check_stem,
     check_training_key,
@@ -78,18 +79,18 @@ class Data(Section):
 
 
 class Model(Section):
-    """The network: the noise-conditioned ViT (class token, time token, patches) and its projector, or another trunk.
+    """The network: an encoder that is conditioned on the noise level, with its projector, or another trunk.
 
-    The other trunks are for methods that start from scratch. They use `architecture`, `pixel_mean` and `pixel_std`; all
-    other settings are for the ViT.
+    The encoder is a ViT (class token, time token, patches), or a CNN, which uses only `patch_size` and `embed_dim`. The
+    other trunks are for methods that start from scratch. They use `architecture`, `pixel_mean` and `pixel_std`.
     """
 
-    architecture: str = about("`vit`, or another trunk: `lenet`, `resnet110`, or the name of a timm model")
+    architecture: str = about("`vit` or `cnn`, or another trunk: `lenet`, `resnet110`, or the name of a timm model")
     pixel_mean: list[float] | None = about("Mean of each channel for another trunk; null: not normalized", "[0, 1]")
     pixel_std: list[Positive] | None = about("Standard deviation of each channel, likewise", "[0, 1]")
     stem: Stem = about("How an image becomes tokens: patches, or convolutions of stride 2, one token for each patch")
-    patch_size: Count = about("Side of a patch", "pixels")
-    embed_dim: Count = about("Width D of the tokens and of the representation")
+    patch_size: Count = about("Side of a patch; a CNN halves the image until there is one position for each", "pixels")
+    embed_dim: Count = about("Width D of the tokens and of the representation; a CNN has up to D / 4 channels")
     depth: Count = about("Number of transformer blocks")
     num_heads: Count = about("Attention heads of a block")
     projector_hidden_dim: Count = about("Width of the hidden layers of the projector")
@@ -105,11 +106,18 @@ class Model(Section):
         check_width(self.embed_dim, self.num_heads)
         if self.stem != "patches" and (self.init != "torch" or self.freeze_patch_embed):
             raise ValueError(f"stem {self.stem} needs init torch and freeze_patch_embed false")
+        only_vit = {"stem": "patches", "init": "torch", "freeze_patch_embed": False, "grad_checkpointing": False}
+        for name, default in only_vit.items():
+            if self.architecture == "cnn" and getattr(self, name) != default:
+                raise ValueError(f"{name} {getattr(self, name)} is for a ViT; a cnn needs {default}")
         return self
 
     def check_stem(self, image_size: int) -> None:
-        """Raise ValueError unless the stem fits images of this size."""
-        check_stem(self.stem, image_size, self.patch_size, self.embed_dim)
+        """Raise ValueError unless the stem of the ViT, or the CNN, fits images of this size."""
+        if self.architecture == "cnn":
+            check_cnn(image_size, self.patch_size, self.embed_dim)
+        else:
+            check_stem(self.stem, image_size, self.patch_size, self.embed_dim)
 
 
 class Views(Section):

@@ -7,7 +7,7 @@ in training/checks.py, which runs once before training.
 
 from typing import TYPE_CHECKING
 
-from rrcm.derived import SECTIONS, derived_settings
+from rrcm.derived import CONDITIONED, SECTIONS, derived_settings
 from rrcm.methods import METHODS, REFERENCE
 from rrcm.models import DENOISING_CLASSIFIERS, TRAINED_CLASSIFIERS
 
@@ -34,8 +34,8 @@ def patches_fill_images(config: "Config") -> None:
 
 
 def stems_fit(config: "Config") -> None:
-    """A stem of convolutions halves the image down to its tokens. A ViT of timm's has its own stem."""
-    if config.model.architecture != "vit":
+    """Convolutions halve the image down to its tokens, in a stem or a CNN. A ViT of timm's has its own stem."""
+    if config.model.architecture not in CONDITIONED:
         return
     used = [("model", config.model)]
     used += [("denoiser", config.denoiser)] if config.trains_denoiser and config.denoiser.network == "vit" else []
@@ -45,8 +45,9 @@ def stems_fit(config: "Config") -> None:
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
     starts = {METHODS[method].initial_weights: method for method in config.methods}
-    if config.model.stem != "patches" and "timm" in starts:
-        raise ValueError(f"methods: {starts['timm']} needs model.stem patches, not {config.model.stem}; leave it out")
+    if "timm" in starts and (config.model.architecture, config.model.stem) != ("vit", "patches"):
+        given = "architecture cnn" if config.model.architecture == "cnn" else f"stem {config.model.stem}"
+        raise ValueError(f"methods: {starts['timm']} needs a ViT with model.stem patches, not {given}; leave it out")
 
 
 def initial_weights_exist(config: "Config") -> None:
@@ -63,13 +64,13 @@ def initial_weights_exist(config: "Config") -> None:
 
 
 def other_trunks_start_from_scratch(config: "Config") -> None:
-    """Only the ViT is pre-trained, has layers with rates of their own, and runs in chunks."""
+    """Only our encoders are pre-trained, have layers with rates of their own, and run in chunks."""
     trunk = config.model.architecture
-    if trunk == "vit":
+    if trunk in CONDITIONED:
         return
     for method in config.methods:
         if METHODS[method].initial_weights is not None or METHODS[method].matched:
-            raise ValueError(f"methods: {method} needs model.architecture vit, not {trunk}; leave it out")
+            raise ValueError(f"methods: {method} needs model.architecture vit or cnn, not {trunk}; leave it out")
         for sigma in config.sigmas:
             if config.finetune.settings(method, sigma).layer_decay != 1:
                 raise ValueError(f"finetune.layer_decay must be 1 with model.architecture {trunk}")

@@ -36,7 +36,8 @@ STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` tha
 SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition", "joint_interval"}  # likewise
 PASSING = ("pass_votes", "pass_share", "pass_bias")  # likewise, for methods that can pass
 NO_RESULT = {"checkpoint_every"}  # settings that decide no result
-TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network other than our ViT
+CONDITIONED = ("vit", "cnn")  # values of model.architecture for encoders that are conditioned on the noise level
+TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network other than our encoders
 PROJECTOR = ("projector_hidden_dim", "projection_dim")  # settings of `model` for pre-training alone
 COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that decide the encoder passes of an epoch
 
@@ -130,11 +131,13 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
     needed = set(BLOCKS.get(objective, [objective])) | ({MATCHED_PRETRAINING} if pretrain["equal_passes"] else set())
     values = _without(pretrain, (blocks - needed) | {"objectives"} | NO_RESULT)
     own = choose_values({name: pretrain[name] for name in PER_OBJECTIVE}, (objective, "default"))
-    return {"pretrain": values | own, "model": _vit_settings(model)}
+    return {"pretrain": values | own, "model": _encoder_settings(model)}
 
 
-def _vit_settings(model: Mapping) -> dict:
-    """The settings of the ViT. There is an entry `stem` only if it does not consist of patches."""
+def _encoder_settings(model: Mapping) -> dict:
+    """The settings of our encoder. A ViT has an entry `stem` only if it does not consist of patches."""
+    if model["architecture"] == "cnn":
+        return {name: model[name] for name in ("architecture", "patch_size", "embed_dim", *PROJECTOR)}
     return _without(model, TRUNK + (("stem",) if model["stem"] == "patches" else ()))
 
 
@@ -150,9 +153,9 @@ def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> d
         return decisive | {"shared_by": finetune["pretrain_cost_shared_by"]}
     decisive["finetune"] = chosen_settings(method, sigma, finetune)
     if not row.denoises:
-        is_vit = model["architecture"] == "vit"
+        own = model["architecture"] in CONDITIONED
         decisive["model"] = (
-            _without(_vit_settings(model), PROJECTOR) if is_vit else {name: model[name] for name in TRUNK}
+            _without(_encoder_settings(model), PROJECTOR) if own else {name: model[name] for name in TRUNK}
         )
     if row.pretrained_here:
         decisive["start"] = finetune["initial_weights"]

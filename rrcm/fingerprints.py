@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rrcm.config import Config
 from rrcm.data.datasets import DATASETS
+from rrcm.derived import CONDITIONED
 from rrcm.methods import MATCHED_PRETRAINING, METHODS, PASS_OBJECTIVE, REFERENCE
 from rrcm.models import ENCODERS, FOLDER_LOADERS, NETWORKS
 from rrcm.objectives import FINETUNING, PRETRAINING
@@ -109,7 +110,7 @@ def classifier_entries(config: Config, method: str) -> list[Entry]:
 def trunk_entries(config: Config, method: str) -> list[Entry]:
     """The registry entries that load a single classifier of a method and build its network."""
     name = config.model.architecture
-    if name == "vit":
+    if name in CONDITIONED:
         return [(FOLDER_LOADERS, METHODS[method].trained)]
     return [(FOLDER_LOADERS, "network"), (NETWORKS, name if name in NETWORKS else "timm")]
 

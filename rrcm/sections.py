@@ -86,13 +86,27 @@ def check_stem(stem: str, image_size: int, patch_size: int, embed_dim: int) -> N
         return
     halvings = count_halvings(image_size, patch_size)
     if not halvings:
-        fits = [size for size in range(2, image_size) if not image_size % size and count_halvings(image_size, size)]
         raise ValueError(
             f"stem convolutions does not take {image_size} pixels to {image_size // patch_size} tokens a side by "
-            f"halving; choose patch_size {word_list(fits)}, or stem patches"
+            f"halving; choose patch_size {_sizes_by_halving(image_size)}, or stem patches"
         )
     if embed_dim % 2**halvings:
         raise ValueError(f"embed_dim {embed_dim} must be a multiple of {2**halvings} with stem convolutions")
+
+
+def check_cnn(image_size: int, patch_size: int, embed_dim: int) -> None:
+    """Raise ValueError unless a `NoiseConditionedCNN` may have these sizes."""
+    halvings = count_halvings(image_size, patch_size) if image_size % patch_size == 0 else 0
+    if not halvings:
+        fits = _sizes_by_halving(image_size)
+        raise ValueError(f"patch_size {patch_size} must be {fits} for a cnn, which halves {image_size} pixels")
+    if embed_dim % 2 ** (halvings + 1):
+        raise ValueError(f"embed_dim {embed_dim} must be a multiple of {2 ** (halvings + 1)} for a cnn")
+
+
+def _sizes_by_halving(image_size: int) -> str:
+    """The sizes of patches for which `count_halvings` is not 0, in words."""
+    return word_list(n for n in range(2, image_size) if not image_size % n and count_halvings(image_size, n))
 
 
 def word_list(values: Iterable[object]) -> str:

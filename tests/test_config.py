@@ -9,7 +9,8 @@ from dvc.utils.hydra import compose_and_dump
 
 from rrcm.config import load_config
 from rrcm.methods import METHODS, REFERENCE, expert_of
-from rrcm.models.vit import EncoderWithProjector, build_encoder, parameter_count
+from rrcm.models.encoders import build_encoder
+from rrcm.models.vit import EncoderWithProjector, parameter_count
 from rrcm.utils.errors import RRCMError
 
 PROFILES = sorted(path.stem for path in (REPOSITORY / "conf/profile").glob("*.yaml"))

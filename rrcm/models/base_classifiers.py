@@ -8,7 +8,8 @@ from typing import Protocol, Self
 import torch
 from torch import nn
 
-from rrcm.models.vit import NoiseConditionedViT, forward_in_chunks
+from rrcm.models.encoders import Encoder
+from rrcm.models.vit import forward_in_chunks
 from rrcm.utils.pixels import to_model_space
 
 
@@ -74,7 +75,7 @@ class NoiseConditionedClassifier(BaseClassifier):
 
     keeps_float32_input = True  # the encoder scales its input first
 
-    def __init__(self, encoder: NoiseConditionedViT, num_classes: int, t: float):
+    def __init__(self, encoder: Encoder, num_classes: int, t: float):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.embed_dim, num_classes)

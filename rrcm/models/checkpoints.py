@@ -6,13 +6,15 @@ trunk). kinds.py loads all other kinds.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Generic, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, model_validator
 
 from rrcm.config import Count, Positive, Stem
 from rrcm.models import ENCODERS
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
+from rrcm.models.cnn import NoiseConditionedCNN
+from rrcm.models.encoders import Encoder
 from rrcm.models.folders import (
     ClassNames,
     Depth,
@@ -27,11 +29,13 @@ from rrcm.models.folders import (
 from rrcm.models.joint import JointSigmas, config_at, read_joint
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.models.vit import BlockOptions, NoiseConditionedViT
-from rrcm.sections import check_stem, check_width
+from rrcm.sections import check_cnn, check_stem, check_width
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
 
 ARCHITECTURE = ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads")
+UNNAMED = {"network": "vit", "stem": "patches"}  # of a config.json that does not say
+COMPARED = (*UNNAMED, *ARCHITECTURE)  # what the weights of an encoder and the settings must agree on
 
 
 class ViTSizes(Entries):
@@ -62,15 +66,37 @@ class ViTSizes(Entries):
         return NoiseConditionedViT(*sizes, BlockOptions(self.mlp_dim, self.qkv_bias, self.norm_eps), self.stem)
 
 
-class EncoderEntries(Entries):
+class CNNSizes(Entries):
+    """The sizes of a `NoiseConditionedCNN`, from which `build` makes it again."""
+
+    network: Literal["cnn"]
+    image_size: ImageSize
+    channels: Literal[1, 3]
+    patch_size: Count
+    embed_dim: Count
+
+    @model_validator(mode="after")
+    def sizes_fit(self) -> Self:
+        check_cnn(self.image_size, self.patch_size, self.embed_dim)
+        return self
+
+    def build(self) -> NoiseConditionedCNN:
+        """The network of these sizes, with random weights."""
+        return NoiseConditionedCNN(self.image_size, self.channels, self.patch_size, self.embed_dim)
+
+
+Sizes = TypeVar("Sizes", ViTSizes, CNNSizes)
+
+
+class EncoderEntries(Entries, Generic[Sizes]):
     """The entries of an encoder's config.json that describe the network."""
 
     model_config = ConfigDict(extra="ignore")
 
-    architecture: ViTSizes
+    architecture: Sizes
 
 
-class ClassifierEntries(EncoderEntries):
+class ClassifierEntries(EncoderEntries[Sizes], Generic[Sizes]):
     """The entries of a classifier's config.json that describe the network."""
 
     class_names: ClassNames
@@ -79,14 +105,25 @@ class ClassifierEntries(EncoderEntries):
     can_pass: bool = False  # it has one more output, "pass"
 
 
-def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool | str]:
-    """The `ViTSizes` of an encoder. There is an entry `stem` only if it does not consist of patches."""
+def sizes_of(config: Mapping) -> type[ViTSizes] | type[CNNSizes]:
+    """The class of the entry `architecture` of a config.json. That of a ViT has no entry `network`."""
+    entry = config.get("architecture")
+    return CNNSizes if isinstance(entry, Mapping) and "network" in entry else ViTSizes
+
+
+def architecture(encoder: Encoder) -> dict[str, int | float | bool | str]:
+    """The `ViTSizes` or `CNNSizes` of an encoder. There is an entry `stem` only if it does not consist of patches."""
+    common = {
+        "image_size": encoder.image_size,
+        "channels": encoder.in_chans,
+        "patch_size": encoder.patch_size,
+        "embed_dim": encoder.embed_dim,
+    }
+    if isinstance(encoder, NoiseConditionedCNN):
+        return {"network": "cnn", **common}
     block = encoder.blocks[0]
     return {
-        "image_size": encoder.patch_embed.img_size[0],
-        "channels": encoder.in_chans,
-        "patch_size": encoder.patch_embed.patch_size[0],
-        "embed_dim": encoder.embed_dim,
+        **common,
         "depth": len(encoder.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_dim": block.mlp.fc1.out_features,
@@ -97,7 +134,7 @@ def architecture(encoder: NoiseConditionedViT) -> dict[str, int | float | bool |
 
 def save_model(
     folder: Path | str,
-    model: NoiseConditionedViT | NoiseConditionedClassifier | NetworkClassifier,
+    model: Encoder | NoiseConditionedClassifier | NetworkClassifier,
     *,
     class_names: Sequence[str] | None = None,  # of a classifier, in the order of its logits; None: 0, 1, ...
     sigma: float | JointSigmas | None = None,  # of a classifier, pixel units; None: `model.sigma`
@@ -111,7 +148,7 @@ def save_model(
     Raises `RRCMError` unless there is one class name per class.
     """
     folder = Path(folder)
-    if isinstance(model, NoiseConditionedViT):
+    if isinstance(model, Encoder):
         config = {"kind": "encoder", "architecture": architecture(model)}
     else:
         num_classes = model.num_classes - can_pass
@@ -134,11 +171,10 @@ def save_model(
     write_model_folder(folder, config | metadata, tensors)
 
 
-def load_encoder(path: Path | str, expected: Mapping[str, int | str] | None = None) -> NoiseConditionedViT:
+def load_encoder(path: Path | str, expected: Mapping[str, int | str] | None = None) -> Encoder:
     """Load the encoder of a model folder or of an authors' checkpoint file, without its head or projector.
 
-    `expected` has the sizes of ARCHITECTURE, including the number of heads, which an authors' file does not record, and
-    may have the stem.
+    `expected` has sizes of COMPARED, for a ViT including the number of heads, which an authors' file does not record.
     Raises `RRCMError` for other sizes, and for a file or folder that cannot be read.
     """
     path = expand_user(path)
@@ -147,11 +183,11 @@ def load_encoder(path: Path | str, expected: Mapping[str, int | str] | None = No
     return encoder
 
 
-def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> NoiseConditionedViT:
+def load_encoder_folder(path: Path, expected: Mapping[str, int] | None) -> Encoder:
     """The encoder of a model folder. Raises `RRCMError` as `load_encoder` does."""
     config = read_model_config(path)
     check_kind(path, config, ("encoder", "classifier"))
-    sizes = parse_entries(path, config, EncoderEntries).architecture
+    sizes = parse_entries(path, config, EncoderEntries[sizes_of(config)]).architecture
     _check_sizes(sizes.model_dump(), expected, path)  # before the weights are read
     if config["kind"] == "classifier":
         joint = read_joint(path, config)
@@ -171,14 +207,14 @@ def describe_classifier(
     """Describe a classifier with our encoder, for certification. Without names, the classes are called 0, 1, ..."""
     encoder = classifier.encoder
     numbers = [str(number) for number in range(classifier.num_classes)]
-    return LoadedClassifier(classifier, encoder.patch_embed.img_size[0], encoder.in_chans, class_names or numbers)
+    return LoadedClassifier(classifier, encoder.image_size, encoder.in_chans, class_names or numbers)
 
 
 def build_from_folder(
     folder: Path, config: Mapping, kind: type[NoiseConditionedClassifier] = NoiseConditionedClassifier
 ) -> NoiseConditionedClassifier:
     """The classifier of class `kind` in a model folder whose config.json is `config`, in eval mode."""
-    entries = parse_entries(folder, config, ClassifierEntries)
+    entries = parse_entries(folder, config, ClassifierEntries[sizes_of(config)])
     sizes, outputs = entries.architecture, len(entries.class_names) + entries.can_pass
     classifier = load_network(folder, lambda: kind(sizes.build(), outputs, entries.t))
     classifier.sigma = entries.sigma
@@ -188,8 +224,8 @@ def build_from_folder(
 def _check_sizes(sizes: Mapping, expected: Mapping | None, source: Path) -> None:
     if expected is None:
         return
-    found = {"stem": "patches", **sizes}
-    for name, wanted in {"stem": "patches", **expected}.items():
+    found = UNNAMED | sizes
+    for name, wanted in (UNNAMED | expected).items():
         if found[name] != wanted:
             raise RRCMError(
                 f"{source}: checkpoint of another architecture: {name} is {found[name]}, the settings want {wanted}; "

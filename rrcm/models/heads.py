@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from rrcm.models.vit import Block, EncoderWithProjector, NoiseConditionedViT, forward_in_chunks, mlp_head
+from rrcm.models.encoders import Encoder
+from rrcm.models.vit import Block, EncoderWithProjector, forward_in_chunks, mlp_head
 
 
 class EncoderWithPredictor(EncoderWithProjector):
@@ -23,15 +24,15 @@ class EncoderWithPredictor(EncoderWithProjector):
 class Decoder(nn.Module):
     """Reconstructs all patches from the tokens of the visible ones (He et al. 2022): a light ViT.
 
-    It also sees the encoder's class and time tokens, and a learned mask token in place of each hidden patch. The class
-    token, which fine-tuning reads, therefore learns about the image.
+    It also sees the encoder's other tokens, such as class and time, and a learned mask token in place of each hidden
+    patch. The class token, which fine-tuning reads, therefore learns about the image.
     """
 
-    def __init__(self, encoder: NoiseConditionedViT, embed_dim: int, depth: int, num_heads: int):
+    def __init__(self, encoder: Encoder, embed_dim: int, depth: int, num_heads: int):
         super().__init__()
-        num_tokens = encoder.pos_embed.shape[1]
-        patch_dim = encoder.in_chans * encoder.patch_embed.patch_size[0] ** 2
-        self.num_patches = num_tokens - 2
+        self.summary_tokens, self.num_patches = encoder.summary_tokens, encoder.num_patches
+        num_tokens = self.summary_tokens + self.num_patches
+        patch_dim = encoder.in_chans * encoder.patch_size**2
         self.embed = nn.Linear(encoder.embed_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
@@ -43,19 +44,21 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, 2 + V, D) and the patches `visible` (B, V) int64 that they belong to -> (B, P, patch_dim)."""
-        tokens = self.embed(tokens)
-        batch, _, embed_dim = tokens.shape
+        """The encoder's tokens (B, S + V, D), and the patches `visible` (B, V) int64 that the last V of them belong to
+        -> (B, P, patch_dim). An encoder without tokens of patches gives the first S only.
+        """
+        summary, seen = self.embed(tokens).split([self.summary_tokens, tokens.shape[1] - self.summary_tokens], dim=1)
+        batch, num_seen, embed_dim = seen.shape
         hidden = self.mask_token.to(tokens.dtype).expand(batch, self.num_patches, -1)
-        patches = hidden.scatter(1, visible[:, :, None].expand(-1, -1, embed_dim), tokens[:, 2:])
-        decoded = self.blocks(torch.cat([tokens[:, :2], patches], dim=1) + self.pos_embed)
-        return self.head(self.norm(decoded[:, 2:]))
+        patches = hidden.scatter(1, visible[:, :num_seen, None].expand(-1, -1, embed_dim), seen)
+        decoded = self.blocks(torch.cat([summary, patches], dim=1) + self.pos_embed)
+        return self.head(self.norm(decoded[:, self.summary_tokens :]))
 
 
 class MaskedAutoencoder(nn.Module):
     """Encoder and decoder: the networks of DMAE."""
 
-    def __init__(self, encoder: NoiseConditionedViT, decoder: Decoder):
+    def __init__(self, encoder: Encoder, decoder: Decoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 

@@ -7,14 +7,13 @@ between the two without renaming, and a test compares both bit by bit. The noise
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rrcm import config
 from rrcm.models.stems import STEMS, hide_patches
 from rrcm.utils.distributed import SyncBatchNorm1d
 
@@ -147,6 +146,8 @@ class NoiseConditionedViT(nn.Module):
     torch.Size([5, 32])
     """
 
+    summary_tokens: ClassVar[int] = 2  # class and time, which come before the tokens of patches
+
     def __init__(
         self,
         image_size: int = 224,
@@ -159,9 +160,10 @@ class NoiseConditionedViT(nn.Module):
         stem: str = "patches",  # a key of STEMS
     ):
         super().__init__()
+        self.image_size, self.patch_size, self.num_patches = image_size, patch_size, (image_size // patch_size) ** 2
         self.embed_dim, self.in_chans, self.grad_checkpointing = embed_dim, channels, False
         self.stem, self.patch_embed = stem, STEMS[stem](image_size, patch_size, channels, embed_dim)
-        num_tokens = 2 + (image_size // patch_size) ** 2
+        num_tokens = self.summary_tokens + self.num_patches
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
         mlp_dim = block.mlp_dim or 4 * embed_dim
@@ -262,7 +264,7 @@ def mlp_head(*sizes: int, last_norm: bool = False) -> nn.Sequential:
 class EncoderWithProjector(nn.Module):
     """Encoder and projector: the networks of contrastive pre-training."""
 
-    def __init__(self, encoder: NoiseConditionedViT, hidden: int, out: int, last_norm: bool = False):
+    def __init__(self, encoder: nn.Module, hidden: int, out: int, last_norm: bool = False):
         super().__init__()
         self.encoder = encoder
         self.projector = mlp_head(encoder.embed_dim, hidden, hidden, out, last_norm=last_norm)
@@ -304,17 +306,6 @@ def encoder_multiply_adds(
         return stem + depth * block_multiply_adds(2 + num_visible, embed_dim)
     last = 12 * embed_dim**2 + 2 * num_heads * (2 + num_patches) * embed_dim
     return stem + (depth - 1) * block_multiply_adds(2 + num_patches, embed_dim) + last
-
-
-def build_encoder(model: config.Model, data: config.Data) -> NoiseConditionedViT:
-    """The encoder that the settings describe, with random weights from torch's global generator."""
-    sizes = data.image_size, data.channels, model.patch_size, model.embed_dim, model.depth, model.num_heads
-    encoder = NoiseConditionedViT(*sizes, stem=model.stem)
-    if model.init == "moco_v3":
-        encoder.init_moco_v3()
-    encoder.patch_embed.requires_grad_(not model.freeze_patch_embed)
-    encoder.grad_checkpointing = model.grad_checkpointing
-    return encoder
 
 
 def parameter_count(module: nn.Module) -> int:

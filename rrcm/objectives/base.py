@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rrcm.models.vit import NoiseConditionedViT
+from rrcm.models.encoders import Encoder
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.rng import normal_per_sample, numpy_rng
 
@@ -88,7 +88,7 @@ class Objective(Protocol):
 class PretrainingObjective(Objective, Protocol):
     """An objective that also builds what it trains."""
 
-    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[nn.Module, nn.Module | None]:
+    def build_student_and_teacher(self, encoder: Encoder) -> tuple[nn.Module, nn.Module | None]:
         """Student and teacher around one randomly initialized encoder, which the student has as `encoder`.
 
         The teacher, if there is one, is a copy of the student or of a part of it, under the same parameter names: it

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.models.encoders import Encoder
+from rrcm.models.vit import EncoderWithProjector
 from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.utils.distributed import all_gather_cat
 
@@ -77,7 +78,7 @@ class Contrastive:
     terms: ClassVar[tuple[str, ...]] = ("contrastive",)
     forwards_per_image: ClassVar[float] = 2 * 3 + 2  # two student views, two teacher views
 
-    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def build_student_and_teacher(self, encoder: Encoder) -> tuple[torch.nn.Module, torch.nn.Module]:
         student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
         return student, copy.deepcopy(student)
 

@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from rrcm.models.cnn import cnn_multiply_adds
+from rrcm.models.encoders import Encoder
 from rrcm.models.heads import Decoder, MaskedAutoencoder
 from rrcm.models.stems import stem_multiply_adds
-from rrcm.models.vit import NoiseConditionedViT, block_multiply_adds, encoder_multiply_adds
+from rrcm.models.vit import block_multiply_adds, encoder_multiply_adds
 from rrcm.objectives.base import Batch, StepRandomness
 
 
@@ -37,7 +39,8 @@ class DMAE:
     """The encoder sees some patches of a noisy image, and a light decoder reconstructs all patches without noise.
 
     Two things differ from the published method: the encoder keeps its class and time tokens, and the decoder sees them.
-    A stem of convolutions gets zeros in place of the hidden patches, so no token knows what is there.
+    A stem of convolutions gets zeros in place of the hidden patches, so no token knows what is there. So does a CNN, of
+    which the decoder sees the representation alone.
     """
 
     image_size: int
@@ -52,7 +55,8 @@ class DMAE:
     decoder_embed_dim: int
     decoder_depth: int
     decoder_num_heads: int
-    stem: str = "patches"  # of the encoder, a key of STEMS
+    architecture: str = "vit"  # of the encoder: vit or cnn
+    stem: str = "patches"  # of a ViT, a key of STEMS
     num_chunks: int = 1
     masked: bool = True  # False, an ablation: the encoder sees all patches
     terms: ClassVar[tuple[str, ...]] = ("reconstruction",)
@@ -72,18 +76,23 @@ class DMAE:
     def forwards_per_image(self) -> float:
         """Counted in multiply-adds, since a pass with few patches is cheaper and the decoder is another network."""
         patch_dim = self.channels * self.patch_size**2
-        stem = stem_multiply_adds(self.stem, self.image_size, self.channels, self.patch_size, self.embed_dim)
-        sizes = stem, self.num_patches, self.embed_dim, self.depth, self.num_heads
-        tokens = 2 + self.num_patches
-        decoder = (2 + self.num_visible) * self.embed_dim + self.num_patches * patch_dim  # first and last layer
+        image = self.image_size, self.channels, self.patch_size, self.embed_dim
+        if self.architecture == "cnn":
+            summary, seen = 1, 0
+            masked = whole = cnn_multiply_adds(*image)
+        else:
+            summary, seen = 2, self.num_visible
+            sizes = stem_multiply_adds(self.stem, *image), self.num_patches, self.embed_dim, self.depth, self.num_heads
+            masked, whole = encoder_multiply_adds(*sizes, self.num_visible), encoder_multiply_adds(*sizes)
+        decoder = (summary + seen) * self.embed_dim + self.num_patches * patch_dim  # first and last layer
         decoder = decoder * self.decoder_embed_dim
-        decoder += self.decoder_depth * block_multiply_adds(tokens, self.decoder_embed_dim)
-        return 3 * (encoder_multiply_adds(*sizes, self.num_visible) + decoder) / encoder_multiply_adds(*sizes)
+        decoder += self.decoder_depth * block_multiply_adds(summary + self.num_patches, self.decoder_embed_dim)
+        return 3 * (masked + decoder) / whole
 
-    def build_decoder(self, encoder: NoiseConditionedViT) -> Decoder:
+    def build_decoder(self, encoder: Encoder) -> Decoder:
         return Decoder(encoder, self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads)
 
-    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, None]:
+    def build_student_and_teacher(self, encoder: Encoder) -> tuple[torch.nn.Module, None]:
         return MaskedAutoencoder(encoder, self.build_decoder(encoder)), None
 
     def __call__(self, networks: object, batch: Batch, random: StepRandomness) -> dict[str, torch.Tensor]:

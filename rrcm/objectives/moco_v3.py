@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rrcm.models.encoders import Encoder
 from rrcm.models.heads import EncoderWithPredictor
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.models.vit import EncoderWithProjector
 from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.contrastive import Contrastive
 
@@ -18,7 +19,7 @@ class MoCoV3(Contrastive):
     The views are as noisy as in `Contrastive`. The teacher averages the encoder and the projector, not the predictor.
     """
 
-    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module]:
+    def build_student_and_teacher(self, encoder: Encoder) -> tuple[torch.nn.Module, torch.nn.Module]:
         hidden, out = self.projector_hidden_dim, self.projection_dim
         network = EncoderWithProjector(encoder, hidden, out, last_norm=True)
         return EncoderWithPredictor(network, hidden, out), copy.deepcopy(network)

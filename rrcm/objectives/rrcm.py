@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from rrcm.models.encoders import Encoder
 from rrcm.models.noise_levels import karras_levels
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
+from rrcm.models.vit import EncoderWithProjector
 from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.contrastive import Network, global_info_nce
 
@@ -137,7 +138,7 @@ class RRCM:
         views = 2 if self.contrastive else 0
         return 3 * (views + 1) + 1 + views  # student, the quieter target, teacher
 
-    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    def build_student_and_teacher(self, encoder: Encoder) -> tuple[torch.nn.Module, torch.nn.Module | None]:
         student = EncoderWithProjector(encoder, self.projector_hidden_dim, self.projection_dim)
         if self.contrastive:
             return student, copy.deepcopy(student)

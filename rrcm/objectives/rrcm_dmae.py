@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rrcm.models.encoders import Encoder
 from rrcm.models.heads import ProjectedAutoencoder
-from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives.base import Batch, StepRandomness
 from rrcm.objectives.dmae import DMAE
 from rrcm.objectives.rrcm import RRCM
@@ -25,7 +25,7 @@ class RRCMDMAE(RRCM, DMAE):
     def forwards_per_image(self) -> float:
         return super().forwards_per_image + DMAE.forwards_per_image.fget(self)
 
-    def build_student_and_teacher(self, encoder: NoiseConditionedViT) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    def build_student_and_teacher(self, encoder: Encoder) -> tuple[torch.nn.Module, torch.nn.Module | None]:
         student, teacher = super().build_student_and_teacher(encoder)
         return ProjectedAutoencoder(student, self.build_decoder(encoder)), teacher
 

@@ -10,6 +10,7 @@ from rrcm.certification.certify import make_smoothed_classifier
 from rrcm.config import Config
 from rrcm.data.images import read_image
 from rrcm.data.shards import DECODED_BYTES
+from rrcm.derived import CONDITIONED
 from rrcm.evaluation.latency import seconds_to_vote
 from rrcm.methods import METHODS
 from rrcm.models import TRAINED_CLASSIFIERS
@@ -81,7 +82,7 @@ def measure_speed(config: Config, folder: Folder) -> Speed:
 def build_untrained(config: Config, num_classes: int) -> Classifier:
     """The classifier before its training. Raises `RRCMError` for initial weights that do not fit."""
     method, middle = config.methods[0], joint_sigmas(config).middle
-    if config.model.architecture != "vit":
+    if config.model.architecture not in CONDITIONED:
         return network_classifier(network_settings(config.model, config.data), num_classes, middle)
     t = time_condition(method, middle, config.finetune, config.pretrain)
     encoder = load_initial_encoder(method, t, Path(), config.finetune, config.model, config.data)

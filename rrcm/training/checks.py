@@ -14,7 +14,7 @@ from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
 from rrcm.data.labelled import check_label_budget
 from rrcm.data.shards import Manifest, read_manifest
-from rrcm.derived import training_noise
+from rrcm.derived import CONDITIONED, training_noise
 from rrcm.methods import JOINT, METHODS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.load import load_base_classifier
@@ -115,7 +115,7 @@ def _check_finetuning(config: Config, method: str, noise: float | str, images: i
 
 def _check_trunk(config: Config, num_classes: int) -> None:
     name, size = config.model.architecture, config.data.image_size
-    if name == "vit":
+    if name in CONDITIONED:
         return
     classifier = network_classifier(network_settings(config.model, config.data), num_classes, config.sigmas[0]).eval()
     try:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from rrcm.models.cnn import NoiseConditionedCNN
+
 
 def teacher_decay(
     step: int, total_steps: int, *, start: float = 0.99, end: float = 0.9999, steepness: float = 10.0
@@ -81,19 +83,27 @@ def layerwise_lr_scales(classifier: nn.Module, decay: float) -> dict[str, float]
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, and everything else is the
-    last layer. With decay 1 the classifier may be any network.
+    last layer. In a CNN convolution i is layer i, and the linear layer follows. With decay 1 the classifier may be any
+    network.
     """
     if decay == 1:
         return {name: 1.0 for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    last = len(classifier.encoder.blocks) + 1
+    if isinstance(classifier.encoder, NoiseConditionedCNN):
+        layers, first = "encoder.convolutions.", 0
+        last = len(classifier.encoder.convolutions) + 1
+    else:
+        layers, first = "encoder.blocks.", 1
+        last = len(classifier.encoder.blocks) + 1
     scales = {}
     for name, parameter in classifier.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
             layer = 0
-        elif name.startswith("encoder.blocks."):
-            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(layers):
+            layer = int(name.split(".")[2]) + first
+        elif name.startswith("encoder.linear."):
+            layer = last - 1
         else:
             layer = last
         scales[name] = decay ** (last - layer)

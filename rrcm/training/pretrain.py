@@ -16,7 +16,7 @@ from rrcm.data.loader import batch_loader, describe_step, explain_lost_workers
 from rrcm.data.shards import ShardedDataset
 from rrcm.evaluation.representations import COLLAPSED, Evaluation, load_eval_images
 from rrcm.models.checkpoints import save_model
-from rrcm.models.vit import NoiseConditionedViT, build_encoder
+from rrcm.models.encoders import Encoder, build_encoder
 from rrcm.objectives import PRETRAINING
 from rrcm.objectives.base import Batch, PretrainingObjective, StepRandomness
 from rrcm.training.batches import open_splits
@@ -80,7 +80,7 @@ class Networks:
 
     student: torch.nn.Module
     teacher: torch.nn.Module | None  # some objectives have none
-    ema_encoder: NoiseConditionedViT  # the average of the student's encoder, from which fine-tuning starts
+    ema_encoder: Encoder  # the average of the student's encoder, from which fine-tuning starts
 
     def update_teacher(self, decay: float) -> None:
         """Move the teacher, if there is one, towards the student."""
@@ -142,7 +142,7 @@ class RepresentationMonitor:
             env=trainer.env,
         )
 
-    def __call__(self, encoder: NoiseConditionedViT, step: int) -> None:
+    def __call__(self, encoder: Encoder, step: int) -> None:
         """Add the rows of this step to the state of the trainer."""
         rows = self.evaluate(encoder)
         self.trainer.extra_state["representation"] += [{"step": step, **row} for row in rows]
@@ -156,7 +156,7 @@ class RepresentationMonitor:
 
 def _train(
     pretraining: Pretraining, images: ShardedDataset, validation: ShardedDataset, env: DistEnv
-) -> tuple[Trainer, NoiseConditionedViT]:
+) -> tuple[Trainer, Encoder]:
     objective, settings, seed = pretraining.objective, pretraining.settings, pretraining.seed
     networks = start_networks(objective, pretraining.model, pretraining.data, seed, env.device)
     trainer = build_trainer(pretraining, networks, images, env)
@@ -266,7 +266,7 @@ def _log(pretraining: Pretraining, trainer: Trainer, done: int, now: dict[str, f
     trainer.log(row, **shown, **{"images/s": f"{images_per_second:.0f}"})
 
 
-def _save(pretraining: Pretraining, encoder: NoiseConditionedViT, representation: list[dict], folder: Path) -> None:
+def _save(pretraining: Pretraining, encoder: Encoder, representation: list[dict], folder: Path) -> None:
     """Write the model folder of the averaged encoder."""
     write_csv(folder / "representation.csv", representation)
     save_model(

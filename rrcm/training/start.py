@@ -16,15 +16,16 @@ from rrcm.config import Data, Finetune, Model
 from rrcm.data.augment import FinetuneTransform
 from rrcm.data.loader import batch_loader, steps_per_epoch
 from rrcm.data.shards import ShardedDataset
+from rrcm.derived import CONDITIONED
 from rrcm.methods import METHODS
 from rrcm.models import ENCODERS, TRAINED_CLASSIFIERS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NetworkClassifier, NoiseConditionedClassifier
-from rrcm.models.checkpoints import ARCHITECTURE, load_encoder
+from rrcm.models.checkpoints import COMPARED, architecture, load_encoder
 from rrcm.models.denoised import denoise_pixels
 from rrcm.models.denoiser import load_denoiser
+from rrcm.models.encoders import Encoder, build_encoder, set_training_options
 from rrcm.models.kinds import load_model_folder
-from rrcm.models.vit import NoiseConditionedViT, build_encoder
 from rrcm.training.plan import Training
 from rrcm.utils.distributed import DistEnv, all_reduce_sum
 from rrcm.utils.errors import RRCMError
@@ -66,7 +67,7 @@ def build_classifier(training: Training, num_classes: int) -> Classifier:
     """The classifier before the first step. All methods that start from scratch start from the same weights."""
     torch.manual_seed(derive_seed(training.seed, "finetune"))
     data, model = training.data, training.model
-    if model.architecture != "vit":
+    if model.architecture not in CONDITIONED:
         return network_classifier(network_settings(model, data), num_classes, training.sigma)
     encoder = load_initial_encoder(training.method, training.t, training.files.encoders, training.common, model, data)
     return TRAINED_CLASSIFIERS[METHODS[training.method].trained](encoder, num_classes, training.t)
@@ -109,24 +110,24 @@ def encoder_path(method: str, finetune: Finetune, encoders: Path) -> Path | None
 
 def load_initial_encoder(
     method: str, t: float, encoders: Path, finetune: Finetune, model: Model, data: Data
-) -> NoiseConditionedViT:
+) -> Encoder:
     """The encoder that fine-tuning for noise level t starts from. Random weights use torch's global generator.
 
     `encoders` holds the pre-trained encoders by objective. Raises `RRCMError` for weights that are missing, damaged, or
     of another network than the settings describe.
     """
-    row, sizes = METHODS[method], data.model_dump() | model.model_dump()
+    row = METHODS[method]
     encoder = build_encoder(model, data)
     if row.initial_weights == "timm":
-        shape = {name: sizes[name] for name in ("image_size", "channels", "patch_size")}
+        shape = {"image_size": data.image_size, "channels": data.channels, "patch_size": model.patch_size}
         encoder = ENCODERS["timm"](finetune.timm.model, finetune.timm.weights, **shape, t=t)
     elif row.initial_weights is not None:
         path = encoder_path(method, finetune, encoders)
         if finetune.initial_weights is not None and not path.exists():
             raise RRCMError(f"finetune.initial_weights = {finetune.initial_weights!r}: no such folder or file")
-        encoder = load_encoder(path, {name: sizes[name] for name in (*ARCHITECTURE, "stem")})
-    encoder.patch_embed.requires_grad_(not model.freeze_patch_embed)
-    encoder.grad_checkpointing = model.grad_checkpointing
+        wanted = architecture(encoder)
+        encoder = load_encoder(path, {name: wanted[name] for name in COMPARED if name in wanted})
+    set_training_options(encoder, model)
     return encoder
 
 

@@ -13,8 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from rrcm.models import vit
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import architecture, load_encoder, save_model
+from rrcm.models.encoders import build_encoder
 from rrcm.models.kinds import load_model_folder
-from rrcm.models.vit import Block, BlockOptions, NoiseConditionedViT, attention, build_encoder, time_embedding
+from rrcm.models.vit import Block, BlockOptions, NoiseConditionedViT, attention, time_embedding
 from rrcm.training.optim import layerwise_lr_scales, warmup_cosine
 from rrcm.utils.errors import RRCMError
 
@@ -155,7 +156,7 @@ def test_images_are_scaled_by_c_in_and_may_differ_in_t():
 def test_moco_initialisation_has_its_bounds():
     """Uniform weights: the largest of many is within 1 % of the bound and never above it; biases are zero."""
     model = {"patch_size": 4, "embed_dim": 96, "depth": 2, "num_heads": 3, "grad_checkpointing": False}
-    model |= {"init": "moco_v3", "freeze_patch_embed": True, "stem": "patches"}
+    model |= {"architecture": "vit", "init": "moco_v3", "freeze_patch_embed": True, "stem": "patches"}
     network = build_encoder(SimpleNamespace(**model), SimpleNamespace(image_size=8, channels=1))
     qkv = network.blocks[0].attn.qkv.weight
     for weight, bound in (

@@ -24,7 +24,8 @@ from rrcm.data import shards as shards_module
 from rrcm.data.shards import ShardedDataset
 from rrcm.data.verification import verify_shards
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
-from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT, build_encoder
+from rrcm.models.encoders import build_encoder
+from rrcm.models.vit import EncoderWithProjector, NoiseConditionedViT
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import StepRandomness, build_objective
 from rrcm.objectives.rrcm import RRCMInputs, RRCMLevels, rrcm_loss
