@@ -74,7 +74,8 @@ def main() -> None:
     params = Path(f"params-{digest(overrides)}.yaml")
     stage("compose", *overrides, "--output", str(params))
     config = load_config(params)
-    shards = Path("shards-" + digest(config.data.model_dump(exclude={"workers", "root"}), config.seed))
+    unused = {"workers", "root", "labels_per_class"}  # by the shards
+    shards = Path("shards-" + digest(config.data.model_dump(exclude=unused), config.seed))
     if not shards.exists():
         stage("shard_data", "--params", str(params), "--output", str(shards))
     common = ["--params", str(params), "--shards", str(shards)]

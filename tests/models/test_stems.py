@@ -126,13 +126,20 @@ def test_a_denoiser_has_pixels_for_each_token_of_the_stem():
 
 
 @pytest.mark.thorough
-def test_every_training_runs_with_a_stem_of_convolutions(tmp_path, tiny_shards):
-    """rRCM and DMAE on one encoder, a joint fine-tuning from it with layer decay, and a denoiser."""
-    settings = ["pretrain.objectives=[rrcm_dmae]", "methods=[rrcm_dmae_joint,dds]", "model.stem=convolutions"]
+@pytest.mark.parametrize(
+    "network, entry",
+    [("model.stem=convolutions", ("stem", "convolutions")), ("model.architecture=cnn", ("network", "cnn"))],
+)
+def test_every_training_runs_with_convolutions(tmp_path, tiny_shards, network, entry):
+    """rRCM and DMAE on one encoder, a joint fine-tuning from it with layer decay, and a denoiser, which is a ViT."""
+    settings = ["pretrain.objectives=[rrcm_dmae]", "methods=[rrcm_dmae_joint,dds]", network]
     short = ["pretrain.steps=3", "pretrain.warmup_steps=1", "finetune.epochs=1", "finetune.warmup_epochs=0"]
     project = make_project(tmp_path, tiny_shards, *settings, *short, "finetune.layer_decay.default=0.7")
     for command in ("pretrain rrcm_dmae", "finetune rrcm_dmae_joint joint", "denoiser"):
         answer = stage(project, *command.split())
         assert answer.returncode == 0, answer.stderr
-    for folder in ("pretrain/rrcm_dmae", "rrcm_dmae_joint/joint", "denoiser"):
-        assert read_json(project / "models" / folder / "config.json")["architecture"]["stem"] == "convolutions"
+    name, value = entry
+    for folder in ("pretrain/rrcm_dmae", "rrcm_dmae_joint/joint"):
+        assert read_json(project / "models" / folder / "config.json")["architecture"][name] == value
+    denoiser = read_json(project / "models/denoiser/config.json")["architecture"]
+    assert (denoiser["network"], denoiser.get("stem")) == ("vit", "convolutions" if name == "stem" else None)
