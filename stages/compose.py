@@ -63,10 +63,10 @@ def compose_text(overrides: list[str]) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, and those that it was raised from."""
+    """An exception, and those during which it was raised."""
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or error.__context__  # OmegaConf hides it
 
 
 def check_encoding(conf: Path) -> None:

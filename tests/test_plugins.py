@@ -160,3 +160,10 @@ def test_a_wrong_plugin_is_told_what_is_wrong(tmp_path, monkeypatch, request, co
         use_plugin(name)
     assert str(caught.value).startswith(f"plugin {name}: {message.replace('PLUGIN', name)}")
     assert ({key: dict(registry.data) for key, registry in REGISTRIES.items()}, dict(METHODS)) == before
+
+
+def test_settings_without_the_package_say_how_to_find_it(tmp_path):
+    answer = stage(tmp_path, "compose", "--output", "params.yaml", "plugin=no_such_package.plugin")
+    line = "error: plugin no_such_package.plugin: there is no module no_such_package; install its package ("
+    assert answer.returncode == 1 and answer.stderr.startswith(line) and answer.stderr.count("\n") == 1
+    assert not (tmp_path / "params.yaml").exists()
