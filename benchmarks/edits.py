@@ -62,7 +62,9 @@ def add_data_set(folder: Path) -> None:
     entry = '"rrcm.sources.new:read_new"' if lazy else "read_digits"
     if lazy:
         (folder / "rrcm/sources/new.py").write_text("def read_new(data):\n    pass\n", encoding="utf-8")
-    replace("rrcm/data/datasets.py", r'("digits": )', rf'"new": {entry},\n    \1')(folder)
+    lists = [name for name in ("rrcm/sources/__init__.py", "rrcm/data/datasets.py") if (folder / name).is_file()]
+    registry = next(name for name in lists if '"digits": ' in (folder / name).read_text(encoding="utf-8"))
+    replace(registry, r'("digits": )', rf'"new": {entry},\n    \1')(folder)
 
 
 def add_row(folder: Path) -> None:

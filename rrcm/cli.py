@@ -68,8 +68,8 @@ Models = Annotated[
     typer.Option(
         metavar="FOLDER|FILE|NAME|CODE",
         help="A model folder, a fine-tuned checkpoint of the rRCM authors, a timm model (its name, hf-hub:owner/name, "
-        "or a snapshot folder), or a function of your own code that returns a torch module: file.py:function or "
-        "module:function. Of a cascade: a joint model, or one model per sigma in their order.",
+        "or a snapshot folder), a program of torch.export (.pt2), or a function of your own code that returns a torch "
+        "module: file.py:function or module:function. Of a cascade: a joint model, or one model per sigma in order.",
         autocompletion=complete_path,
     ),
 ]
@@ -561,9 +561,9 @@ def audit(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FOLDER|FILE|NAME",
-            help="The model, or each of a cascade in the order of the sigmas. Default: ROOT/models/METHOD/sigma_S or "
-            "joint of a result.",
+            metavar="FOLDER|FILE|NAME|CODE",
+            help="The model as it was certified, or each of a cascade in the order of the sigmas. Default: "
+            "ROOT/models/METHOD/sigma_S or joint of a result.",
             autocompletion=complete_path,
         ),
     ] = None,
@@ -574,6 +574,7 @@ def audit(
             autocompletion=complete_path,
         ),
     ] = None,
+    weights: Weights = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to vote again on, chosen at random.")] = 100,
     every_row: Annotated[bool, typer.Option("--all", help="Vote again on all rows.")] = False,
     seed: Annotated[int | None, typer.Option(help="Chooses the rows; default: random.")] = None,
@@ -605,7 +606,8 @@ def audit(
     print(f"rows are chosen with --seed {seed}", file=sys.stderr)
     settings = Settings(precision, batch_size, threads, device)
     inputs = find_inputs(file, model, images)
-    outcome = audit_file(file, *inputs, rows=None if every_row else rows, seed=seed, settings=settings)
+    chosen = {"rows": None if every_row else rows, "seed": seed}
+    outcome = audit_file(file, *inputs, **chosen, settings=settings, weights=weights)
     for problem in outcome.problems:
         print(f"  {printable(problem)}", file=sys.stderr)
     print(printable(verdict(file, outcome, time.monotonic() - start)))

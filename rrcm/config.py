@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rrcm.constraints import CONSTRAINTS
 from rrcm.derived import cascade_sigmas, choose_values, finetuning_keys, initial_weights
 from rrcm.methods import JOINT, JOINT_SHARES, METHODS, PASS, PER_OBJECTIVE, check_methods, has_joint
-from rrcm.objectives import PRETRAINING
+from rrcm.objectives import FINETUNING, PRETRAINING
+from rrcm.plugins import use_plugin
 from rrcm.sections import (
     Section,
     about,
@@ -68,7 +69,7 @@ CertifiedPrecision = Literal["auto", "fp32", "bf16"]
 class Data(Section):
     """The data set and its shards."""
 
-    source: FileName = about("Name of the data set in `rrcm.data.datasets.DATASETS`")
+    source: FileName = about("Name of the data set in `rrcm.sources.DATASETS`")
     root: str | None = about("Folder of the raw files; null: the default folder of the data set")
     image_size: Count = about("Side of the square image that the network sees", "pixels")
     channels: Literal[1, 3] = about("Colour channels of the images")
@@ -282,7 +283,13 @@ class CATRSSettings(Section):
 
 
 class ObjectiveSettings(Section):
-    """Settings of the fine-tuning objectives, with a block for each objective that has any."""
+    """Settings of the fine-tuning objectives, with a block for each objective that has any.
+
+    A plug-in's objective may have one as well.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]]
 
     gaussian: GaussianSettings
     stability: StabilitySettings
@@ -291,6 +298,15 @@ class ObjectiveSettings(Section):
     smoothadv: SmoothAdvSettings
     smoothmix: SmoothMixSettings
     cat_rs: CATRSSettings
+
+    @model_validator(mode="before")
+    @classmethod
+    def blocks_are_of_objectives(cls, blocks: object) -> object:
+        known = {*cls.model_fields, *FINETUNING}
+        if isinstance(blocks, Mapping) and (unknown := [name for name in blocks if name not in known]):
+            details = {"type": "extra_forbidden", "loc": (str(unknown[0]),), "input": blocks[unknown[0]]}
+            raise ValidationError.from_exception_data(cls.__name__, [details])
+        return blocks
 
 
 class FinetuneSettings(Section):
@@ -357,9 +373,7 @@ class TimmViT(Section):
     weights: str | None = about("File with the weights of a name in timm; null: timm downloads them")
 
 
-class Finetune(
-    section_by_key(FinetuneSettings, partial(check_training_key, objectives=ObjectiveSettings.model_fields))
-):
+class Finetune(section_by_key(FinetuneSettings, partial(check_training_key, objectives=FINETUNING))):
     """Fine-tuning: the initial weights, and the settings of all trainings.
 
     A setting of `FinetuneSettings` is one value, or a mapping with the keys `smoothadv` (for that objective), `scratch`
@@ -598,6 +612,8 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = about("`auto`, `cpu`, `cuda` or `cuda:1`")
     threads: Count | None = about("CPU threads per process; null: one per core. The number affects rounding")
     launcher: str = about("Command that starts a training stage: `python`, or `torchrun --nproc-per-node 8`")
+    plugin: str | None = about("Module of your own package that adds losses, data sets and methods; null: none")
+    plugin_path: str = about("Where the package of `plugin` is, for DVC to watch")
     sigmas: Annotated[list[Positive], Field(min_length=1)] = about("Smoothing noise of the classifiers", "pixel units")
     methods: Annotated[list[MethodName], Field(min_length=1)] = about("Rows of the table in rrcm/methods.py")
     data: Data
@@ -643,10 +659,12 @@ class Config(Section):
 
 
 def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
-    """Validate a mapping, and the table of methods that it chooses from.
+    """Validate a mapping, and the table of methods that it chooses from, with those of its plug-in.
 
     Raises `RRCMError` with one line naming the key, the value and what is allowed.
     """
+    if isinstance(plugin := values.get("plugin"), str):
+        use_plugin(plugin)
     check_methods()
     try:
         return Config.model_validate(values)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rrcm.config import Config
-from rrcm.data.datasets import DATASETS
 from rrcm.derived import CONDITIONED
 from rrcm.methods import MATCHED_PRETRAINING, METHODS, PASS_OBJECTIVE, REFERENCE
 from rrcm.models import ENCODERS, FOLDER_LOADERS, NETWORKS
 from rrcm.objectives import FINETUNING, PRETRAINING
+from rrcm.sources import DATASETS
 from rrcm.utils.code import fingerprints, read_module
 from rrcm.utils.files import atomic_directory, expand_user, write_text
 from rrcm.utils.registry import Registry
@@ -71,12 +71,13 @@ def fingerprint_text(item: Item, watched_tables: bool = False) -> str:
 def find_items(config: Config) -> dict[str, Item]:
     """The items of all stages, by the names of their files."""
     certified = [entry for method in config.methods for entry in classifier_entries(config, method)]
+    tables = [] if config.plugin is None else [config.plugin]  # its methods' labels and colours
     items = {
         "shard-data": Item("shard_data", "rrcm.data.sharding", [(DATASETS, config.data.source)]),
         "denoiser": Item("denoiser", "rrcm.training.denoiser"),
         "latency": Item("latency", "rrcm.evaluation.latency", certified),
         "clean_accuracy": Item("clean_accuracy", "rrcm.evaluation.clean", certified),
-        "plot": Item("plot", "rrcm.report.build"),
+        "plot": Item("plot", "rrcm.report.build", also=tables),
     }
     for name in config.pretrain.objectives:
         matched = [(PRETRAINING, MATCHED_PRETRAINING)] if config.pretrain.equal_passes else []

@@ -161,7 +161,8 @@ def section_by_key(section: type[Section], check_key: CheckKey) -> type[Section]
         else:
             unit = (field.json_schema_extra or {}).get("unit", "")
             fields[name] = (value_by_key(kind, check_key), about(field.description, unit))
-    return create_model(section.__name__, __base__=Section, __doc__=section.__doc__, **fields)
+    base = section if section.model_config["extra"] == "allow" else Section
+    return create_model(section.__name__, __base__=base, __doc__=section.__doc__, **fields)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

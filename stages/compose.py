@@ -8,6 +8,7 @@ from environment import run_command
 
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -56,8 +57,16 @@ def compose_text(overrides: list[str]) -> str:
                 "rrcm/data/README.md"
             ) from None
         except (DvcException, HydraException, OmegaConfBaseException) as error:
-            raise RRCMError(one_line(error)) from None
+            ours = next((each for each in causes(error) if isinstance(each, RRCMError)), None)  # of a resolver
+            raise ours or RRCMError(one_line(error)) from None
         return draft.read_text(encoding="utf-8")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those during which it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__  # OmegaConf hides it
 
 
 def check_encoding(conf: Path) -> None:

@@ -120,6 +120,7 @@ def _run_stage(folder: Path, name: str, arguments: tuple[str, ...], environment:
     multiprocessing.set_start_method(None, force=True)  # the default again: loader workers would import torch anew
     os.chdir(folder)
     os.environ |= {"RRCM_RUNS": str(folder / "runs"), "XDG_CACHE_HOME": str(folder / ".cache")} | environment
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     for descriptor, log in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [f"{name}.py", *arguments]
@@ -150,9 +151,9 @@ def exit_codes(processes: list) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def stage(folder: Path, name: str, *arguments: str) -> Answer:
+def stage(folder: Path, name: str, *arguments: str, **environment: str) -> Answer:
     """Run a stage and wait for it."""
-    process = start(folder, name, *arguments)
+    process = start(folder, name, *arguments, **environment)
     process.join()
     return Answer(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 

@@ -393,7 +393,7 @@ def test_class_names_of_a_file(saved, images):
         (["images", "--model", "model", "--limit", "0"], "limit = 0"),
         (["images", "--model", "model", "--device", "gpu"], "device = 'gpu'"),
         (["images", "--model", "model", "--device", "cuda:99"], "cuda:99"),
-        (["images", "--model", "images"], "images/config.json: no such file"),
+        (["images", "--model", "images"], "images: is no folder of a model, as it has no config.json"),
         (["images", "--model", "models/rrcm_joint/joint"], "`dvc pull models/rrcm_joint/joint` fetches the published"),
         (["images", "--model", "models/rrcm/joint", "--cascade"], "`dvc pull models/rrcm/joint` fetches the published"),
         (["images", "--model", "junk.pth", "--sigma", "1"], "junk.pth"),

@@ -14,7 +14,7 @@ from conftest import PRELOAD, REPOSITORY
 LAYERS = [
     {"rrcm.utils"},
     {"rrcm.methods"},
-    {"rrcm.derived"},
+    {"rrcm.derived", "rrcm.plugins"},
     {"rrcm.constraints", "rrcm.sections"},
     {"rrcm.config"},
     {"rrcm.data", "rrcm.models"},
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 # Packages whose registries, the upper-case names in their __init__.py, any layer may import. An entry is the text of
 # where an object is, so the names are known without the objects.
-REGISTRIES = {"rrcm.models", "rrcm.objectives"}
+REGISTRIES = {"rrcm.models", "rrcm.objectives", "rrcm.sources"}
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 OUTSIDE = {"stages", "tests", "benchmarks", "conftest"}  # they use the package, never the other way round
 DRAWING = {"matplotlib", "PIL.ImageDraw", "PIL.ImageFont"}

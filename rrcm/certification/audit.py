@@ -157,19 +157,20 @@ def audit_file(
     seed: int = 0,
     false_alarm: float = 1e-3,
     settings: Settings = AS_PUBLISHED,
+    weights: Path | None = None,
 ) -> Audit:
     """Check a certificate file, and count the votes of `rows` of its rows again (None: of all). `seed` chooses them.
 
     `models` is the model, or has one model for each sigma of a cascade that was certified with several. `images` is the
-    folder of shards, or the folder of pictures if pictures were certified. An honest file has no
-    problems, except with probability `false_alarm` where the counts need not be equal. No votes are counted again if
-    the tables, the model or the images are not the recorded ones. Raises `RRCMError` for missing or damaged files and
-    inputs.
+    folder of shards, or the folder of pictures if pictures were certified. `weights` are those of a timm name or of a
+    module of the user's own code. An honest file has no problems, except with probability `false_alarm` where the
+    counts need not be equal. No votes are counted again if the tables, the model or the images are not the recorded
+    ones. Raises `RRCMError` for missing or damaged files and inputs.
     """
     record, frame, problems = check_file(path)
     if problems:
         return Audit(problems, len(frame))
-    inputs, problems = load_inputs(path, record, frame, models, images)
+    inputs, problems = load_inputs(path, record, frame, models, images, weights)
     if problems:
         return Audit(problems, len(frame))
     scales = smooth_again(record, inputs, settings)

@@ -6,10 +6,7 @@ normalizes the images are inside. It is compared with the original before anythi
 
 import copy
 import importlib.util
-import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +20,7 @@ from rrcm.certification.networks import batch_limits, in_batches, logits_of, set
 from rrcm.certification.smoothing import TOLERANCE, SmoothedClassifier, is_stochastic
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier
+from rrcm.models.own_code import quiet
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, check_output, write_text
 from rrcm.utils.pixels import to_unit_range
@@ -137,7 +135,7 @@ def read_pictures(folder: Path, loaded: LoadedClassifier) -> torch.Tensor:
 
 def _write_program(original: Program, example: torch.Tensor, kind: str, path: Path) -> nn.Module:
     """Write the program, and return it as read back from its file."""
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"), _quiet():
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet():
         if kind == "torchscript":
             torch.jit.save(torch.jit.trace(original, example, check_trace=False), path)
             return torch.jit.load(path)
@@ -149,17 +147,6 @@ def _write_program(original: Program, example: torch.Tensor, kind: str, path: Pa
         names = {"input_names": ["images"], "output_names": ["logits"]}
         torch.onnx.export(exported, (), dynamo=True, verbose=False, **names).save(path)
         return OnnxProgram(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, the loggers of the exporters print only errors."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 @torch.no_grad()

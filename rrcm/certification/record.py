@@ -233,4 +233,6 @@ def read_record(path: Path) -> CertificateRecord | CascadeRecord:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise RRCMError(f"{path}: {place}: {first['msg']}; it is no record of a certification: certify again") from None
+        raise RRCMError(
+            f"{path}: {f'{place}: ' if place else ''}{first['msg']}; it is no record of a certification: certify again"
+        ) from None

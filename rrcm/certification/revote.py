@@ -30,7 +30,7 @@ from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
 from rrcm.data.shards import ShardedDataset, choose_rows, read_pixels
 from rrcm.models.load import LoadedClassifier
-from rrcm.models.own_code import load_named_cascade
+from rrcm.models.own_code import load_named_cascade, load_named_classifier
 from rrcm.utils.distributed import set_threads
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.pixels import to_unit_range
@@ -81,19 +81,18 @@ def load_inputs(
     frame: pd.DataFrame,
     models: Path | str | Sequence[Path | str],
     images: Path,
+    weights: Path | None = None,
 ) -> tuple[Inputs, list[str]]:
     """The models and the images of the certificates in `path`, and the problems if they are not the certified ones.
 
     `models` is one path or one for each sigma, as in the record. `images` is a folder of shards if a split was
-    certified, else the folder of pictures. Raises `RRCMError` for missing or damaged inputs, and for another number of
-    models.
+    certified, else the folder of pictures. `weights` are as for `load_named_classifier`. Raises `RRCMError` for missing
+    or damaged inputs, for another number of models, and for `weights` of a cascade.
     """
     models = [models] if isinstance(models, Path | str) else list(models)
     if len(models) != len(record.models):
         raise RRCMError(f"{path}: was certified with {len(record.models)} models, {len(models)} are given; give each")
-    scales, _, can_pass = load_named_cascade(
-        models, record.sigmas, outside_range=True
-    )  # a certificate says which sigmas
+    scales, can_pass = _load_scales(models, record.sigmas, weights)
     problems = []
     for model, loaded, published in zip(models, scales, record.models, strict=False):
         if identify_model(str(model), loaded)["sha256"] != published.sha256:
@@ -114,6 +113,18 @@ def load_inputs(
     elif frame["label"].tolist() != split.labels[frame["idx"]].tolist():
         problems.append(f"{path}: has other labels than {images}")
     return Inputs(scales, split), problems
+
+
+def _load_scales(
+    models: Sequence[Path | str], sigmas: Sequence[float], weights: Path | None
+) -> tuple[list[LoadedClassifier], bool]:
+    """The base classifiers at each sigma, and whether all but the first can pass. A certificate says which sigmas."""
+    if len(sigmas) == 1:
+        return [load_named_classifier(models[0], sigma=sigmas[0], weights=weights, outside_range=True)], False
+    if weights is not None:
+        raise RRCMError(f"{weights}: weights are not for a cascade; leave them out")
+    scales, _, can_pass = load_named_cascade(models, sigmas, outside_range=True)
+    return scales, can_pass
 
 
 def _read_files(path: Path, folder: Path, loaded: LoadedClassifier) -> tuple[dict[int, Path], str]:

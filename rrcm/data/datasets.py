@@ -1,6 +1,6 @@
 """Read raw data sets: class names, and training and test images with labels, in a fixed order.
 
-`DATASETS` maps the values of the setting `data.source` to readers, each in a module of its own in rrcm/sources/.
+`DATASETS` of rrcm/sources/ maps the values of the setting `data.source` to readers, each in a module of its own there.
 Validation images are split off the training images later, when the shards are written (sharding.py). If a data set has
 no official test images, these are split off there too.
 """
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rrcm.config import Data
+from rrcm.sources import DATASETS
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import in_repository
-from rrcm.utils.registry import Registry
 
 RAW = Path("data/raw")  # without data.root, downloads go to RAW/<source>
 
@@ -110,16 +110,3 @@ def check_content(path: Path, name: str, content: bytes, expected: str) -> None:
             f"{path}: has other content than the published {name}, which other data sets may have too; download it "
             "again, or set data.root to the right folder"
         )
-
-
-# Readers by data.source: functions from the settings `Data` to a `RawDataset`. README.md says how to add one.
-DATASETS = Registry(
-    {
-        "digits": "rrcm.sources.digits:read_digits",
-        "fashion_mnist": "rrcm.sources.fashion_mnist:read_fashion_mnist",
-        "cifar10": "rrcm.sources.cifar10:read_cifar10",
-        "imagenet": "rrcm.sources.folders:read_imagenet",
-        "pathmnist": "rrcm.sources.pathmnist:read_pathmnist",
-        "imagefolder": "rrcm.sources.folders:read_imagefolder",
-    }
-)

@@ -75,7 +75,10 @@ def _build_encoder(trunk: Mapping[str, torch.Tensor], num_heads: int | None, pat
         if not min(embed_dim, channels, patch_size, grid, depth):
             raise ValueError
     except (KeyError, ValueError, IndexError):
-        raise RRCMError(f"{path}: not an authors' checkpoint (holds no ViT with a time token)") from None
+        raise RRCMError(
+            f"{path}: not an authors' checkpoint (holds no ViT with a time token); the weights of another network need "
+            "--weights beside a --model"
+        ) from None
     num_heads = num_heads or embed_dim // 64
     if num_heads == 0 or embed_dim % num_heads:
         raise RRCMError(f"{path}: {embed_dim} dimensions do not divide into {num_heads} heads; pass num_heads=")

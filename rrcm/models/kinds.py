@@ -1,7 +1,7 @@
 """Classifiers in model folders, of every kind.
 
 A model folder is the contract between training and certification. Its config.json has a `kind`, and FOLDER_LOADERS
-has a loader for each kind. Code outside the package adds a kind with `FOLDER_LOADERS["my kind"] = my_loader`.
+has a loader for each kind. A plug-in adds kinds (rrcm/plugins.py).
 """
 
 from collections.abc import Sequence

@@ -175,7 +175,7 @@ def _read_class_names(path: Path, count: int) -> list[str]:
     try:
         names = read_text(expand_user(path)).splitlines()
     except (OSError, ValueError) as error:
-        raise RRCMError(f"{path}: cannot be read as text ({one_line(error)})") from None
+        raise RRCMError(f"{path}: cannot be read as text ({one_line(error)}); give one class name per line") from None
     names = [name.strip() for name in names if name.strip()]
     if len(names) != count:
         raise RRCMError(

@@ -1,16 +1,16 @@
-"""Base classifiers from the user's own code: `module:function` or `file.py:function`.
+"""Base classifiers from the user's own code: `module:function`, `file.py:function`, or a program of torch.export.
 
-This is the only place that runs code which is not of this package or of its libraries. It runs what the user names on
-the command line, and says so on stderr.
+Besides plug-ins, this is the only place that runs code which is not of this package or of its libraries. It runs what
+the user names on the command line, and says so on stderr.
 """
 
 import importlib
 import importlib.util
+import logging
 import re
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -18,20 +18,24 @@ import torch
 from torch import nn
 
 from rrcm.models.base_classifiers import BaseClassifier
+from rrcm.models.folders import CONFIG
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.models.load import LoadedCascade, _read_class_names, load_base_classifier, load_cascade
-from rrcm.models.timm_models import HUB
-from rrcm.utils.errors import RRCMError, one_line, printable
+from rrcm.models.timm_models import FOLDER, HUB
+from rrcm.utils.errors import RRCMError, failure_of, one_line, printable
 from rrcm.utils.files import expand_user
 from rrcm.utils.tensors import load_tensors, load_weights
 
 NAME = re.compile(r"(?P<place>[^:]+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
 EXAMPLE = "such as model.image_size = 224"
+PROGRAM, ONNX, NAMES = ".pt2", ".onnx", "classes.txt"  # suffixes of programs; names of classes beside one
 
 
 def is_own_code(model: Path | str) -> bool:
-    """Whether `model` names a function: `module:function` or `file.py:function`."""
+    """Whether `model` names a function, `module:function` or `file.py:function`, or is a program of torch.export."""
     name = str(model)
+    if name.endswith(PROGRAM) and expand_user(name).is_file():
+        return True
     return not name.startswith(HUB) and NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -41,6 +45,8 @@ def load_named_classifier(
     """`load_base_classifier`, and also a model of the user's own code. Raises `RRCMError` as that function does."""
     if not is_own_code(model):
         refuse_missing(model)
+        if sigma is None and expand_user(model).is_file():
+            load_tensors(expand_user(model))  # says what is wrong with the file before a sigma is asked for
         return load_base_classifier(model, sigma=sigma, weights=weights, **options)
     if not options.pop("final_norm", True):
         raise RRCMError(f"{model}: only an authors' checkpoint file can skip the final norm; leave that option out")
@@ -70,8 +76,17 @@ def load_named_cascade(models: Sequence[Path | str], sigmas: Sequence[float], **
 
 
 def refuse_missing(model: Path | str) -> None:
-    """Raise `RRCMError` for a folder of this repository that is not there. Others may be names of timm models."""
-    folder = Path(model)
+    """Raise `RRCMError` for a folder of this repository that is not there, for any other folder, and for ONNX.
+
+    Others that are not there may be names of timm models.
+    """
+    folder = expand_user(str(model).removeprefix(FOLDER))
+    if folder.is_dir() and not (folder / CONFIG).exists():
+        advice = "give a folder that `rrcm train`, the pipeline or timm wrote"
+        raise RRCMError(f"{printable(model)}: is no folder of a model, as it has no {CONFIG}; {advice}")
+    if folder.suffix == ONNX and folder.is_file():
+        advice = "export the model with --format torch-export, or give a function that returns a torch module"
+        raise RRCMError(f"{printable(model)}: a program of ONNX, which cannot be certified here; {advice}")
     if folder.parts[:1] == ("models",) and not folder.exists():
         fetched = f"in a clone of the repository, `dvc pull {printable(folder)}` fetches the published one"
         raise RRCMError(f"{printable(model)}: no such folder; {fetched}, and `make repro` trains it")
@@ -80,14 +95,17 @@ def refuse_missing(model: Path | str) -> None:
 def load_own_code(name: str, *, weights: Path | None = None, classes: Path | None = None) -> LoadedClassifier:
     """Call the function `name` without arguments, and describe the base classifier that it returns.
 
+    `name` may also be a program of torch.export, as `rrcm export` writes it.
+
     It returns a torch module that maps images in [0, 1] to logits, or a `LoadedClassifier`. A module has the attribute
     `image_size`, the side of its images in pixels, and may have `channels` (3 without it), `class_names` and
     `num_classes`. The file `weights` has a state dict for the module, and `classes` one class name per line.
 
     Raises `RRCMError` if the code cannot be run, returns something else, or has other weights.
     """
-    function = _find_function(name)
-    answer = _run(name, function)
+    if name.endswith(PROGRAM):
+        return _load_program(name, weights, classes)
+    answer = _run(name, _find_function(name))
     module = answer.classifier if isinstance(answer, LoadedClassifier) else answer
     if not isinstance(module, nn.Module):
         raise RRCMError(f"{name}: returns a {type(module).__name__}; let it return a torch.nn.Module")
@@ -97,6 +115,51 @@ def load_own_code(name: str, *, weights: Path | None = None, classes: Path | Non
         module.eval()
     loaded = answer if isinstance(answer, LoadedClassifier) else _describe(name, module, classes)
     return loaded if classes is None else loaded._replace(class_names=_read_class_names(classes, loaded.num_classes))
+
+
+def _load_program(name: str, weights: Path | None, classes: Path | None) -> LoadedClassifier:
+    """A program of torch.export that maps images (B, C, S, S) to logits (B, K). `NAMES` beside it may name classes."""
+    path = expand_user(name)
+    if weights is not None:
+        raise RRCMError(f"{weights}: weights are for a timm model, and {name} has its own; leave them out")
+    print(f"note: runs your code: the program {printable(path)}", file=sys.stderr)
+    try:
+        with quiet():
+            program = torch.export.load(path)
+    except Exception as error:  # of each kind of damage another
+        raise RRCMError(f"{name}: is no program of torch.export ({one_line(error)}); export it again") from None
+    given, returned = ([tuple(each.shape) for each in found] for found in _ends(program))
+    fits = [len(each) for each in (given, *given, returned, *returned)] == [1, 4, 1, 2]
+    shape = [*given[0][1:], returned[0][1]] if fits else []
+    if not all(type(each) is int for each in shape) or not fits or shape[0] not in (1, 3) or shape[1] != shape[2]:
+        raise RRCMError(
+            f"{name}: maps {given or 'nothing'} to {returned or 'nothing'}; must map images (B, C, S, S) of one "
+            "size, with 1 or 3 channels, to logits (B, K)"
+        )
+    beside = path.with_name(NAMES)
+    listed = classes or (beside if beside.is_file() else None)
+    channels, size, _, count = shape
+    names = [str(number) for number in range(count)] if listed is None else _read_class_names(listed, count)
+    return LoadedClassifier(program.module(), size, channels, names)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, the loggers of other libraries print only errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _ends(program: torch.export.ExportedProgram) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The inputs of a program and its outputs, as tensors without values."""
+    nodes, signature = {node.name: node for node in program.graph.nodes}, program.graph_signature
+    names = (signature.user_inputs, signature.user_outputs)
+    inputs, outputs = ([nodes[name].meta["val"] for name in each if name in nodes] for each in names)
+    return inputs, outputs
 
 
 def _at(loaded: LoadedClassifier, sigma: float | None) -> LoadedClassifier:
@@ -146,9 +209,7 @@ def _run(name: str, function: Callable[[], object]) -> object:
     except RRCMError:
         raise
     except Exception as error:  # code of the user raises anything
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        line = f", line {where.lineno} of {Path(where.filename).name}" if where.filename != __file__ else ""
-        raise RRCMError(f"{name}: fails with {type(error).__name__} ({one_line(error)}{line}); correct it") from error
+        raise RRCMError(f"{name}: {failure_of(error)}; correct it") from error
 
 
 def _describe(name: str, module: nn.Module, classes: Path | None) -> LoadedClassifier:

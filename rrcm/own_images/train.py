@@ -96,6 +96,8 @@ def check_request(request: Request) -> None:
         raise RRCMError(f"--weights {request.weights}: no such file")
     if request.params is not None and not request.takes_params:
         check_output(request.params)
+    if request.takes_params:
+        read_params(request.params, folder)  # before the images are read
 
 
 def prepare(request: Request) -> tuple[Folder, Config | None]:

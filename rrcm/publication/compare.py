@@ -29,7 +29,9 @@ from rrcm.utils.errors import RRCMError
 
 LEVEL = 0.05  # probability that any difference of an equally good run is called significant
 # settings that have no effect on certificates
-NO_RESULT = dict.fromkeys(["device", "launcher", "derived", "attack", "latency", "report"], True)
+NO_RESULT = dict.fromkeys(
+    ["device", "launcher", "plugin", "plugin_path", "derived", "attack", "latency", "report"], True
+)
 NO_RESULT |= {"data": {"root", "workers"}}
 
 

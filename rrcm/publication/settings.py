@@ -67,7 +67,9 @@ def find_changes(values: Mapping, section: type[Section] = Config, prefix: str =
 
     A missing or unknown section is listed by its own name.
     """
-    added, removed = [], [f"{prefix}{name}" for name in values if name not in section.model_fields]
+    takes_others = section.model_config["extra"] == "allow"  # of plug-ins
+    gone = [] if takes_others else [name for name in values if name not in section.model_fields]
+    added, removed = [], [f"{prefix}{name}" for name in gone]
     for name, field in section.model_fields.items():
         if name not in values:
             added.append(f"{prefix}{name}")
@@ -148,12 +150,14 @@ def covers(names: Iterable[str], setting: str) -> bool:
 
 
 def merge(values: Mapping, today: Mapping, section: type[Section]) -> dict:
-    """The settings of `today`, in its order, with the values of `values` where it has them."""
+    """The settings of `today`, in its order, with the values of `values` where it has them, and blocks of plug-ins."""
     merged = {}
     for name, current in today.items():
         kind = section.model_fields[name].annotation
         value = values.get(name, current)
         merged[name] = merge(value, current, kind) if _is_section(kind) and isinstance(value, Mapping) else value
+    if section.model_config["extra"] == "allow":
+        merged |= {name: block for name, block in values.items() if name not in merged}
     return merged
 
 

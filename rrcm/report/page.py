@@ -39,7 +39,7 @@ from rrcm.utils.files import read_json, sha256_file
 
 EQUAL_COMPUTE = 0.1  # relative difference that counts as equal: whole epochs and steps differ by some percent
 # settings without an effect on anything that the report shows
-IGNORED_SETTINGS = dict.fromkeys(["derived", "device", "launcher", "attack"], True)
+IGNORED_SETTINGS = dict.fromkeys(["derived", "device", "launcher", "plugin", "plugin_path", "attack"], True)
 IGNORED_SETTINGS |= {"data": {"root", "workers"}}
 
 

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,8 @@ class Module(NamedTuple):
 def fingerprints(*modules: str, without: Iterable[str] = ()) -> dict[str, str]:
     """The fingerprints of `modules` and of all modules that they import, directly or indirectly, by module name.
 
-    Imports count if they are part of rrcm, or if they are loaded and not installed in the environment: the user's own
-    code. The modules in `without`, such as "rrcm.utils.files", and modules that only they import are left out.
+    Imports count if they are part of rrcm, or not installed in the environment: the user's own code. The modules in
+    `without`, such as "rrcm.utils.files", and modules that only they import are left out.
     """
     by_module: dict[str, str] = {}
     waiting, seen = list(modules), set(without)
@@ -209,13 +209,27 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def _source_file(module: str) -> Path | None:
-    """The source file of a module or package that belongs to rrcm or is loaded; None if there is no such module."""
+    """The source file of a module or package; None if there is no such module. It is found without an import."""
     top, *below = module.split(".")
-    if top == "rrcm":
-        path = Path(__file__).parents[1].joinpath(*below)
-        return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-    path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
-    return path if path.is_file() else None
+    if module in sys.modules and top != "rrcm":
+        path = Path(getattr(sys.modules[module], "__file__", None) or "")
+        return path if path.is_file() else None
+    paths = [place.joinpath(*below) for place in _find_top(top)]
+    files = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _find_top(name: str) -> list[Path]:
+    """The folders of a package of the top level, or the file of a module of the top level without its suffix."""
+    if name == "rrcm":
+        return [Path(__file__).parents[1]]
+    try:
+        found = find_spec(name)
+    except (ImportError, ValueError):  # it was imported in an unusual way, such as __main__
+        return []
+    if found is None or found.submodule_search_locations or not found.origin:
+        return [Path(folder) for folder in getattr(found, "submodule_search_locations", None) or []]
+    return [Path(found.origin).with_suffix("")]
 
 
 def _is_installed(module: str, path: Path) -> bool:

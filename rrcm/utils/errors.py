@@ -2,6 +2,8 @@
 
 import re
 import textwrap
+import traceback
+from pathlib import Path
 
 # Characters that move the cursor, break a line or reverse the direction of text, and bytes of names that are not UTF-8
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -34,3 +36,11 @@ def one_line(error: Exception) -> str:
 def printable(text: object) -> str:
     """A text or path in one line. Control characters are escaped, so that it cannot disturb a terminal or a page."""
     return UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), str(text))
+
+
+def failure_of(error: Exception) -> str:
+    """What code of the user raised, and where, in one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    ours = "importlib" in where.filename or Path(where.filename).is_relative_to(Path(__file__).parents[1])
+    line = "" if ours else f", line {where.lineno} of {Path(where.filename).name}"
+    return f"fails with {type(error).__name__} ({one_line(error)}{line})"

@@ -96,11 +96,13 @@ def _load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
         if "TorchScript" in str(error) or path.suffix == ".pt2":
             raise RRCMError(
-                f"{path}: a program, not weights; load it in Python with torch.jit.load or torch.export.load and pass "
-                "it to SmoothedClassifier"
+                f"{path}: a program, not weights; give --model a function that loads it with torch.jit.load, or smooth "
+                "it in Python with SmoothedClassifier"
             ) from None
         reason = (str(error).splitlines() or ["empty"])[0]
-        raise RRCMError(f"{path}: truncated or not a torch checkpoint ({reason})") from None
+        raise RRCMError(
+            f"{path}: truncated or not a torch checkpoint ({reason}); give a state dict, best as safetensors"
+        ) from None
     while isinstance(weights, dict) and (key := next((k for k in NESTED if isinstance(weights.get(k), dict)), None)):
         weights = weights[key]
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):

@@ -14,7 +14,7 @@ from rrcm.data.shards import read_manifest
 def copy(tmp_path) -> Path:
     """A copy of the code with the data set of the example."""
     files = follow("rrcm/data/README.md", "Add a data set", copy_code(tmp_path))
-    assert files == ["rrcm/sources/mine.py", "rrcm/data/datasets.py", "conf/profile/mine.yaml"]
+    assert files == ["rrcm/sources/mine.py", "rrcm/sources/__init__.py", "conf/profile/mine.yaml"]
     return tmp_path
 
 

@@ -221,7 +221,7 @@ BAD_FILES = {
     "empty": "truncated or not",
     "text": "or is damaged; no code in it was run",
     "pickle": "or is damaged; no code in it was run",
-    "script": r": a program, not weights; load it in Python with torch.jit.load .* SmoothedClassifier$",
+    "script": r": a program, not weights; give --model a function that .* with torch.jit.load, .* SmoothedClassifier$",
     "cut": "truncated or not",
     "payload": r"holds more than tensors \(posix.mkdir\), .* no code in it was run; save the state dict alone",
     "payload beside": r"holds more than tensors \(posix.mkdir\)",

@@ -80,6 +80,7 @@ def code(in_a_folder: None) -> None:  # noqa: F811
     Path("code/mine.py").write_text(CODE)
     Path("code/beside.py").write_text("")
     Path("code/syntax.py").write_text("def build(:\n")
+    Path("code/damaged.pt2").write_bytes(b"PK\3\4")
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,35 @@ def test_a_cascade_and_its_audit(images: torch.Tensor):  # noqa: F811
     assert answer.exit_code == 0 and answer.stdout.startswith("verified: "), answer.output
 
 
+def test_an_audit_takes_the_weights_that_were_certified(images: torch.Tensor):  # noqa: F811
+    save_file(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).state_dict(), "own.safetensors")
+    model = ["--model", "code/mine.py:build", "--weights", "own.safetensors"]
+    assert rrcm("images", *model, "--sigma", 0.5, *SMALL).exit_code == 0
+    audit = ["audit", "certificates.tsv", "--images", "images"]
+    answer = CliRunner().invoke(app, [*audit, *model])
+    assert answer.exit_code == 0 and answer.stdout.startswith("verified: "), answer.output
+    answer = CliRunner().invoke(app, [*audit, *model[:2]])
+    assert answer.exit_code == 1 and "code/mine.py:build: is not the model that was certified" in answer.stderr
+
+
+@pytest.mark.thorough
+def test_a_program_is_a_model_as_it_is(images: torch.Tensor):  # noqa: F811
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    sizes = ({0: torch.export.Dim("batch", max=64)},)
+    torch.export.save(torch.export.export(model, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=sizes), "model.pt2")
+    options = ["predict", "images", "--model", "model.pt2", "--sigma", "0.5", "--n", "100", "--batch-size", "64"]
+    answer = CliRunner().invoke(app, options)
+    assert answer.stderr.startswith("note: runs your code: the program model.pt2\n")
+    expected = package.SmoothedClassifier(model, 0.5, 3, batch_size=64).predict(images, n=100)
+    assert [int(line.split(",")[2]) for line in answer.stdout.splitlines()[1:]] == expected
+    assert load_own_code("model.pt2").class_names == ["0", "1", "2"]
+    Path("classes.txt").write_text("cat\ndog\nfox\n")
+    assert load_own_code("model.pt2").class_names == ["cat", "dog", "fox"]
+    torch.export.save(torch.export.export(nn.Flatten(), (torch.zeros(2, 3, 8, 9),)), "other.pt2")
+    with pytest.raises(RRCMError, match=r"^other.pt2: maps .* must map images"):
+        load_own_code("other.pt2")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -159,6 +189,7 @@ def test_a_cascade_and_its_audit(images: torch.Tensor):  # noqa: F811
         ("code/mine.py:number", "returns a int; let it return a torch.nn.Module"),
         ("code/syntax.py:build", "fails with SyntaxError"),
         ("no_such_module:build", "fails with ModuleNotFoundError (No module named 'no_such_module'"),
+        ("code/damaged.pt2", "is no program of torch.export ("),
     ],
 )
 def test_bad_code_ends_in_one_line(name: str, said: str):
