@@ -80,8 +80,8 @@ class Data(Section):
 class Model(Section):
     """The network: the noise-conditioned ViT (class token, time token, patches) and its projector, or another trunk.
 
-    The other trunks are for methods that start from scratch. They use `architecture`, `pixel_mean` and `pixel_std`; all
-    other settings are for the ViT.
+    The other trunks are for methods that start from scratch or from weights of timm. They use `architecture`,
+    `pixel_mean` and `pixel_std`; all other settings are for the ViT.
     """
 
     architecture: str = about("`vit`, or another trunk: `lenet`, `resnet110`, or the name of a timm model")
@@ -342,8 +342,8 @@ def _choose(settings: Mapping, keys: Sequence[str], path: str) -> dict:
     return chosen
 
 
-class TimmViT(Section):
-    """The ViT from timm that method `timm` starts from."""
+class TimmModel(Section):
+    """The model from timm that method `timm` starts from: a plain ViT, or a model of `model.architecture`."""
 
     model: str | None = about("Name in timm, snapshot folder or hf-hub:owner/name; null if no method starts from timm")
     weights: str | None = about("File with the weights of a name in timm; null: timm downloads them")
@@ -372,7 +372,7 @@ class Finetune(
         "Added to the logit of pass: the more, the better are small radii, and the worse large ones"
     )
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
-    timm: TimmViT
+    timm: TimmModel
     pretrain_cost_shared_by: Count = about("Fine-tuned models that share the compute of one pre-training", "models")
     precision: Precision = about("Number format; auto: bf16 where the device has it, else fp16 (GPU) or fp32 (CPU)")
     weights_dtype: Literal["bf16", "fp32"] = about("Format of the weights that are selected, saved and certified")
