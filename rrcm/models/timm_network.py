@@ -12,6 +12,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.tensors import load_weights
 
 RGB = 3
+HEAD_STD = 2e-5  # of the weights of a new head, as in base_classifiers.py
 
 
 class NetworkInput(NamedTuple):
@@ -50,11 +51,12 @@ def input_of(network: nn.Module, name: str) -> NetworkInput:
 
 
 def copy_timm_weights(network: nn.Module, name: str, weights: str | None) -> None:
-    """Give `network` the weights of the timm model `name`, as `load_timm` finds them, except for its head.
+    """Give `network` the weights of the timm model `name`, as `load_timm` finds them, and a new head.
 
-    `network` has the same architecture. Its head, which is for other classes, keeps its weights. If it takes grey
-    images and the model colours, the weights of the first layer are summed over the colours, as if a grey image had
-    three equal channels.
+    `network` has the same architecture, for other classes. Its head gets very small random weights from torch's global
+    generator, like the head of our ViT: some networks of timm give a head for few classes weights so large that a short
+    training does not undo them. If `network` takes grey images and the model colours, the weights of the first layer
+    are summed over the colours, as if a grey image had three equal channels.
 
     Raises `RRCMError` as `load_timm` does, and for a model of another architecture, other channels or another size.
     """
@@ -75,6 +77,9 @@ def copy_timm_weights(network: nn.Module, name: str, weights: str | None) -> Non
     own = {key: value for key, value in expected.items() if key.rpartition(".")[0] in heads}
     others = {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in heads}
     load_weights(network, others | own, name)
+    for head in heads:
+        for parameter in network.get_submodule(head).parameters():
+            nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.trunc_normal_(parameter, std=HEAD_STD)
 
 
 def _names(modules: str | tuple[str, ...] | list[str] | None) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ def network_settings(model: Model, data: Data) -> dict[str, object]:
 
 
 def with_initial_weights(classifier: NetworkClassifier, method: str, finetune: Finetune) -> NetworkClassifier:
-    """The same classifier, with the weights of timm if `method` starts from them. Its head stays as it is.
+    """The same classifier, with the weights of timm and a new head if `method` starts from them.
 
     Raises `RRCMError` for weights that are missing, damaged or of another network.
     """
