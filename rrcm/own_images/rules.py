@@ -20,7 +20,8 @@ STARTED = 0.2  # of these steps and passes are as good from pre-trained weights
 STARTED_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the side for which pre-trained weights were made, that are considered
 BATCHES = (16, 128)  # smallest and largest, if there are as many images
 LEARNING_RATE = 1e-3  # peak of AdamW from random weights, whatever the batch
-STARTED_RATE = 1e-4  # likewise from pre-trained weights
+STARTED_RATE = 1e-4  # likewise from pre-trained weights of a ViT
+NETWORK_RATE = 5e-4  # likewise of any other network
 SMALL_SIDE = 16  # pixels, up to which an image carries little noise
 SIGMAS = {True: (0.12, 0.25, 0.5), False: (0.25, 0.5, 1.0)}  # of small images, and of others; pixel units
 MOST_VALIDATION = 500  # images
@@ -179,7 +180,7 @@ def plan(task: Task, trunk: Trunk | Network, speed: Speed) -> Choice:
         val_fraction=fraction,
         workers=max(1, task.machine.cores - 1) if speed.reading else 0,
         batch_size=batch_size,
-        lr=STARTED_RATE if task.started else LEARNING_RATE,
+        lr=learning_rate(task, trunk),
         epochs=epochs,
         epoch_steps=len(sigmas) * pass_steps,
         allowed_steps=allowed,
@@ -188,6 +189,13 @@ def plan(task: Task, trunk: Trunk | Network, speed: Speed) -> Choice:
         n=n,
         certified=certified,
     )
+
+
+def learning_rate(task: Task, trunk: Trunk | Network) -> float:
+    """The peak of AdamW."""
+    if not task.started:
+        return LEARNING_RATE
+    return STARTED_RATE if isinstance(trunk, Trunk) else NETWORK_RATE
 
 
 def split_off(count: int, fraction: float) -> int:

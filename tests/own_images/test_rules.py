@@ -128,7 +128,7 @@ NETWORKS = [Network("resnet18", side, 3, (0.5,) * 3, (0.5,) * 3) for side in (22
 def test_a_network_from_weights_is_as_large_as_the_images_and_the_time_allow(side, hours, size):
     task = Task(folder(side=side), MACHINE, hours, started=True)
     choice = choose(task, NETWORKS, lambda network: Speed(network.image_size**2 / 1e6, network.image_size**2 / 1e7))
-    assert choice.trunk.image_size == size and choice.lr < chosen(24.0).lr
+    assert choice.trunk.image_size == size and choice.lr == 5e-4  # of a ViT 1e-4, from random weights 1e-3
 
 
 @pytest.mark.parametrize(("side", "fits"), [(300, True), (56, True), (55, False), (8, False)])
