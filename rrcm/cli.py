@@ -465,8 +465,8 @@ def train(
         str | None,
         typer.Option(
             metavar="FOLDER|NAME",
-            help="Plain ViT of timm whose weights to start from: its name, hf-hub:owner/name, or a snapshot folder. "
-            "Default: random weights.",
+            help="Model of timm whose weights to start from: its name, hf-hub:owner/name, or a snapshot folder. A name "
+            "is downloaded unless --weights is given. Default: random weights, and no download.",
             autocompletion=complete_path,
         ),
     ] = None,

@@ -83,7 +83,8 @@ class Model(Section):
     """The network: an encoder that is conditioned on the noise level, with its projector, or another trunk.
 
     The encoder is a ViT (class token, time token, patches), or a CNN, which uses only `patch_size` and `embed_dim`. The
-    other trunks are for methods that start from scratch. They use `architecture`, `pixel_mean` and `pixel_std`.
+    other trunks are for methods that start from scratch or from weights of timm. They use `architecture`, `pixel_mean`
+    and `pixel_std`.
     """
 
     architecture: str = about("`vit` or `cnn`, or another trunk: `lenet`, `resnet110`, or the name of a timm model")
@@ -366,8 +367,8 @@ def _choose(settings: Mapping, keys: Sequence[str], path: str) -> dict:
     return chosen
 
 
-class TimmViT(Section):
-    """The ViT from timm that method `timm` starts from."""
+class TimmModel(Section):
+    """The model from timm that method `timm` starts from: a plain ViT, or a model of `model.architecture`."""
 
     model: str | None = about("Name in timm, snapshot folder or hf-hub:owner/name; null if no method starts from timm")
     weights: str | None = about("File with the weights of a name in timm; null: timm downloads them")
@@ -394,7 +395,7 @@ class Finetune(section_by_key(FinetuneSettings, partial(check_training_key, obje
         "Added to the logit of pass: the more, the better are small radii, and the worse large ones"
     )
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
-    timm: TimmViT
+    timm: TimmModel
     pretrain_cost_shared_by: Count = about("Fine-tuned models that share the compute of one pre-training", "models")
     precision: Precision = about("Number format; auto: bf16 where the device has it, else fp16 (GPU) or fp32 (CPU)")
     weights_dtype: Literal["bf16", "fp32"] = about("Format of the weights that are selected, saved and certified")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rrcm.derived import CONDITIONED, SECTIONS, derived_settings
 from rrcm.methods import METHODS, REFERENCE
-from rrcm.models import DENOISING_CLASSIFIERS, TRAINED_CLASSIFIERS
+from rrcm.models import DENOISING_CLASSIFIERS, NETWORKS, TRAINED_CLASSIFIERS
 
 if TYPE_CHECKING:
     from rrcm.config import Config
@@ -55,7 +55,7 @@ def initial_weights_exist(config: "Config") -> None:
     for name in config.methods:
         start = METHODS[name].initial_weights
         if start == "timm" and config.finetune.timm.model is None:
-            raise ValueError(f"finetune.timm.model null must be the name of a ViT in timm, or methods without {name}")
+            raise ValueError(f"finetune.timm.model null must be the name of a model in timm, or methods without {name}")
         if config.finetune.uses_pretraining(name) and start not in config.pretrain.objectives:
             raise ValueError(
                 f"methods: {name} starts from models/pretrain/{start}; add {start} to pretrain.objectives "
@@ -63,13 +63,21 @@ def initial_weights_exist(config: "Config") -> None:
             )
 
 
-def other_trunks_start_from_scratch(config: "Config") -> None:
-    """Only our encoders are pre-trained, have layers with rates of their own, and run in chunks."""
+def other_trunks_are_not_pretrained_here(config: "Config") -> None:
+    """Only our encoders are pre-trained here, have layers with rates of their own, and run in chunks.
+
+    Another trunk starts from random weights, or from those that timm has for it.
+    """
     trunk = config.model.architecture
     if trunk in CONDITIONED:
         return
     for method in config.methods:
-        if METHODS[method].initial_weights is not None or METHODS[method].matched:
+        start = METHODS[method].initial_weights
+        if start == "timm" and trunk in NETWORKS:
+            raise ValueError(
+                f"methods: {method} needs model.architecture vit or a timm model, not {trunk}; leave it out"
+            )
+        if start not in (None, "timm") or METHODS[method].matched:
             raise ValueError(f"methods: {method} needs model.architecture vit or cnn, not {trunk}; leave it out")
         for sigma in config.sigmas:
             if config.finetune.settings(method, sigma).layer_decay != 1:
@@ -202,7 +210,7 @@ def derived_settings_are_current(config: "Config") -> None:
 
 CONSTRAINTS = (  # in the order of the sections that they concern; the first that fails is reported
     entries_differ,
-    other_trunks_start_from_scratch,
+    other_trunks_are_not_pretrained_here,
     initial_weights_exist,
     attacked_methods_can_be_attacked,
     cascades_fit,

@@ -125,7 +125,8 @@ def training_entries(config: Config, method: str) -> list[Entry]:
     if row.pretrained_here or row.initial_weights == "timm":
         given = settings.initial_weights
         is_file = given is not None and expand_user(given).is_file()
-        entries.append((ENCODERS, "timm" if row.initial_weights == "timm" else "file" if is_file else "folder"))
+        timm = "timm" if config.model.architecture == "vit" else "timm network"
+        entries.append((ENCODERS, timm if row.initial_weights == "timm" else "file" if is_file else "folder"))
     if row.matched:
         entries.append((PRETRAINING, MATCHED_PRETRAINING))
     if row.matched or (settings.equal_passes and objectives):

@@ -60,7 +60,7 @@ rRCM
   rrcm_smoothadv            rrcm                      smoothadv    classifier  #0B8F9C  rRCM + SmoothAdv
 
 other pre-training
-  timm                      timm                      consistency  classifier  #CC79A7  timm ViT
+  timm                      timm                      consistency  classifier  #CC79A7  timm
   moco_v3                   moco_v3                   consistency  classifier  #661100  MoCo-v3
   dmae                      dmae                      consistency  classifier  #117733  DMAE
   dmae_without_mask         dmae_without_mask         consistency  classifier  #88AA33  DMAE without mask

@@ -94,4 +94,5 @@ def test_the_rules_in_words_have_the_numbers_of_the_code():
         f"{rules.ENOUGH} held-out images. At most {rules.MOST_CERTIFIED}",
     ]
     assert not [each for each in said if each not in page]
-    assert rules.STARTED == 0.2 and (rules.LEARNING_RATE, rules.STARTED_RATE) == (1e-3, 1e-4)
+    assert (rules.LEARNING_RATE, rules.STARTED_RATE, rules.NETWORK_RATE) == (1e-3, 1e-4, 5e-4) and rules.STARTED == 0.2
+    assert rules.STARTED_SHARES == (1, 3 / 4, 1 / 2, 1 / 4) and "quarter of the pixels" in page

@@ -22,7 +22,7 @@ SCRATCH = {"gaussian", "stability", "consistency", "macer", "smoothadv", "smooth
     ("name", "initial_weights", "objective", "matched", "classifier", "family", "label", "colour"),
     [
         ("rrcm", "rrcm", "consistency", False, "classifier", "rRCM", "rRCM", "#0072B2"),
-        ("timm", "timm", "consistency", False, "classifier", "other pre-training", "timm ViT", "#CC79A7"),
+        ("timm", "timm", "consistency", False, "classifier", "other pre-training", "timm", "#CC79A7"),
         ("gaussian", None, "gaussian", False, "classifier", "noise", "Gaussian", "#009E73"),
         (
             "consistency_matched",

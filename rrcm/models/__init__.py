@@ -31,11 +31,12 @@ NETWORKS = Registry(
         "timm": "rrcm.models.timm_models:build_timm",
     }
 )
-# Where the encoder that a fine-tuning starts from may come from.
+# Where the encoder that a fine-tuning starts from may come from, and the weights of a network in the place of the ViT.
 ENCODERS = Registry(
     {
         "folder": "rrcm.models.checkpoints:load_encoder_folder",
         "file": "rrcm.models.authors:load_authors_encoder",
         "timm": "rrcm.models.timm_vit:load_timm_encoder",
+        "timm network": "rrcm.models.timm_network:copy_timm_weights",
     }
 )

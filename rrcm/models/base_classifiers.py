@@ -135,7 +135,7 @@ class Normalized(BaseClassifier):
 
 
 class NetworkClassifier(Normalized):
-    """A network that takes no noise level, trained from scratch for one pixel sigma.
+    """A network that takes no noise level, trained for one pixel sigma or for several.
 
     `architecture` is what `rrcm.models.architectures.network_classifier` needs to build it again.
     """

@@ -37,7 +37,10 @@ def convert_timm_vit(
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
     if feature := unsupported_feature(network, channels):
-        raise RRCMError(f"{name}: has {feature}, which our network does not support; choose a plain ViT")
+        raise RRCMError(
+            f"{name}: has {feature}, which our network does not support; choose a plain ViT, or set "
+            "model.architecture to timm's name of the network"
+        )
     embed_dim, grid, stem = network.embed_dim, image_size // patch_size, network.patch_embed.proj
     first = network.blocks[0]
     encoder = NoiseConditionedViT(

@@ -17,9 +17,11 @@ MOST_STEPS = 10_000  # beyond which only more passes over the images allow more
 GOOD_PASSES = 20  # over the training images, noise of all sigmas counted together
 MOST_PASSES = 300
 STARTED = 0.2  # of these steps and passes are as good from pre-trained weights
+STARTED_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the side for which pre-trained weights were made, that are considered
 BATCHES = (16, 128)  # smallest and largest, if there are as many images
 LEARNING_RATE = 1e-3  # peak of AdamW from random weights, whatever the batch
-STARTED_RATE = 1e-4  # likewise from pre-trained weights
+STARTED_RATE = 1e-4  # likewise from pre-trained weights of a ViT
+NETWORK_RATE = 5e-4  # likewise of any other network
 SMALL_SIDE = 16  # pixels, up to which an image carries little noise
 SIGMAS = {True: (0.12, 0.25, 0.5), False: (0.25, 0.5, 1.0)}  # of small images, and of others; pixel units
 MOST_VALIDATION = 500  # images
@@ -70,6 +72,22 @@ TRUNKS = (  # from the most expensive to the cheapest
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network of timm that is no plain ViT, and the images that it sees. It is not conditioned on the noise level."""
+
+    architecture: str  # timm's name
+    image_size: int  # side, pixels
+    channels: int
+    pixel_mean: tuple[float, ...]  # per channel
+    pixel_std: tuple[float, ...]
+
+    @property
+    def description(self) -> str:
+        """A few words for people."""
+        return f"{self.architecture} for {self.image_size} x {self.image_size} pixels"
+
+
+@dataclass(frozen=True)
 class Speed:
     """What a network costs on this machine, in seconds."""
 
@@ -82,7 +100,7 @@ class Speed:
 class Choice:
     """What the rules choose."""
 
-    trunk: Trunk
+    trunk: Trunk | Network
     sigmas: tuple[float, ...]  # pixel units, ascending
     val_fraction: float
     workers: int  # processes that read images
@@ -102,7 +120,7 @@ class Choice:
         return self.epochs * self.epoch_steps
 
 
-def choose(task: Task, trunks: Sequence[Trunk], measure: Callable[[Trunk], Speed]) -> Choice:
+def choose(task: Task, trunks: Sequence[Trunk | Network], measure: Callable[[Trunk | Network], Speed]) -> Choice:
     """The first of the `trunks` that has time to learn well, else the last one, with all that follows from it.
 
     `trunks` go from the most expensive to the cheapest. `measure` says what one costs. Raises `RRCMError` if even the
@@ -124,7 +142,12 @@ def choose(task: Task, trunks: Sequence[Trunk], measure: Callable[[Trunk], Speed
     return choice
 
 
-def possible_trunks(task: Task, trunks: Sequence[Trunk]) -> list[Trunk]:
+def suits(folder: Folder, side: int) -> bool:
+    """Whether the images are large enough for weights that were made for images of this side."""
+    return folder.side >= STARTED_SHARES[-1] * side
+
+
+def possible_trunks(task: Task, trunks: Sequence[Trunk | Network]) -> list[Trunk | Network]:
     """The `trunks` that suit the machine and the size of the images. The last one suits any."""
     *others, last = trunks
     if not task.started and not task.machine.gpus:
@@ -132,7 +155,7 @@ def possible_trunks(task: Task, trunks: Sequence[Trunk]) -> list[Trunk]:
     return [trunk for trunk in others if trunk.image_size <= task.folder.side] + [last]
 
 
-def plan(task: Task, trunk: Trunk, speed: Speed) -> Choice:
+def plan(task: Task, trunk: Trunk | Network, speed: Speed) -> Choice:
     """The lengths of all parts of the work with one trunk."""
     folder, seconds, scale = task.folder, 3600 * task.hours, STARTED if task.started else 1.0
     sigmas = SIGMAS[trunk.image_size <= SMALL_SIDE]
@@ -157,7 +180,7 @@ def plan(task: Task, trunk: Trunk, speed: Speed) -> Choice:
         val_fraction=fraction,
         workers=max(1, task.machine.cores - 1) if speed.reading else 0,
         batch_size=batch_size,
-        lr=STARTED_RATE if task.started else LEARNING_RATE,
+        lr=learning_rate(task, trunk),
         epochs=epochs,
         epoch_steps=len(sigmas) * pass_steps,
         allowed_steps=allowed,
@@ -166,6 +189,13 @@ def plan(task: Task, trunk: Trunk, speed: Speed) -> Choice:
         n=n,
         certified=certified,
     )
+
+
+def learning_rate(task: Task, trunk: Trunk | Network) -> float:
+    """The peak of AdamW."""
+    if not task.started:
+        return LEARNING_RATE
+    return STARTED_RATE if isinstance(trunk, Trunk) else NETWORK_RATE
 
 
 def split_off(count: int, fraction: float) -> int:

@@ -10,12 +10,12 @@ from rrcm.config import Config, parse_config, read_settings
 from rrcm.derived import SECTIONS, derived_settings
 from rrcm.methods import METHODS
 from rrcm.own_images.facts import Folder
-from rrcm.own_images.rules import Choice, Trunk
+from rrcm.own_images.rules import Choice, Network, Trunk
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import write_text
 
 DEFAULTS = "settings.yaml"  # beside this module: profile imagefolder, written by stages/settings.py
-SCRATCH, STARTED = "consistency_joint", "timm_joint"  # methods: from random weights, and from a ViT of timm
+SCRATCH, STARTED = "consistency_joint", "timm_joint"  # methods: from random weights, and from those of timm
 WARMUP = 0.1  # share of the epochs, as in the profile
 CHECKPOINTS = 20  # of a training
 
@@ -26,20 +26,26 @@ def with_root(root: Path) -> dict:
     return values | {"data": values["data"] | {"root": str(root)}}
 
 
-def with_network(values: dict, folder: Folder, trunk: Trunk, start: tuple[str, str | None] | None) -> dict:
+def with_network(values: dict, folder: Folder, trunk: Trunk | Network, start: tuple[str, str | None] | None) -> dict:
     """The settings `values` with a network for the images of `folder`.
 
-    `start` names the ViT of timm that training starts from, and the file of its weights if it is not to be downloaded.
+    `start` names the model of timm that training starts from, and the file of its weights if it is not to be
+    downloaded.
     """
     method, (model, weights) = STARTED if start else SCRATCH, start or (None, None)
-    sizes = {name: getattr(trunk, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
-    data = {"image_size": trunk.image_size, "channels": folder.channels}
+    finetune, channels = {"timm": {"model": model, "weights": weights}}, folder.channels
+    if isinstance(trunk, Trunk):
+        network = {name: getattr(trunk, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    else:
+        network = {"architecture": trunk.architecture, "pixel_mean": list(trunk.pixel_mean)}
+        network["pixel_std"], channels = list(trunk.pixel_std), trunk.channels
+        finetune["layer_decay"] = 1.0  # only the ViT has rates for each layer
     return values | {
         "methods": [method],
-        "data": values["data"] | data,
-        "model": values["model"] | sizes,
+        "data": values["data"] | {"image_size": trunk.image_size, "channels": channels},
+        "model": values["model"] | network,
         "pretrain": values["pretrain"] | {"objectives": []},
-        "finetune": values["finetune"] | {"timm": {"model": model, "weights": weights}},
+        "finetune": values["finetune"] | finetune,
         "cascade": values["cascade"] | {"methods": [method], "multi_scale": False},
     }
 

@@ -17,35 +17,40 @@ from rrcm.models import TRAINED_CLASSIFIERS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.timm_models import load_timm
+from rrcm.models.timm_network import input_of
 from rrcm.models.timm_vit import unsupported_feature
 from rrcm.objectives.base import StepRandomness
 from rrcm.own_images.facts import Folder
-from rrcm.own_images.rules import DRAWN, VALIDATION_NOISES, Speed, Trunk, split_off
+from rrcm.own_images.rules import DRAWN, STARTED_SHARES, VALIDATION_NOISES, Network, Speed, Trunk, split_off
 from rrcm.training.budget import build_joint_objective, joint_sigmas
 from rrcm.training.plan import time_condition
-from rrcm.training.start import Classifier, load_initial_encoder, network_settings
+from rrcm.training.start import Classifier, load_initial_encoder, network_settings, with_initial_weights
 from rrcm.utils.distributed import autocast, pick_device, resolve_precision, set_threads
-from rrcm.utils.errors import RRCMError
 
 TIMED = 1.0  # seconds for which steps, and votes, are timed
 STEP = {"cpu": 16, "cuda": 64}  # images of a timed step: more are no faster on a CPU
-SHARES = (1.0, 0.75, 0.5, 0.25)  # of the side for which a ViT of timm was trained
+STRIDE = 32  # pixels of a side that most networks reduce to one: their sides are multiples
 READ = 8  # images that are read to time reading
 VOTES = 64  # at a time
 
 
-def timm_trunks(model: str, weights: str | None) -> list[Trunk]:
-    """The ViT `model` of timm at several image sizes, from its own downwards.
+def timm_trunks(model: str, weights: str | None, channels: int) -> list[Trunk | Network]:
+    """The network `model` of timm at several image sizes, from its own downwards, for images of `channels` channels.
 
-    Raises `RRCMError` as `load_timm` does, and for a network that is no plain ViT.
+    A plain ViT becomes ours, which is conditioned on the noise level. Any other network stays timm's. One for images of
+    a fixed size has only that. Raises `RRCMError` as `load_timm` and `input_of` do.
     """
     network = load_timm(model, weights)
-    if feature := unsupported_feature(network, 3):
-        raise RRCMError(f"--start {model}: has {feature}, and must be a plain ViT, such as vit_small_patch16_224")
-    patch, side = network.patch_embed.patch_size[0], network.patch_embed.grid_size[0]
-    heads = network.blocks[0].attn.num_heads
-    sides = dict.fromkeys(max(2, round(share * side)) for share in SHARES)
-    return [Trunk(each * patch, patch, network.embed_dim, len(network.blocks), heads) for each in sides]
+    if unsupported_feature(network, 3) is None:
+        patch, grid = network.patch_embed.patch_size[0], network.patch_embed.grid_size[0]
+        sizes = (patch, network.embed_dim, len(network.blocks), network.blocks[0].attn.num_heads)
+        return [Trunk(each * patch, *sizes) for each in dict.fromkeys(max(2, round(s * grid)) for s in STARTED_SHARES)]
+    own = input_of(network, f"--start {model}")
+    channels = min(channels, own.channels)
+    mean, std = own.for_channels(channels)
+    rounded = [STRIDE * max(1, round(share * own.side / STRIDE)) for share in STARTED_SHARES[1:]]
+    sides = [own.side, *(side for side in rounded if side < own.side)] if own.any_side else [own.side]
+    return [Network(own.architecture, side, channels, tuple(mean), tuple(std)) for side in dict.fromkeys(sides)]
 
 
 def measure_speed(config: Config, folder: Folder) -> Speed:
@@ -83,7 +88,8 @@ def build_untrained(config: Config, num_classes: int) -> Classifier:
     """The classifier before its training. Raises `RRCMError` for initial weights that do not fit."""
     method, middle = config.methods[0], joint_sigmas(config).middle
     if config.model.architecture not in CONDITIONED:
-        return network_classifier(network_settings(config.model, config.data), num_classes, middle)
+        classifier = network_classifier(network_settings(config.model, config.data), num_classes, middle)
+        return with_initial_weights(classifier, method, config.finetune)
     t = time_condition(method, middle, config.finetune, config.pretrain)
     encoder = load_initial_encoder(method, t, Path(), config.finetune, config.model, config.data)
     return TRAINED_CLASSIFIERS[METHODS[method].trained](encoder, num_classes, t)

@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rrcm.data.sharding import write_shards
 from rrcm.methods import CASCADE, JOINT
 from rrcm.own_images.facts import Folder, Machine, look_at_folder, look_at_machine
 from rrcm.own_images.result import HeldOut, Work, write_result
-from rrcm.own_images.rules import TRUNKS, Speed, Task, Trunk, choose
+from rrcm.own_images.rules import TRUNKS, Network, Speed, Task, Trunk, choose, suits
 from rrcm.own_images.settings import (
     complete,
     read_params,
@@ -36,6 +37,7 @@ from rrcm.utils.files import check_output, claimed, expand_user, read_json, read
 
 HOURS = 1.0
 PREPARATION = 2.0  # times as long as the first look at the images: they are compared and copied
+PHOTOGRAPH = 64  # pixels of the shorter side, from which on a note suggests ImageNet weights
 ASKED, PARAMS = "asked.json", "params.yaml"  # in the hidden folder
 
 
@@ -47,7 +49,7 @@ class Request:
     output: Path  # model folder
     hours: float = HOURS  # at most
     params: Path | None = None  # settings to run; written if there is no such file
-    start: str | None = None  # ViT of timm: a name, a snapshot folder, or hf-hub:owner/name
+    start: str | None = None  # model of timm: a name, a snapshot folder, or hf-hub:owner/name
     weights: Path | None = None  # file with its weights, instead of a download
 
     @property
@@ -151,12 +153,10 @@ def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple
         print_row("settings", f"of {request.params}, whatever --hours and --start are")
         config = read_params(request.params, root)
         return config, measure(config)
-    start, trunks = find_start(request), TRUNKS
-    if start is not None:
-        trunks = timm_trunks(*start)
+    start, trunks = choose_start(request, folder)
     base, speeds = with_root(root), {}
 
-    def measure_trunk(trunk: Trunk) -> Speed:
+    def measure_trunk(trunk: Trunk | Network) -> Speed:
         speeds[trunk] = measure(parse_config(complete(with_network(base, folder, trunk, start))))
         return speeds[trunk]
 
@@ -165,8 +165,25 @@ def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple
     return parse_config(complete(values)), speeds[choice.trunk]
 
 
+def choose_start(request: Request, folder: Folder) -> tuple[tuple[str, str | None] | None, Sequence[Trunk | Network]]:
+    """The model of timm to start from with the file of its weights, and the networks to choose from.
+
+    The first is None for random weights: if no model is given, or if the images are too small for it.
+    """
+    if (start := find_start(request)) is None:
+        if folder.side >= PHOTOGRAPH:
+            print("note: photographs may need fewer images and hours from ImageNet weights: --start", file=sys.stderr)
+        return None, TRUNKS
+    trunks = timm_trunks(*start, folder.channels)
+    if suits(folder, side := trunks[0].image_size):
+        return start, trunks
+    made = f"{request.start} was made for {side} x {side} pixels, and the images have {folder.side}"
+    print(f"note: {made}: training starts from random weights", file=sys.stderr)
+    return None, TRUNKS
+
+
 def find_start(request: Request) -> tuple[str, str | None] | None:
-    """The ViT of timm to start from and the file of its weights, with absolute paths. None: random weights."""
+    """The model of timm that is given and the file of its weights, with absolute paths."""
     if request.start is None:
         return None
     path = expand_user(request.start)

@@ -28,7 +28,7 @@ from rrcm.training.budget import (
     plan_budget,
 )
 from rrcm.training.plan import time_condition
-from rrcm.training.start import load_initial_encoder, network_settings
+from rrcm.training.start import load_initial_encoder, network_settings, with_initial_weights
 from rrcm.utils.distributed import process_count
 from rrcm.utils.errors import RRCMError, one_line
 from rrcm.utils.files import expand_user, in_repository
@@ -58,7 +58,7 @@ def check_before_training(config: Config, shard_folder: Path | str) -> None:
     if config.trains_denoiser:
         _check_batch("denoiser", "", config.denoiser.batch_size, config.denoiser.num_chunks, images, processes)
     _check_trunk(config, len(manifest.classes))
-    _check_initial_weights(config)
+    _check_initial_weights(config, len(manifest.classes))
     _check_denoised(config, len(manifest.classes))
     _check_certification(config)
     _check_external_results(config)
@@ -128,7 +128,7 @@ def _check_trunk(config: Config, num_classes: int) -> None:
         ) from None
 
 
-def _check_initial_weights(config: Config) -> None:
+def _check_initial_weights(config: Config, num_classes: int) -> None:
     given = config.finetune
     for name, path in {"initial_weights": given.initial_weights, "timm.weights": given.timm.weights}.items():
         if path and not expand_user(path).exists() and in_repository(path).exists():
@@ -144,8 +144,12 @@ def _check_initial_weights(config: Config) -> None:
         and not METHODS[method].denoises
     }
     for method in outside.values():
-        t = time_condition(method, config.sigmas[0], config.finetune, config.pretrain)
-        load_initial_encoder(method, t, ENCODERS, config.finetune, config.model, config.data)
+        if config.model.architecture == "vit":
+            t = time_condition(method, config.sigmas[0], config.finetune, config.pretrain)
+            load_initial_encoder(method, t, ENCODERS, config.finetune, config.model, config.data)
+        else:
+            sizes = network_settings(config.model, config.data)
+            with_initial_weights(network_classifier(sizes, num_classes, config.sigmas[0]), method, config.finetune)
 
 
 def _check_denoised(config: Config, num_classes: int) -> None:

@@ -68,7 +68,8 @@ def build_classifier(training: Training, num_classes: int) -> Classifier:
     torch.manual_seed(derive_seed(training.seed, "finetune"))
     data, model = training.data, training.model
     if model.architecture not in CONDITIONED:
-        return network_classifier(network_settings(model, data), num_classes, training.sigma)
+        classifier = network_classifier(network_settings(model, data), num_classes, training.sigma)
+        return with_initial_weights(classifier, training.method, training.common)
     encoder = load_initial_encoder(training.method, training.t, training.files.encoders, training.common, model, data)
     return TRAINED_CLASSIFIERS[METHODS[training.method].trained](encoder, num_classes, training.t)
 
@@ -95,6 +96,16 @@ def network_settings(model: Model, data: Data) -> dict[str, object]:
     """The network that replaces the ViT, as `network_classifier` takes it and a model folder records it."""
     sizes = {"image_size": data.image_size, "channels": data.channels}
     return {"name": model.architecture, **sizes, "pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
+
+
+def with_initial_weights(classifier: NetworkClassifier, method: str, finetune: Finetune) -> NetworkClassifier:
+    """The same classifier, with the weights of timm and a new head if `method` starts from them.
+
+    Raises `RRCMError` for weights that are missing, damaged or of another network.
+    """
+    if METHODS[method].initial_weights == "timm":
+        ENCODERS["timm network"](classifier.network, finetune.timm.model, finetune.timm.weights)
+    return classifier
 
 
 def encoder_path(method: str, finetune: Finetune, encoders: Path) -> Path | None:

@@ -169,6 +169,10 @@ def test_the_stages_train_and_certify_another_trunk(project):
     ("settings", "said"),
     [
         ({"methods": ["rrcm"]}, "methods: rrcm needs model.architecture vit"),
+        (
+            {"methods": ["timm"], "model__architecture": "lenet"},
+            "methods: timm needs model.architecture vit or a timm model, not lenet",
+        ),
         ({"methods": ["gaussian_matched"]}, "methods: gaussian_matched needs model.architecture vit"),
         ({"pretrain__objectives": ["rrcm"]}, "pretrain.objectives must be"),
         ({"finetune__layer_decay": 0.9}, "finetune.layer_decay must be 1"),

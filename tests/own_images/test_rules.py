@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rrcm.config import parse_config
 from rrcm.data.sharding import stratified_split
 from rrcm.own_images.facts import Folder, Machine
 from rrcm.own_images.rules import (
@@ -18,12 +20,15 @@ from rrcm.own_images.rules import (
     TRUNKS,
     VALIDATION,
     VALIDATION_NOISES,
+    Network,
     Speed,
     Task,
     choose,
     possible_trunks,
     split_off,
+    suits,
 )
+from rrcm.own_images.settings import complete, with_network, with_root
 from rrcm.utils.errors import RRCMError
 
 MACHINE = Machine(2, "AVX2", (), 16.0)
@@ -112,6 +117,33 @@ def test_too_few_hours_are_refused_with_as_many_as_are_needed(images, hours):
     assert choose(replace(task, hours=needed), TRUNKS, measure).steps >= LEAST_STEPS
     with pytest.raises(RRCMError):
         choose(replace(task, hours=0.9 * needed - 0.01), TRUNKS, measure)
+
+
+NETWORKS = [Network("resnet18", side, 3, (0.5,) * 3, (0.5,) * 3) for side in (224, 160, 128, 64)]
+
+
+@pytest.mark.parametrize(
+    ("side", "hours", "size"), [(300, 24.0, 224), (300, 0.02, 64), (150, 24.0, 128), (60, 24.0, 64)]
+)
+def test_a_network_from_weights_is_as_large_as_the_images_and_the_time_allow(side, hours, size):
+    task = Task(folder(side=side), MACHINE, hours, started=True)
+    choice = choose(task, NETWORKS, lambda network: Speed(network.image_size**2 / 1e6, network.image_size**2 / 1e7))
+    assert choice.trunk.image_size == size and choice.lr == 5e-4  # of a ViT 1e-4, from random weights 1e-3
+
+
+@pytest.mark.parametrize(("side", "fits"), [(300, True), (56, True), (55, False), (8, False)])
+def test_small_images_start_from_random_weights(side, fits):
+    assert suits(folder(side=side), 224) == fits
+
+
+def test_the_settings_of_a_network_from_weights_are_complete():
+    base, start = with_root(Path("pictures")), ("resnet18", "w.safetensors")
+    config = parse_config(complete(with_network(base, folder(), NETWORKS[1], start)))
+    assert (config.methods, config.data.image_size, config.data.channels) == (["timm_joint"], 160, 3)
+    assert (config.model.architecture, config.model.pixel_mean) == ("resnet18", [0.5] * 3)
+    assert (config.finetune.timm.model, config.finetune.timm.weights) == start
+    grey = replace(NETWORKS[1], channels=1, pixel_mean=(0.5,), pixel_std=(0.5,))
+    assert parse_config(complete(with_network(base, folder(), grey, start))).data.channels == 1
 
 
 def test_a_gpu_alone_gets_the_largest_network():

@@ -283,13 +283,16 @@ def load_data(root: Path) -> Data:
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory) -> Path:
-    """A small ViT of timm for 32 pixels, and a CNN, as snapshot folders."""
+    """A small ViT of timm for 32 pixels and one that is not plain, as folders, and the file of a CNN's weights."""
     import timm
+    from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("timm")
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 3}
     timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", **small), folder / "vit", model_args=small)
-    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=3), folder / "cnn", model_args={})
+    other = {"img_size": 32, "patch_size": 8, "num_classes": 3}
+    timm.models.save_for_hf(timm.create_model("test_vit2", **other), folder / "vit2", model_args=other)
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), folder / "w")
     return folder
 
 
@@ -307,9 +310,44 @@ def test_training_starts_from_a_vit_of_timm(snapshot, pictures, timed, tmp_path,
 
 
 @pytest.mark.thorough
-def test_a_cnn_is_no_start(snapshot, pictures, timed, tmp_path):
-    answer = rrcm_train(pictures, "--output", tmp_path / "model", "--start", snapshot / "cnn")
-    assert answer.exit_code == 1 and "must be a plain ViT, such as vit_small_patch16_224" in answer.output
+def test_training_starts_from_a_cnn(snapshot, timed, tmp_path, monkeypatch):
+    """Its size and its normalization follow from the model, and it is loaded like any other."""
+    monkeypatch.chdir(tmp_path)
+    large = write_pictures(tmp_path / "large", (12, 12), side=40)
+    command = [large, "--output", "model", "--params", "p.yaml", "--start", "test_resnet", "--weights", snapshot / "w"]
+    written = rrcm_train(*command)
+    assert "test_resnet for 32 x 32 pixels, from test_resnet" in written.output, written.output
+    edit(tmp_path / "p.yaml", **QUICK)
+    answer = rrcm_train(*command)
+    assert answer.exit_code == 0, answer.output
+    config = load_config(tmp_path / "model/params.yaml")
+    assert (config.model.architecture, config.model.pixel_std) == ("test_resnet", [0.5] * 3)
+    assert "timm\\_joint, from test\\_resnet" in (tmp_path / "model/README.md").read_text()
+    assert load_cascade([tmp_path / "model"]).sigmas == list(config.sigmas)
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "sides"),
+    [("test_resnet", 3, [160, 128, 64, 32]), ("test_resnet", 1, [160, 128, 64, 32]), ("vit2", 3, [32])],
+)
+def test_the_networks_from_weights(snapshot, model, channels, sides):
+    """A network with a position embedding has one size, and grey images make a grey network."""
+    given = (model, str(snapshot / "w")) if model == "test_resnet" else (str(snapshot / model), None)
+    trunks = speed.timm_trunks(*given, channels)
+    assert [trunk.image_size for trunk in trunks] == sides
+    assert all((trunk.channels, len(trunk.pixel_mean)) == (channels, channels) for trunk in trunks)
+
+
+def test_images_too_small_for_the_weights_start_from_scratch(snapshot, pictures, timed, tmp_path):
+    """They have 24 pixels, and the weights were made for 160. The settings name no weights."""
+    answer = rrcm_train(
+        pictures,
+        *("--output", tmp_path / "model", "--params", tmp_path / "p.yaml"),
+        *("--start", "test_resnet", "--weights", snapshot / "w"),
+    )
+    assert answer.exit_code == 0 and "was made for 160 x 160 pixels, and the images have 24" in answer.output
+    config = load_config(tmp_path / "p.yaml")
+    assert (config.methods, config.finetune.timm.model) == (["consistency_joint"], None)
 
 
 def test_the_smallest_network_comes_last():

@@ -137,7 +137,7 @@ def test_external_pretraining_is_named_and_not_counted(tmp_path: Path):
     assert (budgets["total_passes"] == budgets["finetune_passes"]).all()
     text = (tmp_path / "out/report.md").read_text()
     assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text
-    assert "timm ViT starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
+    assert "timm starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
     assert "**At equal fine-tuning budget**" in text and "**At equal total compute**" not in text
 
 
