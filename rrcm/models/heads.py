@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         """
         summary, seen = self.embed(tokens).split([self.summary_tokens, tokens.shape[1] - self.summary_tokens], dim=1)
         batch, num_seen, embed_dim = seen.shape
-        hidden = self.mask_token.to(tokens.dtype).expand(batch, self.num_patches, -1)
+        hidden = self.mask_token.to(seen.dtype).expand(batch, self.num_patches, -1)
         patches = hidden.scatter(1, visible[:, :num_seen, None].expand(-1, -1, embed_dim), seen)
         decoded = self.blocks(torch.cat([summary, patches], dim=1) + self.pos_embed)
         return self.head(self.norm(decoded[:, self.summary_tokens :]))

@@ -144,7 +144,7 @@ def _check_initial_weights(config: Config, num_classes: int) -> None:
         and not METHODS[method].denoises
     }
     for method in outside.values():
-        if config.model.architecture == "vit":
+        if config.model.architecture in CONDITIONED:
             t = time_condition(method, config.sigmas[0], config.finetune, config.pretrain)
             load_initial_encoder(method, t, ENCODERS, config.finetune, config.model, config.data)
         else:

@@ -99,7 +99,7 @@ def test_a_model_folder_records_the_stem(tmp_path):
         (["data.image_size=12", "model.patch_size=3"], "12 pixels to 4 tokens a side by halving; choose patch_size 2"),
         (["methods=[gaussian,dds]", "denoiser.embed_dim=34"], "denoiser.embed_dim 34 must be a multiple of 4"),
         (["model.freeze_patch_embed=true"], "stem convolutions needs init torch and freeze_patch_embed false"),
-        (["methods=[timm]", "finetune.timm.model=vit_tiny_patch16_224"], "timm needs model.stem patches"),
+        (["methods=[timm]", "finetune.timm.model=vit_tiny_patch16_224"], "timm needs a ViT with model.stem patches"),
     ],
 )
 def test_settings_that_do_not_fit_a_stem_are_refused(tmp_path, overrides, message):
