@@ -1,6 +1,7 @@
 """Bad folders, models and options of every command: one line that says what is wrong, where and what to do."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,7 @@ def test_bad_input_ends_in_one_line_before_any_work(saved, folder, command, monk
 
     shutil.copytree(folder, ".", dirs_exist_ok=True)
     monkeypatch.setattr(SmoothedClassifier, "count_votes", work)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python compiles own.py when it imports it
     before = files_of(Path())
     answer = CliRunner().invoke(app, command.split(), input="")
     *notes, line = answer.stderr.splitlines()
