@@ -35,7 +35,7 @@ from rrcm.utils.progress import Progress
 from rrcm.utils.provenance import Git, available_cores, head, uncommitted
 
 CODE = ("rrcm", "stages", "conf", "dvc.yaml")  # all that a run depends on, except the settings that it publishes
-MAX_TEST_BYTES = 10 * 2**20  # a larger test split is not published; to verify the result, make it with shard-data
+MAX_TEST_BYTES = 32 * 2**20  # a larger test split is not published; to verify the result, make it with shard-data
 
 
 def publish(
