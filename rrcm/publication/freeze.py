@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 
@@ -105,7 +107,8 @@ def freeze(config: Config, root: Path, folder: Path, draft: ResultRecord) -> Non
         shutil.copyfile(root / path, folder / "run" / path)
     add_flips(config, folder / "run", root / SHARDS, draft.models)
     shutil.copyfile(root / "params.yaml", folder / "params.yaml")
-    write_report(config, folder / "run", folder / "report")
+    with with_test_images(root, folder / "run") as complete:
+        write_report(config, complete, folder / "report")
     record = draft.model_copy(update={"files": hash_files(folder)})
     write_json(folder / "result.json", record.model_dump(mode="json"))
 
@@ -114,17 +117,13 @@ def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
     """Every file of a run that is published, relative to `root`.
 
     These are the inputs of the report, the record beside each certificate file, the votes by which the thresholds of
-    cascades were chosen, the networks of `methods` with all their parts, the encoders if every method is included, and
-    the test images if they are small.
+    cascades were chosen, the networks of `methods` with all their parts, and the test images if they are small.
     """
     files = set(read_inputs(config, root).files)
     files |= {file.record for file in certificate_files(config, config.methods)}
     files |= {threshold_votes(method) for method in config.cascade.methods if config.cascade.thresholds == "chosen"}
     for method, sigma in model_runs(config, methods):
         files |= _model_files(root, model_folder(method, sigma))
-    if list(methods) == config.methods:
-        for objective in config.pretrain.objectives:
-            files |= _model_files(root, f"models/pretrain/{objective}")
     test = ShardedDataset(root / SHARDS, "test").split
     entries = [test.index, *test.shards]
     if sum(entry.bytes for entry in entries) <= MAX_TEST_BYTES:
@@ -132,6 +131,27 @@ def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
     else:
         print(f"note: the test images are too large to be published; {MANIFEST} names them", file=sys.stderr)
     return files
+
+
+@contextmanager
+def with_test_images(root: Path, run: Path) -> Iterator[Path]:
+    """`run` itself, or a folder with its files and the test images of the working copy if `run` has no test images.
+
+    Test images that are too large are not published. Raises `RRCMError` if the working copy has none, or other ones.
+    """
+    if (run / SHARDS / "test.index.npy").exists():
+        yield run
+        return
+    if not (root / MANIFEST).exists() or read_json(root / MANIFEST) != read_json(run / MANIFEST):
+        problem = "are not published and not here" if not (root / MANIFEST).exists() else "are others here"
+        raise RRCMError(f"{MANIFEST}: its test images {problem}; make them with `dvc repro shard-data`")
+    with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
+        for entry in run.iterdir():
+            if entry.name != "data":
+                (Path(scratch) / entry.name).symlink_to(entry.absolute())
+        (Path(scratch) / "data").mkdir()
+        (Path(scratch) / SHARDS).symlink_to((root / SHARDS).absolute())
+        yield Path(scratch)
 
 
 def threshold_votes(method: str) -> str:

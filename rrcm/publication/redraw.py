@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rrcm.config import Config, parse_config, read_settings
-from rrcm.publication.freeze import CODE, keep, run_files
+from rrcm.publication.freeze import CODE, keep, run_files, with_test_images
 from rrcm.publication.objects import delete_unnamed, list_objects, open_run, write_tracked
 from rrcm.publication.result import (
     RESULTS,
@@ -19,10 +19,11 @@ from rrcm.publication.result import (
     Result,
     ResultRecord,
     check_methods,
+    files_below,
     hash_files,
 )
 from rrcm.publication.settings import Update, covers, read_defaults, settings_text, update_settings
-from rrcm.publication.verify import check_files, check_run, compare_folders, with_test_images
+from rrcm.publication.verify import check_files, check_run, compare_folders
 from rrcm.report.build import write_report
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import atomic_directory, finish_swap, write_json, write_text
@@ -36,10 +37,10 @@ def redraw(
 ) -> Update | None:
     """Replace the settings and the report of a published result; returns the change of its settings.
 
-    None means that it was up to date. `confirmed` are as in `update_settings`. Only the networks of `methods` stay,
-    by default all that are included. The folder is replaced as a whole, so that a killed process leaves the old
-    or the new one. Raises `RRCMError` for uncommitted code, for a run that differs from its hashes or fails a check,
-    and for settings that may have decided what the run was.
+    None means that it was up to date. `confirmed` are as in `update_settings`. With `methods`, only their networks
+    stay, and only files that a publication includes today. The folder is replaced as a whole, so that a killed process
+    leaves the old or the new one. Raises `RRCMError` for uncommitted code, for a run that differs from its hashes or
+    fails a check, and for settings that may have decided what the run was.
     """
     check_committed(result.root)
     record = result.read()
@@ -55,12 +56,14 @@ def redraw(
         report = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rrcm_"))) / "report"
         write_report(config, complete, report)
         text = settings_text(update.values)
+        published = set(files_below(run))
+        kept = published if methods is None else published & run_files(config, complete, models)
+        names = None if kept == published else kept
         is_current = text == (result.folder / "params.yaml").read_text(encoding="utf-8")
-        if is_current and not compare_folders(result.folder / "report", report, "") and models == record.models:
+        if is_current and not compare_folders(result.folder / "report", report, "") and names is None:
             if methods is not None and (result.folder / "run").is_dir():
                 keep(result)  # a killed redraw may have left this out
             return None
-        names = None if models == record.models else run_files(config, complete, models)
         draft = record.model_copy(update={"models": models, "redrawn": _describe(record, result.root, update)})
         objects = list_objects(result)
         with atomic_directory(result.folder) as folder:
@@ -139,7 +142,6 @@ def _write(result: Result, folder: Path, run: Path, names: set[str] | None) -> N
             shutil.copytree(run, folder / "run")
         return
     for name in sorted(names):
-        if (run / name).exists():  # large test images are not part of it
-            (folder / "run" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(run / name, folder / "run" / name)
+        (folder / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / name, folder / "run" / name)
     write_tracked(folder)

@@ -8,8 +8,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from rrcm.certification.validation_votes import are_of_other_images, choose_by_v
 from rrcm.config import Config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import ShardedDataset
-from rrcm.publication.freeze import CODE, threshold_votes
+from rrcm.publication.freeze import CODE, threshold_votes, with_test_images
 from rrcm.publication.objects import folder_md5, open_run, tracked_md5
 from rrcm.publication.readme import README, check_readme
 from rrcm.publication.result import (
@@ -189,27 +188,6 @@ def check_provenance(result: Result, record: ResultRecord, run: Path) -> list[st
         for kind in sorted(stages.keys() | record.stages)
         if stages.get(kind) != record.stages.get(kind)
     ]
-
-
-@contextmanager
-def with_test_images(root: Path, run: Path) -> Iterator[Path]:
-    """`run` itself, or a folder with its files and the test images of the working copy if `run` has no test images.
-
-    Test images that are too large are not published. Raises `RRCMError` if the working copy has none, or other ones.
-    """
-    if (run / SHARDS / "test.index.npy").exists():
-        yield run
-        return
-    if not (root / MANIFEST).exists() or read_json(root / MANIFEST) != read_json(run / MANIFEST):
-        problem = "are not published and not here" if not (root / MANIFEST).exists() else "are others here"
-        raise RRCMError(f"{MANIFEST}: its test images {problem}; make them with `dvc repro shard-data`")
-    with tempfile.TemporaryDirectory(prefix="rrcm_") as scratch:
-        for entry in run.iterdir():
-            if entry.name != "data":
-                (Path(scratch) / entry.name).symlink_to(entry.absolute())
-        (Path(scratch) / "data").mkdir()
-        (Path(scratch) / SHARDS).symlink_to((root / SHARDS).absolute())
-        yield Path(scratch)
 
 
 def check_report(config: Config, run: Path, result: Result, record: ResultRecord) -> list[str]:

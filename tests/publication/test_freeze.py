@@ -9,11 +9,10 @@ from conftest import change, commit, files_of, run_in, stage
 from rrcm.certification.record import read_record
 from rrcm.config import load_config
 from rrcm.publication import freeze
-from rrcm.publication.freeze import publish, run_files
+from rrcm.publication.freeze import publish, run_files, with_test_images
 from rrcm.publication.objects import folder_md5, tracked_md5
 from rrcm.publication.readme import BEGIN, END, check_readme
 from rrcm.publication.result import Result, hash_files
-from rrcm.publication.verify import with_test_images
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json, write_json
 
@@ -141,7 +140,7 @@ def test_chosen_networks_are_included_with_all_their_parts(repository):
     weights = "models/rrcm/sigma_0.5/model.safetensors"
     assert weights in run_files(config, repository, ["rrcm"])
     assert weights not in run_files(config, repository, [])
-    assert "models/pretrain/rrcm/model.safetensors" not in run_files(config, repository, [])
+    assert "models/pretrain/rrcm/model.safetensors" not in run_files(config, repository, config.methods)
     assert "models/rrcm/sigma_0.5/history.csv" in run_files(config, repository, [])
     (repository / "models/part").mkdir()
     write_json(repository / "models/part/config.json", {})
@@ -165,6 +164,11 @@ def test_large_test_images_come_from_the_working_copy(repository, monkeypatch, c
     files = run_files(config, repository, ["rrcm"])
     assert "data/shards/manifest.json" in files and not any(re.search(r"test[-.]", name) for name in files)
     assert "the test images are too large to be published" in capsys.readouterr().err
+    record = Result(repository, "tiny", 0).read()
+    monkeypatch.setattr(freeze, "add_flips", lambda *_: None)
+    freeze.freeze(config, repository, repository / "frozen", record)
+    assert (repository / "frozen/report/gallery.png").exists()
+    assert not (repository / "frozen/run/data/shards/test.index.npy").exists()
     run = repository / "results/tiny/seed_0/run"
     for path in (run / "data/shards").glob("test*"):
         path.unlink()

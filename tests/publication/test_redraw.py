@@ -211,6 +211,17 @@ def test_a_swap_that_was_killed_is_finished(repository, result):
 
 
 @pytest.mark.slow
+def test_files_that_are_no_longer_published_go_if_methods_are_named(repository, result):
+    encoder, models = result.folder / "run/models/pretrain/rrcm/model.safetensors", result.read().models
+    encoder.write_bytes(b"an encoder")
+    today = age(result)
+    redraw(result, lambda _: today, methods=models)
+    assert not encoder.exists() and result.read().models == models
+    assert (result.folder / "run/models/rrcm/sigma_0.5/model.safetensors").exists()
+    assert result.read().files == hash_files(result.folder)
+
+
+@pytest.mark.slow
 def test_networks_can_be_left_out(repository, result):
     today = age(result, NEW)
     network = "models/rrcm/sigma_0.5/model.safetensors"
