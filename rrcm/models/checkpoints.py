@@ -34,8 +34,8 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user
 
 ARCHITECTURE = ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads")
-UNNAMED = {"network": "vit", "stem": "patches"}  # of a config.json that does not say
-COMPARED = (*UNNAMED, *ARCHITECTURE)  # what the weights of an encoder and the settings must agree on
+IMPLIED = {"network": "vit", "stem": "patches"}  # where a config.json has no such entry
+COMPARED = (*IMPLIED, *ARCHITECTURE)  # what the weights of an encoder and the settings must agree on
 
 
 class ViTSizes(Entries):
@@ -224,8 +224,8 @@ def build_from_folder(
 def _check_sizes(sizes: Mapping, expected: Mapping | None, source: Path) -> None:
     if expected is None:
         return
-    found = UNNAMED | sizes
-    for name, wanted in (UNNAMED | expected).items():
+    found = IMPLIED | sizes
+    for name, wanted in (IMPLIED | expected).items():
         if found[name] != wanted:
             raise RRCMError(
                 f"{source}: checkpoint of another architecture: {name} is {found[name]}, the settings want {wanted}; "

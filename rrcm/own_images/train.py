@@ -172,7 +172,7 @@ def choose_start(request: Request, folder: Folder) -> tuple[tuple[str, str | Non
     """
     if (start := find_start(request)) is None:
         if folder.side >= PHOTOGRAPH:
-            print("note: photographs may need fewer images and hours from ImageNet weights: --start", file=sys.stderr)
+            print("note: photographs may need fewer images and hours with ImageNet weights (--start)", file=sys.stderr)
         return None, TRUNKS
     trunks = timm_trunks(*start, folder.channels)
     if suits(folder, side := trunks[0].image_size):
