@@ -212,7 +212,8 @@ def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProces
 
 
 # Fixtures of a session or a module that take long. The first one that a test needs names its group.
-SHARED = ("honest", "cascaded", "invented_report", "denoising_report", "committed", "joint", "passing", "parts", "run")
+SHARED = ("honest", "cascaded", "invented_report", "denoising_report", "committed", "joint", "passing", "parts")
+SHARED += ("plugged", "run")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

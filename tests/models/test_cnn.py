@@ -1,5 +1,7 @@
 """The CNN that is conditioned on the noise level: shapes, conditioning, cost, model folders, settings, trainings."""
 
+import math
+
 import pytest
 import torch
 from conftest import assert_close, compose
@@ -8,7 +10,7 @@ from torch import nn
 from rrcm.config import load_config
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import architecture, load_encoder, save_model
-from rrcm.models.cnn import NoiseConditionedCNN, cnn_multiply_adds
+from rrcm.models.cnn import NoiseConditionedCNN, activate, cnn_multiply_adds
 from rrcm.models.kinds import load_model_folder
 from rrcm.models.vit import NoiseConditionedViT, block_multiply_adds
 from rrcm.objectives.base import StepRandomness
@@ -50,6 +52,22 @@ def test_one_level_is_the_same_as_that_level_for_each_image():
     for row, t in enumerate((0.5, 1.0, 2.0)):
         assert_close(mixed[row], cnn(images[row : row + 1], t)[0])
     assert (mixed[1] - cnn(images, 0.5)[1]).abs().max() > 0.01
+
+
+def test_the_input_is_scaled_by_the_noise_level():
+    cnn, images, seen = network(), torch.randn(2, 1, 28, 28), []
+    cnn.convolutions[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    cnn(images, 2.0)
+    torch.testing.assert_close(seen[0], images / math.sqrt(4 + 0.25))
+
+
+def test_a_layer_is_normalized_then_scaled_and_shifted_per_channel():
+    torch.manual_seed(0)
+    x, scale, shift = torch.randn(2, 3, 5, 5), torch.randn(2, 3), torch.randn(2, 3)
+    each = [(image - image.mean()) / torch.sqrt(image.var(correction=0) + 1e-5) for image in x]
+    scaled = (1 + scale)[..., None, None] * torch.stack(each) + shift[..., None, None]
+    expected = scaled * (1 + torch.erf(scaled / math.sqrt(2))) / 2
+    assert_close(activate(x, torch.cat([scale, shift], dim=1)[..., None, None]), expected)
 
 
 def test_every_weight_has_a_gradient_and_the_condition_starts_at_zero():

@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import change, stage
+from conftest import change, compose, stage
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
+from rrcm.config import load_config
 from rrcm.models import ENCODERS
-from rrcm.models.architectures import build_network
+from rrcm.models.architectures import build_network, network_classifier
 from rrcm.models.kinds import load_model_folder
 from rrcm.models.load import load_base_classifier
 from rrcm.models.timm_models import load_timm
 from rrcm.models.timm_network import input_of
+from rrcm.training.start import with_initial_weights
 from rrcm.utils.errors import RRCMError
 
 HEADS = {"test_resnet": "fc", "test_efficientnet": "classifier", "test_convnext": "head.fc"}
@@ -55,6 +57,16 @@ def test_all_weights_but_the_head_are_timms(tmp_path, name, snapshot):
         assert torch.equal(after[key], expected[key]), key
     assert 0 < after[f"{HEADS[name]}.weight"].abs().max() < 1e-4 and not after[f"{HEADS[name]}.bias"].any()
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_only_the_method_timm_starts_from_these_weights(tmp_path):
+    theirs = save_network(tmp_path / "weights.safetensors", "test_resnet")
+    given = ["finetune.timm.model=test_resnet", f"finetune.timm.weights={tmp_path / 'weights.safetensors'}"]
+    finetune = load_config(compose(tmp_path / "params.yaml", *given)).finetune
+    sizes = {"name": "test_resnet", "image_size": 32, "channels": 3, "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3}
+    for method, is_same in (("timm", True), ("gaussian", False)):
+        started = with_initial_weights(network_classifier(sizes, 4, sigma=0.5), method, finetune)
+        assert torch.equal(started.network.conv1[0].weight, theirs.conv1[0].weight) == is_same
 
 
 @torch.no_grad()
