@@ -45,6 +45,7 @@ import typer  # noqa: E402
 
 from rrcm.utils.errors import Interrupted, RRCMError, printable  # noqa: E402
 
+USAGE_ERROR = typer.BadParameter.__base__  # click's UsageError; newer versions of Typer have their own copy of click
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 TERMINATED = 143  # exit status after SIGTERM
 REFUSED = dict.fromkeys(  # system errors that the user can fix, and the advice that is printed
@@ -124,9 +125,21 @@ def run_app(app: typer.Typer) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # about large pictures and odd metadata
     sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr; some file names cannot be printed otherwise
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        print(f"error: {usage_line(error)}", file=sys.stderr)
+        sys.exit(error.exit_code)
     finally:
         gc.freeze()  # no collection at exit
+
+
+def usage_line(error: Exception) -> str:
+    """What is wrong with a command line, and whose help to read, in one line."""
+    message = " ".join(printable(error.format_message()).split()).rstrip(".")
+    if error.ctx is None:
+        return message
+    command = error.ctx.command_path
+    return f"{command}: {message[:1].lower()}{message[1:]}; see `{command} --help`"
 
 
 def open_nothing(mode: str) -> TextIO:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import sys
 
 import pytest
 import typer
 
-from rrcm.utils.app import exit_on_error
+from rrcm.utils.app import exit_on_error, run_app
+from rrcm.cli import app
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
@@ -29,3 +31,29 @@ def test_other_system_errors_keep_their_traceback():
 
     with pytest.raises(OSError, match="reset"):
         command()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("trian", ": no such command 'trian'. Did you mean 'train'?; see `"),
+        ("train x --hours soon", " train: invalid value for '--hours': "),
+        ("train x --hours soon", " train --help`"),
+        ("certify --bo\n", " certify: no such option: --bo"),
+        ("certify --model m", " certify: missing argument 'folder'; see `"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_ends_in_one_line(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["rrcm", *arguments.split(" ")])
+    with pytest.raises(SystemExit) as ending:
+        run_app(app)
+    printed = capsys.readouterr()
+    assert ending.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and said in printed.err
+
+
+def test_the_exit_status_is_that_of_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rrcm", "train", "nowhere", "--output", "new"])
+    with pytest.raises(SystemExit) as ending:
+        run_app(app)
+    assert ending.value.code == 1 and "nowhere" in capsys.readouterr().err
