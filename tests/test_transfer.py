@@ -77,7 +77,6 @@ def check_results(folder: Path, encoder: Path) -> None:
         assert certificates["correct"].mean() > 0.5
 
 
-@pytest.mark.smoke
 def test_the_whole_pipeline_at_28_pixels(tmp_path):
     settings = ["profile=kather_28", *SMALL, "model.patch_size=7"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)

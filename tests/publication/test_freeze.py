@@ -32,7 +32,8 @@ def test_all_files_of_a_run_are_frozen_with_their_hashes(honest):
         "run/timings/pretrain/rrcm.json",
     ):
         assert name in record.files
-    assert {"run/models/pretrain/rrcm/model.safetensors", "run/data/shards/test-00000.tar"} <= record.files.keys()
+    assert {"run/models/rrcm/sigma_0.5/model.safetensors", "run/data/shards/test-00000.tar"} <= record.files.keys()
+    assert "run/models/pretrain/rrcm/model.safetensors" not in record.files
     assert "run/data/shards/train-00000.tar" not in record.files
     for name, content in files_of(result.folder / "run").items():
         if name != "certificates/rrcm/sigma_0.5.json":  # it has the flip rates

@@ -121,7 +121,7 @@ def test_a_step_on_each_part_of_a_batch(project):
     assert spent == [2 * 6 * 64 * (1294 // 64), 2 * 6 * 64 * (1294 // 64), 2 * 6 * 128 * (1294 // 128)]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.thorough)])
 def test_mixed_precision(project, precision):
     change(project, pretrain__precision=precision, finetune__precision=precision, certify__precision="bf16")
     change(project, pretrain__steps=8, pretrain__max_levels=40, finetune__epochs=1)
