@@ -22,7 +22,8 @@ from matplotlib.lines import Line2D
 from rrcm.evaluation.metrics import wilson_interval
 from rrcm.report.figures import FORMATS, figure_style, number_series, parse_series_id
 from rrcm.report.html_tables import PageTable, make_table
-from rrcm.report.svg import SVG, clean, describe, limit_size, make_swatch
+from rrcm.report.svg import SVG, clean, describe, make_swatch
+from rrcm.report.svg_size import limit_size, shorten
 
 POSITIONS, FEWER = 41, 21  # of a line, at most, in the table of its data; FEWER for more than MANY lines
 MANY = 12
@@ -91,6 +92,7 @@ def make_figure(figure: Figure, name: str, title: str, description: str) -> Page
     limit_size(root)
     legend = [Entry(key, artist.get_label(), make_swatch(groups[artist.get_gid()])) for key, artist in shown.items()]
     describe(root, name, title, description, width, round(height - below, 1))
+    shorten(root)
     titles = [legend.get_title().get_text() for legend in legends]
     svg = Markup(ET.tostring(root, encoding="unicode"))
     return PageFigure(

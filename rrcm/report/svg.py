@@ -1,17 +1,14 @@
 """Make the SVG that matplotlib writes fit for an HTML page whose policy forbids styles in elements.
 
-Styles become attributes, colours become classes, ids are unique to a figure, and the size is limited.
+Styles become attributes, colours become classes, and ids are unique to a figure.
 """
 
 import re
 import xml.etree.ElementTree as ET
 
-import numpy as np
 from markupsafe import Markup
-from matplotlib.path import Path
 
 from rrcm.report.figures import parse_series_id
-from rrcm.report.panels import OTHERS
 from rrcm.utils.errors import UNPRINTABLE
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -19,9 +16,6 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 KEPT = {"fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap", "stroke-linejoin"}
 KEPT |= {"opacity", "fill-opacity", "stroke-opacity", "text-anchor", "image-rendering"}
 PLACES = {"d", "x", "y", "width", "height", "transform"}
-MOST_PATHS = 90_000  # characters of all paths of a figure; then its lines are thinned out
-TOLERANCES = (0.2, 0.5, 1.0, 2.0)  # points by which a thinned line may be off, smallest first
-LONG = 100  # vertices of a line that can be thinned out
 
 
 def clean(root: ET.Element, name: str) -> set[str]:
@@ -86,39 +80,6 @@ def _short(places: str) -> str:
     """Coordinates with two decimals, which is a hundredth of a point."""
     short = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places)
     return re.sub(r"(^|[ (])-0(?=[ ,)]|$)", r"\g<1>0", " ".join(short.split()))
-
-
-def limit_size(root: ET.Element) -> None:
-    """Thin out the lines of a figure that is too large for a page, and if need be leave out those in grey.
-
-    Curves of 10,000 radii have more steps than a screen can show.
-    """
-
-    def is_too_large() -> bool:
-        return sum(len(path.get("d")) for path in root.iter("path")) > MOST_PATHS
-
-    for tolerance in TOLERANCES:
-        if is_too_large():
-            for path in root.iter("path"):
-                path.set("d", _thin(path.get("d"), tolerance))
-    if is_too_large():
-        grey = f"s-{OTHERS['color'][1:]}"
-        for parent in root.iter():
-            for child in [each for each in parent if each.get("data-series")]:
-                if any(path.get("class") == grey for path in child.iter("path")):
-                    parent.remove(child)
-
-
-def _thin(path: str, tolerance: float) -> str:
-    """A path of one straight line after another, off by about `tolerance` points, with fewer vertices."""
-    commands = re.findall("[A-Za-z]", path)
-    if len(commands) < LONG or not {"L"} <= set(commands) <= {"M", "L", "z"} or commands.count("M") > 1:
-        return path
-    line = Path(np.array(re.findall(r"-?[\d.]+", path), float).reshape(-1, 2))
-    line.should_simplify, line.simplify_threshold = True, tolerance
-    simple = line.cleaned(simplify=True)
-    vertices = simple.vertices[simple.codes != Path.STOP].tolist()
-    return f"M {' L '.join(f'{x:.1f} {y:.1f}' for x, y in vertices)}{' z' if commands[-1] == 'z' else ''}"
 
 
 def make_swatch(group: ET.Element) -> Markup:

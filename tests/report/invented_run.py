@@ -19,7 +19,7 @@ from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.certification.votes import selection_text
 from rrcm.config import Config, parse_config
 from rrcm.data.sharding import write_shards
-from rrcm.data.shards import ShardedDataset, evenly_spaced
+from rrcm.data.shards import CLASSES, ShardedDataset, evenly_spaced
 from rrcm.methods import METHODS, model_name
 from rrcm.report import build, page
 from rrcm.report.build import make_tables
@@ -131,6 +131,8 @@ def make_inputs(config: Config, root: Path) -> None:
     for voter in config.derived["training_votes"]:
         for name in (f"finetune/{voter}/joint", f"training_votes/{voter}"):
             write_json(root / f"timings/{name}.json", {"seconds": 1.5, "environment": ENVIRONMENT})
+    if any(METHODS[method].needs_soft_labels for method in config.methods):
+        write_json(root / "timings/soft_labels.json", {"seconds": 1.5, "environment": ENVIRONMENT})
     if config.derived["denoiser"]:
         write_json(root / "timings/denoiser.json", {"seconds": 61.5, "environment": ENVIRONMENT})
         for part in ("gaussian/sigma_0.001", "gaussian/sigma_0.25"):
@@ -175,7 +177,7 @@ def make_model(config: Config, folder: Path, method: str, sigma: float, skill: f
     noise = {"sigma": sigma}
     if kind.joint is not None:
         noise = {"joint": {"sigmas": sorted(config.sigmas), "interval": config.finetune.joint_interval}}
-    details = {"method": method, **noise, "seed": 0, "class_names": [str(i) for i in range(10)]}
+    details = {"method": method, **noise, "seed": 0, "class_names": list(CLASSES[config.data.source])}
     details |= {"parameters": 208_000 + 308_000 * kind.denoises}
     details |= {"selected": {"val_accuracy": None} | selected, "training": {"epochs": epochs}}
     experts = 1 if kind.joint is None else len(config.sigmas)
