@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rrcm.constraints import CONSTRAINTS
-from rrcm.derived import cascade_sigmas, choose_values, finetuning_keys, initial_weights
+from rrcm.derived import ONLY_VIT, cascade_sigmas, choose_values, finetuning_keys, initial_weights, model_settings
 from rrcm.methods import JOINT, JOINT_SHARES, METHODS, PASS, PER_OBJECTIVE, check_methods, has_joint
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.plugins import use_plugin
@@ -42,7 +42,11 @@ def check_method(name: str) -> str:
     if expert != name and expert in METHODS and METHODS[expert].denoises:
         raise ValueError(f"{expert} has no joint form, as its denoiser takes every sigma; name {expert} itself")
     if name == f"{expert}_{PASS}" and expert in METHODS and not has_joint(METHODS[expert], PASS):
-        raise ValueError(f"{expert} has no form that can pass, as it is an ensemble; name {expert}_{JOINT}")
+        kind = "an ensemble" if METHODS[expert].is_ensemble else "a student"
+        raise ValueError(f"{expert} has no form that can pass, as it is {kind}; name {expert}_{JOINT}")
+    student, matched, _ = name.partition("_matched")
+    if matched and student in METHODS and METHODS[student].is_student:
+        raise ValueError(f"{student} has no matched form, as its teacher has passes of its own; name {student} itself")
     return check_name(name, METHODS, "method")
 
 
@@ -108,8 +112,7 @@ class Model(Section):
         check_width(self.embed_dim, self.num_heads)
         if self.stem != "patches" and (self.init != "torch" or self.freeze_patch_embed):
             raise ValueError(f"stem {self.stem} needs init torch and freeze_patch_embed false")
-        only_vit = {"stem": "patches", "init": "torch", "freeze_patch_embed": False, "grad_checkpointing": False}
-        for name, default in only_vit.items():
+        for name, default in ONLY_VIT.items():
             if self.architecture == "cnn" and getattr(self, name) != default:
                 raise ValueError(f"{name} {getattr(self, name)} is for a ViT; a cnn needs {default}")
         return self
@@ -120,6 +123,23 @@ class Model(Section):
             check_cnn(image_size, self.patch_size, self.embed_dim)
         else:
             check_stem(self.stem, image_size, self.patch_size, self.embed_dim)
+
+
+class Student(Section):
+    """The network of students, which learn the predictions of another method's network, their teacher.
+
+    A size that is null is the one of `model`, which is the teacher's.
+    """
+
+    teacher: MethodName = about(
+        "Method of the teacher, which is trained in the same run; joint students need a joint one"
+    )
+    architecture: str | None = about("As of `model`; pixels are normalized as `model` says")
+    stem: Stem | None = about("As of `model`")
+    patch_size: Count | None = about("As of `model`", "pixels")
+    embed_dim: Count | None = about("As of `model`")
+    depth: Count | None = about("As of `model`")
+    num_heads: Count | None = about("As of `model`")
 
 
 class Views(Section):
@@ -619,6 +639,7 @@ class Config(Section):
     methods: Annotated[list[MethodName], Field(min_length=1)] = about("Rows of the table in rrcm/methods.py")
     data: Data
     model: Model
+    student: Student
     pretrain: Pretrain
     finetune: Finetune
     soft_labels: SoftLabels
@@ -647,6 +668,15 @@ class Config(Section):
     def initial_weights(self, method: str) -> str:
         """The initial weights of a method, as `rrcm.derived.initial_weights` names them."""
         return initial_weights(method, self.finetune.model_dump(), self.denoised.model_dump())
+
+    def model_of(self, method: str) -> Model:
+        """The network of a method. Raises ValueError for a student whose sizes do not fit together."""
+        if not METHODS[method].is_student:
+            return self.model
+        try:
+            return Model.model_validate(model_settings(method, self.model.model_dump(), self.student.model_dump()))
+        except ValidationError as error:
+            raise ValueError(f"student.{explain(error, Model)}") from None
 
     @property
     def cascade_sigmas(self) -> list[float]:

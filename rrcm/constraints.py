@@ -12,7 +12,7 @@ from rrcm.methods import METHODS, REFERENCE
 from rrcm.models import DENOISING_CLASSIFIERS, NETWORKS, TRAINED_CLASSIFIERS
 
 if TYPE_CHECKING:
-    from rrcm.config import Config
+    from rrcm.config import Config, Model
 
 
 def entries_differ(config: "Config") -> None:
@@ -22,28 +22,50 @@ def entries_differ(config: "Config") -> None:
             raise ValueError(f"{name} {getattr(config, name)} must not repeat an entry")
 
 
+def students_fit(config: "Config") -> None:
+    """The teacher of a student is one network that is trained in the same run. It knows each image's noise level."""
+    students = [name for name in config.methods if METHODS[name].is_student]
+    if not students:
+        return
+    name, teacher = config.student.teacher, METHODS[config.student.teacher]
+    if teacher.denoises or teacher.is_ensemble or teacher.can_pass or teacher.is_student:
+        kind = "is a student" if teacher.is_student else "can pass" if teacher.can_pass else "is several networks"
+        raise ValueError(f"student.teacher {name}: {kind}; name a method with one network, such as rrcm_joint")
+    if name not in config.methods:
+        raise ValueError(f"student.teacher {name}: must be among methods {config.methods}, as {students[0]} needs it")
+    joint = [student for student in students if METHODS[student].joint is not None]
+    if joint and teacher.joint is None:
+        raise ValueError(f"student.teacher {name}: must be joint, as {joint[0]} is; name one, such as {name}_joint")
+
+
+def networks_of(config: "Config") -> "dict[str, Model]":
+    """The networks of a run by the section of their sizes: `model`, and `student` if a method is one."""
+    students = [name for name in config.methods if METHODS[name].is_student]
+    return {"model": config.model} | ({"student": config.model_of(students[0])} if students else {})
+
+
 def patches_fill_images(config: "Config") -> None:
     """A ViT divides the image into whole patches."""
     size = config.data.image_size
-    if config.model.architecture == "vit" and size % config.model.patch_size:
-        raise ValueError(f"data.image_size {size} must be a multiple of model.patch_size {config.model.patch_size}")
-    if config.trains_denoiser and config.denoiser.network == "vit" and size % config.denoiser.patch_size:
-        raise ValueError(
-            f"data.image_size {size} must be a multiple of denoiser.patch_size {config.denoiser.patch_size}"
-        )
+    used = {name: each.patch_size for name, each in networks_of(config).items() if each.architecture == "vit"}
+    if config.trains_denoiser and config.denoiser.network == "vit":
+        used["denoiser"] = config.denoiser.patch_size
+    for name, patch_size in used.items():
+        if size % patch_size:
+            raise ValueError(f"data.image_size {size} must be a multiple of {name}.patch_size {patch_size}")
 
 
 def stems_fit(config: "Config") -> None:
     """Convolutions halve the image down to its tokens, in a stem or a CNN. A ViT of timm's has its own stem."""
-    if config.model.architecture not in CONDITIONED:
-        return
-    used = [("model", config.model)]
+    used = [(name, each) for name, each in networks_of(config).items() if each.architecture in CONDITIONED]
     used += [("denoiser", config.denoiser)] if config.trains_denoiser and config.denoiser.network == "vit" else []
     for name, section in used:
         try:
             section.check_stem(config.data.image_size)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
+    if config.model.architecture not in CONDITIONED:
+        return
     starts = {METHODS[method].initial_weights: method for method in config.methods}
     if "timm" in starts and (config.model.architecture, config.model.stem) != ("vit", "patches"):
         given = "architecture cnn" if config.model.architecture == "cnn" else f"stem {config.model.stem}"
@@ -68,24 +90,23 @@ def other_trunks_are_not_pretrained_here(config: "Config") -> None:
 
     Another trunk starts from random weights, or from those that timm has for it.
     """
-    trunk = config.model.architecture
-    if trunk in CONDITIONED:
+    others = [method for method in config.methods if config.model_of(method).architecture not in CONDITIONED]
+    if not others:
         return
-    for method in config.methods:
-        start = METHODS[method].initial_weights
+    for method in others:
+        start, trunk = METHODS[method].initial_weights, config.model_of(method).architecture
+        key = f"{'student' if METHODS[method].is_student else 'model'}.architecture"
         if start == "timm" and trunk in NETWORKS:
-            raise ValueError(
-                f"methods: {method} needs model.architecture vit or a timm model, not {trunk}; leave it out"
-            )
+            raise ValueError(f"methods: {method} needs {key} vit or a timm model, not {trunk}; leave it out")
         if start not in (None, "timm") or METHODS[method].matched:
-            raise ValueError(f"methods: {method} needs model.architecture vit or cnn, not {trunk}; leave it out")
+            raise ValueError(f"methods: {method} needs {key} vit or cnn, not {trunk}; leave it out")
         for sigma in config.sigmas:
             if config.finetune.settings(method, sigma).layer_decay != 1:
-                raise ValueError(f"finetune.layer_decay must be 1 with model.architecture {trunk}")
-    if config.pretrain.objectives:
-        raise ValueError(f"pretrain.objectives must be [] with model.architecture {trunk}, which is not pre-trained")
-    if config.finetune.num_chunks != 1:
-        raise ValueError(f"finetune.num_chunks must be 1 with model.architecture {trunk}")
+                raise ValueError(f"finetune.layer_decay must be 1 with {key} {trunk}")
+        if key == "model.architecture" and config.pretrain.objectives:
+            raise ValueError(f"pretrain.objectives must be [] with {key} {trunk}, which is not pre-trained")
+        if config.finetune.num_chunks != 1:
+            raise ValueError(f"finetune.num_chunks must be 1 with {key} {trunk}")
     for key in ("pixel_mean", "pixel_std"):
         values = getattr(config.model, key)
         if values is not None and len(values) != config.data.channels:
@@ -210,6 +231,7 @@ def derived_settings_are_current(config: "Config") -> None:
 
 CONSTRAINTS = (  # in the order of the sections that they concern; the first that fails is reported
     entries_differ,
+    students_fit,
     other_trunks_are_not_pretrained_here,
     initial_weights_exist,
     attacked_methods_can_be_attacked,

@@ -30,13 +30,15 @@ from rrcm.methods import (
 
 # The settings that others are derived from.
 SECTIONS = ["methods", "sigmas", "model", "pretrain", "finetune", "soft_labels", "denoiser", "denoised", "certify"]
-SECTIONS += ["cascade"]
+SECTIONS += ["cascade", "student"]
 NOTHING = "data/shards"  # stands for an input that a training does not have: all trainings watch it anyway
 STARTS = {"objectives", "initial_weights", "timm"}  # settings of `finetune` that only some methods need
 SHARES = {"pretrain_cost_shared_by", "ensemble_members", "time_condition", "joint_interval"}  # likewise
 PASSING = ("pass_votes", "pass_share", "pass_bias")  # likewise, for methods that can pass
 NO_RESULT = {"checkpoint_every"}  # settings that decide no result
 CONDITIONED = ("vit", "cnn")  # values of model.architecture for encoders that are conditioned on the noise level
+# Settings of `model` for a ViT alone, with the values that they have for a CNN.
+ONLY_VIT = {"stem": "patches", "init": "torch", "freeze_patch_embed": False, "grad_checkpointing": False}
 TRUNK = ("architecture", "pixel_mean", "pixel_std")  # settings of `model` for a network other than our encoders
 PROJECTOR = ("projector_hidden_dim", "projection_dim")  # settings of `model` for pre-training alone
 COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that decide the encoder passes of an epoch
@@ -74,7 +76,7 @@ def derived_settings(settings: Mapping) -> dict:
                 "folder": _folder(sigma),
                 "settings": f"{method}.{_sigma_key(sigma)}",
                 "initial_weights": watched_weights(method, finetune, denoised) or NOTHING,
-                "other_input": _other_input(method) or NOTHING,
+                "other_input": _other_input(method, sigma, settings["student"]) or NOTHING,
             }
             for method, sigma in runs
         },
@@ -134,6 +136,17 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
     return {"pretrain": values | own, "model": _encoder_settings(model)}
 
 
+def model_settings(method: str, model: Mapping, student: Mapping) -> dict:
+    """The section `model` of a method. A student has the sizes that its own section gives in their place.
+
+    `model` and `student` are the sections of the settings with these names.
+    """
+    if not METHODS[method].is_student:
+        return dict(model)
+    own = {name: value for name, value in student.items() if name in model and value is not None}
+    return {**model, **(ONLY_VIT if own.get("architecture") == "cnn" else {}), **own}
+
+
 def _encoder_settings(model: Mapping) -> dict:
     """The settings of our encoder. A ViT has an entry `stem` only if it does not consist of patches."""
     if model["architecture"] == "cnn":
@@ -145,7 +158,8 @@ def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> d
     """The settings that decide one fine-tuning, apart from seed, threads and data. `sigma` may be JOINT."""
     if sigma == JOINT:
         return _joint_settings(method, settings)
-    row, model, pretrain, finetune = METHODS[method], settings["model"], settings["pretrain"], settings["finetune"]
+    row, pretrain, finetune = METHODS[method], settings["pretrain"], settings["finetune"]
+    model = model_settings(method, settings["model"], settings["student"])
     decisive: dict[str, object] = {"method": row.identity}
     if row.denoises:
         decisive["denoised"] = {name: settings["denoised"].get(name) for name in ("model", row.classifier)}
@@ -175,7 +189,20 @@ def finetuning_settings(method: str, sigma: float | str, settings: Mapping) -> d
     if row.needs_soft_labels:
         voter = settings["soft_labels"]
         decisive["soft_labels"] = [voter["n"], _cost(voter["method"], voter["sigma"], finetune)]
+    if row.is_student and has_teacher(settings["student"]):
+        teacher = settings["student"]["teacher"]
+        decisive["teacher"] = finetuning_settings(teacher, training_noise(teacher, sigma), settings)
     return decisive
+
+
+def has_teacher(student: Mapping) -> bool:
+    """Whether the section `student` names a method that is no student itself. Validation reports others."""
+    return student["teacher"] in METHODS and not METHODS[student["teacher"]].is_student
+
+
+def teacher_folder(sigma: float | str, student: Mapping) -> str:
+    """The model folder, below models/, of the teacher of a student that is trained at `sigma`, which may be JOINT."""
+    return f"{student['teacher']}/{_folder(training_noise(student['teacher'], sigma))}"
 
 
 def _joint_settings(method: str, settings: Mapping) -> dict:
@@ -307,8 +334,10 @@ def _source_path(source: str | None) -> str | None:
     return path if path and Path(path).exists() else None
 
 
-def _other_input(method: str) -> str | None:
-    """The input of a method besides images and initial weights."""
+def _other_input(method: str, sigma: float | str, student: Mapping) -> str | None:
+    """The input of a training at `sigma`, which may be JOINT, besides images and initial weights."""
+    if METHODS[method].is_student:
+        return f"models/{teacher_folder(sigma, student)}" if has_teacher(student) else None
     if METHODS[method].denoises:
         return DENOISER
     if METHODS[method].can_pass:

@@ -110,14 +110,17 @@ def classifier_entries(config: Config, method: str) -> list[Entry]:
 
 def trunk_entries(config: Config, method: str) -> list[Entry]:
     """The registry entries that load a single classifier of a method and build its network."""
-    name = config.model.architecture
+    name = config.model_of(method).architecture
     if name in CONDITIONED:
         return [(FOLDER_LOADERS, METHODS[method].trained)]
     return [(FOLDER_LOADERS, "network"), (NETWORKS, name if name in NETWORKS else "timm")]
 
 
 def training_entries(config: Config, method: str) -> list[Entry]:
-    """The registry entries behind a training: its objective, its initial weights, and whatever decides its length."""
+    """The registry entries behind a training: its objective, its initial weights, and whatever decides its length.
+
+    Those of a student include all entries of its teacher.
+    """
     row, settings = METHODS[method], config.finetune
     objectives = [row.objective] if row.objective is not None else []
     objectives += [PASS_OBJECTIVE] if row.can_pass else []
@@ -133,4 +136,6 @@ def training_entries(config: Config, method: str) -> list[Entry]:
         objectives.append(METHODS[REFERENCE].objective)
     if row.needs_soft_labels:
         objectives.append(METHODS[config.soft_labels.method].objective)
+    if row.is_student:
+        entries += training_entries(config, config.student.teacher)
     return entries + [(FINETUNING, name) for name in dict.fromkeys(objectives)]

@@ -18,6 +18,7 @@ PER_OBJECTIVE = ("lr", "temperature")  # settings of pre-training that may diffe
 BLOCKS = {"rrcm_dmae": ("dmae", "rrcm_dmae"), "dmae_without_mask": ("dmae",)}
 REFERENCE = "rrcm"  # the method that defines equal encoder passes, and with which the report compares all others
 MATCHED_PRETRAINING = "rrcm"  # the pre-training whose compute the matched methods get as well
+STUDENT_OBJECTIVE = "distill"  # the objective of students, which needs a teacher
 SOFT_LABEL_OBJECTIVES = {"cat_rs"}  # the objectives with `needs_soft_labels`; reading that would import torch
 CLEAN_SIGMA = 0.001  # noise in training on nearly clean images, pixel units: a quarter of a grey level
 SOFT_LABELS = "data/soft_labels.safetensors"  # output of the stage soft-labels
@@ -38,6 +39,7 @@ FAMILIES = (
     "regularization",
     "adversarial",
     "ensemble",
+    "distillation",
     "denoise, then classify",
 )
 
@@ -45,7 +47,8 @@ FAMILIES = (
 # The three columns after the name decide the result, the others the appearance. A method that starts from random
 # weights also exists as NAME_matched. Every method that does not denoise also exists as NAME_joint, one network for all
 # sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Unless it is an
-# ensemble, it also exists as NAME_joint_pass, which is NAME_joint with one more output, for "pass".
+# ensemble, it also exists as NAME_joint_pass, which is NAME_joint with one more output, for "pass". A student, which
+# learns from another method's network, is neither matched nor can it pass.
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -83,6 +86,9 @@ adversarial
 ensemble
   consistency_ensemble      -                         consistency  ensemble    #B2182B  Consistency, ensemble
   rrcm_ensemble             rrcm                      consistency  ensemble    #2166AC  rRCM, ensemble
+
+distillation
+  distill                   -                         distill      classifier  #000000  Student
 
 denoise, then classify
   dds                       gaussian                  -            dds         #CC6677  DDS
@@ -124,6 +130,11 @@ class Method:
     def needs_soft_labels(self) -> bool:
         """Whether it trains on soft labels: another smoothed classifier's votes for the training images."""
         return self.objective in SOFT_LABEL_OBJECTIVES
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it learns the predictions of another method's network, its teacher: `student` in the settings."""
+        return self.objective == STUDENT_OBJECTIVE
 
     @property
     def is_ensemble(self) -> bool:
@@ -168,7 +179,7 @@ def read_methods(table: str) -> dict[str, Method]:
     experts = written | {
         f"{name}_matched": matched(row)
         for name, row in written.items()
-        if row.initial_weights is None and not row.is_ensemble
+        if row.initial_weights is None and not (row.is_ensemble or row.is_student)
     }
     return experts | {
         f"{name}_{ending}": joint(row, ending)
@@ -185,7 +196,7 @@ def matched(row: Method) -> Method:
 
 def has_joint(row: Method, ending: str) -> bool:
     """Whether a method also exists with this ending of its name."""
-    return not (row.denoises or (ending == PASS and row.is_ensemble))
+    return not (row.denoises or (ending == PASS and (row.is_ensemble or row.is_student)))
 
 
 def joint(row: Method, ending: str) -> Method:
@@ -279,10 +290,11 @@ def _check_cells(rows: Sequence[Sequence[str]], place: str) -> None:
 def _allowed_cells(row: Method) -> dict[str, Sequence[str | None]]:
     """The allowed cells of a row, by column. The classifier comes first because other columns depend on it."""
     loadable = [kind for kind in TRAINED_CLASSIFIERS if kind in FOLDER_LOADERS]
-    plain = [name for name, other in METHODS.items() if not other.denoises and other.joint is None]  # can be inside
+    inside = [name for name, each in METHODS.items() if not (each.denoises or each.is_student) and each.joint is None]
+    starts = [None] if row.is_student else [None, "timm", *PRETRAINING]
     return {
-        "classifier": [*loadable, "ensemble", *DENOISING_CLASSIFIERS],
-        "initial_weights": plain if row.denoises else [None, "timm", *PRETRAINING],
+        "classifier": loadable if row.is_student else [*loadable, "ensemble", *DENOISING_CLASSIFIERS],
+        "initial_weights": inside if row.denoises else starts,
         "objective": [None, *FINETUNING] if row.denoises else [*FINETUNING],
         "family": FAMILIES,
     }

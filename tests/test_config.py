@@ -197,10 +197,10 @@ def test_presets_hold_every_method(tmp_path):
     held = set().union(*(config.methods for config in presets.values()))
     assert {expert_of(name) for name in held} == experts.keys() - {"timm"}
     assert {"rrcm_joint", "rrcm_joint_third"} <= held
-    scratch = {name for name, kind in experts.items() if kind.initial_weights is None}
+    scratch = {name for name, kind in experts.items() if kind.initial_weights is None and not kind.is_student}
     assert scratch <= set(presets["all"].methods)
     for name, config in presets.items():
-        assert config.methods[0] == ("rrcm_joint" if name == "flagship" else REFERENCE)
+        assert config.methods[0] == ("rrcm_joint" if name in ("flagship", "student") else REFERENCE)
         kinds = [METHODS[method] for method in config.methods]
         started_from = {kind.initial_weights for kind in kinds if kind.pretrained_here}
         assert started_from == set(config.pretrain.objectives), name

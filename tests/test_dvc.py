@@ -106,6 +106,29 @@ def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
     assert [name for name, deps in stages.items() if votes in deps] == ["finetune@rrcm_joint_pass-joint"]
 
 
+def test_a_student_depends_on_the_model_of_its_teacher_and_retrains_with_its_settings(tmp_path):
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    path = compose(tmp_path / "params.yaml", "methods=[rrcm_joint,gaussian,distill,distill_joint]")
+    index = Repo.init(str(tmp_path), no_scm=True).index
+    students = ["distill-0.25", "distill-0.5", "distill_joint-joint"]
+    stages = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    assert [name for name in stages if name.startswith("finetune@distill")] == [f"finetune@{name}" for name in students]
+    assert all("models/rrcm_joint/joint" in stages[f"finetune@{name}"] for name in students)
+    values, hashes = yaml.safe_load(path.read_text()), []
+    changes = [
+        {},
+        {"student": {"embed_dim": 16}},
+        {"student": {"teacher": "gaussian_joint"}},
+        {"pretrain": {"t_min": 1}},
+    ]
+    for change in changes:
+        changed = {name: values[name] | change.get(name, {}) for name in SECTIONS if name not in ("methods", "sigmas")}
+        hashes.append(derived_settings(values | changed)["settings"]["finetune"])
+    for name, at in (("distill", "sigma_0_5"), ("distill_joint", "joint")):
+        assert len({each[name][at] for each in hashes}) == len(hashes)
+    assert len({each["gaussian"]["sigma_0_5"] for each in hashes}) == 1
+
+
 def outputs(stage: Stage) -> set[str]:
     return {out.def_path for out in stage.outs}
 
@@ -263,6 +286,7 @@ SOFT = {name for name in TRAINED if METHODS[name].needs_soft_labels}
 MATCHED, ENSEMBLES = training(matched=True), training(classifier="ensemble")
 JOINT = {name for name in TRAINED if METHODS[name].joint is not None}
 PASSING = {name for name in TRAINED if METHODS[name].can_pass}
+STUDENTS = {name for name in TRAINED if METHODS[name].is_student}
 SHARING = PRETRAINED | DENOISING | SOFT | MATCHED
 OWN_NUM_NOISE = {name for name in TRAINED if METHODS[name].objective in ("macer", "cat_rs", "smoothadv", "smoothmix")}
 FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again` has the rules for other settings
@@ -290,7 +314,13 @@ FINETUNING_OF = {  # the methods that are trained again; `methods_trained_again`
 
 
 def methods_trained_again(path: str) -> set[str]:
-    """The methods that a setting concerns, by its place in the schema."""
+    """The methods that a setting concerns, by its place in the schema. A student needs whatever its teacher needs."""
+    again = own_setting_of(path)
+    return again | STUDENTS if "rrcm_joint" in again else again
+
+
+def own_setting_of(path: str) -> set[str]:
+    """The methods that a setting concerns themselves."""
     section, *rest = path.split(".")
     if path in FINETUNING_OF:
         return FINETUNING_OF[path]
@@ -304,6 +334,7 @@ def methods_trained_again(path: str) -> set[str]:
         "finetune": TRAINED,
         "model": TRAINED - DENOISING,
         "soft_labels": SOFT,
+        "student": STUDENTS,
     }.get(section, set())
 
 
@@ -325,7 +356,10 @@ def every_method(tmp_path_factory) -> dict:
     return yaml.safe_load(path.read_text()) | {"methods": [*METHODS], "sigmas": LEVELS}
 
 
-@pytest.mark.parametrize("path", [path for path in SCHEMA if not path.startswith(("soft_labels.", "denoised.max"))])
+UNNAMEABLE = ("soft_labels.", "denoised.max", "student.teacher")  # `changed_value` would name no method
+
+
+@pytest.mark.parametrize("path", [path for path in SCHEMA if not path.startswith(UNNAMEABLE)])
 def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, path):
     """Over all methods and all settings of the schema."""
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))

@@ -24,5 +24,6 @@ FINETUNING = Registry(
         "smoothadv": "rrcm.objectives.smoothadv:SmoothAdv",
         "smoothmix": "rrcm.objectives.smoothmix:SmoothMix",
         "cat_rs": "rrcm.objectives.cat_rs:CATRS",
+        "distill": "rrcm.objectives.distill:Distill",
     }
 )

@@ -82,6 +82,7 @@ class Objective(Protocol):
 
     # Optional: needs_soft_labels = True, for fine-tuning; SOFT_LABEL_OBJECTIVES in rrcm/methods.py has its name too.
     # Optional: per_image, for fine-tuning: the names of the fields besides `sigma` that may be a `PerImage`.
+    # Optional: teacher = None, for fine-tuning: the frozen network of a student, which `with_teacher` sets.
     # Optional: schedule(step) -> dict[str, float], values that depend on the step alone and are logged as well.
 
 

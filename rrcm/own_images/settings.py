@@ -91,7 +91,8 @@ def read_params(path: Path, root: Path) -> Config:
     if config.data.source != "imagefolder":
         raise RRCMError(f"{path}: data.source = {config.data.source}: must be imagefolder, to train on a folder")
     row = METHODS[config.methods[0]]
-    others = row.can_pass or row.needs_soft_labels or config.finetune.uses_pretraining(config.methods[0])
+    others = row.can_pass or row.is_student or row.needs_soft_labels
+    others = others or config.finetune.uses_pretraining(config.methods[0])
     other_way = row.joint is None or row.is_ensemble or row.matched
     if len(config.methods) > 1 or others or other_way or config.cascade.methods != config.methods:
         raise RRCMError(

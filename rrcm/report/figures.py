@@ -47,6 +47,7 @@ MARKERS = {  # by family
     "regularization": "^",
     "adversarial": "D",
     "ensemble": "P",
+    "distillation": ">",
     "denoise, then classify": "X",
 }
 FORMATS = {  # with the metadata that is left out of the files

@@ -36,6 +36,7 @@ OBJECTIVES = {
     "smoothadv": ["salman2019provably"],
     "smoothmix": ["jeong2021smoothmix"],
     "cat_rs": ["jeong2023confidence"],
+    "distill": ["hinton2015distilling", "vaishnavi2022accelerating"],
 }
 CLASSIFIERS = {
     "ensemble": ["horvath2022boosting"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rrcm.config import Config, Finetune, FinetuneSettings, Pretrain
 from rrcm.data.loader import steps_per_epoch
+from rrcm.derived import training_noise
 from rrcm.methods import (
     BLOCKS,
     JOINT,
@@ -18,6 +19,7 @@ from rrcm.methods import (
     expert_of,
 )
 from rrcm.models.joint import JointSigmas
+from rrcm.models.multiply_adds import network_multiply_adds
 from rrcm.objectives import FINETUNING, PRETRAINING
 from rrcm.objectives.base import Objective, PretrainingObjective, build_objective
 from rrcm.objectives.joint import JointObjective, join_objectives
@@ -26,6 +28,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 
 COUNTED_IN_STEPS = ("log_every", "evaluate_every", "checkpoint_every")
+BEFORE = (JOINT, "teacher")  # passes of other networks, before the training of a few methods
 DECAY_RATES = ("teacher_decay_start", "teacher_decay_end", "ema_decay")
 
 
@@ -111,7 +114,29 @@ def planned_passes(config: Config, method: str, sigma: float, num_images: int) -
     settings = config.finetune.settings(method, sigma)
     objective = build_finetuning_objective(settings, method, sigma)
     step_images = images_per_step(settings, METHODS[method].objective)
-    return objective.forwards_per_image * settings.epochs * steps_per_epoch(num_images, step_images) * step_images
+    passes = passes_per_image(objective, config, method, sigma)
+    return passes * settings.epochs * steps_per_epoch(num_images, step_images) * step_images
+
+
+def passes_per_image(objective: Objective, config: Config, method: str, sigma: float) -> float:
+    """Encoder passes of a method's `objective` per image and step.
+
+    The encoder is the network of `config.model`. A student is another one, whose passes count by their multiply-adds.
+    Each noisy copy also goes through its teacher.
+    """
+    if not METHODS[method].is_student:
+        return objective.forwards_per_image
+    own, teacher = (network_multiply_adds(each, config.data) for each in (config.model_of(method), config.model))
+    copies = config.finetune.settings(method, sigma).of_objective(METHODS[method].objective)["num_noise"]
+    return objective.forwards_per_image * own / teacher + copies
+
+
+def teacher_compute(config: Config, method: str, sigma: float | str, num_images: int, encoders: Path) -> float:
+    """Encoder passes of everything that the teacher of a student has cost, or of its share in a joint teacher."""
+    teacher = config.student.teacher
+    noise = training_noise(teacher, sigma)
+    spent = sum(plan_budget(config, teacher, noise, num_images, encoders).account.values())
+    return spent / (len(config.sigmas) if noise == JOINT != sigma else 1)
 
 
 def soft_label_compute(config: Config, num_images: int) -> float:
@@ -133,6 +158,7 @@ class Budget:
     evaluate_every: int  # epochs
     planned_epochs: int  # the epochs of the settings, for which the schedules are made
     joint: float = 0.0  # of a model with an output for pass: the joint fine-tuning before, and its votes
+    teacher: float = 0.0  # of a student: all passes of its teacher
 
     @property
     def compute(self) -> float:
@@ -143,12 +169,13 @@ class Budget:
     def account(self) -> dict[str, float]:
         """All encoder passes that the model has cost, as its model folder records them."""
         shares = {"pretrain_share": self.pretrain_share, "soft_label_share": self.soft_label_share}
-        return {"finetune": self.compute, **shares} | ({JOINT: self.joint} if self.joint else {})
+        before = {name: getattr(self, name) for name in BEFORE if getattr(self, name)}
+        return {"finetune": self.compute, **shares, **before}
 
     @property
     def identity(self) -> dict[str, float]:
-        """The fields. There is an entry `joint` only for an output for pass."""
-        return {name: value for name, value in asdict(self).items() if name != JOINT or value}
+        """The fields. There is an entry `joint` only for an output for pass, and `teacher` only for a student."""
+        return {name: value for name, value in asdict(self).items() if name not in BEFORE or value}
 
     @property
     def epochs(self) -> float:
@@ -181,10 +208,10 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     labels. The members of an ensemble share these passes. A joint training gets the passes of its experts at all sigmas
     together, or a part of them, and it takes their shares of the pre-training and of the soft labels. A longer training
     is evaluated less often, so that all trainings have about the same number of evaluations. An output for pass is
-    trained in `finetune.pass_share` of the steps of the joint training, on top of that training. With few labels
-    (`data.labels_per_class`) the lengths are those with all labels, and only the last weights are evaluated. `encoders`
-    holds the pre-trained encoders by objective, whose model folders record their compute. Raises `RRCMError` when soft
-    labels leave no passes for the training.
+    trained in `finetune.pass_share` of the steps of the joint training, on top of that training. A student trains as
+    long as other methods, on top of its teacher. With few labels (`data.labels_per_class`) the lengths are those with
+    all labels, and only the last weights are evaluated. `encoders` holds the pre-trained encoders by objective, whose
+    model folders record their compute. Raises `RRCMError` when soft labels leave no passes for the training.
     """
     if METHODS[method].can_pass:
         continued = plan_budget(config, continued_method(method), sigma, num_images, encoders)
@@ -197,7 +224,7 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
     objective = build(config.finetune if joint else settings, method, joint or sigma)
     step_images = images_per_step(settings, row.objective)
     epoch_steps = steps_per_epoch(num_images, step_images)
-    step_compute = objective.forwards_per_image * step_images
+    step_compute = passes_per_image(objective, config, method, sigmas[0]) * step_images
     if row.denoises:
         step_compute += objective.num_noise * step_images  # passes of the denoiser
     planned_steps = total_steps = settings.epochs * epoch_steps
@@ -231,6 +258,7 @@ def plan_budget(config: Config, method: str, sigma: float | str, num_images: int
         soft_label_share=soft_label_share,
         evaluate_every=evaluate_every,
         planned_epochs=settings.epochs,
+        teacher=teacher_compute(config, method, sigma, num_images, encoders) if row.is_student else 0.0,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import check_prediction, check_settings
 from rrcm.config import Config
+from rrcm.constraints import networks_of
 from rrcm.data.labelled import check_label_budget
 from rrcm.data.shards import Manifest, read_manifest
 from rrcm.derived import CONDITIONED, training_noise
@@ -114,18 +115,22 @@ def _check_finetuning(config: Config, method: str, noise: float | str, images: i
 
 
 def _check_trunk(config: Config, num_classes: int) -> None:
-    name, size = config.model.architecture, config.data.image_size
-    if name in CONDITIONED:
-        return
-    classifier = network_classifier(network_settings(config.model, config.data), num_classes, config.sigmas[0]).eval()
-    try:
-        with torch.inference_mode():
-            classifier(torch.zeros(1, config.data.channels, size, size))
-    except Exception as error:  # each network raises errors of its own
-        problem = f"cannot take images of {size} x {size} pixels ({one_line(error)})"
-        raise RRCMError(
-            f"model.architecture = {name!r}: {problem}; choose another, or a larger data.image_size"
-        ) from None
+    size = config.data.image_size
+    for section, model in networks_of(config).items():
+        if model.architecture in CONDITIONED:
+            continue
+        try:
+            classifier = network_classifier(network_settings(model, config.data), num_classes, config.sigmas[0]).eval()
+            with torch.inference_mode():
+                classifier(torch.zeros(1, config.data.channels, size, size))
+        except RRCMError as error:
+            raise RRCMError(str(error).replace("model.", f"{section}.", 1)) from None
+        except Exception as error:  # each network raises errors of its own
+            problem = f"cannot take images of {size} x {size} pixels ({one_line(error)})"
+            raise RRCMError(
+                f"{section}.architecture = {model.architecture!r}: {problem}; choose another, or a larger "
+                "data.image_size"
+            ) from None
 
 
 def _check_initial_weights(config: Config, num_classes: int) -> None:

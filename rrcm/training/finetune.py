@@ -17,6 +17,7 @@ from rrcm.data.training_votes import read_training_votes
 from rrcm.methods import METHODS, PASS_OBJECTIVE
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
+from rrcm.models.folders import read_model_config
 from rrcm.models.vit import parameter_count
 from rrcm.objectives.base import Objective, StepRandomness
 from rrcm.objectives.passing import pass_targets
@@ -25,6 +26,7 @@ from rrcm.training.budget import build_finetuning_objective, build_joint_objecti
 from rrcm.training.optim import build_optimizer, layerwise_groups, warmup_cosine, warmup_step
 from rrcm.training.plan import Training
 from rrcm.training.start import Classifier, Start, linear_probe, load_start
+from rrcm.training.teacher import with_teacher
 from rrcm.training.trainer import Trainer
 from rrcm.training.validation import BestWeights, build_validation, warn_if_collapsed
 from rrcm.utils.distributed import DistEnv, explain_out_of_memory, init_distributed, set_threads
@@ -66,6 +68,8 @@ def _train(
     targets = Targets(settings, len(images.classes), seed, env.device, by_image)
     start = load_start(training, len(images.classes), env.device)
     classifier = start.classifier
+    if start.teacher is not None:
+        objective = with_teacher(objective, start.teacher)
     dtype = torch.bfloat16 if training.common.weights_dtype == "bf16" else torch.float32
     best = BestWeights(classifier, build_validation(training, validation, env, start.denoise), dtype)
     start.inputs.update({name: sha256_tensors({name: rows}) for name, rows in by_image.items()})
@@ -199,7 +203,10 @@ def _recorded_settings(training: Training) -> dict[str, object]:
 
 def _save(training: Training, classifier: Classifier, classes: list[str], selected: dict, folder: Path) -> None:
     """Write the model folder of the best weights."""
-    row = METHODS[training.method]
+    row, teacher = METHODS[training.method], {}
+    if training.teacher is not None:
+        read = read_model_config(training.teacher)
+        teacher = {"teacher": {name: read[name] for name in ("method", "sha256")}}
     save_model(
         folder,
         classifier,
@@ -212,6 +219,7 @@ def _save(training: Training, classifier: Classifier, classes: list[str], select
         seed=training.seed,
         parameters=parameter_count(classifier),
         initial_weights=training.initial_weights,
+        **teacher,
         training={
             "profile": training.profile,
             **_recorded_settings(training),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rrcm.config import Config, Data, Denoised, Finetune, FinetuneSettings, Model, Pretrain
 from rrcm.data.shards import read_manifest
+from rrcm.derived import teacher_folder
 from rrcm.methods import (
     DENOISER,
     JOINT,
@@ -62,6 +63,7 @@ class Training:
     budget: Budget | None  # None: the method is put together from its parts and not trained
     parts: Parts | None  # of a denoising method
     joint: JointSigmas | None = None  # None: the training of an expert
+    teacher: Path | None = None  # the model folder of the teacher of a student
 
     @property
     def name(self) -> str:
@@ -106,6 +108,7 @@ def plan_training(config: Config, method: str, sigma: float | str, files: Files)
     Raises `RRCMError` if one of them is missing, or if nothing is left to train with (`plan_budget`).
     """
     row, joint = METHODS[method], joint_sigmas(config) if sigma == JOINT else None
+    models, noise = files.output.parent.parent, sigma
     label = f"finetune {method} {JOINT}" if joint else f"finetune {method} sigma {sigma:g}"
     sigma = joint.middle if joint else sigma
     num_images = sum(read_manifest(files.shards).splits["train"].counts)
@@ -121,7 +124,7 @@ def plan_training(config: Config, method: str, sigma: float | str, files: Files)
         settings=config.finetune.settings(method, joint.sigmas[0] if joint else sigma),
         common=config.finetune,
         data=config.data,
-        model=config.model,
+        model=config.model_of(method),
         denoised=config.denoised,
         initial_weights=config.initial_weights(method),
         t=time_condition(method, sigma, config.finetune, config.pretrain),
@@ -129,8 +132,9 @@ def plan_training(config: Config, method: str, sigma: float | str, files: Files)
         budget=None
         if row.objective is None
         else plan_budget(config, method, JOINT if joint else sigma, num_images, files.encoders),
-        parts=find_parts(method, config.denoised, files.output.parent.parent) if row.denoises else None,
+        parts=find_parts(method, config.denoised, models) if row.denoises else None,
         joint=joint,
+        teacher=models / teacher_folder(noise, config.student.model_dump()) if row.is_student else None,
     )
 
 

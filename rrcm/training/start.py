@@ -27,6 +27,7 @@ from rrcm.models.denoiser import load_denoiser
 from rrcm.models.encoders import Encoder, build_encoder, set_training_options
 from rrcm.models.kinds import load_model_folder
 from rrcm.training.plan import Training
+from rrcm.training.teacher import Teacher
 from rrcm.utils.distributed import DistEnv, all_reduce_sum
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import expand_user, sha256_folder
@@ -42,6 +43,7 @@ class Start(NamedTuple):
     classifier: Classifier  # in train mode
     denoise: Callable[[torch.Tensor], torch.Tensor]  # noisy images -> what the classifier sees, both (B, C, H, W)
     inputs: dict[str, str]  # hashes of what was read and is not in the classifier's weights
+    teacher: Callable[..., torch.Tensor] | None = None  # of a student: the predictions that it learns
 
 
 def load_start(training: Training, num_classes: int, device: torch.device) -> Start:
@@ -52,7 +54,11 @@ def load_start(training: Training, num_classes: int, device: torch.device) -> St
             add_pass_output(narrow, training.sigma, training.common.pass_bias).to(device).train(), nn.Identity(), {}
         )
     if training.parts is None:
-        return Start(build_classifier(training, num_classes).to(device).train(), nn.Identity(), {})
+        classifier = build_classifier(training, num_classes).to(device).train()
+        if training.teacher is None:
+            return Start(classifier, nn.Identity(), {})
+        teacher = Teacher(training.teacher, training.sigma, training.common.precision, device)
+        return Start(classifier, nn.Identity(), {"teacher": sha256_folder(training.teacher)}, teacher)
     denoise = load_denoise(training.parts.denoiser, training.sigma, device)
     classifier = load_model_folder(training.parts.classifier).classifier
     return Start(classifier.to(device).train(), denoise, {"denoiser": sha256_folder(training.parts.denoiser)})

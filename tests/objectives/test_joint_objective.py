@@ -12,6 +12,7 @@ from rrcm.models.vit import NoiseConditionedViT
 from rrcm.objectives import FINETUNING
 from rrcm.objectives.base import StepRandomness, build_objective
 from rrcm.objectives.joint import JointObjective, differing_fields, join_objectives, mixed_objective
+from rrcm.training.teacher import with_teacher
 from rrcm.utils.errors import RRCMError
 
 B, K = 9, 5
@@ -35,7 +36,13 @@ OWN = {
 
 def experts(name: str, noise: JointSigmas) -> list:
     at = [{"sigma": sigma, **COMMON} | {key: each[k] for key, each in OWN.items()} for k, sigma in enumerate(SIGMAS)]
-    return [build_objective(FINETUNING, name, settings) for settings in at][: len(noise.sigmas)]
+    objectives = [build_objective(FINETUNING, name, settings) for settings in at][: len(noise.sigmas)]
+    return [with_teacher(each, teacher) for each in objectives] if name == "distill" else objectives
+
+
+def teacher(noisy: torch.Tensor, *, t: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a fixed linear classifier. What it makes of `t` is for test_distill.py."""
+    return noisy.flatten(1) @ torch.randn(64, K, generator=torch.Generator().manual_seed(2))
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -1,11 +1,16 @@
 """How long each method trains: equal epochs, equal passes and equal total compute, and what warm-ups make of it."""
 
 import pytest
+import torch
 from conftest import change, compose
+from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm import methods
 from rrcm.config import load_config
 from rrcm.methods import METHODS
+from rrcm.models import vit
+from rrcm.models.architectures import build_network
+from rrcm.models.encoders import build_encoder
 from rrcm.objectives import PRETRAINING
 from rrcm.training.budget import (
     build_finetuning_objective,
@@ -28,8 +33,9 @@ def plan(tmp_path):
     """Plan the budget of a method with these settings: (config, budget)."""
 
     def budget_of(method: str, *overrides: str, images: int = IMAGES, sigma: float | str = SIGMA):
-        methods = ",".join(sorted({"rrcm", "gaussian", method}))  # gaussian: the voter for soft labels
         row = METHODS[method]
+        methods = {"rrcm", "gaussian", method} | ({"rrcm_joint"} if row.is_student else set())
+        methods = ",".join(sorted(methods))  # gaussian: the voter for soft labels; rrcm_joint: the teacher
         encoders = ",".join(sorted({"rrcm", row.initial_weights if row.pretrained_here else "rrcm"}))
         settings = (f"methods=[{methods}]", f"pretrain.objectives=[{encoders}]", *overrides)
         config = load_config(compose(tmp_path / "params.yaml", *settings))
@@ -136,6 +142,28 @@ def test_fine_tuning_on_denoised_images_counts_the_denoiser(plan):
     """Each noisy copy goes through the denoiser once, without a way back."""
     _, budget = plan("dds_finetuned", "finetune.num_noise=3")
     assert budget.compute == (3 * 3 + 3) * 6 * IMAGES
+
+
+@pytest.mark.parametrize("architecture", ["vit", "lenet"])
+def test_the_passes_of_a_student_count_by_its_multiply_adds(plan, tmp_path, monkeypatch, architecture):
+    """Torch counts them. Each noisy copy also goes through the teacher, whose own cost is apart."""
+    settings = ["sigmas=[0.25,0.5]", "data.image_size=28", "finetune.num_noise=3", "student.embed_dim=16"]
+    config, budget = plan("distill_joint", *settings, f"student.architecture={architecture}", sigma="joint")
+    monkeypatch.setattr(vit, "attention", lambda q, k, v: (q @ k.mT).softmax(-1) @ v)  # the fused one is not counted
+    counted = []
+    for model in (config.model_of("distill"), config.model):
+        own = model.architecture == "vit"
+        network = build_encoder(model, config.data) if own else build_network("lenet", 28, 1, num_classes=1)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 1, 28, 28), *([1.0] if own else []))
+        counted.append(counter.get_total_flops())
+    assert budget.step_compute == pytest.approx((3 * 3 * counted[0] / counted[1] + 3) * 128, rel=0.01)
+    assert budget.epochs == 12
+    of_teacher = plan_budget(config, "rrcm_joint", "joint", IMAGES, tmp_path)
+    assert budget.teacher == budget.account["teacher"] == sum(of_teacher.account.values()) > of_teacher.compute
+    expert = plan_budget(config, "distill", 0.5, IMAGES, tmp_path)
+    assert expert.teacher == budget.teacher / 2 and expert.step_compute == budget.step_compute and expert.epochs == 6
+    assert "teacher" in budget.identity and "teacher" not in of_teacher.identity and "teacher" not in of_teacher.account
 
 
 def test_soft_labels_cost_their_votes_and_the_training_of_the_voter(plan):

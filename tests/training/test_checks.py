@@ -95,6 +95,10 @@ def test_weights_that_an_experiment_leaves_behind(project, tmp_path, monkeypatch
             {"methods": ["densepure"], "certify__compile": True},
             "certify.compile = True: densepure is stochastic and cannot be compiled; set it to false",
         ),
+        (
+            {"methods": ["rrcm", "rrcm_joint", "distill"], "student__architecture": "lenett"},
+            "student.architecture = 'lenett': must be vit, lenet, resnet110 or a timm name; ",
+        ),
         ({"data__source": "cifar10"}, "data.source = cifar10: the shards were written with digits"),
         ({"certify__radius_step": 1e-6, "report__radii": [0.0]}, "certify.radius_step = 1e-06: gives"),
         ({"certify__n": 2**31}, "certify.n = 2147483648: must be a whole number of samples"),
