@@ -239,7 +239,7 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
         expected = {"method": method, **noise, "seed": config.seed, "class_names": list(classes)}
         if other := [key for key, value in expected.items() if model[key] != value]:
             raise RRCMError(f"{path}: {other[0]} differs from the settings and shards; {advice}")
-        if _preparation(model) != _preparation(models[method, config.sigmas[0]]):
+        if _shares(model) != _shares(models[method, config.sigmas[0]]):
             raise RRCMError(f"{path}: the share of the preparation is another than at other sigmas; {advice}")
     return models
 
@@ -346,10 +346,14 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
 def _preparation(model: Mapping) -> float:
     """Passes before the fine-tuning: the model's share of pre-training, soft labels, denoiser and so on.
 
-    If it continues a joint training, this includes all of that one.
+    If it continues a joint training, this includes all of that one, and if it has a teacher, all of that one.
     """
-    compute = model["compute"]
-    return compute["pretrain_share"] + compute["soft_label_share"] + compute.get(JOINT, 0.0)
+    return _shares(model) + model["compute"].get(JOINT, 0.0) + model["compute"].get("teacher", 0.0)
+
+
+def _shares(model: Mapping) -> float:
+    """The model's share of the passes that it has in common with others."""
+    return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
 
 
 def _sigmas_served(model: Mapping) -> int:
@@ -366,6 +370,15 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
     def seconds(*paths: str) -> float:
         return sum(timings[path]["seconds"] for path in paths)
 
+    def preparation_seconds(method: str, sigma: float) -> float:
+        shared, served = seconds(*_shared_timings(config, method)), _sigmas_served(models[method, sigma])
+        spent = shared / config.finetune.pretrain_cost_shared_by + seconds(*_own_preparation(method)) / served
+        if METHODS[method].is_student:
+            teacher = config.student.teacher
+            spent += seconds(_timing("finetune", teacher, sigma)) / _sigmas_served(models[teacher, sigma])
+            spent += preparation_seconds(teacher, sigma)
+        return spent
+
     rows = []
     for (method, sigma), model in models.items():
         served = _sigmas_served(model)
@@ -378,9 +391,7 @@ def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mappin
                 "preparation_passes": _preparation(model) / served,
                 "total_passes": (model["compute"]["finetune"] + _preparation(model)) / served,
                 "finetune_seconds": seconds(_timing("finetune", method, sigma)) / served,
-                "preparation_seconds": seconds(*_shared_timings(config, method))
-                / config.finetune.pretrain_cost_shared_by
-                + seconds(*_own_preparation(method)) / served,
+                "preparation_seconds": preparation_seconds(method, sigma),
                 "certify_seconds": seconds(_timing("certify", method, sigma)),
             }
         )

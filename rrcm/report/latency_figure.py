@@ -1,7 +1,7 @@
 """The figure of latency: certified accuracy against the time to certify an image."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,8 +32,8 @@ def draw_latency(
     """Certified accuracy (best sigma) against the seconds to certify one image with `n` samples: a panel per radius.
 
     `latency` has the numbers of `rrcm.report.tables.latency`, which were measured on `device`. The area of a marker is
-    proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. A panel below shows latencies
-    that others have published, the rows of `published`.
+    proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. A line of steps leads along the
+    `pareto_front`. A panel below shows latencies that others have published, the rows of `published`.
     """
     latency = latency.set_index("method").assign(seconds=lambda table: table[f"seconds_n_{n}"])
     handles, label_ends, width = [], fewer_images(certificates), max(2.9 * len(radii), 8.7)
@@ -55,7 +55,8 @@ def draw_latency(
     panels[0].set_ylabel("certified accuracy (%), best σ")
     _set_log_ticks(panels[0])
     reference = METHODS[reference_method(latency.index)].label
-    style = {"title": f"{device}. Time relative to {reference}; marker area: number of parameters (M: million)"}
+    meanings = "marker area: number of parameters (M: million); line: Pareto front"
+    style = {"title": f"{device}. Time relative to {reference}; {meanings}"}
     style |= {"fontsize": 8, "title_fontsize": 8, "loc": "outside lower center", "ncols": columns}
     ours.legend(handles=row_by_row(handles, columns), **style)
     _draw_published(theirs.subplots(), published)
@@ -65,6 +66,11 @@ def draw_latency(
 def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
     """The methods at one radius. The ratio to the reference is written above methods with another latency."""
     largest, tops = latency["parameters"].max(), []
+    shares = 100 * best.loc[latency.index, "certified_accuracy"]
+    front = pareto_front(latency["seconds"], shares)
+    front.append((2 * latency["seconds"].max(), front[-1][1]))  # to the edge of the panel
+    style = {"color": TEXT_COLOR, "linewidth": 0.8, "alpha": 0.5, "zorder": 1, "drawstyle": "steps-post"}
+    panel.plot(*zip(*front, strict=True), **style)
     for i, (method, row) in enumerate(latency.iterrows()):
         style, share, images = line_style(method), *best.loc[method, ["certified_accuracy", "images"]]
         low, high = (100 * bound for bound in wilson_interval(share, images))
@@ -88,8 +94,17 @@ def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
             panel.annotate(_times(np.median(ratios)), place, (0, 2), textcoords="offset points", **style)
 
 
+def pareto_front(seconds: Iterable[float], shares: Iterable[float]) -> list[tuple[float, float]]:
+    """The pairs that no other one beats: none has at most as many seconds and a larger share. The fastest is first."""
+    front: list[tuple[float, float]] = []
+    for second, share in sorted(zip(seconds, shares, strict=True), key=lambda pair: (pair[0], -pair[1])):
+        if not front or share > front[-1][1]:
+            front.append((second, share))
+    return front
+
+
 def _times(ratio: float) -> str:
-    return f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:,.0f}×"
+    return f"{ratio:.2g}×" if ratio < 0.5 else f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:,.0f}×"
 
 
 def _neighbours(points: Sequence[tuple[float, float, float]]) -> list[list[tuple[float, float, float]]]:

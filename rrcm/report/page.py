@@ -124,6 +124,8 @@ def report_values(
             for name in config.methods
             if METHODS[name].denoises
         ],
+        "students": [METHODS[name].label for name in config.methods if METHODS[name].is_student],
+        "teacher": METHODS[config.student.teacher].label,
         "needs_soft_labels": any(METHODS[name].needs_soft_labels for name in config.methods),
         "small_multiples": len(panel_groups(config.methods)) > 1,
         "against": inputs.against,
@@ -144,8 +146,9 @@ def report_values(
 
 
 def _decisive_settings(config: Config) -> dict:
-    """The settings with an effect on the report. The section `cascade` has none if there are no cascades."""
+    """The settings with an effect on the report. Sections that no cascade or no student reads have none."""
     unused = {} if config.cascade.methods else {"cascade": True}
+    unused |= {} if any(METHODS[name].is_student for name in config.methods) else {"student": True}
     return config.model_dump(mode="json", exclude=IGNORED_SETTINGS | unused)
 
 
@@ -165,23 +168,24 @@ def compared_methods(config: Config, inputs: Inputs) -> dict[str, list[str]]:
     """The methods at equal fine-tuning budget, at equal total compute and at any cost, if they are several.
 
     A joint network and its own experts are not several methods. Methods that denoise have no budget in common with the
-    others, so they are compared with all of them at any cost. Joint trainings with a part of their experts' passes are
-    in neither of the other two, and methods that can pass take more than the equal fine-tuning budget.
+    others, and students have other networks, so they are compared with all of them at any cost. Joint trainings with a
+    part of their experts' passes are in neither of the other two, and methods that can pass take more than the equal
+    fine-tuning budget.
     """
     passes = inputs.budgets.groupby("method")["total_passes"].sum()
     total = [name for name in config.methods if METHODS[name].matched or config.finetune.uses_pretraining(name)]
     least, most = ((1 + side * EQUAL_COMPUTE) * passes.get(reference_method(total), 0) for side in (-1, 1))
-    denoising = [name for name in config.methods if METHODS[name].denoises]
+    apart = [name for name in config.methods if METHODS[name].denoises or METHODS[name].is_student]
     groups = {
         "equal fine-tuning budget": [
             name
             for name in config.methods
-            if name not in denoising
+            if name not in apart
             and METHODS[name].joint in (None, 1.0)
             and not (METHODS[name].matched or METHODS[name].can_pass)
         ],
         "equal total compute": [name for name in total if least <= passes[name] <= most],
-        "any cost": config.methods if denoising else [],
+        "any cost": config.methods if apart else [],
     }
     return {name: list(group) for name, group in groups.items() if len(set(map(expert_of, group))) > 1}
 

@@ -131,6 +131,7 @@ class _Compute(Record):
     pretrain_share: NonNegative
     soft_label_share: NonNegative
     joint: NonNegative = 0.0  # of the joint training that was continued
+    teacher: NonNegative = 0.0  # of all that the teacher of a student has cost
 
 
 class _JointSigmas(Record):

@@ -183,7 +183,7 @@ def make_model(config: Config, folder: Path, method: str, sigma: float, skill: f
     experts = 1 if kind.joint is None else len(config.sigmas)
     finetune = 8448.0 * epochs * experts * (kind.joint or 1)
     compute = {"finetune": finetune, "pretrain_share": share * experts, "soft_label_share": 0.0}
-    compute |= {"joint": 5e5} if kind.can_pass else {}
+    compute |= {"joint": 5e5} if kind.can_pass else {"teacher": 7e5} if kind.is_student else {}
     write_json(folder / "config.json", details | {"compute": compute})
 
 

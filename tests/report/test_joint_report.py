@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import REPOSITORY
 from invented_run import make_config, make_inputs, render
 
 from rrcm.report import page
@@ -16,6 +18,16 @@ def run(tmp_path_factory) -> tuple:
     """Settings and the folder of an invented run; whoever changes a file restores it."""
     config = make_config([], methods=["rrcm", "rrcm_joint", "rrcm_joint_third", "rrcm_joint_pass", "consistency_joint"])
     folder = tmp_path_factory.mktemp("joint")
+    make_inputs(config, folder)
+    return config, folder
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory) -> tuple:
+    """As `run`, with students of a joint teacher."""
+    student = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["student"] | {"embed_dim": 16}
+    config = make_config([], methods=["rrcm_joint", "distill", "distill_joint"], student=student)
+    folder = tmp_path_factory.mktemp("students")
     make_inputs(config, folder)
     return config, folder
 
@@ -41,6 +53,31 @@ def test_what_a_method_that_can_pass_continues_is_part_of_its_cost(run):
     before = inputs.budgets.set_index(["method", "sigma"]).loc["rrcm_joint", 0.25]
     assert row["preparation_passes"] == before["preparation_passes"] + model["joint"] / 2
     assert row["preparation_seconds"] == before["preparation_seconds"] + 3.0 / 2
+
+
+def test_the_cost_of_a_teacher_is_part_of_that_of_its_students(students):
+    """With all that came before the teacher. A student of one sigma bears the teacher's share at this sigma."""
+    inputs = read_inputs(*students)
+    budgets = inputs.budgets.set_index(["method", "sigma"])
+    teacher = budgets.loc[("rrcm_joint", 0.25), ["finetune_seconds", "preparation_seconds"]].sum()
+    for name in ("distill_joint", "distill"):
+        assert budgets.loc[(name, 0.25), "preparation_seconds"] == pytest.approx(teacher)
+    assert budgets.loc[("distill_joint", 0.25), "preparation_passes"] == 7e5 / 2
+    assert budgets.loc[("distill", 0.25), "preparation_passes"] == 7e5
+
+
+def test_students_are_explained_and_compared_at_any_cost(students):
+    config, folder = students
+    inputs = read_inputs(config, folder)
+    text = render(config, folder, inputs, [str(i) for i in range(10)])
+    assert (
+        "*Students* are other networks than their teacher (Student and Student, joint; the teacher is rRCM, joint)"
+        in text
+    )
+    assert "A pass of a student counts by its multiply-adds" in text and "\n\n\n" not in text
+    assert "  embed_dim: 16" in text and "student:" in text
+    compared = {comparison.name for comparison in page._headline(config, inputs)}
+    assert compared == {"any cost"}
 
 
 def test_a_third_of_the_passes_is_not_compared_as_equal_and_no_more_than_all(run):

@@ -12,7 +12,7 @@ from rrcm.methods import METHODS
 from rrcm.report import tables
 from rrcm.report.build import few_radii
 from rrcm.report.inputs import read_inputs
-from rrcm.report.latency_figure import draw_latency
+from rrcm.report.latency_figure import draw_latency, pareto_front
 
 
 def test_latencies_are_medians_over_rounds_and_ratios_within_rounds(denoising_report):
@@ -75,6 +75,19 @@ def test_nothing_overlaps_in_the_latency_figure(methods: list[str]):
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes)
     texts = [text.get_window_extent() for text in figure.subfigs[0].axes[0].texts]
     assert not any(one.overlaps(other) for one, other in combinations(texts, 2))
+
+
+def test_the_pareto_front_has_what_no_other_method_beats():
+    seconds, shares = [2.0, 1.0, 3.0, 1.0, 4.0, 5.0], [60.0, 50.0, 55.0, 40.0, 70.0, 70.0]
+    assert pareto_front(seconds, shares) == [(1.0, 50.0), (2.0, 60.0), (4.0, 70.0)]
+    names = ["distill_joint", "rrcm_joint", "dds"]  # the last is slower and no better
+    measured = {"method": names, "parameters": 2e5, "ratio": [0.25, 1, 4], "seconds_n_10000": [0.05, 0.2, 0.8]}
+    certificates = {(name, 0.5): frame_of(*each) for name, each in zip(names, ([0, 1], [1, 1], [1, 1]), strict=True)}
+    figure = draw_latency(pd.DataFrame(measured), certificates, [0.5], 10_000, "cpu", tables.published_latencies())
+    panel = figure.subfigs[0].axes[0]
+    (front,) = [line for line in panel.lines if line.get_drawstyle() == "steps-post"]
+    assert list(zip(*front.get_data(), strict=True)) == [(0.05, 50.0), (0.2, 100.0), (1.6, 100.0)]
+    assert [text.get_text() for text in panel.texts] == ["0.25×", "4.0×"]
 
 
 def test_latency_figure_shows_only_radii_with_some_certified_images():
