@@ -9,7 +9,8 @@ A row has all networks of a method at all sigmas: one that is joint, or an exper
 a backward pass counts as two, attacks, pre-training and soft labels are included. Core-hours are passes times the
 seconds of a pass, a third of a forward and a backward pass of a batch of 256 on one thread, measured alternately in
 float32; loading images and the optimizer are not included. A certificate takes n0 + n forward passes, none of which
-sequential stopping saves. Methods that denoise are left out, as a report has their passes and seconds.
+sequential stopping saves. A student has multiply-adds and certificates of its own; its passes are counted in passes of
+its teacher's network. Methods that denoise are left out, as a report has their passes and seconds.
 """
 
 import json
@@ -27,8 +28,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm.utils.app import exit_on_error, make_app
-from rrcm.config import Config, load_config
-from rrcm.derived import training_noise
+from rrcm.config import Config, Data, Model, load_config
+from rrcm.derived import CONDITIONED, training_noise
 from rrcm.methods import METHODS
 from rrcm.models.architectures import network_classifier
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
@@ -38,6 +39,7 @@ from rrcm.training.budget import plan_budget, pretraining_compute
 from rrcm.training.start import network_settings
 
 BATCH, CLASSES = 256, 10
+Key = tuple[str, bool]  # the name of a recipe, and whether it is the network of its students
 
 
 class Speed(NamedTuple):
@@ -47,11 +49,11 @@ class Speed(NamedTuple):
     certified: float  # for each forward pass without gradients
 
 
-def build(config: Config) -> nn.Module:
+def build(model: Model, data: Data) -> nn.Module:
     """The classifier that the settings describe, with random weights."""
-    if config.model.architecture == "vit":
-        return NoiseConditionedClassifier(build_encoder(config.model, config.data), CLASSES, 1.0)
-    return network_classifier(network_settings(config.model, config.data), CLASSES, 0.5)
+    if model.architecture in CONDITIONED:
+        return NoiseConditionedClassifier(build_encoder(model, data), CLASSES, 1.0)
+    return network_classifier(network_settings(model, data), CLASSES, 0.5)
 
 
 def multiply_adds(network: nn.Module, images: torch.Tensor) -> float:
@@ -61,9 +63,9 @@ def multiply_adds(network: nn.Module, images: torch.Tensor) -> float:
     return counter.get_total_flops() / 2 / len(images)
 
 
-def measure(networks: Mapping[str, nn.Module], images: Mapping[str, torch.Tensor], rounds: int) -> dict[str, Speed]:
+def measure(networks: Mapping[Key, nn.Module], images: Mapping[Key, torch.Tensor], rounds: int) -> dict[Key, Speed]:
     """The speed of each network, measured alternately."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
+    seconds: dict[Key, list[tuple[float, float]]] = {name: [] for name in networks}
     for number in range(rounds + 1):
         for name, network in networks.items():
             network.zero_grad()
@@ -102,21 +104,24 @@ def main(
     """Print a table."""
     torch.set_num_threads(1)
     configs = {name: load_config(path) for name, path in parse_files(recipes).items()}
-    networks = {name: build(config).train() for name, config in configs.items()}
-    batches = {
-        name: torch.rand(BATCH, config.data.channels, config.data.image_size, config.data.image_size)
-        for name, config in configs.items()
-    }
-    speeds, rows = measure(networks, batches, rounds), []
+    networks, batches = {}, {}
     for name, config in configs.items():
-        cost, speed = multiply_adds(networks[name], batches[name]), speeds[name]
+        for method in config.methods:
+            key, size = (name, METHODS[method].is_student), config.data.image_size
+            if key not in networks:
+                networks[key] = build(config.model_of(method), config.data).train()
+                batches[key] = torch.rand(BATCH, config.data.channels, size, size)
+    speeds, rows = measure(networks, batches, rounds), []
+    costs = {key: multiply_adds(network, batches[key]) for key, network in networks.items()}
+    for name, config in configs.items():
         for method in config.methods:
             if METHODS[method].denoises:
                 continue
+            own, unit = (name, METHODS[method].is_student), (name, False)  # the network whose passes are counted
             count, finetune, before = passes(config, method, images)
-            total, certificate = finetune + before, (config.certify.n0 + n) * speed.certified
-            row = [name, METHODS[method].label, count, finetune, before, cost / 1e6, total * cost / 1e6]
-            rows.append([*row, total * 1e6 * speed.trained / 3600, certificate])
+            total, certificate = finetune + before, (config.certify.n0 + n) * speeds[own].certified
+            row = [name, METHODS[method].label, count, finetune, before, costs[own] / 1e6, total * costs[unit] / 1e6]
+            rows.append([*row, total * 1e6 * speeds[unit].trained / 3600, certificate])
     head = ["recipe", "method", "networks", "fine-tuning (M passes)", "before (M passes)", "M multiply-adds per pass"]
     head += ["T multiply-adds", "core-hours", f"s per certificate, n = {n:,}"]
     print(
