@@ -31,7 +31,7 @@ class CompiledProgram:
     """
 
     def __init__(self, classifier: nn.Module, shape: Sequence[int], precision: str, threads: int):
-        openvino = _import_openvino()
+        openvino = import_openvino()
         self.made_from = classifier, tuple(shape), precision, threads
         exported = export_program(make_program(classifier), torch.zeros(*shape))
         with quiet():
@@ -57,7 +57,7 @@ class CompiledProgram:
         return self
 
 
-def _import_openvino() -> ModuleType:
+def import_openvino() -> ModuleType:
     """The package openvino without openvino_telemetry, which reports each import and each conversion to its makers."""
     sys.modules.setdefault("openvino_telemetry", None)  # openvino takes it for not installed
     return importlib.import_module("openvino")
