@@ -9,17 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import change
 from small_networks import CLASSES, ConvNet, conv_net, noise_conditioned
 from test_cli import SMALL, images, in_a_folder, refused, rrcm, saved  # noqa: F401 (fixtures)
 from torch import nn
 from typer.testing import CliRunner
 
 from rrcm.certification import runtimes
+from rrcm.certification.certify import certify_split
+from rrcm.certification.certify_cascade import certify_cascade_split
+from rrcm.certification.certify_model import certify_model
 from rrcm.certification.record import read_record, record_bytes
 from rrcm.certification.revote import Inputs, Settings, same_computation, smooth_again
 from rrcm.certification.runtimes import CompiledProgram, OpenVINOClassifier, in_runtime, runtime_of
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
+from rrcm.config import load_config
 from rrcm.derived import certification_settings
 from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
@@ -48,18 +53,25 @@ class Rounded(CompiledProgram):
         return self.made_from[0](noisy).half().float()
 
 
+@pytest.fixture(autouse=True)
+def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gallery, and few votes that measure the flip rate of this machine."""
+    monkeypatch.setattr("rrcm.report.certified_images.draw_gallery", lambda *_: None)
+    monkeypatch.setattr("rrcm.report.figures.encode", lambda *_: b"")
+    monkeypatch.setattr("rrcm.certification.audit.SAMPLES_HERE", 400)
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: find("json" if name == "openvino" else name))
     monkeypatch.setattr(runtimes, "CompiledProgram", Rounded)
     monkeypatch.setattr(runtimes, "version", lambda name: "1.2.3")
-    monkeypatch.setattr("rrcm.certification.audit.SAMPLES_HERE", 1000)
 
 
 def certify(*options: str) -> tuple[str, dict[str, bytes]]:
     """What a run says about its runtime, and its files."""
-    answer = rrcm("images", "--model", "model", *SMALL, *options)
+    answer = rrcm("images", "--model", "model", *SMALL, "--limit", "2", *options)
     assert answer.exit_code == 0, answer.output
     notes = [line for line in answer.stderr.splitlines() if "openvino" in line]
     return "\n".join(notes), {name: Path(name).read_bytes() for name in OUTPUTS}
@@ -81,19 +93,14 @@ def test_torch_runs_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch):
     refused(rrcm("images", "--model", "model", "--runtime", "onnx"), "runtime = 'onnx': must be torch or openvino")
 
 
-@pytest.mark.usefixtures("saved", "images", "stand_in")
-def test_a_record_names_the_runtime_and_torch_audits_it():
+@pytest.mark.usefixtures("images", "stand_in")
+def test_a_record_names_the_runtime_and_torch_audits_it(saved: nn.Module, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     said, files = certify("--runtime", "openvino")
     assert said.startswith("note: openvino 1.2.3 votes in fp32: ") and " of 512 votes on random noisy" in said
     record = read_record(Path("certificates.json"))
     assert record.runtime == "openvino 1.2.3" and record_bytes(record) == files["certificates.json"]
     found = verdict("--model", "model")
-    assert found.startswith("verified: ") and "4 voted again in fp32, batch 64, by torch: " in found
-
-
-def test_flips_are_measured_against_the_runtime(saved: nn.Module, images: torch.Tensor, monkeypatch, stand_in: None):  # noqa: F811
-    certify("--runtime", "openvino")
-    record = read_record(Path("certificates.json"))
+    assert found.startswith("verified: ") and "2 voted again in fp32, batch 64, by torch: " in found
     inputs = Inputs([LoadedClassifier(saved, 8, 1, ["a", "b", "c"])], {})
     (smoothed,) = smooth_again(record, inputs, Settings(runtime="openvino"))
     assert runtime_of(smoothed) == "openvino 1.2.3" and same_computation(record, smoothed)
@@ -113,6 +120,29 @@ def test_a_cascade_votes_by_one_runtime(saved: nn.Module):  # noqa: F811
     assert " of 1,024 votes on random noisy" in said
     assert json.loads(Path("certificates.json").read_text())["runtime"] == "openvino 1.2.3"
     assert verdict("--model", "model", "--model", "other").startswith("verified: ")
+
+
+@pytest.mark.usefixtures("stand_in", "in_a_folder")
+def test_the_stages_follow_the_setting(saved: nn.Module, project: Path, capsys: pytest.CaptureFixture):  # noqa: F811
+    change(project, certify__runtime="openvino", certify__max_images=1, certify__n=100, cascade__thresholds=[0.0])
+    change(project, cascade__multi_scale=False, certify__compile=True)
+    with pytest.raises(RRCMError, match=r"certify\.compile = True: is for torch, not for"):
+        load_config(project / "params.yaml")
+    change(project, certify__compile=False)
+    config = load_config(project / "params.yaml")
+    folders = [project / name for name in ("low", "high")]
+    for folder, sigma in zip(folders, config.cascade_sigmas, strict=True):
+        classifier = NoiseConditionedClassifier(saved.encoder, 10, 2 * sigma)
+        nn.init.normal_(classifier.head.weight)
+        save_model(folder, classifier)
+    shards = project / "data/shards"
+    certify_split(config, config.cascade_sigmas[1], shards, folders[1], Path("one.tsv"), Path("one.timing"))
+    certify_cascade_split(config, shards, folders, Path("both"), Path("both.timing"))
+    certify_model(config, str(folders[0]), config.cascade_sigmas[0], Path("model.tsv"), shards=shards)
+    notes = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("note: openvino 1.2.3 votes in ") for line in notes) == 3
+    for record in ("one.json", "both/cascade.json", "model.json"):
+        assert read_record(Path(record)).runtime == "openvino 1.2.3"
 
 
 class Random(BaseClassifier):
