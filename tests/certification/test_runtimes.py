@@ -5,6 +5,7 @@ Without the package, a program of torch that rounds to float16 stands for the co
 
 import importlib.util
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,21 @@ needs_openvino = [pytest.mark.thorough, pytest.mark.skipif(not has_openvino, rea
 OUTPUTS = ("certificates.tsv", "certificates.samples.tsv", "certificates.files.tsv", "certificates.json")
 
 
+MADE: list["Rounded"] = []  # the latest programs
+
+
 class Rounded(CompiledProgram):
     """Stands for a program of OpenVINO: the classifier with logits in float16."""
 
     def __init__(self, classifier: nn.Module, shape: tuple[int, ...], precision: str, threads: int):
         self.made_from, self.shape = (classifier, shape, precision, threads), shape
+        self.request = threading.Lock()  # cannot be copied or described either
+        self.batches = 0
+        MADE.append(self)
 
     def __call__(self, noisy: torch.Tensor) -> torch.Tensor:
         assert noisy.shape == self.shape
+        self.batches += 1
         return self.made_from[0](noisy).half().float()
 
 
@@ -123,13 +131,18 @@ def test_a_cascade_votes_by_one_runtime(saved: nn.Module):  # noqa: F811
 
 
 @pytest.mark.usefixtures("stand_in", "in_a_folder")
-def test_the_stages_follow_the_setting(saved: nn.Module, project: Path, capsys: pytest.CaptureFixture):  # noqa: F811
-    change(project, certify__runtime="openvino", certify__max_images=1, certify__n=100, cascade__thresholds=[0.0])
+def test_the_stages_follow_the_setting(
+    saved: nn.Module,  # noqa: F811
+    project: Path,
+    capsys: pytest.CaptureFixture,
+):
+    change(project, certify__runtime="openvino", certify__max_images=1, certify__n=100, cascade__thresholds=[9.0])
     change(project, cascade__multi_scale=False, certify__compile=True)
     with pytest.raises(RRCMError, match=r"certify\.compile = True: is for torch, not for"):
         load_config(project / "params.yaml")
     change(project, certify__compile=False)
     config = load_config(project / "params.yaml")
+    MADE.clear()
     folders = [project / name for name in ("low", "high")]
     for folder, sigma in zip(folders, config.cascade_sigmas, strict=True):
         classifier = NoiseConditionedClassifier(saved.encoder, 10, 2 * sigma)
@@ -143,6 +156,8 @@ def test_the_stages_follow_the_setting(saved: nn.Module, project: Path, capsys: 
     assert sum(line.startswith("note: openvino 1.2.3 votes in ") for line in notes) == 3
     for record in ("one.json", "both/cascade.json", "model.json"):
         assert read_record(Path(record)).runtime == "openvino 1.2.3"
+    compared = 3 + 2  # batches that compare it with torch, and that show its independence of the rest of the batch
+    assert len(MADE) == 4 and all(each.batches > compared for each in MADE)
 
 
 class Random(BaseClassifier):
@@ -179,6 +194,13 @@ def test_a_program_is_described_by_what_it_was_made_from(monkeypatch: pytest.Mon
         nn.init.constant_(classifier.head.bias, head)
         described.append(str(Description().of(OpenVINOClassifier(classifier, (8, 3, 8, 8), precision, 1))))
     assert described[0] == described[1] and len(set(described)) == 4
+
+
+def test_a_program_is_not_compiled_again_for_bfloat16(stand_in: None):
+    smoothed = SmoothedClassifier(noise_conditioned(), 0.5, CLASSES, batch_size=8, precision="bf16")
+    (other,), _ = in_runtime("openvino", [smoothed], torch.zeros(3, 8, 8))
+    assert runtime_of(other) == "openvino 1.2.3" and other.network.program is other.model.program
+    assert other.count_samples(torch.rand(1, 3, 8, 8), [0], 0, 10).sum() == 10
 
 
 def test_settings_of_torch_have_the_hashes_that_they_had():
