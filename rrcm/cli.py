@@ -132,7 +132,7 @@ Runtime = Annotated[
     str,
     typer.Option(
         metavar="torch|openvino",
-        help=r"Runs the network. openvino is faster on a CPU and needs rrcm\[openvino]; where it cannot, torch runs.",
+        help=r"Runs the network. openvino is for CPUs and needs rrcm\[openvino]; where it cannot, torch runs.",
         autocompletion=_choices("torch", "openvino"),
     ),
 ]

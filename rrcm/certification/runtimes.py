@@ -1,4 +1,4 @@
-"""Runtimes of the network that votes: PyTorch, or on a CPU OpenVINO (`pip install 'rrcm[openvino]'`), which is faster.
+"""Runtimes of the network that votes: PyTorch, or on a CPU OpenVINO (`pip install 'rrcm[openvino]'`).
 
 The noise, the votes and the statistics stay as they are. Another runtime rounds differently, as another machine does,
 so a few votes that are nearly tied flip. The certificates apply to the network as the runtime computes it.
