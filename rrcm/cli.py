@@ -128,6 +128,14 @@ Precision = Annotated[
         metavar="auto|fp32|bf16", help="Precision of the network.", autocompletion=_choices("auto", "fp32", "bf16")
     ),
 ]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        metavar="torch|openvino",
+        help=r"Runs the network. openvino is for CPUs and needs rrcm\[openvino]; where it cannot, torch runs.",
+        autocompletion=_choices("torch", "openvino"),
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Noisy samples per forward pass. Default: chosen automatically.")]
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda"))
@@ -207,6 +215,7 @@ def certify(
     alpha: Alpha = 0.001,
     radius_step: RadiusStep = None,
     precision: Precision = "fp32",
+    runtime: Runtime = "torch",
     batch_size: BatchSize = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -230,11 +239,13 @@ def certify(
     from rrcm.certification.estimate import estimate_time
     from rrcm.certification.model_options import ModelOptions, choose_classifier
     from rrcm.certification.record import record_path
+    from rrcm.certification.runtimes import check_runtime
     from rrcm.report.certified_images import draw_gallery
     from rrcm.report.figures import encode
     from rrcm.utils.files import claimed, write_together
 
     resume_gc()
+    check_runtime(runtime)
     written = [*output_paths(output), gallery, *([page] if page else [])]
     images = _find_images(folder, written, gallery, page)  # fails before a model is downloaded
     options = ModelOptions(
@@ -244,7 +255,8 @@ def certify(
     settings = {"stopping": stopping, "bound": bound, "n0": n0, "n": n, "alpha": alpha}
     settings["radius_step"] = chosen.default_step if radius_step is None else radius_step
     rule = chosen.rule(settings)
-    classifier, scales = chosen.smooth(device, seed=seed, precision=precision, batch_size=batch_size), chosen.scales
+    smoothing = {"seed": seed, "precision": precision, "batch_size": batch_size}
+    classifier, scales = chosen.smooth(device, runtime=runtime, **smoothing), chosen.scales
     _print_notes(chosen.notes())
     if estimate:
         print(estimate_time(images, scales[0], classifier, rule, limit))

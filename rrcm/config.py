@@ -534,6 +534,7 @@ class Certify(Section):
     max_images: Count | None = about("Certify at most this many images, evenly spaced", "images")
     precision: CertifiedPrecision = about("Number format; auto: bf16 where the device has it, else fp32")
     compile: bool = about("Use torch.compile, with CUDA graphs on a GPU")
+    runtime: Literal["torch", "openvino"] = about("Runs the network; openvino: on CPUs, else or if it cannot, torch")
 
     @property
     def rule(self) -> dict[str, object]:

@@ -163,6 +163,12 @@ def compiled_classifiers_are_deterministic(config: "Config") -> None:
             raise ValueError(f"certify.compile = True: {name} is stochastic and cannot be compiled; set it to false")
 
 
+def one_compiler(config: "Config") -> None:
+    """OpenVINO compiles the network itself."""
+    if config.certify.compile and config.certify.runtime != "torch":
+        raise ValueError(f"certify.compile = True: is for torch, not for {config.certify.runtime}; set it to false")
+
+
 def radii_are_certified(config: "Config") -> None:
     """The sequential procedure certifies radii on a grid, so the report can only show radii on that grid."""
     step = config.certify.radius_step
@@ -242,6 +248,7 @@ CONSTRAINTS = (  # in the order of the sections that they concern; the first tha
     patches_fill_images,
     stems_fit,
     compiled_classifiers_are_deterministic,
+    one_compiler,
     radii_are_certified,
     joint_trainings_fit,
     derived_settings_are_current,

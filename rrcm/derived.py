@@ -218,8 +218,12 @@ def _joint_settings(method: str, settings: Mapping) -> dict:
 
 
 def certification_settings(method: str, certify: Mapping, denoised: Mapping) -> dict:
-    """The settings that decide the certificates of a method, apart from seed, threads and data."""
-    return {"certify": dict(certify), "max_images": (denoised.get("max_images") or {}).get(method)}
+    """The settings that decide the certificates of a method, apart from seed, threads and data.
+
+    There is an entry `runtime` only if it is not torch.
+    """
+    certify = {name: value for name, value in certify.items() if (name, value) != ("runtime", "torch")}
+    return {"certify": certify, "max_images": (denoised.get("max_images") or {}).get(method)}
 
 
 def cascade_settings(method: str, settings: Mapping) -> dict:

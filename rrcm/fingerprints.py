@@ -30,6 +30,7 @@ NO_RESULTS = {
     "rrcm.utils.files",
     "rrcm.utils.progress",
     "rrcm.utils.provenance",
+    "rrcm.utils.quiet",
     "rrcm.utils.registry",
     "rrcm.utils.resume",
     "rrcm.utils.tensors",

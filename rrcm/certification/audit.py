@@ -185,7 +185,7 @@ def audit_file(
     return replace(
         audit,
         problems=problems + audit.problems,
-        computation=f"in {scales[0].precision}, batch {scales[0].batch_size}",
+        computation=f"in {scales[0].precision}, batch {scales[0].batch_size}" + ", by torch" * bool(record.runtime),
         false_alarm=false_alarm,
         code=code,
         notes=notes,
@@ -273,11 +273,15 @@ def _measure_here(
     scales: Sequence[SmoothedClassifier],
     indices: Sequence[int],
 ) -> list[Flips]:
-    """The flips at each sigma on this machine between two precisions, or two batch sizes if the precision is equal."""
+    """The flips at each sigma on this machine between two precisions, or two batch sizes if the precision is equal.
+
+    Where another runtime than torch voted in bfloat16, fp32 is the other one, since a runtime may round all otherwise.
+    """
     chosen, (precision, size) = spread_indices(indices, SAMPLES_HERE), (scales[0].precision, scales[0].batch_size)
-    size = size if record.precision != precision else max(1, size // 2)
+    other = record.precision if record.runtime is None else "fp32"
+    size = size if other != precision else max(1, size // 2)
     classes = [vote_singly(each, inputs, chosen, SAMPLES_PER_IMAGE) for each in scales]
-    others = smooth_again(record, inputs, Settings(record.precision, size, device=str(scales[0].device)))
+    others = smooth_again(record, inputs, Settings(other, size, device=str(scales[0].device)))
     return [
         count_flips(first, vote_singly(other, inputs, chosen, SAMPLES_PER_IMAGE), "here")
         for first, other in zip(classes, others, strict=True)

@@ -1,7 +1,8 @@
 """Certify a classifier on the test split, on one process or on many that share the images through torchrun's store."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rrcm.certification.journal import is_possible_state
 from rrcm.certification.record import make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables
 from rrcm.certification.rules import make_stopping_rule
+from rrcm.certification.runtimes import in_runtime, runtime_of
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import ImageState
 from rrcm.certification.votes import certificate_frame
@@ -43,6 +45,14 @@ class SplitVoter:
     def smoothed(self) -> SmoothedClassifier:
         """The smoothed classifier, or the first one of a cascade."""
         return self.scales[0]
+
+    def in_runtime(self) -> "SplitVoter":
+        """The same, with the networks run by the setting `certify.runtime`. The main process prints a note."""
+        image = torch.zeros(self.images.channels, *[self.config.data.image_size] * 2)
+        scales, note = in_runtime(self.config.certify.runtime, self.scales, image)
+        if note and self.queue.rank == 0:
+            print(f"note: {note}", file=sys.stderr)
+        return replace(self, scales=scales)
 
     def run_state(self, name: str, settings: object, module: str, *objects: object) -> RunState:
         """The journals of the work `name`, which depends on the `settings` and `objects` and on what `module` does."""
@@ -81,7 +91,8 @@ class SplitVoter:
         limits = [settings.max_images, max_images]
         data = {"sha256": self.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits}
         size = self.config.data.image_size
-        return {"data": data, "image_size": size, "labelled": True, "compile": settings.compile} | settings.rule
+        network = {"compile": settings.compile, "runtime": runtime_of(self.smoothed)}
+        return {"data": data, "image_size": size, "labelled": True} | network | settings.rule
 
 
 def open_split(config: Config, sigma: float, shard_folder: Path | str, split: str, model_folder: Path) -> SplitVoter:
@@ -133,7 +144,7 @@ def certify_split(
     to run; they are in `timing` (JSON). Under torchrun all processes share the images. A killed run continues from the
     last samples it counted, on any number of processes. Raises `RRCMError` for missing or damaged inputs.
     """
-    voter, settings = open_split(config, sigma, shard_folder, "test", model_folder), config.certify
+    voter, settings = open_split(config, sigma, shard_folder, "test", model_folder).in_runtime(), config.certify
     rule, smoothed = make_stopping_rule(sigma=sigma, **settings.rule), voter.smoothed
     states = voter.read_states(settings.max_images, max_images)
     decides = settings.model_dump(mode="json", exclude={"every", "max_images"})  # these only choose the images

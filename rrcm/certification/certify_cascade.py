@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 from rrcm.certification import split_votes
 from rrcm.certification.cascade import CascadedClassifier
@@ -103,7 +104,9 @@ def open_cascade(
     batch_size = cascade.share_batch_size(image)
     inputs = {str(k): sha256_folder(folder) for k, folder in enumerate(model_folders)}
     inputs["shards"] = images.fingerprint
-    return env, SplitVoter(config, images, list(cascade.scales), batch_size, WorkQueue(env, "images"), inputs), cascade
+    voter = SplitVoter(config, images, list(cascade.scales), batch_size, WorkQueue(env, "images"), inputs).in_runtime()
+    cascade.scales = nn.ModuleList(voter.scales)
+    return env, voter, cascade
 
 
 def describe_models(folders: Sequence[Path]) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.cascade_options import CascadeOptions
@@ -25,6 +26,7 @@ from rrcm.certification.driver import State, finish_states
 from rrcm.certification.journal import is_possible_state
 from rrcm.certification.record import ChosenThresholds, make_cascade_record, make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables, samples_path
+from rrcm.certification.runtimes import in_runtime, runtime_of
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import ImageState
 from rrcm.certification.stopping import ABSTAIN, StoppingRule
@@ -137,6 +139,25 @@ def smooth_cascade(cascade: CascadeOptions, device: str, **options: object) -> C
     )
 
 
+def run_by(
+    runtime: str, classifier: SmoothedClassifier | CascadedClassifier, loaded: LoadedClassifier
+) -> SmoothedClassifier | CascadedClassifier:
+    """The classifier with its networks run by a runtime (`in_runtime`), whose note is printed.
+
+    `loaded` is its base classifier, or any of them if it is a cascade.
+    """
+    image = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
+    if isinstance(classifier, CascadedClassifier):
+        classifier.share_batch_size(image)
+        scales, note = in_runtime(runtime, classifier.scales, image)
+        classifier.scales = nn.ModuleList(scales)
+    else:
+        (classifier,), note = in_runtime(runtime, [classifier], image)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return classifier
+
+
 def device_named(name: str) -> torch.device:
     """The device auto, cpu, cuda or cuda:N. Raises `RRCMError` for other names, and for a GPU that does not exist."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
@@ -237,9 +258,12 @@ def folder_files(
         **settings,
     }
     if isinstance(certified.classifier, CascadedClassifier):
-        make, entries = make_cascade_record, entries | {"models": identified, "chosen": chosen}
+        make, first = make_cascade_record, certified.classifier.scales[0]
+        entries |= {"models": identified, "chosen": chosen}
     else:
-        make, entries = make_record, entries | {"model": identified[0]}
+        make, first = make_record, certified.classifier
+        entries |= {"model": identified[0]}
+    entries["runtime"] = runtime_of(first)
     record = make(certified.classifier, certified.batch_size, tables, **entries)
     return tables | {record_path(output): record_bytes(record)}
 

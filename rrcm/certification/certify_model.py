@@ -41,7 +41,8 @@ def certify_model(
     batch_size = smoothed.find_batch_size(torch.zeros(loaded.channels, loaded.image_size, loaded.image_size))
     identity = identify_model(model, loaded)
     inputs = {"shards": images.fingerprint, "model": identity["sha256"]}
-    voter = SplitVoter(config, images, [smoothed], batch_size, WorkQueue(env, "images"), inputs)
+    voter = SplitVoter(config, images, [smoothed], batch_size, WorkQueue(env, "images"), inputs).in_runtime()
+    smoothed = voter.smoothed
     rule, states = make_stopping_rule(sigma=sigma, **config.certify.rule), voter.read_states(config.certify.max_images)
     run = voter.run_state(f"certify-model-{sigma}", config.certify.rule, __name__, rule)
     finish_states(

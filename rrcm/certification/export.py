@@ -4,11 +4,9 @@ The program maps images (B, C, H, W) float32 in [0, 1], with noise added, to log
 normalizes the images are inside. It is compared with the original before anything is written.
 """
 
-import copy
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,35 +14,20 @@ from torch import nn
 
 from rrcm.certification.certify_images import find_images, read_square
 from rrcm.certification.export_readme import export_readme
-from rrcm.certification.networks import batch_limits, in_batches, logits_of, set_eval
-from rrcm.certification.smoothing import TOLERANCE, SmoothedClassifier, is_stochastic
+from rrcm.certification.programs import BATCHES, Comparison, Program, compare, export_program, make_program
+from rrcm.certification.smoothing import SmoothedClassifier, is_stochastic
 from rrcm.data.shards import evenly_spaced
 from rrcm.models.load import LoadedClassifier
-from rrcm.models.own_code import quiet
 from rrcm.utils.errors import RRCMError, one_line, printable
 from rrcm.utils.files import atomic_directory, check_output, write_text
 from rrcm.utils.pixels import to_unit_range
+from rrcm.utils.quiet import quiet
 
 FORMATS = {"onnx": "model.onnx", "torch-export": "model.pt2", "torchscript": "model.pt"}
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # packages of the format onnx
-COMPARED = 512  # noisy images
-BATCHES = (1, 7, 64)  # sizes of batches that are tried, in turn
 LARGEST_BATCH = 2**16
-LEAST_EQUAL = 0.99  # share of votes that must be equal; near a tie, rounding may flip one
 CERTIFIED, N = 20, 1000  # images that are certified again, and their samples
 ALPHA = 0.001
-
-
-class Program(nn.Module):
-    """The base classifier alone: images in [0, 1] with noise -> logits."""
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) float32 -> (B, K) float32."""
-        return logits_of(self.classifier(images))
 
 
 class OnnxProgram(nn.Module):
@@ -61,25 +44,6 @@ class OnnxProgram(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float32 -> (B, K) float32."""
         return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
-
-
-class Comparison(NamedTuple):
-    """How a program differs from the classifier that it was exported from."""
-
-    images: int  # noisy ones
-    difference: float  # the largest between two logits
-    largest: float  # logit of the classifier, without its sign
-    equal: float  # share of equal votes
-    certified: int = 0  # images that were certified by both
-    agree: int = 0  # images with the same class and radius by both
-
-    def __str__(self) -> str:
-        """One line."""
-        votes = f"{100 * self.equal:.2f} % of {self.images:,} votes on random noisy images are equal"
-        text = f"{votes}; the logits differ by at most {self.difference:.2g}, the largest is {self.largest:.3g}"
-        if self.certified:
-            text += f"; {self.agree:,} of {self.certified:,} certificates agree in class and radius"
-        return text
 
 
 def check_export(kind: str, folder: Path) -> None:
@@ -109,14 +73,13 @@ def export_model(
         path = scratch / FORMATS[kind]
         example = torch.zeros(4, loaded.channels, loaded.image_size, loaded.image_size)
         try:
-            original = Program(copy.deepcopy(loaded.classifier)).cpu().requires_grad_(False)
-            set_eval(original)
+            original = make_program(loaded.classifier)
             program = _write_program(original, example, kind, path)
             compared = compare(original, program, example, sigma)
         except Exception as error:  # exporters and their programs raise all kinds of exceptions
             reason = f"the model cannot be exported ({one_line(error)})"
             raise RRCMError(f"--format {kind}: {reason}; take another format") from error
-        if compared.equal < LEAST_EQUAL or compared.difference > TOLERANCE["fp32"] * compared.largest:
+        if not compared.is_the_model("fp32"):
             raise RRCMError(f"--format {kind}: the program is not the model: {compared}; take another format")
         if images is not None:
             compared = certify_again(original, program, images, sigma, loaded.num_classes, compared)
@@ -140,31 +103,13 @@ def _write_program(original: Program, example: torch.Tensor, kind: str, path: Pa
             torch.jit.save(torch.jit.trace(original, example, check_trace=False), path)
             return torch.jit.load(path)
         sizes = ({0: torch.export.Dim("batch", max=LARGEST_BATCH)},)
-        exported = torch.export.export(original, (example,), dynamic_shapes=sizes)
+        exported = export_program(original, example, dynamic_shapes=sizes)
         if kind == "torch-export":
             torch.export.save(exported, path)
             return torch.export.load(path).module()
         names = {"input_names": ["images"], "output_names": ["logits"]}
         torch.onnx.export(exported, (), dynamo=True, verbose=False, **names).save(path)
         return OnnxProgram(path)
-
-
-@torch.no_grad()
-def compare(original: nn.Module, program: nn.Module, example: torch.Tensor, sigma: float) -> Comparison:
-    """Compare logits and votes on COMPARED random images with noise, in batches of several sizes."""
-    generator, limits = torch.Generator().manual_seed(0), batch_limits(program)
-    done, difference, largest, equal = 0, 0.0, 0.0, 0
-    while done < COMPARED:
-        for size in BATCHES:
-            shape = (size, *example.shape[1:])
-            images = torch.rand(shape, generator=generator) * torch.rand(size, 1, 1, 1, generator=generator)
-            noisy = images + sigma * torch.randn(shape, generator=generator)
-            expected, found = original(noisy), in_batches(program, noisy, limits)
-            difference = max(difference, (found - expected).abs().max().item())
-            largest = max(largest, expected.abs().max().item())
-            equal += int((found.argmax(1) == expected.argmax(1)).sum())
-            done += size
-    return Comparison(done, difference, largest, equal / done)
 
 
 def certify_again(

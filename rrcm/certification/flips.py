@@ -19,7 +19,7 @@ import numpy as np
 from rrcm.certification.agreement import closeness
 from rrcm.certification.record import Flips, read_record, record_path
 from rrcm.certification.results import read_certificates
-from rrcm.certification.revote import AS_PUBLISHED, Inputs, Settings, load_inputs, smooth_again, vote_singly
+from rrcm.certification.revote import Inputs, Settings, load_inputs, smooth_again, vote_singly
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.data.shards import evenly_spaced
 from rrcm.utils.errors import RRCMError
@@ -74,7 +74,7 @@ def measure_flips(
         scales = smooth_again(record, inputs, settings._replace(device=device))
         return [vote_singly(each, inputs, indices, SAMPLES_PER_IMAGE) for each in scales]
 
-    certified, flips = classes(AS_PUBLISHED), {}
+    certified, flips = classes(Settings(runtime=(record.runtime or "torch").split()[0])), {}
     for precision in ("fp32", "bf16"):
         other = Settings(precision, max(1, size // 2), 2 if threads == 1 else threads // 2)
         measured = {f"batch {other.batch_size}, {other.threads} threads": classes(other)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from rrcm.certification.cascade import CascadedClassifier
 from rrcm.certification.cascade_options import CascadeOptions, load_options
 from rrcm.certification.cascade_rules import LABEL_AWARE, CascadeRule, make_cascade_rule
-from rrcm.certification.certify_images import smooth, smooth_cascade
+from rrcm.certification.certify_images import run_by, smooth, smooth_cascade
 from rrcm.certification.record import ChosenThresholds
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.smoothing import SmoothedClassifier
@@ -44,14 +44,18 @@ class ChosenClassifier:
     sigmas: list[float]  # pixel units
     cascade: CascadeOptions | None = None
 
-    def smooth(self, device: str, **options: object) -> SmoothedClassifier | CascadedClassifier:
-        """The smoothed classifier or the cascade on the device that the user names.
+    def smooth(
+        self, device: str, *, runtime: str = "torch", **options: object
+    ) -> SmoothedClassifier | CascadedClassifier:
+        """The smoothed classifier or the cascade on the device that the user names, run by a runtime.
 
         `options` are those of `SmoothedClassifier`.
         """
         if self.cascade is not None:
-            return smooth_cascade(self.cascade, device, **options)
-        return smooth(self.scales[0], self.sigmas[0], device, **options)
+            classifier = smooth_cascade(self.cascade, device, **options)
+        else:
+            classifier = smooth(self.scales[0], self.sigmas[0], device, **options)
+        return run_by(runtime, classifier, self.scales[0])
 
     def rule(self, settings: Mapping[str, object]) -> StoppingRule | CascadeRule:
         """The stopping rule with these settings. Raises `RRCMError` for impossible ones."""

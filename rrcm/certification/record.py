@@ -90,12 +90,18 @@ class Record(Entries):
     labelled: bool  # whether a wrong class ended the sampling of an image
     seed: int
     precision: Dtype
+    runtime: Annotated[str, Field(pattern=r"^openvino \d[\w.+-]*$")] | None = None  # of the network; None: torch
     batch_size: Count
     compile: bool
     device: str
     environment: Environment
     files: dict[str, Sha256]  # the tables beside it, by name
     flips: dict[Dtype, list[Flips]] | None = None  # by the precision of the other computation; added at publication
+
+    @model_serializer(mode="wrap")
+    def _entries(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """The entries. For torch there is no `runtime`, as in records of earlier versions."""
+        return {name: value for name, value in serialize(self).items() if (name, value) != ("runtime", None)}
 
     @property
     def rule_settings(self) -> dict[str, object]:
@@ -111,9 +117,9 @@ class CertificateRecord(Record):
     consensus: None = Field(default=None, exclude=True)  # null in records of earlier versions
 
     @model_serializer(mode="wrap")
-    def _in_order(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+    def _entries(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
         """The entries in the order of records of earlier versions."""
-        entries = serialize(self)
+        entries = super()._entries(serialize)
         first = ("format", "model", "data", "num_classes", "image_size", "sigma")
         return {name: entries[name] for name in dict.fromkeys((*first, *entries)) if name in entries}
 

@@ -25,6 +25,7 @@ from rrcm.certification.certify_images import (
 )
 from rrcm.certification.noise import ESTIMATE, SELECT
 from rrcm.certification.record import CascadeRecord, CertificateRecord, record_path
+from rrcm.certification.runtimes import in_runtime, runtime_of
 from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
     batch_size: int | None = None
     threads: int | None = None
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    runtime: str = "torch"  # an audit votes with torch, whatever ran the network that was certified
 
 
 AS_PUBLISHED = Settings()
@@ -142,10 +144,11 @@ def smooth_again(
 ) -> list[SmoothedClassifier]:
     """The smoothed classifier of a record at each sigma, on this machine. Sets the number of threads of this process.
 
-    A CPU without instructions for bfloat16 gives the same results in bfloat16, but about ten times more slowly.
+    A CPU without instructions for bfloat16 gives the same results in bfloat16, but about ten times more slowly. Raises
+    `RRCMError` where the runtime of the settings cannot run the networks.
     """
     set_threads(settings.threads or record.environment.hardware.threads)
-    return [
+    scales = [
         SmoothedClassifier(
             loaded.classifier.to(device_named(settings.device)),
             sigma,
@@ -157,6 +160,13 @@ def smooth_again(
         )
         for loaded, sigma, num_outputs in zip(inputs.scales, record.sigmas, record.num_outputs, strict=True)
     ]
+    loaded = inputs.scales[0]
+    scales, note = in_runtime(
+        settings.runtime, scales, torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
+    )
+    if settings.runtime != "torch" and runtime_of(scales[0]) is None:
+        raise RRCMError(f"the certificates are by {record.runtime}, which does not run here ({note})")
+    return scales
 
 
 def same_computation(record: CertificateRecord | CascadeRecord, smoothed: SmoothedClassifier) -> bool:
@@ -164,7 +174,8 @@ def same_computation(record: CertificateRecord | CascadeRecord, smoothed: Smooth
     there, here = record.environment, Environment.model_validate(describe_environment(smoothed.device))
     names = ("cpu", "instructions", "gpus", "threads")
     return (
-        all(getattr(there.hardware, name) == getattr(here.hardware, name) for name in names)
+        record.runtime == runtime_of(smoothed)
+        and all(getattr(there.hardware, name) == getattr(here.hardware, name) for name in names)
         and there.software.packages.get("torch") == here.software.packages.get("torch")
         and (record.precision, record.batch_size) == (smoothed.precision, smoothed.batch_size)
     )

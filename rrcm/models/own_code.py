@@ -6,11 +6,10 @@ the user names on the command line, and says so on stderr.
 
 import importlib
 import importlib.util
-import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +23,7 @@ from rrcm.models.load import LoadedCascade, _read_class_names, load_base_classif
 from rrcm.models.timm_models import FOLDER, HUB
 from rrcm.utils.errors import RRCMError, failure_of, one_line, printable
 from rrcm.utils.files import expand_user
+from rrcm.utils.quiet import quiet
 from rrcm.utils.tensors import load_tensors, load_weights
 
 NAME = re.compile(r"(?P<place>[^:]+\.py|[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
@@ -141,17 +141,6 @@ def _load_program(name: str, weights: Path | None, classes: Path | None) -> Load
     channels, size, _, count = shape
     names = [str(number) for number in range(count)] if listed is None else _read_class_names(listed, count)
     return LoadedClassifier(program.module(), size, channels, names)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, the loggers of other libraries print only errors."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _ends(program: torch.export.ExportedProgram) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -25,7 +25,7 @@ GALLERY_IMAGES = 240
 MOST_TEXT = 900_000  # characters of the table of images: a page stays below 2 MB
 ROW_TAGS = 60  # characters of a row besides its texts
 SETTINGS = ("sigma", "sigmas", "thresholds", "bound", "stopping", "n", "n0", "alpha", "radius_step")
-SETTINGS += ("seed", "precision", "batch_size", "device", "image_size")
+SETTINGS += ("seed", "precision", "runtime", "batch_size", "device", "image_size")
 
 
 class CertifiedFiles(Protocol):
