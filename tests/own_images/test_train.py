@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -264,17 +263,19 @@ def test_steps_and_votes_are_timed(walked, pictures, monkeypatch):
     assert speed.reading_seconds(pictures, folder) > 0
 
 
-@pytest.mark.parametrize(("first", "once"), [(0.03, True), (0.003, False)])
-def test_work_that_takes_long_is_timed_once(first, once, monkeypatch):
-    monkeypatch.setattr(speed, "TIMED", 0.012)
-    done = []
+@pytest.mark.parametrize(("first", "runs", "seconds"), [(8, 1, 8), (2, 1 + 3, 2), (5, 1 + 2, 3)])
+def test_work_that_takes_long_is_timed_once(first, runs, seconds, monkeypatch):
+    """The clock is invented. Runs after the first take 2 seconds, or 2 and then 4."""
+    clock, done, later = [0.0], [], [2, 2, 2] if first == 2 else [2, 4]
 
     def work() -> None:
-        time.sleep(0.003 if done else first)
-        done.append(first)
+        clock[0] += later[len(done) - 1] if done else first
+        done.append(clock[0])
 
-    assert speed.seconds_of(work) >= 0.003
-    assert (len(done) == 1) == once
+    monkeypatch.setattr(speed, "TIMED", 6)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    assert speed.seconds_of(work) == seconds
+    assert len(done) == runs
 
 
 def load_data(root: Path) -> Data:

@@ -33,6 +33,7 @@ from rrcm.training.budget import build_pretraining_objective
 from rrcm.training.finetune import WrappedClassifier, finetune
 from rrcm.training.plan import Files, plan_training
 from rrcm.training.pretrain import pretrain
+from rrcm.training.teacher import with_teacher
 from rrcm.utils import distributed
 from rrcm.utils.distributed import (
     DistEnv,
@@ -140,7 +141,10 @@ def finetuning_steps(folder: Path) -> None:
             own = settings | own | {"sigma": 0.5}
             random = StepRandomness(0, 3, rows, 8, CPU, epoch=20.0)
             part = {key: value[list(rows)] for key, value in batch.items()}
-            loss = build_objective(FINETUNING, name, own)(classify, part, random)["loss"]
+            objective = build_objective(FINETUNING, name, own)
+            if hasattr(objective, "teacher"):
+                objective = with_teacher(objective, lambda noisy: noisy.flatten(1)[:, :5])
+            loss = objective(classify, part, random)["loss"]
             loss.backward()
             found |= {f"{name} {key}": p.grad for key, p in classifier.named_parameters()}
             found[f"{name} loss"] = all_reduce_sum(loss.detach()) / env.world_size
