@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Collection, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rrcm.data.images import Listing
     from rrcm.models.load import LoadedClassifier
 
+STARTED = time.monotonic()
 app = make_app(completion=True)
 
 
@@ -259,7 +261,8 @@ def certify(
     classifier, scales = chosen.smooth(device, runtime=runtime, **smoothing), chosen.scales
     _print_notes(chosen.notes())
     if estimate:
-        print(estimate_time(images, scales[0], classifier, rule, limit))
+        start = time.monotonic() - STARTED
+        print(estimate_time(images, scales[0], classifier, rule, limit)._replace(start=start))
         return
     context.with_resource(claimed(*written))  # until the command ends
     certified = certify_folder(
@@ -341,7 +344,8 @@ def predict(
     settings = {"n": n, "n0": n0, "alpha": alpha}
     rule = prediction_rule(classifier, **settings)
     if estimate:
-        print(estimate_time(listing, chosen.scales[0], classifier, rule, limit))
+        start = time.monotonic() - STARTED
+        print(estimate_time(listing, chosen.scales[0], classifier, rule, limit)._replace(start=start))
         return
     settings |= {"limit": limit, "skip_unreadable": skip_unreadable}
     print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)

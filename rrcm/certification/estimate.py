@@ -33,7 +33,7 @@ READS = 2  # times that a command decodes each image
 
 
 class Estimate(NamedTuple):
-    """What is to be expected, without the time to load the model."""
+    """What is to be expected."""
 
     images: int
     tried: int  # images whose votes were looked at
@@ -41,11 +41,12 @@ class Estimate(NamedTuple):
     reading: float  # seconds to decode all images
     samples: float  # expected per image
     most_samples: int  # per image
+    start: float = 0.0  # seconds until the first vote: to import libraries and to load the model
 
     def __str__(self) -> str:
         """Two lines: the times, and where they come from."""
         expected, most = (
-            time_text(self.reading + self.images * samples / self.speed)
+            time_text(self.start + self.reading + self.images * samples / self.speed)
             for samples in (self.samples, self.most_samples)
         )
         each = f"about {self.samples:,.0f} samples per image, judging from {self.tried:,} of them"

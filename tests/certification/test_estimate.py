@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from rrcm import CascadedClassifier, SmoothedClassifier
 from rrcm.certification.cascade_rules import make_cascade_rule
-from rrcm.certification.estimate import _play, time_text
+from rrcm.certification.estimate import Estimate, _play, time_text
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.cli import app
 
@@ -72,3 +72,9 @@ def test_times_in_words():
         90_000: "1 d 1 h",
     }
     assert {seconds: time_text(seconds) for seconds in times} == times
+
+
+def test_the_time_to_start_counts_once():
+    expected = Estimate(images=10, tried=5, speed=100.0, reading=1.0, samples=200.0, most_samples=500, start=9.0)
+    assert str(expected).startswith("about 30 s for 10 images, at most 1 min\n")
+    assert str(expected._replace(start=0.0)).startswith("about 21 s for 10 images, at most 51 s\n")
