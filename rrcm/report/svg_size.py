@@ -14,7 +14,7 @@ TOLERANCES = (0.2, 0.5, 1.0, 2.0)  # points by which a thinned line may be off, 
 LONG = 40  # vertices of a line that can be thinned out
 TENTHS = 10  # lines are written in tenths of a point
 DRAWN = {"path", "use"}  # elements that can share their looks with their neighbours
-OWN = {"d", "x", "y", "href", "id", "transform"}  # attributes that they do not share
+OWN = {"d", "x", "y", "href", "id", "opacity"}  # attributes that they do not share; a group's opacity blends it as one
 
 
 def limit_size(root: ET.Element) -> None:
@@ -74,9 +74,9 @@ def _inline_groups(parent: ET.Element) -> None:
 def _group_neighbours(parent: ET.Element) -> None:
     """Move the looks of neighbouring lines or marks to a group around them, where they are the same."""
     children: list[ET.Element] = []
-    for (looks, drawn), neighbours in groupby(parent, lambda child: (_looks(child), child.tag in DRAWN)):
+    for (looks, can_share), neighbours in groupby(parent, lambda child: (_looks(child), _can_share(child))):
         each = list(neighbours)
-        if drawn and looks and len(each) > 1:
+        if can_share and looks and len(each) > 1:
             group = ET.Element("g", dict(looks))
             for child in each:
                 for key, _ in looks:
@@ -86,6 +86,11 @@ def _group_neighbours(parent: ET.Element) -> None:
         else:
             children += each
     parent[:] = children
+
+
+def _can_share(element: ET.Element) -> bool:
+    """Whether a group can have the looks of an element. A clip path moves with an element's transformation."""
+    return element.tag in DRAWN and "transform" not in element.attrib
 
 
 def _looks(element: ET.Element) -> tuple[tuple[str, str], ...]:

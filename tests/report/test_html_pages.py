@@ -240,6 +240,15 @@ def test_what_neighbours_have_in_common_is_said_once():
     assert ET.canonicalize(ET.tostring(root)) == ET.canonicalize(ET.tostring(expected))
 
 
+@pytest.mark.parametrize("kept", ['opacity="0.2"', 'clip-path="url(#c)" transform="scale(2)"'])
+def test_what_a_group_would_draw_otherwise_stays_where_it_is(kept):
+    """A group's opacity blends its children as one, and a clip path moves with the transformation of its element."""
+    root = ET.fromstring(f'<svg><use {kept} href="#m" /><use {kept} href="#m" /></svg>')
+    before = ET.canonicalize(ET.tostring(root))
+    svg_size.shorten(root)
+    assert ET.canonicalize(ET.tostring(root)) == before
+
+
 def test_a_large_figure_is_thinned_out(monkeypatch):
     radii = np.linspace(0, 2, 2000)
     monkeypatch.setattr(svg_size, "MOST_PATHS", 10**6)
