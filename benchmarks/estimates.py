@@ -14,11 +14,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import typer
 from tabulate import tabulate
 
 from rrcm.utils.app import exit_on_error, make_app
@@ -89,20 +87,20 @@ def run(work: Path, arguments: str, *more: str) -> tuple[str, float]:
 def measure(work: Path, arguments: str) -> tuple[float, float]:
     """The estimate for a command, and the seconds that it then took."""
     if arguments.startswith("train"):
+        shutil.rmtree(work / arguments.split()[-1], ignore_errors=True)  # of a training that was stopped
         said, seconds = run(work, arguments)  # `rrcm train` says it before it starts
         return read_estimate(said), seconds
     said, _ = run(work, arguments, "--estimate")
     return read_estimate(said), run(work, arguments)[1]
 
 
-def main(work: Path, table: Annotated[str, typer.Option(help="Name of the table in WORK.")] = "estimates.csv") -> None:
+def main(work: Path) -> None:
     prepare(work)
-    path = work / table
+    path = work / "estimates.csv"
     for name, arguments in COMMANDS.items():
         rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["command"])
         if name in set(rows["command"]):
             continue
-        shutil.rmtree(work / arguments.split()[-1], ignore_errors=True)  # of a training that was stopped
         estimate, seconds = measure(work, arguments)
         row = pd.DataFrame([{"command": name, "estimate": estimate, "seconds": seconds, "ratio": seconds / estimate}])
         pd.concat([rows, row] if len(rows) else [row]).to_csv(path, index=False)

@@ -26,6 +26,11 @@ STARTED = time.monotonic()
 app = make_app(completion=True)
 
 
+def _seconds_to_start() -> float:
+    """The seconds since this module was imported, which is the first thing that a command does."""
+    return time.monotonic() - STARTED
+
+
 def complete_path(incomplete: str) -> list[str]:
     """Paths that begin with `incomplete`, folders with a slash. A single folder is followed by its contents, so that
     the shell adds no blank after it.
@@ -261,8 +266,7 @@ def certify(
     classifier, scales = chosen.smooth(device, runtime=runtime, **smoothing), chosen.scales
     _print_notes(chosen.notes())
     if estimate:
-        start = time.monotonic() - STARTED
-        print(estimate_time(images, scales[0], classifier, rule, limit)._replace(start=start))
+        print(estimate_time(images, scales[0], classifier, rule, limit, start=_seconds_to_start()))
         return
     context.with_resource(claimed(*written))  # until the command ends
     certified = certify_folder(
@@ -344,8 +348,7 @@ def predict(
     settings = {"n": n, "n0": n0, "alpha": alpha}
     rule = prediction_rule(classifier, **settings)
     if estimate:
-        start = time.monotonic() - STARTED
-        print(estimate_time(listing, chosen.scales[0], classifier, rule, limit)._replace(start=start))
+        print(estimate_time(listing, chosen.scales[0], classifier, rule, limit, start=_seconds_to_start()))
         return
     settings |= {"limit": limit, "skip_unreadable": skip_unreadable}
     print_answers(predict_files(listing, chosen.scales[0], classifier, **settings), output)

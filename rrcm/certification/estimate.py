@@ -64,19 +64,20 @@ def estimate_time(
     classifier: SmoothedClassifier | CascadedClassifier,
     rule: StoppingRule | CascadeRule | int,
     limit: int | None = None,
+    start: float = 0.0,
 ) -> Estimate:
     """Estimate the time for the listed images, or for `limit` of them. `loaded` is any of the base classifiers.
 
-    `rule` is the stopping rule, or the number of samples that every image gets. Raises `RRCMError` for an image that
-    cannot be decoded.
+    `rule` is the stopping rule, or the number of samples that every image gets. `start` is how long the command took
+    before, in seconds. Raises `RRCMError` for an image that cannot be decoded.
     """
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
     positions = evenly_spaced(len(listing.files), limit).tolist()
     chosen = [positions[i] for i in evenly_spaced(len(positions), TRIED)]
-    start = time.monotonic()
+    opened = time.monotonic()
     pixels = np.stack([read_square(listing.folder / listing.files[i], loaded) for i in chosen])
-    reading = (time.monotonic() - start) / len(chosen)
+    reading = (time.monotonic() - opened) / len(chosen)
     images = to_unit_range(torch.from_numpy(pixels))
     scales = list(classifier.scales) if isinstance(classifier, CascadedClassifier) else [classifier]
     if isinstance(classifier, CascadedClassifier):
@@ -87,7 +88,8 @@ def estimate_time(
     samples = [_play(rule, [each[i] for each in votes], rng) for i in range(len(chosen)) for _ in range(PLAYED)]
     most = rule if isinstance(rule, int) else len(scales) * (rule.n0 + rule.looks[-1])
     speed = len(speeds) / sum(1 / each for each in speeds)
-    return Estimate(len(positions), len(chosen), speed, READS * reading * len(positions), float(np.mean(samples)), most)
+    reading, samples = READS * reading * len(positions), float(np.mean(samples))
+    return Estimate(len(positions), len(chosen), speed, reading, samples, most, start)
 
 
 def _vote(

@@ -1,8 +1,8 @@
 """Distillation: a student learns what its teacher predicts for the same noisy copies (Hinton et al. 2015).
 
 Certified Robustness Transfer (Vaishnavi et al. 2022) is the idea for randomized smoothing: a student that agrees with a
-robust teacher under noise is robust as well. It minimizes the Euclidean distance of the outputs. Here it is the
-Kullback-Leibler divergence, as of Hinton et al. at temperature 1. Labels have no part in it.
+robust teacher under noise is robust as well. It minimizes the Euclidean distance of the outputs. This loss is the
+Kullback-Leibler divergence, as in Hinton et al. at temperature 1. Labels have no part in it.
 """
 
 from collections.abc import Callable
