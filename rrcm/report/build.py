@@ -170,7 +170,7 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
 
 
 def tables_by_the_bound(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
-    """The tables, by name, that have single sigmas and cascades side by side, all by the bound of `certify`."""
+    """The tables, by name, that show single sigmas and cascades side by side, all by the bound of `certify`."""
     bound, deployed = config.certify.bound, deployed_classifiers(config, inputs)
     certificates, radii, shown = inputs.by_bound(bound), config.report.radii, choose_shown(deployed)
     return {

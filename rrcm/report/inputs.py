@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
 
     @property
     def against(self) -> Against | None:
-        """This run against published certificates on common images. None if there are none of these images."""
+        """This run against published certificates on common images. None if there are no such certificates."""
         return match_published(self.certificates, self.cascades, self.external) if self.external else None
 
     def by_bound(self, bound: str) -> Certificates:
@@ -346,7 +346,7 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
 def _preparation(model: Mapping) -> float:
     """Passes before the fine-tuning: the model's share of pre-training, soft labels, denoiser and so on.
 
-    If it continues a joint training, this includes all of that one, and if it has a teacher, all of that one.
+    If it continues a joint training or has a teacher, all passes of that training or of the teacher are included.
     """
     return _shares(model) + model["compute"].get(JOINT, 0.0) + model["compute"].get("teacher", 0.0)
 

@@ -95,7 +95,7 @@ def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
 
 
 def pareto_front(seconds: Iterable[float], shares: Iterable[float]) -> list[tuple[float, float]]:
-    """The pairs that no other one beats: none has at most as many seconds and a larger share. The fastest is first."""
+    """The pairs for which no other pair has a larger share in at most as many seconds. The fastest comes first."""
     front: list[tuple[float, float]] = []
     for second, share in sorted(zip(seconds, shares, strict=True), key=lambda pair: (pair[0], -pair[1])):
         if not front or share > front[-1][1]:

@@ -78,7 +78,7 @@ def best_sigma(certificates: Certificates, radii: Sequence[float]) -> Table:
 
 
 def _best_by_method(certificates: Certificates, numbers: pd.DataFrame, acr: str) -> frozenset[tuple[int, str]]:
-    """The cells of `Table.best` where each method is a row: `numbers` are of `best_sigma_table`, `acr` is a column."""
+    """The cells of `Table.best` if each row is a method. `best_sigma_table` gave `numbers`, and `acr` is a column."""
     methods, best = list(dict.fromkeys(numbers["method"])), set()
     for radius, rows in numbers.groupby("radius"):
         frames = {row.method: certificates[row.method, row.sigma] for row in rows.itertuples()}
@@ -153,7 +153,7 @@ def per_sigma(
 
 
 def _best_at_each_sigma(certificates: Certificates, radii: Sequence[float]) -> frozenset[tuple[int, str]]:
-    """The cells of `Table.best` where the rows are `certificates`, among the rows of the same sigma."""
+    """The cells of `Table.best` if the rows are `certificates`, which compete with rows of the same sigma."""
     runs, best = list(certificates), set()
     columns = {"ACR": None} | {f"r = {radius:g}": radius for radius in radii}
     for sigma in {sigma for _, sigma in runs}:
