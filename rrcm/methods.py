@@ -210,19 +210,19 @@ METHODS = read_methods(TABLE)
 PLUGGED_IN: dict[str, str] = {}  # the plug-in's name in messages, by the name of each method that it adds
 
 
-def add_methods(table: str, place: str) -> None:
-    """Add methods to METHODS: rows in the format of TABLE without its first line, from `place`.
+def add_methods(table: str, origin: str) -> None:
+    """Add methods to METHODS: rows in the format of TABLE without its first line, from `origin`.
 
     Raises `RRCMError` for a row with too few or too many cells, and for a name that a method has already.
     """
     table = f"\n{table}"
     rows = [cells for _, cells in read_rows(table)]
-    _check_cells(rows, place)
+    _check_cells(rows, origin)
     added, written = read_methods(table), Counter(name for name, *_ in rows)
     if taken := [name for name in added if name in METHODS or written[name] > 1]:
-        raise RRCMError(f"{place}: there is a method {taken[0]} already; give yours another name")
+        raise RRCMError(f"{origin}: there is a method {taken[0]} already; give yours another name")
     METHODS.update(added)
-    PLUGGED_IN.update(dict.fromkeys(added, place))
+    PLUGGED_IN.update(dict.fromkeys(added, origin))
 
 
 def expert_of(method: str) -> str:
@@ -257,33 +257,33 @@ def check_methods() -> None:
     labels = Counter(row.label for row in METHODS.values())
     colours = Counter(row.colour.lower() for row in METHODS.values() if not row.matched and row.joint is None)
     for name in sorted(METHODS, key=lambda name: name not in PLUGGED_IN):  # a clash is reported for the plug-in
-        row, place = METHODS[name], PLUGGED_IN.get(name, "rrcm/methods.py")
+        row, origin = METHODS[name], PLUGGED_IN.get(name, "rrcm/methods.py")
         if names[name] > 1:
-            raise RRCMError(f"{place}: {names[name]} methods are called {name}; give each its own name")
+            raise RRCMError(f"{origin}: {names[name]} methods are called {name}; give each its own name")
         if not re.fullmatch("[a-z0-9_]+", name):
-            raise RRCMError(f"{place}: {name!r} names files and stages; write it with a-z, 0-9 and _")
+            raise RRCMError(f"{origin}: {name!r} names files and stages; write it with a-z, 0-9 and _")
         for column, allowed in _allowed_cells(row).items():
             if (cell := getattr(row, column)) not in allowed:
                 known = ", ".join(_written(each) for each in allowed)
-                raise RRCMError(f"{place}: {name} has {column} {_written(cell)!r}; choose one of {known}")
+                raise RRCMError(f"{origin}: {name} has {column} {_written(cell)!r}; choose one of {known}")
         if not re.fullmatch("#[0-9a-fA-F]{6}", row.colour):
-            raise RRCMError(f"{place}: {name} has colour {row.colour!r}; write it as #0072B2")
+            raise RRCMError(f"{origin}: {name} has colour {row.colour!r}; write it as #0072B2")
         if colours[row.colour.lower()] > 1:
-            raise RRCMError(f"{place}: {name} has the colour {row.colour} of another method; give each its own")
+            raise RRCMError(f"{origin}: {name} has the colour {row.colour} of another method; give each its own")
         if row.matched and row.joint is None and len(row.label) > MAX_LABEL:
             raise RRCMError(
-                f"{place}: {name} has label {row.label!r}, too long for a legend; shorten it to {MAX_LABEL} characters"
+                f"{origin}: {name} has label {row.label!r}, too long for a legend; shorten it to {MAX_LABEL} characters"
             )
         if labels[row.label] > 1:
-            raise RRCMError(f"{place}: {name} has the label {row.label!r} of another method; give each its own")
+            raise RRCMError(f"{origin}: {name} has the label {row.label!r} of another method; give each its own")
 
 
-def _check_cells(rows: Sequence[Sequence[str]], place: str) -> None:
+def _check_cells(rows: Sequence[Sequence[str]], origin: str) -> None:
     for name, *cells in rows:
         if len(cells) != len(COLUMNS):
             raise RRCMError(
-                f"{place}: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces between "
-                f"them: {', '.join(COLUMNS)}"
+                f"{origin}: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces "
+                f"between them: {', '.join(COLUMNS)}"
             )
 
 

@@ -31,9 +31,9 @@ def draw_latency(
 ) -> Figure:
     """Certified accuracy (best sigma) against the seconds to certify one image with `n` samples: a panel per radius.
 
-    `latency` has the numbers of `rrcm.report.tables.latency`, which were measured on `device`. The area of a marker is
-    proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. A line of steps leads along the
-    `pareto_front`. A panel below shows latencies that others have published, the rows of `published`.
+    `latency` has the numbers of `rrcm.report.latency_tables.latency`, which were measured on `device`. The area of a
+    marker is proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. A line of steps leads
+    along the `pareto_front`. A panel below shows latencies that others have published, the rows of `published`.
     """
     latency = latency.set_index("method").assign(seconds=lambda table: table[f"seconds_n_{n}"])
     handles, label_ends, width = [], fewer_images(certificates), max(2.9 * len(radii), 8.7)

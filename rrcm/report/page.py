@@ -25,13 +25,13 @@ from rrcm.report.classes import choose_shown, deployed_classifiers
 from rrcm.report.deployment import shortfalls
 from rrcm.report.html import new_environment
 from rrcm.report.inputs import Inputs
+from rrcm.report.latency_tables import published_latencies
 from rrcm.report.panels import panel_groups
 from rrcm.report.tables import (
     escape_markdown,
     interval_text,
     markdown_text,
     method_labels,
-    published_latencies,
     reference_method,
 )
 from rrcm.utils.errors import printable
