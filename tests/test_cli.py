@@ -543,7 +543,7 @@ def in_a_process(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_runs_do_not_write_one_output(saved, images):
     """The second is refused, whatever its settings, in any of the files; a killed run does not stand in the way."""
     first = in_a_process("--n", "2000000000", "--stopping", "fixed")
@@ -708,7 +708,7 @@ def test_no_two_texts_of_the_gallery_touch(count):
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 for box in boxes)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_installed_command(saved, images):
     """In a process of its own; and asking for help does not import torch."""
     installed = Path(sys.executable).with_name("rrcm")
@@ -728,7 +728,7 @@ def test_the_installed_command(saved, images):
     assert not any(f"'{module}'" in helped.stdout for module in ("torch", "timm"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("streams", "status", "said"),
     [

@@ -4,8 +4,7 @@ import filecmp
 
 import pytest
 import torch
-from conftest import REPOSITORY, change, compose, stage
-from dvc.utils.hydra import compose_and_dump
+from conftest import REPOSITORY, change, compose, composed, stage
 
 from rrcm.config import load_config
 from rrcm.methods import METHODS, REFERENCE, expert_of
@@ -18,8 +17,7 @@ OTHER_TRUNKS = {"fashion_mnist_lenet", "cifar10_resnet110"}  # which are not pre
 
 
 def profile(tmp_path, name, *overrides):
-    conf, overrides = REPOSITORY / "conf", [f"profile={name}", *overrides]
-    compose_and_dump(tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), overrides)
+    (tmp_path / "params.yaml").write_text(composed(f"profile={name}", *overrides))
     return load_config(tmp_path / "params.yaml")
 
 
@@ -122,7 +120,7 @@ def test_params_yaml_is_the_composed_default(tmp_path):
 PRESETS = sorted(path.stem for path in (REPOSITORY / "conf/preset").glob("*.yaml"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(set(PROFILES) - OTHER_TRUNKS))
 def test_presets_compose_with_every_profile(tmp_path, name):
     plain = profile(tmp_path, name)
@@ -478,7 +476,7 @@ def shortened(config, factor):
             yield f"{path}={max(1, length // factor)}"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PROFILES)
 def test_warm_ups_follow_the_length_of_every_profile(tmp_path, name):
     """At a tenth of their length, all schedules have the same share of it, for each objective."""

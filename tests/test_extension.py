@@ -101,7 +101,7 @@ def load_jittered(folder: Path, config: dict):
     return describe_classifier(build_from_folder(folder, config, Jittered), config["class_names"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = settings(project)

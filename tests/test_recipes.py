@@ -11,7 +11,6 @@ RECIPES = {
 TABLES = ["tests/test_methods.py", "tests/test_config.py", "-k", "not every_profile or mine"]  # else it takes minutes
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_the_tables_pass_their_tests_with_all_additions(tmp_path):
     copy_code(tmp_path)

@@ -177,7 +177,7 @@ def test_sequential_certificates_need_fewer_samples_for_much_the_same(thresholds
     assert sum(one.samples for one in sequential) < 0.9 * sum(other.samples for other in fixed)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_label_aware_certificates_are_not_below_those_of_multiple_scales():
     for thresholds in THRESHOLDS:
         classifier, options = make(thresholds), {"stopping": "fixed", "bound": "margin"} | SETTINGS | {"n": 3000}
@@ -216,7 +216,7 @@ def test_labels_only_end_it_sooner():
 # One answer
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_image_has_one_answer():
     """Whatever the batch size, the company and the order, and however many images are in progress."""
     expected = make().certify(IMAGES, **SETTINGS)

@@ -89,7 +89,7 @@ def brute_force(radius: Callable, dimensions: int, worlds: int, points: int = 20
     return sum(f[0] for f in found), sum(f[1] for f in found), float(np.mean([f[2] for f in found]))
 
 
-@pytest.mark.parametrize("dimensions", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dimensions", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_no_point_in_the_radius_has_another_answer(dimensions: int):
     checked, broken, mean = brute_force(cascade_radius, dimensions, worlds=110)
     assert (checked, broken) == (22_000, 0)
@@ -304,7 +304,6 @@ def test_certificates_are_false_no_more_often_than_alpha(case: str):
     check_edge(case, 0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "alpha"), [*product(EDGES, [0.001]), *((edge, 0.05) for edge in EDGES if edge not in QUICK)]
@@ -372,7 +371,6 @@ def test_choosing_class_and_path_keeps_alpha(world: str):
     check_world(world)
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("world", [world for world in WORLDS if world != "all paths equal"])
 def test_choosing_class_and_path_keeps_alpha_in_other_worlds(world: str):

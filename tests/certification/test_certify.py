@@ -190,7 +190,7 @@ def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) 
     return {candidate.index: certificate(candidate, rule, 2) for candidate in candidates}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     smoothed = SmoothedClassifier(digits[0], 0.5, 10, batch_size=256, precision=precision)
@@ -203,7 +203,7 @@ def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     assert some == {index: expected[index] for index in some}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_batch_size_changes_next_to_no_vote(digits):
     """Same noise to the bit; of 10,000 votes an image at most 0.2 % may fall otherwise by rounding."""
     model, pixels, _, _ = digits
@@ -289,7 +289,7 @@ def test_forward_is_the_mean_softmax_over_its_copies(digits):
     assert (shares[0] - votes.softmax(1).mean(0)).abs().max() < 5 * math.sqrt(0.25 / 2000 + 0.25 / 4000)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_compiled_model_votes_the_same():
     torch.manual_seed(0)
@@ -546,7 +546,7 @@ def test_two_processes_write_the_same_bytes(certified, trained):
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_margin_certificates_survive_kills_and_any_number_of_processes(certified, trained):
     """The same bytes by one process, and by two after a kill; in them the certificates of the binary bound alone."""
     change(certified, certify__bound="margin", certify__n=400)
@@ -576,7 +576,7 @@ def kill_at(folder: Path, lines: int, processes: list) -> None:
         process.join()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_three_times_on_any_number_of_processes(certified, trained):
     """As one process, as two, as one again; a half line and a damaged line in a journal; finished by two."""
     kill_at(certified, 30, [start(certified, "certify", "rrcm", "0.5")])
@@ -603,7 +603,7 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
     assert not list((certified / "runs").glob("*"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("setting", ["certify__max_images", "certify__every"])
 def test_a_journal_of_more_or_other_images_serves_the_common_ones(certified, trained, setting):
     """Fewer images, and some that the killed run did not have."""
@@ -695,7 +695,7 @@ def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     assert vars(state) == last | {"image": nothing} and len(texts) > 75
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_samples_in_the_journal_are_not_drawn_again(certified):
     """Samples that a killed run has counted are not drawn anew: a journal that says 999 of them cost a year is kept."""
     kill_at(certified, 40, [start(certified, "certify", "rrcm", "0.5")])
@@ -712,7 +712,7 @@ def test_samples_in_the_journal_are_not_drawn_again(certified):
     assert sum(seconds < 1e6 for seconds in timing.values()) == len(timing) - len(before)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_death_of_a_worker_is_reported_and_loses_nothing(certified, trained):
     """Under the real torchrun: one of two workers is killed; the launcher says so, and running again continues.
 

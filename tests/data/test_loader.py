@@ -121,7 +121,7 @@ def test_ranks_read_shards_of_their_own(world_size: int):
     assert max(at_a_time) <= 2 * 64  # all ranks together
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("world_size", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
 @pytest.mark.parametrize("shard_size", [100, 10])
 def test_each_sample_comes_once_per_epoch_in_the_same_batches(
@@ -168,7 +168,7 @@ def test_ranks_take_equal_contiguous_parts(folder: Path):
             assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "transform", [PretrainTransform(VIEWS, 8), FinetuneTransform("randaugment", 8)], ids=["pretrain", "randaugment"]
 )
@@ -292,7 +292,7 @@ except RRCMError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("size", "line"),
     [("1m", "/dev/shm is full (1 MiB); make it larger"), ("1m,ro", "[Errno 30] Read-only file system")],

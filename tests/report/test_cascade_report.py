@@ -83,7 +83,7 @@ def test_joint_networks_are_compared_with_their_own_experts(run):
         assert row.difference == pytest.approx(row.value - table.loc[("rrcm", row.at), "acr"], abs=2e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_same_run_gives_the_same_bytes(run, tmp_path):
     config, root = run
     write_report(config, root, tmp_path / "again")

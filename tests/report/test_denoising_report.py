@@ -19,7 +19,7 @@ from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_denoising_methods_are_explained_and_their_costs_counted(denoising_report):
     _, root = denoising_report
     report = root / "reports/digits"
@@ -43,7 +43,7 @@ def test_denoising_methods_are_explained_and_their_costs_counted(denoising_repor
     assert set(metrics["val_accuracy"]) == {"rrcm", "gaussian", "dds_finetuned"} and "dds" in metrics["acr"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_subsets_of_images_are_compared_on_common_images_and_noted(denoising_report):
     config, root = denoising_report
     report = root / "reports/digits"

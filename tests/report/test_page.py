@@ -57,7 +57,7 @@ def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: 
     assert abs(shown - (values[best] - values[second])) <= 0.5 * 10**-decimals + 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_margin_table_shows_the_gain_over_the_binary_bound(invented_report, tmp_path: Path):
     """The margin radii of the fixture are one step larger. The main table stays the same with the margin bound."""
     config, root = invented_report
@@ -184,7 +184,7 @@ def test_report_has_the_notes_on_the_data(invented_report):
     assert f"\nData: {notes[0]}.\nData: 1 of 3 classes have no test images: \\*a\\*.\n" in text
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_published_results_have_a_section_of_their_own(invented_report, tmp_path: Path):
     config, root = invented_report
     cifar10 = config.data.model_copy(update={"source": "cifar10"})

@@ -26,7 +26,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_report_has_the_same_bytes_in_another_environment(invented_report, tmp_path: Path):
     config, root = invented_report
     values = config.model_dump(mode="json") | {"device": "cpu", "launcher": "torchrun --nproc-per-node 8"}
@@ -108,7 +108,7 @@ def test_tables_and_metrics_agree_with_the_certificates(invented_report):
     assert training["val_accuracy"].notna().all()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_external_results_change_only_their_own_rows_and_curves(invented_report, tmp_path: Path):
     _, root = invented_report
     report = root / "reports/digits"

@@ -177,7 +177,7 @@ def test_a_journal_has_only_possible_votes():
     assert not any(is_possible_votes(good | change, 4, (2, 2)) for change in bad)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_runs_end_with_the_same_bytes(passing, tmp_path):
     """On two processes as well, where the votes are concerned."""
     folder = Path(shutil.copytree(passing, tmp_path / "again", symlinks=True))
@@ -192,7 +192,7 @@ def test_killed_runs_end_with_the_same_bytes(passing, tmp_path):
     assert "resuming" in answer.stderr and files_of(folder / MODEL) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_train_like_one(passing, tmp_path):
     """A short training agrees to 2e-3, since sums are in another order."""
     folder = Path(shutil.copytree(passing, tmp_path / "again", symlinks=True))

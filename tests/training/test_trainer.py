@@ -149,7 +149,7 @@ def run_undisturbed(project: Path, name: str, arguments: list[str], world: int) 
     return files
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     ("name", "arguments"),
@@ -186,7 +186,7 @@ def start_server():
     return process
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", sorted(PRETRAINING.keys() - {"rrcm", "dmae_without_mask"}))  # the second: as dmae
 def test_a_killed_pre_training_ends_with_the_same_bytes(project, objective):
     change(project, pretrain__steps=12, pretrain__max_levels=40)
@@ -196,7 +196,7 @@ def test_a_killed_pre_training_ends_with_the_same_bytes(project, objective):
     assert files_of(project / "models") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 0)])
 def test_sigterm_saves_and_the_next_run_resumes(project, world, workers):
     change(project, pretrain__checkpoint_every=2)
@@ -219,7 +219,7 @@ def test_sigterm_saves_and_the_next_run_resumes(project, world, workers):
     assert files_of(project / "models") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_torchrun_passes_sigterm_on(project):
     """As under Slurm: SIGTERM reaches the launcher, and both workers save after the same step and stop."""
     change(project, pretrain__checkpoint_every=2, pretrain__steps=200)
@@ -246,7 +246,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(project, trained):
     assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained):
     """Images, views and noise are the same. Sums are taken in another order, and the steps amplify the difference."""
     pretrain_and_kill(project, 1)

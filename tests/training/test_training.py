@@ -101,7 +101,7 @@ def test_equal_passes_end_within_an_epoch(project):
     assert history["lr"].iloc[-1] < 0.05 * history["lr"].iloc[0]  # the schedule ends with the training
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_step_on_each_part_of_a_batch(project):
     """m steps on the parts of a batch are steps on smaller batches, at the rate of the whole batch."""
     change(project, methods=["consistency"], sigmas=[0.5], pretrain__objectives=[], finetune__epochs=2)
@@ -130,7 +130,6 @@ def test_mixed_precision(project, precision):
         succeed(stage(project, *command))
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_training_gives_similar_weights(project):
@@ -149,7 +148,7 @@ def test_compiled_training_gives_similar_weights(project):
             torch.testing.assert_close(compiled[name], value, atol=2e-3, rtol=0, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loader_workers_change_no_bit(project, trained):
     change(project, data__workers=2)
     succeed(stage(project, "pretrain"))
@@ -158,7 +157,7 @@ def test_loader_workers_change_no_bit(project, trained):
         assert_same_weights(project / name, trained / name)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
@@ -176,7 +175,7 @@ def test_fine_tuning_options(project, trained, settings):
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_colour_images_through_every_stage(project):
     """Random images of two sizes; the class is the dominant colour channel."""
     import numpy as np
@@ -204,7 +203,7 @@ def test_colour_images_through_every_stage(project):
     assert classes[answer.prediction] == "red" and answer.radius > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_starts_a_stage(project, nodes):
     """Two processes on one node, or one on each of two nodes that share a file system."""
@@ -223,7 +222,7 @@ def test_torchrun_starts_a_stage(project, nodes):
     assert read_json(project / "timings/pretrain/rrcm.json")["processes"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_shards_behind_a_url(project, trained):
     """Shards on an HTTP server give the same weights as local ones and are cached."""
     handler = partial(SimpleHTTPRequestHandler, directory=project / "data/shards")
@@ -236,7 +235,7 @@ def test_shards_behind_a_url(project, trained):
     assert list(project.glob(".cache/rrcm/*.tar"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["smoothadv", "cat_rs"])
 def test_a_killed_training_with_attacks_ends_with_the_same_bytes(project, tiny_shards, method):
     change(project, methods=["gaussian", method], finetune__epochs=4)

@@ -162,7 +162,7 @@ def test_every_fine_tuning_objective_of_two_processes_is_that_of_one(tmp_path):
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_step_of_two_processes_in_chunks_is_the_undivided_step(tmp_path):
     together(one_step, tmp_path)
     whole = load_file(tmp_path / "2-1.safetensors")
@@ -293,7 +293,7 @@ def train(folder: Path, shards: Path, world_size: int) -> None:
     finetune(plan_training(config, "rrcm", 0.5, files))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
     """Ten steps each, with the same images, augmentation and noise: only the order of sums differs."""
     compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")
@@ -403,7 +403,7 @@ def test_a_quota_bounds_the_threads_that_nobody_named(monkeypatch, threads, envi
         torch.set_num_threads(before)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_damage_is_said_without_a_traceback_under_torchrun(project, tiny_shards):
     """A process that torchrun has stopped in the meantime may print nothing."""
     shards = Path(shutil.copytree(tiny_shards, project / "damaged"))
