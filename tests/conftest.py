@@ -224,15 +224,18 @@ def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProces
 
 # Fixtures of a session or a module that take long. The first one that a test needs names its group.
 SHARED = ("honest", "cascaded", "invented_report", "denoising_report", "committed", "joint", "passing", "parts")
-SHARED += ("plugged", "run")
+SHARED += ("plugged", "run", "students", "sources")
+SLOW = {*SHARED, "trained", "walked"}  # a test that needs one of these is slow
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+@pytest.hookimpl(tryfirst=True)  # before pytest and pytest-xdist read the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests that need a fixture of `SHARED` on one worker, which then builds it once."""
+    """Run all tests that need a fixture of `SHARED` on one worker, which then builds it once. Mark slow tests."""
     for item in items:
         if shared := [name for name in SHARED if name in item.fixturenames]:
             item.add_marker(pytest.mark.xdist_group(shared[0]))
+        if SLOW & {*item.fixturenames}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def refused(answer: Result, *said: str) -> None:
         assert text in answer.stderr
 
 
+@pytest.mark.slow
 def test_the_page_has_every_image_with_its_certificate(saved, images):
     Path("images/other/a.png").rename("images/other/<b>\u202e&.png")
     certified("images", "--model", "model", "--page", "page.html")
@@ -137,6 +138,7 @@ def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, ima
     assert "4/4 images" in answer.stderr
 
 
+@pytest.mark.slow
 def test_a_joint_model_certifies_at_any_sigma_of_its_range(saved, images):
     save_model("joint", saved, sigma=JointSigmas((0.25, 0.5, 1.0)))
     frame = certified("images", "--model", "joint", "--sigma", "0.37")
@@ -298,6 +300,7 @@ def test_a_pretrained_checkpoint_of_the_authors_has_no_classes(images):
     refused(rrcm("images", "--model", "theirs.pth", "--sigma", "0.5"), "pre-trained network has no classes")
 
 
+@pytest.mark.slow
 def test_a_timm_model_with_weights_of_a_file(images):
     """Five classes are read off the weights; pixels are normalised as its configuration has it."""
     torch.manual_seed(2)

@@ -111,6 +111,7 @@ def test_the_profile_of_own_images_follows_the_budget_and_fits_small_folders(tmp
     assert config.pretrain.max_levels == min(80, max(4, round(4 * (steps / 750) ** 0.5)))
 
 
+@pytest.mark.slow
 def test_params_yaml_is_the_composed_default(tmp_path):
     answer = stage(tmp_path, "compose", "--output", "params.yaml")
     assert answer.returncode == 0, answer.stderr
@@ -211,6 +212,7 @@ def test_what_methods_start_from_is_pretrained_and_nothing_else(tmp_path, method
     assert profile(tmp_path, "digits", f"methods=[{methods}]").pretrain.objectives == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["methods=[rrcm,gaussian]"], ["preset=all", "methods=[rrcm,gaussian]"]])
 def test_a_list_of_methods_beats_the_preset(tmp_path, overrides):
     answer = stage(tmp_path, "compose", "--output", "params.yaml", *overrides)
@@ -531,6 +533,7 @@ def test_a_length_that_cannot_be_is_refused_in_one_line(tmp_path, overrides, sai
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_settings_page_and_the_settings_of_own_images_are_up_to_date(tmp_path):
     written = {"settings.md": "docs/settings.md", "settings.yaml": "rrcm/own_images/settings.yaml"}
     answer = stage(tmp_path, "settings", "--output", "settings.md", "--own-images", "settings.yaml")

@@ -79,6 +79,7 @@ def test_an_edit_reruns_what_it_changes(committed, tmp_path, edit: Edit):
     assert stages_after(edit, committed, tmp_path / "copy", SETTINGS) == EXPECTED.get(edit.name, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("methods", "stages"), [("[rrcm,gaussian]", []), ("[gaussian,cat_rs]", ["gaussian-0.25"])])
 def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, stages):
     found = {name: inputs(stage) for name, stage in stages_of(tmp_path, f"methods={methods}").items()}
@@ -89,6 +90,7 @@ def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, st
         assert "models/gaussian/sigma_0.25" in found[f"soft-labels@{name}"]
 
 
+@pytest.mark.slow
 def test_a_joint_method_is_trained_once_and_certified_at_each_sigma(tmp_path):
     found = stages_of(tmp_path, "methods=[rrcm,rrcm_joint]")
     stages = {name: stage for name, stage in found.items() if "rrcm_joint" in name}
@@ -101,6 +103,7 @@ def test_a_joint_method_is_trained_once_and_certified_at_each_sigma(tmp_path):
     assert all("models/rrcm_joint/joint" in inputs(stages[name]) for name in certifications)
 
 
+@pytest.mark.slow
 def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
     stages = {name: inputs(stage) for name, stage in stages_of(tmp_path, "methods=[rrcm,rrcm_joint_pass]").items()}
     votes = "data/training_votes/rrcm_joint.safetensors"
@@ -110,6 +113,7 @@ def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
     assert [name for name, deps in stages.items() if votes in deps] == ["finetune@rrcm_joint_pass-joint"]
 
 
+@pytest.mark.slow
 def test_a_student_depends_on_the_model_of_its_teacher_and_retrains_with_its_settings(tmp_path):
     found = stages_of(tmp_path, "methods=[rrcm_joint,gaussian,distill,distill_joint]")
     students = ["distill-0.25", "distill-0.5", "distill_joint-joint"]
@@ -131,6 +135,7 @@ def test_a_student_depends_on_the_model_of_its_teacher_and_retrains_with_its_set
     assert len({each["gaussian"]["sigma_0_5"] for each in hashes}) == 1
 
 
+@pytest.mark.slow
 def test_a_cascade_depends_on_the_models_of_its_parts(tmp_path):
     found = stages_of(tmp_path, "methods=[rrcm,rrcm_joint,gaussian]", "cascade.methods=[rrcm,rrcm_joint]")
     stages = {name: stage for name, stage in found.items() if name.startswith("certify-cascade")}
@@ -143,6 +148,7 @@ def test_a_cascade_depends_on_the_models_of_its_parts(tmp_path):
         assert stage.cmd == f"python stages/certify_cascade.py {method}" and outputs(stage) == files | others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "without"),
     [
@@ -158,6 +164,7 @@ def test_a_cascade_has_no_outputs_that_the_settings_leave_out(tmp_path, override
     assert found[0] - found[1] == {f"certificates/rrcm/{name}" for name in without} and found[1] < found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "denoisers", "classifiers"),
     [
@@ -242,6 +249,7 @@ def test_no_stage_writes_where_results_are_published(tmp_path):
     assert "certificates" in written and "results" not in written
 
 
+@pytest.mark.slow
 def test_the_methods_that_start_from_an_encoder_depend_on_it(tmp_path):
     stages = stages_of(tmp_path, *SETTINGS)
     found = {name for name, stage in stages.items() if "models/pretrain/rrcm" in inputs(stage)}
@@ -344,14 +352,19 @@ def every_method(tmp_path_factory) -> dict:
     return yaml.safe_load(path.read_text()) | {"methods": [*METHODS], "sigmas": LEVELS}
 
 
+@pytest.fixture(scope="module")
+def hashes(every_method) -> dict:
+    """What DVC compares with these settings."""
+    return derived_settings({name: every_method[name] for name in SECTIONS})["settings"]
+
+
 UNNAMEABLE = ("soft_labels.", "denoised.max", "student.teacher")  # `changed_value` would name no method
 
 
 @pytest.mark.parametrize("path", [path for path in SCHEMA if not path.startswith(UNNAMEABLE)])
-def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, path):
+def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, hashes, path):
     """Over all methods and all settings of the schema."""
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
-    before = derived_settings(values)["settings"]
     *above, name = path.split(".")
     section = values
     for key in above:
@@ -360,9 +373,9 @@ def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(ever
         pytest.skip("names the classifier of denoised images, a training of its own")
     section[name] = changed_value(section[name])
     after = derived_settings(values)["settings"]
-    again = {name for name, own in before["finetune"].items() if after["finetune"][name].items() - own.items()}
+    again = {name for name, own in hashes["finetune"].items() if after["finetune"][name].items() - own.items()}
     assert again == methods_trained_again(path)
-    certified = {method for method in METHODS if before["certify"][method] != after["certify"][method]}
+    certified = {method for method in METHODS if hashes["certify"][method] != after["certify"][method]}
     expected = set(METHODS) if path.startswith("certify.") else set()
     assert certified == expected
 
@@ -443,6 +456,7 @@ def test_an_edit_reruns_the_cascades_that_it_changes(with_cascade, tmp_path, edi
     assert {name.partition("@")[0] if name.startswith("certify@") else name for name in found} == again
 
 
+@pytest.mark.slow
 def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_method):
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
     values["pretrain"]["objectives"] = ["rrcm", "dmae", "rrcm_dmae"]

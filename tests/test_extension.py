@@ -127,6 +127,7 @@ def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_
     assert (read_certificates(files[2])["predict"] == frame["predict"]).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_outside_objects_decide_the_identity_of_a_run(extended, project, tmp_path, monkeypatch):
     """A run is not resumed under another row of the method table, nor under another objective's code."""
     from rrcm.training import finetune as module

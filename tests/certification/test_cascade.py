@@ -323,6 +323,7 @@ def test_predict_returns_the_answer_of_the_cascade_or_abstains(thresholds: tuple
     assert (predictions == answers).mean() > 0.6
 
 
+@pytest.mark.slow
 def test_predict_stops_as_soon_as_it_knows():
     counted = []
     classifier = make()

@@ -299,6 +299,7 @@ def check_edge(case: str, alpha: float) -> None:
     assert case in LOOSE or max(found.values()) > 0.1 * alpha * IMAGES, found  # the bounds are not just loose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 def test_certificates_are_false_no_more_often_than_alpha(case: str):
     check_edge(case, 0.05)
@@ -312,6 +313,7 @@ def test_certificates_are_false_no_more_often_than_alpha_at_every_edge(case: str
     check_edge(case, alpha)
 
 
+@pytest.mark.slow
 def test_alpha_spent_anew_at_every_look_is_caught(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stopping, "alpha_spending", lambda alpha, looks: (alpha,) * looks)
     assert min(list(false_certificates("others below", 0.05).values())[:2]) > most_false(0.05)

@@ -88,6 +88,7 @@ def test_order_is_a_permutation_that_changes_with_seed_and_epoch(sizes: list[int
     assert sum(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2)) == 0
 
 
+@pytest.mark.slow
 def test_order_reads_few_shards_at_a_time():
     shard = epoch_order([50] * 40, 0, 0, window=4) // 50
     for start in range(2000, 200):
@@ -304,6 +305,7 @@ def test_a_small_dev_shm_is_one_line(folder: Path, size: str, line: str):
     assert answer.stderr == ""
 
 
+@pytest.mark.slow
 def test_workers_read_a_url(folder: Path, tmp_path: Path):
     asked = []
 

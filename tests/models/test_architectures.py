@@ -196,6 +196,7 @@ def test_settings_that_do_not_fit_another_trunk(project, settings, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"), [("lenet", "too small for a LeNet"), ("vgg11", "cannot take images of 8 x 8"), ("vitt", "timm")]
 )

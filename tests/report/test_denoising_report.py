@@ -96,6 +96,7 @@ def test_certified_images_must_match_the_settings(denoising_report, tmp_path: Pa
             read_inputs(config, copy)
 
 
+@pytest.mark.slow
 def test_report_without_trained_methods(tmp_path: Path):
     pretrain = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["pretrain"] | {"objectives": []}
     config = denoising_config(["dds", "densepure"], pretrain=pretrain, sigmas=[0.5])

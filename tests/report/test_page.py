@@ -15,6 +15,7 @@ from rrcm.certification.results import read_certificates, read_samples, sigma_na
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
 from rrcm.report import page
+from rrcm.report.build import make_tables
 from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_file
@@ -131,11 +132,11 @@ def test_external_pretraining_is_named_and_not_counted(tmp_path: Path):
     make_inputs(config, tmp_path)
     shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it
     (tmp_path / "timings/pretrain/rrcm.json").unlink()
-    write_report(config, tmp_path, tmp_path / "out")
-    budgets = pd.read_csv(tmp_path / "out/budgets.csv").set_index("method")
+    inputs = read_inputs(config, tmp_path)
+    budgets = make_tables(config, inputs)["budgets"].numbers.set_index("method")
     assert not budgets[["preparation_passes", "preparation_seconds"]].to_numpy().any()
     assert (budgets["total_passes"] == budgets["finetune_passes"]).all()
-    text = (tmp_path / "out/report.md").read_text()
+    text = render(config, tmp_path, inputs, ["0"])
     assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text
     assert "timm starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
     assert "**At equal fine-tuning budget**" in text and "**At equal total compute**" not in text

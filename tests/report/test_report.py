@@ -153,6 +153,7 @@ def test_external_results_are_checked_before_any_work():
     assert "allowed here: label, sigma, path" in config_error(good | {"zzz": "x"})
 
 
+@pytest.mark.slow
 def test_report_of_one_method_without_latency(tmp_path: Path):
     pretrain = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["pretrain"] | {"objectives": []}
     config = make_config(external=[], methods=["gaussian"], sigmas=[0.5], pretrain=pretrain)
@@ -251,6 +252,7 @@ def test_mixed_certificates_raise(invented_report, tmp_path: Path, change: str):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_importing_the_report_does_not_import_torch():
     code = "import sys, rrcm.report.build, rrcm.utils.provenance; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

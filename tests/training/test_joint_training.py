@@ -106,6 +106,7 @@ def test_its_certificates_can_be_audited_timed_and_attacked(joint, tmp_path):
     assert {"sigma_0.25", "sigma_0.5", "sigma_1.0"} <= summary.keys() and summary["broken"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "soft"),
     [("smoothadv_joint", False), ("smoothmix_joint_third", False), ("cat_rs_joint_third", True)],
@@ -184,6 +185,7 @@ def test_a_training_tells_the_network_the_noise_of_each_image(joint):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", ["0.5", "all"])
 def test_a_joint_method_has_no_training_at_one_sigma(project, sigma):
     change(project, methods=["rrcm_joint"])

@@ -259,6 +259,7 @@ def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained
 # Monitoring
 
 
+@pytest.mark.slow
 def test_live_metrics_are_complete_after_a_kill(project):
     pretrain_and_kill(project, 2)
     (project / "dvclive/pretrain-rrcm/metrics.json").write_text("{")  # as if killed while writing it
@@ -271,6 +272,7 @@ def test_live_metrics_are_complete_after_a_kill(project):
     assert plotted["loss"].tolist() == pytest.approx(history["loss"].tolist())
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_live_metrics(project):
     (project / "dvclive").write_text("a file where the folder should be")
     change(project, pretrain__steps=6, pretrain__max_levels=40)
@@ -314,6 +316,7 @@ def test_the_contrastive_loss_is_info_nce_in_both_directions():
     assert loss.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "terms"),
     [
@@ -324,6 +327,7 @@ def test_the_contrastive_loss_is_info_nce_in_both_directions():
     ],
 )
 def test_other_pre_trainings_learn_and_log_their_terms(project, objective, terms):
+    change(project, pretrain__evaluate_every=30, pretrain__checkpoint_every=30)
     result = stage(project, "pretrain", objective)
     assert result.returncode == 0, result.stderr
     folder = project / "models/pretrain" / objective

@@ -164,6 +164,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_no_weight_differ():
     """They have the same seed, and many have equal state dicts."""
     found = [described(build()) for build in (classifier, *MODELS.values())]

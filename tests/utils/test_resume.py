@@ -102,6 +102,7 @@ def test_changed_settings_or_data_start_a_new_run(project):
     assert "resuming" not in messages(stage(project, "pretrain"))
 
 
+@pytest.mark.slow
 def test_a_run_is_locked_while_it_is_running(project):
     first = start(project, "pretrain")
     while not list(project.glob("runs/pretrain-*/[0-9]*.safetensors")):
