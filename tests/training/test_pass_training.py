@@ -118,9 +118,10 @@ def test_the_more_bias_the_more_it_passes_and_the_encoder_stays(passing, tmp_pat
     images = ShardedDataset(folder / "data/shards", "train")
     pixels = to_unit_range(read_pixels(images, 8, range(400))) + 0.5 * torch.randn(400, 1, 8, 8)
     shares = []
-    for bias in (-3.0, 3.0):
-        change(folder, finetune__pass_bias=bias)
-        succeed(stage(folder, "finetune", METHOD, "joint"))
+    for bias in (0.0, 3.0):  # the shared project was trained with the default, 0
+        if bias:
+            change(folder, finetune__pass_bias=bias)
+            succeed(stage(folder, "finetune", METHOD, "joint"))
         weights = load_file(folder / MODEL / "model.safetensors")
         changed = {name for name, value in weights.items() if not torch.equal(value, joint[name])}
         assert changed == {"head.weight", "head.bias"}
