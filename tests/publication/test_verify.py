@@ -48,6 +48,13 @@ def same_report(monkeypatch) -> None:
     monkeypatch.setattr("rrcm.publication.verify.check_report", lambda *_: [])
 
 
+@pytest.fixture
+def same_votes(monkeypatch) -> None:
+    """Neither vote again nor make the test images again, which takes seconds."""
+    for check in ("vote_again", "check_images"):
+        monkeypatch.setattr(f"rrcm.publication.verify.{check}", lambda *_: [])
+
+
 def problems_of(result: Result, rows: int | None = 3) -> list[str]:
     return verify_result(result, rows, seed=0, shared=check_repository(result.root)).problems
 
@@ -119,6 +126,7 @@ def test_unknown_names_and_an_empty_repository_are_refused(repository):
     assert answer.returncode == 1 and answer.stderr.startswith("error: results/: nothing is published here")
 
 
+@pytest.mark.thorough  # test_pipeline.py has the same, of a whole run
 def test_the_exit_status_shows_a_forgery(repository):
     path = repository / "README.md"
     path.write_text(path.read_text().replace("| tiny, rRCM | ", "| tiny, rRCM | 1"))
@@ -150,6 +158,7 @@ def test_missing_and_extra_files_are_named(result):
     assert "results/tiny/seed_0/run/models/rrcm/more: is no file of the result; delete it" in problems
 
 
+@pytest.mark.usefixtures("same_votes")
 def test_a_changed_cell_of_the_report_is_found_despite_matching_hashes(result):
     path = result.folder / "report/best_sigma.md"
     path.write_text(re.sub(r"\d\.\d", "9.9", path.read_text(), count=1))
@@ -227,7 +236,7 @@ def test_certificates_of_another_seed_are_found(result, trained, tmp_path, also_
     ) in problems
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_dirty_tree_is_named(result):
     (result.root / "rrcm").mkdir()
     (result.root / "rrcm/more.py").touch()
@@ -236,7 +245,7 @@ def test_a_dirty_tree_is_named(result):
     assert "(dirty)" in str(verdict) and str(verdict).startswith("NOT verified: results/tiny/seed_0: 1 problem, listed")
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_result_of_dirty_code_is_not_verified(result):
     values = result.read().model_dump(mode="json")
     values["code"]["dirty"] = True
@@ -245,7 +254,7 @@ def test_a_result_of_dirty_code_is_not_verified(result):
     assert problems_of(result) == ["results/tiny/seed_0: was computed or published with code that is in no commit"]
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_commit_that_no_stage_ran_from_is_found(result):
     values = result.read().model_dump(mode="json")
     values["stages"]["certify"]["environments"][0]["git"]["revision"] = "2" * 40
@@ -255,7 +264,7 @@ def test_a_commit_that_no_stage_ran_from_is_found(result):
     assert problems_of(result) == [message]
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_result_without_networks_is_not_verified(result):
     values = result.read().model_dump(mode="json") | {"models": []}
     write_json(result.folder / "result.json", values)
