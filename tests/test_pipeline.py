@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY, compose, files_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.xdist_group("pipeline")]  # built once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]  # built once
 pytestmark += [pytest.mark.timeout(1200)]  # the first test builds the repository, minutes on a busy machine
 pytestmark += [pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists the files to copy")]
 SMOKE = [override for override in TINY if not override.startswith("sigmas=")] + ["sigmas=[0.5]"]
