@@ -138,6 +138,20 @@ def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
     assert len(seen) == 1 + len(attributes) and described(model) == before
 
 
+def program_of(*layers: nn.Module, weight: float = 1.0) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), *layers)
+    nn.init.constant_(model[1].weight, weight), nn.init.zeros_(model[1].bias)
+    sizes = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(model, (torch.zeros(2, 1, 2, 2),), dynamic_shapes=sizes).module()
+
+
+def test_a_program_of_torch_export_is_described_by_its_graph_and_its_tensors():
+    """It holds functions that belong to no module and hold what cannot be described."""
+    described_as = described(program_of())
+    assert described_as == described(program_of())
+    assert len({described_as, described(program_of(weight=2.0)), described(program_of(nn.ReLU()))}) == 3
+
+
 MODELS = {
     "t": lambda: classifier(2.0),
     "num_heads": lambda: classifier(num_heads=4),
