@@ -1,4 +1,4 @@
-"""The README.md beside an exported program: what it takes, what it returns, and how to vote with it."""
+"""The README.md beside an exported program. It describes the input and the output, and how to vote with the program."""
 
 RUN = {
     "onnx": """import onnxruntime
@@ -80,7 +80,7 @@ def certify(image, n0=100, n=100_000, alpha=0.001):
 
 
 def export_readme(kind: str, file: str, compared: str, **facts: float) -> str:
-    """The text. `kind` is a key of RUN, `compared` how the program differs from the original in one line.
+    """The text. `kind` is a key of RUN, and `compared` says in one line how the program differs from the original.
 
     `facts` are `sigma` (pixel units), `channels`, `size` (side of the image in pixels) and `classes` (their number).
     """

@@ -1,6 +1,6 @@
-"""`rrcm train`: look at a folder of images, choose, train the joint classifier, certify it, and write a model folder.
+"""`rrcm train`: look at a folder of images, choose settings, train the joint classifier, certify it, and write it.
 
-It calls what the stages call, in a hidden folder beside the output, from which a stopped run continues.
+It calls the functions of the pipeline's stages in a hidden folder beside the output. A stopped run continues from it.
 """
 
 import contextlib
@@ -36,38 +36,38 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import check_output, claimed, expand_user, read_json, read_text, write_json
 
 HOURS = 1.0
-PREPARATION = 2.0  # times as long as the first look at the images: they are compared and copied
-PHOTOGRAPH = 64  # pixels of the shorter side, from which on a note suggests ImageNet weights
+PREPARATION = 2.0  # writing the shards takes about this many times as long as looking at the images
+PHOTOGRAPH = 64  # pixels of the shorter side; for larger images a note suggests ImageNet weights
 ASKED, PARAMS = "asked.json", "params.yaml"  # in the hidden folder
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for."""
+    """The arguments of the command."""
 
-    folder: Path  # of images
+    folder: Path  # with the images
     output: Path  # model folder
     hours: float = HOURS  # at most
-    params: Path | None = None  # settings to run; written if there is no such file
-    start: str | None = None  # model of timm: a name, a snapshot folder, or hf-hub:owner/name
+    params: Path | None = None  # settings to run; the command writes them if the file does not exist
+    start: str | None = None  # timm model: a name, a snapshot folder, or hf-hub:owner/name
     weights: Path | None = None  # file with its weights, instead of a download
 
     @property
     def work(self) -> Path:
-        """The hidden folder."""
+        """The hidden folder in which the run works."""
         return self.output.absolute().with_name(f".{self.output.name}.train")
 
     @property
     def takes_params(self) -> bool:
-        """Whether the settings are given."""
+        """Whether the user gives the settings."""
         return self.params is not None and self.params.exists()
 
 
 def train(request: Request) -> None:
-    """Do all of it, or continue where an earlier run was stopped.
+    """Run the whole command, or continue where an earlier run was stopped.
 
-    Prints what was found and chosen and how long it will take. Raises `RRCMError` in one line for a folder and options
-    that do not fit, before any work.
+    Prints the facts, the choice and the estimated time. Raises `RRCMError` before any work if the folder or the options
+    do not fit.
     """
     check_request(request)
     with claimed(request.work):
@@ -83,7 +83,7 @@ def train(request: Request) -> None:
 
 
 def check_request(request: Request) -> None:
-    """Raise `RRCMError` for options that cannot be."""
+    """Raise `RRCMError` for impossible options."""
     output, folder = request.output, request.folder.resolve()
     if not 0 < request.hours < math.inf:
         raise RRCMError(f"--hours {request.hours:g}: must be a positive number, such as 0.5")
@@ -103,7 +103,7 @@ def check_request(request: Request) -> None:
 
 
 def prepare(request: Request) -> tuple[Folder, Config | None]:
-    """Look, choose and print. The settings are None if they were to be written only."""
+    """Look at the folder, choose settings and print them. The settings are None if they were only to be written."""
     root, start = request.folder.resolve(), time.monotonic()
     folder = look_at_folder(root, parse_config(complete(with_root(root))).data)
     looking, machine = time.monotonic() - start, look_at_machine()
@@ -134,7 +134,7 @@ def prepare(request: Request) -> tuple[Folder, Config | None]:
 
 
 def describe_request(request: Request, folder: Folder) -> dict[str, object]:
-    """What an unfinished run must have in common with the command that continues it. JSON-able."""
+    """What an unfinished run must have in common with the command that continues it, as JSON values."""
     given = read_text(request.params) if request.takes_params else None
     asked = {"folder": str(request.folder.resolve()), "hours": request.hours, "params": given}
     start = {"start": request.start, "weights": request.weights and str(request.weights.resolve())}
@@ -142,7 +142,7 @@ def describe_request(request: Request, folder: Folder) -> dict[str, object]:
 
 
 def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple[Config, Speed]:
-    """The settings that are given, or those that the rules choose, and the speed on this machine."""
+    """The settings, which the user gives or the rules choose, and the speed on this machine."""
     root, reading = request.folder.resolve(), reading_seconds(request.folder, folder)
 
     def measure(config: Config) -> Speed:
@@ -166,9 +166,9 @@ def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple
 
 
 def choose_start(request: Request, folder: Folder) -> tuple[tuple[str, str | None] | None, Sequence[Trunk | Network]]:
-    """The model of timm to start from with the file of its weights, and the networks to choose from.
+    """The timm model to start from, with the file of its weights, and the candidates for the network.
 
-    The first is None for random weights: if no model is given, or if the images are too small for it.
+    The model is None if training starts from random weights: if none is given, or if the images are too small for it.
     """
     if (start := find_start(request)) is None:
         if folder.side >= PHOTOGRAPH:
@@ -183,7 +183,7 @@ def choose_start(request: Request, folder: Folder) -> tuple[tuple[str, str | Non
 
 
 def find_start(request: Request) -> tuple[str, str | None] | None:
-    """The model of timm that is given and the file of its weights, with absolute paths."""
+    """The timm model that the user names and the file of its weights, with absolute paths."""
     if request.start is None:
         return None
     path = expand_user(request.start)
@@ -192,7 +192,7 @@ def find_start(request: Request) -> tuple[str, str | None] | None:
 
 
 def run(request: Request, folder: Folder, config: Config) -> HeldOut:
-    """Write the shards, train, certify and write the output. Whatever an earlier run has finished is kept."""
+    """Write the shards, train, certify and write the output. Parts that an earlier run has finished are kept."""
     method, output = config.methods[0], request.output.absolute()
     work = Work(*map(Path, ("shards", f"models/{method}/{JOINT}", "certificates", "timing.json")))
     with contextlib.chdir(request.work):  # checkpoints and live metrics go to folders below the working directory
