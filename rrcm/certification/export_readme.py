@@ -37,16 +37,31 @@ Compared with the original: {compared}.
 The program alone is not robust: the majority of its votes on noisy copies is. A certificate says that this majority
 does not change within an L2 radius, in pixels of [0, 1]. It is wrong with probability at most alpha.
 
-- Use the program at sigma {sigma:g} only.
+- Use the program at sigma {sigma:g} only. A cascade of several sigmas is another classifier, with other answers and radii.
 - Add the noise to the image in [0, 1], and do not clip the sum.
 - Choose the class by n0 = 100 votes, and bound its probability by n = 100,000 others. The same votes must not do both.
 - A class without a radius needs 1,000 votes.
 
 ```python
 import numpy as np
+from PIL import Image, ImageOps
 from scipy.stats import beta, binomtest, norm
 
 {run}
+
+
+def read_image(file):
+    "The image ({channels}, {size}, {size}) in [0, 1]: its shorter side is resized, and the central square is kept."
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    width, height = picture.size
+    short = min(width, height)
+    width, height = {size} * width // short, {size} * height // short
+    picture = picture.convert("{mode}").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - {size}) / 2), round((height - {size}) / 2)
+    pixels = np.asarray(picture.crop((left, top, left + {size}, top + {size})), np.float32) / 255
+    return pixels.reshape({size}, {size}, {channels}).transpose(2, 0, 1)
 
 
 rng = np.random.default_rng()
@@ -84,4 +99,5 @@ def export_readme(kind: str, file: str, compared: str, **facts: float) -> str:
 
     `facts` are `sigma` (pixel units), `channels`, `size` (side of the image in pixels) and `classes` (their number).
     """
-    return TEXT.format(run=RUN[kind], file=file, compared=compared, **facts)
+    mode = "L" if facts["channels"] == 1 else "RGB"
+    return TEXT.format(run=RUN[kind], file=file, compared=compared, mode=mode, **facts)

@@ -1,5 +1,6 @@
 """The facts on which the choice of `rrcm train` rests: the folder of images, and this machine."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rrcm.utils.provenance import available_cores, describe_environment
 LEAST_IMAGES = 5  # per class: one to test, one to validate and three to learn from
 FEW_IMAGES = 100  # per class; a note is printed for fewer
 UNBALANCED = 10  # a note is printed if one class has this many times the images of another
+BUSY = 0.75  # a note is printed if the load of each core is at least this
 MEASURED = 1000  # images whose size is read, evenly spaced
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")  # modes that images.py reads as grey
 
@@ -73,6 +75,18 @@ class Machine:
     instructions: str  # of the CPU, such as AVX2
     gpus: tuple[str, ...]
     memory_gib: float
+    load: float = 0.0  # processes that ran or waited for a core, on average over the last minute
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings about this machine, in one line each."""
+        if self.gpus or self.load < BUSY * self.cores:
+            return []
+        cores = f"{self.cores} core{'s' if self.cores > 1 else ''}"
+        return [
+            f"other programs keep this machine busy (load {self.load:.1f} on {cores}), so the work takes longer and "
+            "estimates vary; with OMP_NUM_THREADS=1 it may be faster"
+        ]
 
     @property
     def description(self) -> str:
@@ -124,4 +138,5 @@ def _read_headers(dataset: RawDataset) -> tuple[list[int], list[int], list[str]]
 def look_at_machine(device: str = "auto") -> Machine:
     """The parts of this machine that a training on `device` uses."""
     hardware = describe_environment(pick_device(device))["hardware"]
-    return Machine(available_cores(), hardware["instructions"], tuple(hardware["gpus"]), hardware["memory_gib"])
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return Machine(available_cores(), hardware["instructions"], tuple(hardware["gpus"]), hardware["memory_gib"], load)

@@ -136,7 +136,7 @@ def choose(task: Task, trunks: Sequence[Trunk | Network], measure: Callable[[Tru
         needed = math.ceil(102 * task.hours * least / choice.allowed_steps) / 100
         raise RRCMError(
             f"--hours {task.hours:g}: leaves time for {choice.allowed_steps:.0f} training steps of the smallest "
-            f"network, which needs {least}; give --hours {needed:g} or more"
+            f"network, which needs {least}; give --hours {needed:g} or more{', or leave out --start' * task.started}"
         )
     return choice
 

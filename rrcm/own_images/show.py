@@ -1,5 +1,6 @@
 """What `rrcm train` prints."""
 
+import sys
 from collections.abc import Mapping
 
 from rrcm.config import Config
@@ -10,6 +11,11 @@ from rrcm.own_images.rules import Trunk
 def print_row(name: str, text: str) -> None:
     """Print one fact or choice in a line."""
     print(f"{name:12} {text}", flush=True)
+
+
+def print_note(text: str) -> None:
+    """A line of what the user should know."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def print_settings(config: Config) -> None:

@@ -6,7 +6,6 @@ It calls the functions of the pipeline's stages in a hidden folder beside the ou
 import contextlib
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from rrcm.own_images.settings import (
     with_root,
     write_params,
 )
-from rrcm.own_images.show import print_result, print_row, print_settings, print_time
+from rrcm.own_images.show import print_note, print_result, print_row, print_settings, print_time
 from rrcm.own_images.speed import estimate, measure_speed, reading_seconds, timm_trunks
 from rrcm.training.checks import check_before_training
 from rrcm.training.finetune import finetune
@@ -37,6 +36,7 @@ from rrcm.utils.files import check_output, claimed, expand_user, read_json, read
 
 HOURS = 1.0
 PREPARATION = 2.0  # writing the shards takes about this many times as long as looking at the images
+REDUCED = 4  # a note is printed if the images lose so much of their side
 PHOTOGRAPH = 64  # pixels of the shorter side; for larger images a note suggests ImageNet weights
 ASKED, PARAMS = "asked.json", "params.yaml"  # in the hidden folder
 
@@ -76,7 +76,10 @@ def train(request: Request) -> None:
         if config is None:
             print(f"written: {request.params}. The same command trains with these settings")
             return
-        held_out = run(request, folder, config)
+        try:
+            held_out = run(request, folder, config)
+        except KeyboardInterrupt as interruption:
+            raise KeyboardInterrupt(str(interruption) or "; the same command continues from here") from None
         shutil.rmtree(request.work)
     print_result(held_out, config, time.monotonic() - start)
     print(f"written: {request.output}, with README.md and index.html")
@@ -104,13 +107,13 @@ def check_request(request: Request) -> None:
 
 def prepare(request: Request) -> tuple[Folder, Config | None]:
     """Look at the folder, choose settings and print them. The settings are None if they were only to be written."""
-    root, start = request.folder.resolve(), time.monotonic()
+    root, machine, start = request.folder.resolve(), look_at_machine(), time.monotonic()
     folder = look_at_folder(root, parse_config(complete(with_root(root))).data)
-    looking, machine = time.monotonic() - start, look_at_machine()
+    looking = time.monotonic() - start
     print_row("folder", folder.description)
     print_row("machine", machine.description)
-    for note in folder.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for note in folder.notes + machine.notes:
+        print_note(note)
     asked = describe_request(request, folder)
     if (request.work / ASKED).exists():
         if read_json(request.work / ASKED) != asked:
@@ -157,10 +160,14 @@ def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple
     base, speeds = with_root(root), {}
 
     def measure_trunk(trunk: Trunk | Network) -> Speed:
+        print_row("candidate", f"{trunk.description}: a few steps are timed")
         speeds[trunk] = measure(parse_config(complete(with_network(base, folder, trunk, start))))
         return speeds[trunk]
 
     choice = choose(Task(folder, machine, request.hours, start is not None), trunks, measure_trunk)
+    if REDUCED * choice.trunk.image_size <= folder.side:
+        side = choice.trunk.image_size
+        print_note(f"there is no time for images of more than {side} x {side} pixels; more hours or a GPU would help")
     values = with_lengths(with_network(base, folder, choice.trunk, start), choice)
     return parse_config(complete(values)), speeds[choice.trunk]
 
@@ -172,13 +179,13 @@ def choose_start(request: Request, folder: Folder) -> tuple[tuple[str, str | Non
     """
     if (start := find_start(request)) is None:
         if folder.side >= PHOTOGRAPH:
-            print("note: photographs may need fewer images and hours with ImageNet weights (--start)", file=sys.stderr)
+            print_note("photographs may need fewer images and hours with ImageNet weights (--start)")
         return None, TRUNKS
     trunks = timm_trunks(*start, folder.channels)
     if suits(folder, side := trunks[0].image_size):
         return start, trunks
     made = f"{request.start} was made for {side} x {side} pixels, and the images have {folder.side}"
-    print(f"note: {made}: training starts from random weights", file=sys.stderr)
+    print_note(f"{made}: training starts from random weights")
     return None, TRUNKS
 
 

@@ -136,6 +136,7 @@ def test_small_images_start_from_random_weights(side, fits):
     assert suits(folder(side=side), 224) == fits
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_network_from_weights_are_complete():
     base, start = with_root(Path("pictures")), ("resnet18", "w.safetensors")
     config = parse_config(complete(with_network(base, folder(), NETWORKS[1], start)))
@@ -144,6 +145,12 @@ def test_the_settings_of_a_network_from_weights_are_complete():
     assert (config.finetune.timm.model, config.finetune.timm.weights) == start
     grey = replace(NETWORKS[1], channels=1, pixel_mean=(0.5,), pixel_std=(0.5,))
     assert parse_config(complete(with_network(base, folder(), grey, start))).data.channels == 1
+
+
+@pytest.mark.parametrize(("load", "gpus", "busy"), [(0.4, (), False), (1.5, (), True), (13.0, ("H200",), False)])
+def test_a_busy_machine_is_noted(load, gpus, busy):
+    notes = replace(MACHINE, load=load, gpus=gpus).notes
+    assert len(notes) == busy and all(f"load {load} on 2 cores" in note for note in notes)
 
 
 def test_a_gpu_alone_gets_the_largest_network():
