@@ -382,7 +382,7 @@ def export(
     ],
     sigma: Annotated[
         float | None,
-        typer.Option(help="Noise in pixel units. A joint model needs it. Default: the noise of the training."),
+        typer.Option(help="Noise in pixel units, for joint models. Default: the noise of the training."),
     ] = None,
     check: Annotated[
         Path | None,
