@@ -49,11 +49,11 @@ class CompiledProgram:
         return torch.from_numpy(self.request.infer([noisy.contiguous().numpy()], share_inputs=True)[0])
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """What OpenVINO compiled cannot be pickled or described (describe.py), but what it was made from can."""
+        """A program of OpenVINO. It is pickled and described (describe.py) by what it was compiled from."""
         return CompiledProgram, self.made_from
 
     def __deepcopy__(self, memo: dict) -> "CompiledProgram":
-        """The same program, since it never changes."""
+        """The program itself, because it never changes."""
         return self
 
 
@@ -92,10 +92,11 @@ def runtime_of(smoothed: SmoothedClassifier) -> str | None:
 def in_runtime(
     runtime: str, scales: Sequence[SmoothedClassifier], image: torch.Tensor
 ) -> tuple[list[SmoothedClassifier], str | None]:
-    """The smoothed classifiers with their networks run by a runtime, for images like this one, and a note in one line.
+    """The smoothed classifiers with their networks run by a runtime, and a note in one line.
 
-    The note says how many votes differ from torch's. If the runtime cannot run all networks, the smoothed classifiers
-    stay as they are, and the note says why. The runtime computes with as many threads as torch.
+    `image` stands for the images that they will get. The note says how many votes differ from torch's. If the runtime
+    cannot run all networks, the smoothed classifiers stay as they are, and the note says why. The runtime computes with
+    as many threads as torch.
     """
     if runtime == "torch":
         return list(scales), None
@@ -120,7 +121,7 @@ def _check_possible(scales: Sequence[SmoothedClassifier]) -> None:
 
 
 def _in_openvino(smoothed: SmoothedClassifier, image: torch.Tensor) -> tuple[SmoothedClassifier, Comparison]:
-    """The same smoothed classifier, run by OpenVINO, and its comparison with torch in fp32."""
+    """The same smoothed classifier with its network run by OpenVINO, and the comparison with torch in fp32."""
     size, precision = smoothed.find_batch_size(image), smoothed.precision
     shape = (size, *image.shape)
     network = OpenVINOClassifier(smoothed.model, shape, precision, torch.get_num_threads())
