@@ -97,7 +97,7 @@ def least_cost(r: np.ndarray, price: float) -> np.ndarray:
     return np.where(price > least_price(r), cost, 1.0)
 
 
-# Designs: whether inheritance certifies with fewer votes, by exact binomials
+# Designs: whether inheritance certifies with fewer votes, by binomial distributions of counts taken as independent
 
 
 @dataclass(frozen=True)
