@@ -124,7 +124,7 @@ def places(model: nn.Module) -> list[tuple[object, str]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if "_" in k else k for k in BUILDERS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.thorough) if "_" in k else k for k in BUILDERS])
 def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
     """Attributes that nothing reads count too, since nobody can know that."""
     model = BUILDERS[kind]().eval()
@@ -164,6 +164,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_no_weight_differ():
     """They have the same seed, and many have equal state dicts."""
     found = [described(build()) for build in (classifier, *MODELS.values())]
@@ -362,7 +363,7 @@ print(json.dumps([texts, fingerprint({}, {}, "rrcm.certification.certify", BUILD
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_descriptions_are_the_same_in_every_process():
     """Addresses and the order of sets differ from process to process; code is compiled, or read from a cache."""
     Path(cache_from_source(__file__)).unlink(missing_ok=True)  # the first process compiles the code, the other reads it
