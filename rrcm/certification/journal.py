@@ -11,6 +11,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -120,8 +121,14 @@ def _are_kept_votes(votes: object, counts: dict[str, int], looks: Sequence[int],
 
 def _are_counts(votes: object, num_classes: int) -> bool:
     """Whether these are votes by class in the form of an `ImageState`, such as {"3": 5}."""
-    classes = {str(k) for k in range(num_classes)}
-    return isinstance(votes, dict) and votes.keys() <= classes and all(type(n) is int and n > 0 for n in votes.values())
+    named = isinstance(votes, dict) and votes.keys() <= _class_names(num_classes)
+    return named and all(type(n) is int and n > 0 for n in votes.values())
+
+
+@lru_cache(maxsize=1)  # with 10,000 classes it takes a millisecond, and each line of a journal asks several times
+def _class_names(num_classes: int) -> frozenset[str]:
+    """The classes as keys of JSON."""
+    return frozenset(str(k) for k in range(num_classes))
 
 
 def is_duration(seconds: object) -> bool:
