@@ -124,7 +124,7 @@ def test_a_setting_that_is_gone_must_have_had_its_default(result):
 
 def test_a_new_setting_that_decides_a_training_must_be_confirmed(result):
     today = age(result, DECISIVE)
-    refuse(result, r"tiny/seed_0/params\.yaml: certify\.n: is no new setting", today, "certify.n")
+    refuse(result, r"tiny/seed_0/params\.yaml: certify\.n: is not a new setting", today, "certify.n")
     refuse(result, r"finetune\.rrcm\.sigma_0_5: other settings decide it .* -S finetune\.mixup=0\.0 that", today)
 
 
