@@ -49,8 +49,10 @@ MADE: list["Rounded"] = []  # the latest programs
 class Rounded(CompiledProgram):
     """Stands for a program of OpenVINO: the classifier with logits in float16."""
 
-    def __init__(self, classifier: nn.Module, shape: tuple[int, ...], precision: str, threads: int):
-        self.made_from, self.shape = (classifier, shape, precision, threads), shape
+    def __init__(
+        self, classifier: nn.Module, shape: tuple[int, ...], precision: str, threads: int, int8: object = None
+    ):
+        self.made_from, self.shape = (classifier, shape, precision, threads, int8), shape
         self.request = threading.Lock()  # cannot be copied or described either
         self.batches = 0
         MADE.append(self)
@@ -99,6 +101,8 @@ def test_torch_runs_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch):
     missing = "note: runtime openvino: needs the package openvino: pip install 'rrcm[openvino]'; torch runs instead"
     assert certify("--runtime", "openvino") == (missing, files)
     refused(rrcm("images", "--model", "model", "--runtime", "onnx"), "runtime = 'onnx': must be torch or openvino")
+    in_int8 = ["--runtime", "openvino", "--precision", "int8"]
+    refused(rrcm("images", "--model", "model", *in_int8), "precision = 'int8': needs the validation images of a run")
 
 
 @pytest.mark.usefixtures("images", "stand_in")
