@@ -73,7 +73,7 @@ def test_the_noise_of_the_calibration_has_its_sigma_and_is_in_no_certificate(tin
 
 
 def test_a_network_is_quantized_once_for_each_sigma(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    made, classifier = [], noise_conditioned()
+    made, classifier = [], noise_conditioned().eval()
     described = lambda *given: hashlib.sha256(str(Description().of(given)).encode()).hexdigest()  # noqa: E731
     monkeypatch.setattr(quantization, "fingerprint", described)  # without the code, which takes seconds to read
     monkeypatch.setattr(quantization, "_quantize", lambda *given: made.append(given) or stand_in_for(*given))
