@@ -57,6 +57,7 @@ params: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || { $(NEW_VENV); } # missing, or half-made by a killed run
+	@echo "installing into $(VENV): this takes some minutes and 6 GB"
 	python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@test -e .git || python -m dvc config --local core.no_scm true # an archive without git, which DVC would refuse
 	@touch $@

@@ -6,6 +6,9 @@ equally; compare medians over blocks. OUTPUT is written after each block, and a 
 
     python benchmarks/certify.py models/rrcm/sigma_0.5 data/shards --output digits_0.5.json
     python benchmarks/certify.py --show digits_0.25.json digits_0.5.json digits_1.0.json
+
+A joint network needs `--sigma`. With `--student FOLDER` a smaller network is certified as well, and its ACR is compared
+with the first network's on the same images.
 """
 
 import importlib.util
@@ -34,7 +37,7 @@ from rrcm.utils.app import exit_on_error, keep_freed_memory, make_app
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.stopping import clopper_pearson_lower
 from rrcm.data.shards import ShardedDataset, read_split
-from rrcm.evaluation.metrics import certified_accuracy
+from rrcm.evaluation.metrics import acr_difference, average_certified_radius, certified_accuracy
 from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.vit import Block
 from rrcm.utils.errors import RRCMError
@@ -48,12 +51,18 @@ LABELS = {
     "plain": "(a) one image at a time, float32, all n",
     "fixed_fp32": "(b) rrcm, fixed, float32",
     "fixed_bf16": "(c) rrcm, fixed, bfloat16",
+    "sequential_fp32": "    rrcm, sequential, float32",
     "sequential_bf16": "(d) rrcm, sequential, bfloat16",
     "sequential_bf16_compiled": "    the same, compiled",
+    "student_fp32": "    a student, sequential, float32",
+    "student_bf16": "    a student, sequential, bfloat16",
     "art": "(e) adversarial-robustness-toolbox, float32",
     "limit_fp32": "bare forward pass, float32",
     "limit_bf16": "bare forward pass, bfloat16",
 }
+
+AT_ONCE = ("sequential", "student")  # variants that certify all images together
+CLOCKS = {"wall clock": time.perf_counter, "CPU time": time.process_time}
 
 Answers = list[tuple[int, float, int]]  # class or -1, radius, samples
 
@@ -110,16 +119,15 @@ def reference(path: Path) -> Callable[..., Answers]:
     return certify
 
 
-def ours(model: nn.Module, stopping: str, precision: str, batch_size: int | None, compile: bool = False):
+def ours(model: nn.Module, stopping: str, precision: str, radius_step: float, **options: object):
     smoothed: dict[float, SmoothedClassifier] = {}
 
     def certify(labels: list[int], images: torch.Tensor, sigma: float, n: int, indices: list[int]) -> Answers:
         if sigma not in smoothed:
-            smoothed[sigma] = SmoothedClassifier(
-                model, sigma, 10, batch_size=batch_size, precision=precision, compile=compile
-            )
+            smoothed[sigma] = SmoothedClassifier(model, sigma, 10, precision=precision, **options)
             smoothed[sigma].certify(images[:1], n=2048, stopping="fixed")  # warm-up, compilation
-        outcomes = smoothed[sigma].certify(images, labels, stopping=stopping, n0=N0, n=n, alpha=ALPHA, indices=indices)
+        settings = {"stopping": stopping, "n0": N0, "n": n, "alpha": ALPHA, "radius_step": radius_step}
+        outcomes = smoothed[sigma].certify(images, labels, indices=indices, **settings)
         return [(answer.prediction, answer.radius, answer.samples) for answer in outcomes]
 
     return certify
@@ -143,14 +151,14 @@ def art(model: nn.Module, images: torch.Tensor, sigma: float, n: int) -> Answers
 
 
 @torch.no_grad()
-def bare_forward(model: nn.Module, image: torch.Tensor, size: int, samples: int) -> float:
+def bare_forward(model: nn.Module, image: torch.Tensor, size: int, samples: int, clock: Callable[[], float]) -> float:
     """Samples per second of forward passes alone, all on one batch."""
     batch = image + torch.randn(size, *image.shape)
     model(batch)
-    start, passes = time.perf_counter(), max(1, samples // size)
+    start, passes = clock(), max(1, samples // size)
     for _ in range(passes):
         model(batch)
-    return passes * size / (time.perf_counter() - start)
+    return passes * size / (clock() - start)
 
 
 def measure(
@@ -166,6 +174,10 @@ def measure(
     sampled: Annotated[int, typer.Option(help="images per block for the variants that run on blocks; 0: all")] = 0,
     sampled_n: Annotated[int, typer.Option(help="their n, with `sampled`")] = 5000,
     batch_size: int | None = None,
+    radius_step: Annotated[float, typer.Option(help="of the sequential variants, in pixel units")] = 0.25,
+    sigma: Annotated[float | None, typer.Option(help="pixel noise, for a joint network")] = None,
+    student: Annotated[Path | None, typer.Option(help="folder of a smaller classifier")] = None,
+    cpu_time: Annotated[bool, typer.Option(help="measure CPU time, on a machine that is busy; use one thread")] = False,
     plain_allocator: Annotated[bool, typer.Option(help="keep the default memory allocator")] = False,
     reference_code: Annotated[Path | None, typer.Option("--reference", help="checkout of the authors' code")] = None,
     show: bool = False,
@@ -184,11 +196,13 @@ def measure(
     names = variants.split(",")
     if unknown := [name for name in names if name not in LABELS]:
         raise RRCMError(f"variants {unknown[0]}: unknown; they are {', '.join(LABELS)}")
+    if student is None and any(name.startswith("student") for name in names):
+        raise RRCMError("the student variants need a second network: give its folder with --student")
     if not plain_allocator:
         keep_freed_memory()
-    split, classifier = ShardedDataset(models[1], "test"), load_model_folder(models[0]).classifier
+    classifier = load_model_folder(models[0], sigma=sigma).classifier
     size = classifier.encoder.patch_embed.img_size[0]
-    pixels, labels, indices = read_split(split, size, every, images)
+    pixels, labels, indices = read_split(ShardedDataset(models[1], "test"), size, every, images)
     inputs = Inputs(pixels.float() / 255, labels.tolist(), indices, classifier.sigma)
     batches = {
         precision: SmoothedClassifier(
@@ -198,18 +212,25 @@ def measure(
     }
     description = {
         "model": str(models[0]),
+        "student": None if student is None else str(student),
         "sigma": classifier.sigma,
         "n": n,
         "images": len(pixels),
         "sampled": [sampled, sampled_n] if sampled else None,
         "batch_size": batches | {"theirs": THEIR_BATCH},
+        "radius_step": radius_step,
         "freed_memory_kept": not plain_allocator,
+        "clock": "CPU time" if cpu_time else "wall clock",
         "reference": "the authors' core.py" if reference_code else "our own lines",
     }
     record = description | {"environment": describe_environment("cpu"), "whole": {}, "blocks": []}
     if output.is_file() and {key: read_json(output)[key] for key in description} == json.loads(json.dumps(description)):
         record = read_json(output)
-    engines = make_engines(classifier, batch_size, reference(reference_code) if reference_code else plain)
+    options = {"radius_step": radius_step, "batch_size": batch_size}
+    engines = make_engines(classifier, reference(reference_code) if reference_code else plain, options)
+    if student is not None:
+        smaller = load_model_folder(student, sigma=classifier.sigma).classifier
+        engines |= {f"student_{p}": ours(smaller, "sequential", p, **options) for p in ("fp32", "bf16")}
     networks = {precision: bare_network(classifier, precision) for precision in ("fp32", "bf16")}
     measure_whole(record, engines, names, inputs, n, output)
     measure_blocks(record, engines, names, inputs, networks, block, output)
@@ -225,16 +246,17 @@ class Inputs(NamedTuple):
     sigma: float
 
 
-def make_engines(classifier: NoiseConditionedClassifier, batch_size: int | None, theirs: Callable) -> dict:
+def make_engines(classifier: NoiseConditionedClassifier, theirs: Callable, options: dict) -> dict:
     """The variants by name, each a function of (labels, images, sigma, n, indices)."""
     whole = WholeBlocks(classifier)
     return {
         "plain": lambda labels, images, sigma, n, indices: theirs(whole, images, sigma, n),
         "art": lambda labels, images, sigma, n, indices: art(whole, images, sigma, n),
-        "fixed_fp32": ours(classifier, "fixed", "fp32", batch_size),
-        "fixed_bf16": ours(classifier, "fixed", "bf16", batch_size),
-        "sequential_bf16": ours(classifier, "sequential", "bf16", batch_size),
-        "sequential_bf16_compiled": ours(classifier, "sequential", "bf16", batch_size, compile=True),
+        "fixed_fp32": ours(classifier, "fixed", "fp32", **options),
+        "fixed_bf16": ours(classifier, "fixed", "bf16", **options),
+        "sequential_fp32": ours(classifier, "sequential", "fp32", **options),
+        "sequential_bf16": ours(classifier, "sequential", "bf16", **options),
+        "sequential_bf16_compiled": ours(classifier, "sequential", "bf16", compile=True, **options),
     }
 
 
@@ -244,21 +266,22 @@ def bare_network(classifier: NoiseConditionedClassifier, precision: str) -> nn.M
     return WholeBlocks(smoothed.network)
 
 
-def timed(engine: Callable[..., Answers], inputs: Inputs, part: slice, n: int) -> dict:
+def timed(engine: Callable[..., Answers], inputs: Inputs, part: slice, n: int, clock: Callable[[], float]) -> dict:
     """Certify a part of the images; returns the seconds, the samples per second and the answers."""
-    start = time.perf_counter()
+    start = clock()
     answers = engine(inputs.labels[part], inputs.pixels[part], inputs.sigma, n, inputs.indices[part])
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     rate = sum(answer[2] for answer in answers) / seconds
     return {"n": n, "seconds": seconds, "samples_per_second": rate, "answers": answers}
 
 
 def measure_whole(record: dict, engines: dict, names: list[str], inputs: Inputs, n: int, output: Path) -> None:
     """Time the sequential variants on all images at once, as they would be used."""
+    clock = CLOCKS[record["clock"]]
     for name in names:
-        if name.startswith("sequential") and name not in record["whole"]:
-            timed(engines[name], inputs, slice(0, 1), 100)  # warm-up, compilation
-            record["whole"][name] = timed(engines[name], inputs, slice(None), n)
+        if name.startswith(AT_ONCE) and name not in record["whole"]:
+            timed(engines[name], inputs, slice(0, 1), 100, clock)  # warm-up, compilation
+            record["whole"][name] = timed(engines[name], inputs, slice(None), n, clock)
             write_json(output, record)
 
 
@@ -267,7 +290,7 @@ def measure_blocks(
 ) -> None:
     """Time the other variants alternately on blocks of images."""
     sampled, sampled_n = record["sampled"] or (block, record["n"])
-    count = len(inputs.pixels) // block
+    count, clock = len(inputs.pixels) // block, CLOCKS[record["clock"]]
     with Progress(count, f"benchmark {record['model']}", "blocks", done=len(record["blocks"])) as progress:
         for first in range(len(record["blocks"]) * block, count * block, block):
             measured: dict[str, object] = {"labels": inputs.labels[first : first + block]}
@@ -275,10 +298,10 @@ def measure_blocks(
                 if name.startswith("limit"):
                     precision = name.removeprefix("limit_")
                     size = record["batch_size"][precision]
-                    rate = bare_forward(networks[precision], inputs.pixels[first], size, 20 * size)
+                    rate = bare_forward(networks[precision], inputs.pixels[first], size, 20 * size, clock)
                     measured[name] = {"samples_per_second": rate}
-                elif not name.startswith("sequential"):
-                    measured[name] = timed(engines[name], inputs, slice(first, first + sampled), sampled_n)
+                elif not name.startswith(AT_ONCE):
+                    measured[name] = timed(engines[name], inputs, slice(first, first + sampled), sampled_n, clock)
             record["blocks"].append(measured)
             write_json(output, record)
             progress.update(1)
@@ -313,11 +336,29 @@ def summary(record: dict) -> str:
     title = (
         f"{record['model']}, sigma {record['sigma']:g}, n {n:,}, {images} images; {where['cpu']}, {where['threads']} "
         f"threads, batches {record['batch_size']}, freed memory {'' if record['freed_memory_kept'] else 'not '}kept; "
-        f"(a) is {record['reference']}"
+        f"(a) is {record['reference']}; {record['clock']}"
     )
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = tabulate([[row.get(key, "") for key in columns] for row in rows], columns, tablefmt="github")
-    return f"{title}\n\n{text}\n\n" + tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+    shares = tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+    return "\n\n".join([title, text, shares, *_losses(record)])
+
+
+def _losses(record: dict) -> list[str]:
+    """A sentence for each precision in which a student was certified beside the network that taught it."""
+    labels = [label for block in record["blocks"] for label in block["labels"]]
+    sentences = []
+    for precision in ("fp32", "bf16"):
+        names = f"student_{precision}", f"sequential_{precision}"
+        if all(name in record["whole"] and len(record["whole"][name]["answers"]) == len(labels) for name in names):
+            student, teacher = (_certified(record["whole"][name]["answers"], labels) for name in names)
+            loss = acr_difference(student, teacher)
+            sentences.append(
+                f"{precision}: the student's ACR is {average_certified_radius(student):.4f}, the first network's "
+                f"{average_certified_radius(teacher):.4f}; the difference is {loss.value:.4f} ({loss.low:.4f} to "
+                f"{loss.high:.4f}, paired over the images)"
+            )
+    return sentences
 
 
 @figure_style()
@@ -358,11 +399,14 @@ def _mean_samples(runs: list[dict], n: int) -> float:
     return float(np.mean([answer[2] if run["n"] == n else N0 + n for run in runs for answer in run["answers"]]))
 
 
+def _certified(answers: Answers, labels: list[int]) -> pd.DataFrame:
+    correct = [int(answer[0] == label) for answer, label in zip(answers, labels, strict=True)]
+    return pd.DataFrame({"correct": correct, "radius": [answer[1] for answer in answers]})
+
+
 def _shares(answers: Answers, blocks: list[dict]) -> dict[str, str]:
     """Certified accuracy in percent."""
-    labels = [label for block in blocks for label in block["labels"]]
-    correct = [int(answer[0] == label) for answer, label in zip(answers, labels, strict=True)]
-    frame = pd.DataFrame({"correct": correct, "radius": [answer[1] for answer in answers]})
+    frame = _certified(answers, [label for block in blocks for label in block["labels"]])
     return {f"r = {r:g}": f"{100 * s:.1f}" for r, s in zip(RADII, certified_accuracy(frame, RADII), strict=True)}
 
 

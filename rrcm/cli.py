@@ -76,14 +76,14 @@ Models = Annotated[
         metavar="FOLDER|FILE|NAME|CODE",
         help="A model folder, a fine-tuned checkpoint of the rRCM authors, a timm model (its name, hf-hub:owner/name, "
         "or a snapshot folder), a program of torch.export (.pt2), or a function of your own code that returns a torch "
-        "module: file.py:function or module:function. Of a cascade: a joint model, or one model per sigma in order.",
+        "module: file.py:function or module:function. For a cascade: a joint model, or one model per sigma in order.",
         autocompletion=complete_path,
     ),
 ]
 Sigmas = Annotated[
     list[float] | None,
     typer.Option(
-        help="Noise in pixel units (pixels in [0, 1]); each of a cascade. Default: what the model was trained for."
+        help="Noise in pixel units (pixels in [0, 1]). Repeat it for a cascade. Default: the noise of the training."
     ),
 ]
 Cascade = Annotated[
@@ -92,14 +92,16 @@ Cascade = Annotated[
 Threshold = Annotated[
     list[float] | None,
     typer.Option(
-        help="Of a cascade: from which sigma Phi^-1(p) on a sigma accepts a class; for each sigma but the smallest. "
-        "Default: 0."
+        help="Cascades only: the least sigma Phi^-1(p) with which a sigma accepts a class. Repeat it for each sigma "
+        "but the smallest. Default: 0."
     ),
 ]
 Thresholds = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE.json", help="Record of a cascade, for its sigmas and thresholds.", autocompletion=complete_path
+        metavar="FILE.json",
+        help="Cascades only: take sigmas and thresholds from this record of a cascade.",
+        autocompletion=complete_path,
     ),
 ]
 Stopping = Annotated[
@@ -114,8 +116,8 @@ Bound = Annotated[
     str,
     typer.Option(
         metavar="binary|margin",
-        help="How to bound the runner-up: by what the top class leaves, as in all papers, or by its own votes. "
-        "The second also certifies classes with less than half of the votes.",
+        help="How to bound the runner-up: by one minus the bound on the top class, as in all papers, or by its own "
+        "votes. The margin bound also certifies classes with less than half of the votes.",
         autocompletion=_choices("binary", "margin"),
     ),
 ]
@@ -125,8 +127,8 @@ Alpha = Annotated[float, typer.Option(help="Maximum probability that a certifica
 RadiusStep = Annotated[
     float | None,
     typer.Option(
-        help="Sequential only: radii are multiples of this, in pixel units. A larger one needs fewer samples. "
-        "Default: a fifth of the smallest sigma."
+        help="Sequential stopping only: radii are multiples of this step, in pixel units. A larger step needs fewer "
+        "samples. Default: a fifth of the smallest sigma."
     ),
 ]
 Precision = Annotated[
@@ -139,7 +141,8 @@ Runtime = Annotated[
     str,
     typer.Option(
         metavar="torch|openvino",
-        help=r"Runs the network. openvino is for CPUs and needs rrcm\[openvino]; where it cannot, torch runs.",
+        help=r"Library that runs the network. openvino is for CPUs and needs rrcm\[openvino]; if it cannot run the "
+        "network, torch does.",
         autocompletion=_choices("torch", "openvino"),
     ),
 ]
@@ -148,7 +151,7 @@ Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, or a GPU such as cuda:1.", autocompletion=_choices("auto", "cpu", "cuda"))
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Limit = Annotated[int | None, typer.Option(help="Take only N images, evenly spaced over the folder.")]
+Limit = Annotated[int | None, typer.Option(help="Take only this many images, evenly spaced over the folder.")]
 SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read.")]
 Classes = Annotated[
     Path | None,
@@ -157,7 +160,7 @@ Classes = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="File with the weights of a timm name or of your own code: a state dict.", autocompletion=complete_path
+        help="File with a state dict for a timm model or for a model of your own code.", autocompletion=complete_path
     ),
 ]
 FinalNorm = Annotated[
@@ -167,7 +170,7 @@ OutsideRange = Annotated[
     bool, typer.Option("--outside-range", help="Joint models only: allow a sigma that their training did not cover.")
 ]
 EstimateOnly = Annotated[
-    bool, typer.Option("--estimate", help="Only say how long it will take: measured in a few seconds, nothing written.")
+    bool, typer.Option("--estimate", help="Only estimate the time, in a few seconds. Nothing is written.")
 ]
 Output = Annotated[
     Path,
@@ -183,7 +186,7 @@ Page = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.html",
-        help="Also write all of it as one web page, which needs no network.",
+        help="Also write the results as one web page, which needs no network.",
         show_default=False,
         autocompletion=complete_path,
     ),
@@ -239,8 +242,8 @@ def certify(
 ) -> None:
     """Certify the images of FOLDER: print and save each image's class and certified L2 radius, and draw a gallery.
 
-    With --cascade, one classifier of several sigmas certifies small radii like a small sigma and large ones like a
-    large one. A run that is stopped continues when the same command is given again.
+    With --cascade, one classifier of several sigmas certifies small radii like a small sigma and large radii like a
+    large sigma. If a run is stopped, the same command continues it.
     """
     from rrcm.certification.certify_images import certify_folder, folder_files, output_paths
     from rrcm.certification.estimate import estimate_time
@@ -289,7 +292,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGES...",
-            help="Image files, and folders with images, subfolders included. - reads their names from standard input.",
+            help="Image files, and folders with images, subfolders included. A dash reads names from standard input.",
             show_default=False,
             autocompletion=complete_path,
         ),
@@ -300,8 +303,10 @@ def predict(
     threshold: Threshold = None,
     thresholds: Thresholds = None,
     n: MostSamples = 1000,
-    n0: Annotated[int, typer.Option(help="Of a cascade: samples at each sigma that choose the class.")] = 100,
-    alpha: Annotated[float, typer.Option(help="Maximum probability of another class than the smoothed one.")] = 0.001,
+    n0: Annotated[int, typer.Option(help="Cascades only: samples at each sigma that choose the class.")] = 100,
+    alpha: Annotated[
+        float, typer.Option(help="Maximum probability that the answer is not the smoothed classifier's class.")
+    ] = 0.001,
     precision: Precision = "fp32",
     batch_size: BatchSize = None,
     device: Device = "auto",
@@ -322,9 +327,9 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Predict the classes of IMAGES by majority vote, without a radius: a class or "abstain", and the shares of votes.
+    """Predict the classes of IMAGES by majority vote, without radii: a class or "abstain", and the vote shares.
 
-    This takes 1,000 samples per image, where a certificate takes up to 100,000.
+    This takes 1,000 samples per image, whereas a certificate takes up to 100,000.
     """
     from rrcm.certification.estimate import estimate_time
     from rrcm.certification.model_options import ModelOptions, choose_classifier
@@ -361,7 +366,7 @@ def export(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A model as for `rrcm certify --model`.",
+            help="Any model that `rrcm certify --model` takes.",
             show_default=False,
             autocompletion=complete_path,
         ),
@@ -371,18 +376,18 @@ def export(
         str,
         typer.Option(
             metavar="onnx|torch-export|torchscript",
-            help="ONNX needs the optional packages of the extra onnx.",
+            help=r"Format of the program. onnx needs the packages of rrcm\[onnx].",
             autocompletion=_choices("onnx", "torch-export", "torchscript"),
         ),
     ],
     sigma: Annotated[
-        float | None, typer.Option(help="Noise in pixel units. Default: what the model was trained for.")
+        float | None, typer.Option(help="Noise in pixel units. Default: the noise of the training.")
     ] = None,
     check: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder with images: certify 20 of them by the model and by the program, and count the agreements.",
+            help="Folder with images: certify 20 of them with the model and with the program, and compare.",
             autocompletion=complete_path,
         ),
     ] = None,
@@ -391,9 +396,9 @@ def export(
     final_norm: FinalNorm = True,
     outside_range: OutsideRange = False,
 ) -> None:
-    """Export MODEL as a program that runs without this package: images in [0, 1] with noise to logits, at one sigma.
+    """Export MODEL at one sigma as a program that runs without this package. It maps noisy images to logits.
 
-    Its logits and its votes are compared with those of the model. A README.md beside it says how to vote.
+    The command compares the logits and votes of the program with the model's. A README.md beside it says how to vote.
     """
     from rrcm.certification.export import check_export, export_model
     from rrcm.certification.model_options import ModelOptions, choose_classifier
@@ -462,7 +467,7 @@ def train(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Folder with a folder of images for each class, or with train/ and test/ of them.",
+            help="Folder that has a folder of images for each class, or train/ and test/ with such folders.",
             show_default=False,
             autocompletion=complete_path,
         ),
@@ -470,13 +475,15 @@ def train(
     output: Annotated[
         Path, typer.Option(help="Model folder to write. It must not exist yet.", autocompletion=complete_path)
     ],
-    hours: Annotated[float, typer.Option(help="Time for everything. Chooses size and length.")] = 1.0,
+    hours: Annotated[
+        float, typer.Option(help="Time for the whole command, which decides the size of the network and the length.")
+    ] = 1.0,
     params: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.yaml",
-            help="Settings to train with. If there is no such file, the chosen settings are written to it, and nothing "
-            "is trained.",
+            help="Settings to train with. If the file does not exist, the command writes the chosen settings to it and "
+            "trains nothing.",
             autocompletion=complete_path,
         ),
     ] = None,
@@ -484,16 +491,16 @@ def train(
         str | None,
         typer.Option(
             metavar="FOLDER|NAME",
-            help="Model of timm whose weights to start from: its name, hf-hub:owner/name, or a snapshot folder. A name "
-            "is downloaded unless --weights is given. Default: random weights, and no download.",
+            help="timm model whose weights training starts from: its name, hf-hub:owner/name, or a snapshot folder. "
+            "The weights of a name are downloaded unless --weights is given. Default: random weights, no download.",
             autocompletion=complete_path,
         ),
     ] = None,
     weights: Weights = None,
 ) -> None:
-    """Train a certified classifier on the images of FOLDER: choose its size, noise and length, and certify it.
+    """Train a classifier on the images of FOLDER and certify it. The size, the noise and the length are chosen.
 
-    A run that is stopped continues when the same command is given again.
+    If a run is stopped, the same command continues it.
     """
     from rrcm.own_images.train import Request
     from rrcm.own_images.train import train as run
@@ -523,7 +530,7 @@ def compare(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="A name. Print the differences to it on common images, with 95 % intervals.",
+            help="One of the names. Also print the differences to it on common images, with 95 % intervals.",
             autocompletion=complete_method,
         ),
     ] = None,
@@ -550,10 +557,10 @@ def board(
     ],
     output: Annotated[
         Path,
-        typer.Option(help="The page, .html. Its numbers lie beside it as .csv.", autocompletion=complete_path),
+        typer.Option(help="The page, .html. A .csv beside it has the same numbers.", autocompletion=complete_path),
     ] = Path("board.html"),
 ) -> None:
-    """Build one page of many certificate files, ours and others', grouped by data set: tables, curves, costs, links."""
+    """Build one page of many certificate files, grouped by data set, with tables, curves, costs and links."""
     from contextlib import ExitStack
 
     from rrcm.publication.objects import find_file
@@ -581,22 +588,23 @@ def audit(
         list[str] | None,
         typer.Option(
             metavar="FOLDER|FILE|NAME|CODE",
-            help="The model as it was certified, or each of a cascade in the order of the sigmas. Default: "
-            "ROOT/models/METHOD/sigma_S or joint of a result.",
+            help="The model that was certified. For a cascade, repeat it in the order of the sigmas. Default, for "
+            "the certificates of a result: ROOT/models/METHOD/sigma_S or joint.",
             autocompletion=complete_path,
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of shards or pictures. Default: ROOT/shards or ROOT/data/shards of a result.",
+            help="Folder of shards or pictures. Default, for the certificates of a result: ROOT/shards or "
+            "ROOT/data/shards.",
             autocompletion=complete_path,
         ),
     ] = None,
     weights: Weights = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to vote again on, chosen at random.")] = 100,
-    every_row: Annotated[bool, typer.Option("--all", help="Vote again on all rows.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Chooses the rows; default: random.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of random rows whose votes are repeated.")] = 100,
+    every_row: Annotated[bool, typer.Option("--all", help="Repeat the votes of all rows.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the choice of rows. Default: random.")] = None,
     precision: Annotated[
         str | None,
         typer.Option(

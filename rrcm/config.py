@@ -87,7 +87,7 @@ class Model(Section):
     """The network: an encoder that is conditioned on the noise level, with its projector, or another trunk.
 
     The encoder is a ViT (class token, time token, patches), or a CNN, which uses only `patch_size` and `embed_dim`. The
-    other trunks are for methods that start from scratch or from weights of timm. They use `architecture`, `pixel_mean`
+    other trunks are for methods that start from scratch or from timm's weights. They use `architecture`, `pixel_mean`
     and `pixel_std`.
     """
 
@@ -126,20 +126,20 @@ class Model(Section):
 
 
 class Student(Section):
-    """The network of students, which learn the predictions of another method's network, their teacher.
+    """The network of students. They learn the predictions of another method's network, their teacher.
 
-    A size that is null is the one of `model`, which is the teacher's.
+    A size that is null is taken from `model`, so that it equals the teacher's.
     """
 
     teacher: MethodName = about(
         "Method of the teacher, which is trained in the same run; joint students need a joint one"
     )
-    architecture: str | None = about("As of `model`; pixels are normalized as `model` says")
-    stem: Stem | None = about("As of `model`")
-    patch_size: Count | None = about("As of `model`", "pixels")
-    embed_dim: Count | None = about("As of `model`")
-    depth: Count | None = about("As of `model`")
-    num_heads: Count | None = about("As of `model`")
+    architecture: str | None = about("Network of the student; null: as in `model`, which also normalizes its pixels")
+    stem: Stem | None = about("Stem of the student; null: as in `model`")
+    patch_size: Count | None = about("Patch size of the student; null: as in `model`", "pixels")
+    embed_dim: Count | None = about("Width of the student; null: as in `model`")
+    depth: Count | None = about("Blocks of the student; null: as in `model`")
+    num_heads: Count | None = about("Attention heads of the student; null: as in `model`")
 
 
 class Views(Section):
@@ -388,7 +388,7 @@ def _choose(settings: Mapping, keys: Sequence[str], path: str) -> dict:
 
 
 class TimmModel(Section):
-    """The model from timm that method `timm` starts from: a plain ViT, or a model of `model.architecture`."""
+    """The timm model that method `timm` starts from: a plain ViT, or a network of `model.architecture`."""
 
     model: str | None = about("Name in timm, snapshot folder or hf-hub:owner/name; null if no method starts from timm")
     weights: str | None = about("File with the weights of a name in timm; null: timm downloads them")
@@ -409,10 +409,10 @@ class Finetune(section_by_key(FinetuneSettings, partial(check_training_key, obje
         "Noise of joint trainings: log-uniform from the first to the second; null: each of `sigmas` equally often",
         "pixel units",
     )
-    pass_votes: Count = about("Votes for each training image at each sigma, from which passes are learnt", "samples")
-    pass_share: Share = about("Steps that train an output for pass, as a share of the steps of the joint training")
+    pass_votes: Count = about("Votes for each training image at each sigma, for the targets of `pass`", "samples")
+    pass_share: Share = about("Steps that train an output for `pass`, as a share of the steps of the joint training")
     pass_bias: float = about(
-        "Added to the logit of pass: the more, the better are small radii, and the worse large ones"
+        "Number added to the logit of `pass`: a larger one improves small radii and worsens large ones"
     )
     time_condition: Literal["exact", "nearest_level"] = about("t = 2 sigma, or the nearest level of pre-training")
     timm: TimmModel
@@ -457,7 +457,7 @@ class DenoiserSettings(Section):
     public: str | None = about("Folder that diffusers has saved, or hf-hub:owner/name; null: train one")
     network: Literal["vit", "unet"] = about("The trunk with a head for pixels, or the UNet of diffusers")
     unet: UNetSettings
-    stem: Stem = about("Stem of the ViT, as of `model`")
+    stem: Stem = about("`model.stem` of the denoiser's ViT")
     patch_size: Count = about("Side of a patch of the ViT", "pixels")
     embed_dim: Count = about("Width of the ViT")
     depth: Count = about("Transformer blocks of the ViT")
@@ -485,7 +485,7 @@ class DenoiserSettings(Section):
         return self
 
     def check_stem(self, image_size: int) -> None:
-        """As of `Model`."""
+        """Check the sizes as `Model` does."""
         check_stem(self.stem, image_size, self.patch_size, self.embed_dim)
 
 
@@ -509,7 +509,7 @@ class Denoised(Section):
     model: str | None = about("Timm model or model folder that classifies instead of a classifier trained here")
     densepure: DensePureSettings
     diffsmooth: DiffSmoothSettings
-    max_images: dict[MethodName, Count | None] = about("Most images of a method; null: as of others", "images")
+    max_images: dict[MethodName, Count | None] = about("Images of a method, at most; null: no further limit", "images")
 
 
 class SoftLabels(Section):
@@ -536,7 +536,9 @@ class Certify(Section):
         "Number format; auto: bf16 if the device has it, else fp32; int8: for openvino"
     )
     compile: bool = about("Use torch.compile, with CUDA graphs on a GPU")
-    runtime: Literal["torch", "openvino"] = about("Runs the network; openvino: on CPUs, else or if it cannot, torch")
+    runtime: Literal["torch", "openvino"] = about(
+        "Library that runs the network. `openvino` is for CPUs; if it cannot run the network, torch does"
+    )
 
     @property
     def rule(self) -> dict[str, object]:
@@ -557,7 +559,7 @@ class Cascade(Section):
 
     methods: list[MethodName] = about("Methods whose cascade is certified; []: none")
     sigmas: Annotated[list[Positive], Field(min_length=2)] | None = about(
-        "Noise of its smoothed classifiers; null: all of `sigmas`", "pixel units"
+        "Noise of the smoothed classifiers in the cascade; null: all of `sigmas`", "pixel units"
     )
     thresholds: word_or("chosen", list[float], "a list of numbers") = about(
         "One for each sigma but the smallest, by increasing sigma; chosen: on validation images", "pixel units"
@@ -566,11 +568,11 @@ class Cascade(Section):
         "What chosen thresholds maximize: acr, or the weighted sum of certified accuracies, {radius: weight}"
     )
     choose_n: Count = about("Votes for each validation image at each sigma, to choose thresholds", "samples")
-    multi_scale: bool = about("Also certify by the rule of Jeong & Shin (NeurIPS 2023), to compare")
+    multi_scale: bool = about("Also certify by the rule of Jeong & Shin (NeurIPS 2023), for comparison")
 
     @property
     def weights(self) -> dict[float, float] | None:
-        """What `choose_thresholds` takes: the weight of the certified accuracy at each radius. None: by ACR."""
+        """The weights for `choose_thresholds`: of the certified accuracy at each radius. None stands for ACR."""
         return None if self.choose_by == "acr" else dict(self.choose_by)
 
 
@@ -642,7 +644,7 @@ class Config(Section):
     threads: Count | None = about("CPU threads per process; null: one per core. The number affects rounding")
     launcher: str = about("Command that starts a training stage: `python`, or `torchrun --nproc-per-node 8`")
     plugin: str | None = about("Module of your own package that adds losses, data sets and methods; null: none")
-    plugin_path: str = about("Where the package of `plugin` is, for DVC to watch")
+    plugin_path: str = about("Folder or file of the package of `plugin`, which DVC watches")
     sigmas: Annotated[list[Positive], Field(min_length=1)] = about("Smoothing noise of the classifiers", "pixel units")
     methods: Annotated[list[MethodName], Field(min_length=1)] = about("Rows of the table in rrcm/methods.py")
     data: Data
@@ -698,7 +700,7 @@ class Config(Section):
 
 
 def parse_config(values: Mapping, source: str = "params.yaml") -> Config:
-    """Validate a mapping, and the table of methods that it chooses from, with those of its plug-in.
+    """Validate a mapping, and the table of methods, which includes the methods of its plug-in.
 
     Raises `RRCMError` with one line naming the key, the value and what is allowed.
     """

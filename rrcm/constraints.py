@@ -23,7 +23,7 @@ def entries_differ(config: "Config") -> None:
 
 
 def students_fit(config: "Config") -> None:
-    """The teacher of a student is one network that is trained in the same run. It knows each image's noise level."""
+    """The teacher of a student is a single network of the same run. A joint student needs a joint teacher."""
     students = [name for name in config.methods if METHODS[name].is_student]
     if not students:
         return
@@ -39,7 +39,7 @@ def students_fit(config: "Config") -> None:
 
 
 def networks_of(config: "Config") -> "dict[str, Model]":
-    """The networks of a run by the section of their sizes: `model`, and `student` if a method is one."""
+    """The networks of a run, by the section with their sizes: `model`, and `student` if a method trains a student."""
     students = [name for name in config.methods if METHODS[name].is_student]
     return {"model": config.model} | ({"student": config.model_of(students[0])} if students else {})
 
@@ -56,7 +56,7 @@ def patches_fill_images(config: "Config") -> None:
 
 
 def stems_fit(config: "Config") -> None:
-    """Convolutions halve the image down to its tokens, in a stem or a CNN. A ViT of timm's has its own stem."""
+    """Convolutions halve the image down to its tokens, in a stem or in a CNN. A ViT from timm has its own stem."""
     used = [(name, each) for name, each in networks_of(config).items() if each.architecture in CONDITIONED]
     used += [("denoiser", config.denoiser)] if config.trains_denoiser and config.denoiser.network == "vit" else []
     for name, section in used:
@@ -86,9 +86,9 @@ def initial_weights_exist(config: "Config") -> None:
 
 
 def other_trunks_are_not_pretrained_here(config: "Config") -> None:
-    """Only our encoders are pre-trained here, have layers with rates of their own, and run in chunks.
+    """Only our encoders can be pre-trained here, have a learning rate for each layer, and run in chunks.
 
-    Another trunk starts from random weights, or from those that timm has for it.
+    Any other trunk starts from random weights, or from the weights that timm has for it.
     """
     others = [method for method in config.methods if config.model_of(method).architecture not in CONDITIONED]
     if not others:

@@ -45,12 +45,12 @@ COST = ("epochs", "batch_size", "steps_per_batch", "num_noise")  # settings that
 
 
 def derived_settings(settings: Mapping) -> dict:
-    """What follows from `settings`, a mapping with the keys SECTIONS.
+    """The derived settings that follow from `settings`, a mapping with the keys SECTIONS.
 
-    `finetune`, `certify`, `cascade`, `denoiser`, `soft_labels` and `training_votes`: the stages of these names, with
-    the inputs of each. A joint method has one fine-tuning, whose `sigma` is "joint", and a certification for each
-    sigma. `settings`: the hashes of the settings that decide each pre-training, each fine-tuning, each certification
-    and each cascade. The fine-tunings include the classifiers that denoising methods consist of.
+    `finetune`, `certify`, `cascade`, `denoiser`, `soft_labels` and `training_votes` list the items of the stages with
+    these names, each with its inputs. A joint method has one fine-tuning, whose `sigma` is "joint", and a certification
+    for each sigma. `settings` has the hashes of the settings that decide each pre-training, each fine-tuning, each
+    certification and each cascade. The fine-tunings include the classifiers inside denoising methods.
     """
     methods, sigmas, denoised = settings["methods"], settings["sigmas"], settings["denoised"]
     finetune, pretrain, model = settings["finetune"], settings["pretrain"], settings["model"]
@@ -137,7 +137,7 @@ def pretraining_settings(objective: str, model: Mapping, pretrain: Mapping) -> d
 
 
 def model_settings(method: str, model: Mapping, student: Mapping) -> dict:
-    """The section `model` of a method. A student has the sizes that its own section gives in their place.
+    """The section `model` for a method. For a student, the sizes that section `student` sets take precedence.
 
     `model` and `student` are the sections of the settings with these names.
     """
@@ -206,7 +206,7 @@ def teacher_folder(sigma: float | str, student: Mapping) -> str:
 
 
 def _joint_settings(method: str, settings: Mapping) -> dict:
-    """The settings that decide a joint fine-tuning: those at each sigma, and the cost of the experts there."""
+    """The settings that decide a joint fine-tuning: the experts' settings and their cost at each sigma."""
     sigmas, finetune = sorted(settings["sigmas"]), settings["finetune"]
     passing = {name: finetune[name] for name in PASSING} if METHODS[method].can_pass else {}
     return passing | {
@@ -247,8 +247,9 @@ def cascade_sigmas(chosen: Sequence[float] | None, sigmas: Sequence[float]) -> l
 def _cascade_stage(method: str, cascade: Mapping) -> dict[str, str]:
     """The inputs and outputs of the stage that certifies a cascade.
 
-    DVC's templates cannot leave an output out. Where the stage does not write the thresholds' votes or the certificates
-    by the published rule, `thresholds` or `multi_scale` name the cascade's own file, an output in any case.
+    DVC's templates cannot leave an output out. If the stage does not write the thresholds' votes or the certificates by
+    the published rule, `thresholds` or `multi_scale` repeats the name of the cascade's own file, which is always an
+    output.
     """
     return {
         "method": method,
@@ -339,7 +340,7 @@ def _source_path(source: str | None) -> str | None:
 
 
 def _other_input(method: str, sigma: float | str, student: Mapping) -> str | None:
-    """The input of a training at `sigma`, which may be JOINT, besides images and initial weights."""
+    """The inputs of a training at `sigma`, which may be JOINT, other than images and initial weights."""
     if METHODS[method].is_student:
         return f"models/{teacher_folder(sigma, student)}" if has_teacher(student) else None
     if METHODS[method].denoises:

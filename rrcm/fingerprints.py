@@ -120,7 +120,7 @@ def trunk_entries(config: Config, method: str) -> list[Entry]:
 def training_entries(config: Config, method: str) -> list[Entry]:
     """The registry entries behind a training: its objective, its initial weights, and whatever decides its length.
 
-    Those of a student include all entries of its teacher.
+    The entries of a student include all entries of its teacher.
     """
     row, settings = METHODS[method], config.finetune
     objectives = [row.objective] if row.objective is not None else []

@@ -27,7 +27,7 @@ JOINT = "joint"  # takes the place of the sigma in the names of a joint training
 # The files of a cascade in certificates/METHOD/: certificates, those by the published rule, votes for thresholds.
 CASCADE, MULTI_SCALE_FILE, THRESHOLDS = "cascade", "multi_scale", "thresholds"
 JOINT_LABELS = {"joint": "joint", "joint_third": "joint 1/3", "joint_pass": "joint, pass"}
-# By the end of the name: share of the passes of all experts. The head of NAME_joint_pass is trained beyond them.
+# The share of the experts' passes, by the end of the name. NAME_joint_pass takes a little more, to train its head.
 JOINT_SHARES = {"joint": 1.0, "joint_third": 1 / 3, "joint_pass": 1.0}
 PASS_OBJECTIVE = "gaussian"  # trains the outputs for pass
 PASS = "joint_pass"  # end of the names of the joint methods whose classifiers can pass
@@ -44,11 +44,11 @@ FAMILIES = (
 )
 
 # The methods by family. The columns are fields of `Method` and are separated by two or more spaces; - stands for None.
-# The three columns after the name decide the result, the others the appearance. A method that starts from random
-# weights also exists as NAME_matched. Every method that does not denoise also exists as NAME_joint, one network for all
-# sigmas in the place of one expert for each, and as NAME_joint_third, which trains a third as long. Unless it is an
-# ensemble, it also exists as NAME_joint_pass, which is NAME_joint with one more output, for "pass". A student, which
-# learns from another method's network, is neither matched nor can it pass.
+# The three columns after the name decide the result, and the others the appearance. A method that starts from random
+# weights also exists as NAME_matched. Every method that does not denoise also exists as NAME_joint, with one network
+# for all sigmas instead of one expert for each, and as NAME_joint_third, with a third of the passes. Unless
+# it is an ensemble, it also exists as NAME_joint_pass, which is NAME_joint with one more output, "pass". A student,
+# which learns from another method's network, has no matched variant and cannot pass.
 TABLE = """\
   method                    initial_weights           objective    classifier  colour   label
 
@@ -112,12 +112,12 @@ class Method:
     label: str
     family: str  # one of FAMILIES
     matched: bool = False  # whether its compute is matched to rRCM's, pre-training included
-    joint: float | None = None  # of one network for all sigmas: its share of the passes of all experts; None: an expert
-    can_pass: bool = False  # whether it is the joint method with an output for "pass"
+    joint: float | None = None  # share of the experts' passes that one network for all sigmas gets; None: an expert
+    can_pass: bool = False  # whether the network has an output for "pass"
 
     @property
     def identity(self) -> dict[str, str | float | None]:
-        """The columns that decide a result. There is an entry `joint` or `can_pass` only if the method is that."""
+        """The columns that decide a result. Only joint methods have an entry `joint`, and a few an entry `can_pass`."""
         decisive = {name: value for name, value in asdict(self).items() if name not in APPEARANCE}
         return {name: value for name, value in decisive.items() if name not in ("joint", "can_pass") or value}
 
@@ -207,22 +207,22 @@ def joint(row: Method, ending: str) -> Method:
 
 
 METHODS = read_methods(TABLE)
-PLUGGED_IN: dict[str, str] = {}  # by the name of a method of a plug-in: what messages call the plug-in
+PLUGGED_IN: dict[str, str] = {}  # the plug-in's name in messages, by the name of each method that it adds
 
 
-def add_methods(table: str, place: str) -> None:
-    """Add methods to METHODS: rows in the format of TABLE without its first line, from `place`.
+def add_methods(table: str, origin: str) -> None:
+    """Add methods to METHODS: rows in the format of TABLE without its first line, from `origin`.
 
     Raises `RRCMError` for a row with too few or too many cells, and for a name that a method has already.
     """
     table = f"\n{table}"
     rows = [cells for _, cells in read_rows(table)]
-    _check_cells(rows, place)
+    _check_cells(rows, origin)
     added, written = read_methods(table), Counter(name for name, *_ in rows)
     if taken := [name for name in added if name in METHODS or written[name] > 1]:
-        raise RRCMError(f"{place}: there is a method {taken[0]} already; give yours another name")
+        raise RRCMError(f"{origin}: there is a method {taken[0]} already; give yours another name")
     METHODS.update(added)
-    PLUGGED_IN.update(dict.fromkeys(added, place))
+    PLUGGED_IN.update(dict.fromkeys(added, origin))
 
 
 def expert_of(method: str) -> str:
@@ -256,34 +256,34 @@ def check_methods() -> None:
     names = Counter([name for name, *_ in rows] + derived)
     labels = Counter(row.label for row in METHODS.values())
     colours = Counter(row.colour.lower() for row in METHODS.values() if not row.matched and row.joint is None)
-    for name in sorted(METHODS, key=lambda name: name not in PLUGGED_IN):  # a clash is the plug-in's to avoid
-        row, place = METHODS[name], PLUGGED_IN.get(name, "rrcm/methods.py")
+    for name in sorted(METHODS, key=lambda name: name not in PLUGGED_IN):  # a clash is reported for the plug-in
+        row, origin = METHODS[name], PLUGGED_IN.get(name, "rrcm/methods.py")
         if names[name] > 1:
-            raise RRCMError(f"{place}: {name} stands for {names[name]} methods; give each its own name")
+            raise RRCMError(f"{origin}: {names[name]} methods are called {name}; give each its own name")
         if not re.fullmatch("[a-z0-9_]+", name):
-            raise RRCMError(f"{place}: {name!r} names files and stages; write it with a-z, 0-9 and _")
+            raise RRCMError(f"{origin}: {name!r} names files and stages; write it with a-z, 0-9 and _")
         for column, allowed in _allowed_cells(row).items():
             if (cell := getattr(row, column)) not in allowed:
                 known = ", ".join(_written(each) for each in allowed)
-                raise RRCMError(f"{place}: {name} has {column} {_written(cell)!r}; choose one of {known}")
+                raise RRCMError(f"{origin}: {name} has {column} {_written(cell)!r}; choose one of {known}")
         if not re.fullmatch("#[0-9a-fA-F]{6}", row.colour):
-            raise RRCMError(f"{place}: {name} has colour {row.colour!r}; write it as #0072B2")
+            raise RRCMError(f"{origin}: {name} has colour {row.colour!r}; write it as #0072B2")
         if colours[row.colour.lower()] > 1:
-            raise RRCMError(f"{place}: {name} has colour {row.colour}, as another method; give each its own")
+            raise RRCMError(f"{origin}: {name} has the colour {row.colour} of another method; give each its own")
         if row.matched and row.joint is None and len(row.label) > MAX_LABEL:
             raise RRCMError(
-                f"{place}: {name} has label {row.label!r}, too long for a legend; shorten it to {MAX_LABEL} characters"
+                f"{origin}: {name} has label {row.label!r}, too long for a legend; shorten it to {MAX_LABEL} characters"
             )
         if labels[row.label] > 1:
-            raise RRCMError(f"{place}: {name} has label {row.label!r}, as another method; give each its own")
+            raise RRCMError(f"{origin}: {name} has the label {row.label!r} of another method; give each its own")
 
 
-def _check_cells(rows: Sequence[Sequence[str]], place: str) -> None:
+def _check_cells(rows: Sequence[Sequence[str]], origin: str) -> None:
     for name, *cells in rows:
         if len(cells) != len(COLUMNS):
             raise RRCMError(
-                f"{place}: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces between "
-                f"them: {', '.join(COLUMNS)}"
+                f"{origin}: {name} has {len(cells)} cells after its name; write {len(COLUMNS)}, with two spaces "
+                f"between them: {', '.join(COLUMNS)}"
             )
 
 

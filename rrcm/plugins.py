@@ -52,12 +52,12 @@ def use_plugin(name: str) -> None:
     for key, entries in declared.items():
         REGISTRIES[key].update(entries)
     _used.add(name)
-    # The stages import the rest of the package later. DVC would take compiled files in its folder for an edit.
+    # The stages import the rest of the package later. DVC would mistake compiled files in its folder for an edit.
     sys.dont_write_bytecode = True
 
 
 def plugin_path(name: str | None) -> str:
-    """The file or folder of the package that a plug-in is in, for DVC to watch; NOTHING without a plug-in."""
+    """The file or folder of a plug-in's package, which DVC watches. It is NOTHING without a plug-in."""
     if name is None:
         return NOTHING
     use_plugin(name)

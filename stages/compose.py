@@ -38,7 +38,7 @@ def compose(
 
 
 def compose_text(overrides: list[str]) -> str:
-    """What params.yaml has to contain. Raises `RRCMError` for files of conf/ or `overrides` that do not fit."""
+    """The content that params.yaml should have. Raises `RRCMError` for bad files of conf/ and bad `overrides`."""
     conf = Path(__file__).resolve().parent.parent / "conf"
     check_encoding(conf)
     check_packages(conf)
@@ -63,7 +63,7 @@ def compose_text(overrides: list[str]) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, and those during which it was raised."""
+    """An exception, and the exceptions that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__  # OmegaConf hides it

@@ -25,9 +25,14 @@ from rrcm.utils.errors import RRCMError, printable
 def redraw_results(
     names: Annotated[list[str] | None, typer.Argument(help="Published results; default: all.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("-S", metavar="NAME=VALUE", help="What a new setting was in the run.")
+        list[str] | None,
+        typer.Option(
+            "-S", metavar="NAME=VALUE", help="The value that a new setting had in the run, such as finetune.mixup=0.0."
+        ),
     ] = None,
-    models: Annotated[str | None, typer.Option(help="Methods whose networks stay, such as rrcm,dds.")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Keep only the networks of these methods, such as rrcm,dds.")
+    ] = None,
 ) -> None:
     """Bring the settings of published results up to date with the code, and draw their reports again."""
     root, settings = Path(), settings or []

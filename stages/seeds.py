@@ -16,7 +16,9 @@ from rrcm.report.seeds import seeds_text, write_seeds
 
 def seeds(
     folders: list[Path],
-    output: Annotated[Path | None, typer.Option(help="Folder for the same tables as files, with a figure.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the tables and a figure as a report into this folder.")
+    ] = None,
 ) -> None:
     """Print means over seeds and mean differences from rRCM, with 95 % intervals.
 

@@ -1,4 +1,4 @@
-"""Write what follows from conf/: docs/settings.md, a table of every setting, and the settings of `rrcm train`."""
+"""Write docs/settings.md, the reference of all settings, and the settings of `rrcm train`, both from conf/."""
 
 import sys
 
@@ -193,7 +193,7 @@ def concerned_stages(values: Mapping) -> dict[str, set[str]]:
 
 
 def decided_stages(values: Mapping, variant: Mapping[str, object], paths: list[str]) -> dict[str, set[str]]:
-    """The DERIVED_STAGES whose hash in `derived` changes with a setting, for any method."""
+    """The DERIVED_STAGES that have a hash in `derived` which changes with a setting, for any method."""
     base = deepcopy(values) | {"methods": list(METHODS), "sigmas": [0.5]}
     base["pretrain"]["objectives"], base["cascade"]["methods"] = list(PRETRAINING), list(METHODS)
     for key, value in variant.items():

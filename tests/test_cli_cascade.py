@@ -140,7 +140,7 @@ ERRORS = {
     ),
     "both": (
         ["--model", "joint", "--threshold", "0", "--threshold", "0", "--thresholds", "certificates.json"],
-        "certificates.json: has thresholds, and others are given; leave one of them out",
+        "certificates.json: has thresholds, and --threshold gives others; leave one of the two out",
     ),
     "no record": (["--model", "joint", "--thresholds", "none.json"], "none.json: no such file with the record of a c"),
     "weights": (["--model", "joint", "--no-final-norm"], "--weights and --no-final-norm are not for a cascade; leave"),

@@ -104,7 +104,7 @@ def test_the_table_that_is_shipped_is_right():
         ("classifier", "clasifier", "own has classifier 'clasifier'; choose one of classifier, "),
         ("classifier", "unloadable", "own has classifier 'unloadable'; choose one of classifier, "),
         ("classifier", "dds", "own has initial_weights '-'; choose one of rrcm, rrcm_without_contrastive"),
-        ("label", "Gaussian", "has label 'Gaussian', as another method; give each its own"),
+        ("label", "Gaussian", "has the label 'Gaussian' of another method; give each its own"),
     ],
 )
 def test_a_wrong_cell_is_named_when_settings_are_read(project, monkeypatch, column, cell, said):
@@ -150,13 +150,13 @@ GAUSSIAN = "  gaussian  -  gaussian  classifier  #009E73  Gaussian\n"
         ),
         ("  own  -  gaussian  classifier  #123456  Own  noise\n", "own has 6 cells after its name; write 5, with two"),
         ("own  -  gaussian  classifier  Own\n", "own has 4 cells after its name; write 5, with two"),
-        ("  gaussian  -  macer  classifier  #123456  Own\n", "gaussian stands for 2 methods; give each its own"),
-        ("  gaussian_matched  -  macer  classifier  #123456  Own\n", "gaussian_matched stands for 2 methods; give"),
-        ("  gaussian_joint  -  macer  classifier  #123456  Own\n", "gaussian_joint stands for 2 methods; give each"),
+        ("  gaussian  -  macer  classifier  #123456  Own\n", "2 methods are called gaussian; give each its own"),
+        ("  gaussian_matched  -  macer  classifier  #123456  Own\n", "2 methods are called gaussian_matched; give"),
+        ("  gaussian_joint  -  macer  classifier  #123456  Own\n", "2 methods are called gaussian_joint; give each"),
         ("  my.own  -  gaussian  classifier  #123456  Own\n", "'my.own' names files and stages; write it with a-z"),
         (
             "  own  -  macer  classifier  #009e73  Own\n",
-            "gaussian has colour #009E73, as another method; give each its",
+            "gaussian has the colour #009E73 of another method; give each its",
         ),
         (
             "  own  -  macer  classifier  #123456  Seventeen letters\n",

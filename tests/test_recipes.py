@@ -8,7 +8,8 @@ RECIPES = {
     "rrcm/models/README.md": "Add a base classifier",
     "rrcm/objectives/README.md": "Add a loss",
 }
-TABLES = ["tests/test_methods.py", "tests/test_config.py", "-k", "not every_profile or mine"]  # else it takes minutes
+TABLES = ["tests/test_methods.py", "tests/test_config.py", "tests/test_schedules.py"]
+TABLES += ["-k", "not every_profile or mine"]  # all profiles take minutes
 
 
 @pytest.mark.slow

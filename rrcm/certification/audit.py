@@ -1,10 +1,10 @@
 """Audit a certificate file: do its radii follow from its votes, and does the published model give these votes?
 
-`check_file` answers the first question without the network. `audit_file` also lets the model vote again on rows chosen
-at random, or the models of a cascade at each sigma. On the type of machine that published the file all counts must be
-equal. Elsewhere the network rounds differently, and a few votes flip. The flip rate published with the file says how
-many votes may have flipped. Exact binomial tests compare each look of each row by itself, and all rows together.
-Together they raise a false alarm with probability at most `false_alarm`.
+`check_file` answers the first question without the network. `audit_file` also lets the model vote again on randomly
+chosen rows. For a cascade, the models of all sigmas vote again. On the type of machine that published the file, all
+counts must be equal. Elsewhere the network rounds differently, and a few votes flip. The flip rate published with the
+file says how many votes may have flipped. Exact binomial tests compare each look of each row by itself, and all rows
+together. Together they raise a false alarm with probability at most `false_alarm`.
 """
 
 import random
@@ -160,13 +160,14 @@ def audit_file(
     settings: Settings = AS_PUBLISHED,
     weights: Path | None = None,
 ) -> Audit:
-    """Check a certificate file, and count the votes of `rows` of its rows again (None: of all). `seed` chooses them.
+    """Check a certificate file, and count the votes of some of its rows again.
 
-    `models` is the model, or has one model for each sigma of a cascade that was certified with several. `images` is the
-    folder of shards, or the folder of pictures if pictures were certified. `weights` are those of a timm name or of a
-    module of the user's own code. An honest file has no problems, except with probability `false_alarm` where the
-    counts need not be equal. No votes are counted again if the tables, the model or the images are not the recorded
-    ones. Raises `RRCMError` for missing or damaged files and inputs.
+    `rows` is the number of these rows (None: all rows), and `seed` selects them. `models` is one model, or one model
+    for each sigma if a cascade was certified with several. `images` is the folder of shards, or the folder of pictures
+    if pictures were certified. `weights` is a file with the weights of a timm model or of a module of the user's own
+    code. An honest file has no problems. Where the counts need not be equal, this holds except with probability
+    `false_alarm`. No votes are counted again if the tables, the model or the images differ from the recorded ones.
+    Raises `RRCMError` for missing or damaged files and inputs.
     """
     record, frame, problems = check_file(path)
     if problems:
@@ -247,8 +248,9 @@ def allow(
     published: Sequence[RowVotes],
     false_alarm: float,
 ) -> tuple[Tolerance, list[str], tuple[str, ...]]:
-    """How many votes may have moved, with the published flip rate or else with the rate of this machine; problems;
-    notes.
+    """The tolerance for votes that have moved, the problems and the notes.
+
+    The tolerance follows from the published flip rate, or from the rate of this machine if none is published.
 
     Half of `false_alarm` goes to the rows, a quarter to all rows together, and a quarter to the bounds on the rates. In
     a cascade, the highest rate of any sigma applies to all of them.
@@ -283,7 +285,8 @@ def _measure_here(
 ) -> list[Flips]:
     """The flips at each sigma on this machine between two precisions, or two batch sizes if the precision is equal.
 
-    Where another runtime than torch voted in bfloat16, fp32 is the other one, since a runtime may round all otherwise.
+    The first precision is the one that this machine votes in, and the second is the recorded one. If a runtime other
+    than torch computed the file, the second is fp32, because the runtime may round differently in every operation.
     Networks in int8 have no other precision.
     """
     chosen, (precision, size) = spread_indices(indices, SAMPLES_HERE), (precision_of(scales[0]), scales[0].batch_size)
@@ -345,7 +348,7 @@ def _shortened(path: Path, lines: Sequence[str]) -> list[str]:
 
 
 def find_inputs(path: Path, models: Sequence[str] | None, images: Path | None) -> tuple[list[str], Path]:
-    """The models and the images of a certificate file. None means the folders where a result keeps them.
+    """The models and the images of a certificate file. None stands for the folders in which a result keeps them.
 
     A result is a folder with certificates/METHOD/sigma_S.tsv or certificates/METHOD/cascade.tsv,
     models/METHOD/sigma_S or models/METHOD/joint, and shards or data/shards. Raises `RRCMError` for a folder that is not
@@ -369,7 +372,7 @@ def find_inputs(path: Path, models: Sequence[str] | None, images: Path | None) -
 
 
 def _expert_folders(path: Path) -> list[str]:
-    """The names of the model folders of a certificate file, if there is one for each sigma."""
+    """The names of the model folders behind a certificate file, if each sigma has its own."""
     record = read_record(record_path(path)) if record_path(path).is_file() else None
     return [sigma_name(sigma) for sigma in record.sigmas] if isinstance(record, CascadeRecord) else [path.stem]
 

@@ -52,10 +52,11 @@ class CascadedClassifier(nn.Module):
     image is certified that is reported. With `can_pass` the base classifiers of all sigmas but the smallest return one
     more logit, "pass", which is no class.
 
-    Each sigma has a `SmoothedClassifier`, which the `options` are for (seed, num_noise, batch_size, memory_gib,
-    precision, compile). As a module, the cascade maps images to logarithms of probabilities whose largest is what F
-    answers for the mean softmax over the noisy copies in place of the votes. Its gradients come from a softened F:
-    each sigma accepts by a softmax over the classes and the threshold, so they reach every base classifier.
+    Each sigma has a `SmoothedClassifier`, which is made with the `options` (seed, num_noise, batch_size, memory_gib,
+    precision, compile). Called as a module, the cascade maps images to log probabilities. The largest belongs to the
+    class that F would answer if the mean softmax over the noisy copies took the place of the votes. The gradients come
+    from a softened F, in which each sigma accepts by a softmax over the classes and the threshold. They therefore reach
+    every base classifier.
     """
 
     def __init__(
@@ -127,8 +128,9 @@ class CascadedClassifier(nn.Module):
         """One certificate per image, each wrong with probability at most alpha.
 
         It takes the arguments of `SmoothedClassifier.certify`. n0 and n are numbers of samples at each sigma that is
-        asked. `bound` says by which tests a sigma certifies that the class stays ahead of the others. `certificates`
-        is "label-aware", or "multi-scale" to compare with Jeong & Shin (NeurIPS 2023); both are about the same F.
+        asked. `bound` selects the tests by which a sigma certifies that the class stays ahead of the others.
+        `certificates` is "label-aware", or "multi-scale" to compare with Jeong & Shin (NeurIPS 2023). Both are about
+        the same F.
         """
         settings = {"n0": n0, "n": n, "alpha": alpha, "radius_step": radius_step, "bound": bound}
         rule = make_cascade_rule(stopping, self.sigmas, self.thresholds, certificates=certificates, **settings)

@@ -12,11 +12,11 @@ from rrcm.utils.errors import RRCMError
 
 
 class CascadeOptions(NamedTuple):
-    """The options of a cascade, as given and as they are known from its models."""
+    """The options of a cascade, completed by what its models and a record say."""
 
-    models: list[str]  # as given: one for all sigmas, or one for each
+    models: list[str]  # as the user gave them: one for all sigmas, or one for each
     loaded: LoadedCascade
-    thresholds: list[float]  # of all sigmas but the smallest, pixel units
+    thresholds: list[float]  # one for each sigma but the smallest, pixel units
     chosen: ChosenThresholds | None  # how the thresholds were chosen, if a record says so
 
     @property
@@ -34,15 +34,15 @@ def load_options(
     classes: Path | None = None,
     outside_range: bool = False,
 ) -> CascadeOptions:
-    """Load the models of a cascade. The other arguments are as for `load_named_cascade`.
+    """Load the models of a cascade. The other arguments are passed on to `load_named_cascade`.
 
-    `record` is the record of a cascade whose thresholds are used, and whose sigmas if none are given. Without it and
-    without `thresholds`, all thresholds are 0. Raises `RRCMError` for options that do not fit together.
+    `record` is the record of a cascade, from which the thresholds are taken, and the sigmas too if none are given.
+    Without `record` and `thresholds`, all thresholds are 0. Raises `RRCMError` for options that do not fit together.
     """
     chosen = None
     if record is not None:
         if thresholds:
-            raise RRCMError(f"{record}: has thresholds, and others are given; leave one of them out")
+            raise RRCMError(f"{record}: has thresholds, and --threshold gives others; leave one of the two out")
         published = _read_cascade_record(record)
         if sigmas and list(sigmas) != published.sigmas:
             given = f"has thresholds for the sigmas {published.sigmas}, not for {list(sigmas)}"

@@ -77,10 +77,10 @@ def new_state(index: int, image: torch.Tensor | None, label: int | None, rule: C
 def next_samples(state: CascadeState, rule: CascadeRule, num_classes: int) -> tuple[int, bool, int, int]:
     """What the image needs next: scale, whether for the selection, and from which sample up to which one.
 
-    The selection asks the scales from the largest sigma down. In the estimation the claims with the fewest certified
-    radii hold up the certificate. The one of them with the smallest expected radius draws up to its next look, because
-    it is the likeliest to end without another radius, which finishes the image. The order follows from the votes that
-    the state keeps.
+    The selection asks the scales from the largest sigma down. In the estimation, the claims with the fewest certified
+    radii limit the certificate. Among these, the claim with the smallest expected radius draws up to its next look: it
+    is the likeliest to end without another radius, which finishes the image. The order follows from the votes that the
+    state keeps.
     """
     if not state.claims:
         asked = [sum(votes.values()) for votes in state.selection]
@@ -113,7 +113,10 @@ def add_votes(
 
 
 def _expected_radius(state: CascadeState, rule: CascadeRule, scale: int, claim: str, num_classes: int) -> float:
-    """What the claim says after all samples if they vote in the proportions of the selection and the last kept look."""
+    """The expected radius of the claim after all samples.
+
+    They are assumed to vote in the proportions of the selection and of the last kept look.
+    """
     kept = next((votes for k, _, votes in reversed(state.votes) if k == scale), {})
     counts = Counter(state.selection[scale]) + Counter(kept)
     top, others = top_and_others(counts, state.top_class, num_classes)
@@ -190,9 +193,9 @@ def replay(
 ) -> CascadeState:
     """The state to which the selection votes of each scale and the votes of the kept looks lead.
 
-    The arguments are as in a `CascadeState`. The numbers of samples include the looks that decided nothing,
-    since `next_samples` says at which looks the scales were. The image, its index and the seconds are unknown. Raises
-    ValueError for votes that no sampling leads to.
+    The arguments are as in a `CascadeState`. The numbers of samples include looks that decided nothing, because
+    `next_samples` tells which looks took place. The image, its index and the seconds are unknown. Raises ValueError for
+    votes to which no sampling leads.
     """
     if len(selection) != len(rule.scales):
         raise ValueError(f"selection votes of {len(selection)} sigmas: must be {len(rule.scales)}")
@@ -243,7 +246,7 @@ def _sigma(rule: CascadeRule, scale: int) -> str:
 
 
 def _outputs(scale: int, num_classes: int) -> int:
-    """How many answers a base classifier may give. All but the one of the smallest sigma may answer "pass"."""
+    """The number of answers that a base classifier may give. At every sigma but the smallest it may answer "pass"."""
     return num_classes + (scale > 0)
 
 

@@ -32,8 +32,8 @@ def choose_thresholds(
     certified accuracies at its radii, each times its weight. A certificate is what n votes per sigma would give if they
     fell as `votes` did.
 
-    The thresholds start at 0. One after the other is then set to the best of CANDIDATES, as often as that raises the
-    score. Raises `RRCMError` if there are no images, or if sigmas do not increase.
+    The thresholds start at 0. Then each in turn is set to the best of CANDIDATES, until no change raises the score.
+    Raises `RRCMError` if there are no images, or if sigmas do not increase.
 
     >>> votes = [[[900, 100], [550, 450]], [[200, 800], [580, 420]]]  # of two images at two sigmas, for two classes
     >>> thresholds, score = rrcm.choose_thresholds(votes, labels=[0, 1], sigmas=[0.25, 0.5], n=1000)

@@ -1,4 +1,4 @@
-"""The votes in the samples file of a cascade, and the certificates that follow from them, as votes.py has them.
+"""The votes in the samples file of a cascade, and the certificates that follow from them. votes.py has single sigmas.
 
 Each cell names the sigmas as Python writes them. Classes have their number, and "pass" has the number of classes.
 

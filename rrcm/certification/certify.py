@@ -37,7 +37,7 @@ class SplitVoter:
 
     config: Config
     images: ShardedDataset
-    scales: Sequence[SmoothedClassifier]  # one, or all that a cascade has, on the same device
+    scales: Sequence[SmoothedClassifier]  # one, or one for each sigma of a cascade, all on the same device
     batch_size: int  # noisy samples per forward pass
     queue: WorkQueue
     inputs: dict[str, str]  # SHA-256 of `shards`, and of each model folder by a name
@@ -48,7 +48,7 @@ class SplitVoter:
         return self.scales[0]
 
     def in_runtime(self) -> "SplitVoter":
-        """The same, with the networks run by the setting `certify.runtime`. The main process prints a note."""
+        """The same voter, with its networks run by the runtime of `certify.runtime`. The main process prints a note."""
         config, size = self.config, self.config.data.image_size
         in_int8 = config.certify.precision == "int8"
         calibration = read_calibration(self.images.root, size, config.seed) if in_int8 else None
@@ -178,5 +178,5 @@ def _describe_certificates(voter: SplitVoter, tables: dict[Path, bytes], kind: s
 
 
 def describe_states(voter: SplitVoter, states: Sequence[State]) -> dict[str, object]:
-    """The entries of a file of timings: what the images have cost, each and all together."""
+    """The entries of a file of timings: the cost of each image and of all images together."""
     return voter.describe_votes(states) | {"seconds_by_image": {str(state.index): state.seconds for state in states}}

@@ -43,7 +43,7 @@ PARTS = ("seconds", "samples", "seconds_by_image")  # entries of the file of tim
 
 @dataclass(frozen=True)
 class Work:
-    """What a part of the stage has counted, and the journals that it would continue from."""
+    """The votes that a part of the stage has counted, and the journals from which it would continue."""
 
     states: Sequence[CascadeState] | Sequence[ValidationState]
     run: RunState
@@ -63,8 +63,8 @@ def certify_cascade_split(
     `model_folders` has a folder for each of `config.cascade_sigmas`, or only the folder of a joint model. The folder
     `output` gets cascade.tsv and, if the settings ask for the published rule, multi_scale.tsv, each with the files that
     `certify_split` writes beside its certificates. If thresholds are chosen, it also gets thresholds.tsv
-    (validation_votes.py). `timing` (JSON) has what cascade.tsv has cost, and the cost of the other files under their
-    names. `max_images`, processes, kills and errors are as for `certify_split`.
+    (validation_votes.py). `timing` (JSON) records the cost of cascade.tsv, and the cost of each other file under its
+    name. `max_images`, processes, kills and errors are as for `certify_split`.
     """
     env, voter, cascade = open_cascade(config, shard_folder, model_folders)
     thresholds, chosen, choice = find_thresholds(env, voter, shard_folder)
@@ -117,9 +117,9 @@ def describe_models(folders: Sequence[Path]) -> list[dict[str, str]]:
 def find_thresholds(
     env: DistEnv, voter: SplitVoter, shard_folder: Path | str
 ) -> tuple[list[float], dict | None, Work | None]:
-    """The thresholds of a cascade. If they are chosen: how, and the votes for validation images that they follow from.
+    """The thresholds of a cascade. If they are chosen, also how, and the votes for validation images behind them.
 
-    The votes are complete in the first process alone; the thresholds are known to all.
+    Only the first process has all votes. Every process has the thresholds.
     """
     settings = voter.config.cascade
     if settings.thresholds != "chosen":
@@ -171,7 +171,7 @@ def _frame(work: Work, rule_name: str, cascade: CascadedClassifier, config: Conf
 
 
 def _describe_time(voter: SplitVoter, done: Mapping[str, Work], choice: Work | None) -> bytes:
-    """What the images have cost: for the cascade, by the published rule, and to choose thresholds."""
+    """The cost of the cascade's certificates, of those by the published rule, and of the choice of thresholds."""
     timed = {rule: describe_states(voter, work.states) for rule, work in done.items()}
     costs = timed.pop(LABEL_AWARE)
     if MULTI_SCALE in timed:

@@ -70,7 +70,7 @@ class CascadeFileState(CascadeState):
 
 
 class StateFunctions(NamedTuple):
-    """What is done with the states of one kind of classifier."""
+    """The functions that work with the states of one kind of classifier."""
 
     new: Callable[[int, str, StoppingRule | CascadeRule], State]  # from the position and the hash of the pixels
     is_possible: Callable[..., bool]
@@ -142,9 +142,9 @@ def smooth_cascade(cascade: CascadeOptions, device: str, **options: object) -> C
 def run_by(
     runtime: str, classifier: SmoothedClassifier | CascadedClassifier, loaded: LoadedClassifier
 ) -> SmoothedClassifier | CascadedClassifier:
-    """The classifier with its networks run by a runtime (`in_runtime`), whose note is printed.
+    """The classifier with its networks run by a runtime (`in_runtime`). The note of the runtime is printed.
 
-    `loaded` is its base classifier, or any of them if it is a cascade.
+    `loaded` is the base classifier. For a cascade, it may be any of the base classifiers.
     """
     image = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
     if isinstance(classifier, CascadedClassifier):
@@ -175,9 +175,9 @@ def certify_folder(
     limit: int | None = None,
     skip_unreadable: bool = False,
 ) -> FolderCertificates:
-    """Certify the images that `find_images` found, or `limit` of them, evenly spaced, by `classifier`.
+    """Certify the images that `find_images` found, or `limit` of them, evenly spaced.
 
-    `loaded` is its base classifier, or any of them if it is a cascade.
+    `classifier` certifies them. `loaded` is its base classifier. For a cascade, it may be any of the base classifiers.
 
     Image i of the sorted list has the noise of index i under the seed. `find_labels` says which images have a known
     label. Any other image has the label UNKNOWN and is never counted as correct. Certificates do not depend on labels.
@@ -245,7 +245,7 @@ def folder_files(
 ) -> dict[Path, bytes]:
     """The contents of all files for a folder, by path: `certificate_tables`, the list of images, and the record.
 
-    `models` and the `settings` of the stopping rule are as the command has them. `scales` are the base classifiers.
+    `models` and the `settings` of the stopping rule are the options of the command. `scales` are the base classifiers.
     """
     names = certified.frame[FILES].to_csv(sep="\t", index=False, lineterminator="\n")
     tables = certificate_tables(output, certified.frame) | {files_path(output): names.encode()}

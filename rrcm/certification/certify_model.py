@@ -28,8 +28,9 @@ def certify_model(
 ) -> None:
     """Certify the smoothed `model` on the test images of a run, with its settings. Nothing is trained.
 
-    `model` and `weights` are those of `load_named_classifier`. Writes `output` with its votes and its record beside it,
-    as `certify_split` does, and continues in the same way. Raises `RRCMError` for a model of other images or classes.
+    `model` and `weights` are passed on to `load_named_classifier`. Writes `output` with its votes and its record beside
+    it, and continues after a kill, both as `certify_split` does. Raises `RRCMError` for a model of other images or
+    classes.
     """
     check_output(output)
     env, (images,) = open_images(config, shards, "test")
@@ -61,7 +62,7 @@ def certify_model(
 
 
 def _check_fit(model: str, loaded: LoadedClassifier, config: Config, classes: list[str]) -> None:
-    """Raise `RRCMError` unless a model is for the images and the classes of the run, in the same order."""
+    """Raise `RRCMError` unless a model takes the images of the run and has its classes in the same order."""
     for what, found, wanted in (
         ("images of {} pixels", loaded.image_size, config.data.image_size),
         ("images of {} channels", loaded.channels, config.data.channels),

@@ -1,7 +1,7 @@
-"""How long a command will take to vote on a folder of images: measured and simulated in a few seconds.
+"""Estimate in a few seconds how long a command will take to vote on a folder of images.
 
-A few images get some votes, which measures the speed. How many samples an image needs depends on its shares of the
-votes. So the stopping rule is played through with votes that are drawn by what is known of these shares.
+A few images get some votes, which measures the speed. How many samples an image needs depends on its vote shares. So
+the stopping rule is simulated with votes drawn from the posterior distribution of these shares.
 """
 
 import time
@@ -28,19 +28,19 @@ from rrcm.utils.pixels import to_unit_range
 
 TRIED = 24  # images that get votes
 SECONDS = 2.0  # of voting, over all sigmas
-PLAYED = 4  # times that the rule is played through for each of them
+PLAYED = 4  # simulations of the stopping rule for each of them
 READS = 2  # times that a command decodes each image
 
 
 class Estimate(NamedTuple):
-    """What is to be expected."""
+    """The expected time of a command, and the numbers behind it."""
 
     images: int
-    tried: int  # images whose votes were looked at
+    tried: int  # images that got votes for the estimate
     speed: float  # noisy samples per second
     reading: float  # seconds to decode all images
-    samples: float  # expected per image
-    most_samples: int  # per image
+    samples: float  # expected number per image
+    most_samples: int  # largest possible number per image
     start: float = 0.0  # seconds until the first vote: to import libraries and to load the model
 
     def __str__(self) -> str:
@@ -68,8 +68,8 @@ def estimate_time(
 ) -> Estimate:
     """Estimate the time for the listed images, or for `limit` of them. `loaded` is any of the base classifiers.
 
-    `rule` is the stopping rule, or the number of samples that every image gets. `start` is how long the command took
-    before, in seconds. Raises `RRCMError` for an image that cannot be decoded.
+    `rule` is the stopping rule, or the number of samples that every image gets. `start` is the time in seconds that the
+    command has taken so far. Raises `RRCMError` for an image that cannot be decoded.
     """
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
@@ -109,7 +109,7 @@ def _vote(
 
 
 def _play(rule: StoppingRule | CascadeRule | int, votes: Sequence[np.ndarray], rng: np.random.Generator) -> int:
-    """The samples that an image with these votes at each scale may need, all scales together.
+    """A number of samples that an image with these votes may need, summed over all scales.
 
     Its shares are drawn from their posterior, with a prior that weighs as much as one vote.
     """

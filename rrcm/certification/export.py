@@ -1,7 +1,7 @@
 """Export a base classifier as a program that runs without this package: ONNX, torch.export or TorchScript.
 
-The program maps images (B, C, H, W) float32 in [0, 1], with noise added, to logits. The noise level and whatever
-normalizes the images are inside. It is compared with the original before anything is written.
+The program maps images (B, C, H, W) float32 in [0, 1], with noise added, to logits. It contains the noise level and the
+normalization of the images. It is compared with the original before anything is written.
 """
 
 import importlib.util
@@ -97,7 +97,7 @@ def read_pictures(folder: Path, loaded: LoadedClassifier) -> torch.Tensor:
 
 
 def _write_program(original: Program, example: torch.Tensor, kind: str, path: Path) -> nn.Module:
-    """Write the program, and return it as read back from its file."""
+    """Write the program, read its file back, and return what was read."""
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet():
         if kind == "torchscript":
             torch.jit.save(torch.jit.trace(original, example, check_trace=False), path)
@@ -115,7 +115,7 @@ def _write_program(original: Program, example: torch.Tensor, kind: str, path: Pa
 def certify_again(
     original: nn.Module, program: nn.Module, images: torch.Tensor, sigma: float, num_classes: int, compared: Comparison
 ) -> Comparison:
-    """`compared`, with how many certificates of both agree. The noise is the same."""
+    """`compared`, with the number of certificates on which the two agree. Both see the same noise."""
     results = []
     for network in (original, program):
         smoothed = SmoothedClassifier(network, sigma, num_classes, batch_size=BATCHES[-1])

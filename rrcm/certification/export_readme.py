@@ -1,4 +1,4 @@
-"""The README.md beside an exported program: what it takes, what it returns, and how to vote with it."""
+"""The README.md beside an exported program. It describes the input and the output, and how to vote with the program."""
 
 RUN = {
     "onnx": """import onnxruntime
@@ -44,9 +44,24 @@ does not change within an L2 radius, in pixels of [0, 1]. It is wrong with proba
 
 ```python
 import numpy as np
+from PIL import Image, ImageOps
 from scipy.stats import beta, binomtest, norm
 
 {run}
+
+
+def read_image(file):
+    "The image ({channels}, {size}, {size}) in [0, 1]: its shorter side is resized, and the central square is kept."
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    width, height = picture.size
+    short = min(width, height)
+    width, height = {size} * width // short, {size} * height // short
+    picture = picture.convert("{mode}").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - {size}) / 2), round((height - {size}) / 2)
+    pixels = np.asarray(picture.crop((left, top, left + {size}, top + {size})), np.float32) / 255
+    return pixels.reshape({size}, {size}, {channels}).transpose(2, 0, 1)
 
 
 rng = np.random.default_rng()
@@ -80,8 +95,9 @@ def certify(image, n0=100, n=100_000, alpha=0.001):
 
 
 def export_readme(kind: str, file: str, compared: str, **facts: float) -> str:
-    """The text. `kind` is a key of RUN, `compared` how the program differs from the original in one line.
+    """The text. `kind` is a key of RUN, and `compared` says in one line how the program differs from the original.
 
     `facts` are `sigma` (pixel units), `channels`, `size` (side of the image in pixels) and `classes` (their number).
     """
-    return TEXT.format(run=RUN[kind], file=file, compared=compared, **facts)
+    mode = "L" if facts["channels"] == 1 else "RGB"
+    return TEXT.format(run=RUN[kind], file=file, compared=compared, mode=mode, **facts)

@@ -55,12 +55,12 @@ def measure_flips(
     samples: int | None = None,
     device: str = "auto",
 ) -> dict[str, list[Flips]]:
-    """The entry `flips` of the record beside the certificate file `path`: by the precision of who votes again.
+    """The entry `flips` of the record beside the certificate file `path`, by the precision in which others vote again.
 
-    Call this on the type of machine that certified, because the certified computation runs here. `models` and `images`
+    Call this on the type of machine that certified, because it repeats the certified computation. `models` and `images`
     are as for `load_inputs`. Each list has one measurement for each other way to compute, and for each sigma of a
-    cascade. A measurement has about `samples` votes; None: as many as take SECONDS, between LEAST_SAMPLES and
-    MOST_SAMPLES.
+    cascade. A measurement has about `samples` votes. If `samples` is None, it has as many as fit into SECONDS, between
+    LEAST_SAMPLES and MOST_SAMPLES.
     """
     record, frame = read_record(record_path(path)), read_certificates(path, unlabelled=True)
     inputs, problems = load_inputs(path, record, frame, models, images)

@@ -1,4 +1,4 @@
-"""What the options of `rrcm certify` and `rrcm predict` mean that say which classifier is smoothed, and how."""
+"""The options of `rrcm certify`, `predict` and `export` that say which classifier is smoothed, and how."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,30 +17,30 @@ from rrcm.models.load import LoadedClassifier
 from rrcm.models.own_code import load_named_classifier
 from rrcm.utils.errors import RRCMError
 
-STEPS_PER_SIGMA = 5  # of the grid of radii; README.md says what more of them cost
+STEPS_PER_SIGMA = 5  # steps of the grid of radii; README.md says what a finer grid costs
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options as given."""
+    """The options as the user gave them."""
 
     models: list[str]
     sigmas: list[float] = field(default_factory=list)  # pixel units
     cascade: bool = False
-    thresholds: list[float] = field(default_factory=list)  # of a cascade, pixel units
-    record: Path | None = None  # of a cascade, for its sigmas and thresholds
+    thresholds: list[float] = field(default_factory=list)  # for a cascade, pixel units
+    record: Path | None = None  # the record of a cascade that gives the sigmas and the thresholds
     classes: Path | None = None  # text file with one class name per line
-    weights: Path | None = None  # of a timm name, or of a module of the user's own code
-    final_norm: bool = True  # of an authors' checkpoint
-    outside_range: bool = False  # of a joint model
+    weights: Path | None = None  # weights for a timm model or for a module of the user's own code
+    final_norm: bool = True  # whether an authors' checkpoint has a last LayerNorm
+    outside_range: bool = False  # whether a joint model may have a sigma that its training did not cover
 
 
 @dataclass(frozen=True)
 class ChosenClassifier:
     """The base classifiers that the options name, and how they are smoothed."""
 
-    models: list[str]  # as given; of a cascade, one may serve all sigmas
-    scales: list[LoadedClassifier]  # by increasing sigma; one unless it is a cascade
+    models: list[str]  # as the user gave them; one may serve all sigmas of a cascade
+    scales: list[LoadedClassifier]  # by increasing sigma; a single one unless it is a cascade
     sigmas: list[float]  # pixel units
     cascade: CascadeOptions | None = None
 
@@ -49,7 +49,7 @@ class ChosenClassifier:
     ) -> SmoothedClassifier | CascadedClassifier:
         """The smoothed classifier or the cascade on the device that the user names, run by a runtime.
 
-        `options` are those of `SmoothedClassifier`.
+        The `options` are passed on to `SmoothedClassifier`.
         """
         if self.cascade is not None:
             classifier = smooth_cascade(self.cascade, device, **options)
@@ -64,7 +64,7 @@ class ChosenClassifier:
         return make_stopping_rule(sigma=self.sigmas[0], **settings)
 
     def notes(self) -> Iterator[str]:
-        """What to know about the models before they are smoothed, in one line each."""
+        """What a user should know about the models before they are smoothed, in one line each."""
         for model, loaded, sigma in zip(self.models, self.scales, self.sigmas, strict=False):
             if loaded.sigma not in (None, sigma):
                 note = f"{model} was trained for sigma {loaded.sigma:g}; certificates at {sigma:g} are valid"
@@ -75,11 +75,11 @@ class ChosenClassifier:
 
     @property
     def default_step(self) -> float:
-        """The step of the grid of radii if none is given, in pixel units. It is known before any sample is drawn."""
+        """The default step of the grid of radii, in pixel units. It is known before any sample is drawn."""
         return self.sigmas[0] / STEPS_PER_SIGMA
 
     def recorded(self, settings: Mapping[str, object]) -> dict[str, object]:
-        """`settings` with what the record of the certificates has besides."""
+        """The settings of the stopping rule as the record has them: for a cascade, with the kind of certificates."""
         return dict(settings) | ({} if self.cascade is None else {"certificates": LABEL_AWARE})
 
     @property
@@ -89,7 +89,7 @@ class ChosenClassifier:
 
 
 def choose_classifier(options: ModelOptions) -> ChosenClassifier:
-    """Load what the options name. Raises `RRCMError` for options that do not fit together, and for bad models."""
+    """Load the models that the options name. Raises `RRCMError` for bad models and for options that do not fit."""
     models, sigmas = options.models, options.sigmas
     given = {"classes": options.classes, "outside_range": options.outside_range}
     if options.cascade:
@@ -113,7 +113,7 @@ def _refuse(problem: object, message: str) -> None:
 
 
 def _known_sigma(model: str, loaded: LoadedClassifier, sigma: float | None) -> float:
-    """`sigma`, else the noise that the model was trained for. Raises `RRCMError` where neither is known."""
+    """`sigma`, or the noise that the model was trained for if it is None. Raises `RRCMError` if neither is known."""
     if sigma is None and loaded.sigma is None:
         raise RRCMError(f"{model}: was not trained for a particular noise; give --sigma, in pixel units")
     return loaded.sigma if sigma is None else sigma

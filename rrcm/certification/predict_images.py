@@ -107,9 +107,9 @@ def predict_images(
     n0: int,
     alpha: float,
 ) -> list[Prediction]:
-    """PREDICT with the votes behind it; the classes are those of `classifier.predict`.
+    """PREDICT with the votes behind it. `classifier.predict` gives the same classes.
 
-    n0 is for cascades only. Raises `RRCMError` for impossible settings and images.
+    Only cascades use n0. Raises `RRCMError` for impossible settings and images.
     """
     if isinstance(classifier, CascadedClassifier):
         return _predict_by_cascade(classifier, images, indices, n=n, n0=n0, alpha=alpha)
@@ -125,7 +125,7 @@ def predict_images(
 def prediction_rule(
     classifier: SmoothedClassifier | CascadedClassifier, *, n: int, n0: int, alpha: float
 ) -> CascadeRule | int:
-    """When PREDICT of a cascade stops: it is certified at the radius 0. Any other classifier has n samples.
+    """The stopping rule of PREDICT. A cascade stops when it is certified at radius 0. Others draw n samples.
 
     Raises `RRCMError` for impossible settings.
     """
@@ -162,11 +162,12 @@ def predict_files(
     skip_unreadable: bool = False,
     **settings: float,
 ) -> Iterator[FilePrediction]:
-    """The answers to the files that `list_files` found, or to `limit` of them, evenly spaced, one after another.
+    """Yield the answers to the files that `list_files` found, or to `limit` of them, evenly spaced.
 
     `prediction_rule` checks the settings. File i of the list has the noise of index i under the seed. `loaded` is the
-    base classifier, or any of a cascade, and `settings` are those of `predict_images`. All files are decoded before the
-    first answer. Raises `RRCMError` for bad input, after naming all unreadable images unless they are skipped.
+    base classifier. For a cascade, it may be any of the base classifiers. The `settings` are passed on to
+    `predict_images`. All files are decoded before the first answer. Raises `RRCMError` for bad input, after naming all
+    unreadable images unless they are skipped.
     """
     if limit is not None and limit < 1:
         raise RRCMError(f"limit = {limit}: must be at least 1")
@@ -197,7 +198,7 @@ def name_classes(file: str, answer: Prediction, names: Sequence[str]) -> FilePre
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The class names, with the number of the class after a name that several have, as ImageNet's "crane"."""
+    """The class names. A name that several classes have, such as ImageNet's "crane", gets the number of the class."""
     count = Counter(names)
     return [name if count[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
@@ -211,7 +212,7 @@ def check_format(output: Path | None) -> None:
 
 
 def print_answers(answers: Iterable[FilePrediction], output: Path | None) -> None:
-    """Write the answers to `output` when all are there, or print each as CSV at once. A summary goes to stderr."""
+    """Write all answers to `output`, or print each as CSV as soon as it is known. Print a summary on stderr."""
     start, count, abstained, lines = time.monotonic(), 0, 0, []
     as_json = output is not None and output.suffix == ".jsonl"
     if not as_json:

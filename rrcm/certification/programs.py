@@ -1,7 +1,7 @@
 """A base classifier at one sigma as a program of torch.export, and the comparison of programs with their classifier.
 
-The program maps images (B, C, H, W) float32 in [0, 1], with noise added, to logits. The noise level and whatever
-normalizes the images are inside.
+The program maps images (B, C, H, W) float32 in [0, 1], with noise added, to logits. It contains the noise level and the
+normalization of the images.
 """
 
 import copy
@@ -17,12 +17,12 @@ from rrcm.certification.smoothing import TOLERANCE
 from rrcm.utils.quiet import quiet
 
 COMPARED = 512  # noisy images
-BATCHES = (1, 7, 64)  # sizes of batches that are tried, in turn
+BATCHES = (1, 7, 64)  # the sizes of batches that are tried
 LEAST_EQUAL = 0.99  # share of votes that must be equal; near a tie, rounding may flip one
 
 
 class Program(nn.Module):
-    """The base classifier alone: images in [0, 1] with noise -> logits."""
+    """A base classifier that only maps images in [0, 1] with noise to logits."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()

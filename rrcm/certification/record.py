@@ -200,7 +200,7 @@ def make_record(
 def make_cascade_record(
     cascade: CascadedClassifier, batch_size: int, tables: Mapping[Path, bytes], **entries: object
 ) -> CascadeRecord:
-    """The record of the certificate `tables` of a cascade, certified on this machine. `entries` are the other ones."""
+    """The record of the certificate `tables` of a cascade, certified on this machine, with further `entries`."""
     return CascadeRecord(
         num_classes=cascade.num_classes,
         sigmas=list(cascade.sigmas),

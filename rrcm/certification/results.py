@@ -3,7 +3,7 @@
 A certificate frame has one row per image: `idx` (position in the test split), `label`, `predict` (-1: abstained),
 `radius` (L2, pixel units), `correct` (0 or 1) and `time` (seconds). Our own frames also have `samples` (the number of
 noisy samples), `stop_reason` (a constant of stopping.py), and the certificates that the same samples give by the binary
-bound and by the margin bound. `predict` and `radius` are by the bound that was asked for. `binary_samples` is the
+bound and by the margin bound. `predict` and `radius` follow from the bound that was asked for. `binary_samples` is the
 number of samples after which the binary bound alone would have stopped.
 
 The frame of a cascade has `path` and `samples_by_sigma` in place of the certificates by both bounds

@@ -63,14 +63,14 @@ class Settings(NamedTuple):
     batch_size: int | None = None
     threads: int | None = None
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    runtime: str = "torch"  # an audit votes with torch, whatever ran the network that was certified
+    runtime: str = "torch"  # an audit votes with torch, whichever runtime made the certificates
 
 
 AS_PUBLISHED = Settings()
 
 
 class RowVotes(NamedTuple):
-    """The votes for an image at one sigma, as published or as counted again."""
+    """The votes for an image at one sigma: the published ones, or the ones that were counted again."""
 
     idx: int
     selection: Votes
@@ -88,9 +88,9 @@ def load_inputs(
 ) -> tuple[Inputs, list[str]]:
     """The models and the images of the certificates in `path`, and the problems if they are not the certified ones.
 
-    `models` is one path or one for each sigma, as in the record. `images` is a folder of shards if a split was
-    certified, else the folder of pictures. `weights` are as for `load_named_classifier`. Raises `RRCMError` for missing
-    or damaged inputs, for another number of models, and for `weights` of a cascade.
+    `models` has one path, or one for each sigma, as the record does. `images` is a folder of shards if a split was
+    certified, and otherwise the folder of pictures. `weights` are as for `load_named_classifier`. Raises `RRCMError`
+    for missing or damaged inputs, for another number of models, and for `weights` given with a cascade.
     """
     models = [models] if isinstance(models, Path | str) else list(models)
     if len(models) != len(record.models):
@@ -121,7 +121,7 @@ def load_inputs(
 def _load_scales(
     models: Sequence[Path | str], sigmas: Sequence[float], weights: Path | None
 ) -> tuple[list[LoadedClassifier], bool]:
-    """The base classifiers at each sigma, and whether all but the first can pass. A certificate says which sigmas."""
+    """The base classifiers at the sigmas of the record, and whether all but the first can pass."""
     if len(sigmas) == 1:
         return [load_named_classifier(models[0], sigma=sigmas[0], weights=weights, outside_range=True)], False
     if weights is not None:
@@ -214,7 +214,7 @@ def same_computation(record: CertificateRecord | CascadeRecord, smoothed: Smooth
 
 
 def published_votes(frame: pd.DataFrame, record: CertificateRecord | CascadeRecord) -> list[RowVotes]:
-    """The votes in a frame with `idx`, `selection` and `votes`: of its rows, sigma after sigma."""
+    """The votes in a frame with `idx`, `selection` and `votes`: first of all rows at one sigma, then at the next."""
     columns = frame["idx"], frame["selection"], frame["votes"]
     if isinstance(record, CertificateRecord):
         return [RowVotes(idx, parse_selection(a), parse_votes(b)) for idx, a, b in zip(*columns, strict=True)]

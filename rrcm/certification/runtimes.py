@@ -54,11 +54,11 @@ class CompiledProgram:
         return torch.from_numpy(self.request.infer([noisy.contiguous().numpy()], share_inputs=True)[0])
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """What OpenVINO compiled cannot be pickled or described (describe.py), but what it was made from can."""
+        """A program of OpenVINO. It is pickled and described (describe.py) by what it was compiled from."""
         return CompiledProgram, self.made_from
 
     def __deepcopy__(self, memo: dict) -> "CompiledProgram":
-        """The same program, since it never changes."""
+        """The program itself, because it never changes."""
         return self
 
 
@@ -112,11 +112,12 @@ def runtime_entries(scales: Sequence[SmoothedClassifier]) -> dict[str, object]:
 def in_runtime(
     runtime: str, scales: Sequence[SmoothedClassifier], image: torch.Tensor, calibration: Calibration | None = None
 ) -> tuple[list[SmoothedClassifier], str | None]:
-    """The smoothed classifiers with their networks run by a runtime, for images like this one, and a note in one line.
+    """The smoothed classifiers with their networks run by a runtime, and a note in one line.
 
-    With a `calibration`, the networks are quantized to int8. The note says how many votes differ from torch's. If the
-    networks cannot be quantized, they stay in their precision. If the runtime cannot run all of them, the smoothed
-    classifiers stay as they are. The note says why. The runtime computes with as many threads as torch.
+    `image` stands for the images that they will get. With a `calibration`, the networks are quantized to int8. The note
+    says how many votes differ from torch's. If the networks cannot be quantized, they stay in their precision. If the
+    runtime cannot run all networks, the smoothed classifiers stay as they are. The note says why. The runtime computes
+    with as many threads as torch.
     """
     if runtime == "torch":
         return list(scales), None

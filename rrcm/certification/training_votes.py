@@ -20,7 +20,7 @@ def count_training_votes(
 ) -> None:
     """Let a joint model vote on each training image at each of `sigmas`, and write the votes to `output`.
 
-    There are `finetune.pass_votes` votes at each sigma. Precision and batch size follow the settings `certify`.
+    An image gets `finetune.pass_votes` votes at each sigma. Precision and batch size follow the settings `certify`.
     Processes and kills are as for `count_split_votes`. Raises `RRCMError` for missing or damaged inputs.
     """
     sigmas = sorted(config.sigmas)

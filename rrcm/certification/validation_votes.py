@@ -1,4 +1,4 @@
-"""The votes for validation images that the thresholds of a cascade are chosen by, and the file that keeps them.
+"""The votes for validation images from which the thresholds of a cascade are chosen, and the file that keeps them.
 
 The file thresholds.tsv has a row for each image: `idx` (position in the validation split), `label`, and `votes`, the
 votes of each sigma as in the column `selection` of a cascade's samples file (cascade_votes.py). With these votes anyone
@@ -36,7 +36,7 @@ class ValidationState(VotesState):
 
 
 def new_validation_states(images: "ShardedDataset") -> list[ValidationState]:
-    """The states of the validation images that the thresholds are chosen by, without votes."""
+    """The states of the validation images from which the thresholds are chosen, without votes."""
     from rrcm.data.shards import choose_rows  # imports torch, which takes seconds
 
     rows = choose_rows(len(images), 1, MAX_IMAGES)
@@ -67,7 +67,7 @@ def read_votes_table(path: Path, sigmas: Sequence[float], n: int) -> list[Valida
 def are_of_other_images(states: Sequence[ValidationState], counts: Sequence[int]) -> str | None:
     """How the images differ from a validation split with `counts` images of each class, or None if they do not.
 
-    The classes can be compared only if the thresholds were chosen by all images.
+    The classes can be compared only if the thresholds were chosen from all images.
     """
     from rrcm.data.shards import choose_rows
 
@@ -83,7 +83,7 @@ def are_of_other_images(states: Sequence[ValidationState], counts: Sequence[int]
 def choose_by_votes(
     states: Sequence[ValidationState], config: Config, num_classes: int
 ) -> tuple[tuple[float, ...], dict]:
-    """The thresholds that the settings `cascade` choose by these votes, and how: the entry `chosen` of the record."""
+    """The thresholds that the settings `cascade` choose from these votes, and the entry `chosen` of the record."""
     settings = {name: getattr(config.certify, name) for name in ("n", "alpha", "bound")}
     labels, weights = [state.label for state in states], config.cascade.weights
     votes = votes_array(states, num_classes)

@@ -95,8 +95,8 @@ def recompute(frame: pd.DataFrame, rule: StoppingRule, num_classes: int, *, labe
 def replay_rows(frame: pd.DataFrame, replay_row: Callable[[tuple, int | None], S], labelled: bool) -> list[S]:
     """The states to which the votes in the rows of a samples file lead.
 
-    `replay_row` takes a row and the label that the sampling knew. Raises `RRCMError` for the first image for which it
-    raises ValueError.
+    `replay_row` takes a row and the label that was known during sampling. Raises `RRCMError` for the first image for
+    which `replay_row` raises ValueError.
     """
     states = []
     for row in frame.itertuples():

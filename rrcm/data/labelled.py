@@ -18,10 +18,10 @@ def check_label_budget(per_class: int | None, counts: list[int], classes: list[s
 
 
 def labelled_rows(images: ShardedDataset, per_class: int) -> np.ndarray:
-    """The rows of `per_class` images of each class: int64 (per_class * K,), in turn one of each class.
+    """The rows of `per_class` images of each class: int64 (per_class * K,), one of each class after another.
 
-    They depend on the seed of the shards and on nothing else, so all methods have the same. A smaller number of the
-    same seed is a part of a larger one. Raises `RRCMError` if a class has too few images.
+    They depend on the seed of the shards and on nothing else, so all methods have the same images. The images of a
+    smaller number are among the images of a larger one. Raises `RRCMError` if a class has too few images.
     """
     check_label_budget(per_class, images.split.counts, images.classes)
     chosen = []

@@ -164,10 +164,10 @@ def _advice(error: Exception) -> str:
 
 
 def rows_at(positions: np.ndarray, epoch: int, images: ShardedDataset) -> np.ndarray:
-    """The rows at these positions of an epoch: the positions themselves, or the labelled rows over and over.
+    """The rows at these positions of an epoch: the positions themselves, or the labelled rows repeated.
 
-    An epoch has as many images with few labels as with all, and over all epochs each labelled image occurs equally
-    often, up to one.
+    An epoch has as many images with few labels as with all labels. Over all epochs, the numbers of times that two
+    labelled images occur differ by at most one.
     """
     if images.labelled is None:
         return positions

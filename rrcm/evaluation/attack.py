@@ -88,7 +88,7 @@ class AttackTarget(NamedTuple):
 
 
 def smoothed_target(smoothed: SmoothedClassifier | CascadedClassifier, n: int, alpha: float) -> AttackTarget:
-    """The smoothed classifier, or the cascade of some. It predicts by PREDICT with `n` samples at level `alpha`."""
+    """A smoothed classifier or a cascade. It predicts by PREDICT with `n` samples at level `alpha`."""
     return AttackTarget(smoothed, lambda images, indices: smoothed.predict(images, n=n, alpha=alpha, indices=indices))
 
 
@@ -147,7 +147,7 @@ def attack_classifier(
     images: torch.Tensor,
     progress: Progress,
 ) -> pd.DataFrame:
-    """Attack the `targets` on `images` (N, C, H, W). The one named "" has the `certificates`.
+    """Attack the `targets` on `images` (N, C, H, W). The `certificates` are about the target named "".
 
     Returns the certificates with more columns. `attacked` is the worst prediction just inside the certified radius,
     relative to the certified class, and NA for an image without a radius. `broken` is 1 where `attacked` is another
@@ -263,7 +263,7 @@ def cascade_targets(
 ) -> dict[str, AttackTarget]:
     """The cascade of a method, with the thresholds that the record of its `certificates` has.
 
-    Raises `RRCMError` for a missing record, and for one that is about other sigmas.
+    Raises `RRCMError` for a missing record, and for the record of a cascade with other sigmas.
     """
     record, sigmas = read_record(record_path(certificates)), config.cascade_sigmas
     if not isinstance(record, CascadeRecord) or record.sigmas != sigmas:

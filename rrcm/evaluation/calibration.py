@@ -1,4 +1,4 @@
-"""Whether vote shares can be read as probabilities: is a share of 90 % right for 90 % of the images? Pure functions."""
+"""Calibration of vote shares: is the class right for 90 % of the images with a share of 90 %? Pure functions."""
 
 import math
 
@@ -13,8 +13,8 @@ BINS = 10  # of equal width
 def reliability(shares: np.ndarray, right: np.ndarray) -> pd.DataFrame:
     """Accuracy by the vote share of the top class. shares (N,) in [0, 1], right (N,) bool.
 
-    One row for each of the BINS that has images: `images`, `share` (mean), `accuracy`, and its 95 % Wilson interval
-    `low` to `high`.
+    The frame has one row for each bin that contains images: `images`, `share` (mean), `accuracy`, and its 95 % Wilson
+    interval from `low` to `high`.
     """
     rows, bins = [], _bins(shares)
     for each in np.unique(bins):
@@ -29,8 +29,8 @@ def reliability(shares: np.ndarray, right: np.ndarray) -> pd.DataFrame:
 def calibration_error(shares: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     """The expected calibration error (Guo et al. 2017) and its jackknife standard error over the images.
 
-    It is the mean over the images of abs(accuracy - mean share) of their bin. It is above 0 by chance alone, the more
-    so the fewer images there are.
+    It is the mean over the images of abs(accuracy - mean share) of their bin. Chance alone raises it above 0, more so
+    with fewer images.
     """
     bins, count = _bins(shares), len(shares)
     gaps = np.bincount(bins, right - shares, BINS)  # sums over the bin; the error is the sum of their sizes by N

@@ -1,4 +1,4 @@
-"""Certificates by class: certified accuracy, and which class the votes preferred where they were not right. Pure."""
+"""Certificates by class: certified accuracy, and which wrong classes the votes preferred. Pure functions."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def accuracy_by_class(frame: pd.DataFrame, radii: Sequence[float]) -> pd.DataFra
 
 
 def confusions(frame: pd.DataFrame, preferred: np.ndarray) -> pd.DataFrame:
-    """How often images of one class were not classified as it, by the class that the votes preferred.
+    """How often images of one class were not classified correctly, by the class that the votes preferred.
 
     `preferred` (N,) is from `preferred_classes`. One row per pair, the most frequent first: `label`, `preferred`,
     `wrong` (images of another prediction) and `abstained`. An abstention may prefer the right class.
@@ -35,9 +35,10 @@ def confusions(frame: pd.DataFrame, preferred: np.ndarray) -> pd.DataFrame:
 
 
 def preferred_classes(frame: pd.DataFrame, num_classes: int, sigmas: Sequence[float] | None = None) -> np.ndarray:
-    """The predicted class of each image, and where it abstains the one with most selection votes: (N,) int64.
+    """The predicted class of each image, or the class with most selection votes if it abstains: (N,) int64.
 
-    `sigmas` are those of a cascade: the votes are of the smallest sigma that was asked. "Pass" is no class.
+    `sigmas` are the sigmas of a cascade, whose votes are taken from the smallest sigma that was asked. "Pass" is no
+    class.
     """
     classes = []
     for predict, text in zip(frame["predict"], frame["selection"], strict=True):
@@ -46,7 +47,7 @@ def preferred_classes(frame: pd.DataFrame, num_classes: int, sigmas: Sequence[fl
 
 
 def top_shares(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The class with most selection votes, (N,) int64, and its share of them, (N,) float64, of a single sigma."""
+    """The class with most selection votes, (N,) int64, and its share of the votes, (N,) float64, at a single sigma."""
     votes = [parse_selection(text) for text in frame["selection"]]
     top = [max(each, key=lambda k: (each[k], -int(k))) for each in votes]  # the smaller class of equals
     shares = [each[k] / sum(each.values()) for each, k in zip(votes, top, strict=True)]
@@ -54,7 +55,7 @@ def top_shares(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def top_class(votes: Votes, num_classes: int) -> int:
-    """The class with most votes, the smaller one of equals, without "pass", whose number is `num_classes`."""
+    """The class with most votes, the smallest one in a tie. "Pass", which has the number `num_classes`, is ignored."""
     return max(range(num_classes), key=lambda k: (votes.get(str(k), 0), -k))
 
 

@@ -53,7 +53,7 @@ def measure_clean_accuracy(config: Config, shard_folder: Path | str, models: Pat
 def classify(classifier: BaseClassifier, pixels: torch.Tensor, indices: list[int], config: Config) -> np.ndarray:
     """The class of each image (N, C, H, W) in [0, 1] by one pass of the base classifier: (N,) int64.
 
-    It is a single vote without noise, so precision and random draws are those of certification.
+    It is a single vote without noise, with the precision and the random draws of certification.
     """
     options = {"seed": config.seed, "precision": config.certify.torch_precision}
     voter = SmoothedClassifier(classifier, NO_NOISE, classifier.num_classes, **options)

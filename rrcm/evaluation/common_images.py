@@ -1,7 +1,7 @@
 """Which images several certificate files have in common, and whether their image numbers mean the same images.
 
-The files of other groups say neither which data set they are of nor how its images are numbered. All that they have is
-the label of each image. Labels cannot tell two data sets apart that have the same classes in the same order.
+The files of other groups name neither their data set nor the order of its images. They only have the label of each
+image. Labels cannot distinguish two data sets that have the same classes in the same order.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,10 @@ MAX_CHANCE = 0.001  # with which labels of unrelated images may agree
 def on_same_images(frames: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """The rows of each certificate frame for the images that all of them have, in the order of `idx`.
 
-    The frames are of the same data set if an image number that two of them have has one label, and if there are enough
-    such numbers: labels of unrelated images must agree on them with a probability of at most MAX_CHANCE. Frames with
-    exactly the same image numbers and labels need no more evidence. Raises `RRCMError` for all others.
+    The frames belong to the same data set if every image number that two of them share has the same label in both, and
+    if there are enough such numbers: labels of unrelated images must agree on them with a probability of at most
+    MAX_CHANCE. Frames with exactly the same image numbers and labels need no more evidence. Raises `RRCMError` for all
+    others.
     """
     labels = {name: frame.set_index("idx")["label"].sort_index() for name, frame in frames.items()}
     for one, other in _pairs(labels):
@@ -44,7 +45,7 @@ def have_same_images(first: pd.Series, second: pd.Series) -> bool:
 
 
 def check_labels(one: str, first: pd.Series, other: str, second: pd.Series) -> None:
-    """Raise `RRCMError` if an image number of both has two labels. `first` and `second` are labels by image number."""
+    """Raise `RRCMError` if a common image number has two labels. `first` and `second` are labels by image number."""
     numbers = first.index.intersection(second.index)
     unequal = numbers[(first[numbers] != second[numbers]).to_numpy()]
     if len(unequal):
@@ -57,8 +58,8 @@ def check_labels(one: str, first: pd.Series, other: str, second: pd.Series) -> N
 def chance_of_agreement(first: pd.Series, second: pd.Series, numbers: list[int]) -> float:
     """The probability that two unrelated sequences of labels agree on all image `numbers`.
 
-    It is the chance that one label of each is the same, to the power of the number of images. Images of a class that
-    follow each other count as one, since data sets that are sorted by class agree on many images by a single chance.
+    It is the probability that one label of each agrees, to the power of the number of images. Consecutive images of one
+    class count as one, since data sets that are sorted by class agree on many images by a single coincidence.
     """
     one, other = (labels.value_counts(normalize=True) for labels in (first, second))
     runs = np.count_nonzero(np.diff(first[numbers].to_numpy())) + 1 if len(numbers) else 0
@@ -66,10 +67,10 @@ def chance_of_agreement(first: pd.Series, second: pd.Series, numbers: list[int])
 
 
 def adopt_numbers(frames: Mapping[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
-    """The frames with the image numbers that their order implies, and for each changed one whose numbers it has now.
+    """The frames with corrected image numbers, and for each corrected frame the name of the frame they come from.
 
-    A file without image numbers is read with the numbers 0, 1, 2, ... If its labels are those of another frame with
-    other numbers in the same order, it has the images of that frame.
+    A file without image numbers is read with the numbers 0, 1, 2, ... If another frame has the same labels in the same
+    order, but other numbers, the file has the images of that frame.
     """
     adopted, sources = dict(frames), {}
     for name, other in permutations(frames, 2):
@@ -91,7 +92,7 @@ def _named(one: str, other: str) -> str:
 
 
 def _too_few(images: int, chance: float) -> str:
-    """Why this number of common images is no evidence."""
+    """The reason why this number of common images is too little evidence."""
     if images == 0:
         return "no image is in all files"
     return f"only {images:,} images are in all files, and other labels would agree with probability {chance:.2g}"

@@ -29,7 +29,7 @@ class Interval(NamedTuple):
         return Interval(*(factor * bound for bound in self))
 
     def cut(self, least: float, most: float) -> "Interval":
-        """The part of the interval between the least and the most that the estimated quantity can be.
+        """The part of the interval between the smallest and the largest possible value of the estimated quantity.
 
         It covers the quantity whenever the whole interval does, so it has the same confidence.
         """
@@ -74,7 +74,7 @@ def acr_difference(one: pd.DataFrame, other: pd.DataFrame, quantile: float = NOR
 
 
 def accuracy_difference(one: pd.DataFrame, other: pd.DataFrame, radius: float, quantile: float = NORMAL_95) -> Interval:
-    """Difference of the certified accuracies (shares) of `one` and `other` at `radius`. Their rows are the same images.
+    """Difference of the certified accuracies (shares) of `one` and `other` at `radius`, on the same images in each row.
 
     The interval is the adjusted Wald interval for paired proportions (Bonett & Price 2012, eq. 4). It adds one image
     that only the first classifier gets right and one that only the second gets right, so it has a width even if the two

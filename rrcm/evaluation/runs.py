@@ -1,10 +1,10 @@
 """The numbers of a classifier that was trained several times: means over training runs, with their intervals.
 
-All runs certify the same images. The variance of a mean has a part that averages out over the runs and one that does
-not. The first is at most the variance between runs, divided by their number. The second is at most the mean over the
-runs of the variance over images, as the mean of correlated numbers varies no more than they do on average. Each leads
-to a half-width, and the half-width of the interval is the root of the sum of their squares. It is too wide rather than
-too narrow, because what varies with run and image is in both parts.
+All runs certify the same images. The variance of a mean has one part that averages out over the runs and one that does
+not. The first part is at most the variance between runs, divided by their number. The second is at most the mean over
+the runs of the variance over images, as the mean of correlated numbers varies no more than they do on average. Each
+part gives a half-width, and the half-width of the interval is the root of the sum of their squares. The interval tends
+to be too wide, because variation that depends on both run and image is counted in both parts.
 """
 
 import math
@@ -26,7 +26,7 @@ MIN_RUNS = 3  # the t interval of two runs has a half-width of 12.7 standard err
 
 
 def over_runs(values: Sequence[float], scale: tuple[float, float]) -> Interval:
-    """The mean of one value per run with its t interval, cut at the ends of the scale: (least, most) possible value.
+    """The mean of one value per run with its t interval, cut at `scale`, the least and the greatest possible value.
 
     Fewer than MIN_RUNS runs have no interval: it is NaN.
     """
@@ -37,8 +37,8 @@ def over_runs(values: Sequence[float], scale: tuple[float, float]) -> Interval:
 def over_runs_and_images(values: Sequence[float], below: Sequence[float], above: Sequence[float]) -> Interval:
     """The mean of one value per run with an interval for both the runs and the images.
 
-    `below` and `above` are the half-widths of each run's interval over images, to both sides. Fewer than MIN_RUNS runs
-    have no interval, but for a single run that interval over images.
+    `below` and `above` are the lower and upper half-widths of each run's interval over images. Fewer than MIN_RUNS runs
+    have no interval. A single run keeps its interval over images.
     """
     mean = over_runs(values, (-math.inf, math.inf))
     of_runs = 0.0 if len(values) == 1 else mean.high - mean.value

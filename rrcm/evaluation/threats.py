@@ -1,9 +1,9 @@
-"""What an L2 certificate says about other changes of an image, with no further sample. Pure functions.
+"""What an L2 certificate says about other changes of an image, without further samples. Pure functions.
 
-A certificate holds at every image that is closer than its radius R in L2. So it covers every set of perturbations whose
-largest L2 norm is below R. Pixels lie in [0, 1] and d is the number of values of an image, pixels times channels.
+A certificate holds for every image that is closer than its radius R in L2. So it covers every set of perturbations
+whose largest L2 norm is below R. Pixels lie in [0, 1], and an image has d values: pixels times channels.
 
-- L1 norm at most r: the L2 norm is at most the L1 norm, so at most r, and r is attained by a change of one value.
+- L1 norm at most r: the L2 norm is at most the L1 norm, and so at most r. A change of one value attains r.
 - L-infinity norm at most e: the squared L2 norm is a sum of d squares, each at most e^2, so it is at most d e^2.
 - k pixels changed in any way, in C channels: each of the k C values changes by at most 1, because both images lie in
   [0, 1]. So the squared L2 norm is at most k C.
@@ -30,7 +30,7 @@ class Threat(NamedTuple):
     def radius(self) -> float:
         """The smallest certified radius that covers the threat, pixel units.
 
-        A certificate holds closer than its radius, not at it, so this is above the largest L2 norm.
+        A certificate holds at smaller distances than its radius, so this is above the largest L2 norm.
         """
         return smallest_above(self.squared)
 

@@ -49,7 +49,7 @@ class BaseClassifier(nn.Module):
         raise NotImplementedError
 
     def at(self, sigma: float) -> Self:
-        """The same network, with the same weights in memory, for pixel noise `sigma`. For joint trainings.
+        """The same network, with the same weights in memory, for pixel noise `sigma`. Joint models need it.
 
         A classifier that is conditioned on the noise level has t = 2 sigma.
         """
@@ -135,9 +135,9 @@ class Normalized(BaseClassifier):
 
 
 class NetworkClassifier(Normalized):
-    """A network that takes no noise level, trained for one pixel sigma or for several.
+    """A network that is not conditioned on the noise level, trained for one pixel sigma or for several.
 
-    `architecture` is what `rrcm.models.architectures.network_classifier` needs to build it again.
+    `rrcm.models.architectures.network_classifier` builds it again from `architecture`.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, architecture: Mapping, sigma: float):

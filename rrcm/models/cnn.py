@@ -18,17 +18,17 @@ NOISE_DIM = 128  # width of the embedded noise level
 class NoiseConditionedCNN(nn.Module):
     """Convolutions of stride 2, then a linear layer of all positions, each conditioned on the noise level.
 
-    The convolutions halve the image until there is one position for each patch. The last has a quarter of `embed_dim`
-    channels, and each before it half as many. Kernels have 5 pixels where the side is above 8, and 3 below. Each layer
-    is normalized over an image, then scaled and shifted per channel by a linear function of the embedded noise level,
-    which starts at zero (Perez et al. 2018, FiLM).
+    The convolutions halve the image until there is one position for each patch. The last one has a quarter of
+    `embed_dim` channels, and each earlier one has half as many as the next. Kernels are 5 pixels wide if the side is
+    above 8, and 3 pixels otherwise. Each layer is normalized over an image, and then scaled and shifted per channel by
+    a linear function of the embedded noise level, which starts at zero (FiLM, Perez et al. 2018).
 
     >>> encoder = rrcm.NoiseConditionedCNN(image_size=8, channels=1, patch_size=4, embed_dim=32)
     >>> encoder(torch.randn(5, 1, 8, 8), t=1.0).shape
     torch.Size([5, 32])
     """
 
-    summary_tokens: ClassVar[int] = 1  # what `forward` gives for `visible` besides tokens of patches
+    summary_tokens: ClassVar[int] = 1  # tokens that `forward` returns for `visible` in addition to those of patches
 
     def __init__(self, image_size: int, channels: int, patch_size: int, embed_dim: int):
         super().__init__()
@@ -53,8 +53,8 @@ class NoiseConditionedCNN(nn.Module):
 
         images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
         t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
-        visible: (B, V) int64, the patches of each image that the network sees. All others are zero. The result is then
-        (B, 1, embed_dim): the representation as the only token. Raises `ValueError` for images of another size.
+        visible: (B, V) int64, the patches of each image that the network sees. All other patches are zero. The result
+        is then (B, 1, embed_dim): the representation as the only token. Raises `ValueError` for images of another size.
         """
         check_size(images, (self.image_size, self.image_size))
         if visible is not None:
@@ -71,7 +71,7 @@ class NoiseConditionedCNN(nn.Module):
 
 
 def activate(x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """Normalize each image of (B, C, ...), scale and shift its channels by the two halves of `condition`, and GELU."""
+    """Normalize each image of (B, C, ...), scale and shift its channels by the halves of `condition`, apply GELU."""
     scale, shift = condition.chunk(2, dim=1)
     return F.gelu(torch.addcmul(shift, F.group_norm(x, 1), 1 + scale))
 
@@ -88,7 +88,7 @@ def cnn_widths(convolutions: int, embed_dim: int) -> list[int]:
 
 
 def cnn_multiply_adds(image_size: int, channels: int, patch_size: int, embed_dim: int) -> int:
-    """Multiply-adds of one image in a `NoiseConditionedCNN`, whose noise level is its own."""
+    """Multiply-adds of one image in a `NoiseConditionedCNN`, when each image has its own noise level."""
     kernels, side, total = cnn_kernels(image_size, patch_size), image_size, 0
     widths = cnn_widths(len(kernels), embed_dim)
     for (before, after), kernel in zip(pairwise([channels, *widths]), kernels, strict=True):

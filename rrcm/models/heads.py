@@ -24,8 +24,8 @@ class EncoderWithPredictor(EncoderWithProjector):
 class Decoder(nn.Module):
     """Reconstructs all patches from the tokens of the visible ones (He et al. 2022): a light ViT.
 
-    It also sees the encoder's other tokens, such as class and time, and a learned mask token in place of each hidden
-    patch. The class token, which fine-tuning reads, therefore learns about the image.
+    The decoder also sees the encoder's other tokens, such as class and time, and a learned mask token in place of each
+    hidden patch. The class token, which fine-tuning uses, therefore learns about the image.
     """
 
     def __init__(self, encoder: Encoder, embed_dim: int, depth: int, num_heads: int):
@@ -44,8 +44,10 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """The encoder's tokens (B, S + V, D), and the patches `visible` (B, V) int64 that the last V of them belong to
-        -> (B, P, patch_dim). An encoder without tokens of patches gives the first S only.
+        """Reconstruct all patches: the encoder's tokens (B, S + V, D) -> (B, P, patch_dim).
+
+        `visible` (B, V) int64 names the patches of the last V tokens. An encoder without tokens for patches gives only
+        the first S tokens.
         """
         summary, seen = self.embed(tokens).split([self.summary_tokens, tokens.shape[1] - self.summary_tokens], dim=1)
         batch, num_seen, embed_dim = seen.shape

@@ -18,9 +18,9 @@ from rrcm.utils.errors import RRCMError
 class JointSigmas:
     """The noise levels of a joint training, in pixel units.
 
-    Without `interval`, each image of each step has one of the `sigmas`, all with the same probability. With `interval`,
-    the logarithm of an image's sigma is uniform between its ends. Settings have their values at the `sigmas`, and
-    between two of them they are linear in log sigma. Beyond the smallest and the largest they stay the same.
+    Without `interval`, each image of each step gets one of the `sigmas`, all with the same probability. With
+    `interval`, the logarithm of an image's sigma is uniform between its ends. A setting has one value at each of the
+    `sigmas`. It is linear in log sigma between two of them, and constant beyond the smallest and the largest.
     """
 
     sigmas: tuple[float, ...]  # ascending
@@ -93,7 +93,9 @@ def read_joint(folder: Path, config: Mapping) -> JointSigmas | None:
 
 
 def config_at(folder: Path, config: Mapping, sigma: float | None, outside: bool = False) -> Mapping:
-    """The config.json of a joint model as if it had been trained for `sigma` alone. Others are returned unchanged.
+    """The config.json that a joint model would have if it had been trained for `sigma` alone.
+
+    The config.json of any other model is returned unchanged.
 
     Raises `RRCMError` without a sigma, and for a sigma that the training did not cover, unless `outside` is true.
     """

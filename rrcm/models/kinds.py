@@ -45,9 +45,9 @@ def load_model_folder(
 ) -> LoadedClassifier:
     """Load the classifier in a model folder of any kind in FOLDER_LOADERS.
 
-    `sha256` is the hash that a larger model names, if this is a part of it. The classifier of a joint training is
-    loaded for pixel noise `sigma`, which other model folders ignore. A classifier that can pass has one output more
-    than classes, "pass", which is left out unless `keep_pass` is true. Raises `RRCMError` for a folder that is missing
+    `sha256` is the hash that a larger model records for its part. The classifier of a joint training is loaded for
+    pixel noise `sigma`, which other model folders ignore. A classifier that can pass has one more output than there are
+    classes, "pass", which is left out unless `keep_pass` is true. Raises `RRCMError` for a folder that is missing
     or damaged, has another hash, or is of an unknown kind, for a joint model without `sigma`, and for a `sigma` that
     its training did not cover, unless `outside_range` is true.
     """

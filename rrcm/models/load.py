@@ -28,7 +28,7 @@ class LoadedCascade(NamedTuple):
 def load_base_classifier(
     model: Path | str,
     *,
-    sigma: float | None = None,  # pixel noise, which the authors' files do not record; of a joint model, any it covers
+    sigma: float | None = None,  # pixel noise; authors' files do not record it, and joint models need it
     weights: Path | None = None,  # file with the weights of a timm model, in place of a download
     final_norm: bool = True,  # False: the authors' CIFAR-10 models, which skip the last LayerNorm
     classes: Path | None = None,  # text file with one class name per line

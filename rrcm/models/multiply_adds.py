@@ -1,4 +1,4 @@
-"""The multiply-adds of a network, by which passes of different networks are weighed against each other."""
+"""The multiply-adds of a network, which make the passes of different networks comparable."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +13,7 @@ from rrcm.models.vit import encoder_multiply_adds
 def network_multiply_adds(model: config.Model, data: config.Data) -> float:
     """Multiply-adds of one image in a forward pass of the network that the settings describe.
 
-    Those of our encoders are without a head. Another trunk is built without memory, and torch counts.
+    Formulas count our encoders, without a head. For another trunk torch counts, on a network without memory.
     """
     image = data.image_size, data.channels, model.patch_size, model.embed_dim
     if model.architecture == "cnn":

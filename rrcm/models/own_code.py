@@ -1,7 +1,7 @@
 """Base classifiers from the user's own code: `module:function`, `file.py:function`, or a program of torch.export.
 
-Besides plug-ins, this is the only place that runs code which is not of this package or of its libraries. It runs what
-the user names on the command line, and says so on stderr.
+Apart from plug-ins, this is the only place that runs code from outside this package and its libraries. It runs only
+code that the user names on the command line, and says so on stderr.
 """
 
 import importlib
@@ -42,7 +42,7 @@ def is_own_code(model: Path | str) -> bool:
 def load_named_classifier(
     model: Path | str, *, sigma: float | None = None, weights: Path | None = None, **options: object
 ) -> LoadedClassifier:
-    """`load_base_classifier`, and also a model of the user's own code. Raises `RRCMError` as that function does."""
+    """`load_base_classifier` that also takes models of the user's own code. Raises `RRCMError` for the same reasons."""
     if not is_own_code(model):
         refuse_missing(model)
         if sigma is None and expand_user(model).is_file():
@@ -54,7 +54,7 @@ def load_named_classifier(
 
 
 def load_named_cascade(models: Sequence[Path | str], sigmas: Sequence[float], **options: object) -> LoadedCascade:
-    """`load_cascade`, and also of models of the user's own code. Raises `RRCMError` as that function does."""
+    """`load_cascade` that also takes models of the user's own code. Raises `RRCMError` for the same reasons."""
     if not any(map(is_own_code, models)):
         for model in models:
             refuse_missing(model)
@@ -76,9 +76,9 @@ def load_named_cascade(models: Sequence[Path | str], sigmas: Sequence[float], **
 
 
 def refuse_missing(model: Path | str) -> None:
-    """Raise `RRCMError` for a folder of this repository that is not there, for any other folder, and for ONNX.
+    """Raise `RRCMError` for folders that hold no model, for missing folders of this repository, and for ONNX files.
 
-    Others that are not there may be names of timm models.
+    Any other name that is no file may be the name of a timm model.
     """
     folder = expand_user(str(model).removeprefix(FOLDER))
     if folder.is_dir() and not (folder / CONFIG).exists():
@@ -192,7 +192,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _run(name: str, function: Callable[[], object]) -> object:
-    """The answer of the user's code. Raises an `RRCMError` that says where it failed."""
+    """The result of the user's code. Raises an `RRCMError` that says where it failed."""
     try:
         return function()
     except RRCMError:

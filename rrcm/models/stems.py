@@ -1,4 +1,4 @@
-"""What turns an image into the tokens of a ViT: patches, or convolutions that halve the image."""
+"""Stems, which turn an image into the tokens of a ViT: patches, or convolutions that halve the image."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from rrcm.sections import count_halvings
 class PatchEmbed(nn.Module):
     """Split an image into square patches and project each to a token."""
 
-    mixes_patches = False  # whether a token depends on other patches than its own
+    mixes_patches = False  # whether a token depends on patches other than its own
 
     def __init__(self, img_size: int, patch_size: int, channels: int, embed_dim: int):
         super().__init__()
@@ -30,8 +30,9 @@ class PatchEmbed(nn.Module):
 class ConvolutionStem(nn.Module):
     """Convolutions of stride 2 until there is one position for each patch (Xiao et al. 2021), conditioned on the noise.
 
-    The first has few channels, and each doubles them. Each is normalized over all channels and positions of an image,
-    then scaled and shifted per channel by a linear function of the embedding of the noise level, which starts at zero.
+    The first convolution has few channels, and each further one doubles them. Each is normalized over all channels and
+    positions of an image, and then scaled and shifted per channel by a linear function of the embedded noise level,
+    which starts at zero.
     """
 
     mixes_patches = True

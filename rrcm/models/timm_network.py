@@ -1,4 +1,4 @@
-"""Pre-trained timm networks other than plain ViTs, as starts of a fine-tuning: their input, and their weights.
+"""Pre-trained timm networks other than plain ViTs, from which fine-tuning can start: their input and their weights.
 
 timm is imported inside the functions, because importing it takes more than a second and most runs do not need it.
 """
@@ -33,7 +33,7 @@ class NetworkInput(NamedTuple):
 
 
 def input_of(network: nn.Module, name: str) -> NetworkInput:
-    """What a network that `load_timm` has loaded takes. Raises `RRCMError` for images that are not square.
+    """The input of a network that `load_timm` has loaded. Raises `RRCMError` for images that are not square.
 
     The message calls the network `name`.
     """
@@ -54,9 +54,9 @@ def copy_timm_weights(network: nn.Module, name: str, weights: str | None) -> Non
     """Give `network` the weights of the timm model `name`, as `load_timm` finds them, and a new head.
 
     `network` has the same architecture, for other classes. Its head gets very small random weights from torch's global
-    generator, like the head of our ViT: some networks of timm give a head for few classes weights so large that a short
-    training does not undo them. If `network` takes grey images and the model colours, the weights of the first layer
-    are summed over the colours, as if a grey image had three equal channels.
+    generator, like the head of our ViT: some timm networks initialize a head for few classes with weights so large that
+    a short training does not undo them. If `network` takes grey images and the model takes colour images, the weights
+    of the first layer are summed over the colours, as if a grey image had three equal channels.
 
     Raises `RRCMError` as `load_timm` does, and for a model of another architecture, other channels or another size.
     """

@@ -1,4 +1,4 @@
-"""An ablation: a classifier that is not conditioned on the noise level, whatever noise its images have."""
+"""An ablation: a classifier that is not conditioned on the noise level of its images."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LEVEL = 1.0  # model space: pixel sigma 0.5
 
 
 class UnconditionedClassifier(NoiseConditionedClassifier):
-    """Its encoder is always conditioned on the same noise level, LEVEL, which also scales its input."""
+    """A classifier whose encoder is always conditioned on the same noise level, LEVEL, which also scales its input."""
 
     def forward(
         self,
@@ -22,7 +22,7 @@ class UnconditionedClassifier(NoiseConditionedClassifier):
         t: torch.Tensor | None = None,
         num_chunks: int = 1,
     ) -> torch.Tensor:
-        """As of `NoiseConditionedClassifier`, but `t` has no effect."""
+        """The logits as in `NoiseConditionedClassifier`, but `t` has no effect."""
         level = torch.full((len(noisy),), LEVEL, device=noisy.device)
         return super().forward(noisy, draw, t=level, num_chunks=num_chunks)
 

@@ -197,8 +197,8 @@ class NoiseConditionedViT(nn.Module):
         images: float, model space (pixels scaled to [-1, 1], plus noise of standard deviation t).
         t: one noise level, or one per image (B,), in model space (2 * pixel sigma), > 0.
         visible: (B, V) int64, the patches of each image that the network sees. The result is then all tokens,
-        (B, 2 + V, embed_dim): class, time, and these patches in their order. A stem whose tokens depend on several
-        patches gets zeros in place of all other patches.
+        (B, 2 + V, embed_dim): class, time, and these patches in their order. If the tokens of the stem depend on
+        several patches, all other patches are set to zero.
         """
         if visible is not None and self.patch_embed.mixes_patches:
             images = hide_patches(images, visible, self.patch_embed.patch_size[0])

@@ -116,7 +116,7 @@ def build_objective(kinds: Mapping[str, Callable[..., ObjectiveType]], name: str
 
 
 def per_row(values: PerImage, like: torch.Tensor) -> PerImage:
-    """Reshape values (B,) so that they multiply the rows of `like`. A number is returned unchanged."""
+    """Reshape values (B,) so that each multiplies one row of `like`. A number is returned unchanged."""
     return values.view(-1, *[1] * (like.ndim - 1)) if isinstance(values, torch.Tensor) else values
 
 

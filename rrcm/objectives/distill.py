@@ -1,8 +1,8 @@
 """Distillation: a student learns what its teacher predicts for the same noisy copies (Hinton et al. 2015).
 
-Certified Robustness Transfer (Vaishnavi et al. 2022) is the idea for randomized smoothing: a student that agrees with a
-robust teacher under noise is robust as well. It minimizes the Euclidean distance of the outputs. This loss is the
-Kullback-Leibler divergence, as in Hinton et al. at temperature 1. Labels have no part in it.
+Certified Robustness Transfer (Vaishnavi et al. 2022) brought the idea to randomized smoothing: a student that agrees
+with a robust teacher under noise is robust as well. Their loss is the Euclidean distance of the outputs. Ours is the
+Kullback-Leibler divergence, as in Hinton et al. at temperature 1. It uses no labels.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Teacher = Callable[..., torch.Tensor]  # noisy (B, C, H, W), and t (B,) if it is
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """KL(q || p) of the student's prediction p and the teacher's prediction q: logits (m, B, K) both -> (m, B).
 
-    It is the cross-entropy minus the entropy of q, which no student changes. So its gradient is that of the
-    cross-entropy, and it is 0 where both agree.
+    It is the cross-entropy minus the entropy of q, which does not depend on the student. So it has the gradient of the
+    cross-entropy, and it is 0 where the two agree.
     """
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
@@ -33,7 +33,7 @@ class Distill:
 
     sigma: PerImage  # pixel units
     num_noise: int  # m
-    teacher: Teacher | None = None  # `rrcm.training.teacher.with_teacher` sets it; its cost is known without
+    teacher: Teacher | None = None  # `rrcm.training.teacher.with_teacher` sets it; the cost is known without it
     terms: ClassVar[tuple[str, ...]] = ()
 
     @property

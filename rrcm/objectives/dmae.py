@@ -39,8 +39,8 @@ class DMAE:
     """The encoder sees some patches of a noisy image, and a light decoder reconstructs all patches without noise.
 
     Two things differ from the published method: the encoder keeps its class and time tokens, and the decoder sees them.
-    A stem of convolutions gets zeros in place of the hidden patches, so no token knows what is there. So does a CNN, of
-    which the decoder sees the representation alone.
+    For a stem of convolutions and for a CNN, the hidden patches are set to zero, so that no token depends on them. The
+    decoder of a CNN sees only the representation.
     """
 
     image_size: int

@@ -1,4 +1,4 @@
-"""Joint training: one network for several sigmas, each image of each step with a sigma of its own."""
+"""Joint training: one network for several sigmas. Each image has its own sigma in each step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,8 +15,8 @@ from rrcm.utils.errors import RRCMError
 class JointObjective:
     """The mean over images of the loss that an expert for the image's sigma would have.
 
-    All experts have the same objective. The fields in its `per_image` may differ; each image gets the value for its own
-    sigma.
+    All experts have the same objective. The fields that its `per_image` names may differ between them. Each image gets
+    the value for its own sigma.
     """
 
     experts: tuple[Objective, ...]  # at each of `noise.sigmas`
@@ -41,7 +41,7 @@ class JointObjective:
     def at(
         self, sigmas: Sequence[float], classifier: Callable, batch: Batch, random: StepRandomness
     ) -> dict[str, torch.Tensor]:
-        """As when called, with these sigmas of the images."""
+        """The terms of the loss for given sigmas of the images."""
         objective = mixed_objective(self.experts, self.noise, sigmas, random.device)
         return objective(AtLevels(classifier, 2 * objective.sigma), batch, random)
 
@@ -79,7 +79,7 @@ def differing_fields(experts: Sequence[Objective]) -> list[str]:
 def join_objectives(name: str, experts: Sequence[Objective], noise: JointSigmas) -> JointObjective:
     """The joint objective of experts with objective `name`.
 
-    Raises `RRCMError` for a setting that differs between them and that an image cannot have for itself.
+    Raises `RRCMError` for a setting that differs between the experts but cannot differ between images.
     """
     for setting in differing_fields(experts):
         if setting not in getattr(experts[0], "per_image", ()):

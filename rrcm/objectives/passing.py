@@ -1,4 +1,4 @@
-"""Training of an output for "pass", by which the larger sigmas of a cascade leave an image to a smaller one."""
+"""Training of an output for "pass", with which the larger sigmas of a cascade leave an image to a smaller sigma."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,9 +28,9 @@ def pass_targets(votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
 class PassingObjective:
     """A joint objective for a classifier whose last output is "pass". Only its last layer is trained.
 
-    An image at sigma gets the pass target of the closest of `joint.noise.sigmas`. If this is the smallest, the output
-    "pass" is ignored. At any other it is one more class. `bias` is subtracted from its logit, so that the logit of the
-    trained classifier is higher by `bias`.
+    An image at sigma gets the pass target of the closest of `joint.noise.sigmas`. If that is the smallest one, the
+    output "pass" is ignored. Otherwise "pass" is one more class. `bias` is subtracted from its logit during training,
+    so that the trained classifier gives a logit that is higher by `bias`.
     """
 
     joint: JointObjective
@@ -66,7 +66,7 @@ class PassingObjective:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The classes of a classifier whose last output is "pass", and with `bias` also that output, minus `bias`."""
+    """The logits of the classes, without the last output, "pass". With `bias`, also the logit of pass minus `bias`."""
 
     classifier: Callable
     num_classes: int

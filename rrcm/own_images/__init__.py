@@ -1,1 +1,1 @@
-"""`rrcm train`: from a folder of one's own images to a certified classifier."""
+"""`rrcm train`: turn a folder of your own images into a certified classifier."""

@@ -1,5 +1,6 @@
-"""What the rules choose by: a folder of images, and this machine."""
+"""The facts on which the choice of `rrcm train` rests: the folder of images, and this machine."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from rrcm.utils.distributed import pick_device
 from rrcm.utils.errors import RRCMError, printable
 from rrcm.utils.provenance import available_cores, describe_environment
 
-LEAST_IMAGES = 5  # of a class: one to test, one to validate, three to learn from
-FEW_IMAGES = 100  # of a class, below which a note is printed
-UNBALANCED = 10  # times as many images as in the smallest class, from which on a note is printed
+LEAST_IMAGES = 5  # per class: one to test, one to validate and three to learn from
+FEW_IMAGES = 100  # per class; a note is printed for fewer
+UNBALANCED = 10  # a note is printed if one class has this many times the images of another
+BUSY = 0.75  # a note is printed if the load of each core is at least this
 MEASURED = 1000  # images whose size is read, evenly spaced
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")  # modes that images.py reads as grey
 
@@ -31,17 +33,17 @@ class Folder:
     counts: tuple[int, ...]  # images of each class, without those that are held out
     held_out: tuple[str, ...]  # the test images: paths relative to the folder, in the order of the test split
     side: int  # the median of the shorter sides, pixels
-    pixels: int  # of an image, on average
+    pixels: int  # the average number of pixels of an image
     channels: int  # 1 if all images are grey, else 3
 
     @property
     def images(self) -> int:
-        """The images to train and to validate with."""
+        """The number of images for training and validation."""
         return sum(self.counts)
 
     @property
     def description(self) -> str:
-        """One line for people."""
+        """The folder in one line."""
         least, most = min(self.counts), max(self.counts)
         each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         total, colours = self.images + len(self.held_out), "grey" if self.channels == 1 else "in colour"
@@ -52,7 +54,7 @@ class Folder:
 
     @property
     def notes(self) -> list[str]:
-        """What to know before training on this folder."""
+        """Warnings about this folder, in one line each."""
         notes, least, most = [], min(self.counts), max(self.counts)
         smallest = printable(self.classes[self.counts.index(least)])
         if least < FEW_IMAGES:
@@ -67,22 +69,34 @@ class Folder:
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains."""
+    """The machine that trains."""
 
     cores: int
     instructions: str  # of the CPU, such as AVX2
     gpus: tuple[str, ...]
     memory_gib: float
+    load: float = 0.0  # processes that ran or waited for a core, on average over the last minute
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings about this machine, in one line each."""
+        if self.gpus or self.load < BUSY * self.cores:
+            return []
+        cores = f"{self.cores} core{'s' if self.cores > 1 else ''}"
+        return [
+            f"other programs keep this machine busy (load {self.load:.1f} on {cores}), so the work takes longer and "
+            "estimates vary; with OMP_NUM_THREADS=1 it may be faster"
+        ]
 
     @property
     def description(self) -> str:
-        """One line for people."""
+        """The machine in one line."""
         cores = f"{self.cores} core{'s' if self.cores > 1 else ''} with {self.instructions}"
         return f"{cores}, {self.memory_gib:g} GiB of memory, {', '.join(self.gpus) or 'no GPU'}"
 
 
 def look_at_folder(folder: Path, data: Data) -> Folder:
-    """Decode every image of `folder`, which `data` describes as `read_imagefolder` takes it.
+    """Decode every image of `folder`. `data` has the settings with which `read_imagefolder` reads it.
 
     Raises `RRCMError` for a folder that is missing, has fewer than two classes or a class with fewer than LEAST_IMAGES
     images, and for images that cannot be read, after naming them all.
@@ -122,6 +136,7 @@ def _read_headers(dataset: RawDataset) -> tuple[list[int], list[int], list[str]]
 
 
 def look_at_machine(device: str = "auto") -> Machine:
-    """This machine, as far as a training on `device` uses it."""
+    """The parts of this machine that a training on `device` uses."""
     hardware = describe_environment(pick_device(device))["hardware"]
-    return Machine(available_cores(), hardware["instructions"], tuple(hardware["gpus"]), hardware["memory_gib"])
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return Machine(available_cores(), hardware["instructions"], tuple(hardware["gpus"]), hardware["memory_gib"], load)

@@ -35,7 +35,7 @@ class HeldOut(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The files of a run before they become its output."""
+    """The files of a run before they are moved into its output."""
 
     shards: Path
     model: Path
@@ -55,7 +55,7 @@ def read_held_out(work: Work, root: Path, folder: Folder) -> HeldOut:
 
 
 def write_result(work: Work, config: Config, folder: Folder, output: Path) -> HeldOut:
-    """Write the folder `output`, which is put into place once it is complete. Returns what it certifies."""
+    """Write the folder `output`, and put it into place once it is complete. Returns its certified images."""
     held_out = read_held_out(work, Path(config.data.root), folder)
     loaded = load_model_folder(work.model, sigma=config.cascade_sigmas[0])
     text = record_path(work.certificates / f"{CASCADE}.tsv").read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def accuracy_by_radius(frame: pd.DataFrame, radii: Sequence[float]) -> list[tupl
 
 
 def facts_of(work: Work, config: Config) -> dict[str, str]:
-    """What a reader may ask about the training, by its name."""
+    """Facts about the training for the model card, by their names."""
     model, timing = read_json(work.model / "config.json"), read_json(work.timing)
     hardware, size = timing["environment"]["hardware"], config.data.image_size
     steps = f"{model['training']['epochs']:g} epochs in {timing['seconds'] / 60:.1f} minutes"

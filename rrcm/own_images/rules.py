@@ -1,6 +1,6 @@
-"""The rules of `rrcm train`: which network, noise, length and certification suit a folder, a machine and some hours.
+"""The rules of `rrcm train`: which network, noise, length and certification suit the folder, the machine and the hours.
 
-`choose` is a pure function of what it is given. README.md has the rules in words.
+`choose` is a pure function of its arguments. README.md explains the rules.
 """
 
 import math
@@ -11,36 +11,35 @@ from rrcm.own_images.facts import Folder, Machine
 from rrcm.utils.errors import RRCMError
 
 TRAINING, VALIDATION, THRESHOLDS, CERTIFICATION = 0.55, 0.05, 0.1, 0.3  # shares of the time
-GOOD_STEPS = 1500  # of the optimizer, from random weights: with fewer, a smaller network is better
+# Lengths of a training from random weights: steps of the optimizer, and passes over the images at all sigmas together.
+GOOD_STEPS, GOOD_PASSES = 1500, 20  # a network without time for both is replaced by a smaller one
 LEAST_STEPS = 300
-MOST_STEPS = 10_000  # beyond which only more passes over the images allow more
-GOOD_PASSES = 20  # over the training images, noise of all sigmas counted together
-MOST_PASSES = 300
-STARTED = 0.2  # of these steps and passes are as good from pre-trained weights
-STARTED_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the side for which pre-trained weights were made, that are considered
-BATCHES = (16, 128)  # smallest and largest, if there are as many images
+MOST_STEPS, MOST_PASSES = 10_000, 300  # a training is no longer than the longer of the two
+STARTED = 0.2  # from pre-trained weights, this share of the steps and passes suffices
+STARTED_SHARES = (1.0, 0.75, 0.5, 0.25)  # candidates for the image size, relative to the size of pre-trained weights
+BATCHES = (16, 128)  # smallest and largest, if there are that many images
 LEARNING_RATE = 1e-3  # peak of AdamW from random weights, whatever the batch
-STARTED_RATE = 1e-4  # likewise from pre-trained weights of a ViT
-NETWORK_RATE = 5e-4  # likewise of any other network
-SMALL_SIDE = 16  # pixels, up to which an image carries little noise
-SIGMAS = {True: (0.12, 0.25, 0.5), False: (0.25, 0.5, 1.0)}  # of small images, and of others; pixel units
+STARTED_RATE = 1e-4  # peak from pre-trained weights of a ViT
+NETWORK_RATE = 5e-4  # peak from pre-trained weights of any other network
+SMALL_SIDE = 16  # pixels; images up to this size tolerate little noise
+SIGMAS = {True: (0.12, 0.25, 0.5), False: (0.25, 0.5, 1.0)}  # for small images, and for others; pixel units
 MOST_VALIDATION = 500  # images
-VALIDATION_NOISES = 4  # of each image and sigma at an evaluation, as in training/validation.py
+VALIDATION_NOISES = 4  # noisy copies of each image at each sigma in an evaluation, as in training/validation.py
 EVALUATIONS = (2, 20)  # fewest and most
-CHOICES = (20, 1000)  # fewest and most votes for each validation image and sigma by which thresholds are chosen
-SAMPLES = (10_000, 1000, 200)  # at most for a certificate: the first that leaves time for ENOUGH images
-DRAWN = 1.0  # samples of a certificate, as a multiple of the most at one sigma: several are asked, and most stop early
+CHOICES = (20, 1000)  # fewest and most votes for each validation image and sigma, from which thresholds are chosen
+SAMPLES = (10_000, 1000, 200)  # candidates for n; the first that leaves time for ENOUGH images is taken
+DRAWN = 1.0  # samples of a certificate relative to n: a cascade asks several sigmas, but most of them stop early
 ENOUGH, MOST_CERTIFIED = 50, 500  # held-out images to certify
-MEMORY = 4  # GiB, below which the most expensive trunk is left out
+MEMORY = 4  # GiB; with less, the most expensive trunk is left out
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is chosen for."""
+    """The task for which the rules choose."""
 
     folder: Folder
     machine: Machine
-    hours: float  # at most, for everything
+    hours: float  # at most, for the whole command
     started: bool = False  # whether training starts from pre-trained weights
 
 
@@ -56,7 +55,7 @@ class Trunk:
 
     @property
     def description(self) -> str:
-        """A few words for people."""
+        """The trunk in a few words."""
         sizes = f"{self.image_size} x {self.image_size} pixels, patches of {self.patch_size}"
         return f"ViT for {sizes}, width {self.embed_dim}, depth {self.depth}"
 
@@ -83,22 +82,22 @@ class Network:
 
     @property
     def description(self) -> str:
-        """A few words for people."""
+        """The network in a few words."""
         return f"{self.architecture} for {self.image_size} x {self.image_size} pixels"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a network costs on this machine, in seconds."""
+    """The cost of a network on this machine, in seconds."""
 
     image: float  # to train on an image once
-    vote: float  # for a noisy image
+    vote: float  # to vote on a noisy image
     reading: float = 0.0  # to read an image in each pass over the images; 0 if they stay in memory
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the rules choose."""
+    """The choice of the rules."""
 
     trunk: Trunk | Network
     sigmas: tuple[float, ...]  # pixel units, ascending
@@ -106,12 +105,12 @@ class Choice:
     workers: int  # processes that read images
     batch_size: int
     lr: float  # peak of AdamW
-    epochs: int  # at each sigma: all together train len(sigmas) times as long
-    epoch_steps: int  # of the optimizer, in an epoch at each sigma
-    allowed_steps: float  # for which there is time
-    evaluate_every: int  # epochs at each sigma
-    choose_n: int  # votes for each validation image and sigma, for thresholds
-    n: int  # samples of a certificate at each sigma, at most
+    epochs: int  # of an expert; the joint training has len(sigmas) times as many
+    epoch_steps: int  # steps of the joint training for one epoch of every expert
+    allowed_steps: float  # the steps that the time allows
+    evaluate_every: int  # epochs of an expert between two evaluations
+    choose_n: int  # votes for each validation image and sigma, from which thresholds are chosen
+    n: int  # most samples of a certificate at each sigma
     certified: int  # held-out images
 
     @property
@@ -121,10 +120,10 @@ class Choice:
 
 
 def choose(task: Task, trunks: Sequence[Trunk | Network], measure: Callable[[Trunk | Network], Speed]) -> Choice:
-    """The first of the `trunks` that has time to learn well, else the last one, with all that follows from it.
+    """The plan for the first of the `trunks` that has time to learn well, or else for the last one.
 
-    `trunks` go from the most expensive to the cheapest. `measure` says what one costs. Raises `RRCMError` if even the
-    last one has no time for LEAST_STEPS.
+    `trunks` go from the most expensive to the cheapest. `measure` gives the cost of a trunk. Raises `RRCMError` if even
+    the last one has no time for LEAST_STEPS.
     """
     scale = STARTED if task.started else 1.0
     for trunk in possible_trunks(task, trunks):
@@ -137,7 +136,7 @@ def choose(task: Task, trunks: Sequence[Trunk | Network], measure: Callable[[Tru
         needed = math.ceil(102 * task.hours * least / choice.allowed_steps) / 100
         raise RRCMError(
             f"--hours {task.hours:g}: leaves time for {choice.allowed_steps:.0f} training steps of the smallest "
-            f"network, which needs {least}; give --hours {needed:g} or more"
+            f"network, which needs {least}; give --hours {needed:g} or more{', or leave out --start' * task.started}"
         )
     return choice
 
@@ -156,7 +155,7 @@ def possible_trunks(task: Task, trunks: Sequence[Trunk | Network]) -> list[Trunk
 
 
 def plan(task: Task, trunk: Trunk | Network, speed: Speed) -> Choice:
-    """The lengths of all parts of the work with one trunk."""
+    """The lengths of all parts of the work, if this trunk is taken."""
     folder, seconds, scale = task.folder, 3600 * task.hours, STARTED if task.started else 1.0
     sigmas = SIGMAS[trunk.image_size <= SMALL_SIDE]
     fraction = min(0.1, MOST_VALIDATION / folder.images)
@@ -192,7 +191,7 @@ def plan(task: Task, trunk: Trunk | Network, speed: Speed) -> Choice:
 
 
 def learning_rate(task: Task, trunk: Trunk | Network) -> float:
-    """The peak of AdamW."""
+    """The peak learning rate of AdamW."""
     if not task.started:
         return LEARNING_RATE
     return STARTED_RATE if isinstance(trunk, Trunk) else NETWORK_RATE
@@ -204,5 +203,5 @@ def split_off(count: int, fraction: float) -> int:
 
 
 def clamp(value: float, least: int, most: int) -> int:
-    """The whole number below `value` that is within the bounds."""
+    """`value` rounded down to a whole number, within the bounds."""
     return int(min(max(value, least), most))

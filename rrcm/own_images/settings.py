@@ -1,4 +1,4 @@
-"""The settings of `rrcm train`: those of profile imagefolder, with what the rules choose. They are a params.yaml."""
+"""The settings of `rrcm train`: profile imagefolder, with the choice of the rules. They form a whole params.yaml."""
 
 import contextlib
 from importlib.resources import files
@@ -51,7 +51,7 @@ def with_network(values: dict, folder: Folder, trunk: Trunk | Network, start: tu
 
 
 def with_lengths(values: dict, choice: Choice) -> dict:
-    """The settings of `with_network`, with everything else that was chosen."""
+    """The settings of `with_network`, completed by the lengths that the rules chose."""
     sigmas = list(choice.sigmas)
     checkpoint_every = max(1, choice.epochs * len(sigmas) // CHECKPOINTS)
     finetune = {
@@ -73,14 +73,14 @@ def with_lengths(values: dict, choice: Choice) -> dict:
 
 
 def complete(values: dict) -> dict:
-    """The same settings with those that follow from others, so that the pipeline takes them as its params.yaml."""
+    """The same settings with their derived settings, so that the pipeline can take them as its params.yaml."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # parse_config says what is wrong
         return values | {"derived": derived_settings({name: values[name] for name in SECTIONS})}
     return values
 
 
 def read_params(path: Path, root: Path) -> Config:
-    """The settings in a file that `write_params` wrote and people may have edited, for the images at `root`.
+    """The settings in a file that `write_params` wrote and the user may have edited, for the images at `root`.
 
     Raises `RRCMError` for settings that are wrong, or that `rrcm train` cannot run.
     """
@@ -103,5 +103,5 @@ def read_params(path: Path, root: Path) -> Config:
 
 
 def write_params(path: Path, config: Config) -> None:
-    """Write settings as a params.yaml, as `read_params` and the pipeline take it."""
+    """Write settings as a params.yaml for `read_params` and for the pipeline."""
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

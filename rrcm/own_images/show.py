@@ -1,5 +1,6 @@
 """What `rrcm train` prints."""
 
+import sys
 from collections.abc import Mapping
 
 from rrcm.config import Config
@@ -8,12 +9,17 @@ from rrcm.own_images.rules import Trunk
 
 
 def print_row(name: str, text: str) -> None:
-    """A line of what was found or chosen."""
+    """Print one fact or choice in a line."""
     print(f"{name:12} {text}", flush=True)
 
 
+def print_note(text: str) -> None:
+    """A line of what the user should know."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def print_settings(config: Config) -> None:
-    """What will be trained and certified."""
+    """Print what will be trained and certified."""
     method, sigmas, data, model = config.methods[0], config.sigmas, config.data, config.model
     settings, start = config.finetune.settings(method, sigmas[0]), config.initial_weights(method)
     network = f"{model.architecture} for {data.image_size} x {data.image_size} pixels"
@@ -28,13 +34,13 @@ def print_settings(config: Config) -> None:
 
 
 def print_time(seconds: Mapping[str, float]) -> None:
-    """How long each part of the work will take."""
+    """Print how long each part of the work will take."""
     parts = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     print_row("estimate", f"{sum(seconds.values()) / 60:.1f} minutes: {parts}")
 
 
 def print_result(held_out: HeldOut, config: Config, seconds: float) -> None:
-    """What was reached, and how long it took."""
+    """Print the certified accuracy and the time that everything took."""
     print(f"\ncertified accuracy on {len(held_out.frame):,} held-out images, with 95 % intervals")
     for radius, share in accuracy_by_radius(held_out.frame, config.report.radii):
         print(f"  r = {radius:<5g} {share.value:5.1f} %  ({share.low:.0f} to {share.high:.0f} %)")

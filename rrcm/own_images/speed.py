@@ -1,4 +1,4 @@
-"""How long a training and its certificates will take, from a few timed steps."""
+"""Estimate from a few timed steps how long a training and its certificates will take."""
 
 import time
 from collections.abc import Callable
@@ -37,8 +37,8 @@ VOTES = 64  # at a time
 def timm_trunks(model: str, weights: str | None, channels: int) -> list[Trunk | Network]:
     """The network `model` of timm at several image sizes, from its own downwards, for images of `channels` channels.
 
-    A plain ViT becomes ours, which is conditioned on the noise level. Any other network stays timm's. One for images of
-    a fixed size has only that. Raises `RRCMError` as `load_timm` and `input_of` do.
+    A plain ViT becomes ours, which is conditioned on the noise level. Any other network stays timm's. A network for
+    images of a fixed size has only one candidate. Raises `RRCMError` as `load_timm` and `input_of` do.
     """
     network = load_timm(model, weights)
     if unsupported_feature(network, 3) is None:
@@ -96,7 +96,7 @@ def build_untrained(config: Config, num_classes: int) -> Classifier:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """The seconds that `work` takes: of its first run if that takes long, else the mean of what fits into TIMED."""
+    """The seconds that `work` takes: one run if that takes long, and otherwise the mean of the runs within TIMED."""
     start = time.perf_counter()
     work()
     if (passed := time.perf_counter() - start) > TIMED:

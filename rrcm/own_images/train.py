@@ -1,12 +1,11 @@
-"""`rrcm train`: look at a folder of images, choose, train the joint classifier, certify it, and write a model folder.
+"""`rrcm train`: look at a folder of images, choose settings, train the joint classifier, certify it, and write it.
 
-It calls what the stages call, in a hidden folder beside the output, from which a stopped run continues.
+It calls the functions of the pipeline's stages in a hidden folder beside the output. A stopped run continues from it.
 """
 
 import contextlib
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from rrcm.own_images.settings import (
     with_root,
     write_params,
 )
-from rrcm.own_images.show import print_result, print_row, print_settings, print_time
+from rrcm.own_images.show import print_note, print_result, print_row, print_settings, print_time
 from rrcm.own_images.speed import estimate, measure_speed, reading_seconds, timm_trunks
 from rrcm.training.checks import check_before_training
 from rrcm.training.finetune import finetune
@@ -36,38 +35,39 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import check_output, claimed, expand_user, read_json, read_text, write_json
 
 HOURS = 1.0
-PREPARATION = 2.0  # times as long as the first look at the images: they are compared and copied
-PHOTOGRAPH = 64  # pixels of the shorter side, from which on a note suggests ImageNet weights
+PREPARATION = 2.0  # writing the shards takes about this many times as long as looking at the images
+REDUCED = 4  # a note is printed if the images lose so much of their side
+PHOTOGRAPH = 64  # pixels of the shorter side; for larger images a note suggests ImageNet weights
 ASKED, PARAMS = "asked.json", "params.yaml"  # in the hidden folder
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for."""
+    """The arguments of the command."""
 
-    folder: Path  # of images
+    folder: Path  # with the images
     output: Path  # model folder
     hours: float = HOURS  # at most
-    params: Path | None = None  # settings to run; written if there is no such file
-    start: str | None = None  # model of timm: a name, a snapshot folder, or hf-hub:owner/name
+    params: Path | None = None  # settings to run; the command writes them if the file does not exist
+    start: str | None = None  # timm model: a name, a snapshot folder, or hf-hub:owner/name
     weights: Path | None = None  # file with its weights, instead of a download
 
     @property
     def work(self) -> Path:
-        """The hidden folder."""
+        """The hidden folder in which the run works."""
         return self.output.absolute().with_name(f".{self.output.name}.train")
 
     @property
     def takes_params(self) -> bool:
-        """Whether the settings are given."""
+        """Whether the user gives the settings."""
         return self.params is not None and self.params.exists()
 
 
 def train(request: Request) -> None:
-    """Do all of it, or continue where an earlier run was stopped.
+    """Run the whole command, or continue where an earlier run was stopped.
 
-    Prints what was found and chosen and how long it will take. Raises `RRCMError` in one line for a folder and options
-    that do not fit, before any work.
+    Prints the facts, the choice and the estimated time. Raises `RRCMError` before any work if the folder or the options
+    do not fit.
     """
     check_request(request)
     with claimed(request.work):
@@ -76,14 +76,17 @@ def train(request: Request) -> None:
         if config is None:
             print(f"written: {request.params}. The same command trains with these settings")
             return
-        held_out = run(request, folder, config)
+        try:
+            held_out = run(request, folder, config)
+        except KeyboardInterrupt as interruption:
+            raise KeyboardInterrupt(str(interruption) or "; the same command continues from here") from None
         shutil.rmtree(request.work)
     print_result(held_out, config, time.monotonic() - start)
     print(f"written: {request.output}, with README.md and index.html")
 
 
 def check_request(request: Request) -> None:
-    """Raise `RRCMError` for options that cannot be."""
+    """Raise `RRCMError` for impossible options."""
     output, folder = request.output, request.folder.resolve()
     if not 0 < request.hours < math.inf:
         raise RRCMError(f"--hours {request.hours:g}: must be a positive number, such as 0.5")
@@ -103,14 +106,14 @@ def check_request(request: Request) -> None:
 
 
 def prepare(request: Request) -> tuple[Folder, Config | None]:
-    """Look, choose and print. The settings are None if they were to be written only."""
-    root, start = request.folder.resolve(), time.monotonic()
+    """Look at the folder, choose settings and print them. The settings are None if they were only to be written."""
+    root, machine, start = request.folder.resolve(), look_at_machine(), time.monotonic()
     folder = look_at_folder(root, parse_config(complete(with_root(root))).data)
-    looking, machine = time.monotonic() - start, look_at_machine()
+    looking = time.monotonic() - start
     print_row("folder", folder.description)
     print_row("machine", machine.description)
-    for note in folder.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for note in folder.notes + machine.notes:
+        print_note(note)
     asked = describe_request(request, folder)
     if (request.work / ASKED).exists():
         if read_json(request.work / ASKED) != asked:
@@ -134,7 +137,7 @@ def prepare(request: Request) -> tuple[Folder, Config | None]:
 
 
 def describe_request(request: Request, folder: Folder) -> dict[str, object]:
-    """What an unfinished run must have in common with the command that continues it. JSON-able."""
+    """What an unfinished run must have in common with the command that continues it, as JSON values."""
     given = read_text(request.params) if request.takes_params else None
     asked = {"folder": str(request.folder.resolve()), "hours": request.hours, "params": given}
     start = {"start": request.start, "weights": request.weights and str(request.weights.resolve())}
@@ -142,7 +145,7 @@ def describe_request(request: Request, folder: Folder) -> dict[str, object]:
 
 
 def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple[Config, Speed]:
-    """The settings that are given, or those that the rules choose, and the speed on this machine."""
+    """The settings, which the user gives or the rules choose, and the speed on this machine."""
     root, reading = request.folder.resolve(), reading_seconds(request.folder, folder)
 
     def measure(config: Config) -> Speed:
@@ -157,33 +160,37 @@ def choose_settings(request: Request, folder: Folder, machine: Machine) -> tuple
     base, speeds = with_root(root), {}
 
     def measure_trunk(trunk: Trunk | Network) -> Speed:
+        print_row("candidate", f"{trunk.description}: a few steps are timed")
         speeds[trunk] = measure(parse_config(complete(with_network(base, folder, trunk, start))))
         return speeds[trunk]
 
     choice = choose(Task(folder, machine, request.hours, start is not None), trunks, measure_trunk)
+    if REDUCED * choice.trunk.image_size <= folder.side:
+        side = choice.trunk.image_size
+        print_note(f"there is no time for images of more than {side} x {side} pixels; more hours or a GPU would help")
     values = with_lengths(with_network(base, folder, choice.trunk, start), choice)
     return parse_config(complete(values)), speeds[choice.trunk]
 
 
 def choose_start(request: Request, folder: Folder) -> tuple[tuple[str, str | None] | None, Sequence[Trunk | Network]]:
-    """The model of timm to start from with the file of its weights, and the networks to choose from.
+    """The timm model to start from, with the file of its weights, and the candidates for the network.
 
-    The first is None for random weights: if no model is given, or if the images are too small for it.
+    The model is None if training starts from random weights: if none is given, or if the images are too small for it.
     """
     if (start := find_start(request)) is None:
         if folder.side >= PHOTOGRAPH:
-            print("note: photographs may need fewer images and hours with ImageNet weights (--start)", file=sys.stderr)
+            print_note("photographs may need fewer images and hours with ImageNet weights (--start)")
         return None, TRUNKS
     trunks = timm_trunks(*start, folder.channels)
     if suits(folder, side := trunks[0].image_size):
         return start, trunks
     made = f"{request.start} was made for {side} x {side} pixels, and the images have {folder.side}"
-    print(f"note: {made}: training starts from random weights", file=sys.stderr)
+    print_note(f"{made}: training starts from random weights")
     return None, TRUNKS
 
 
 def find_start(request: Request) -> tuple[str, str | None] | None:
-    """The model of timm that is given and the file of its weights, with absolute paths."""
+    """The timm model that the user names and the file of its weights, with absolute paths."""
     if request.start is None:
         return None
     path = expand_user(request.start)
@@ -192,7 +199,7 @@ def find_start(request: Request) -> tuple[str, str | None] | None:
 
 
 def run(request: Request, folder: Folder, config: Config) -> HeldOut:
-    """Write the shards, train, certify and write the output. Whatever an earlier run has finished is kept."""
+    """Write the shards, train, certify and write the output. Parts that an earlier run has finished are kept."""
     method, output = config.methods[0], request.output.absolute()
     work = Work(*map(Path, ("shards", f"models/{method}/{JOINT}", "certificates", "timing.json")))
     with contextlib.chdir(request.work):  # checkpoints and live metrics go to folders below the working directory

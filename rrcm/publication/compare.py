@@ -104,8 +104,7 @@ def find_differences(config: Config, here: Certificates, published: Certificates
     """The figures that differ, and the number of all figures.
 
     Each method has its certified accuracy (%) at each radius and its ACR, with the best sigma in each of the two runs.
-    So has each certificate file of a cascade.
-    The intervals share `LEVEL` (Bonferroni).
+    Each certificate file of a cascade has the same figures. The intervals share `LEVEL` (Bonferroni).
     """
     for key, frame in here.items():
         if not frame["idx"].equals(published[key]["idx"]):

@@ -119,7 +119,7 @@ def freeze(config: Config, root: Path, folder: Path, draft: ResultRecord) -> Non
 def run_files(config: Config, root: Path, methods: Sequence[str]) -> set[str]:
     """Every file of a run that is published, relative to `root`.
 
-    These are the inputs of the report, the record beside each certificate file, the votes by which the thresholds of
+    These are the inputs of the report, the record beside each certificate file, the votes from which the thresholds of
     cascades were chosen, the networks of `methods` with all their parts, and the test images if they are small.
     """
     files = set(read_inputs(config, root).files)
@@ -158,7 +158,7 @@ def with_test_images(root: Path, run: Path) -> Iterator[Path]:
 
 
 def threshold_votes(method: str) -> str:
-    """The votes by which the thresholds of a method's cascade were chosen, relative to the root."""
+    """The files of votes from which the thresholds of a method's cascade were chosen, relative to the root."""
     return f"certificates/{method}/{THRESHOLDS}.tsv"
 
 

@@ -49,10 +49,10 @@ def open_local_run(result: Result, within: str | tuple[str, ...] = "") -> Iterat
 
 
 def find_file(path: Path, stack: ExitStack, opened: dict[Path, Path]) -> Path:
-    """Where the content of a file is that may belong to a published run, which need not be in its folder.
+    """The path at which the content of a file lies. A published file need not lie in its folder.
 
-    If `path` is results/NAME/seed_S/run/... and not here, the certificates and timings of the run are assembled in a
-    temporary folder, which `stack` removes. `opened` keeps these folders. Raises `RRCMError` if some are not here.
+    If `path` is results/NAME/seed_S/run/... and missing, the certificates and timings of the run are assembled in a
+    temporary folder, which `stack` removes. `opened` keeps these folders. Raises `RRCMError` if objects are missing.
     """
     folder = next((parent for parent in path.parents if parent.name == "run"), None)
     if path.exists() or folder is None or not folder.with_suffix(".dvc").is_file():
@@ -110,7 +110,7 @@ def folder_md5(folder: Path) -> str:
 
 
 def write_tracked(folder: Path) -> None:
-    """Bring run.dvc up to date with run/, both in the `folder` of a result. DVC itself need not know the files yet."""
+    """Bring run.dvc up to date with run/, both in the `folder` of a result. The files may be new to DVC."""
     path, names = folder / "run.dvc", files_below(folder / "run")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     size = sum((folder / "run" / name).stat().st_size for name in names)
@@ -119,14 +119,14 @@ def write_tracked(folder: Path) -> None:
 
 
 def list_objects(result: Result) -> set[str]:
-    """The hashes of the list of a run's files and of each file, as far as DVC has the list here."""
+    """The hashes of a run's files and of the list of these files. Without the list, only its own hash is known."""
     return _named(result.root, tracked_md5(result))
 
 
 def delete_unnamed(root: Path, candidates: Iterable[str]) -> None:
-    """Delete those objects among `candidates` from the remote in this repository that nothing in it names any more.
+    """Delete those `candidates` from the remote in this repository that the repository no longer names.
 
-    Objects are named by published results, by other files of DVC, and by dvc.lock.
+    Published results, other DVC files and dvc.lock name objects.
     """
     trackers = [
         path for path in (*root.glob("*.dvc"), *root.glob("[!.]*/**/*.dvc"), root / "dvc.lock") if path.is_file()
@@ -141,7 +141,7 @@ def delete_unnamed(root: Path, candidates: Iterable[str]) -> None:
 
 
 def _named(root: Path, md5: str) -> set[str]:
-    """An object and, if it is the list of a folder's files that is here, their objects."""
+    """An object. If it is the list of a folder's files and can be read, the objects of these files follow."""
     listing = _find_object(root, md5) if md5.endswith(".dir") else None
     return {md5} | ({entry["md5"] for entry in _read_listing(listing)} if listing is not None else set())
 

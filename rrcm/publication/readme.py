@@ -1,10 +1,10 @@
-"""The table of results in README.md, which is made from published results alone.
+"""The table of results in README.md, which is made only from published results.
 
 results/readme.csv lists its rows. A row with a `result` shows a method of the published result with this name, as the
 mean over the seeds with half the width of the t interval over them. Its `sigma` is empty for the best sigma at each
-radius, or names a row of the report's deployment.csv: "cascade", "multi-scale", a single sigma, or "best" of the sigmas
-of a cascade. Its `label` may contain {ratio} (the latency relative to rRCM), {images}, {seeds}, and for a row of
-deployment.csv {samples} (relative to the largest sigma alone). A row without a `result` quotes the row of
+radius, or names a row of the report's deployment.csv: "cascade", "multi-scale", a single sigma, or "best" for the best
+of a cascade's sigmas. Its `label` may contain {ratio} (the latency relative to rRCM), {images}, {seeds}, and for a row
+of deployment.csv {samples} (relative to the largest sigma alone). A row without a `result` quotes the row of
 rrcm/report/published.csv with the same `method`, `model` and `sigma`.
 """
 
@@ -99,7 +99,7 @@ def read_rows(root: Path) -> list[dict[str, str]]:
 
 
 def mean_text(shares: Sequence[float]) -> str:
-    """The mean over seeds in percent, from MIN_RUNS seeds on with half the width of its t interval."""
+    """The mean over seeds in percent. With MIN_RUNS seeds or more, half the width of its t interval follows."""
     mean = mean_over_seeds(shares)
     interval = f" ± {100 * (mean.high - mean.value):.1f}" if len(shares) >= MIN_RUNS else ""
     return f"{100 * mean.value:.1f}{interval}"

@@ -1,7 +1,7 @@
 """Bring a published result up to date with the code: its settings and its report, without computing anything again.
 
 The run stays as it is, except that networks can be left out. It must pass every check of verify.py that needs no
-network. result.json keeps the commits that computed the run, and also names the commit that has drawn the report.
+network. result.json keeps the commits that computed the run, and also names the commit that drew the report.
 """
 
 import shutil
@@ -40,7 +40,7 @@ def redraw(
     None means that it was up to date. `confirmed` are as in `update_settings`. With `methods`, only their networks
     stay, and only files that a publication includes today. The folder is replaced as a whole, so that a killed process
     leaves the old or the new one. Raises `RRCMError` for uncommitted code, for a run that differs from its hashes or
-    fails a check, and for settings that may have decided what the run was.
+    fails a check, and for settings that may have decided what the run computed.
     """
     check_committed(result.root)
     record = result.read()
@@ -122,7 +122,7 @@ def _update(result: Result, record: ResultRecord, compose_today: ComposeToday, c
 
 
 def _describe(record: ResultRecord, root: Path, update: Update) -> RedrawRecord:
-    """What result.json says about all times that the result was redrawn."""
+    """The entry of result.json that sums up every time that the result was redrawn."""
     before = record.redrawn
     added, removed = (before.added, before.removed) if before is not None else ({}, {})
     return RedrawRecord(
@@ -133,7 +133,7 @@ def _describe(record: ResultRecord, root: Path, update: Update) -> RedrawRecord:
 
 
 def _write(result: Result, folder: Path, run: Path, names: set[str] | None) -> None:
-    """Copy the run, or only its files `names`, and the files of DVC to the new `folder` of the result."""
+    """Copy the run, or only its files `names`, and the DVC files to the new `folder` of the result."""
     for name in ("run.dvc", ".gitignore"):
         if (result.folder / name).exists():
             shutil.copyfile(result.folder / name, folder / name)

@@ -25,7 +25,7 @@ DERIVED = "derived"
 
 
 class Update(NamedTuple):
-    """Settings that are up to date, and what has been changed."""
+    """Settings that are up to date, and the changes that made them so."""
 
     values: dict
     added: dict[str, object]  # by name, such as finetune.epochs. A whole section may have been added or removed
@@ -47,7 +47,7 @@ def settings_text(values: Mapping) -> str:
 
 
 def load_settings(result: Result) -> Config:
-    """The settings of a published result. Raises `RRCMError` if it must be redrawn first, since the code has others."""
+    """The settings of a published result. Raises `RRCMError` if the code has others, so that it must be redrawn."""
     path = result.folder / "params.yaml"
     values = read_settings(path)
     added, removed = find_changes(values)
@@ -84,19 +84,19 @@ def _is_section(kind: object) -> bool:
 
 
 def update_settings(values: Mapping, today: Mapping, confirmed: Sequence[str], defaults: Mapping | None) -> Update:
-    """The settings `values` of a run, brought to the settings that the code has now.
+    """The settings `values` of a run, brought up to date with the code.
 
-    New settings have their values in `today`. Settings that are gone are dropped. `derived` is made anew, and all
-    others stay. `confirmed` are names of new settings whose values are known to be what the run did. `defaults` are the
+    New settings get their values in `today`. Settings that are gone are dropped. `derived` is made anew, and all others
+    stay. `confirmed` names new settings whose values are known to describe what the run did. `defaults` are the
     settings of the profile when `values` were written, or None if they are unknown. Raises `RRCMError` for a change
-    that might alter what the run was.
+    that might misstate what the run computed.
     """
     added, removed = (
         {name: look_up(source, name) for name in names}
         for source, names in zip((today, values), find_changes(values), strict=True)
     )
     if unknown := [name for name in confirmed if not covers(added, name)]:
-        raise RRCMError(f"{unknown[0]}: is no new setting, and only new ones can be given a value; leave it out")
+        raise RRCMError(f"{unknown[0]}: is not a new setting, and only new settings need a value; leave it out")
     for name, value in removed.items():
         if defaults is None:
             raise RRCMError(
@@ -129,7 +129,7 @@ def read_defaults(root: Path, revision: str | None, profile: str) -> Mapping | N
 
 
 def _overridden(values: Mapping, others: Mapping) -> dict:
-    """`values` with `others` in their place, by key in nested mappings."""
+    """`values`, with those of `others` in place of the values under the same keys of nested mappings."""
     merged = dict(values)
     for key, other in others.items():
         nested = isinstance(other, Mapping) and isinstance(values.get(key), Mapping)
@@ -162,7 +162,7 @@ def merge(values: Mapping, today: Mapping, section: type[Section]) -> dict:
 
 
 def derive(values: Mapping) -> dict:
-    """The derived settings. They are empty if the others are invalid, so that validation names the reason."""
+    """The derived settings. They are empty if other settings are invalid, so that validation names the reason."""
     try:
         return derived_settings({name: values[name] for name in SECTIONS})
     except (KeyError, TypeError, AttributeError):
@@ -206,14 +206,14 @@ def _assignments(names: Sequence[str], values: Mapping) -> str:
 
 
 def _advice(names: Sequence[str], values: Mapping) -> str:
-    """What to do about new settings that may not be what the run did."""
+    """Advice about new settings whose values may not describe what the run did."""
     options = " ".join(f"-S {name}={json.dumps(values[name])}" for name in names)
     confirmation = f"confirm with {options} that the run did this, or " if names else ""
     return f"{confirmation}run and publish again"
 
 
 def _restore(settings: Mapping, without: Sequence[str], additional: Mapping[str, object]) -> dict:
-    """The settings without some, and with additional ones. Both are given by names such as finetune.epochs."""
+    """The settings without the ones in `without`, and with additional ones, all by names such as finetune.epochs."""
     restored = copy.deepcopy(dict(settings))
     for name in (*without, *additional):
         *parents, key = name.split(".")

@@ -149,7 +149,7 @@ def _verify_run(
 
 
 def check_run(result: Result, record: ResultRecord, config: Config, run: Path) -> list[str]:
-    """What is wrong with a run, apart from its report and from what its networks would vote.
+    """What is wrong with a run, apart from its report and from the votes of its networks.
 
     The stages must be those that the record names. The certificates must follow from their votes, and fit the settings,
     the networks and the test images.
@@ -222,9 +222,9 @@ def compare_folders(published: Path, drawn: Path, label: str) -> list[str]:
 def check_certificates(config: Config, run: Path, file: CertificateFile, included: bool) -> list[str]:
     """What is wrong with a certificate file.
 
-    Its radii must follow from the votes, and its record from data and settings, and from the models if their networks
-    are `included`. The thresholds of a cascade must be those that the settings choose by the votes for validation
-    images.
+    Its radii must follow from the votes. Its record must follow from the data and the settings, and from the models if
+    their networks are `included`. The thresholds of a cascade must follow from the settings and the votes for
+    validation images.
     """
     record, _, problems = check_file(run / file.path)
     expected = _expected_entries(config, run, config.denoised.max_images.get(file.method))

@@ -108,7 +108,7 @@ def draw_attack(
 ) -> Figure:
     """Certified accuracy and accuracy under attack within each of `radii`: a panel for each sigma and for the cascade.
 
-    `certificates` are by the names of their files, and so are `summaries`, the results of `attack.summarize`. The
+    `certificates` and `summaries`, the results of `attack.summarize`, have the names of certificate files as keys. The
     attacked classifier abstains in the shaded area between the two black lines.
     """
     figure = Figure(figsize=(max(3.4 * len(certificates), 4.2), 3.6))

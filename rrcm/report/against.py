@@ -1,7 +1,7 @@
 """This run against published certificates, image by image: certified accuracy and ACR, with paired differences.
 
-All figures are of the images that every compared method here and every published file has. A subset of the test images
-may be easier than the rest, so a published table of all images is no yardstick for it.
+All figures are about the images that every compared method here and every published file has. A subset of the test
+images may be easier than the rest, so it cannot be compared with a published table of all images.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,9 +60,9 @@ class Side:
 def match_published(
     certificates: Certificates, cascades: Mapping[str, Cascade], external: Certificates
 ) -> Against | None:
-    """The certificates that can be compared. None if no published file is of the images of this run.
+    """The certificates that can be compared. None if no published file has the images of this run.
 
-    `certificates` are by the binary bound, as published ones are. Cascades by the margin bound are left out.
+    `certificates` use the binary bound, like published ones. Cascades that use the margin bound are left out.
     """
     most = max(len(frame) for frame in certificates.values())
     own = {run: frame for run, frame in certificates.items() if len(frame) == most}
@@ -101,7 +101,7 @@ def _alone(name: str, frames: Frames) -> list[Side]:
 
 
 def pairs(against: Against) -> Iterator[tuple[Side, Side]]:
-    """The pairs to compare: the best sigma with the best, each sigma with the same, and a cascade with all of them."""
+    """The pairs to compare: both with their best sigma, both with the same sigma, and a cascade with each of these."""
     for side in our_sides(against):
         for label, frames in against.published.items():
             yield side, Side(label, BEST, frames)
@@ -141,9 +141,9 @@ def pairs_table(against: Against, radii: Sequence[float], seed: int) -> Table:
 
 
 def values_table(against: Against, radii: Sequence[float]) -> Table:
-    """Certified accuracy at each radius, and ACR at each sigma, of all that is compared.
+    """Certified accuracy at each radius, and ACR at each sigma, for everything that is compared.
 
-    ACR is of each sigma alone. A cascade has one ACR, in a column of its own.
+    The ACR belongs to each sigma alone. A cascade has one ACR, in a column of its own.
     """
     published = [Side(label, BEST, frames) for label, frames in against.published.items()]
     sigmas = sorted({sigma for frames in (*against.ours.values(), *against.published.values()) for sigma in frames})
@@ -184,7 +184,7 @@ def strongest_table(against: Against, radii: Sequence[float], seed: int) -> Tabl
 
 
 def _strongest(against: Against, side: Side, radii: Sequence[float]) -> Iterator[tuple[str, float, pd.DataFrame, Side]]:
-    """Measure, radius or sigma, the certificates of our side, and the strongest published side by this measure."""
+    """The measure, its radius or sigma, our certificates, and the published side that is strongest by this measure."""
     published = [Side(label, BEST, frames) for label, frames in against.published.items()]
     for radius in radii:
         strongest = max(published, key=lambda each: certified_accuracy(each.at(radius), [radius])[0])

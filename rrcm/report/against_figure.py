@@ -26,8 +26,8 @@ def draw_against(against: Against, ours: Mapping[str, Frames], step: float | Non
     """Certified accuracy against radius, with the best of the frames at each radius, and below it the differences.
 
     Each published method has a column in a band of two panels: its curve in black with `ours` in colour, and ours minus
-    it in percentage points. At most `MOST` of ours are drawn, told apart by line style, marker and colour. `step` is
-    the distance of our radii if they are on a grid; between two of them ours would look worse than they are.
+    it in percentage points. At most `MOST` of ours are drawn, each with its own line style, marker and colour. `step`
+    is the distance of our radii if they are on a grid; between two of them ours would look worse than they are.
     """
     shown = dict(list(ours.items())[:MOST])
     columns = min(COLUMNS, len(against.published))

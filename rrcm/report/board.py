@@ -13,7 +13,7 @@ from rrcm.utils.files import check_output, write_together
 def make_board(path: Path, output: Path, find: FindFile) -> None:
     """Write `output` (.html) and beside it the same numbers as .csv, from the list of entries in `path`.
 
-    `find` tells where the content of a file is that an entry names. Raises `RRCMError` for bad input.
+    `find` gives the path at which the content of a named file lies. Raises `RRCMError` for bad input.
     """
     table = output.with_suffix(".csv")
     for written in (output, table):

@@ -60,7 +60,7 @@ class Entry(_Strict):
         "the folder of this file.",
     )
     n: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Most estimation samples per image. A record of rrcm beside the file tells it."
+        default=None, description="Most estimation samples per image. Default: the record's."
     )
     n0: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Selection samples per image. Without it, the samples are unknown."
@@ -120,7 +120,7 @@ def read_board(path: Path) -> Board:
 
 
 def _entry_name(error: ValidationError, values: Mapping) -> str:
-    """Which entry the first complaint is about, as people count and name them."""
+    """The entry that the first complaint is about, by its number, counted from 1, and its name."""
     location = error.errors(include_url=False)[0]["loc"]
     if len(location) < 2 or location[0] != "entries" or not isinstance(location[1], int):
         return ""

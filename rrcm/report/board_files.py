@@ -55,7 +55,7 @@ class Deployed(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name for people."""
+        """The name that a page shows."""
         return "cascade" if self.name == CASCADE else f"σ = {self.name}"
 
 
@@ -106,7 +106,10 @@ def _check_record(path: Path, real: Path, record: CertificateRecord | CascadeRec
 
 
 def _settings(entry: Entry, path: Path, record: CertificateRecord | CascadeRecord | None) -> dict[str, object]:
-    """The settings of a certification: the record's, else the entry's. Raises `RRCMError` if they differ or lack."""
+    """The settings of a certification, from the record or else from the entry.
+
+    Raises `RRCMError` if the two differ, or if both lack a setting.
+    """
     settings = {}
     for name in SETTINGS:
         given, recorded = getattr(entry, name), getattr(record, name, None)
@@ -132,7 +135,9 @@ def _seconds(path: Path, frame: pd.DataFrame) -> float:
 
 
 def check_images(deployed: Sequence[Deployed]) -> list[Deployed]:
-    """The same with the image numbers that `adopt_numbers` finds. Entries of the same data have one label per number.
+    """The same files with the image numbers that `adopt_numbers` finds.
+
+    In all entries for the same data, an image number must have one label.
 
     Raises `RRCMError` if they do not, and if the runs of an entry have different images.
     """

@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What the page shows of a group."""
+    """The parts of the page about a group."""
 
     title: str
     figure: str  # its name

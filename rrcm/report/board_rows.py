@@ -114,9 +114,9 @@ def common_settings(row: Row) -> dict[str, object]:
 
 
 def mean_cost(row: Row, name: str) -> float:
-    """The mean `samples` or `seconds` per image over the runs; NaN if a file does not tell it.
+    """The mean `samples` or `seconds` per image over the runs; NaN if a file does not have them.
 
-    The best of several sigmas has no cost: each radius has another one.
+    The best of several sigmas has no cost, because it is another classifier at each radius.
     """
     if len(row.deployed) > 1:
         return math.nan

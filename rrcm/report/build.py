@@ -17,7 +17,7 @@ from rrcm.certification.results import ABSTAIN
 from rrcm.config import Config
 from rrcm.evaluation.metrics import Certificates, best_sigma_table
 from rrcm.methods import METHODS
-from rrcm.report import tables
+from rrcm.report import latency_tables, tables
 from rrcm.report.accuracy_figures import draw_certified_accuracy, draw_envelope
 from rrcm.report.against import ONE, pairs_table, strongest_table, values_table
 from rrcm.report.against_figure import draw_against
@@ -126,7 +126,7 @@ def draw_figures(config: Config, inputs: Inputs, gallery: Gallery) -> dict[str, 
             few_radii(inputs.certificates, config.report.radii),
             config.latency.n[0],
             f"{inputs.latency['device']}, {inputs.latency['dtype']}",
-            tables.published_latencies(),
+            latency_tables.published_latencies(),
         )
     return drawn
 
@@ -141,7 +141,7 @@ def few_radii(certificates: Certificates, radii: Sequence[float]) -> list[float]
 
 def latency_table(config: Config, inputs: Inputs) -> tables.Table:
     """The table of latencies. `inputs` must have a record of them."""
-    return tables.latency(inputs.latency, config.latency.n, config.certify.n0, inputs.budgets)
+    return latency_tables.latency(inputs.latency, config.latency.n, config.certify.n0, inputs.budgets)
 
 
 def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
@@ -165,12 +165,12 @@ def make_tables(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
         made["against_strongest"] = strongest_table(against, config.report.radii, config.seed)
         made["against_pairs"] = pairs_table(against, config.report.radii, config.seed)
     if inputs.latency and inputs.latency.get("cascades"):
-        made["cascade_latency"] = tables.cascade_latency(inputs.latency, config.latency.n, config.certify.n0)
+        made["cascade_latency"] = latency_tables.cascade_latency(inputs.latency, config.latency.n, config.certify.n0)
     return made | ({"latency": latency_table(config, inputs)} if inputs.latency else {})
 
 
 def tables_by_the_bound(config: Config, inputs: Inputs) -> dict[str, tables.Table]:
-    """The tables, by name, that have single sigmas and cascades side by side, all by the bound of `certify`."""
+    """The tables, by name, that show single sigmas and cascades side by side, all by the bound of `certify`."""
     bound, deployed = config.certify.bound, deployed_classifiers(config, inputs)
     certificates, radii, shown = inputs.by_bound(bound), config.report.radii, choose_shown(deployed)
     return {

@@ -101,7 +101,7 @@ def _read_record(path: Path, advice: str) -> CascadeRecord:
 
 
 def _differs(record: CascadeRecord, kind: str, method: str, config: Config, num_classes: int) -> str | None:
-    """In what a record differs from the settings, or None."""
+    """How a record differs from the settings, or None if it does not."""
     settings, chosen, sigmas = config.cascade, record.chosen, config.cascade_sigmas
     expected = {"certificates": kind, "sigmas": sigmas, "seed": config.seed}
     expected |= {"num_classes": num_classes, "image_size": config.data.image_size} | config.certify.rule
@@ -137,7 +137,7 @@ def _read_frame(path: Path, record: CascadeRecord, advice: str) -> pd.DataFrame:
 
 
 def _of_other_images(frame: pd.DataFrame, single: pd.DataFrame) -> str | None:
-    """How the images differ from a single sigma's, which would leave differences unpaired. None if they do not."""
+    """How the images differ from those of single sigmas, so that no image has both results. None if they do not."""
     for column, what in (("idx", "certifies other images"), ("label", "has other labels")):
         if not np.array_equal(frame[column], single[column]):
             return f"{what} than the certificates of single sigmas"

@@ -68,7 +68,7 @@ def render_certified_page(
 
 
 def stopped_as_wrong(frame: pd.DataFrame) -> pd.Series:
-    """Of which images nothing was certified, as the label was known and the likeliest class is another: bool."""
+    """Whether nothing was certified because the likeliest class is not the known label, for each image: bool."""
     return frame["stop_reason"] == WRONG_CLASS
 
 

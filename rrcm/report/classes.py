@@ -63,7 +63,7 @@ def by_class(
 ) -> Table:
     """Certified accuracy of each class with its 95 % Wilson interval, its ACR, and what was predicted instead.
 
-    The numbers have all classifiers at all `radii`, the text has the one of `choose_shown` at a `few`.
+    The numbers have all classifiers at all `radii`. The text has the classifier of `choose_shown` at a `few` radii.
     """
     rows = []
     for each in deployed:
@@ -94,7 +94,7 @@ def _by_class_text(shown: Deployed, classes: Sequence[str], radii: Sequence[floa
 def confusion(deployed: Sequence[Deployed], classes: Sequence[str]) -> Table:
     """Pairs of a class and the class that the votes preferred, for the images without a correct certificate.
 
-    The numbers have all classifiers. The text has the PAIRS most frequent pairs of the one of `choose_shown`.
+    The numbers have all classifiers. The text has the PAIRS most frequent pairs of the classifier of `choose_shown`.
     """
     rows = []
     for each in deployed:

@@ -23,8 +23,8 @@ def render_comparison_page(
 ) -> str:
     """The text of the page.
 
-    `certificates` and the `paths` of their files are by the names that the user gives. `tables` are the table of
-    certified accuracies, and that of the differences if there is a `reference`. `notes` are about the images.
+    The keys of `certificates` and of the `paths` of their files are the names that the user gives. `tables` are the
+    table of certified accuracies and, with a `reference`, the table of differences. `notes` are about the images.
     """
     acr = {name: average_certified_radius(frame) for name, frame in certificates.items()}
     description = f"Exact curves of certified accuracy against L2 radius of {', '.join(map(printable, certificates))}."

@@ -34,7 +34,7 @@ NUMERALS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 class Shortfall(NamedTuple):
-    """How far the certified accuracy of a cascade is below the best sigma at each radius, and its ACR."""
+    """How far the certified accuracy of a cascade falls below the best sigma at each radius, and its ACR."""
 
     label: str  # of the method
     deployments: str  # that the best sigma takes, as a word
@@ -47,7 +47,7 @@ class Shortfall(NamedTuple):
 
 
 def numeral(count: int) -> str:
-    """A number as a word, as far as it is small."""
+    """A number as a word if it is small, and otherwise in digits."""
     return NUMERALS.get(count, str(count))
 
 
@@ -96,7 +96,7 @@ def _deployment_text(numbers: pd.DataFrame, radii: Sequence[float]) -> pd.DataFr
 
 
 def deployment_label(name: str, count: int) -> str:
-    """How people call a deployment of `deployment` that consists of `count` classifiers."""
+    """What a reader calls a `deployment` that consists of `count` classifiers."""
     labels = {
         CASCADE: "one cascade",
         MULTI_SCALE: "one cascade, multi-scale rule",
@@ -136,9 +136,9 @@ def deployment_differences(
 
 
 def largest_shortfall(frame: pd.DataFrame, singles: Sequence[pd.DataFrame]) -> tuple[float, float]:
-    """The most by which `frame` certifies less than the best of `singles` at any radius, and the first such radius.
+    """The largest shortfall of `frame` below the best of `singles` at any radius, and the first radius that has it.
 
-    All have the same images, so the share is exact but for rounding. It is negative if `frame` is ahead everywhere.
+    All have the same images, so the share is exact up to rounding. It is negative if `frame` is ahead everywhere.
     """
     reached = [each.loc[each["correct"] == 1, "radius"] for each in (frame, *singles)]
     radii = np.unique(np.concatenate([[0.0], *reached]))  # certified accuracy falls only after these
@@ -226,7 +226,7 @@ def how_chosen(record: CascadeRecord) -> str:
 
 
 def add_metrics(values: dict, cascades: Mapping[str, Cascade], radii: Sequence[float]) -> None:
-    """Add the values of cascades to those of `tables.metrics`, under the names of their files in place of a sigma."""
+    """Add the values of cascades to `metrics`, under the names of their files in place of a sigma."""
     for method, cascade in cascades.items():
         for name, frame in cascade.frames.items():
             file = CASCADE_FILES[MULTI_SCALE if name == MULTI_SCALE else LABEL_AWARE]

@@ -1,4 +1,4 @@
-"""What a report found, in the few numbers with which its page begins. templates/report.html.jinja has the sentences."""
+"""The numbers with which the page of a report begins. templates/report.html.jinja has the sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -58,7 +58,7 @@ class Panel(NamedTuple):
 
 
 class PageFigure(NamedTuple):
-    """A figure for a page. `title` and `description` tell what it shows to people who do not see it."""
+    """A figure for a page. `title` and `description` say what it shows, for readers who cannot see it."""
 
     name: str
     title: str
@@ -153,7 +153,7 @@ def _plain(text: str) -> str:
 
 
 def _read_lines(axes: Axes, series: dict[str, Line2D], titles: list[str]) -> tuple[list, list[str], PageTable]:
-    """The heights of all lines at the same positions: each x of the lines if they are few, else evenly spaced ones."""
+    """The heights of all lines at common positions: at every x of the lines if they are few, else evenly spaced."""
     xs = np.unique(np.concatenate([np.asarray(line.get_xdata(), float) for line in series.values()]))
     most = FEWER if len(series) > MANY else POSITIONS
     if len(xs) > most:
@@ -165,7 +165,7 @@ def _read_lines(axes: Axes, series: dict[str, Line2D], titles: list[str]) -> tup
 
 
 def _round_positions(low: float, high: float, most: int) -> np.ndarray:
-    """At most `most` multiples of a round step from `low` to `high`."""
+    """The multiples of a round step from `low` to `high`, at most `most` of them."""
     step = (high - low) / (most - 1)
     power = 10.0 ** np.floor(np.log10(step))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))

@@ -26,7 +26,7 @@ class PageTable(NamedTuple):
 def make_table(head: Sequence[str], rows: Sequence[Sequence[str]], names: Collection[str] = ()) -> PageTable:
     """A table from its texts.
 
-    A column is one of numbers if each of its cells is empty or begins with a number, unless its heading is in `names`.
+    A column has numbers if each of its cells is empty or begins with a number, unless its heading is in `names`.
     """
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(head)
     numeric = [

@@ -17,6 +17,18 @@ from rrcm.derived import training_noise
 from rrcm.evaluation.metrics import Certificates
 from rrcm.methods import JOINT, METHODS, continued_method, denoising_classifier, model_name
 from rrcm.report.against import Against, match_published
+from rrcm.report.budgets import (
+    DENOISER_TIMING,
+    SOFT_LABEL_TIMING,
+    Run,
+    budget_table,
+    own_preparation,
+    preparation_passes,
+    pretraining_timing,
+    shared_passes,
+    sigmas_served,
+    timing_file,
+)
 from rrcm.report.cascade_inputs import Cascade, cascade_files, cascade_stage, read_cascades
 from rrcm.report.records import (
     CertifyTiming,
@@ -36,14 +48,10 @@ from rrcm.utils.errors import RRCMError
 
 SHARDS = "data/shards"
 MANIFEST = f"{SHARDS}/manifest.json"
-SOFT_LABEL_TIMING = "timings/soft_labels.json"
-DENOISER_TIMING = "timings/denoiser.json"
 LATENCY = "timings/latency.json"
 CLEAN = "timings/clean_accuracy.json"  # a run that was published before there was this stage lacks it
 PRETRAINING_FILES = ("config.json", "history.csv", "representation.csv")
 REPRESENTATION = ["step", "sigma", "knn", "same_image_cosine", "cross_image_cosine", "centred_cosine"]
-
-Run = tuple[str, float]  # method, sigma
 
 
 class Inputs(NamedTuple):
@@ -66,7 +74,7 @@ class Inputs(NamedTuple):
 
     @property
     def against(self) -> Against | None:
-        """This run against published certificates on common images. None if there are none of these images."""
+        """This run against published certificates on common images. None if there are no such certificates."""
         return match_published(self.certificates, self.cascades, self.external) if self.external else None
 
     def by_bound(self, bound: str) -> Certificates:
@@ -112,7 +120,7 @@ def read_inputs(config: Config, root: Path) -> Inputs:
         external={(each.label, each.sigma): read_external_certificates(root / each.path) for each in external},
         models=models,
         finetuning=_read_histories(root, models, validation),
-        budgets=_read_budgets(config, timings, models).assign(images=[len(frame) for frame in certificates.values()]),
+        budgets=budget_table(config, timings, models).assign(images=[len(frame) for frame in certificates.values()]),
         pretraining={name: history for name, (history, _) in pretraining.items()},
         representations={name: representation for name, (_, representation) in pretraining.items()},
         latency=_read_latency(config, root, models) if config.latency.n else None,
@@ -133,24 +141,24 @@ def _list_files(config: Config, root: Path) -> dict[str, str]:
     stages = {MANIFEST: "shard-data"}
     for objective in config.pretrain.objectives:
         files = [f"models/pretrain/{objective}/{name}" for name in PRETRAINING_FILES]
-        stages |= dict.fromkeys([*files, _pretraining_timing(objective)], f"pretrain@{objective}")
+        stages |= dict.fromkeys([*files, pretraining_timing(objective)], f"pretrain@{objective}")
     for method in config.methods:
         for sigma in config.sigmas:
             files = [f"{model_folder(method, sigma)}/{name}" for name in ("config.json", "history.csv")]
-            stages |= dict.fromkeys([*files, _timing("finetune", method, sigma)], _training_stage(method, sigma))
+            stages |= dict.fromkeys([*files, timing_file("finetune", method, sigma)], _training_stage(method, sigma))
             files = [certificates_file(method, sigma), _samples_file(method, sigma)]
-            stages |= dict.fromkeys([*files, _timing("certify", method, sigma)], f"certify@{method}-{sigma}")
+            stages |= dict.fromkeys([*files, timing_file("certify", method, sigma)], f"certify@{method}-{sigma}")
         if METHODS[method].needs_soft_labels:
             source = config.soft_labels
             stages[SOFT_LABEL_TIMING] = f"soft-labels@{source.method}-{source.sigma}"
         if METHODS[method].can_pass:
             voter = continued_method(method)
             done = (f"finetune@{voter}-{JOINT}", f"training-votes@{voter}")
-            stages |= dict(zip(_own_preparation(method), done, strict=True))
+            stages |= dict(zip(own_preparation(method), done, strict=True))
         if METHODS[method].denoises:
             stages[DENOISER_TIMING] = f"denoiser@{next(iter(config.derived['denoiser']))}"
         if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
-            stages[_timing("finetune", *part)] = "finetune@{}-{}".format(*part)
+            stages[timing_file("finetune", *part)] = "finetune@{}-{}".format(*part)
     for method in config.cascade.methods:
         stages |= dict.fromkeys(cascade_files(config, method), cascade_stage(method))
     if config.latency.n:
@@ -239,7 +247,7 @@ def _read_models(config: Config, root: Path, runs: Sequence[Run], classes: Seque
         expected = {"method": method, **noise, "seed": config.seed, "class_names": list(classes)}
         if other := [key for key, value in expected.items() if model[key] != value]:
             raise RRCMError(f"{path}: {other[0]} differs from the settings and shards; {advice}")
-        if _shares(model) != _shares(models[method, config.sigmas[0]]):
+        if shared_passes(model) != shared_passes(models[method, config.sigmas[0]]):
             raise RRCMError(f"{path}: the share of the preparation is another than at other sigmas; {advice}")
     return models
 
@@ -255,7 +263,7 @@ def _read_timings(root: Path, stages: Mapping[str, str], certificates: Certifica
         if path.startswith("timings/") and path != LATENCY
     }
     for run, frame in certificates.items():
-        path = _timing("certify", *run)
+        path = timing_file("certify", *run)
         if problem := check_cost(timings[path], frame):
             raise RRCMError(f"{root / path}: {problem}; {_again(stages[path])}")
     return timings
@@ -326,7 +334,7 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
     sigmas a joint model has its share of them.
     """
     path, advice = root / model_folder(method, sigma) / "history.csv", _again(_training_stage(method, sigma))
-    history, served = read_numbers(path, ["epoch", "loss", "val_accuracy"], advice), _sigmas_served(model)
+    history, served = read_numbers(path, ["epoch", "loss", "val_accuracy"], advice), sigmas_served(model)
     if problem := check_finetuning(history, model, served * validation, one_model=not METHODS[method].is_ensemble):
         raise RRCMError(f"{path}: {problem}; {advice}")
     spent = model["compute"]["finetune"] * history["epoch"] / history["epoch"].iloc[-1]
@@ -335,99 +343,9 @@ def _read_history(root: Path, model: Mapping, method: str, sigma: float, validat
             "method": method,
             "sigma": sigma,
             "epoch": history["epoch"],
-            "compute": (_preparation(model) + spent) / served,
+            "compute": (preparation_passes(model) + spent) / served,
             "loss": history["loss"],
             "val_accuracy": history["val_accuracy"],
             "selected": history["epoch"] == model["selected"]["epoch"],
         }
     )
-
-
-def _preparation(model: Mapping) -> float:
-    """Passes before the fine-tuning: the model's share of pre-training, soft labels, denoiser and so on.
-
-    If it continues a joint training, this includes all of that one, and if it has a teacher, all of that one.
-    """
-    return _shares(model) + model["compute"].get(JOINT, 0.0) + model["compute"].get("teacher", 0.0)
-
-
-def _shares(model: Mapping) -> float:
-    """The model's share of the passes that it has in common with others."""
-    return model["compute"]["pretrain_share"] + model["compute"]["soft_label_share"]
-
-
-def _sigmas_served(model: Mapping) -> int:
-    """The number of sigmas at which a model is certified: 1 for an expert."""
-    return 1 if model.get(JOINT) is None else len(model[JOINT]["sigmas"])
-
-
-def _read_budgets(config: Config, timings: Mapping[str, Mapping], models: Mapping[Run, Mapping]) -> pd.DataFrame:
-    """Compute (encoder forward passes) and time (seconds) of each model at each sigma.
-
-    The passes and the seconds of a joint training are divided equally among its sigmas.
-    """
-
-    def seconds(*paths: str) -> float:
-        return sum(timings[path]["seconds"] for path in paths)
-
-    def preparation_seconds(method: str, sigma: float) -> float:
-        shared, served = seconds(*_shared_timings(config, method)), _sigmas_served(models[method, sigma])
-        spent = shared / config.finetune.pretrain_cost_shared_by + seconds(*_own_preparation(method)) / served
-        if METHODS[method].is_student:
-            teacher = config.student.teacher
-            spent += seconds(_timing("finetune", teacher, sigma)) / _sigmas_served(models[teacher, sigma])
-            spent += preparation_seconds(teacher, sigma)
-        return spent
-
-    rows = []
-    for (method, sigma), model in models.items():
-        served = _sigmas_served(model)
-        rows.append(
-            {
-                "method": method,
-                "sigma": sigma,
-                "epochs": model["training"]["epochs"],
-                "finetune_passes": _part(model["compute"]["finetune"], served),
-                "preparation_passes": _preparation(model) / served,
-                "total_passes": (model["compute"]["finetune"] + _preparation(model)) / served,
-                "finetune_seconds": seconds(_timing("finetune", method, sigma)) / served,
-                "preparation_seconds": preparation_seconds(method, sigma),
-                "certify_seconds": seconds(_timing("certify", method, sigma)),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _part(passes: float, served: int) -> float:
-    return passes if served == 1 else passes / served  # whole numbers of passes stay whole
-
-
-def _shared_timings(config: Config, method: str) -> list[str]:
-    """The timing files of the preparation that a method shares with others."""
-    shared = []
-    if config.finetune.uses_pretraining(method):
-        shared.append(_pretraining_timing(METHODS[method].initial_weights))
-    if METHODS[method].needs_soft_labels:
-        shared += [_timing("finetune", config.soft_labels.method, config.soft_labels.sigma), SOFT_LABEL_TIMING]
-    if METHODS[method].denoises:
-        shared.append(DENOISER_TIMING)
-    if (part := denoising_classifier(method, config.denoised.model_dump())) is not None:
-        shared.append(_timing("finetune", *part))
-    return shared
-
-
-def _own_preparation(method: str) -> list[str]:
-    """The timing files of the joint training that a method continues, and of its votes."""
-    if not METHODS[method].can_pass:
-        return []
-    voter = continued_method(method)
-    return [f"timings/finetune/{voter}/{JOINT}.json", f"timings/training_votes/{voter}.json"]
-
-
-def _timing(stage: str, method: str, sigma: float) -> str:
-    name = model_name(method, sigma) if stage == "finetune" else sigma_name(sigma)
-    return f"timings/{stage}/{method}/{name}.json"
-
-
-def _pretraining_timing(objective: str) -> str:
-    return f"timings/pretrain/{objective}.json"

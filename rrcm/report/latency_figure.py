@@ -31,9 +31,9 @@ def draw_latency(
 ) -> Figure:
     """Certified accuracy (best sigma) against the seconds to certify one image with `n` samples: a panel per radius.
 
-    `latency` has the numbers of `rrcm.report.tables.latency`, which were measured on `device`. The area of a marker is
-    proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. A line of steps leads along the
-    `pareto_front`. A panel below shows latencies that others have published, the rows of `published`.
+    `latency` has the numbers of `rrcm.report.latency_tables.latency`, which were measured on `device`. The area of a
+    marker is proportional to the number of parameters. Vertical lines are 95 % Wilson intervals. A line of steps leads
+    along the `pareto_front`. A panel below shows latencies that others have published, the rows of `published`.
     """
     latency = latency.set_index("method").assign(seconds=lambda table: table[f"seconds_n_{n}"])
     handles, label_ends, width = [], fewer_images(certificates), max(2.9 * len(radii), 8.7)
@@ -95,7 +95,7 @@ def _draw_panel(panel: Axes, latency: pd.DataFrame, best: pd.DataFrame) -> None:
 
 
 def pareto_front(seconds: Iterable[float], shares: Iterable[float]) -> list[tuple[float, float]]:
-    """The pairs that no other one beats: none has at most as many seconds and a larger share. The fastest is first."""
+    """The pairs for which no other pair has a larger share in at most as many seconds. The fastest comes first."""
     front: list[tuple[float, float]] = []
     for second, share in sorted(zip(seconds, shares, strict=True), key=lambda pair: (pair[0], -pair[1])):
         if not front or share > front[-1][1]:

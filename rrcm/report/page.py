@@ -25,13 +25,13 @@ from rrcm.report.classes import choose_shown, deployed_classifiers
 from rrcm.report.deployment import shortfalls
 from rrcm.report.html import new_environment
 from rrcm.report.inputs import Inputs
+from rrcm.report.latency_tables import published_latencies
 from rrcm.report.panels import panel_groups
 from rrcm.report.tables import (
     escape_markdown,
     interval_text,
     markdown_text,
     method_labels,
-    published_latencies,
     reference_method,
 )
 from rrcm.utils.errors import printable
@@ -89,58 +89,77 @@ def report_values(
     figures: Sequence[str],
     gallery_classes: Sequence[str],
 ) -> dict[str, object]:
-    """What a report says, by the names that its templates use.
+    """The values in a report, by the names that its templates use.
 
     `tables` are the tables as text, and `figures` the names of the figures beside the report. `gallery_classes` are the
     true classes of the images in the gallery.
     """
-    records = [path for path in inputs.files if path.startswith("timings/")]
-    environments = _environments(root, records)
+    return {
+        "config": config,
+        **_values_of_data(config, inputs),
+        **_values_of_methods(config),
+        **_values_of_provenance(config, root, inputs),
+        "comparisons": _headline(config, inputs),
+        "shown": choose_shown(deployed_classifiers(config, inputs)).label,
+        "shortfalls": shortfalls(inputs.cascades, inputs.by_bound(config.certify.bound)),
+        "against": inputs.against,
+        "left_out": method_labels(inputs.against.fewer) if inputs.against else [],
+        "latency": inputs.latency,
+        "latency_sources": list(dict.fromkeys(published_latencies()["source"])),
+        "tables": {name: _markdown_table(table) for name, table in tables.items()},
+        "columns": {name: list(table.columns) for name, table in tables.items()},
+        "figures": figures,
+        "gallery_classes": gallery_classes,
+    }
+
+
+def _values_of_data(config: Config, inputs: Inputs) -> dict[str, object]:
+    """The values about the certified images and their classes."""
     labels = max((frame["label"] for frame in inputs.certificates.values()), key=len)
     counts = np.bincount(labels, minlength=len(inputs.classes)).tolist()
     return {
-        "config": config,
         "images": len(labels),
         "subsets": [
             ImageCount(METHODS[name].label, len(frame))
             for (name, sigma), frame in inputs.certificates.items()
             if sigma == config.sigmas[0] and len(frame) < len(labels)
         ],
+        "classes": len(inputs.classes),
         "class_counts": [ImageCount(*each) for each in zip(inputs.classes, counts, strict=True)],
         "data_notes": inputs.data_notes,
-        "comparisons": _headline(config, inputs),
-        "classes": len(inputs.classes),
-        "shown": choose_shown(deployed_classifiers(config, inputs)).label,
-        "shortfalls": shortfalls(inputs.cascades, inputs.by_bound(config.certify.bound)),
+    }
+
+
+def _values_of_methods(config: Config) -> dict[str, object]:
+    """The values about the methods of the run, which follow from the settings and the method table."""
+    rows = {name: METHODS[name] for name in config.methods}
+    return {
         "pretrained_elsewhere": [
-            (METHODS[name].label, config.initial_weights(name))
-            for name in config.methods
-            if METHODS[name].initial_weights is not None
-            and not config.finetune.uses_pretraining(name)
-            and not METHODS[name].denoises
+            (row.label, config.initial_weights(name))
+            for name, row in rows.items()
+            if row.initial_weights is not None and not config.finetune.uses_pretraining(name) and not row.denoises
         ],
         "denoising": [
-            (METHODS[name], denoising_classifier(name, config.denoised.model_dump()))
-            for name in config.methods
-            if METHODS[name].denoises
+            (row, denoising_classifier(name, config.denoised.model_dump()))
+            for name, row in rows.items()
+            if row.denoises
         ],
-        "students": [METHODS[name].label for name in config.methods if METHODS[name].is_student],
+        "students": [row.label for row in rows.values() if row.is_student],
         "teacher": METHODS[config.student.teacher].label,
-        "needs_soft_labels": any(METHODS[name].needs_soft_labels for name in config.methods),
+        "needs_soft_labels": any(row.needs_soft_labels for row in rows.values()),
         "small_multiples": len(panel_groups(config.methods)) > 1,
-        "against": inputs.against,
-        "left_out": method_labels(inputs.against.fewer) if inputs.against else [],
         "reference": METHODS[reference_method(config.methods)].label,
-        "latency": inputs.latency,
-        "latency_sources": list(dict.fromkeys(published_latencies()["source"])),
-        "tables": {name: _markdown_table(table) for name, table in tables.items()},
-        "columns": {name: list(table.columns) for name, table in tables.items()},
-        "figures": figures,
         "gallery_method": METHODS[config.methods[0]].label,
-        "gallery_classes": gallery_classes,
+    }
+
+
+def _values_of_provenance(config: Config, root: Path, inputs: Inputs) -> dict[str, object]:
+    """The values about settings, files and environments."""
+    records = [path for path in inputs.files if path.startswith("timings/")]
+    return {
         "parameters": _yaml(_decisive_settings(config)),
         "hashes": [f"{sha256_file(root / path)}  {printable(path)}" for path in inputs.files],
-        "environments": environments,
+        "environments": _environments(root, records),
         "num_records": len(records),
     }
 

@@ -1,6 +1,6 @@
 """Read the text of report.md: its sections with their paragraphs, tables and figures, for the page of the report.
 
-report.md has the prose of the report once. What is added to it also appears on the page.
+The prose of the report exists only in report.md. Text that is added there also appears on the page.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ class Paragraph(NamedTuple):
 
 
 class Heading(NamedTuple):
-    """A heading below that of a section."""
+    """A heading within a section."""
 
     text: str
 
 
 class NamedTable(NamedTuple):
-    """A table with a name that tells people what it is."""
+    """A table with a name for its readers."""
 
     label: str
     table: PageTable

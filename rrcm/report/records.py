@@ -61,14 +61,14 @@ class CertifyTiming(Timing, Cost):
 
 
 class Choice(Record):
-    """How long the votes took from which thresholds were chosen."""
+    """How long it took to count the votes from which thresholds were chosen."""
 
     seconds: NonNegative
     samples: Count
 
 
 class CascadeTiming(CertifyTiming):
-    """How long the certification of a cascade took, and besides it the published rule and the choice of thresholds."""
+    """How long a cascade took: its certification, the one by the published rule, and the choice of thresholds."""
 
     multi_scale: Cost | None = None
     thresholds: Choice | None = None

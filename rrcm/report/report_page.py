@@ -62,7 +62,7 @@ def render_report_page(
 
 
 def arrange(sections: Sequence[Section]) -> list[Section]:
-    """The sections of report.md in the order of the page: first that on one deployment, with its figure."""
+    """The sections of report.md in the order of the page: first the one on one deployment, with its figure."""
     first, *others = sections
     ordered = [Section(FIRST, first.blocks), *others]
     deployment = next((section for section in ordered if section.title == DEPLOYMENT), None)
@@ -109,7 +109,7 @@ def _bytes(pixels: np.ndarray) -> np.ndarray:
 def read_thumbnails(config: Config, root: Path, inputs: Inputs) -> Thumbnails:
     """At most GALLERY_IMAGES of the images of the first method, evenly spaced, with its answers at each sigma.
 
-    If there are cascades, the first of them answers first. It may be of another method, on the same images.
+    If there are cascades, the first of them answers first. It may belong to another method, on the same images.
     """
     from rrcm.data.augment import centre_crop  # these modules import torch, which takes seconds
     from rrcm.data.shards import ShardedDataset

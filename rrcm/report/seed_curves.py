@@ -34,8 +34,8 @@ def curves_over_seeds(curves: pd.DataFrame, intervals: bool) -> pd.DataFrame:
 def with_best_sigma(curves: pd.DataFrame) -> pd.DataFrame:
     """`curves` with `sigma` as text, and for each method and run a curve with the best sigma at each radius.
 
-    That curve has the radii of the largest sigma. A curve of another sigma counts there with its value at the next
-    radius that it has, which is not more.
+    That curve has the radii of the largest sigma. A curve of another sigma counts with its value at its own next
+    radius, which is never larger.
     """
     radii = curves.loc[curves["sigma"] == curves["sigma"].max(), "radius"].unique()
     best = []
@@ -81,7 +81,7 @@ def draw_seeds(means: pd.DataFrame, curves: pd.DataFrame) -> Figure:
 
 
 def seed_groups(methods: Sequence[str]) -> list[Group]:
-    """The methods of each row of panels: the reference and one other, as more than two bands hide each other.
+    """The methods of each row of panels: the reference and one other, because more than two bands hide each other.
 
     Families of methods share a row if there are many methods.
     """

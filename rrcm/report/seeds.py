@@ -55,9 +55,9 @@ class SeedsTable(NamedTuple):
 
 
 def seeds_text(folders: Sequence[Path]) -> str:
-    """Markdown tables of means over all reports in `folders`: of each method, and of its difference.
+    """Markdown tables of means over all reports in `folders`: for each method, and for its difference.
 
-    Where the reports have joint methods or cascades, there are tables of these too. A folder is a report, or a
+    If the reports have joint methods or cascades, there are tables of these too. A folder is a report, or a
     published result with a report of each seed. Raises `RRCMError` if there are fewer than two reports, if two have the
     same seed, or if they differ in methods, radii or sigmas.
     """
@@ -86,7 +86,7 @@ def write_seeds(folders: Sequence[Path], output: Path) -> None:
 
 
 def render_seeds(reports: Sequence[Path], tables: dict[str, SeedsTable], figure: str | None = None) -> str:
-    """The tables with their titles and how their intervals are made; with a `figure` as a page of its own."""
+    """The tables with their titles and a note on their intervals. With a `figure`, the text is a page of its own."""
     seeds = sorted(read_reports(reports)["seed"].unique())
     text = read_template("seeds.md.jinja").render(
         reports=reports,

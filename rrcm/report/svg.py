@@ -1,4 +1,4 @@
-"""Make the SVG that matplotlib writes fit for an HTML page whose policy forbids styles in elements.
+"""Adapt the SVG that matplotlib writes to an HTML page whose policy forbids styles in elements.
 
 Styles become attributes, colours become classes, and ids are unique to a figure.
 """
@@ -19,10 +19,11 @@ PLACES = {"d", "x", "y", "width", "height", "transform"}
 
 
 def clean(root: ET.Element, name: str) -> set[str]:
-    """Make the SVG fit for a page, in place, and return its colours.
+    """Adapt the SVG to a page, in place, and return its colours.
 
-    Styles become attributes, colours classes, and ids unique to the figure. What has no use on a page is left out:
-    metadata, backgrounds, namespaces, and the ids of groups. Groups of series get the attribute data-series.
+    Styles become attributes, colours become classes, and ids become unique to the figure. Parts without use on a page
+    are left out: metadata, backgrounds, namespaces, and the ids of groups. Groups of series get the attribute
+    data-series.
     """
     for key in ("width", "height", "version"):
         del root.attrib[key]

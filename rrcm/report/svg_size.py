@@ -18,7 +18,7 @@ OWN = {"d", "x", "y", "href", "id", "opacity"}  # attributes that they do not sh
 
 
 def limit_size(root: ET.Element) -> None:
-    """Thin out the lines of a figure that is too large for a page, and if need be leave out those in grey.
+    """Thin out the lines of a figure that is too large for a page. If that is not enough, leave out the grey lines.
 
     Curves of 10,000 radii have more steps than a screen can show.
     """
@@ -63,7 +63,7 @@ def shorten(root: ET.Element) -> None:
 
 
 def _inline_groups(parent: ET.Element) -> None:
-    """Put what is in groups without attributes into their parents."""
+    """Move the contents of groups without attributes to their parents."""
     children = []
     for child in parent:
         _inline_groups(child)
@@ -72,7 +72,7 @@ def _inline_groups(parent: ET.Element) -> None:
 
 
 def _group_neighbours(parent: ET.Element) -> None:
-    """Move the looks of neighbouring lines or marks to a group around them, where they are the same."""
+    """Put neighbouring lines or marks that look the same into a group, which has the common attributes."""
     children: list[ET.Element] = []
     for (looks, can_share), neighbours in groupby(parent, lambda child: (_looks(child), _can_share(child))):
         each = list(neighbours)
@@ -94,7 +94,7 @@ def _can_share(element: ET.Element) -> bool:
 
 
 def _looks(element: ET.Element) -> tuple[tuple[str, str], ...]:
-    """The attributes of an element without those that say what it is and where."""
+    """The attributes of an element, except for its shape and position."""
     return tuple((key, value) for key, value in element.items() if key not in OWN)
 
 

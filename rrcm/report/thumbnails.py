@@ -15,7 +15,7 @@ SMALL = 40  # pixels of an image that is shown pixel by pixel, and kept without 
 
 
 class Answer(NamedTuple):
-    """What a classifier answers."""
+    """The answer of a classifier."""
 
     verdict: str  # a key of `rrcm.report.gallery.STYLES`
     text: str  # the predicted class with a sign; the verdict of an abstention

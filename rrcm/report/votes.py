@@ -1,4 +1,4 @@
-"""Tables of what the votes say beyond radii: the probability of the right class, and how far shares can be trusted."""
+"""Tables about the votes themselves: the probability of the right class, and the calibration of vote shares."""
 
 import pandas as pd
 from scipy.special import ndtri
@@ -12,7 +12,7 @@ PROBABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def probabilities(certificates: Certificates) -> Table:
-    """The share of all images that are classified correctly with a lower bound on p_A of at least each PROBABILITIES.
+    """The share of images that are classified correctly with a lower bound on p_A of at least each of PROBABILITIES.
 
     p_A is the probability of the class under noise (Cohen et al. 2019). A certified radius R by the binary bound says
     p_A >= Phi(R / sigma), so the share at p is the certified accuracy at sigma Phi^-1(p). The distribution over images
@@ -35,7 +35,7 @@ def probabilities(certificates: Certificates) -> Table:
 
 def calibration(certificates: Certificates) -> Table:
     """The expected calibration error (ECE) of the vote shares of each model, with its standard error, and the mean
-    share beside the accuracy. The shares are those of the selection samples, which every image has.
+    share beside the accuracy. The shares come from the selection samples, which every image has.
 
     The numbers also have a row for each bin of the reliability diagram; the rows without `bin_share` are of all images.
     """

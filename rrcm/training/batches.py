@@ -23,7 +23,7 @@ from rrcm.utils.rng import derive_seed
 def open_splits(
     shards: Path | str, env: DistEnv, labels_per_class: int | None = None
 ) -> tuple[ShardedDataset, ShardedDataset]:
-    """The training images, all or only so many of each class, and the validation images.
+    """The training images, either all of them or a number of each class, and the validation images.
 
     Raises `RRCMError` if a shard is missing or damaged, or a class has too few images.
     """
@@ -53,7 +53,7 @@ def train_batches(training: Training, images: ShardedDataset, env: DistEnv, firs
 
 
 class Targets:
-    """Turns a batch of the loader into what an objective expects: mixed images, class probabilities, other targets."""
+    """Turns a batch of the loader into the batch of an objective: mixed images, class probabilities, other targets."""
 
     def __init__(
         self,

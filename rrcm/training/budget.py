@@ -132,7 +132,7 @@ def passes_per_image(objective: Objective, config: Config, method: str, sigma: f
 
 
 def teacher_compute(config: Config, method: str, sigma: float | str, num_images: int, encoders: Path) -> float:
-    """Encoder passes of everything that the teacher of a student has cost, or of its share in a joint teacher."""
+    """All encoder passes that the teacher of a student has cost. For a joint teacher, the share of one sigma."""
     teacher = config.student.teacher
     noise = training_noise(teacher, sigma)
     spent = sum(plan_budget(config, teacher, noise, num_images, encoders).account.values())
@@ -279,7 +279,8 @@ def pass_budget(joint: Budget, objective: PassingObjective, config: Config, num_
 def _finetuning_passes(config: Config, method: str, sigmas: Sequence[float], num_images: int) -> float:
     """The encoder passes that the fine-tuning of a method may take for all `sigmas` together.
 
-    With equal compute they are rRCM's. Otherwise they are those that the settings give the method's experts.
+    With equal passes, they are the passes of rRCM's fine-tuning. Otherwise the settings of the method's experts give
+    them.
     """
     row, by_passes = METHODS[method], config.finetune.equal_passes
     model = REFERENCE if row.matched or by_passes else expert_of(method)

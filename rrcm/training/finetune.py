@@ -39,8 +39,9 @@ ADVICE = "raise finetune.num_chunks, set model.grad_checkpointing, or lower fine
 def finetune(training: Training) -> None:
     """Train one classifier. Writes the model folder (model.safetensors, config.json, history.csv) and the timing.
 
-    The weights with the best accuracy on noisy images of the `val` split are kept, or with few labels the last ones. A
-    training that was killed and is started again continues from its last checkpoint and ends with the same bytes.
+    The weights with the best accuracy on noisy images of the `val` split are kept, or the last weights if there are few
+    labels. A training that was killed and is started again continues from its last checkpoint and ends with the same
+    bytes.
     Raises `RRCMError` when the loss is no longer finite and for inputs that are missing or do not fit, `Interrupted`
     after SIGTERM.
     """
@@ -99,9 +100,9 @@ def _train(
 
 
 def read_targets(training: Training, images: ShardedDataset) -> dict[str, torch.Tensor]:
-    """The targets of a training besides the labels: rows for each training image, by the name that objectives know.
+    """Further targets of a training in addition to the labels: by the name that objectives use, a row for each image.
 
-    Raises `RRCMError` for a file that is missing, damaged or of other images.
+    Raises `RRCMError` for a file that is missing, damaged or about other images.
     """
     targets = {}
     if METHODS[training.method].can_pass:

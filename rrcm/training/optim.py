@@ -83,8 +83,8 @@ def layerwise_lr_scales(classifier: nn.Module, decay: float) -> dict[str, float]
     """Learning-rate factor of each trainable parameter (Bao et al. 2022): decay^(depth + 1 - layer).
 
     Class token, position embedding and patch embedding are layer 0, block i is layer i + 1, and everything else is the
-    last layer. In a CNN convolution i is layer i, and the linear layer follows. With decay 1 the classifier may be any
-    network.
+    last layer. In a CNN, convolution i is layer i, and the linear layer is the next one. With decay 1 the classifier
+    may be any network.
     """
     if decay == 1:
         return {name: 1.0 for name, parameter in classifier.named_parameters() if parameter.requires_grad}

@@ -105,9 +105,9 @@ def network_settings(model: Model, data: Data) -> dict[str, object]:
 
 
 def with_initial_weights(classifier: NetworkClassifier, method: str, finetune: Finetune) -> NetworkClassifier:
-    """The same classifier, with the weights of timm and a new head if `method` starts from them.
+    """The same classifier. If `method` starts from timm's weights, it gets these and a new head.
 
-    Raises `RRCMError` for weights that are missing, damaged or of another network.
+    Raises `RRCMError` for weights that are missing, damaged or made for another network.
     """
     if METHODS[method].initial_weights == "timm":
         ENCODERS["timm network"](classifier.network, finetune.timm.model, finetune.timm.weights)

@@ -66,7 +66,7 @@ class JointValidation:
 
     @property
     def chance(self) -> float:
-        """As of `NoisyValidation`."""
+        """See `NoisyValidation`."""
         return self.each[0].chance
 
     def __call__(self, classifier: BaseClassifier) -> float:
@@ -79,7 +79,7 @@ def build_validation(
 ) -> NoisyValidation | JointValidation:
     """The validation of a training on the images of `split`. A joint training is validated at its `sigmas`.
 
-    The answers of a classifier that can pass are its classes, as if it could not.
+    The output "pass" of a classifier that can pass is ignored.
     """
     pixels, labels, _ = read_split(split, training.data.image_size)
     precision = resolve_precision(env.device, training.common.precision)

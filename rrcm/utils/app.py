@@ -134,7 +134,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def usage_line(error: Exception) -> str:
-    """What is wrong with a command line, and whose help to read, in one line."""
+    """What is wrong with a command line, and which command's help to read, in one line."""
     message = " ".join(printable(error.format_message()).split()).rstrip(".")
     if error.ctx is None:
         return message

@@ -31,8 +31,8 @@ class Module(NamedTuple):
 def fingerprints(*modules: str, without: Iterable[str] = ()) -> dict[str, str]:
     """The fingerprints of `modules` and of all modules that they import, directly or indirectly, by module name.
 
-    Imports count if they are part of rrcm, or not installed in the environment: the user's own code. The modules in
-    `without`, such as "rrcm.utils.files", and modules that only they import are left out.
+    Imported modules count if they belong to rrcm, or if they are the user's own code, which is not installed in the
+    environment. The modules in `without`, such as "rrcm.utils.files", and modules that only they import are left out.
     """
     by_module: dict[str, str] = {}
     waiting, seen = list(modules), set(without)
@@ -209,7 +209,7 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def _source_file(module: str) -> Path | None:
-    """The source file of a module or package; None if there is no such module. It is found without an import."""
+    """The source file of a module or package, found without an import. None if there is no such module."""
     top, *below = module.split(".")
     if module in sys.modules and top != "rrcm":
         path = Path(getattr(sys.modules[module], "__file__", None) or "")

@@ -196,9 +196,9 @@ class WorkQueue:
 
 
 def from_main(env: DistEnv, name: str, compute: Callable[[], object]) -> object:
-    """What `compute` returns in the first process, in every process: a JSON-able value. The others wait for it.
+    """Call `compute` in the first process, and return its result, a JSON value, in every process.
 
-    `name` is unique within a run.
+    The other processes wait for it. `name` is unique within a run.
     """
     key = f"value {name}"
     if env.is_main:

@@ -39,7 +39,7 @@ def printable(text: object) -> str:
 
 
 def failure_of(error: Exception) -> str:
-    """What code of the user raised, and where, in one line."""
+    """Which exception the user's code raised, and where, in one line."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     ours = "importlib" in where.filename or Path(where.filename).is_relative_to(Path(__file__).parents[1])
     line = "" if ours else f", line {where.lineno} of {Path(where.filename).name}"

@@ -74,7 +74,11 @@ class Progress:
         self.last_print = now
         elapsed = now - self.start
         rate = (self.done - self.start_done) / max(elapsed, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        time_left = f", {left:.0f} s left" if self.done < self.total else f", took {elapsed:.1f} s"
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s{time_left}  {self._metrics_text}"
+        if self.done >= self.total:
+            pace = f"{rate:.3g}/s, took {elapsed:.1f} s"
+        elif rate > 0:
+            pace = f"{rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left"
+        else:
+            pace = f"none finished after {elapsed:.0f} s"
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {pace}  {self._metrics_text}"
         print(line.rstrip(), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Keep other libraries from printing what no user needs."""
+"""Keep other libraries from printing messages that no user needs."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, the loggers of other libraries print only errors."""
+    """Within this context, the loggers of other libraries print only errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

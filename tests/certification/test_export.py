@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import files_of
+from PIL import Image
 from test_cli import images, in_a_folder, refused, saved  # noqa: F401 (fixtures)
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -16,6 +17,8 @@ from rrcm.certification.export import FORMATS, NEEDED, OnnxProgram, export_model
 from rrcm.certification.runtimes import import_openvino
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
+from rrcm.data.augment import centre_crop
+from rrcm.data.images import read_image as read_rrcm_image
 from rrcm.models.base_classifiers import BaseClassifier
 from rrcm.models.kinds import LoadedClassifier
 from rrcm.utils.errors import RRCMError
@@ -53,6 +56,12 @@ def test_a_program_votes_like_the_model_and_its_readme_runs(
         noisy = image[None] + 0.25 * torch.randn(3, 1, 8, 8)
         np.testing.assert_allclose(run["logits_of"](noisy.numpy()), saved(noisy).detach(), atol=1e-5)
     assert run["count_votes"](images[0].numpy(), 100).sum() == 100
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 4), np.uint8), "RGBA")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter
+    photo.save("photo.png", exif=turned)
+    own = np.asarray(centre_crop(read_rrcm_image(Path("photo.png"), 1), 8), np.float32) / 255
+    np.testing.assert_array_equal(run["read_image"]("photo.png"), own[None])
     smoothed = SmoothedClassifier(saved, 0.25, 3, batch_size=64)
     for image, certificate in zip(images[:2], smoothed.certify(images[:2], n=1000, stopping="fixed"), strict=True):
         top, radius = run["certify"](image.numpy(), n=1000)

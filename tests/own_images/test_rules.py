@@ -146,6 +146,12 @@ def test_the_settings_of_a_network_from_weights_are_complete():
     assert parse_config(complete(with_network(base, folder(), grey, start))).data.channels == 1
 
 
+@pytest.mark.parametrize(("load", "gpus", "busy"), [(0.4, (), False), (1.5, (), True), (13.0, ("H200",), False)])
+def test_a_busy_machine_is_noted(load, gpus, busy):
+    notes = replace(MACHINE, load=load, gpus=gpus).notes
+    assert len(notes) == busy and all(f"load {load} on 2 cores" in note for note in notes)
+
+
 def test_a_gpu_alone_gets_the_largest_network():
     assert TRUNKS[0] not in possible_trunks(Task(folder(), MACHINE, 1.0), TRUNKS)
 

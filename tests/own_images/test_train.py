@@ -80,6 +80,8 @@ def test_the_walk_ends_with_a_model(walked):
     assert "written: settings.yaml. The same command trains with these settings" in written.output
     assert "estimate" in written.output and "2 classes with 10 images each to learn from" in written.output
     assert "settings     of the run that was stopped, which continues" in finished.output
+    assert "interrupted; the same command continues from here" in stopped.output
+    assert "candidate    ViT for 16 x 16 pixels, patches of 4, width 96, depth 3: a few steps" in written.output
     assert "certified accuracy on 4 held-out images" in finished.output
 
 
@@ -318,6 +320,7 @@ def test_training_starts_from_a_cnn(snapshot, timed, tmp_path, monkeypatch):
     command = [large, "--output", "model", "--params", "p.yaml", "--start", "test_resnet", "--weights", snapshot / "w"]
     written = rrcm_train(*command)
     assert "test_resnet for 32 x 32 pixels, from test_resnet" in written.output, written.output
+    assert "there is no time for images" not in written.output
     edit(tmp_path / "p.yaml", **QUICK)
     answer = rrcm_train(*command)
     assert answer.exit_code == 0, answer.output

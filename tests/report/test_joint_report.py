@@ -70,11 +70,8 @@ def test_students_are_explained_and_compared_at_any_cost(students):
     config, folder = students
     inputs = read_inputs(config, folder)
     text = render(config, folder, inputs, [str(i) for i in range(10)])
-    assert (
-        "*Students* are other networks than their teacher (Student and Student, joint; the teacher is rRCM, joint)"
-        in text
-    )
-    assert "A pass of a student counts by its multiply-adds" in text and "\n\n\n" not in text
+    assert "*Students* have networks of their own (Student and Student, joint; the teacher is rRCM, joint)" in text
+    assert "A pass of a student counts in proportion to its multiply-adds" in text and "\n\n\n" not in text
     assert "  embed_dim: 16" in text and "student:" in text
     compared = {comparison.name for comparison in page._headline(config, inputs)}
     assert compared == {"any cost"}

@@ -9,7 +9,7 @@ from invented_run import frame_of
 
 from rrcm.evaluation.metrics import best_sigma_table
 from rrcm.methods import METHODS
-from rrcm.report import tables
+from rrcm.report import latency_tables
 from rrcm.report.build import few_radii
 from rrcm.report.inputs import read_inputs
 from rrcm.report.latency_figure import draw_latency, pareto_front
@@ -18,7 +18,10 @@ from rrcm.report.latency_figure import draw_latency, pareto_front
 def test_latencies_are_medians_over_rounds_and_ratios_within_rounds(denoising_report):
     config, root = denoising_report
     inputs = read_inputs(config, root)
-    made, rounds = tables.latency(inputs.latency, [10_000, 100_000], 100, inputs.budgets), np.array([1, 1.1, 1.3])
+    made, rounds = (
+        latency_tables.latency(inputs.latency, [10_000, 100_000], 100, inputs.budgets),
+        np.array([1, 1.1, 1.3]),
+    )
     table, text = made.numbers.set_index("method"), made.text
     each = table.loc["densepure"]
     assert each[["parameters", "denoiser_passes", "classifier_passes"]].tolist() == [516_000, 20, 10]
@@ -38,8 +41,8 @@ def test_latencies_are_medians_over_rounds_and_ratios_within_rounds(denoising_re
 def test_latency_figure_has_a_panel_per_radius_and_one_of_published_latencies(denoising_report):
     config, root = denoising_report
     inputs = read_inputs(config, root)
-    numbers = tables.latency(inputs.latency, [10_000], 100, inputs.budgets).numbers
-    radii, published = [0.0, 0.5], tables.published_latencies()
+    numbers = latency_tables.latency(inputs.latency, [10_000], 100, inputs.budgets).numbers
+    radii, published = [0.0, 0.5], latency_tables.published_latencies()
     figure = draw_latency(numbers, inputs.certificates, radii, 10_000, "cpu, fp32", published)
     figure.draw_without_rendering()
     *panels, others = [axes for part in figure.subfigs for axes in part.axes]
@@ -66,7 +69,7 @@ def test_nothing_overlaps_in_the_latency_figure(methods: list[str]):
         for m in methods
     )
     certificates = {(method, 0.5): frame_of(0.2, 0.4) for method in methods}
-    figure = draw_latency(numbers, certificates, [0.0, 0.25, 0.5], 10_000, "cpu", tables.published_latencies())
+    figure = draw_latency(numbers, certificates, [0.0, 0.25, 0.5], 10_000, "cpu", latency_tables.published_latencies())
     figure.draw_without_rendering()
     (legend,) = figure.subfigs[0].legends
     boxes = [axes.get_tightbbox() for part in figure.subfigs for axes in part.axes]
@@ -83,7 +86,9 @@ def test_the_pareto_front_has_what_no_other_method_beats():
     names = ["distill_joint", "rrcm_joint", "dds"]  # the last is slower and no better
     measured = {"method": names, "parameters": 2e5, "ratio": [0.25, 1, 4], "seconds_n_10000": [0.05, 0.2, 0.8]}
     certificates = {(name, 0.5): frame_of(*each) for name, each in zip(names, ([0, 1], [1, 1], [1, 1]), strict=True)}
-    figure = draw_latency(pd.DataFrame(measured), certificates, [0.5], 10_000, "cpu", tables.published_latencies())
+    figure = draw_latency(
+        pd.DataFrame(measured), certificates, [0.5], 10_000, "cpu", latency_tables.published_latencies()
+    )
     panel = figure.subfigs[0].axes[0]
     (front,) = [line for line in panel.lines if line.get_drawstyle() == "steps-post"]
     assert list(zip(*front.get_data(), strict=True)) == [(0.05, 50.0), (0.2, 100.0), (1.6, 100.0)]

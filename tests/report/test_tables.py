@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rrcm.report import tables
+from rrcm.report import latency_tables, tables
 
 
 def test_published_latencies_are_a_column_beside_the_accuracies():
@@ -41,14 +41,14 @@ def test_every_cell_of_published_csv_is_possible():
         assert len(radii) == len(row["certified_accuracy"].split()) and radii == sorted(radii), f"line {line}: radii"
         assert shares == sorted(shares, reverse=True), f"line {line}: accuracies"
         assert radii or row["latency"], f"line {line}: neither accuracy nor latency"
-    assert len(tables.published_latencies()[["dataset", "n"]].drop_duplicates()) == 1  # one axis for all
+    assert len(latency_tables.published_latencies()[["dataset", "n"]].drop_duplicates()) == 1  # one axis for all
 
 
 def test_the_latency_of_a_cascade_adds_up_along_each_path():
     per_sample = {"sigma_0.25": [1e-3, 1e-3, 1e-3], "sigma_0.5": [2e-3, 4e-3, 3e-3]}
     seconds = {"predict_seconds": [0.1, 0.2, 0.3], "single_predict_seconds": [0.1, 0.1, 0.1]}
     record = {"cascades": {"rrcm_joint": {"seconds_per_sample": per_sample, **seconds}}}
-    table = tables.cascade_latency(record, [900], n0=100)
+    table = latency_tables.cascade_latency(record, [900], n0=100)
     numbers, text = table.numbers, table.text
     assert numbers["accepting"].tolist() == ["sigma_0.5", "sigma_0.25"]
     assert numbers["seconds_n_900"].tolist() == pytest.approx([3.0, 4.0])
