@@ -2,9 +2,9 @@
 # make publish    freeze the finished run in results/NAME/; NAME=digits names it (default: the name of its report)
 # make verify     verify the published results without training: redraw, recompute, vote again; NAME=digits for one
 # make redraw     bring published results up to date with new settings and a new report, without training; NAME=digits for one
-# make test       run the linter, all tests that are not slow, and the pipeline at smoke size
-# make test-fast  run the linter and the tests that are not slow
-# make test-thorough  run the slow tests and further cases, for which `make test` has no time
+# make test       run the linter and all tests that are not thorough, among them the pipeline at smoke size
+# make test-fast  run the linter and the tests that are neither slow nor thorough
+# make test-thorough  run the thorough tests: the longest ones and further cases, for which `make test` has no time
 # make install    only create the environment: .venv with the versions in constraints.txt
 # make params     compose conf/ into params.yaml, list all settings in docs/settings.md, and set the defaults of `rrcm train`; PROFILE=cifar10 for another profile
 #
@@ -37,13 +37,13 @@ redraw: $(VENV)/.installed
 	@python stages/redraw.py $(NAME)
 
 test: lint
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not thorough and (smoke or not slow)'
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not thorough'
 
 test-thorough: lint
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'thorough or (slow and not smoke)'
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m thorough
 
 test-fast: lint
-	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not slow'
+	OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup -m 'not slow and not thorough'
 
 lint: $(VENV)/.installed-test
 	ruff check .

@@ -381,7 +381,8 @@ def export(
         ),
     ],
     sigma: Annotated[
-        float | None, typer.Option(help="Noise in pixel units. Default: the noise of the training.")
+        float | None,
+        typer.Option(help="Noise in pixel units, for joint models. Default: the noise of the training."),
     ] = None,
     check: Annotated[
         Path | None,

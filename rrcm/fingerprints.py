@@ -24,6 +24,7 @@ TABLES = {"rrcm.config", "rrcm.constraints", "rrcm.derived", "rrcm.methods", "rr
 NO_RESULTS = {
     "rrcm.data.verification",
     "rrcm.utils.app",
+    "rrcm.utils.c_library",
     "rrcm.utils.code",
     "rrcm.utils.describe",
     "rrcm.utils.errors",

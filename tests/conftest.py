@@ -8,9 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -69,10 +70,19 @@ TINY = [
 CASCADE = ["cascade.methods=[rrcm,rrcm_joint]", "cascade.choose_n=40"]
 
 
+@cache
+def composed(*overrides: str) -> str:
+    """The text of params.yaml with these overrides. Hydra takes half a second, so each text is composed once."""
+    conf = str(REPOSITORY / "conf")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        compose_and_dump(path, conf, None, "config", f"{conf}/plugins", list(overrides))
+        return path.read_text(encoding="utf-8")
+
+
 def compose(path: Path, *overrides: str) -> Path:
     """Write the tiny settings with these overrides to `path`; returns `path`."""
-    conf = REPOSITORY / "conf"
-    compose_and_dump(path, str(conf), None, "config", str(conf / "plugins"), [*TINY, *overrides])
+    path.write_text(composed(*TINY, *overrides), encoding="utf-8")
     return path
 
 
@@ -108,6 +118,7 @@ PRELOAD = [
     "sklearn.datasets",
     "timm",
     "webdataset",
+    "tests.read_code",
 ]
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(PRELOAD)
@@ -213,15 +224,18 @@ def in_own_mounts(script: str, *arguments: object) -> subprocess.CompletedProces
 
 # Fixtures of a session or a module that take long. The first one that a test needs names its group.
 SHARED = ("honest", "cascaded", "invented_report", "denoising_report", "committed", "joint", "passing", "parts")
-SHARED += ("plugged", "run")
+SHARED += ("plugged", "run", "students", "sources")
+SLOW = {*SHARED, "trained", "walked"}  # a test that needs one of these is slow
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+@pytest.hookimpl(tryfirst=True)  # before pytest and pytest-xdist read the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests that need a fixture of `SHARED` on one worker, which then builds it once."""
+    """Run all tests that need a fixture of `SHARED` on one worker, which then builds it once. Mark slow tests."""
     for item in items:
         if shared := [name for name in SHARED if name in item.fixturenames]:
             item.add_marker(pytest.mark.xdist_group(shared[0]))
+        if SLOW & {*item.fixturenames}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

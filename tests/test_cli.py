@@ -88,6 +88,7 @@ def refused(answer: Result, *said: str) -> None:
         assert text in answer.stderr
 
 
+@pytest.mark.slow
 def test_the_page_has_every_image_with_its_certificate(saved, images):
     Path("images/other/a.png").rename("images/other/<b>\u202e&.png")
     certified("images", "--model", "model", "--page", "page.html")
@@ -135,6 +136,7 @@ def test_the_command_writes_and_prints_the_certificates_of_the_engine(saved, ima
     assert "4/4 images" in answer.stderr
 
 
+@pytest.mark.slow
 def test_a_joint_model_certifies_at_any_sigma_of_its_range(saved, images):
     save_model("joint", saved, sigma=JointSigmas((0.25, 0.5, 1.0)))
     frame = certified("images", "--model", "joint", "--sigma", "0.37")
@@ -296,6 +298,7 @@ def test_a_pretrained_checkpoint_of_the_authors_has_no_classes(images):
     refused(rrcm("images", "--model", "theirs.pth", "--sigma", "0.5"), "pre-trained network has no classes")
 
 
+@pytest.mark.slow
 def test_a_timm_model_with_weights_of_a_file(images):
     """Five classes are read off the weights; pixels are normalised as its configuration has it."""
     torch.manual_seed(2)
@@ -541,7 +544,7 @@ def in_a_process(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_runs_do_not_write_one_output(saved, images):
     """The second is refused, whatever its settings, in any of the files; a killed run does not stand in the way."""
     first = in_a_process("--n", "2000000000", "--stopping", "fixed")
@@ -706,7 +709,7 @@ def test_no_two_texts_of_the_gallery_touch(count):
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 for box in boxes)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_installed_command(saved, images):
     """In a process of its own; and asking for help does not import torch."""
     installed = Path(sys.executable).with_name("rrcm")

@@ -4,8 +4,7 @@ import filecmp
 
 import pytest
 import torch
-from conftest import REPOSITORY, change, compose, stage
-from dvc.utils.hydra import compose_and_dump
+from conftest import REPOSITORY, change, compose, composed, stage
 
 from rrcm.config import load_config
 from rrcm.methods import METHODS, REFERENCE, expert_of
@@ -18,8 +17,7 @@ OTHER_TRUNKS = {"fashion_mnist_lenet", "cifar10_resnet110"}  # which are not pre
 
 
 def profile(tmp_path, name, *overrides):
-    conf, overrides = REPOSITORY / "conf", [f"profile={name}", *overrides]
-    compose_and_dump(tmp_path / "params.yaml", str(conf), None, "config", str(conf / "plugins"), overrides)
+    (tmp_path / "params.yaml").write_text(composed(f"profile={name}", *overrides))
     return load_config(tmp_path / "params.yaml")
 
 
@@ -113,6 +111,7 @@ def test_the_profile_of_own_images_follows_the_budget_and_fits_small_folders(tmp
     assert config.pretrain.max_levels == min(80, max(4, round(4 * (steps / 750) ** 0.5)))
 
 
+@pytest.mark.slow
 def test_params_yaml_is_the_composed_default(tmp_path):
     answer = stage(tmp_path, "compose", "--output", "params.yaml")
     assert answer.returncode == 0, answer.stderr
@@ -122,7 +121,7 @@ def test_params_yaml_is_the_composed_default(tmp_path):
 PRESETS = sorted(path.stem for path in (REPOSITORY / "conf/preset").glob("*.yaml"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(set(PROFILES) - OTHER_TRUNKS))
 def test_presets_compose_with_every_profile(tmp_path, name):
     plain = profile(tmp_path, name)
@@ -213,6 +212,7 @@ def test_what_methods_start_from_is_pretrained_and_nothing_else(tmp_path, method
     assert profile(tmp_path, "digits", f"methods=[{methods}]").pretrain.objectives == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["methods=[rrcm,gaussian]"], ["preset=all", "methods=[rrcm,gaussian]"]])
 def test_a_list_of_methods_beats_the_preset(tmp_path, overrides):
     answer = stage(tmp_path, "compose", "--output", "params.yaml", *overrides)
@@ -428,6 +428,7 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
         load_config(tmp_path / "params.yaml")
 
 
+@pytest.mark.slow
 def test_the_settings_page_and_the_settings_of_own_images_are_up_to_date(tmp_path):
     written = {"settings.md": "docs/settings.md", "settings.yaml": "rrcm/own_images/settings.yaml"}
     answer = stage(tmp_path, "settings", "--output", "settings.md", "--own-images", "settings.yaml")

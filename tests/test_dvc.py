@@ -1,6 +1,5 @@
 """What DVC watches: the code and the settings that decide a stage's result, and no more."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -46,6 +45,22 @@ def finetunings(*methods: str) -> set[str]:
     return {f"finetune@{method}-0.5" for method in methods}
 
 
+def stages_of(folder: Path, *overrides: str) -> dict[str, Stage]:
+    """The stages of dvc.yaml by name, with the tiny settings and these overrides."""
+    shutil.copy(REPOSITORY / "dvc.yaml", folder)
+    compose(folder / "params.yaml", *overrides)
+    repo = Repo(str(folder)) if (folder / ".dvc").exists() else Repo.init(str(folder), no_scm=True)
+    return {stage.name: stage for stage in repo.index.stages}
+
+
+def inputs(stage: Stage) -> set[str]:
+    return {dep.def_path for dep in stage.deps}
+
+
+def outputs(stage: Stage) -> set[str]:
+    return {out.def_path for out in stage.outs}
+
+
 EXPECTED = {
     "a new row of the method table": {"plot"},
     "the formula of the consistency loss": finetunings("rrcm", "consistency", "consistency_matched"),
@@ -58,18 +73,16 @@ EXPECTED = {
 }  # all others: nothing
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
 def test_an_edit_reruns_what_it_changes(committed, tmp_path, edit: Edit):
     assert stages_after(edit, committed, tmp_path / "copy", SETTINGS) == EXPECTED.get(edit.name, set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("methods", "stages"), [("[rrcm,gaussian]", []), ("[gaussian,cat_rs]", ["gaussian-0.25"])])
 def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, stages):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    compose(tmp_path / "params.yaml", f"methods={methods}")
-    index = Repo.init(str(tmp_path), no_scm=True).index
-    found = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    found = {name: inputs(stage) for name, stage in stages_of(tmp_path, f"methods={methods}").items()}
     assert [name for name in found if name.startswith("soft-labels")] == [f"soft-labels@{name}" for name in stages]
     needing = {name for name, deps in found.items() if "data/soft_labels.safetensors" in deps}
     assert needing == ({"finetune@cat_rs-0.25", "finetune@cat_rs-0.5"} if stages else set())
@@ -77,28 +90,22 @@ def test_soft_labels_are_a_stage_where_a_method_needs_them(tmp_path, methods, st
         assert "models/gaussian/sigma_0.25" in found[f"soft-labels@{name}"]
 
 
+@pytest.mark.slow
 def test_a_joint_method_is_trained_once_and_certified_at_each_sigma(tmp_path):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    compose(tmp_path / "params.yaml", "methods=[rrcm,rrcm_joint]")
-    index = Repo.init(str(tmp_path), no_scm=True).index
-    stages = {stage.name: stage for stage in index.stages if "rrcm_joint" in stage.name}
+    found = stages_of(tmp_path, "methods=[rrcm,rrcm_joint]")
+    stages = {name: stage for name, stage in found.items() if "rrcm_joint" in name}
     certifications = [f"certify@rrcm_joint-{sigma}" for sigma in (0.25, 0.5)]
     assert set(stages) == {"finetune@rrcm_joint-joint", *certifications, "certify-cascade@rrcm_joint"}
     training = stages["finetune@rrcm_joint-joint"]
     assert training.cmd == "python stages/finetune.py rrcm_joint joint"
-    assert "models/pretrain/rrcm" in {dep.def_path for dep in training.deps}
-    assert {out.def_path for out in training.outs} == {
-        "models/rrcm_joint/joint",
-        "timings/finetune/rrcm_joint/joint.json",
-    }
-    assert all("models/rrcm_joint/joint" in {dep.def_path for dep in stages[name].deps} for name in certifications)
+    assert "models/pretrain/rrcm" in inputs(training)
+    assert outputs(training) == {"models/rrcm_joint/joint", "timings/finetune/rrcm_joint/joint.json"}
+    assert all("models/rrcm_joint/joint" in inputs(stages[name]) for name in certifications)
 
 
+@pytest.mark.slow
 def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    compose(tmp_path / "params.yaml", "methods=[rrcm,rrcm_joint_pass]")
-    index = Repo.init(str(tmp_path), no_scm=True).index
-    stages = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    stages = {name: inputs(stage) for name, stage in stages_of(tmp_path, "methods=[rrcm,rrcm_joint_pass]").items()}
     votes = "data/training_votes/rrcm_joint.safetensors"
     assert "models/rrcm_joint/joint" in stages["training-votes@rrcm_joint"]
     assert {"models/rrcm_joint/joint", votes} <= stages["finetune@rrcm_joint_pass-joint"]
@@ -106,15 +113,14 @@ def test_a_method_that_can_pass_brings_the_joint_one_and_its_votes(tmp_path):
     assert [name for name, deps in stages.items() if votes in deps] == ["finetune@rrcm_joint_pass-joint"]
 
 
+@pytest.mark.slow
 def test_a_student_depends_on_the_model_of_its_teacher_and_retrains_with_its_settings(tmp_path):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    path = compose(tmp_path / "params.yaml", "methods=[rrcm_joint,gaussian,distill,distill_joint]")
-    index = Repo.init(str(tmp_path), no_scm=True).index
+    found = stages_of(tmp_path, "methods=[rrcm_joint,gaussian,distill,distill_joint]")
     students = ["distill-0.25", "distill-0.5", "distill_joint-joint"]
-    stages = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    stages = {name: inputs(stage) for name, stage in found.items()}
     assert [name for name in stages if name.startswith("finetune@distill")] == [f"finetune@{name}" for name in students]
     assert all("models/rrcm_joint/joint" in stages[f"finetune@{name}"] for name in students)
-    values, hashes = yaml.safe_load(path.read_text()), []
+    values, hashes = yaml.safe_load((tmp_path / "params.yaml").read_text()), []
     changes = [
         {},
         {"student": {"embed_dim": 16}},
@@ -129,25 +135,20 @@ def test_a_student_depends_on_the_model_of_its_teacher_and_retrains_with_its_set
     assert len({each["gaussian"]["sigma_0_5"] for each in hashes}) == 1
 
 
-def outputs(stage: Stage) -> set[str]:
-    return {out.def_path for out in stage.outs}
-
-
+@pytest.mark.slow
 def test_a_cascade_depends_on_the_models_of_its_parts(tmp_path):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    compose(tmp_path / "params.yaml", "methods=[rrcm,rrcm_joint,gaussian]", "cascade.methods=[rrcm,rrcm_joint]")
-    index = Repo.init(str(tmp_path), no_scm=True).index
-    stages = {stage.name: stage for stage in index.stages if stage.name.startswith("certify-cascade")}
+    found = stages_of(tmp_path, "methods=[rrcm,rrcm_joint,gaussian]", "cascade.methods=[rrcm,rrcm_joint]")
+    stages = {name: stage for name, stage in found.items() if name.startswith("certify-cascade")}
     assert set(stages) == {"certify-cascade@rrcm", "certify-cascade@rrcm_joint"}
     for method, models in (("rrcm", "models/rrcm"), ("rrcm_joint", "models/rrcm_joint/joint")):
         stage, folder = stages[f"certify-cascade@{method}"], f"certificates/{method}"
-        inputs = {dep.def_path for dep in stage.deps}
-        assert inputs == {f"fingerprints/certify_cascade/{method}.txt", "data/shards", models, "params.yaml"}
+        assert inputs(stage) == {f"fingerprints/certify_cascade/{method}.txt", "data/shards", models, "params.yaml"}
         files = {f"{folder}/{name}{end}" for name in ("cascade", "multi_scale") for end in ENDINGS}
         others = {f"{folder}/thresholds.tsv", f"timings/certify_cascade/{method}.json"}
         assert stage.cmd == f"python stages/certify_cascade.py {method}" and outputs(stage) == files | others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "without"),
     [
@@ -156,16 +157,14 @@ def test_a_cascade_depends_on_the_models_of_its_parts(tmp_path):
     ],
 )
 def test_a_cascade_has_no_outputs_that_the_settings_leave_out(tmp_path, override, without):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
     found = []
     for overrides in ([], [override]):
-        compose(tmp_path / "params.yaml", "methods=[rrcm]", "cascade.methods=[rrcm]", *overrides)
-        repo = Repo(str(tmp_path)) if found else Repo.init(str(tmp_path), no_scm=True)
-        (stage,) = (stage for stage in repo.index.stages if stage.name == "certify-cascade@rrcm")
-        found.append(outputs(stage))
+        stages = stages_of(tmp_path, "methods=[rrcm]", "cascade.methods=[rrcm]", *overrides)
+        found.append(outputs(stages["certify-cascade@rrcm"]))
     assert found[0] - found[1] == {f"certificates/rrcm/{name}" for name in without} and found[1] < found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "denoisers", "classifiers"),
     [
@@ -177,10 +176,8 @@ def test_a_cascade_has_no_outputs_that_the_settings_leave_out(tmp_path, override
     ],
 )
 def test_methods_that_denoise_bring_their_parts(tmp_path, overrides, denoisers, classifiers):
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
-    config = load_config(compose(tmp_path / "params.yaml", *overrides))
-    index = Repo.init(str(tmp_path), no_scm=True).index
-    found = {stage.name: {dep.def_path for dep in stage.deps} for stage in index.stages}
+    found = {name: inputs(stage) for name, stage in stages_of(tmp_path, *overrides).items()}
+    config = load_config(tmp_path / "params.yaml")
     assert [name for name in found if name.startswith("denoiser")] == denoisers
     runs = {f"finetune@{method}-{sigma}" for method in config.methods for sigma in config.sigmas}
     trained = {name for name in found if name.startswith("finetune")}
@@ -190,7 +187,7 @@ def test_methods_that_denoise_bring_their_parts(tmp_path, overrides, denoisers, 
         assert len(needed) == (0 if config.denoised.model else 1)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "column", "value", "again"),
     [
@@ -220,7 +217,7 @@ def compose_in(repository: Path, *overrides: str) -> None:
     run(repository, "compose", *SETTINGS, *overrides)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("override", "again"),
     [
@@ -246,18 +243,17 @@ def test_changed_settings_rerun_the_stages_that_they_concern(repository, overrid
     assert found == again
 
 
-def test_no_stage_writes_where_results_are_published(repository):
+def test_no_stage_writes_where_results_are_published(tmp_path):
     """So an experiment, whatever its settings, leaves them as they are."""
-    with contextlib.chdir(repository), Repo() as repo:
-        written = {
-            Path(out.fs_path).relative_to(repository).parts[0] for stage in repo.index.stages for out in stage.outs
-        }
+    written = {Path(out).parts[0] for stage in stages_of(tmp_path, *SETTINGS).values() for out in outputs(stage)}
     assert "certificates" in written and "results" not in written
 
 
-def test_a_changed_encoder_retrains_the_methods_that_start_from_it(repository):
-    (repository / "models/pretrain/rrcm/file").write_text("other weights")
-    assert {name for name in changed_stages(repository) if name.startswith("finetune")} == finetunings("rrcm")
+@pytest.mark.slow
+def test_the_methods_that_start_from_an_encoder_depend_on_it(tmp_path):
+    stages = stages_of(tmp_path, *SETTINGS)
+    found = {name for name, stage in stages.items() if "models/pretrain/rrcm" in inputs(stage)}
+    assert {name for name in found if name.startswith("finetune")} == finetunings("rrcm")
 
 
 def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -356,14 +352,19 @@ def every_method(tmp_path_factory) -> dict:
     return yaml.safe_load(path.read_text()) | {"methods": [*METHODS], "sigmas": LEVELS}
 
 
+@pytest.fixture(scope="module")
+def hashes(every_method) -> dict:
+    """What DVC compares with these settings."""
+    return derived_settings({name: every_method[name] for name in SECTIONS})["settings"]
+
+
 UNNAMEABLE = ("soft_labels.", "denoised.max", "student.teacher")  # `changed_value` would name no method
 
 
 @pytest.mark.parametrize("path", [path for path in SCHEMA if not path.startswith(UNNAMEABLE)])
-def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, path):
+def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(every_method, hashes, path):
     """Over all methods and all settings of the schema."""
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
-    before = derived_settings(values)["settings"]
     *above, name = path.split(".")
     section = values
     for key in above:
@@ -372,9 +373,9 @@ def test_a_setting_reruns_the_trainings_and_certifications_that_it_concerns(ever
         pytest.skip("names the classifier of denoised images, a training of its own")
     section[name] = changed_value(section[name])
     after = derived_settings(values)["settings"]
-    again = {name for name, own in before["finetune"].items() if after["finetune"][name].items() - own.items()}
+    again = {name for name, own in hashes["finetune"].items() if after["finetune"][name].items() - own.items()}
     assert again == methods_trained_again(path)
-    certified = {method for method in METHODS if before["certify"][method] != after["certify"][method]}
+    certified = {method for method in METHODS if hashes["certify"][method] != after["certify"][method]}
     expected = set(METHODS) if path.startswith("certify.") else set()
     assert certified == expected
 
@@ -423,6 +424,7 @@ CASCADE = ["sigmas=[0.25,0.5]", "methods=[rrcm,gaussian]", "cascade.methods=[rrc
 CERTIFY_RRCM = {"certify@rrcm-0.25", "certify@rrcm-0.5"}
 
 
+@pytest.mark.thorough
 def test_an_edited_expert_reruns_the_cascade_of_its_method_alone(with_cascade, tmp_path):
     folder = Path(shutil.copytree(with_cascade, tmp_path / "copy"))
     (folder / "models/gaussian/sigma_0.25").write_text("other weights")
@@ -432,7 +434,7 @@ def test_an_edited_expert_reruns_the_cascade_of_its_method_alone(with_cascade, t
     assert changed_stages(folder) == again
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("edit", "again"),
     [
@@ -454,6 +456,7 @@ def test_an_edit_reruns_the_cascades_that_it_changes(with_cascade, tmp_path, edi
     assert {name.partition("@")[0] if name.startswith("certify@") else name for name in found} == again
 
 
+@pytest.mark.slow
 def test_a_setting_of_pretraining_reruns_the_objectives_that_it_concerns(every_method):
     values = json.loads(json.dumps({name: every_method[name] for name in SECTIONS}))
     values["pretrain"]["objectives"] = ["rrcm", "dmae", "rrcm_dmae"]
@@ -510,7 +513,7 @@ SECTION_OF = {"Config": "", "FinetuneSettings": "finetune."}
 WATCHED = ["pretrain/rrcm", "finetune/rrcm", "finetune/rrcm_joint", "finetune/consistency_matched", "certify/rrcm"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("item", WATCHED)
 def test_all_that_runs_and_all_that_is_read_is_watched(tmp_path, tiny_shards, monkeypatch, item):
     """A real run of each stage: its functions are in watched modules, and the settings it reads in its hash."""

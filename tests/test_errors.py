@@ -24,6 +24,7 @@ def assert_error(answer: Answer, *parts: str) -> None:
         assert part in lines[0]
 
 
+@pytest.mark.slow
 def test_unknown_profile_or_key(tmp_path):
     assert_error(stage(tmp_path, "compose", "profile=mnist"), "profile/mnist", "digits, fashion_mnist")
     assert_error(stage(tmp_path, "compose", "+certify.nn=3"), "certify.nn: unknown key; did you mean n?")
@@ -58,6 +59,7 @@ def test_settings_that_hydra_cannot_read(tmp_path, encoding):
         check_encoding(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shard_data", "pretrain", "plot"])
 def test_every_stage_checks_all_settings_first(project, name):
     change(project, report__radii=[0.333])
@@ -66,10 +68,12 @@ def test_every_stage_checks_all_settings_first(project, name):
     assert_error(stage(project, name), "sigmas.0 = -1.0", "greater than 0")
 
 
+@pytest.mark.slow
 def test_a_sigma_that_is_not_in_the_settings(project):
     assert_error(stage(project, "finetune", "rrcm", "0.7"), "rrcm at sigma 0.7", "[0.25, 0.5]")
 
 
+@pytest.mark.slow
 def test_a_folder_without_git(tmp_path):
     """A copy of the files alone, in which no `make` has configured DVC to work without git."""
     (tmp_path / ".dvc").mkdir()
@@ -89,17 +93,20 @@ def pictures(project):
     return project / "pictures"
 
 
+@pytest.mark.slow
 def test_a_missing_dataset_folder(project, pictures):
     shutil.rmtree(pictures)
     assert_error(stage(project, "shard_data"), "pictures")
 
 
+@pytest.mark.slow
 def test_a_class_folder_without_images(project, pictures):
     (pictures / "emu").mkdir()
     assert_error(stage(project, "shard_data"), "emu")
     assert not (project / "data/shards").exists()
 
 
+@pytest.mark.slow
 def test_one_unreadable_image(project, pictures):
     (pictures / "dog" / "3.png").write_bytes(b"not a picture")
     answer = stage(project, "shard_data")
@@ -122,12 +129,14 @@ def own_shards(project):
     return link
 
 
+@pytest.mark.slow
 def test_a_truncated_shard(project, own_shards):
     shard = own_shards / "train-00001.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
     assert_error(stage(project, "pretrain"), "train-00001.tar")
 
 
+@pytest.mark.slow
 def test_a_shard_of_another_data_set(project, own_shards):
     change(project, seed=1)
     other = project / "other"
@@ -154,6 +163,7 @@ def test_a_truncated_checkpoint(with_encoder):
     assert_error(stage(with_encoder, "finetune", "rrcm", "0.5"), "model.safetensors", "truncated")
 
 
+@pytest.mark.slow
 def test_a_missing_checkpoint(project):
     assert_error(stage(project, "finetune", "rrcm", "0.5"), "models/pretrain/rrcm/config.json", "no such file")
     assert_error(stage(project, "certify", "rrcm", "0.5"), "models/rrcm/sigma_0.5/config.json", "no such file")

@@ -101,7 +101,7 @@ def load_jittered(folder: Path, config: dict):
     return describe_classifier(build_from_folder(folder, config, Jittered), config["class_names"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = settings(project)
@@ -127,6 +127,7 @@ def test_a_loss_a_classifier_and_a_data_set_from_outside(extended, project, tmp_
     assert (read_certificates(files[2])["predict"] == frame["predict"]).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_outside_objects_decide_the_identity_of_a_run(extended, project, tmp_path, monkeypatch):
     """A run is not resumed under another row of the method table, nor under another objective's code."""
     from rrcm.training import finetune as module

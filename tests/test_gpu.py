@@ -12,7 +12,6 @@ from benchmarks import gpu
 from rrcm.utils.errors import RRCMError
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")

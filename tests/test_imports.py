@@ -16,7 +16,7 @@ print(json.dumps(list(sys.modules)))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["shard_data", "pretrain", "finetune", "certify", "clean_accuracy", "latency"])
 def test_a_stage_imports_no_slow_package(stage):
     path = REPOSITORY / "stages" / f"{stage}.py"
@@ -34,7 +34,7 @@ DRAWING = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", DRAWING)
 def test_a_command_that_draws_needs_no_backend(command):
     """A notebook tells its child processes a backend that may not be installed here."""

@@ -59,7 +59,7 @@ def test_half_an_output_is_found_after_a_kill(finished):
     assert finished.check_killed() == ["folder is half-written", "file.tsv is half-written"]
 
 
-@pytest.mark.slow  # starts a server of forks
+@pytest.mark.thorough  # starts a server of forks
 def test_a_run_that_cannot_be_continued_is_found(finished, tmp_path):
     script = tmp_path / "made.py"
     script.write_text("raise SystemExit('state is damaged')")
@@ -98,7 +98,7 @@ def test_a_loss_is_named_and_ends_with_an_error(monkeypatch, tmp_path, capsys):
         kills.measure(3, only=["nothing"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_nothing_is_lost_in_three_kills_of_pretraining(capsys, monkeypatch, tmp_path):
     get_temp_dir()  # of multiprocessing, which would be made in the new place and left there until the tests end
     monkeypatch.setattr(kills.tempfile, "tempdir", str(tmp_path))

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,16 @@ def test_a_stopped_installation_goes_on(folder):
 def test_dvc_is_told_that_there_is_no_git(folder):
     (folder / ".git").rmdir()  # a downloaded archive
     assert make(folder) == (0, "", ["venv", "pip ", "-m dvc config --local core.no_scm true"])
+
+
+def test_each_test_runs_in_make_test_or_in_make_test_thorough():
+    """And `make test-fast` runs a part of `make test`."""
+    text = (REPOSITORY / "Makefile").read_text()
+    chosen = dict(re.findall(r"^(test\S*): .*\n.* -m '?([a-z ]+)'?$", text, flags=re.MULTILINE))
+    assert set(chosen) == {"test", "test-fast", "test-thorough"}
+    for slow, thorough in product([False, True], repeat=2):
+        runs = {name: eval(which, {}, {"slow": slow, "thorough": thorough}) for name, which in chosen.items()}
+        assert runs["test"] != runs["test-thorough"] and runs["test-fast"] == (runs["test"] and not slow)
 
 
 def test_all_places_name_the_same_python():

@@ -162,6 +162,7 @@ def test_a_wrong_plugin_is_told_what_is_wrong(tmp_path, monkeypatch, request, co
     assert ({key: dict(registry.data) for key, registry in REGISTRIES.items()}, dict(METHODS)) == before
 
 
+@pytest.mark.slow
 def test_settings_without_the_package_say_how_to_find_it(tmp_path):
     answer = stage(tmp_path, "compose", "--output", "params.yaml", "plugin=no_such_package.plugin")
     line = "error: plugin no_such_package.plugin: there is no module no_such_package; install its package ("

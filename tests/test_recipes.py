@@ -12,7 +12,6 @@ TABLES = ["tests/test_methods.py", "tests/test_config.py", "tests/test_schedules
 TABLES += ["-k", "not every_profile or mine"]  # all profiles take minutes
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_the_tables_pass_their_tests_with_all_additions(tmp_path):
     copy_code(tmp_path)

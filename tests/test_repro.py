@@ -16,7 +16,7 @@ from small_pipelines import ENVIRONMENT, finish, init_dvc, repro, start
 
 from rrcm.utils.provenance import available_cores
 
-pytestmark = pytest.mark.slow  # starts schedulers and DVC
+pytestmark = pytest.mark.thorough  # starts schedulers and DVC
 
 CORES = available_cores()
 DIAMOND = {

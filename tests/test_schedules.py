@@ -56,7 +56,7 @@ def shortened(config, factor):
             yield f"{path}={max(1, length // factor)}"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PROFILES)
 def test_warm_ups_follow_the_length_of_every_profile(tmp_path, name):
     """At a tenth of their length, all schedules have the same share of it, for each objective."""

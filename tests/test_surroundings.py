@@ -27,7 +27,7 @@ def run(folder: Path, environment: dict[str, str], command: str, *arguments: obj
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("environment", SURROUNDINGS, ids=["bare", "empty", "wrong"])
 def test_a_stage_runs_as_elsewhere(tmp_path, tiny_shards, environment):
     compose(tmp_path / "params.yaml")
@@ -37,7 +37,7 @@ def test_a_stage_runs_as_elsewhere(tmp_path, tiny_shards, environment):
     assert {path.name for path in tmp_path.iterdir()} == {"data", "params.yaml", "sitecustomize.py"}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("environment", SURROUNDINGS, ids=["bare", "empty", "wrong"])
 def test_so_do_the_commands_that_use_dvc(tmp_path, environment):
     assert run(tmp_path, environment, "compose").returncode == 0
@@ -68,7 +68,7 @@ def test_an_unnamed_user_gets_a_name_and_a_home(monkeypatch, named, before, afte
     assert os.environ == after
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["stages/certify.py", "stages/repro.py", "rrcm/cli.py", "benchmarks/latency.py"])
 def test_a_working_directory_that_was_deleted_is_said(tmp_path, command):
     leave = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'

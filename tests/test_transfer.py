@@ -15,7 +15,8 @@ from rrcm.models.checkpoints import load_encoder
 from rrcm.models.kinds import load_model_folder
 from rrcm.utils.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists what to copy")]
+pytestmark = [pytest.mark.thorough]
+pytestmark += [pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists what to copy")]
 SMALL = ["data.workers=0", "data.val_fraction=0.2", "sigmas=[0.5]", "threads=1", "pretrain.steps=6"]
 SMALL += [
     "pretrain.max_levels=4",
@@ -93,7 +94,6 @@ def test_the_whole_pipeline_at_28_pixels(tmp_path):
     assert not ran(run(folder, "dvc", "repro"))  # restored from the cache
 
 
-@pytest.mark.thorough
 def test_training_and_certification_at_224_pixels(tmp_path):
     settings = ["profile=kather", *SMALL, "model.patch_size=56"]
     encoder = pretrain_on_stripes(tmp_path / "stripes", *settings)

@@ -32,7 +32,7 @@ def scripts(folder: Path, ending: str) -> Path:
     return init_dvc(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_python_scripts_are_forked_with_the_imports_done_and_else_as_dvc_runs_them(tmp_path):
     folder = scripts(tmp_path / "pipeline", "good")
     repro(folder, "--jobs", "1")
@@ -42,7 +42,7 @@ def test_python_scripts_are_forked_with_the_imports_done_and_else_as_dvc_runs_th
     assert (folder / "one").read_text() == "False ['good', '-x'] one __main__ pipeline"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("ending", ["bad", "ugly", "unknown"])
 def test_a_forked_script_that_fails_is_named(tmp_path, ending):
     folder = scripts(tmp_path, ending)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # built once
+pytestmark = [pytest.mark.thorough, pytest.mark.xdist_group("wheel")]  # built once
 pytestmark += [pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="git lists the files to copy")]
 
 IMPORT_ALL = """

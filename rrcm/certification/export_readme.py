@@ -37,7 +37,7 @@ Compared with the original: {compared}.
 The program alone is not robust: the majority of its votes on noisy copies is. A certificate says that this majority
 does not change within an L2 radius, in pixels of [0, 1]. It is wrong with probability at most alpha.
 
-- Use the program at sigma {sigma:g} only.
+- Use the program at sigma {sigma:g} only. A cascade of several sigmas is another classifier, with other radii.
 - Add the noise to the image in [0, 1], and do not clip the sum.
 - Choose the class by n0 = 100 votes, and bound its probability by n = 100,000 others. The same votes must not do both.
 - A class without a radius needs 1,000 votes.

@@ -5,7 +5,7 @@ A sample has the same noise in every batch, order, process and resumed run.
 
 import torch
 
-from rrcm.utils.philox import philox_normal
+from rrcm.certification.cpu_noise import normal
 from rrcm.utils.rng import derive_seed
 
 SELECT, ESTIMATE, PREDICT, FORWARD, SOFT_LABEL = range(5)  # purposes of samples: no two purposes share noise
@@ -25,7 +25,7 @@ def counter_normal(
     Row i is a function of (seed, stream, purpose[i], image[i], sample[i]) alone. purpose, image and sample are (B,)
     int64 in [0, 2^32), on the device to compute on. Different streams are independent.
     """
-    return philox_normal(shape, derive_seed(seed, *stream), (sample, image, purpose))
+    return normal(shape, derive_seed(seed, *stream), (sample, image, purpose))
 
 
 class CounterDraw:

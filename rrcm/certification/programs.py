@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         """One line."""
         votes = f"{100 * self.equal:.2f} % of {self.images:,} votes on random noisy images are equal"
-        text = f"{votes}; the logits differ by at most {self.difference:.2g}, the largest is {self.largest:.3g}"
+        text = f"{votes}; the logits are at most {self.largest:.3g}, and differ by at most {self.difference:.2g}"
         if self.certified:
             text += f"; {self.agree:,} of {self.certified:,} certificates agree in class and radius"
         return text

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 
 from rrcm.config import Config
+from rrcm.evaluation.metrics import certified_share
 from rrcm.own_images.result import HeldOut, accuracy_by_radius
 from rrcm.own_images.rules import Trunk
 
@@ -45,3 +46,9 @@ def print_result(held_out: HeldOut, config: Config, seconds: float) -> None:
     for radius, share in accuracy_by_radius(held_out.frame, config.report.radii):
         print(f"  r = {radius:<5g} {share.value:5.1f} %  ({share.low:.0f} to {share.high:.0f} %)")
     print(f"took {seconds / 60:.1f} minutes")
+    chance = held_out.frame["label"].value_counts(normalize=True).max()
+    if certified_share(held_out.frame, 0.0).low <= chance:
+        print_note(
+            f"this is not clearly better than naming the most frequent class, which is right for {100 * chance:.0f} %; "
+            "more hours or more images may help"
+        )

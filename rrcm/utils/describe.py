@@ -109,6 +109,14 @@ class Description:
         return [self.of(type(network)), self._mapping(vars(network))]  # not __getstate__, which may leave something out
 
     @_described.register
+    def _graph(self, network: torch.fx.GraphModule) -> list:
+        """A graph, as in a program of torch.export: its code and tensors. Modules that check the input are left out."""
+        tensors = dict(network.named_parameters(recurse=False)) | dict(network.named_buffers(recurse=False))
+        tensors |= {name: value for name, value in vars(network).items() if isinstance(value, torch.Tensor)}
+        parts = {name: part for name, part in network.named_children() if type(part).__name__ != "GuardsFn"}
+        return ["graph", network.code, self._mapping(tensors), self._mapping(parts)]
+
+    @_described.register
     def _class(self, cls: type) -> list:
         name, members = self._named(cls), []
         if cls.__module__.split(".")[0] not in BY_VERSION:
@@ -118,7 +126,7 @@ class Description:
     @_described.register
     def _function(self, function: FunctionType) -> list:
         name = self._named(function)
-        if function.__module__.split(".")[0] in BY_VERSION and "<" not in function.__qualname__:
+        if name[0].split(".")[0] in BY_VERSION and "<" not in function.__qualname__:
             return name
         holds = function.__code__, function.__defaults__, function.__kwdefaults__
         return [name, *map(self.of, holds), *(self.of(list(_content(cell))) for cell in function.__closure__ or ())]
@@ -141,8 +149,9 @@ class Description:
         return ["weakref", self.of(reference())]
 
     def _named(self, value: type | Callable) -> list:
-        self.modules.add(value.__module__)
-        return [value.__module__, value.__qualname__]
+        module = value.__module__ or ""  # torch.export makes functions of no module
+        self.modules |= {module} - {""}
+        return [module, value.__qualname__]
 
 
 def _code_of_program(content: bytes) -> str:

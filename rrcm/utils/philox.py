@@ -6,6 +6,7 @@ differently.
 
 On a GPU, eager Philox runs about 120 kernels that each read and write the whole batch. torch.compile fuses them into
 one. Only integer operations and correctly rounded products are compiled, so the bits are the same as without compiling.
+Certification has another kernel for CPUs (certification/cpu_noise.py).
 """
 
 import math

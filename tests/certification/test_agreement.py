@@ -116,6 +116,7 @@ def test_honest_votes_raise_a_false_alarm_as_rarely_as_stated(record):
     assert alarms <= binom.ppf(1 - 1e-6, 300, 0.2)
 
 
+@pytest.mark.slow
 def test_a_thousand_forgeries_are_found_as_often_as_stated(record):
     """Votes are raised for a radius larger by 0.05 in some of the rows, and others flip meanwhile."""
     generator = np.random.default_rng(2)

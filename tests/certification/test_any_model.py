@@ -62,7 +62,7 @@ def votes(model: nn.Module, **settings: object) -> list[list[int]]:
     ).tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_the_votes_are_those_of_the_plain_network(kind, precision):

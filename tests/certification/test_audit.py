@@ -67,7 +67,7 @@ def seal(result: Path, **entries: object) -> None:
     write_json(record_path(path), record | {"files": files} | entries)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_honest_file_is_verified_vote_by_vote(result: Path):
     before = files_of(result)
     found = audit(result, rows=20, seed=1)
@@ -83,7 +83,7 @@ OTHERWISE = {
 FURTHER = {"small batches": Settings(batch_size=100), "threads": Settings(threads=2)}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [pytest.param(each, id=name) for name, each in OTHERWISE.items()]
@@ -199,7 +199,7 @@ def test_other_images_are_found(result: Path):
     assert any(str(shard) in p for p in audit(result).problems)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_published_flip_rate_is_measured_and_checked(result: Path):
     path = result / NAME
     flips = measure_flips(path, str(result / MODEL), result / "shards", samples=1000, device="cpu")
@@ -246,7 +246,7 @@ def command(result: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=result, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_finds_model_and_images_and_writes_nothing(result: Path):
     before = files_of(result)
     for folder in [result, *(path for path in result.rglob("*") if path.is_dir())]:
@@ -260,7 +260,7 @@ def test_the_command_finds_model_and_images_and_writes_nothing(result: Path):
     assert "rows are chosen with --seed 3" in answer.stderr and files_of(result) == before
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_fails_for_anything_but_verified(result: Path):
     seal(result, seed=1)
     answer = command(result, "--all")

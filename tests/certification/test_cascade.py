@@ -174,7 +174,7 @@ def test_sequential_certificates_need_fewer_samples_for_much_the_same(thresholds
     assert sum(one.samples for one in sequential) < 0.9 * sum(other.samples for other in fixed)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_label_aware_certificates_are_not_below_those_of_multiple_scales():
     for thresholds in THRESHOLDS:
         classifier, options = make(thresholds), {"stopping": "fixed", "bound": "margin"} | SETTINGS | {"n": 3000}
@@ -213,7 +213,7 @@ def test_labels_only_end_it_sooner():
 # One answer
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_image_has_one_answer():
     """Whatever the batch size, the company and the order, and however many images are in progress."""
     expected = make().certify(IMAGES, **SETTINGS)
@@ -320,6 +320,7 @@ def test_predict_returns_the_answer_of_the_cascade_or_abstains(thresholds: tuple
     assert (predictions == answers).mean() > 0.6
 
 
+@pytest.mark.slow
 def test_predict_stops_as_soon_as_it_knows():
     counted = []
     classifier = make()

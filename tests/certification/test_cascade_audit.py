@@ -132,7 +132,6 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE)
 def test_an_honest_file_is_verified_with_other_rounding(result: Path, settings: Settings):
@@ -238,7 +237,7 @@ def test_swapped_and_missing_experts_are_found(trained: Path, tmp_path: Path):
         find_inputs(tmp_path / NAME, None, None)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_published_flip_rate_is_measured_and_checked(result: Path):
     path = result / NAME
     flips = measure_flips(path, [result / JOINT], result / "shards", samples=1000, device="cpu")

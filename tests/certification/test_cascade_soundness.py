@@ -89,7 +89,7 @@ def brute_force(radius: Callable, dimensions: int, worlds: int, points: int = 20
     return sum(f[0] for f in found), sum(f[1] for f in found), float(np.mean([f[2] for f in found]))
 
 
-@pytest.mark.parametrize("dimensions", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dimensions", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_no_point_in_the_radius_has_another_answer(dimensions: int):
     checked, broken, mean = brute_force(cascade_radius, dimensions, worlds=110)
     assert (checked, broken) == (22_000, 0)
@@ -299,12 +299,12 @@ def check_edge(case: str, alpha: float) -> None:
     assert case in LOOSE or max(found.values()) > 0.1 * alpha * IMAGES, found  # the bounds are not just loose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 def test_certificates_are_false_no_more_often_than_alpha(case: str):
     check_edge(case, 0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "alpha"), [*product(EDGES, [0.001]), *((edge, 0.05) for edge in EDGES if edge not in QUICK)]
@@ -313,6 +313,7 @@ def test_certificates_are_false_no_more_often_than_alpha_at_every_edge(case: str
     check_edge(case, alpha)
 
 
+@pytest.mark.slow
 def test_alpha_spent_anew_at_every_look_is_caught(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stopping, "alpha_spending", lambda alpha, looks: (alpha,) * looks)
     assert min(list(false_certificates("others below", 0.05).values())[:2]) > most_false(0.05)
@@ -372,7 +373,6 @@ def test_choosing_class_and_path_keeps_alpha(world: str):
     check_world(world)
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("world", [world for world in WORLDS if world != "all paths equal"])
 def test_choosing_class_and_path_keeps_alpha_in_other_worlds(world: str):

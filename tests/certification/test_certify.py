@@ -174,7 +174,7 @@ def certificates(smoothed, digits, at_once=None, order=slice(None), **settings) 
     return {candidate.index: certificate(candidate, rule, 2) for candidate in candidates}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     smoothed = SmoothedClassifier(digits[0], 0.5, 10, batch_size=256, precision=precision)
@@ -187,7 +187,7 @@ def test_certificates_do_not_depend_on_other_images_or_order(digits, precision):
     assert some == {index: expected[index] for index in some}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_batch_size_changes_next_to_no_vote(digits):
     """Same noise to the bit; of 10,000 votes an image at most 0.2 % may fall otherwise by rounding."""
     model, pixels, _, _ = digits
@@ -273,7 +273,7 @@ def test_forward_is_the_mean_softmax_over_its_copies(digits):
     assert (shares[0] - votes.softmax(1).mean(0)).abs().max() < 5 * math.sqrt(0.25 / 2000 + 0.25 / 4000)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_compiled_model_votes_the_same():
     torch.manual_seed(0)

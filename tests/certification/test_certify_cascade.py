@@ -152,7 +152,7 @@ def kill_at(folder: Path, name: str, lines: int, processes: list) -> None:
         process.join()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_in_each_part_on_any_number_of_processes(copied, cascaded):
     begin = partial(start, copied, "certify_cascade", "rrcm")
     kill_at(copied, "thresholds", 20, [begin()])

@@ -101,7 +101,7 @@ def test_two_processes_write_the_same_bytes(certified, trained):
     assert files_of(certified / "certificates") == files_of(trained / "certificates")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_margin_certificates_survive_kills_and_any_number_of_processes(certified, trained):
     """The same bytes by one process, and by two after a kill; in them the certificates of the binary bound alone."""
     change(certified, certify__bound="margin", certify__n=400)
@@ -131,7 +131,7 @@ def kill_at(folder: Path, lines: int, processes: list) -> None:
         process.join()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_three_times_on_any_number_of_processes(certified, trained):
     """As one process, as two, as one again; a half line and a damaged line in a journal; finished by two."""
     kill_at(certified, 30, [start(certified, "certify", "rrcm", "0.5")])
@@ -158,7 +158,7 @@ def test_killed_three_times_on_any_number_of_processes(certified, trained):
     assert not list((certified / "runs").glob("*"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("setting", ["certify__max_images", "certify__every"])
 def test_a_journal_of_more_or_other_images_serves_the_common_ones(certified, trained, setting):
     """Fewer images, and some that the killed run did not have."""
@@ -250,7 +250,7 @@ def test_only_possible_lines_of_a_journal_are_restored(tmp_path):
     assert vars(state) == last | {"image": nothing} and len(texts) > 75
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_samples_in_the_journal_are_not_drawn_again(certified):
     """Samples that a killed run has counted are not drawn anew: a journal that says 999 of them cost a year is kept."""
     kill_at(certified, 40, [start(certified, "certify", "rrcm", "0.5")])
@@ -267,7 +267,7 @@ def test_samples_in_the_journal_are_not_drawn_again(certified):
     assert sum(seconds < 1e6 for seconds in timing.values()) == len(timing) - len(before)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_death_of_a_worker_is_reported_and_loses_nothing(certified, trained):
     """Under the real torchrun: one of two workers is killed; the launcher says so, and running again continues.
 

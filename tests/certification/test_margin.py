@@ -237,7 +237,7 @@ CASES = {
 ALPHAS, LONGEST = (0.001, 0.05), "ten classes, p_A 0.6, r 0.25"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES)
 def test_certificates_are_false_no_more_often_than_alpha(case: str):
     n = 1000 if case == LONGEST else 350
@@ -246,7 +246,7 @@ def test_certificates_are_false_no_more_often_than_alpha(case: str):
         assert max(found.values()) <= most_false(alpha), (alpha, found)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "p",
     [
@@ -259,7 +259,7 @@ def test_a_thousand_classes_need_no_correction(p: np.ndarray):
     assert max(found.values()) <= most_false(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_broken_procedures_are_caught(monkeypatch: pytest.MonkeyPatch):
     """Only the selection's runner-up compared, though another class may be it; alpha spent anew at every look."""
     rule = group_sequential(SIGMA, n=1000, alpha=0.001)
@@ -275,7 +275,7 @@ def test_broken_procedures_are_caught(monkeypatch: pytest.MonkeyPatch):
 # Never materially worse
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("n", [10_000, 100_000])
 @pytest.mark.parametrize(("data", "sigma"), PUBLISHED)
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["two classes", "half of the rest"])

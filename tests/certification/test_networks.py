@@ -75,7 +75,7 @@ STATES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("make", [net, noise_conditioned])
@@ -187,7 +187,7 @@ class Scaled(nn.Module):
         return self.scale * self.layer(x.flatten(1))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_call_uses_a_compiled_model_as_it_is_then(precision):

@@ -62,7 +62,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_classes", [2, 10])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: "-".join(map(str, each.values())))
 def test_every_outcome_of_the_engine_is_possible(settings: dict, num_classes: int):

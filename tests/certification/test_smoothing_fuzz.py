@@ -29,7 +29,7 @@ from rrcm.certification.stopping import (
 )
 from rrcm.utils.errors import RRCMError
 
-pytestmark = pytest.mark.slow  # hundreds of random settings
+pytestmark = pytest.mark.thorough  # hundreds of random settings
 
 QUICK = settings(derandomize=True, deadline=None, max_examples=100)
 

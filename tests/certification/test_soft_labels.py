@@ -40,7 +40,7 @@ def votes(ready):
     return ready / FILE
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_soft_labels_are_the_votes_of_the_smoothed_classifier(ready, votes):
     """Counted again by brute force, with the same noise, for a few images."""
     split = ShardedDataset(ready / "data/shards", "train")
@@ -61,7 +61,7 @@ def test_soft_labels_are_the_votes_of_the_smoothed_classifier(ready, votes):
         assert np.abs(counted - found[index].numpy()).sum() <= 2  # another batch size may move a vote
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_batches_processes_and_kills_change_no_byte(ready, votes):
     """Two processes; then one that is killed after some images, resumed by two."""
     expected = sha256_file(votes)

@@ -41,6 +41,7 @@ def dithered(**options) -> SmoothedClassifier:
 GREYS = torch.stack([torch.full((1, 2, 2), 0.3 + 0.05 * k) for k in range(10)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stochastic_classifier_votes_the_same_beside_any_images(precision):
     requests = [SampleRequest(image, 7 * i, ESTIMATE, 5, 400 + 20 * i) for i, image in enumerate(GREYS)]

@@ -335,7 +335,7 @@ def unsound(false: dict[tuple, int]) -> dict[tuple, int]:
     return {case: count for case, count in false.items() if count > most_false(case[1])}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("sigma", "n", "radii"),
     [(0.5, 1000, slice(None)), (0.5, 10_000, slice(None)), (0.25, 100_000, slice(0, 4, 3))],

@@ -24,7 +24,7 @@ COUNTS = st.dictionaries(st.integers(0, 2000).map(str), st.integers(1, 10**6), m
 LOOKS = st.dictionaries(st.integers(1, 10**6).map(str), COUNTS, max_size=5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_classes", [2, 10])
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda each: "-".join(map(str, each.values())))
 def test_everything_follows_from_the_votes(options: dict, num_classes: int):

@@ -28,7 +28,7 @@ from rrcm.data.shards import ShardedDataset
 from rrcm.models.load import LoadedClassifier
 from rrcm.utils.errors import RRCMError
 
-pytestmark = pytest.mark.slow  # hundreds of folders
+pytestmark = pytest.mark.thorough  # hundreds of folders
 
 FOLDERS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SIZE = 6

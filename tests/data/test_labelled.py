@@ -95,6 +95,7 @@ def test_budgets_do_not_depend_on_the_number_of_labels(tmp_path, method, equal_p
     assert few.evaluate_every >= few.epochs > 1
 
 
+@pytest.mark.slow
 def test_a_training_with_few_labels_keeps_its_last_weights(tmp_path, tiny_shards):
     project = make_project(tmp_path, tiny_shards, "data.labels_per_class=1", "methods=[gaussian]", "finetune.epochs=3")
     answer = stage(project, "finetune", "gaussian", "0.5")

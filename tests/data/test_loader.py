@@ -88,6 +88,7 @@ def test_order_is_a_permutation_that_changes_with_seed_and_epoch(sizes: list[int
     assert sum(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2)) == 0
 
 
+@pytest.mark.slow
 def test_order_reads_few_shards_at_a_time():
     shard = epoch_order([50] * 40, 0, 0, window=4) // 50
     for start in range(2000, 200):
@@ -121,7 +122,7 @@ def test_ranks_read_shards_of_their_own(world_size: int):
     assert max(at_a_time) <= 2 * 64  # all ranks together
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("world_size", "workers"), list(itertools.product([1, 2, 3], [0, 2])))
 @pytest.mark.parametrize("shard_size", [100, 10])
 def test_each_sample_comes_once_per_epoch_in_the_same_batches(
@@ -168,7 +169,7 @@ def test_ranks_take_equal_contiguous_parts(folder: Path):
             assert batch["position"].tolist() == list(range(32 * rank, 32 * rank + 32))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "transform", [PretrainTransform(VIEWS, 8), FinetuneTransform("randaugment", 8)], ids=["pretrain", "randaugment"]
 )
@@ -292,7 +293,7 @@ except RRCMError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("size", "line"),
     [("1m", "/dev/shm is full (1 MiB); make it larger"), ("1m,ro", "[Errno 30] Read-only file system")],
@@ -304,6 +305,7 @@ def test_a_small_dev_shm_is_one_line(folder: Path, size: str, line: str):
     assert answer.stderr == ""
 
 
+@pytest.mark.slow
 def test_workers_read_a_url(folder: Path, tmp_path: Path):
     asked = []
 

@@ -53,6 +53,7 @@ def web(digits: Path, tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, address, asked = web
     monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
@@ -68,6 +69,7 @@ def test_url_with_cache(web: tuple[Path, str, list[str]], tmp_path: Path, monkey
     assert asked.count("/manifest.json") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["http://{}", "http://user:secret@{}"])
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
 def test_url_behind_a_proxy(web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str):
@@ -95,6 +97,7 @@ def test_a_proxy_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytes
     )
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_needs_a_folder_for_remote_shards_alone(digits, web, monkeypatch):
     def no_home(_: str) -> None:
         raise KeyError("no such user")
@@ -106,6 +109,7 @@ def test_a_user_without_a_home_needs_a_folder_for_remote_shards_alone(digits, we
     assert "set XDG_CACHE_HOME" in complaint(lambda: ShardedDataset(web[1], "test"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cache", "place"), [("{}/cache", "cache/rrcm"), ("", "home/.cache/rrcm")])
 def test_an_empty_name_of_the_cache_counts_as_none(web, tmp_path, monkeypatch, cache, place):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -113,6 +117,7 @@ def test_an_empty_name_of_the_cache_counts_as_none(web, tmp_path, monkeypatch, c
     assert ShardedDataset(web[1], "test").cache == tmp_path / place
 
 
+@pytest.mark.slow
 def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, address, _ = web
     monkeypatch.setattr(shards, "DOWNLOAD_PAUSES", (0.0, 0.0))
@@ -130,6 +135,7 @@ def test_url_damage_is_named(web: tuple[Path, str, list[str]], tmp_path: Path, m
     assert not [p for p in (tmp_path / "cache").iterdir() if "tmp" in p.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_downloads_at_once_do_not_mix(web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool):
     """Locks may be missing or work on one machine only, so each download has a file of its own."""
@@ -158,6 +164,7 @@ def _no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "number", "line"),
     [

@@ -374,6 +374,7 @@ def test_damaged_shard_is_named(digits: Path, tmp_path: Path, damage: str):
         assert str(path) in complaint(lambda: images.read(650))
 
 
+@pytest.mark.slow
 def test_reading_unverified_damage_is_named(digits: Path, tmp_path: Path):
     """A shard of the right size with wrong bytes, read without `verify_shards`."""
     folder = copy(digits, tmp_path)

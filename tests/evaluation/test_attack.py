@@ -200,7 +200,7 @@ def attackable(trained, tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_attack_stage_breaks_the_base_classifier_but_no_certificate(attackable):
     answer = stage(attackable, "attack", "rrcm")
     assert answer.returncode == 0, answer.stderr
@@ -264,7 +264,7 @@ def test_only_methods_of_the_run_are_attacked(tmp_path, methods):
         load_config(compose(tmp_path / "params.yaml", f"attack.methods={methods}"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_cascade_is_attacked_inside_its_certificates(cascaded, tmp_path):
     """Only the deployed classifier has these files: it has no base classifier of its own to attack without noise."""
     folder = Path(shutil.copytree(cascaded, tmp_path / "copy", symlinks=True))

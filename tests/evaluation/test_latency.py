@@ -94,6 +94,7 @@ def test_passes_agree_with_the_formulas_and_with_counting_networks(name):
     assert sum(map(parameter_count, every)) == parameter_count(smoothed.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [500, 2_500, 12_500])
 def test_time_to_certify_is_proportional_to_the_samples(monkeypatch, n):
     """The fixed procedure takes n0 + n times the time of a sample in a full batch, since it draws no other samples."""

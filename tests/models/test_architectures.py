@@ -152,7 +152,7 @@ def another_trunk(project, **settings):
     change(project, finetune__layer_decay=1.0, finetune__epochs=2, certify__max_images=4, **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_stages_train_and_certify_another_trunk(project):
     another_trunk(project, finetune__optimizer="sgd", finetune__lr_schedule="step", finetune__lr_step_epochs=1)
     for command in (["finetune", "gaussian", "0.5"], ["certify", "gaussian", "0.5"], ["latency"]):
@@ -196,6 +196,7 @@ def test_settings_that_do_not_fit_another_trunk(project, settings, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"), [("lenet", "too small for a LeNet"), ("vgg11", "cannot take images of 8 x 8"), ("vitt", "timm")]
 )

@@ -189,7 +189,7 @@ def test_a_kind_from_outside_the_package_is_loaded_and_certified(tmp_path, monke
     assert smoothed.certify(images, n=200) == expected.certify(images, n=200)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loading_and_certifying_import_no_timm():
     """timm takes seconds to import; only its own models need it."""
     code = (

@@ -559,7 +559,7 @@ def test_other_loaders_say_what_a_snapshot_is_for():
             load("snapshot")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_snapshot_is_certified_and_its_classes_name_the_folders(monkeypatch):
     network = timm_net()
     save_for_hf(network, "snapshot", model_config={"label_names": ["cat", "dog", "fox"]}, safe_serialization=True)

@@ -10,7 +10,7 @@ FILES = ["rrcm/models/mirrored.py", "rrcm/models/__init__.py", "rrcm/models/__in
 FILES += ["conf/preset/all.yaml"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_base_classifier_is_trained_and_certified(tmp_path, tiny_shards):
     assert follow("rrcm/models/README.md", "Add a base classifier", copy_code(tmp_path)) == FILES
     train_and_certify(tmp_path, tiny_shards, "rrcm_mirrored")

@@ -111,7 +111,7 @@ def test_a_file_of_other_weights_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_stages_train_and_certify_a_network_from_timms_weights(project):
     """Joint, for grey images, without a noise level: a cascade of the same network at two sigmas."""
     theirs = save_network(project / "w.safetensors")
@@ -132,7 +132,7 @@ def test_the_stages_train_and_certify_a_network_from_timms_weights(project):
     assert all(0.8 < value < 1 - 1e-7 for value in shared.values()), shared
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("timm_settings", "said"),
     [

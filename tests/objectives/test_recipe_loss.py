@@ -18,7 +18,7 @@ def copy(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_loss_is_trained_with_its_own_setting(copy, tiny_shards):
     weight = "finetune.objectives.logit_pairing.pairing_weight=0.25"
     train_and_certify(copy, tiny_shards, "logit_pairing", weight, "pretrain.objectives=[]")

@@ -136,6 +136,7 @@ def test_small_images_start_from_random_weights(side, fits):
     assert suits(folder(side=side), 224) == fits
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_network_from_weights_are_complete():
     base, start = with_root(Path("pictures")), ("resnet18", "w.safetensors")
     config = parse_config(complete(with_network(base, folder(), NETWORKS[1], start)))

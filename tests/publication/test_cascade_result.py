@@ -16,7 +16,7 @@ from rrcm.publication.result import Result, certificate_files
 from rrcm.publication.verify import check_certificates, verify_result
 from rrcm.utils.files import sha256_file
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 SETTINGS = {"sigmas": [0.25, 0.5], "cascade__methods": ["rrcm"]}
 
 

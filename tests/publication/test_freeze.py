@@ -19,7 +19,7 @@ from rrcm.utils.files import read_json, write_json
 UNFINISHED = "stages:\n  late:\n    cmd: python stages/late.py\n    outs: [late.json]\n"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_files_of_a_run_are_frozen_with_their_hashes(honest):
     result = Result(honest, "tiny", 0)
     record = result.read()
@@ -56,7 +56,7 @@ def test_provenance_comes_from_the_stages(honest):
     assert environment.model_dump(mode="json") == timing["environment"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_git_tracks_the_report_and_dvc_the_run(honest):
     tracked = run_in(honest, "git", "ls-files", "results").split()
     assert {"results/tiny/seed_0/result.json", "results/tiny/seed_0/run.dvc"} <= set(tracked)
@@ -111,7 +111,7 @@ def test_uncommitted_code_is_refused(repository):
     assert not (repository / "results/new/seed_0").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_dirty_code_is_recorded_and_a_replaced_result_is_complete(repository, monkeypatch):
     monkeypatch.setattr(freeze, "add_flips", lambda *_: None)  # it takes long
     (repository / "stages").mkdir()
@@ -122,7 +122,7 @@ def test_dirty_code_is_recorded_and_a_replaced_result_is_complete(repository, mo
     assert record.files == hash_files(result.folder) and tracked_md5(result) == folder_md5(result.folder / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_publishes_and_updates_the_readme(repository):
     (repository / "README.md").write_text(f"{BEGIN}{END}\n")
     commit(repository)

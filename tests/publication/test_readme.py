@@ -82,6 +82,7 @@ def test_rows_of_one_deployment_come_from_its_table(root):
             result_rows(root)
 
 
+@pytest.mark.slow
 def test_a_change_of_any_digit_in_the_table_is_found(root):
     text = (root / README).read_text()
     block = BLOCK.search(text)

@@ -63,7 +63,7 @@ def problems_of(result: Result) -> list[str]:
     return verify_result(result, 3, seed=0, shared=check_repository(result.root)).problems
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_result_of_older_settings_is_redrawn_and_verified(result):
     today = age(result, NEW, old={"old": 1, "older": 3})
     assert problems_of(result) == [
@@ -83,7 +83,7 @@ def test_a_result_of_older_settings_is_redrawn_and_verified(result):
     assert redraw(result, lambda _: today) is None and files_of(result.folder) == content
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_result_whose_run_only_dvc_has_is_redrawn(result):
     today = age(result, NEW)
     shutil.rmtree(result.folder / "run")
@@ -92,7 +92,7 @@ def test_a_result_whose_run_only_dvc_has_is_redrawn(result):
     assert problems_of(result) == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_report_is_drawn_again(result):
     write_text(result.folder / "report/report.md", "as older code drew it")
     (result.folder / "report/index.html").unlink()  # older code wrote none
@@ -113,7 +113,7 @@ def refuse(result: Result, message: str, today: Mapping, *confirmed: str) -> Non
     assert files_of(result.folder) == content
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_setting_that_is_gone_must_have_had_its_default(result):
     today = age(result, old={"old": 2})
     refuse(result, r"params\.yaml: report\.old = 2: is gone, and this was not its default 1; run and publish", today)
@@ -144,7 +144,7 @@ def test_changed_settings_are_refused(result):
     refuse(result, r"finetune\.rrcm\.sigma_0_5: other settings decide it than when it ran; run and publish", values)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_confirmed_setting_is_accepted_and_recorded(result):
     today = age(result, DECISIVE)
     assert redraw(result, lambda _: today, ["finetune.mixup"]).added == {"finetune.mixup": 0.0}
@@ -166,7 +166,7 @@ def test_forged_certificates_are_refused(result):
         redraw(result, lambda _: today)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_another_network_is_refused(result):
     today = age(result, NEW)
     change_model(result.folder / "run/models/rrcm/sigma_0.5", parameters=1)
@@ -183,7 +183,7 @@ def test_the_command_names_commits_alone(repository, result):
     assert (answer.returncode, answer.stderr) == (1, "error: rrcm/new.py: not committed; commit, and redraw then\n")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_command_leaves_the_old_or_the_new_result(repository, result):
     age(result, NEW)
     content = files_of(result.folder)
@@ -210,7 +210,7 @@ def test_a_swap_that_was_killed_is_finished(repository, result):
     assert files_of(result.folder) == content and not list(result.folder.parent.glob(".seed_0*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_files_that_are_no_longer_published_go_if_methods_are_named(repository, result):
     encoder, models = result.folder / "run/models/pretrain/rrcm/model.safetensors", result.read().models
     encoder.write_bytes(b"an encoder")
@@ -221,7 +221,7 @@ def test_files_that_are_no_longer_published_go_if_methods_are_named(repository, 
     assert result.read().files == hash_files(result.folder)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_networks_can_be_left_out(repository, result):
     today = age(result, NEW)
     network = "models/rrcm/sigma_0.5/model.safetensors"

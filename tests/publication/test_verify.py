@@ -48,6 +48,13 @@ def same_report(monkeypatch) -> None:
     monkeypatch.setattr("rrcm.publication.verify.check_report", lambda *_: [])
 
 
+@pytest.fixture
+def same_votes(monkeypatch) -> None:
+    """Neither vote again nor make the test images again, which takes seconds."""
+    for check in ("vote_again", "check_images"):
+        monkeypatch.setattr(f"rrcm.publication.verify.{check}", lambda *_: [])
+
+
 def problems_of(result: Result, rows: int | None = 3) -> list[str]:
     return verify_result(result, rows, seed=0, shared=check_repository(result.root)).problems
 
@@ -75,7 +82,7 @@ def change_tables(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) ->
     samples.to_csv(samples_path(path), sep="\t", index=False, lineterminator="\n")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_honest_result_is_verified_by_the_command(repository):
     before = (repository / "results/tiny/seed_0/run.dvc").read_bytes()
     answer = stage(repository, "verify", "tiny", "--rows", "5", "--seed", "1")
@@ -91,7 +98,7 @@ def test_an_audit_of_all_rows_finds_any_forged_row(result):
     assert verdict.share == pytest.approx(1 / 36)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_read_only_archive_without_git_is_verified_from_the_objects(repository):
     for name in (".git", ".dvc/cache", "results/tiny/seed_0/run"):
         shutil.rmtree(repository / name)
@@ -101,7 +108,7 @@ def test_a_read_only_archive_without_git_is_verified_from_the_objects(repository
     assert answer.returncode == 0 and VERDICT.fullmatch(answer.stdout), answer.stdout + answer.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_honest_result_is_verified_on_another_type_of_machine(repository):
     """On a CPU without AVX-512 and bfloat16, vote counts may differ by rounding."""
     command = [sys.executable, str(REPOSITORY / "stages/verify.py"), "--all", "--seed", "1"]
@@ -119,6 +126,7 @@ def test_unknown_names_and_an_empty_repository_are_refused(repository):
     assert answer.returncode == 1 and answer.stderr.startswith("error: results/: nothing is published here")
 
 
+@pytest.mark.thorough  # test_pipeline.py has the same, of a whole run
 def test_the_exit_status_shows_a_forgery(repository):
     path = repository / "README.md"
     path.write_text(path.read_text().replace("| tiny, rRCM | ", "| tiny, rRCM | 1"))
@@ -128,7 +136,7 @@ def test_the_exit_status_shows_a_forgery(repository):
     assert "  README.md: is not committed" in answer.stderr and "(dirty)" in answer.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "message"),
     [("report/per_sigma.csv", "was changed"), ("run/models/rrcm/sigma_0.5/model.safetensors", "was changed")],
@@ -141,7 +149,7 @@ def test_a_changed_byte_of_any_file_is_named(result, name, message):
     assert any(line.startswith(f"results/tiny/seed_0/{name}: {message}") for line in problems_of(result))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_missing_and_extra_files_are_named(result):
     (result.folder / "report/report.md").unlink()
     (result.folder / "run/models/rrcm/more").touch()
@@ -150,6 +158,7 @@ def test_missing_and_extra_files_are_named(result):
     assert "results/tiny/seed_0/run/models/rrcm/more: is no file of the result; delete it" in problems
 
 
+@pytest.mark.usefixtures("same_votes")
 def test_a_changed_cell_of_the_report_is_found_despite_matching_hashes(result):
     path = result.folder / "report/best_sigma.md"
     path.write_text(re.sub(r"\d\.\d", "9.9", path.read_text(), count=1))
@@ -159,7 +168,7 @@ def test_a_changed_cell_of_the_report_is_found_despite_matching_hashes(result):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_raised_radii_are_found_despite_a_matching_report(result):
     def raised(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(radius=np.where(frame["radius"] > 0, (frame["radius"] + 0.05).round(2), 0.0))
@@ -190,7 +199,7 @@ def test_votes_that_the_network_does_not_give_are_found(result):
     assert any(re.search(rf"image {frame['idx'][poor]}: \d+ of \d+ .*votes differ", each) for each in problems)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("also_record", [False, True])
 def test_a_swapped_model_is_found(result, also_record):
     """The forger replaces the network that voted, and corrects its hashes."""
@@ -207,7 +216,7 @@ def test_a_swapped_model_is_found(result, also_record):
     assert ("votes differ" if also_record else "certificates/rrcm/sigma_0.5.json: model.sha256 is") in problems
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("also_record", [False, True])
 def test_certificates_of_another_seed_are_found(result, trained, tmp_path, also_record):
     shutil.copytree(trained, tmp_path / "seed_1", symlinks=True)
@@ -227,7 +236,7 @@ def test_certificates_of_another_seed_are_found(result, trained, tmp_path, also_
     ) in problems
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_dirty_tree_is_named(result):
     (result.root / "rrcm").mkdir()
     (result.root / "rrcm/more.py").touch()
@@ -236,7 +245,7 @@ def test_a_dirty_tree_is_named(result):
     assert "(dirty)" in str(verdict) and str(verdict).startswith("NOT verified: results/tiny/seed_0: 1 problem, listed")
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_result_of_dirty_code_is_not_verified(result):
     values = result.read().model_dump(mode="json")
     values["code"]["dirty"] = True
@@ -245,7 +254,7 @@ def test_a_result_of_dirty_code_is_not_verified(result):
     assert problems_of(result) == ["results/tiny/seed_0: was computed or published with code that is in no commit"]
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_commit_that_no_stage_ran_from_is_found(result):
     values = result.read().model_dump(mode="json")
     values["stages"]["certify"]["environments"][0]["git"]["revision"] = "2" * 40
@@ -255,7 +264,7 @@ def test_a_commit_that_no_stage_ran_from_is_found(result):
     assert problems_of(result) == [message]
 
 
-@pytest.mark.usefixtures("same_report")
+@pytest.mark.usefixtures("same_report", "same_votes")
 def test_a_result_without_networks_is_not_verified(result):
     values = result.read().model_dump(mode="json") | {"models": []}
     write_json(result.folder / "result.json", values)

@@ -1,6 +1,10 @@
 """A run with invented but realistic numbers, from which the tests draw reports."""
 
+import atexit
 import hashlib
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,14 +21,14 @@ from rrcm.certification.results import certificate_tables, sigma_name
 from rrcm.certification.rules import make_stopping_rule
 from rrcm.certification.stopping import ALL_SAMPLES, FUTILE, WRONG_CLASS
 from rrcm.certification.votes import selection_text
-from rrcm.config import Config, parse_config
+from rrcm.config import Config, Data, parse_config
 from rrcm.data.sharding import write_shards
 from rrcm.data.shards import CLASSES, ShardedDataset, evenly_spaced
 from rrcm.methods import METHODS, model_name
 from rrcm.report import build, page
 from rrcm.report.build import make_tables
 from rrcm.report.cascade_inputs import cascade_tables
-from rrcm.report.figures import FORMATS
+from rrcm.report.figures import FORMATS, STYLE
 from rrcm.report.inputs import Inputs
 from rrcm.utils.files import write_csv, write_json
 
@@ -66,10 +70,19 @@ def cascade_config(**changes: object) -> Config:
     return make_config([], **{"methods": methods, "sigmas": [0.25, 0.5, 1.0], "cascade": cascade} | changes)
 
 
+@cache
+def written_shards(data: str) -> Path:
+    """Shards by these settings as JSON. It takes a second to write them, so they are written once."""
+    folder = Path(tempfile.mkdtemp(prefix="rrcm_tests_"))
+    atexit.register(shutil.rmtree, folder)
+    write_shards(Data.model_validate_json(data), 0, folder / "shards")
+    return folder / "shards"
+
+
 def make_inputs(config: Config, root: Path) -> None:
     """Write the outputs of all other stages under root, with invented but realistic numbers."""
     rng = np.random.default_rng(0)
-    write_shards(config.data, 0, root / "data/shards")
+    shutil.copytree(written_shards(config.data.model_dump_json()), root / "data/shards")
     labels = ShardedDataset(root / "data/shards", "test").labels
     idx = np.arange(len(labels))[:: config.certify.every][: config.certify.max_images]
     steps = np.arange(10, 401, 10)
@@ -153,8 +166,8 @@ def make_report(config: Config, root: Path, *, pdf: bool = False) -> tuple[Confi
 
 
 def write_report(config: Config, root: Path, output: Path, metrics: Path | None = None) -> None:
-    """As `build.write_report`, without the figures as PDF, which take seconds and which few tests need."""
-    with patch.dict(FORMATS):
+    """As `build.write_report`, but the figures are coarse and there is no PDF, which take seconds for few tests."""
+    with patch.dict(FORMATS), patch.dict(STYLE, {"savefig.dpi": 40}):
         del FORMATS[".pdf"]
         build.write_report(config, root, output, metrics)
 

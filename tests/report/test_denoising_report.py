@@ -19,7 +19,7 @@ from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_denoising_methods_are_explained_and_their_costs_counted(denoising_report):
     _, root = denoising_report
     report = root / "reports/digits"
@@ -43,7 +43,7 @@ def test_denoising_methods_are_explained_and_their_costs_counted(denoising_repor
     assert set(metrics["val_accuracy"]) == {"rrcm", "gaussian", "dds_finetuned"} and "dds" in metrics["acr"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_subsets_of_images_are_compared_on_common_images_and_noted(denoising_report):
     config, root = denoising_report
     report = root / "reports/digits"
@@ -96,6 +96,7 @@ def test_certified_images_must_match_the_settings(denoising_report, tmp_path: Pa
             read_inputs(config, copy)
 
 
+@pytest.mark.slow
 def test_report_without_trained_methods(tmp_path: Path):
     pretrain = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["pretrain"] | {"objectives": []}
     config = denoising_config(["dds", "densepure"], pretrain=pretrain, sigmas=[0.5])

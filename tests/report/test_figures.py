@@ -82,7 +82,7 @@ def many_methods(draw: str):
     return draw_training(pretraining, finetuning), 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("draw", ["certified_accuracy", "envelope", "training"])
 def test_many_methods_are_drawn_one_family_at_a_time(draw: str):
     """Each method is in colour in one row, rRCM is in colour in all, and the others are grey. No legend overlaps."""

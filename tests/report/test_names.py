@@ -70,7 +70,7 @@ def plain_text(html: str) -> str:
     return unescape(re.sub(r"<[^>]+>", "", html))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("classes", [CLASSES, HOSTILE], ids=["odd", "hostile"])
 def test_class_names_are_shown_literally_in_figures_and_markdown(invented_report, tmp_path: Path, classes: list[str]):
     config, root = invented_report
@@ -104,7 +104,7 @@ def test_markdown_shows_any_text_literally(text: str):
     assert unescape(html) == f"<p>Class {shown}, code <code>{shown}</code>.</p>\n"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_more_classes_in_the_certificates_than_in_the_shards_raise(invented_report, tmp_path: Path):
     config, root = invented_report
     with pytest.raises(
@@ -173,7 +173,7 @@ def test_missing_letters_come_from_other_installed_fonts(tmp_path: Path, monkeyp
     assert "(THAI)" in fonts.note_on_letters(["\u0e41"]) and "Noto Sans Thai" in fonts.note_on_letters(["\u0e41"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_html_in_labels_and_paths_is_escaped(invented_report, tmp_path: Path):
     _, root = invented_report
     shutil.copytree(root, tmp_path / "root")

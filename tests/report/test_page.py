@@ -15,6 +15,7 @@ from rrcm.certification.results import read_certificates, read_samples, sigma_na
 from rrcm.evaluation.metrics import average_certified_radius, certified_accuracy
 from rrcm.methods import METHODS
 from rrcm.report import page
+from rrcm.report.build import make_tables
 from rrcm.report.inputs import read_inputs
 from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import sha256_file
@@ -57,7 +58,7 @@ def assert_top_two(row: list[str], name: str, values: dict[str, float], digits: 
     assert abs(shown - (values[best] - values[second])) <= 0.5 * 10**-decimals + 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_margin_table_shows_the_gain_over_the_binary_bound(invented_report, tmp_path: Path):
     """The margin radii of the fixture are one step larger. The main table stays the same with the margin bound."""
     config, root = invented_report
@@ -131,11 +132,11 @@ def test_external_pretraining_is_named_and_not_counted(tmp_path: Path):
     make_inputs(config, tmp_path)
     shutil.rmtree(tmp_path / "models/pretrain/rrcm")  # nobody needs it
     (tmp_path / "timings/pretrain/rrcm.json").unlink()
-    write_report(config, tmp_path, tmp_path / "out")
-    budgets = pd.read_csv(tmp_path / "out/budgets.csv").set_index("method")
+    inputs = read_inputs(config, tmp_path)
+    budgets = make_tables(config, inputs)["budgets"].numbers.set_index("method")
     assert not budgets[["preparation_passes", "preparation_seconds"]].to_numpy().any()
     assert (budgets["total_passes"] == budgets["finetune_passes"]).all()
-    text = (tmp_path / "out/report.md").read_text()
+    text = render(config, tmp_path, inputs, ["0"])
     assert "rRCM starts from weights that were pre-trained elsewhere (`nnet_ema.pth`)" in text
     assert "timm starts from weights that were pre-trained elsewhere (`vit_tiny_patch16_224`)" in text
     assert "**At equal fine-tuning budget**" in text and "**At equal total compute**" not in text
@@ -184,7 +185,7 @@ def test_report_has_the_notes_on_the_data(invented_report):
     assert f"\nData: {notes[0]}.\nData: 1 of 3 classes have no test images: \\*a\\*.\n" in text
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_published_results_have_a_section_of_their_own(invented_report, tmp_path: Path):
     config, root = invented_report
     cifar10 = config.data.model_copy(update={"source": "cifar10"})

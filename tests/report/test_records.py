@@ -129,7 +129,7 @@ DAMAGED = {  # file, change of its text, what is said
 }
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", DAMAGED)
 def test_impossible_contents_are_refused_with_the_file_and_the_stage(sources, tmp_path: Path, case: str):
     config, root = sources

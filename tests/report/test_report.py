@@ -26,7 +26,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_report_has_the_same_bytes_in_another_environment(invented_report, tmp_path: Path):
     config, root = invented_report
     values = config.model_dump(mode="json") | {"device": "cpu", "launcher": "torchrun --nproc-per-node 8"}
@@ -108,7 +108,7 @@ def test_tables_and_metrics_agree_with_the_certificates(invented_report):
     assert training["val_accuracy"].notna().all()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_external_results_change_only_their_own_rows_and_curves(invented_report, tmp_path: Path):
     _, root = invented_report
     report = root / "reports/digits"
@@ -153,6 +153,7 @@ def test_external_results_are_checked_before_any_work():
     assert "allowed here: label, sigma, path" in config_error(good | {"zzz": "x"})
 
 
+@pytest.mark.slow
 def test_report_of_one_method_without_latency(tmp_path: Path):
     pretrain = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["pretrain"] | {"objectives": []}
     config = make_config(external=[], methods=["gaussian"], sigmas=[0.5], pretrain=pretrain)
@@ -251,6 +252,7 @@ def test_mixed_certificates_raise(invented_report, tmp_path: Path, change: str):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_importing_the_report_does_not_import_torch():
     code = "import sys, rrcm.report.build, rrcm.utils.provenance; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -48,6 +48,7 @@ def test_means_over_seeds_and_the_interval_of_their_differences(reports: list[Pa
     assert tuple(differences.loc[0, columns]) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_tables(reports: list[Path], tmp_path: Path):
     answer = stage(tmp_path, "seeds", *map(str, reports))
     assert (answer.returncode, answer.stdout) == (0, f"{seeds_text(reports)}\n")

@@ -109,6 +109,7 @@ def test_fashion_mnist_from_a_folder(tmp_path: Path, other_contents: None):
     assert np.array_equal(dataset.test.labels, arrays["t10k-labels-idx1-ubyte.gz"])
 
 
+@pytest.mark.slow
 def test_fashion_mnist_download(
     tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, other_contents: None
 ):
@@ -230,6 +231,7 @@ def write_cifar(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return pixels, labels
 
 
+@pytest.mark.slow
 def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, other_contents: None):
     folder, address = web
     pixels, labels = write_cifar(tmp_path / "cifar-10-batches-bin")
@@ -253,6 +255,7 @@ def test_cifar10_download(tmp_path: Path, web: tuple[Path, str], monkeypatch: py
     assert len(read_dataset(data).test.labels) == 20  # no second download
 
 
+@pytest.mark.slow
 def test_an_archive_cannot_leave_its_folder(tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch):
     folder, address = web
     archive = folder / "cifar-10-binary.tar.gz"
@@ -296,6 +299,7 @@ def path_mnist(size: int = 28) -> dict[str, np.ndarray]:
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "name"), [(28, "pathmnist.npz"), (64, "pathmnist_64.npz")])
 def test_pathmnist_download(
     tmp_path: Path, web: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, size: int, name: str

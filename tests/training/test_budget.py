@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import change, compose
+import yaml
+from conftest import TINY, change, compose, composed, with_derived
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcm import methods
-from rrcm.config import load_config
+from rrcm.config import load_config, parse_config
 from rrcm.methods import METHODS
 from rrcm.models import vit
 from rrcm.models.architectures import build_network
@@ -35,10 +36,10 @@ def plan(tmp_path):
     def budget_of(method: str, *overrides: str, images: int = IMAGES, sigma: float | str = SIGMA):
         row = METHODS[method]
         methods = {"rrcm", "gaussian", method} | ({"rrcm_joint"} if row.is_student else set())
-        methods = ",".join(sorted(methods))  # gaussian: the voter for soft labels; rrcm_joint: the teacher
-        encoders = ",".join(sorted({"rrcm", row.initial_weights if row.pretrained_here else "rrcm"}))
-        settings = (f"methods=[{methods}]", f"pretrain.objectives=[{encoders}]", *overrides)
-        config = load_config(compose(tmp_path / "params.yaml", *settings))
+        values = yaml.safe_load(composed(*TINY, *overrides))  # the same for all methods, as composing takes long
+        values["methods"] = sorted(methods)  # gaussian: the voter for soft labels; rrcm_joint: the teacher
+        values["pretrain"]["objectives"] = sorted({"rrcm", row.initial_weights if row.pretrained_here else "rrcm"})
+        config = parse_config(with_derived(values))
         spent = {"compute": {"pretrain": pretraining_compute(config, "rrcm")}}
         for name in {kind.initial_weights for kind in METHODS.values() if kind.pretrained_here}:
             write_json(tmp_path / name / "config.json", spent)

@@ -169,6 +169,7 @@ def test_a_stochastic_classifier_cannot_be_compiled(project, monkeypatch):
     assert "certify.compile = True: jittered is stochastic and cannot be compiled" in complaint(project)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("pretrain", "rrcm"), ("finetune", "gaussian_matched", "0.25")])
 def test_a_stage_fails_before_it_starts(project, command):
     """For a setting of another training, which runs hours later."""

@@ -124,7 +124,7 @@ def test_the_outputs_of_the_stage(parts):
     assert read_json(parts / "timings/denoiser.json")["images_per_second"] > 0 and config.trains_denoiser
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("world", [1, 2])
 def test_kills_and_processes(project, parts, world):
     """Killed and continued by one process: the same bytes. By two: the same up to rounding."""
@@ -141,7 +141,7 @@ def test_kills_and_processes(project, parts, world):
             torch.testing.assert_close(weights[0][name], value, atol=2e-3, rtol=0, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_made_certified_and_timed(ready, method):
     succeed(stage(ready, "finetune", method, "0.5"))
@@ -165,7 +165,7 @@ def test_a_method_is_made_certified_and_timed(ready, method):
         succeed(stage(ready, "attack", "dds"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_certificates_of_a_stochastic_method_survive_kills_and_processes(ready):
     change(ready, certify__every=5, certify__batch_size=50)
     succeed(stage(ready, "finetune", "diffsmooth", "0.5"))
@@ -197,7 +197,7 @@ def test_fine_tuning_sees_denoised_images_and_leaves_the_denoiser_alone(ready):
     torch.testing.assert_close(wrapped(noisy), classifier(denoise(noisy)))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_kills_of_a_fine_tuning_on_denoised_images_change_no_byte(ready):
     change(ready, finetune__epochs=3)
     succeed(stage(ready, "finetune", "dds_finetuned", "0.5"))
@@ -221,7 +221,7 @@ def learn_epsilon(unet: nn.Module, scheduler: Any, images: torch.Tensor) -> None
         optimizer.step()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     """A small model of diffusers, saved by the library itself."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -256,7 +256,7 @@ def test_a_public_denoiser_takes_the_place_of_a_trained_one(ready, tmp_path):
     assert answer.returncode == 1 and "is for images of 3 x 8 pixels, not of 1 x 8" in answer.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_unet_trains(project):
     unet = {"base_channels": 8, "channel_mults": [1, 1], "layers_per_block": 1, "attention_levels": [1]}
     prepare(project, denoiser__network="unet", denoiser__unet=unet, denoiser__steps=8, denoiser__evaluate_every=8)

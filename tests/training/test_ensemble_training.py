@@ -33,7 +33,7 @@ def test_members_share_the_pre_training_that_they_start_from():
     assert add_compute([member] * 3) == {"finetune": 6.0, "pretrain_share": 5.0, "soft_label_share": 1.0}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_members_are_trainings_of_their_own_and_the_folder_says_so(ensemble, tmp_path, monkeypatch):
     monkeypatch.setenv("RRCM_RUNS", str(tmp_path / "other-runs"))
     monkeypatch.chdir(tmp_path)
@@ -64,7 +64,7 @@ def test_members_are_trainings_of_their_own_and_the_folder_says_so(ensemble, tmp
     assert not list(ensemble.glob("runs/*-0.5-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_kills_in_any_member_change_no_byte(ensemble):
     expected = files_of(ensemble / FOLDER)
     shutil.rmtree(ensemble / "models")
@@ -76,7 +76,7 @@ def test_kills_in_any_member_change_no_byte(ensemble):
     assert files_of(ensemble / FOLDER) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_train_the_members_that_a_killed_one_has_left(ensemble):
     """One process has finished the first member; the other two agree with a run of one process up to rounding."""
     expected = [load_file(ensemble / FOLDER / f"member_{number}/model.safetensors") for number in range(3)]
@@ -90,7 +90,7 @@ def test_two_processes_train_the_members_that_a_killed_one_has_left(ensemble):
             assert (found[name] - value).norm() <= 0.02 * value.norm() * (number > 0), name
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_ensemble_is_certified_attacked_and_timed_like_any_other_model(ensemble):
     change(ensemble, attack__methods=["consistency_ensemble"], attack__max_images=4, sigmas=[0.5])
     for command in (["certify", "consistency_ensemble", "0.5"], ["latency"], ["attack", "consistency_ensemble"]):

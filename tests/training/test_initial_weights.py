@@ -26,7 +26,7 @@ from rrcm.utils.errors import RRCMError
 from rrcm.utils.files import read_json
 from rrcm.utils.tensors import sha256_tensors
 
-pytestmark = pytest.mark.slow  # trains from each kind of start
+pytestmark = pytest.mark.thorough  # trains from each kind of start
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # each channel its own
 OURS = {"image_size": 16, "channels": 3, "patch_size": 4}
@@ -248,7 +248,7 @@ def save_timm_vit(path: Path) -> nn.Module:
     return network
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_timms_vit_from_fine_tuning_to_certificate(project):
     """Neither models/pretrain nor our own network's size is asked for."""
     network = save_timm_vit(project / "vit.safetensors")

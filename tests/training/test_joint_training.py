@@ -106,6 +106,7 @@ def test_its_certificates_can_be_audited_timed_and_attacked(joint, tmp_path):
     assert {"sigma_0.25", "sigma_0.5", "sigma_1.0"} <= summary.keys() and summary["broken"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "soft"),
     [("smoothadv_joint", False), ("smoothmix_joint_third", False), ("cat_rs_joint_third", True)],
@@ -127,7 +128,7 @@ def test_objectives_with_attacks_train_jointly(project, tiny_shards, method, sof
         assert config["training"]["attack_radius"] == [1.0, 0.0]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_joint_ensemble_and_a_network_without_condition(project):
     settings = {"finetune__epochs": 1, "finetune__warmup_epochs": 0, "pretrain__objectives": []}
     change(project, methods=["consistency_ensemble_joint_third"], finetune__ensemble_members=2, **settings)
@@ -144,7 +145,7 @@ def test_a_joint_ensemble_and_a_network_without_condition(project):
     assert network.sigma == 0.3 and network.classifier(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_killed_joint_training_ends_with_the_same_bytes(joint, tmp_path, tiny_shards, trained):
     folder = shutil.copytree(joint, tmp_path / "again", symlinks=True)
     expected = files_of(folder / "models/rrcm_joint_third")
@@ -157,7 +158,7 @@ def test_a_killed_joint_training_ends_with_the_same_bytes(joint, tmp_path, tiny_
     assert "resuming" in answer.stderr and files_of(folder / "models/rrcm_joint_third") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_train_like_one(project):
     """A short training agrees to 2e-3, since sums are in another order."""
     change(project, methods=["smoothadv_joint_third"], pretrain__objectives=[], finetune__epochs=1)
@@ -184,6 +185,7 @@ def test_a_training_tells_the_network_the_noise_of_each_image(joint):
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", ["0.5", "all"])
 def test_a_joint_method_has_no_training_at_one_sigma(project, sigma):
     change(project, methods=["rrcm_joint"])

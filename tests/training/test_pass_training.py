@@ -118,9 +118,10 @@ def test_the_more_bias_the_more_it_passes_and_the_encoder_stays(passing, tmp_pat
     images = ShardedDataset(folder / "data/shards", "train")
     pixels = to_unit_range(read_pixels(images, 8, range(400))) + 0.5 * torch.randn(400, 1, 8, 8)
     shares = []
-    for bias in (-3.0, 3.0):
-        change(folder, finetune__pass_bias=bias)
-        succeed(stage(folder, "finetune", METHOD, "joint"))
+    for bias in (0.0, 3.0):  # the shared project was trained with the default, 0
+        if bias:
+            change(folder, finetune__pass_bias=bias)
+            succeed(stage(folder, "finetune", METHOD, "joint"))
         weights = load_file(folder / MODEL / "model.safetensors")
         changed = {name for name, value in weights.items() if not torch.equal(value, joint[name])}
         assert changed == {"head.weight", "head.bias"}
@@ -177,7 +178,7 @@ def test_a_journal_has_only_possible_votes():
     assert not any(is_possible_votes(good | change, 4, (2, 2)) for change in bad)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_runs_end_with_the_same_bytes(passing, tmp_path):
     """On two processes as well, where the votes are concerned."""
     folder = Path(shutil.copytree(passing, tmp_path / "again", symlinks=True))
@@ -192,7 +193,7 @@ def test_killed_runs_end_with_the_same_bytes(passing, tmp_path):
     assert "resuming" in answer.stderr and files_of(folder / MODEL) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_train_like_one(passing, tmp_path):
     """A short training agrees to 2e-3, since sums are in another order."""
     folder = Path(shutil.copytree(passing, tmp_path / "again", symlinks=True))

@@ -50,6 +50,7 @@ def planned(tmp_path, tiny_shards):
     return plan_training(config, "distill_joint", "joint", Files(folder / "data/shards", folder, output, folder / "t"))
 
 
+@pytest.mark.slow
 def test_a_student_has_its_own_sizes_and_a_frozen_teacher(planned):
     start = load_start(planned, 10, CPU)
     assert start.classifier.encoder.embed_dim == 16 and len(start.classifier.encoder.blocks) == 1
@@ -67,6 +68,7 @@ def test_a_student_has_its_own_sizes_and_a_frozen_teacher(planned):
         load_start(planned, 10, CPU)
 
 
+@pytest.mark.slow
 def test_its_teacher_is_in_no_optimizer_and_no_checkpoint(planned):
     """So the trainer saves and steps the student alone, and its identity has the teacher's hash."""
     start = load_start(planned, 10, CPU)

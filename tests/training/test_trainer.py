@@ -149,7 +149,7 @@ def run_undisturbed(project: Path, name: str, arguments: list[str], world: int) 
     return files
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     ("name", "arguments"),
@@ -186,7 +186,7 @@ def start_server():
     return process
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", sorted(PRETRAINING.keys() - {"rrcm", "dmae_without_mask"}))  # the second: as dmae
 def test_a_killed_pre_training_ends_with_the_same_bytes(project, objective):
     change(project, pretrain__steps=12, pretrain__max_levels=40)
@@ -196,7 +196,7 @@ def test_a_killed_pre_training_ends_with_the_same_bytes(project, objective):
     assert files_of(project / "models") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 0)])
 def test_sigterm_saves_and_the_next_run_resumes(project, world, workers):
     change(project, pretrain__checkpoint_every=2)
@@ -219,7 +219,7 @@ def test_sigterm_saves_and_the_next_run_resumes(project, world, workers):
     assert files_of(project / "models") == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_torchrun_passes_sigterm_on(project):
     """As under Slurm: SIGTERM reaches the launcher, and both workers save after the same step and stop."""
     change(project, pretrain__checkpoint_every=2, pretrain__steps=200)
@@ -246,7 +246,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(project, trained):
     assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained):
     """Images, views and noise are the same. Sums are taken in another order, and the steps amplify the difference."""
     pretrain_and_kill(project, 1)
@@ -259,6 +259,7 @@ def test_a_run_resumed_with_two_processes_gives_similar_weights(project, trained
 # Monitoring
 
 
+@pytest.mark.slow
 def test_live_metrics_are_complete_after_a_kill(project):
     pretrain_and_kill(project, 2)
     (project / "dvclive/pretrain-rrcm/metrics.json").write_text("{")  # as if killed while writing it
@@ -271,6 +272,7 @@ def test_live_metrics_are_complete_after_a_kill(project):
     assert plotted["loss"].tolist() == pytest.approx(history["loss"].tolist())
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_live_metrics(project):
     (project / "dvclive").write_text("a file where the folder should be")
     change(project, pretrain__steps=6, pretrain__max_levels=40)
@@ -314,6 +316,7 @@ def test_the_contrastive_loss_is_info_nce_in_both_directions():
     assert loss.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "terms"),
     [
@@ -324,6 +327,7 @@ def test_the_contrastive_loss_is_info_nce_in_both_directions():
     ],
 )
 def test_other_pre_trainings_learn_and_log_their_terms(project, objective, terms):
+    change(project, pretrain__evaluate_every=30, pretrain__checkpoint_every=30)
     result = stage(project, "pretrain", objective)
     assert result.returncode == 0, result.stderr
     folder = project / "models/pretrain" / objective

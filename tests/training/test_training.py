@@ -77,10 +77,11 @@ def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
     (project / "models/pretrain").mkdir(parents=True)
     (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
     change(project, methods=["consistency_matched", "rrcm"], finetune__pretrain_cost_shared_by=1)
+    change(project, finetune__epochs=1, finetune__warmup_epochs=0)
     succeed(stage(project, "finetune", "consistency_matched", "0.5"))
     spent = read_json(project / "models/consistency_matched/sigma_0.5/config.json")
     epoch = 6 * 128 * (1294 // 128)
-    assert spent["training"]["epochs"] == 6 + round(12 * 64 * 30 / epoch)
+    assert spent["training"]["epochs"] == 1 + round(12 * 64 * 30 / epoch)
     assert spent["compute"] == {
         "finetune": spent["training"]["epochs"] * epoch,
         "pretrain_share": 0.0,
@@ -88,6 +89,7 @@ def test_matched_methods_spend_the_compute_of_rrcm(project, trained):
     }
 
 
+@pytest.mark.slow
 def test_equal_passes_end_within_an_epoch(project):
     """SmoothAdv with T = 4 and m = 2 costs 22 passes per image, rRCM's fine-tuning 6 in each of 60 steps."""
     change(project, methods=["smoothadv"], pretrain__objectives=[], finetune__equal_passes=True)
@@ -101,7 +103,7 @@ def test_equal_passes_end_within_an_epoch(project):
     assert history["lr"].iloc[-1] < 0.05 * history["lr"].iloc[0]  # the schedule ends with the training
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_step_on_each_part_of_a_batch(project):
     """m steps on the parts of a batch are steps on smaller batches, at the rate of the whole batch."""
     change(project, methods=["consistency"], sigmas=[0.5], pretrain__objectives=[], finetune__epochs=2)
@@ -121,16 +123,16 @@ def test_a_step_on_each_part_of_a_batch(project):
     assert spent == [2 * 6 * 64 * (1294 // 64), 2 * 6 * 64 * (1294 // 64), 2 * 6 * 128 * (1294 // 128)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.thorough)])
 def test_mixed_precision(project, precision):
     change(project, pretrain__precision=precision, finetune__precision=precision, certify__precision="bf16")
-    change(project, pretrain__steps=8, pretrain__max_levels=40, finetune__epochs=1)
-    change(project, finetune__warmup_epochs=0, certify__every=60, certify__n=200)
+    change(project, pretrain__steps=5, pretrain__max_levels=40, pretrain__batch_size=16, finetune__epochs=1)
+    change(project, finetune__warmup_epochs=0, finetune__batch_size=640, certify__every=120, certify__n=100)
     for command in (["pretrain"], ["finetune", "rrcm", "0.5"], ["certify", "rrcm", "0.5"]):
         succeed(stage(project, *command))
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_training_gives_similar_weights(project):
@@ -149,7 +151,7 @@ def test_compiled_training_gives_similar_weights(project):
             torch.testing.assert_close(compiled[name], value, atol=2e-3, rtol=0, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_loader_workers_change_no_bit(project, trained):
     change(project, data__workers=2)
     succeed(stage(project, "pretrain"))
@@ -158,7 +160,7 @@ def test_loader_workers_change_no_bit(project, trained):
         assert_same_weights(project / name, trained / name)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
@@ -176,7 +178,7 @@ def test_fine_tuning_options(project, trained, settings):
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_colour_images_through_every_stage(project):
     """Random images of two sizes; the class is the dominant colour channel."""
     import numpy as np
@@ -204,7 +206,7 @@ def test_colour_images_through_every_stage(project):
     assert classes[answer.prediction] == "red" and answer.radius > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_torchrun_starts_a_stage(project, nodes):
     """Two processes on one node, or one on each of two nodes that share a file system."""
@@ -223,7 +225,7 @@ def test_torchrun_starts_a_stage(project, nodes):
     assert read_json(project / "timings/pretrain/rrcm.json")["processes"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_shards_behind_a_url(project, trained):
     """Shards on an HTTP server give the same weights as local ones and are cached."""
     handler = partial(SimpleHTTPRequestHandler, directory=project / "data/shards")
@@ -236,7 +238,7 @@ def test_shards_behind_a_url(project, trained):
     assert list(project.glob(".cache/rrcm/*.tar"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["smoothadv", "cat_rs"])
 def test_a_killed_training_with_attacks_ends_with_the_same_bytes(project, tiny_shards, method):
     change(project, methods=["gaussian", method], finetune__epochs=4)

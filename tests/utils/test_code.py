@@ -138,6 +138,7 @@ def test_every_version_of_python_gives_the_same_fingerprints(python):
     assert json.loads(answer.stdout) == [fingerprints("rrcm.training.finetune"), fingerprint(source)]
 
 
+@pytest.mark.slow
 def test_a_registry_imports_what_is_asked_for():
     code = "import sys; from rrcm.objectives import FINETUNING; FINETUNING['gaussian']; print(*sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -124,7 +124,7 @@ def places(model: nn.Module) -> list[tuple[object, str]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if "_" in k else k for k in BUILDERS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.thorough) if "_" in k else k for k in BUILDERS])
 def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
     """Attributes that nothing reads count too, since nobody can know that."""
     model = BUILDERS[kind]().eval()
@@ -136,6 +136,20 @@ def test_every_attribute_and_every_weight_of_every_kind_of_model_counts(kind):
         seen.add(described(model))
         place[name] = value
     assert len(seen) == 1 + len(attributes) and described(model) == before
+
+
+def program_of(*layers: nn.Module, weight: float = 1.0) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), *layers)
+    nn.init.constant_(model[1].weight, weight), nn.init.zeros_(model[1].bias)
+    sizes = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(model, (torch.zeros(2, 1, 2, 2),), dynamic_shapes=sizes).module()
+
+
+def test_a_program_of_torch_export_is_described_by_its_graph_and_its_tensors():
+    """It holds functions that belong to no module and hold what cannot be described."""
+    described_as = described(program_of())
+    assert described_as == described(program_of())
+    assert len({described_as, described(program_of(weight=2.0)), described(program_of(nn.ReLU()))}) == 3
 
 
 MODELS = {
@@ -164,6 +178,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_no_weight_differ():
     """They have the same seed, and many have equal state dicts."""
     found = [described(build()) for build in (classifier, *MODELS.values())]
@@ -362,7 +377,7 @@ print(json.dumps([texts, fingerprint({}, {}, "rrcm.certification.certify", BUILD
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_descriptions_are_the_same_in_every_process():
     """Addresses and the order of sets differ from process to process; code is compiled, or read from a cache."""
     Path(cache_from_source(__file__)).unlink(missing_ok=True)  # the first process compiles the code, the other reads it

@@ -76,6 +76,7 @@ def one_step(folder: Path, num_chunks: int = 1) -> None:
             save_file(found, folder / f"{env.world_size}-{num_chunks}.safetensors")
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_is_the_step_of_one(tmp_path):
     together(one_step, tmp_path, world_size=1)
     together(one_step, tmp_path, world_size=2)
@@ -110,6 +111,7 @@ def one_step_each(folder: Path) -> None:
                 save_file({key: x.clone() for key, x in found.items()}, folder / f"{name}-{env.world_size}.safetensors")
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_is_the_step_of_one_for_every_objective(tmp_path):
     compose(tmp_path / "params.yaml")
     for count in (1, 2):
@@ -152,6 +154,7 @@ def finetuning_steps(folder: Path) -> None:
             save_file(found, folder / f"{env.world_size}.safetensors")
 
 
+@pytest.mark.slow
 def test_every_fine_tuning_objective_of_two_processes_is_that_of_one(tmp_path):
     compose(tmp_path / "params.yaml")
     for world_size in (1, 2):
@@ -162,7 +165,7 @@ def test_every_fine_tuning_objective_of_two_processes_is_that_of_one(tmp_path):
         assert (one[name] - two[name]).abs().max() <= 1e-4 * scale, name
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_step_of_two_processes_in_chunks_is_the_undivided_step(tmp_path):
     together(one_step, tmp_path)
     whole = load_file(tmp_path / "2-1.safetensors")
@@ -185,6 +188,7 @@ def batch_norm_of_images(folder: Path) -> None:
         save_file(found, folder / f"{env.world_size}-{env.rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_batch_norm_of_images_sees_the_global_batch(tmp_path):
     for world_size in (1, 2):
         together(batch_norm_of_images, tmp_path, world_size=world_size)
@@ -226,6 +230,7 @@ def verify_twice(folder: Path, shards: Path) -> None:
         (folder / f"error-{env.rank}").write_text(str(error))
 
 
+@pytest.mark.slow
 def test_processes_share_the_hashing_and_all_learn_of_damage(tmp_path, tiny_shards):
     shutil.copytree(tiny_shards, tmp_path / "damaged")
     damaged = sorted((tmp_path / "damaged").glob("train-*.tar"))[1:3]
@@ -251,6 +256,7 @@ def lose_the_other(folder: Path, rank_that_ends: int) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_peer_has_died_says_so_in_one_line(tmp_path, rank):
     together(lose_the_other, tmp_path, rank)
@@ -276,6 +282,7 @@ class SlowStore(dist.HashStore):
         raise RuntimeError(f"timed out after {timeout}")
 
 
+@pytest.mark.slow
 def test_a_process_waits_for_the_first_one_without_a_limit(monkeypatch):
     slept = []
     monkeypatch.setattr(distributed.time, "sleep", slept.append)
@@ -293,7 +300,7 @@ def train(folder: Path, shards: Path, world_size: int) -> None:
     finetune(plan_training(config, "rrcm", 0.5, files))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_whole_trainings_of_one_and_two_processes_agree(tmp_path, tiny_shards):
     """Ten steps each, with the same images, augmentation and noise: only the order of sums differs."""
     compose(tmp_path / "params.yaml", "pretrain.steps=10", "finetune.epochs=2")
@@ -403,7 +410,7 @@ def test_a_quota_bounds_the_threads_that_nobody_named(monkeypatch, threads, envi
         torch.set_num_threads(before)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_damage_is_said_without_a_traceback_under_torchrun(project, tiny_shards):
     """A process that torchrun has stopped in the meantime may print nothing."""
     shards = Path(shutil.copytree(tiny_shards, project / "damaged"))

@@ -109,6 +109,7 @@ def killed_at(step: int, write: Callable[[], None]) -> bool:
     return status == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_at_any_step_loses_neither_folder(tmp_path, monkeypatch, place):
     """The next run stops early, so that its output cannot replace what was lost."""
@@ -160,6 +161,7 @@ print(sorted(os.listdir()), sorted(os.listdir("out")), open("out/a").read())
 """
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_container_image_is_replaced(tmp_path):
     """On a real overlayfs, whose lower layer has the old folder."""
     for name in ("lower/out", "upper", "work", "merged"):
@@ -276,6 +278,7 @@ def test_leftovers_of_another_user_are_named(tmp_path, monkeypatch):
     assert left.exists() and not path.exists()
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_leaves_no_files_of_two_runs_side_by_side(tmp_path):
     """Nor does it leave anything else once another run has written."""
     paths, seen, step = [tmp_path / name for name in ("a.tsv", "a.files.tsv", "b.png")], set(), 0

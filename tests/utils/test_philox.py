@@ -38,7 +38,7 @@ def test_the_extreme_words_are_finite():
     assert normals.isfinite().all() and normals.abs().max() < 6.8
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_the_fused_kernel_gives_the_same_bits():
     """Compiled here for the CPU, as it is for a GPU; once for all shapes, keys and numbers of samples."""

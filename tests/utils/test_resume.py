@@ -52,7 +52,7 @@ def kill_while_writing(folder: Path, name: str, arguments: list[str], pattern: s
     pytest.fail(f"never caught {name} with {pattern}")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_pre_training_resumes_after_kills_at_its_weak_points(project, trained):
     checkpoints, output = "runs/pretrain-*/*.safetensors", project / "models/pretrain/rrcm"
     kill_while_writing(project, "pretrain", [], "runs/pretrain-*/.*.tmp", output)  # while writing a checkpoint
@@ -67,7 +67,7 @@ def test_pre_training_resumes_after_kills_at_its_weak_points(project, trained):
     assert not list((project / "runs").glob("*"))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_fine_tuning_resumes_after_kills_at_its_weak_points(project, trained):
     (project / "models/pretrain").mkdir(parents=True)
     (project / "models/pretrain/rrcm").symlink_to(trained / "models/pretrain/rrcm")
@@ -88,7 +88,7 @@ def test_the_older_checkpoint_replaces_a_damaged_one(project, trained):
     assert files_of(project / "models/pretrain/rrcm") == files_of(trained / "models/pretrain/rrcm")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_changed_settings_or_data_start_a_new_run(project):
     change(project, pretrain__steps=12, pretrain__max_levels=40)
     assert kill_when(project, "pretrain", [], "runs/pretrain-*/*.safetensors")
@@ -102,6 +102,7 @@ def test_changed_settings_or_data_start_a_new_run(project):
     assert "resuming" not in messages(stage(project, "pretrain"))
 
 
+@pytest.mark.slow
 def test_a_run_is_locked_while_it_is_running(project):
     first = start(project, "pretrain")
     while not list(project.glob("runs/pretrain-*/[0-9]*.safetensors")):
@@ -251,7 +252,7 @@ except RRCMError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_disk_that_is_really_full_is_one_line(tmp_path):
     """safetensors raises an error of its own."""
     answer = in_own_mounts(SMALL, tmp_path, sys.executable)

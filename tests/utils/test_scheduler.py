@@ -25,6 +25,7 @@ def diamond(*changed: str) -> dict[str, Stage]:
     return {name: Stage(name, f"echo > {name}", above, name in changed) for name, above in upstream.items()}
 
 
+@pytest.mark.slow
 def test_what_has_not_changed_is_skipped_unless_something_upstream_ran():
     stages = diamond("left")
     skip_unchanged(stages)
@@ -37,6 +38,7 @@ def test_what_has_not_changed_is_skipped_unless_something_upstream_ran():
     assert [stage.name for stage in ready_stages(stages)] == ["last"]
 
 
+@pytest.mark.slow
 def test_after_a_stage_that_wrote_the_same_bytes_nothing_runs():
     stages = diamond("first")
     skip_unchanged(stages)
@@ -46,6 +48,7 @@ def test_after_a_stage_that_wrote_the_same_bytes_nothing_runs():
     assert all(stage.outcome == UNCHANGED for stage in stages.values())
 
 
+@pytest.mark.slow
 def test_the_longest_chain_of_work_starts_first_and_deferred_stages_last():
     stages = diamond(*diamond())
     chains = chain_seconds(stages, {"first": 1.0, "left": 2.0, "right": 5.0, "last": 3.0})
@@ -69,6 +72,7 @@ def test_the_time_left_is_what_the_last_progress_report_states():
     assert last_progress("loading\n") == "starting" and reported_seconds_left("starting") is None
 
 
+@pytest.mark.slow
 def test_nothing_runs_beside_an_exclusive_stage(tmp_path):
     """This one is ready at once, but others go first because it is deferred, and then it takes every slot."""
     stages = [Stage("latency", "", [], changed=True, exclusive=True, deferred=True)]
