@@ -255,7 +255,7 @@ def certify(
     from rrcm.utils.files import claimed, write_together
 
     resume_gc()
-    check_runtime(runtime)
+    check_runtime(runtime, precision)
     written = [*output_paths(output), gallery, *([page] if page else [])]
     images = _find_images(folder, written, gallery, page)  # fails before a model is downloaded
     options = ModelOptions(

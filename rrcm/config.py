@@ -67,7 +67,7 @@ PretrainingName = Annotated[str, AfterValidator(partial(check_name, known=PRETRA
 PerObjective = value_by_key(Positive, partial(check_name, known=["default", *PRETRAINING], what="objective"))
 Stem = Literal["patches", "convolutions"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: `rrcm.utils.distributed.native_precision`
-CertifiedPrecision = Literal["auto", "fp32", "bf16"]
+CertifiedPrecision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 class Data(Section):
@@ -532,7 +532,9 @@ class Certify(Section):
     batch_size: Count | None = about("Noisy samples per forward pass; null: chosen to fit into memory", "samples")
     every: Count = about("Certify every k-th test image")
     max_images: Count | None = about("Certify at most this many images, evenly spaced", "images")
-    precision: CertifiedPrecision = about("Number format; auto: bf16 where the device has it, else fp32")
+    precision: CertifiedPrecision = about(
+        "Number format; auto: bf16 if the device has it, else fp32; int8: for openvino"
+    )
     compile: bool = about("Use torch.compile, with CUDA graphs on a GPU")
     runtime: Literal["torch", "openvino"] = about(
         "Library that runs the network. `openvino` is for CPUs; if it cannot run the network, torch does"
@@ -542,6 +544,11 @@ class Certify(Section):
     def rule(self) -> dict[str, object]:
         """The settings that `make_stopping_rule` and `SmoothedClassifier.certify` take."""
         return self.model_dump(include={"stopping", "bound", "n0", "n", "alpha", "radius_step"})
+
+    @property
+    def torch_precision(self) -> str:
+        """The precision of networks that torch runs, and of those that int8 is made from."""
+        return "fp32" if self.precision == "int8" else self.precision
 
 
 class Cascade(Section):

@@ -169,6 +169,12 @@ def one_compiler(config: "Config") -> None:
         raise ValueError(f"certify.compile = True: is for torch, not for {config.certify.runtime}; set it to false")
 
 
+def int8_is_for_openvino(config: "Config") -> None:
+    """Torch has no networks in int8."""
+    if config.certify.precision == "int8" and config.certify.runtime != "openvino":
+        raise ValueError("certify.precision int8: is for certify.runtime openvino; set this too, or another precision")
+
+
 def radii_are_certified(config: "Config") -> None:
     """The sequential procedure certifies radii on a grid, so the report can only show radii on that grid."""
     step = config.certify.radius_step
@@ -249,6 +255,7 @@ CONSTRAINTS = (  # in the order of the sections that they concern; the first tha
     stems_fit,
     compiled_classifiers_are_deterministic,
     one_compiler,
+    int8_is_for_openvino,
     radii_are_certified,
     joint_trainings_fit,
     derived_settings_are_current,

@@ -45,6 +45,7 @@ from rrcm.certification.revote import (
     vote_again,
     vote_singly,
 )
+from rrcm.certification.runtimes import precision_of, runtime_of
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.methods import JOINT
@@ -186,11 +187,17 @@ def audit_file(
     return replace(
         audit,
         problems=problems + audit.problems,
-        computation=f"in {scales[0].precision}, batch {scales[0].batch_size}" + ", by torch" * bool(record.runtime),
+        computation=_describe_computation(record, scales[0]),
         false_alarm=false_alarm,
         code=code,
         notes=notes,
     )
+
+
+def _describe_computation(record: CertificateRecord | CascadeRecord, smoothed: SmoothedClassifier) -> str:
+    """How `smoothed` has voted again."""
+    by = ", by torch" if record.runtime and runtime_of(smoothed) is None else ""
+    return f"in {precision_of(smoothed)}, batch {smoothed.batch_size}{by}"
 
 
 def compare_equal(
@@ -250,7 +257,8 @@ def allow(
     """
     tests, alpha = sum(1 + len(row.votes) for row in published), false_alarm / 4
     here = _measure_here(record, inputs, scales, list(dict.fromkeys(row.idx for row in published)))
-    measured, precision = (record.flips or {}).get(scales[0].precision), scales[0].precision
+    precision = precision_of(scales[0])
+    measured = (record.flips or {}).get(precision)
     known = measured or here
     rate = max(flip_rate(each, alpha / 2 / len(known)) for each in known)
     tolerance = Tolerance(rate, false_alarm / 2 / tests, false_alarm / 4)
@@ -279,9 +287,10 @@ def _measure_here(
 
     The first precision is the one that this machine votes in, and the second is the recorded one. If a runtime other
     than torch computed the file, the second is fp32, because the runtime may round differently in every operation.
+    Networks in int8 have no other precision.
     """
-    chosen, (precision, size) = spread_indices(indices, SAMPLES_HERE), (scales[0].precision, scales[0].batch_size)
-    other = record.precision if record.runtime is None else "fp32"
+    chosen, (precision, size) = spread_indices(indices, SAMPLES_HERE), (precision_of(scales[0]), scales[0].batch_size)
+    other = record.precision if record.runtime is None or precision == "int8" else "fp32"
     size = size if other != precision else max(1, size // 2)
     classes = [vote_singly(each, inputs, chosen, SAMPLES_PER_IMAGE) for each in scales]
     others = smooth_again(record, inputs, Settings(other, size, device=str(scales[0].device)))

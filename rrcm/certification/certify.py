@@ -11,10 +11,11 @@ from torch import nn
 
 from rrcm.certification.driver import State, finish_states
 from rrcm.certification.journal import is_possible_state
+from rrcm.certification.quantization import read_calibration
 from rrcm.certification.record import make_record, record_bytes, record_path
 from rrcm.certification.results import certificate_tables
 from rrcm.certification.rules import make_stopping_rule
-from rrcm.certification.runtimes import in_runtime, runtime_of
+from rrcm.certification.runtimes import in_runtime, precision_of, runtime_entries
 from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.certification.states import ImageState
 from rrcm.certification.votes import certificate_frame
@@ -48,8 +49,11 @@ class SplitVoter:
 
     def in_runtime(self) -> "SplitVoter":
         """The same voter, with its networks run by the runtime of `certify.runtime`. The main process prints a note."""
-        image = torch.zeros(self.images.channels, *[self.config.data.image_size] * 2)
-        scales, note = in_runtime(self.config.certify.runtime, self.scales, image)
+        config, size = self.config, self.config.data.image_size
+        in_int8 = config.certify.precision == "int8"
+        calibration = read_calibration(self.images.root, size, config.seed) if in_int8 else None
+        image = torch.zeros(self.images.channels, size, size)
+        scales, note = in_runtime(config.certify.runtime, self.scales, image, calibration)
         if note and self.queue.rank == 0:
             print(f"note: {note}", file=sys.stderr)
         return replace(self, scales=scales)
@@ -76,7 +80,7 @@ class SplitVoter:
             "samples": samples,
             "samples_per_second": samples / seconds,
             "batch_size": self.batch_size,
-            "dtype": self.smoothed.precision,
+            "dtype": precision_of(self.smoothed),
             "processes": self.queue.world_size,
             "environment": describe_environment(self.smoothed.device),
         }
@@ -91,7 +95,7 @@ class SplitVoter:
         limits = [settings.max_images, max_images]
         data = {"sha256": self.inputs["shards"], "split": "test", "every": settings.every, "max_images": limits}
         size = self.config.data.image_size
-        network = {"compile": settings.compile, "runtime": runtime_of(self.smoothed)}
+        network = {"compile": settings.compile} | runtime_entries(self.scales)
         return {"data": data, "image_size": size, "labelled": True} | network | settings.rule
 
 
@@ -123,8 +127,8 @@ def make_smoothed_classifier(classifier: nn.Module, sigma: float, config: Config
 
 def smoothing_options(config: Config) -> dict[str, object]:
     """The options of a `SmoothedClassifier` that the settings decide."""
-    settings = {name: getattr(config.certify, name) for name in ("batch_size", "precision", "compile")}
-    return {"seed": config.seed} | settings
+    settings = {name: getattr(config.certify, name) for name in ("batch_size", "compile")}
+    return {"seed": config.seed, "precision": config.certify.torch_precision} | settings
 
 
 @explain_lost_processes()

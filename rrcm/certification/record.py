@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from rrcm.certification.smoothing import SmoothedClassifier  # imports torch, which reading a record does without
 
 FORMAT = 1
+ADDED = ("runtime", "quantized")  # entries that records of torch do not have, as those of earlier versions
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "int8"]
 
 
 class Entries(BaseModel):
@@ -57,6 +58,13 @@ class DataRecord(Entries):
     split: str | None  # None: a folder of images in the order of their paths
     every: Count = 1  # with `max_images` it chooses the images of the split (`choose_rows`)
     max_images: Annotated[list[Count | None], Field(min_length=2, max_length=2)] = [None, None]
+
+
+class Quantization(Entries):
+    """Which networks in int8 voted."""
+
+    by: str  # the package that quantized, and its version
+    sha256: Annotated[list[Sha256], Field(min_length=1)]  # of the program of each sigma (`Quantized`)
 
 
 class Flips(Entries):
@@ -91,6 +99,7 @@ class Record(Entries):
     seed: int
     precision: Dtype
     runtime: Annotated[str, Field(pattern=r"^openvino \d[\w.+-]*$")] | None = None  # of the network; None: torch
+    quantized: Quantization | None = None  # None: another precision than int8
     batch_size: Count
     compile: bool
     device: str
@@ -100,8 +109,8 @@ class Record(Entries):
 
     @model_serializer(mode="wrap")
     def _entries(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """The entries. For torch there is no `runtime`, as in records of earlier versions."""
-        return {name: value for name, value in serialize(self).items() if (name, value) != ("runtime", None)}
+        """The entries, without those that would say nothing."""
+        return {name: value for name, value in serialize(self).items() if value is not None or name not in ADDED}
 
     @property
     def rule_settings(self) -> dict[str, object]:
@@ -185,7 +194,7 @@ def make_record(
 ) -> CertificateRecord:
     """The record of the certificate `tables` of `smoothed`, certified on this machine. `entries` are the other ones."""
     described = _describe(smoothed, batch_size, tables)
-    return CertificateRecord(num_classes=smoothed.num_classes, sigma=smoothed.sigma, **described, **entries)
+    return CertificateRecord(num_classes=smoothed.num_classes, sigma=smoothed.sigma, **{**described, **entries})
 
 
 def make_cascade_record(
@@ -197,8 +206,7 @@ def make_cascade_record(
         sigmas=list(cascade.sigmas),
         thresholds=list(cascade.thresholds),
         can_pass=cascade.can_pass,
-        **_describe(cascade.scales[0], batch_size, tables),
-        **entries,
+        **{**_describe(cascade.scales[0], batch_size, tables), **entries},
     )
 
 

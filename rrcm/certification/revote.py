@@ -24,8 +24,9 @@ from rrcm.certification.certify_images import (
     sha256_pixels,
 )
 from rrcm.certification.noise import ESTIMATE, SELECT
+from rrcm.certification.quantization import Calibration, read_calibration
 from rrcm.certification.record import CascadeRecord, CertificateRecord, record_path
-from rrcm.certification.runtimes import in_runtime, runtime_of
+from rrcm.certification.runtimes import in_runtime, precision_of, runtime_entries, runtime_of
 from rrcm.certification.smoothing import BATCHES_PER_SYNC, SampleRequest, SmoothedClassifier
 from rrcm.certification.states import Votes
 from rrcm.certification.votes import parse_selection, parse_votes
@@ -144,9 +145,11 @@ def smooth_again(
 ) -> list[SmoothedClassifier]:
     """The smoothed classifier of a record at each sigma, on this machine. Sets the number of threads of this process.
 
-    A CPU without instructions for bfloat16 gives the same results in bfloat16, but about ten times more slowly. Raises
-    `RRCMError` where the runtime of the settings cannot run the networks.
+    A CPU without instructions for bfloat16 gives the same results in bfloat16, but about ten times more slowly.
+    Networks in int8 are quantized again, and must be the ones that were certified. Raises `RRCMError` where they are
+    not, and where the runtime of the settings cannot run the networks.
     """
+    calibration = None if record.quantized is None else _calibrate_again(record, inputs, settings)
     set_threads(settings.threads or record.environment.hardware.threads)
     scales = [
         SmoothedClassifier(
@@ -155,18 +158,47 @@ def smooth_again(
             num_outputs,
             seed=record.seed,
             batch_size=settings.batch_size or record.batch_size,
-            precision=settings.precision or record.precision,
+            precision="fp32" if calibration else settings.precision or record.precision,
             compile=record.compile,
         )
         for loaded, sigma, num_outputs in zip(inputs.scales, record.sigmas, record.num_outputs, strict=True)
     ]
     loaded = inputs.scales[0]
-    scales, note = in_runtime(
-        settings.runtime, scales, torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
-    )
-    if settings.runtime != "torch" and runtime_of(scales[0]) is None:
+    runtime = "openvino" if calibration else settings.runtime
+    image = torch.zeros(loaded.channels, loaded.image_size, loaded.image_size)
+    scales, note = in_runtime(runtime, scales, image, calibration)
+    if record.quantized is not None:
+        _check_quantized(record, scales, note)
+    if runtime != "torch" and runtime_of(scales[0]) is None:
         raise RRCMError(f"the certificates are by {record.runtime}, which does not run here ({note})")
     return scales
+
+
+def _calibrate_again(record: CertificateRecord | CascadeRecord, inputs: Inputs, settings: Settings) -> Calibration:
+    """What networks in int8 were calibrated on. Raises `RRCMError` where that is not here, or not wanted."""
+    if settings.precision not in (None, "int8"):
+        raise RRCMError(f"precision = {settings.precision}: in int8 another network was certified; leave it out")
+    try:
+        if not isinstance(inputs.images, ShardedDataset):
+            raise RRCMError("a folder of pictures has none")
+        return read_calibration(inputs.images.root, inputs.scales[0].image_size, record.seed)
+    except RRCMError as error:
+        raise RRCMError(f"the networks in int8 cannot be quantized again without validation images ({error})") from None
+
+
+def _check_quantized(
+    record: CertificateRecord | CascadeRecord, scales: Sequence[SmoothedClassifier], note: str | None
+) -> None:
+    """Raise `RRCMError` unless the networks in int8 are those of the record. `note` is that of `in_runtime`."""
+    if precision_of(scales[0]) != "int8":
+        raise RRCMError(f"the certificates are in int8, which does not run here ({note})")
+    here = runtime_entries(scales)
+    if here["quantized"]["sha256"] != record.quantized.sha256:
+        made = f"{record.quantized.by} and {record.runtime} on {record.environment.hardware.cpu}"
+        raise RRCMError(
+            f"the networks in int8 have other ranges or weights here than those of {made}, so they cannot vote for "
+            "them; audit there, or copy its folders runs/int8-* here"
+        )
 
 
 def same_computation(record: CertificateRecord | CascadeRecord, smoothed: SmoothedClassifier) -> bool:
@@ -177,7 +209,7 @@ def same_computation(record: CertificateRecord | CascadeRecord, smoothed: Smooth
         record.runtime == runtime_of(smoothed)
         and all(getattr(there.hardware, name) == getattr(here.hardware, name) for name in names)
         and there.software.packages.get("torch") == here.software.packages.get("torch")
-        and (record.precision, record.batch_size) == (smoothed.precision, smoothed.batch_size)
+        and (record.precision, record.batch_size) == (precision_of(smoothed), smoothed.batch_size)
     )
 
 

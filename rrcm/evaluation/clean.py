@@ -55,7 +55,7 @@ def classify(classifier: BaseClassifier, pixels: torch.Tensor, indices: list[int
 
     It is a single vote without noise, with the precision and the random draws of certification.
     """
-    options = {"seed": config.seed, "precision": config.certify.precision}
+    options = {"seed": config.seed, "precision": config.certify.torch_precision}
     voter = SmoothedClassifier(classifier, NO_NOISE, classifier.num_classes, **options)
     requests = [SampleRequest(image, index, ESTIMATE, 0, 1) for image, index in zip(pixels, indices, strict=True)]
     return voter.count_votes(requests).argmax(1)

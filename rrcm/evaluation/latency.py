@@ -55,7 +55,7 @@ def measure_latency(config: Config, shard_folder: Path | str, models: Path, outp
     for method in config.methods:
         classifier = load_model_folder(models / method / model_name(method, sigma), sigma=sigma).classifier.to(device)
         smoothed = SmoothedClassifier(
-            classifier, sigma, classifier.num_classes, seed=config.seed, precision=config.certify.precision
+            classifier, sigma, classifier.num_classes, seed=config.seed, precision=config.certify.torch_precision
         )
         size, rate = fastest_batch(smoothed, images)
         smoothed.batch_size = size

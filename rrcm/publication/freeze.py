@@ -50,6 +50,9 @@ def publish(
     `RRCMError` for an unfinished run, and for a published one unless `replace` is given.
     """
     config = load_config(root / "params.yaml")
+    if config.certify.precision == "int8":
+        reason = "`make verify` has no validation images, with which networks in int8 are made again"
+        raise RRCMError(f"certify.precision int8: cannot be published, as {reason}; certify in another precision")
     result = Result(root, name or config.report.name, config.seed)
     if not NAME.fullmatch(result.name):
         raise RRCMError(

@@ -27,10 +27,10 @@ from rrcm.certification.smoothing import SmoothedClassifier
 from rrcm.cli import app
 from rrcm.config import load_config
 from rrcm.derived import certification_settings
-from rrcm.models.base_classifiers import BaseClassifier, NoiseConditionedClassifier
+from rrcm.models.base_classifiers import NoiseConditionedClassifier
 from rrcm.models.checkpoints import save_model
 from rrcm.models.cnn import NoiseConditionedCNN
-from rrcm.models.denoised import DDS
+from rrcm.models.denoised import DDS, DenoisedClassifier, DensePure, DiffSmooth
 from rrcm.models.denoiser import PixelViT
 from rrcm.models.ensembles import Ensemble
 from rrcm.models.load import LoadedClassifier
@@ -49,8 +49,10 @@ MADE: list["Rounded"] = []  # the latest programs
 class Rounded(CompiledProgram):
     """Stands for a program of OpenVINO: the classifier with logits in float16."""
 
-    def __init__(self, classifier: nn.Module, shape: tuple[int, ...], precision: str, threads: int):
-        self.made_from, self.shape = (classifier, shape, precision, threads), shape
+    def __init__(
+        self, classifier: nn.Module, shape: tuple[int, ...], precision: str, threads: int, int8: object = None
+    ):
+        self.made_from, self.shape = (classifier, shape, precision, threads, int8), shape
         self.request = threading.Lock()  # cannot be copied or described either
         self.batches = 0
         MADE.append(self)
@@ -99,6 +101,8 @@ def test_torch_runs_where_openvino_is_missing(monkeypatch: pytest.MonkeyPatch):
     missing = "note: runtime openvino: needs the package openvino: pip install 'rrcm[openvino]'; torch runs instead"
     assert certify("--runtime", "openvino") == (missing, files)
     refused(rrcm("images", "--model", "model", "--runtime", "onnx"), "runtime = 'onnx': must be torch or openvino")
+    in_int8 = ["--runtime", "openvino", "--precision", "int8"]
+    refused(rrcm("images", "--model", "model", *in_int8), "precision = 'int8': needs the validation images of a run")
 
 
 @pytest.mark.usefixtures("images", "stand_in")
@@ -160,8 +164,8 @@ def test_the_stages_follow_the_setting(
     assert len(MADE) == 4 and all(each.batches > compared for each in MADE)
 
 
-class Random(BaseClassifier):
-    num_classes, stochastic = 2, True
+DRAWS = "the model draws random numbers of its own, which no program can have"
+STOCHASTIC = {DensePure: {"runs": 2, "steps": 2}, DiffSmooth: {"num_noise": 2, "local_sigma": 0.25}}
 
 
 class Wrong(Rounded):
@@ -174,7 +178,7 @@ def test_torch_runs_what_has_no_program_or_another_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(runtimes, "CompiledProgram", Wrong)
     image = torch.zeros(3, 8, 8)
     for classifier, reason in (
-        (Random(), "the model draws random numbers of its own, which no program can have"),
+        *((denoised(kind, **given), DRAWS) for kind, given in STOCHASTIC.items()),
         (noise_conditioned(), "its program is not the model: "),
     ):
         scales = [SmoothedClassifier(classifier, 0.5, classifier.num_classes, batch_size=8)]
@@ -217,25 +221,41 @@ def cnn() -> NoiseConditionedClassifier:
     return classifier
 
 
-def dds() -> DDS:
+def denoised(kind: type[DenoisedClassifier] = DDS, **options: float) -> DenoisedClassifier:
     torch.manual_seed(1)
     denoiser = PixelViT(NoiseConditionedViT(8, 3, 4, embed_dim=32, depth=1, num_heads=2))
-    return DDS(denoiser, noise_conditioned(), 0.5, 8)
+    return kind(denoiser, noise_conditioned(), sigma=0.5, classifier_size=8, **options)
 
 
+def of_timm() -> nn.Module:
+    import timm  # takes seconds
+
+    torch.manual_seed(1)
+    return timm.create_model("resnet10t", num_classes=CLASSES)
+
+
+def exported() -> nn.Module:
+    """As `torch.export.load` returns it, for a `--model` of this kind."""
+    sizes = ({0: torch.export.Dim("batch", max=1024)},)
+    return torch.export.export(cnn().eval(), (torch.zeros(4, 3, 8, 8),), dynamic_shapes=sizes).module()
+
+
+# Whatever the runtime can run. Joint networks, with "pass" or not, are a vit or a cnn at one t. Own code is plain.
+# Programs of TorchScript and classifiers that draw (STOCHASTIC) are left to torch.
 KINDS = {
     "vit": noise_conditioned,
     "cnn": cnn,
     "ensemble": lambda: Ensemble([noise_conditioned(), cnn()]),
-    "dds": dds,
-    "plain": lambda: conv_net(ConvNet),
+    "dds": denoised,
+    "plain": lambda: conv_net(ConvNet).eval(),
+    "timm": of_timm,
+    "exported": exported,
 }
 
 
 @pytest.mark.parametrize("kind", [pytest.param(name, marks=needs_openvino) for name in KINDS])
 def test_openvino_votes_as_torch_does(kind: str):
-    classifier = KINDS[kind]().eval()
-    smoothed = SmoothedClassifier(classifier, 0.5, CLASSES, batch_size=100)
+    smoothed = SmoothedClassifier(KINDS[kind](), 0.5, CLASSES, batch_size=100)
     pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     (other,), note = in_runtime("openvino", [smoothed], pixels[0])
     assert note.startswith(runtime_of(other) or "openvino"), note
