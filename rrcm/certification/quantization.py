@@ -117,10 +117,10 @@ def _quantize(classifier: nn.Module, noisy: torch.Tensor) -> Quantized:
     """Make the program.
 
     Ranges hold all that was measured, image by image. So they do not depend on a batch size, and fewer votes flip than
-    with the means of the images' ranges. They are symmetric, since mixed ones flipped as many votes and are slower. Weights
-    take 7 of their 8 bits: on a CPU without VNNI, sums of larger products overflow, which more than doubles the flips
-    and makes another network than on a CPU with it. The settings for transformers made no difference in the CNN of
-    Fashion-MNIST.
+    with the means of the images' ranges. They are symmetric, since mixed ones flipped as many votes and are slower.
+    Weights take 7 of their 8 bits: on a CPU without VNNI, sums of larger products overflow, which more than doubles the
+    flips and makes another network than on a CPU with it. The settings for transformers made no difference in the CNN
+    of Fashion-MNIST.
     """
     openvino = import_openvino()
     size = torch.export.Dim("batch", max=LARGEST_BATCH)
