@@ -26,6 +26,8 @@ from rrcm.utils.errors import RRCMError, one_line
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.layout, torch.memory_format)
 CONTAINERS = (list, tuple, dict, OrderedDict, set, frozenset)
 BY_VERSION = {"torch", "builtins", *sys.stdlib_module_names}  # packages whose version stands for their code
+# Attributes of graphs: the code stands for the first, and torch.export adds the others, which change no output
+OF_EXPORT = ("_graph", "eval", "train", "range_constraints")
 
 
 class Description:
@@ -106,15 +108,16 @@ class Description:
 
     @_described.register
     def _network(self, network: nn.Module) -> list:
+        if type(network).__name__ == "GuardsFn":  # of torch.export: it checks the input, and has no description
+            return ["guards"]
         return [self.of(type(network)), self._mapping(vars(network))]  # not __getstate__, which may leave something out
 
     @_described.register
     def _graph(self, network: torch.fx.GraphModule) -> list:
-        """A graph, as in a program of torch.export: its code and tensors. Modules that check the input are left out."""
-        tensors = dict(network.named_parameters(recurse=False)) | dict(network.named_buffers(recurse=False))
-        tensors |= {name: value for name, value in vars(network).items() if isinstance(value, torch.Tensor)}
-        parts = {name: part for name, part in network.named_children() if type(part).__name__ != "GuardsFn"}
-        return ["graph", network.code, self._mapping(tensors), self._mapping(parts)]
+        """As a network, but its graph by the code that it was compiled to. Keys of hooks count up within a process."""
+        own = {key: value for key, value in vars(network).items() if key not in OF_EXPORT}
+        hooks = {key: list(own[key].values()) for key in own if "hooks" in key and isinstance(own[key], dict)}
+        return [network.code, self._mapping(own | hooks)]
 
     @_described.register
     def _class(self, cls: type) -> list:

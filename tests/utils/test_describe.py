@@ -150,6 +150,9 @@ def test_a_program_of_torch_export_is_described_by_its_graph_and_its_tensors():
     described_as = described(program_of())
     assert described_as == described(program_of())
     assert len({described_as, described(program_of(weight=2.0)), described(program_of(nn.ReLU()))}) == 3
+    hooked = program_of()
+    hooked.register_forward_hook(lambda module, inputs, output: -output)
+    assert described(hooked) != described_as
 
 
 MODELS = {
