@@ -83,6 +83,7 @@ def test_the_walk_ends_with_a_model(walked):
     assert "interrupted; the same command continues from here" in stopped.output
     assert "candidate    ViT for 16 x 16 pixels, patches of 4, width 96, depth 3: a few steps" in written.output
     assert "certified accuracy on 4 held-out images" in finished.output
+    assert "naming the most frequent class, which is right for 50 %" in finished.output
 
 
 def test_nothing_else_is_left_behind(walked):
@@ -313,6 +314,13 @@ def test_training_starts_from_a_vit_of_timm(snapshot, pictures, timed, tmp_path,
 
 
 @pytest.mark.thorough
+def test_a_note_says_that_the_images_are_reduced_for_lack_of_time(timed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    large = write_pictures(tmp_path / "large", (12, 12), side=64)
+    answer = rrcm_train(large, "--output", "model", "--params", "p.yaml", "--hours", "0.08")
+    assert answer.exit_code == 0 and "no time for images of more than 16 x 16 pixels" in answer.output, answer.output
+
+
 def test_training_starts_from_a_cnn(snapshot, timed, tmp_path, monkeypatch):
     """Its size and its normalization follow from the model, and it is loaded like any other."""
     monkeypatch.chdir(tmp_path)
