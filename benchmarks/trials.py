@@ -4,7 +4,8 @@
 
 WORK keeps the shards and the pre-trained encoders, so that a second trial with the same pre-training only fine-tunes.
 Each trial adds a row to WORK/trials.csv: the overrides, the encoder's k-NN accuracy and cosine, and the certified
-accuracy and radii. A joint method is trained once for all sigmas of the settings. Each trial certifies it at one sigma.
+accuracy and radii. Column `certificates` names the file with the certificate of each image.
+A joint method is trained once for all sigmas of the settings. Each trial certifies it at one sigma.
 """
 
 import argparse
@@ -103,8 +104,14 @@ def main() -> None:
         noise = str(training_noise(given.method, given.sigma))
         stage("finetune", given.method, noise, *finetune, "--soft-labels", str(soft_labels))
     frame = certify_validation(folder, shards, given.sigma, given.n, given.images)
+    certificates = f"certificates-{digest(given.method, overrides, given.sigma, given.n, given.images)}.csv"
+    frame.to_csv(certificates, index=False)
     settings = json.loads((folder / "config.json").read_text())
-    record |= {"epochs": settings["training"]["epochs"], "passes": sum(settings["compute"].values())}
+    record |= {
+        "certificates": certificates,
+        "epochs": settings["training"]["epochs"],
+        "passes": sum(settings["compute"].values()),
+    }
     record |= {"val_accuracy": settings["selected"]["val_accuracy"], "ACR": average_certified_radius(frame)}
     record |= {f"r {radius:g}": value for radius, value in zip(RADII, certified_accuracy(frame, RADII), strict=True)}
     table = Path("trials.csv")
