@@ -7,7 +7,7 @@
 labels. All methods have the total compute of rRCM, and pre-training sees all images. Certified are images of the `val`
 split, which select no weights. Started again, it continues. Each row of WORK/labels.csv is one trial. Two processes at
 once need a folder and `--methods` each; name both folders to draw them together, as `figure WORK OTHER labels.png`.
-`figure` also prints what the start gains: rRCM minus from scratch with the same loss, paired over images.
+`figure` also prints the ACR of rRCM minus the ACR of training from scratch with the same loss, paired over images.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def read_rows(work: Path) -> pd.DataFrame:
 
 
 def differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """ACR of each method of PAIRS minus that of training from scratch with its loss, as a mean over the seeds.
+    """The ACR of each method of PAIRS minus the ACR of its partner, which starts from scratch, as a mean over seeds.
 
     One row per method and number of labels: `difference`, and `low` and `high` of the paired 95 % interval over images.
     """
